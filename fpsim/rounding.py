@@ -1,0 +1,160 @@
+"""Rounding tensors to a floating-point format, and converting them to and from the format's codes.
+
+Values stay in the tensor's own dtype, the *carrier*; every result is a value of the format, bit for bit what
+`fpsim.reference` says. The derivative is built from arithmetic on detached values, the one form found to be
+exact in value and right under autograd, `torch.func` transforms and `torch.compile` of them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fpsim.formats import FloatFormat, Overflow, Rounding, check_rounding, parse_format, resolve_overflow
+from fpsim.kernel import decode_code, encode_code
+from fpsim.rounding_op import TorchOps, check_carrier, grid_of, round_op, working_dtype
+
+Gradient = Literal["straight_through", "clipped", "zero"]
+GRADIENTS: tuple[str, ...] = ("straight_through", "clipped", "zero")
+
+
+def round(
+    x: Tensor,
+    format: str | FloatFormat,
+    *,
+    rounding: Rounding = "nearest_even",
+    overflow: Overflow | None = None,
+    gradient: Gradient = "straight_through",
+) -> Tensor:
+    """``x`` with every element rounded to ``format``.
+
+    Args:
+        x: float64, float32, bfloat16 or float16, any shape, strides and device. ``format`` must be a subset of
+            its dtype's values.
+        format: a name (`fpsim.parse_format`) or a `FloatFormat`.
+        rounding: ``nearest_even`` (ties to the even code), ``nearest_away``, ``toward_zero``, ``up``, ``down``
+            (IEEE 754-2019 section 4.3) or ``to_odd``.
+        overflow: ``ovf_inf``, ``sat_finite``, ``sat_propagate`` (IEEE P3109; see
+            `fpsim.formats.resolve_overflow`), or None for the format's usual one.
+        gradient: the derivative. ``straight_through``: 1 everywhere; ``clipped``: 1 within the format's finite
+            range, 0 beyond; ``zero``: 0.
+
+    Returns:
+        A tensor of the shape, dtype and device of ``x``. NaN stays NaN where the format has one, and becomes the
+        largest finite value where it has none (as NVIDIA's PTX conversions to e2m1, e2m3 and e3m2 do). -0 stays
+        -0, and negative numbers that round to zero become -0, where the format has it.
+
+    Raises:
+        ValueError: an unknown format or mode, or a format with values that the dtype of ``x`` lacks.
+        TypeError: ``x`` is not a tensor of one of the four dtypes.
+
+    >>> round(torch.tensor([0.3, -500.0, 1e-9]), "e4m3fn")
+    tensor([   0.3125, -448.0000,    0.0000])
+    """
+    if gradient not in GRADIENTS:
+        raise ValueError(f"unknown gradient {gradient!r}: use one of {', '.join(GRADIENTS)}")
+    name, resolved, low, high = _resolve(format, rounding, overflow, _dtype_of(x))
+    value = round_op(x.detach(), name, rounding, resolved)
+    if gradient == "zero" or not (torch.compiler.is_compiling() or _is_differentiated(x)):
+        return value
+    # Adds an exact zero whose derivative is that of `carrier`; where that is not finite, nothing. Subtracting +0
+    # leaves -0, infinities and NaN as they are.
+    carrier = x if gradient == "straight_through" else x.clamp(low, high)
+    detached = carrier.detach()
+    return value - torch.where(torch.isfinite(detached), detached - carrier, 0.0)
+
+
+def encode(
+    x: Tensor,
+    format: str | FloatFormat,
+    *,
+    rounding: Rounding = "nearest_even",
+    overflow: Overflow | None = None,
+) -> Tensor:
+    """The integer codes of ``x`` rounded to ``format``: sign, exponent and mantissa fields from the top bit down.
+
+    Args and errors are those of `round`. Returns a tensor of the shape and device of ``x``: uint8 for formats of
+    up to 8 bits, int32 up to 31, else int64 (for 64-bit formats the code's two's complement). NaN has the code
+    `FloatFormat.nan_code`.
+
+    >>> encode(torch.tensor([1.0, -448.0, float("nan")]), "e4m3fn")
+    tensor([ 56, 254, 127], dtype=torch.uint8)
+    """
+    fmt = parse_format(format)
+    rounded = round(x.detach(), fmt, rounding=rounding, overflow=overflow)
+    working = working_dtype(x.dtype)
+    ops = TorchOps(working)
+    code = encode_code(rounded.to(working).view(ops.integer), grid_of(fmt, x.dtype), ops)
+    if fmt.bits == 32:
+        code = code.to(torch.int64) & 0xFFFFFFFF
+    return code.to(code_dtype(fmt))
+
+
+def decode(codes: Tensor, format: str | FloatFormat, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values of ``format``'s ``codes``, exactly.
+
+    Args:
+        codes: integers from 0 to ``2**bits - 1`` (64-bit formats: two's complement), any integer dtype and shape.
+        format: a name (`fpsim.parse_format`) or a `FloatFormat`.
+        dtype: of the result: a carrier of which ``format`` is a subset.
+
+    Raises:
+        ValueError: a code out of range (not checked inside `torch.compile`), or ``dtype`` lacks values of the format.
+        TypeError: ``codes`` is not an integer tensor, or ``dtype`` is not a carrier.
+
+    >>> decode(torch.tensor([0x38, 0x7E, 0x80]), "e4m3fn")
+    tensor([  1., 448.,  -0.])
+    """
+    fmt = parse_format(format)
+    check_carrier(dtype, fmt)
+    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise TypeError(f"codes must be an integer tensor, got {codes.dtype}: did you mean fpsim.encode?")
+    working = working_dtype(dtype)
+    ops = TorchOps(working)
+    wide = codes.to(torch.int64)
+    if fmt.bits < 64 and not torch.compiler.is_compiling():
+        _check_codes(wide, fmt)
+    if fmt.bits == 32:  # the top bit becomes the sign of the working integer
+        wide = (wide ^ 0x80000000) - 0x80000000
+    return decode_code(wide.to(ops.integer), grid_of(fmt, dtype), ops).view(working).to(dtype)
+
+
+def code_dtype(format: str | FloatFormat) -> torch.dtype:
+    """The dtype of ``format``'s codes as `encode` returns them: uint8, int32 or int64."""
+    bits = parse_format(format).bits
+    return torch.uint8 if bits <= 8 else torch.int32 if bits <= 31 else torch.int64
+
+
+def _check_codes(codes: Tensor, fmt: FloatFormat) -> None:
+    wrong = codes[(codes < 0) | (codes >= 1 << fmt.bits)]
+    if wrong.numel():
+        raise ValueError(f"code {int(wrong[0])} is not one of {fmt.name}: codes are 0 to {(1 << fmt.bits) - 1}")
+
+
+def _dtype_of(x: Tensor) -> torch.dtype:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}: use torch.tensor(x), or fpsim.reference")
+    return x.dtype
+
+
+@torch._dynamo.assume_constant_result
+def _resolve(
+    format: str | FloatFormat, rounding: str, overflow: str | None, dtype: torch.dtype
+) -> tuple[str, str, float, float]:
+    """What the operator needs to know: name, overflow mode, and the range of finite values."""
+    fmt = parse_format(format)
+    check_carrier(dtype, fmt)
+    check_rounding(rounding)
+    return fmt.name, resolve_overflow(fmt, overflow), -fmt.max if fmt.signed else 0.0, fmt.max
+
+
+def _is_differentiated(x: Tensor) -> bool:
+    """Whether anything may ask for the derivative of an operation on ``x``."""
+    return (
+        (x.requires_grad and torch.is_grad_enabled())
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )

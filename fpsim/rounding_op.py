@@ -1,0 +1,140 @@
+"""The operator ``torch.ops.fpsim.round``: what graphs contain and what eager calls run.
+
+It has a kernel, a fake and a vmap rule, and on purpose no autograd rule: `fpsim.round` builds its derivative
+from arithmetic, because `torch.compile` of `torch.func` transforms silently ignores registered derivatives. On
+its own the operator is a value function: use it on detached tensors.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fpsim.formats import FloatFormat, check_rounding, parse_format, resolve_overflow
+from fpsim.kernel import FLOAT32, FLOAT64, Grid, Int, round_code
+
+#: The dtypes that carry simulated values, and the format that each is.
+CARRIERS: dict[torch.dtype, FloatFormat] = {
+    torch.float64: FLOAT64,
+    torch.float32: FLOAT32,
+    torch.bfloat16: FloatFormat(8, 7),
+    torch.float16: FloatFormat(5, 10),
+}
+
+# Elements per thread that the CPU kernel handles at a time: its temporaries then stay in the cache.
+_CHUNK = 1 << 16
+
+
+def check_carrier(dtype: torch.dtype, fmt: FloatFormat) -> FloatFormat:
+    """The format of ``dtype``, if it can carry ``fmt``.
+
+    Raises:
+        TypeError: ``dtype`` is not a carrier (an integer, complex or 8-bit dtype).
+        ValueError: ``fmt`` has values that ``dtype`` lacks; the message names a dtype that suffices.
+    """
+    if dtype not in CARRIERS:
+        names = ", ".join(str(d).removeprefix("torch.") for d in CARRIERS)
+        raise TypeError(f"cannot round a tensor of {dtype}: convert it to one of {names} first, e.g. x.float()")
+    if not fmt.is_subset_of(CARRIERS[dtype]):
+        enough = [d for d in (torch.float32, torch.float64) if fmt.is_subset_of(CARRIERS[d])]
+        raise ValueError(
+            f"{fmt.name} has values that {dtype} lacks, so a {dtype} tensor cannot carry it: convert it to {enough[0]}"
+        )
+    return CARRIERS[dtype]
+
+
+class TorchOps:
+    """The kernel's executor on torch tensors (`fpsim.kernel.Ops`)."""
+
+    def __init__(self, floating: torch.dtype) -> None:
+        self.floating, self.integer = floating, INTEGER_OF[floating]
+
+    @staticmethod
+    def clamp(a: Tensor, low: int | None, high: int | None) -> Tensor:
+        return a.clamp(low, high)
+
+    def code_of_integer(self, a: Tensor) -> Tensor:
+        return a.to(self.floating).view(self.integer)
+
+
+INTEGER_OF = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in whose bits a carrier is rounded: its own, float32 for the 16-bit carriers."""
+    return dtype if dtype in INTEGER_OF else torch.float32
+
+
+@lru_cache(maxsize=1024)
+def grid_of(fmt: FloatFormat, dtype: torch.dtype) -> Grid:
+    """The format on the working carrier of ``dtype``; raises as `check_carrier`."""
+    check_carrier(dtype, fmt)
+    return Grid(fmt, CARRIERS[working_dtype(dtype)])
+
+
+def round_with_torch_ops(x: Tensor, fmt: FloatFormat, rounding: str, overflow: str) -> Tensor:
+    """``x`` rounded, by plain torch operations only (traceable by any tracer): `fpsim::round`'s meaning."""
+    working = working_dtype(x.dtype)
+    ops = TorchOps(working)
+    code = x.to(working).view(ops.integer)
+    return round_code(code, grid_of(fmt, x.dtype), rounding, overflow, ops).view(working).to(x.dtype)
+
+
+_library = torch.library.Library("fpsim", "DEF")
+_library.define("round(Tensor x, str format, str rounding, str overflow) -> Tensor", tags=(torch.Tag.pointwise,))
+
+
+def _checked(x: Tensor, format: str, rounding: str, overflow: str) -> FloatFormat:
+    fmt = parse_format(format)
+    check_carrier(x.dtype, fmt)
+    check_rounding(rounding)
+    resolve_overflow(fmt, overflow)
+    return fmt
+
+
+@torch.library.impl(_library, "round", "CompositeExplicitAutograd")
+def _round_any(x: Tensor, format: str, rounding: str, overflow: str) -> Tensor:
+    fmt = _checked(x, format, rounding, overflow)
+    out = torch.empty_like(x)
+    return out.copy_(round_with_torch_ops(x, fmt, rounding, overflow))
+
+
+@torch.library.impl(_library, "round", "CPU")
+def _round_cpu(x: Tensor, format: str, rounding: str, overflow: str) -> Tensor:
+    fmt = _checked(x, format, rounding, overflow)
+    out = torch.empty_like(x)
+    if out.stride() != x.stride() or out.numel() != x.numel():
+        out.copy_(x)
+        x = out
+    source, result = _flat(x), _flat(out)
+    chunk = _CHUNK * torch.get_num_threads()
+    for piece, target in zip(source.split(chunk), result.split(chunk), strict=True):
+        target.copy_(round_with_torch_ops(piece, fmt, rounding, overflow))
+    return out
+
+
+def _flat(x: Tensor) -> Tensor:
+    """The elements of a dense tensor in memory order, without a copy."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+@torch.library.register_fake("fpsim::round", lib=_library)
+def _round_fake(x: Tensor, format: str, rounding: str, overflow: str) -> Tensor:
+    _checked(x, format, rounding, overflow)
+    if "torch._inductor.lowering" in sys.modules:  # compiling: the lowering must exist before Inductor asks for it
+        import fpsim.rounding_lowering  # noqa: F401
+    return torch.empty_like(x)
+
+
+@torch.library.register_vmap("fpsim::round", lib=_library)
+def _round_vmap(
+    info: object, in_dims: tuple[int | None, ...], x: Tensor, format: str, rounding: str, overflow: str
+) -> tuple[Tensor, int | None]:
+    return round_op(x, format, rounding, overflow), in_dims[0]
+
+
+round_op: Callable[[Tensor, str, str, str], Tensor] = torch.ops.fpsim.round.default
