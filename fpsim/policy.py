@@ -1,0 +1,300 @@
+"""What is rounded where: a policy is a frozen, hashable value that survives a round trip through JSON.
+
+A model's matrix products come in three kinds: ``fprop`` (the forward product), ``dgrad`` (the gradient with
+respect to an activation) and ``wgrad`` (the gradient with respect to a weight). Each has two operands, and each
+operand plays a role: ``activation``, ``weight`` or ``gradient``. A policy gives every (kind, role) a *cast*: the
+format, rounding and overflow mode by which that operand is rounded before it is multiplied.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+from fpsim.formats import OVERFLOWS, ROUNDINGS, FloatFormat, check_rounding, parse_format, resolve_overflow
+
+ROLES = ("activation", "weight", "gradient")
+KINDS = ("fprop", "dgrad", "wgrad")
+ATTENTIONS = ("round", "keep")
+
+#: The formats of the OCP FP8 hybrid recipe, by role.
+HYBRID = {"activation": "e4m3fn", "weight": "e4m3fn", "gradient": "e5m2"}
+
+#: Version of the JSON form, raised when an older fpsim could misread a newer file.
+JSON_VERSION = 1
+
+#: In place of a format: leave the operand as it is.
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Cast:
+    """One way to round: a format with its rounding and overflow mode, all resolved.
+
+    Its string form is ``format/rounding/overflow``; in a policy the last two may be left out.
+    """
+
+    format: FloatFormat
+    rounding: str
+    overflow: str
+
+    def __str__(self) -> str:
+        return f"{self.format.name}/{self.rounding}/{self.overflow}"
+
+    @property
+    def label(self) -> str:
+        """Short form for tables: what differs from nearest-even and the format's usual overflow mode."""
+        parts = [self.format.name]
+        if self.rounding != "nearest_even":
+            parts.append(self.rounding)
+        if self.overflow != resolve_overflow(self.format, None):
+            parts.append(self.overflow)
+        return " ".join(parts)
+
+
+def parse_cast(text: str | FloatFormat, rounding: str = "nearest_even", overflow: str | None = None) -> Cast | None:
+    """The cast that ``text`` denotes: ``format[/rounding][/overflow]``, or ``none`` for None.
+
+    Args:
+        text: a format (name or `FloatFormat`), optionally followed by modes that override the next two.
+        rounding: the rounding where ``text`` names none.
+        overflow: the overflow mode where ``text`` names none; None is the format's usual one.
+
+    Raises:
+        ValueError: an unknown format or mode, named with its remedy.
+
+    >>> str(parse_cast("e8m3/toward_zero"))
+    'e8m3/toward_zero/ovf_inf'
+    """
+    if isinstance(text, FloatFormat):
+        return Cast(text, check_rounding(rounding), resolve_overflow(text, overflow))
+    if not isinstance(text, str):
+        raise TypeError(f"a cast is a string such as 'e4m3fn' or 'e8m3/toward_zero', got {text!r}")
+    if text == NONE:
+        return None
+    name, *modes = text.split("/")
+    for mode in modes:
+        if mode in ROUNDINGS:
+            rounding = mode
+        elif mode in OVERFLOWS:
+            overflow = mode
+        else:
+            raise ValueError(
+                f"unknown mode {mode!r} in cast {text!r}: after the format may come a rounding "
+                f"({', '.join(ROUNDINGS)}) and an overflow mode ({', '.join(OVERFLOWS)})"
+            )
+    fmt = parse_format(name)
+    return Cast(fmt, check_rounding(rounding), resolve_overflow(fmt, overflow))
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the compiler backend rounds, and how. The fields are also the ``options`` of `torch.compile`.
+
+    Wherever a format is asked for, a cast may stand: ``"e4m3fn"``, ``"e8m3/toward_zero"``,
+    ``"e5m2/nearest_even/sat_finite"``; ``"none"`` leaves the operand unrounded.
+
+    Attributes:
+        format: of every operand of every matrix product, where nothing more specific is given.
+        activation, weight, gradient: of the operands in that role, in all three kinds of product.
+        output: of the results of all matrix products (with the bias of a linear layer added). Default: unrounded.
+        fprop, dgrad, wgrad: a mapping from role to format for the operands of that kind of product, overriding the
+            former (SwitchBack: ``wgrad={"gradient": "bf16", "activation": "bf16"}``); a format alone means all roles.
+        rounding: where a cast names none. Default ``nearest_even``.
+        overflow: where a cast names none. Default: each format's usual mode.
+        skip: globs of module paths whose products stay unrounded; they are listed as gaps in the plan.
+        modules: mapping from globs of module paths to the policy that holds there instead: a `Policy`, a mapping of
+            its fields, a format, or ``"none"``. The first glob that matches decides; `skip` goes before.
+        attention: ``"round"`` opens scaled dot-product attention so that its inner products are rounded; ``"keep"``
+            leaves it fused and unrounded, listed as a gap.
+        gaps: names of operators that hold matrix products the backend cannot round and that may stay unrounded
+            (``"aten.convolution"``, ``"*"``); they are listed in the plan. Anything else of the kind is an error.
+
+    A glob (``layers.*.attn``, ``lm_head``) matches a module by its path and, with it, everything inside.
+
+    Where none of ``format``, ``activation``, ``weight``, ``gradient`` names a format, those that are not ``"none"``
+    are the OCP FP8 hybrid: ``e4m3fn`` activations and weights, ``e5m2`` gradients, ``sat_finite``. Where one does,
+    roles without a format of their own stay unrounded.
+
+    Raises:
+        ValueError: an unknown format, mode, role or choice; the message names it and the remedy.
+        TypeError: a value of the wrong type.
+    """
+
+    format: str | None = None
+    activation: str | None = None
+    weight: str | None = None
+    gradient: str | None = None
+    output: str | None = None
+    fprop: tuple[tuple[str, str], ...] = ()
+    dgrad: tuple[tuple[str, str], ...] = ()
+    wgrad: tuple[tuple[str, str], ...] = ()
+    rounding: str = "nearest_even"
+    overflow: str | None = None
+    skip: tuple[str, ...] = ()
+    modules: tuple[tuple[str, Policy | None], ...] = ()
+    attention: str = "round"
+    gaps: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_rounding(self.rounding)
+        if self.overflow is not None and self.overflow not in OVERFLOWS:
+            raise ValueError(f"unknown overflow mode {self.overflow!r}: use one of {', '.join(OVERFLOWS)}, or None")
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"unknown attention {self.attention!r}: use one of {', '.join(ATTENTIONS)}")
+        set_ = object.__setattr__
+        set_(self, "skip", _strings("skip", self.skip))
+        set_(self, "gaps", _strings("gaps", self.gaps))
+        set_(self, "modules", _module_rules(self.modules))
+        if self.format is None and all(getattr(self, role) in (None, NONE) for role in ROLES):
+            set_(self, "overflow", self.overflow or "sat_finite")
+            for role, usual in HYBRID.items():
+                set_(self, role, getattr(self, role) or usual)
+        for name in ("format", *ROLES, "output"):
+            set_(self, name, self._spelled(getattr(self, name)))
+        for kind in KINDS:
+            set_(self, kind, self._roles(kind, getattr(self, kind)))
+
+    def _spelled(self, cast: Any) -> str | None:
+        """A cast in its full string form, so that equal policies are equal values."""
+        if cast is None:
+            return None
+        return str(parse_cast(cast, self.rounding, self.overflow) or NONE)
+
+    def _roles(self, kind: str, given: Any) -> tuple[tuple[str, str], ...]:
+        if isinstance(given, str | FloatFormat):
+            given = dict.fromkeys(ROLES, given)
+        casts = dict(given)
+        if unknown := sorted(set(casts) - set(ROLES)):
+            raise ValueError(f"unknown role {unknown[0]!r} in {kind}: roles are {', '.join(ROLES)}")
+        return tuple((role, str(self._spelled(casts[role]))) for role in ROLES if role in casts)
+
+    # -- what it says ----------------------------------------------------------------------------------------
+
+    def at(self, path: str) -> Policy | None:
+        """The policy for the module ``path``; None where nothing is rounded."""
+        if any(_matches(glob, path) for glob in self.skip):
+            return None
+        for glob, policy in self.modules:
+            if _matches(glob, path):
+                return policy
+        return self
+
+    def cast(self, kind: str, role: str) -> Cast | None:
+        """How an operand in ``role`` of a product of ``kind`` is rounded; None where it is not."""
+        for own_role, text in getattr(self, kind):
+            if own_role == role:
+                return parse_cast(text)
+        text = getattr(self, role) or self.format
+        return parse_cast(text) if text else None
+
+    @property
+    def output_cast(self) -> Cast | None:
+        """How the results of products are rounded; None where they are not."""
+        return parse_cast(self.output) if self.output else None
+
+    @property
+    def uses_paths(self) -> bool:
+        """Whether any rule depends on where in the model a product is."""
+        return bool(self.skip or self.modules)
+
+    def allows_gap(self, operator: str) -> bool:
+        """Whether `gaps` lets ``operator`` (such as ``aten.convolution``) stay unrounded."""
+        return any(fnmatch.fnmatchcase(operator, glob) for glob in self.gaps)
+
+    # -- conversions -----------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, as JSON types."""
+        result: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value == field.default:
+                continue
+            if field.name in KINDS:
+                value = dict(value)
+            elif field.name == "modules":
+                value = {glob: policy.to_dict() if policy else NONE for glob, policy in value}
+            elif isinstance(value, tuple):
+                value = list(value)
+            result[field.name] = value
+        return result
+
+    def to_json(self) -> str:
+        """The policy as JSON text; `from_json` gives an equal policy."""
+        return json.dumps({"version": JSON_VERSION, **self.to_dict()}, indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> Policy:
+        """The policy that `to_json` wrote.
+
+        Raises:
+            ValueError: not JSON, not a policy, or written by a newer fpsim.
+        """
+        try:
+            options = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a policy must be valid JSON: {error}") from None
+        if not isinstance(options, dict):
+            raise ValueError(f"a policy must be a JSON object, got {type(options).__name__}")
+        version = options.pop("version", JSON_VERSION)
+        if version != JSON_VERSION:
+            raise ValueError(f"this policy has version {version}, this fpsim reads version {JSON_VERSION}: upgrade fpsim")
+        return Policy.from_options(options)
+
+    @staticmethod
+    def from_options(options: Mapping[str, Any] | None) -> Policy:
+        """The policy given to `torch.compile` as ``options``: its fields, or ``{"policy": policy}``.
+
+        Raises:
+            ValueError: a key that is no field (all fields are listed), or ``policy`` together with fields.
+        """
+        options = dict(options or {})
+        if "policy" in options:
+            policy = options.pop("policy")
+            if options:
+                raise ValueError(f"give either 'policy' or its fields, not both: {', '.join(sorted(options))}")
+            return policy if isinstance(policy, Policy) else Policy.from_options(policy)
+        valid = [field.name for field in fields(Policy)]
+        for key in options:
+            if key not in valid:
+                near = difflib.get_close_matches(key, valid, n=1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise ValueError(f"unknown option {key!r}{hint}: fpsim's options are {', '.join(valid)}, or policy")
+        return Policy(**options)
+
+
+def _strings(name: str, given: Any) -> tuple[str, ...]:
+    given = (given,) if isinstance(given, str) else tuple(given)
+    if not all(isinstance(item, str) for item in given):
+        raise TypeError(f"{name} must be a list of strings, got {given!r}")
+    return given
+
+
+def _module_rules(given: Any) -> tuple[tuple[str, Policy | None], ...]:
+    rules = given.items() if isinstance(given, Mapping) else given
+    return tuple((glob, _module_policy(glob, policy)) for glob, policy in rules)
+
+
+def _module_policy(glob: str, policy: Any) -> Policy | None:
+    if policy is None or policy == NONE:
+        return None
+    if isinstance(policy, Policy):
+        if policy.uses_paths:
+            raise ValueError(f"the policy for modules {glob!r} has skip or modules of its own: put all globs at the top")
+        return policy
+    if isinstance(policy, str | FloatFormat):
+        return Policy(format=policy)  # type: ignore[arg-type]  # normalised by __post_init__
+    return _module_policy(glob, Policy.from_options(policy))
+
+
+@lru_cache(maxsize=65536)
+def _matches(glob: str, path: str) -> bool:
+    """Whether ``glob`` matches ``path`` or a module that contains it."""
+    parts = path.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[:n]), glob) for n in range(1, len(parts) + 1))
