@@ -1,0 +1,173 @@
+"""The compiler backends: ``torch.compile(model, backend="fpsim")`` and its interpreted twin ``"fpsim_eager"``.
+
+A backend call gets one Dynamo graph. It hands the graph to Inductor with a `RoundingPass` added to the passes
+over the joint graph; Inductor does the rest. Nothing is kept between calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fpsim.compile_backend.products import Source
+from fpsim.compile_backend.rewrite import Observer, RoundingPass, UnroundedError
+from fpsim.policy import Policy
+
+
+def fpsim(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Backend ``"fpsim"``: Inductor, with the operands of all matrix products rounded.
+
+    Args:
+        gm, example_inputs: as Dynamo calls a backend.
+        options: the fields of `fpsim.Policy`, or ``{"policy": policy}``; none means the FP8 hybrid.
+        mode: must be None or ``"default"``.
+
+    Raises:
+        ValueError: an unknown option or value.
+        UnroundedError: something that multiplies matrices cannot be rounded and is not listed in ``gaps``.
+    """
+    _check_mode(mode)
+    return compile_with_rounding(gm, example_inputs, Policy.from_options(options))
+
+
+def fpsim_eager(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Backend ``"fpsim_eager"``: the same rewritten graphs as ``"fpsim"``, interpreted operator by operator.
+
+    For differential tests, for debugging, and for machines without a compiler. Arguments and errors as `fpsim`.
+    """
+    _check_mode(mode)
+    return compile_with_rounding(gm, example_inputs, Policy.from_options(options), interpret=True)
+
+
+def compile_with_rounding(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    policy: Policy,
+    *,
+    interpret: bool = False,
+    observer: Observer | None = None,
+    strict: bool = True,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph with the rounding that ``policy`` asks for.
+
+    Args:
+        gm, example_inputs: as Dynamo calls a backend.
+        policy: what is rounded where.
+        interpret: run the rewritten graphs in an interpreter instead of compiling them.
+        observer: told of the plan of every graph (not called where compiled code comes from a cache, so give one
+            only with ``interpret``).
+        strict: whether a gap that the policy does not allow is an error.
+
+    Raises: as `fpsim`.
+    """
+    _refuse_inner_gradients(gm)
+    rounding = RoundingPass(policy, _input_sources(gm, example_inputs), _identity(gm, policy), observer, strict)
+    patches: dict[str, Any] = {
+        "joint_custom_pre_pass": _after_the_users(rounding),
+        # An explicit cast is a precision boundary: without this Inductor keeps 16-bit values in float32 between
+        # fused operators, and the rounding would see numbers that the model never had.
+        "emulate_precision_casts": True,
+    }
+    with contextlib.ExitStack() as stack:
+        if policy.attention == "round":
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if interpret:
+            stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
+            patches["fx_graph_cache"] = False
+            return compile_fx(gm, list(example_inputs), inner_compile=_interpret, config_patches=patches)
+        return compile_fx(gm, list(example_inputs), config_patches=patches)
+
+
+def _interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+    """In place of Inductor's compiler: the graph itself, called with a list that it empties."""
+
+    def run(inputs: list[Any]) -> Any:
+        arguments = list(inputs)
+        inputs.clear()
+        return gm(*arguments)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+class _Sequence(CustomGraphPass):
+    """Passes run one after the other; cacheable if all are."""
+
+    def __init__(self, passes: Sequence[Any]) -> None:
+        self.passes = tuple(passes)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for graph_pass in self.passes:
+            graph_pass(graph)
+
+    def uuid(self) -> Any | None:
+        keys = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.passes]
+        return None if None in keys else repr(keys)
+
+
+def _after_the_users(rounding: RoundingPass) -> CustomGraphPass:
+    """``rounding``, run after the pass or passes that the user may have configured."""
+    users = inductor_config.joint_custom_pre_pass
+    if users is None:
+        return rounding
+    return _Sequence([*(users if isinstance(users, list | tuple) else [users]), rounding])
+
+
+def _check_mode(mode: str | None) -> None:
+    if mode not in (None, "default"):
+        raise ValueError(f"backend 'fpsim' has no mode {mode!r}: leave mode out, and set Inductor's own config if needed")
+
+
+def _refuse_inner_gradients(gm: fx.GraphModule) -> None:
+    for node in gm.graph.nodes:
+        if "_functorch" in getattr(node.target, "__module__", "") or "_functorch" in str(node.target):
+            raise UnroundedError(
+                f"the compiled function takes derivatives itself ({node.name}), so that forward and backward products "
+                "cannot be told apart: compile the model, and take the derivative of the compiled model"
+            )
+
+
+def _input_sources(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Source]:
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    return [_source(node, value) for node, value in zip(placeholders, example_inputs, strict=True)]
+
+
+def _source(node: fx.Node, value: Any) -> Source:
+    if isinstance(value, torch.nn.Parameter):
+        return Source.PARAMETER
+    if not isinstance(value, torch.Tensor):
+        return Source.NONE
+    if re.search(r"_buffers_|_buffers\[", str(node.target)):
+        return Source.BUFFER
+    return Source.INPUT if value.is_floating_point() or value.is_complex() else Source.INTEGER_INPUT
+
+
+def _identity(gm: fx.GraphModule, policy: Policy) -> Iterator[str]:
+    """What decides the rewritten graph and is not in the cache key of torch: attention mode, module paths."""
+    yield f"attention={policy.attention}"
+    for node in gm.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            yield f"{node.name}: {list(stack.values())[-1][0]}"

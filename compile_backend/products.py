@@ -1,0 +1,338 @@
+"""Finding the matrix products of a joint forward-and-backward aten graph, and telling what each operand is.
+
+What a product is stands in two tables: `PRODUCTS`, operators whose operands can be rounded, and `is_opaque`,
+operators that hold products inside and are refused. Inductor decomposes small products into a multiplication
+and a sum before any pass sees them; those are recognised by the operator they came from. Roles follow from
+what a value depends on: parameters, inputs, or the incoming gradient.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+#: Matrix products, and the positions of their two operands.
+PRODUCTS: dict[torch._ops.OpOverload, tuple[int, int]] = {
+    aten.mm.default: (0, 1),
+    aten.bmm.default: (0, 1),
+    aten.addmm.default: (1, 2),
+    aten.baddbmm.default: (1, 2),
+    aten.mv.default: (0, 1),
+    aten.addmv.default: (1, 2),
+    aten.dot.default: (0, 1),
+    aten.vdot.default: (0, 1),
+}
+_PRODUCT_NAMES = {op.overloadpacket for op in PRODUCTS}
+
+#: Operators that hold matrix products which cannot be rounded from outside (patterns of their names).
+_OPAQUE = re.compile(
+    r"aten\.("
+    r"convolution|_convolution|convolution_backward|conv_|cudnn_conv|mkldnn_conv|mkldnn_rnn|miopen_"
+    r"|_scaled_dot_product|_flash_attention|_efficient_attention|_fused_sdp|_native_multi_head_attention"
+    r"|_transform_bias_rescale_qkv|_transformer_encoder_layer_fwd|_triton_scaled_dot_attention"
+    r"|_cdist_|_pdist_|_euclidean_dist|_trilinear|_grouped_mm|_scaled_grouped_mm|_scaled_mm|_addmm_activation"
+    r"|_sparse_|_weight_int|_dyn_quant|_cudnn_rnn|lstm|gru|rnn_|_thnn_"
+    r"|linalg_|_linalg_|cholesky|matrix_exp|triangular_solve|lu_solve|ormqr|addbmm|addr|_compute_linear_combination"
+    r").*"
+)
+_ATTENTION = re.compile(r"aten\.(_scaled_dot_product|_flash_attention|_efficient_attention|_fused_sdp).*")
+
+#: Namespaces whose operators are known not to hide products (beyond `_OPAQUE`).
+_TRANSPARENT_NAMESPACES = frozenset(
+    {"aten", "prims", "fpsim", "inductor", "inductor_prims", "rngprims", "_c10d_functional", "c10d_functional"}
+)
+
+#: Operators that only rearrange their first operand: rounding commutes with them.
+VIEWS = frozenset(
+    {
+        aten.view, aten._unsafe_view, aten.reshape, aten.permute, aten.t, aten.transpose, aten.unsqueeze,
+        aten.squeeze, aten.expand, aten.alias, aten.detach, aten.clone,
+    }
+)  # fmt: skip
+
+
+class Source(enum.Flag):
+    """What a value depends on."""
+
+    NONE = 0
+    PARAMETER = enum.auto()
+    BUFFER = enum.auto()
+    INPUT = enum.auto()  #: a floating-point input of the model
+    INTEGER_INPUT = enum.auto()
+    TANGENT = enum.auto()  #: a gradient coming in from outside the graph
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product in a graph.
+
+    Attributes:
+        node: the multiplication.
+        operands: the positions of its two operands among the node's arguments.
+        roles: ``activation``, ``weight`` or ``gradient``, for each operand.
+        kind: ``fprop``, ``dgrad`` or ``wgrad``.
+        operator: the name of the operator it comes from, such as ``aten.mm``.
+        path: the path of the module it belongs to, ``""`` for the root; None if unknown.
+        constant: whether it depends on nothing but buffers, constants and integer inputs (a table of rotary
+            angles, say): part of the model's definition rather than of its arithmetic.
+    """
+
+    node: fx.Node
+    operands: tuple[int, int]
+    roles: tuple[str, str]
+    kind: str
+    operator: str
+    path: str | None
+    constant: bool
+
+
+def find_products(graph: fx.Graph, input_sources: Sequence[Source]) -> list[Product]:
+    """The floating-point matrix products of ``graph``, in its order.
+
+    Args:
+        graph: a joint or inference graph of aten operators, as Inductor's joint-graph passes see it.
+        input_sources: what the inputs of the traced function are, in its order.
+    """
+    sources = _propagate(graph, input_sources)
+    owners = _forward_owners(graph, sources)
+    found = [(node, operands) for node in graph.nodes if (operands := _operands(node, owners, sources))]
+    forward = [(node, operands) for node, operands in found if not _is_backward(node, sources)]
+    mates = {node.meta.get("seq_nr"): (node, operands) for node, operands in forward}
+    return [
+        _classify(node, operands, sources, mates.get(node.meta.get("seq_nr")), input_sources)
+        for node, operands in found
+    ]
+
+
+def find_opaque(graph: fx.Graph) -> list[tuple[fx.Node, str]]:
+    """The nodes whose operators may hold floating-point products that cannot be rounded, with their names."""
+    return [
+        (node, name)
+        for node in graph.nodes
+        if node.op == "call_function" and _has_floats(node) and (name := operator_name(node)) and is_opaque(node)
+    ]
+
+
+def is_opaque(node: fx.Node) -> bool:
+    """Whether the operator of ``node`` may hold products that this backend cannot reach."""
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return True
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return target.namespace not in _TRANSPARENT_NAMESPACES or bool(_OPAQUE.fullmatch(operator_name(node)))
+
+
+def is_attention(operator: str) -> bool:
+    """Whether ``operator`` is a fused scaled-dot-product attention, forward or backward."""
+    return bool(_ATTENTION.fullmatch(operator))
+
+
+def operator_name(node: fx.Node) -> str:
+    """The name of the operator of ``node``, without its overload: ``aten.mm``, ``higher_order.cond``."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return f"{target.namespace}.{target._opname}"
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"higher_order.{target.name()}"
+    return getattr(target, "__name__", str(target))
+
+
+def module_path(node: fx.Node) -> str | None:
+    """The path of the module in whose forward ``node`` arose: ``layers.0.attn``; None if it is not recorded."""
+    stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path = list(stack.values())[-1][0]
+    return re.sub(r"^[LG]\['[^']*'\](\.|$)", "", path)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether ``node`` only rearranges its first argument."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in VIEWS
+
+
+def _propagate(graph: fx.Graph, input_sources: Sequence[Source]) -> dict[fx.Node, Source]:
+    """What every node depends on."""
+    sources: dict[fx.Node, Source] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            sources[node] = _placeholder_source(node, input_sources)
+        elif node.op == "get_attr":
+            sources[node] = Source.BUFFER
+        else:
+            result = Source.NONE
+            for argument in node.all_input_nodes:
+                result |= sources[argument]
+            sources[node] = result
+    return sources
+
+
+def _placeholder_source(node: fx.Node, input_sources: Sequence[Source]) -> Source:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return Source.NONE  # sizes
+    description = node.meta.get("desc")
+    while hasattr(description, "base"):  # views, subclasses: what they were made of
+        description = description.base
+    name = type(description).__name__
+    if name == "TangentAOTInput":
+        return Source.TANGENT
+    if name == "ParamAOTInput":
+        return Source.PARAMETER
+    if name == "BufferAOTInput":
+        return Source.BUFFER
+    if name == "PlainAOTInput":
+        return input_sources[description.idx]
+    return Source.INPUT if _is_float(value) else Source.INTEGER_INPUT
+
+
+def _forward_owners(graph: fx.Graph, sources: dict[fx.Node, Source]) -> dict[int, object]:
+    """For each autograd sequence number, the aten operator whose autograd node has it.
+
+    Operators that record no gradient share the number of the next that does, so the owner is the last.
+    """
+    return {
+        node.meta["seq_nr"]: _original(node)
+        for node in graph.nodes
+        if node.op == "call_function" and "seq_nr" in node.meta and not _is_backward(node, sources)
+    }
+
+
+def _is_backward(node: fx.Node, sources: dict[fx.Node, Source]) -> bool:
+    return bool(sources[node] & Source.TANGENT) or node.meta.get("partitioner_tag") == "is_backward"
+
+
+def _original(node: fx.Node) -> object:
+    """The operator packet that ``node`` was before decomposition."""
+    original = node.meta.get("original_aten") or node.target
+    return getattr(original, "overloadpacket", original)
+
+
+def _operands(
+    node: fx.Node, owners: dict[int, object], sources: dict[fx.Node, Source]
+) -> tuple[int, int] | None:
+    """The positions of the operands if ``node`` multiplies matrices of floating-point numbers, else None."""
+    if node.op != "call_function" or not _is_float(node.meta.get("val")):
+        return None
+    if node.target in PRODUCTS:
+        return PRODUCTS[node.target]
+    if node.target is not aten.mul.Tensor or not all(_is_tensor(argument) for argument in node.args):
+        return None
+    if _original(node) in _PRODUCT_NAMES:
+        return (0, 1)
+    # The backward of mv and dot multiplies by a plain mul: known by the autograd node it belongs to.
+    is_backward = bool(sources[node] & Source.TANGENT)
+    return (0, 1) if is_backward and owners.get(node.meta.get("seq_nr", -1)) in _PRODUCT_NAMES else None
+
+
+def _classify(
+    node: fx.Node,
+    operands: tuple[int, int],
+    sources: dict[fx.Node, Source],
+    mate: tuple[fx.Node, tuple[int, int]] | None,
+    input_sources: Sequence[Source],
+) -> Product:
+    """The product at ``node``; ``mate`` is the forward product of the same autograd node, if there is one."""
+    values = [node.args[i] for i in operands]
+    roles = [_role(sources[value]) for value in values]
+    kind = "fprop"
+    if "gradient" in roles:
+        other = values[1 - roles.index("gradient")]
+        differentiated = _differentiated_role(other, node, sources, mate, input_sources)
+        kind = "wgrad" if differentiated == "weight" else "dgrad"
+    depends = sources[values[0]] | sources[values[1]]
+    path = module_path(node)
+    if path is None and kind == "fprop":
+        path = ""  # forward code records every module but the root
+    elif path is None and mate is not None:
+        path = module_path(mate[0]) or ""
+    origin = _original(node) if mate is None or _original(node) in _PRODUCT_NAMES else _original(mate[0])
+    return Product(
+        node=node,
+        operands=operands,
+        roles=(roles[0], roles[1]),
+        kind=kind,
+        operator=f"aten.{origin.__name__}",  # type: ignore[attr-defined]
+        path=path,
+        constant=not depends & (Source.PARAMETER | Source.INPUT | Source.TANGENT),
+    )
+
+
+def _role(source: Source) -> str:
+    if source & Source.TANGENT:
+        return "gradient"
+    if source & (Source.PARAMETER | Source.BUFFER) and not source & (Source.INPUT | Source.INTEGER_INPUT):
+        return "weight"
+    return "activation"
+
+
+def _differentiated_role(
+    other: fx.Node,
+    node: fx.Node,
+    sources: dict[fx.Node, Source],
+    mate: tuple[fx.Node, tuple[int, int]] | None,
+    input_sources: Sequence[Source],
+) -> str:
+    """The role of the forward operand with respect to which the backward product ``node`` differentiates."""
+    if mate is None:  # a hand-written backward
+        return "activation" if _role(sources[other]) == "weight" else _role_by_use(node, input_sources)
+    forward = [mate[0].args[i] for i in mate[1]]
+    bases = [base(value) for value in forward]
+    kept = bases.index(base(other)) if base(other) in bases else None
+    if kept is None:  # recomputed or copied on the way: then the roles decide
+        roles = [_role(sources[value]) for value in forward]
+        other_role = _role(sources[other])
+        kept = roles.index(other_role) if other_role in roles else 0
+    return _role(sources[forward[1 - kept]])
+
+
+def _role_by_use(node: fx.Node, input_sources: Sequence[Source]) -> str:
+    """``weight`` if ``node`` reaches an output of the graph that is the gradient of a parameter, else ``activation``."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        current = waiting.pop()
+        for user in current.users:
+            if user.op == "output":
+                if any(_is_parameter_gradient(user, i, input_sources) for i in _output_positions(user, current)):
+                    return "weight"
+            elif user not in seen and user.target not in PRODUCTS:
+                seen.add(user)
+                waiting.append(user)
+    return "activation"
+
+
+def _output_positions(output: fx.Node, value: fx.Node) -> list[int]:
+    return [i for i, result in enumerate(output.args[0]) if result is value]  # type: ignore[arg-type]
+
+
+def _is_parameter_gradient(output: fx.Node, position: int, input_sources: Sequence[Source]) -> bool:
+    description = output.meta["desc"][position]
+    index = getattr(getattr(description, "grad_of", None), "idx", None)
+    return index is not None and bool(input_sources[index] & Source.PARAMETER)
+
+
+def base(node: fx.Node) -> fx.Node:
+    """The value of which ``node`` is a rearrangement."""
+    while is_view(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _is_tensor(argument: object) -> bool:
+    return isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), torch.Tensor)
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _has_floats(node: fx.Node) -> bool:
+    return any(_is_float(argument.meta.get("val")) for argument in node.all_input_nodes)
