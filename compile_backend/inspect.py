@@ -1,0 +1,229 @@
+"""Looking at what the backend does to a model: `explain` before running it, `audit` while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, fx, nn
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
+from torch.utils import _pytree as pytree
+
+from fpsim.compile_backend.backend import compile_with_rounding
+from fpsim.compile_backend.plan import Gap, Plan, render
+from fpsim.policy import Policy
+
+#: Names under which the profiler reports matrix products.
+_PRODUCT_EVENTS = frozenset(
+    "aten::" + name
+    for name in (
+        "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "vdot", "addbmm", "convolution", "convolution_backward",
+        "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_backward", "_scaled_dot_product_flash_attention_for_cpu_backward",
+        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward",
+        "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward",
+        "_scaled_dot_product_fused_attention_overrideable", "_transformer_encoder_layer_fwd",
+        "_native_multi_head_attention", "_cdist_forward", "_cdist_backward", "_trilinear", "_grouped_mm", "_scaled_mm",
+        "lstm", "gru", "rnn_tanh", "rnn_relu", "mkldnn_rnn_layer", "mkldnn_rnn_layer_backward", "_cudnn_rnn",
+        "_cudnn_rnn_backward", "_addmm_activation",
+    )
+)  # fmt: skip
+
+#: What the profiler calls a run of a graph that a backend compiled.
+_COMPILED_EVENT = "## Call CompiledFxGraph"
+
+
+@dataclass(frozen=True)
+class Escape:
+    """A matrix product that ran without rounding.
+
+    Attributes:
+        operator: the operator, such as ``aten.mm``.
+        shapes: of its tensor arguments.
+        count: how many times it ran with these shapes.
+        inside: whether it ran inside compiled code (a gap that the policy allows) or outside of it.
+    """
+
+    operator: str
+    shapes: tuple[tuple[int, ...], ...]
+    count: int
+    inside: bool
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The matrix products of one real step that were not rounded; ``covered`` counts those in compiled code."""
+
+    escaped: tuple[Escape, ...]
+    covered: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(f"{self.covered} matrix products ran inside graphs that fpsim rewrote")
+        if not self.escaped:
+            yield Text("no matrix product escaped", style="green")
+            return
+        table = Table(title=f"{sum(e.count for e in self.escaped)} matrix products escaped", title_justify="left")
+        for name in ("operator", "shapes", "count", "where"):
+            table.add_column(name, overflow="fold")
+        for escape in self.escaped:
+            shapes = ", ".join("x".join(map(str, shape)) for shape in escape.shapes)
+            where = "inside, a gap of the policy" if escape.inside else "outside compiled code"
+            table.add_row(escape.operator, shapes, str(escape.count), where)
+        yield table
+
+    def __str__(self) -> str:
+        return render(self)
+
+
+def explain(
+    model: Callable[..., Any], *args: Any, policy: Policy | Mapping[str, Any] | None = None, **kwargs: Any
+) -> Plan:
+    """Every operand that the backend would round in ``model(*args, **kwargs)``, and everything that it would not.
+
+    The model is traced with these inputs, forward and backward (forward only under ``torch.no_grad()``), and the
+    forward pass runs once, interpreted, with its products rounded. Parameters, buffers, gradients and random
+    state are left as they were. What would be an error when compiling is listed as a gap.
+
+    Args:
+        model: an `nn.Module` or a function, compiled or not.
+        args, kwargs: its inputs.
+        policy: a `Policy`, a mapping of its fields, or None for the FP8 hybrid.
+
+    Raises:
+        ValueError: a bad policy, or a format that a dtype of the model cannot carry.
+    """
+    policy = _as_policy(policy)
+    plans: list[Plan] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        return compile_with_rounding(
+            gm, example_inputs, policy, interpret=True, observer=plans.append, strict=False
+        )
+
+    breaks_before = Counter(counters["graph_break"])
+    with _no_recompile_limit(), _state_kept(model):
+        torch.compile(_uncompiled(model), backend=backend)(*args, **kwargs)
+    sites = tuple(site for plan in plans for site in plan.sites)
+    gaps = tuple(gap for plan in plans for gap in plan.gaps)
+    breaks = Counter(counters["graph_break"]) - breaks_before
+    return Plan(sites, gaps + tuple(_break_gap(reason) for reason in breaks) + (() if plans else (_NOTHING,)))
+
+
+_NOTHING = Gap("", "(model)", "nothing was compiled: torch.compile found no graph, so nothing would be rounded")
+
+
+def _break_gap(reason: str) -> Gap:
+    first_line = reason.strip().splitlines()[0]
+    return Gap("", "(graph break)", f"{first_line}: code there runs uncompiled and unrounded; fpsim.audit tells what")
+
+
+def audit(
+    model: Callable[..., Any], *args: Any, policy: Policy | Mapping[str, Any] | None = None, **kwargs: Any
+) -> Audit:
+    """Run one real forward and backward under the profiler and report the matrix products that were not rounded.
+
+    Finds what no graph shows: products in code that `torch.compile` skipped, disabled or broke out of. The loss is
+    the sum of all floating-point outputs that need a gradient. Parameters, buffers, gradients and random state are
+    left as they were.
+
+    Args:
+        model: an `nn.Module` or a function. If it was compiled (`torch.compile`), it runs as it is and ``policy``
+            must be None; else it is compiled with backend ``"fpsim"`` and ``policy``.
+        args, kwargs: its inputs.
+        policy: a `Policy`, a mapping of its fields, or None for the FP8 hybrid.
+
+    Raises:
+        ValueError: a policy for a model that is already compiled.
+    """
+    compiled = model
+    if _uncompiled(model) is model:
+        compiled = torch.compile(model, backend="fpsim", options={"policy": _as_policy(policy)})
+    elif policy is not None:
+        raise ValueError("the model is already compiled and keeps its policy: audit it without policy")
+    with _state_kept(model):
+        _step(compiled, args, kwargs)  # compiles
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+            _step(compiled, args, kwargs)
+    products = [event for event in profiler.events() if event.name in _PRODUCT_EVENTS and not _within_product(event)]
+    found: Counter[tuple[str, tuple[tuple[int, ...], ...], bool]] = Counter()
+    covered = 0
+    for event in products:
+        inside = _within_compiled(event)
+        if inside and not _is_fused(event.name):
+            covered += 1
+            continue
+        shapes = tuple(tuple(shape) for shape in event.input_shapes or () if shape)
+        found[event.name.replace("::", "."), shapes, inside] += 1
+    return Audit(tuple(Escape(name, shapes, n, inside) for (name, shapes, inside), n in found.items()), covered)
+
+
+def _step(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    outputs = model(*args, **kwargs)
+    leaves = pytree.tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
+    losses = [leaf.sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if losses:
+        torch.stack([loss.float() for loss in losses]).sum().backward()
+
+
+def _ancestors(event: Any) -> Iterator[Any]:
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+        yield event
+
+
+def _within_compiled(event: Any) -> bool:
+    return any(ancestor.name.startswith(_COMPILED_EVENT) for ancestor in _ancestors(event))
+
+
+def _within_product(event: Any) -> bool:
+    return any(ancestor.name in _PRODUCT_EVENTS for ancestor in _ancestors(event))
+
+
+def _is_fused(name: str) -> bool:
+    """Whether the event is one whose inner products the backend cannot round."""
+    return name.removeprefix("aten::") not in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "vdot")
+
+
+def _as_policy(policy: Policy | Mapping[str, Any] | None) -> Policy:
+    return policy if isinstance(policy, Policy) else Policy.from_options(policy)
+
+
+def _uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
+    return getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+
+
+@contextlib.contextmanager
+def _no_recompile_limit() -> Iterator[None]:
+    """Every call of `explain` compiles anew: let none of them fall back to running uncompiled."""
+    with dynamo_config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
+        yield
+
+
+@contextlib.contextmanager
+def _state_kept(model: Callable[..., Any]) -> Iterator[None]:
+    """Restore what running a model changes: buffers, gradients, random state."""
+    module = _uncompiled(model)
+    parameters = list(module.parameters()) if isinstance(module, nn.Module) else []
+    buffers = list(module.buffers()) if isinstance(module, nn.Module) else []
+    gradients = [parameter.grad for parameter in parameters]
+    values = [buffer.clone() for buffer in buffers]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, values, strict=True):
+                buffer.copy_(value)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
