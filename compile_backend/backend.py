@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
@@ -22,6 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fpsim.compile_backend.products import Source
 from fpsim.compile_backend.rewrite import Observer, RoundingPass, UnroundedError
 from fpsim.policy import Policy
+
+#: How often Dynamo may compile one function anew (for other policies, shapes, modes) before it is an error.
+RECOMPILE_LIMIT = 128
 
 
 def fpsim(
@@ -82,6 +86,7 @@ def compile_with_rounding(
 
     Raises: as `fpsim`.
     """
+    _fail_closed()
     _refuse_inner_gradients(gm)
     rounding = RoundingPass(policy, _input_sources(gm, example_inputs), _identity(gm, policy), observer, strict)
     patches: dict[str, Any] = {
@@ -140,6 +145,17 @@ def _check_mode(mode: str | None) -> None:
         raise ValueError(f"backend 'fpsim' has no mode {mode!r}: leave mode out, and set Inductor's own config if needed")
 
 
+def _fail_closed() -> None:
+    """Never let Dynamo give up compiling and run a model eagerly, unrounded, without a word.
+
+    Past its recompile limit (8) it does so with a warning only; a sweep over nine policies in one process would
+    find the ninth unrounded. These are settings of the whole process: from the first model compiled by fpsim on,
+    the limit is higher, and hitting it is an error.
+    """
+    dynamo_config.fail_on_recompile_limit_hit = True
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, RECOMPILE_LIMIT)
+
+
 def _refuse_inner_gradients(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if "_functorch" in getattr(node.target, "__module__", "") or "_functorch" in str(node.target):
@@ -165,9 +181,9 @@ def _source(node: fx.Node, value: Any) -> Source:
 
 
 def _identity(gm: fx.GraphModule, policy: Policy) -> Iterator[str]:
-    """What decides the rewritten graph and is not in the cache key of torch: attention mode, module paths."""
+    """What decides the rewritten graph and need not be in torch's cache key: attention, functions, module paths."""
     yield f"attention={policy.attention}"
     for node in gm.graph.nodes:
-        stack = node.meta.get("nn_module_stack")
-        if stack:
-            yield f"{node.name}: {list(stack.values())[-1][0]}"
+        stack = node.meta.get("nn_module_stack") or {"": ("",)}
+        function = getattr(node.target, "__name__", node.target)
+        yield f"{node.op} {node.name} {function} {list(stack.values())[-1][0]}"

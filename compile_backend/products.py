@@ -1,9 +1,9 @@
 """Finding the matrix products of a joint forward-and-backward aten graph, and telling what each operand is.
 
 What a product is stands in two tables: `PRODUCTS`, operators whose operands can be rounded, and `is_opaque`,
-operators that hold products inside and are refused. Inductor decomposes small products into a multiplication
-and a sum before any pass sees them; those are recognised by the operator they came from. Roles follow from
-what a value depends on: parameters, inputs, or the incoming gradient.
+operators that hold products inside and are refused. Small products are decomposed into a multiplication and a
+sum before any pass sees them; those are recognised by the operator or the function that they came from. Roles
+follow from what a value depends on: parameters, inputs, or the incoming gradient.
 """
 
 from __future__ import annotations
@@ -31,6 +31,14 @@ PRODUCTS: dict[torch._ops.OpOverload, tuple[int, int]] = {
 }
 _PRODUCT_NAMES = {op.overloadpacket for op in PRODUCTS}
 
+#: Functions of torch whose every multiplication of two tensors, forward and backward, belongs to a matrix product.
+_PRODUCT_FUNCTIONS = frozenset(
+    {
+        "linear", "matmul", "mm", "bmm", "mv", "dot", "vdot", "inner", "outer", "ger", "addmm", "baddbmm", "addmv",
+        "addr", "addbmm", "einsum", "tensordot", "chain_matmul", "multi_dot",
+    }
+)  # fmt: skip
+
 #: Operators that hold matrix products which cannot be rounded from outside (patterns of their names).
 _OPAQUE = re.compile(
     r"aten\.("
@@ -39,7 +47,7 @@ _OPAQUE = re.compile(
     r"|_transform_bias_rescale_qkv|_transformer_encoder_layer_fwd|_triton_scaled_dot_attention"
     r"|_cdist_|_pdist_|_euclidean_dist|_trilinear|_grouped_mm|_scaled_grouped_mm|_scaled_mm|_addmm_activation"
     r"|_sparse_|_weight_int|_dyn_quant|_cudnn_rnn|lstm|gru|rnn_|_thnn_"
-    r"|linalg_|_linalg_|cholesky|matrix_exp|triangular_solve|lu_solve|ormqr|addbmm|addr|_compute_linear_combination"
+    r"|linalg_|_linalg_|cholesky|matrix_exp|triangular_solve|lu_solve|ormqr|addbmm|_compute_linear_combination"
     r").*"
 )
 _ATTENTION = re.compile(r"aten\.(_scaled_dot_product|_flash_attention|_efficient_attention|_fused_sdp).*")
@@ -101,8 +109,7 @@ def find_products(graph: fx.Graph, input_sources: Sequence[Source]) -> list[Prod
         input_sources: what the inputs of the traced function are, in its order.
     """
     sources = _propagate(graph, input_sources)
-    owners = _forward_owners(graph, sources)
-    found = [(node, operands) for node in graph.nodes if (operands := _operands(node, owners, sources))]
+    found = [(node, operands) for node in graph.nodes if (operands := _operands(node))]
     forward = [(node, operands) for node, operands in found if not _is_backward(node, sources)]
     mates = {node.meta.get("seq_nr"): (node, operands) for node, operands in forward}
     return [
@@ -194,18 +201,6 @@ def _placeholder_source(node: fx.Node, input_sources: Sequence[Source]) -> Sourc
     return Source.INPUT if _is_float(value) else Source.INTEGER_INPUT
 
 
-def _forward_owners(graph: fx.Graph, sources: dict[fx.Node, Source]) -> dict[int, object]:
-    """For each autograd sequence number, the aten operator whose autograd node has it.
-
-    Operators that record no gradient share the number of the next that does, so the owner is the last.
-    """
-    return {
-        node.meta["seq_nr"]: _original(node)
-        for node in graph.nodes
-        if node.op == "call_function" and "seq_nr" in node.meta and not _is_backward(node, sources)
-    }
-
-
 def _is_backward(node: fx.Node, sources: dict[fx.Node, Source]) -> bool:
     return bool(sources[node] & Source.TANGENT) or node.meta.get("partitioner_tag") == "is_backward"
 
@@ -216,9 +211,7 @@ def _original(node: fx.Node) -> object:
     return getattr(original, "overloadpacket", original)
 
 
-def _operands(
-    node: fx.Node, owners: dict[int, object], sources: dict[fx.Node, Source]
-) -> tuple[int, int] | None:
+def _operands(node: fx.Node) -> tuple[int, int] | None:
     """The positions of the operands if ``node`` multiplies matrices of floating-point numbers, else None."""
     if node.op != "call_function" or not _is_float(node.meta.get("val")):
         return None
@@ -226,11 +219,13 @@ def _operands(
         return PRODUCTS[node.target]
     if node.target is not aten.mul.Tensor or not all(_is_tensor(argument) for argument in node.args):
         return None
-    if _original(node) in _PRODUCT_NAMES:
-        return (0, 1)
-    # The backward of mv and dot multiplies by a plain mul: known by the autograd node it belongs to.
-    is_backward = bool(sources[node] & Source.TANGENT)
-    return (0, 1) if is_backward and owners.get(node.meta.get("seq_nr", -1)) in _PRODUCT_NAMES else None
+    return (0, 1) if _original(node) in _PRODUCT_NAMES or _source_function(node) in _PRODUCT_FUNCTIONS else None
+
+
+def _source_function(node: fx.Node) -> str | None:
+    """The name of the function of torch that the model called and that ``node`` is a part, or the derivative, of."""
+    stack = node.meta.get("fwd_source_fn_stack") or node.meta.get("source_fn_stack")
+    return getattr(stack[-1][1], "__name__", str(stack[-1][1])) if stack else None
 
 
 def _classify(
@@ -254,13 +249,14 @@ def _classify(
         path = ""  # forward code records every module but the root
     elif path is None and mate is not None:
         path = module_path(mate[0]) or ""
-    origin = _original(node) if mate is None or _original(node) in _PRODUCT_NAMES else _original(mate[0])
+    origin = _original(node)
+    name = origin.__name__ if origin in _PRODUCT_NAMES else _source_function(node)  # type: ignore[attr-defined]
     return Product(
         node=node,
         operands=operands,
         roles=(roles[0], roles[1]),
         kind=kind,
-        operator=f"aten.{origin.__name__}",  # type: ignore[attr-defined]
+        operator=f"aten.{name}",
         path=path,
         constant=not depends & (Source.PARAMETER | Source.INPUT | Source.TANGENT),
     )

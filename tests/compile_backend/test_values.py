@@ -1,0 +1,294 @@
+"""The backend's values, bit for bit, against the same arithmetic written by hand.
+
+All numbers are small dyadic rationals, and so are the rounded ones: every sum of products is exact in float32,
+so the order of summation cannot matter and equality means equality. The rounding itself is proven elsewhere.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fpsim
+
+BACKENDS = ("fpsim", "fpsim_eager")
+
+#: Formats coarse enough that rounding changes most of the numbers below; all differ.
+POLICIES = {
+    "hybrid": {},
+    "truncated": {"format": "e5m1", "rounding": "toward_zero"},
+    "roles": {"activation": "e4m2", "weight": "e3m1", "gradient": "e5m2"},
+    "switchback": {
+        "activation": "e4m2",
+        "weight": "e3m1",
+        "gradient": "e5m1",
+        "wgrad": {"activation": "bf16", "gradient": "bf16"},
+    },
+    "forward only": {"fprop": "e4m1", "format": "none"},
+    "weights only": {"weight": "e2m1fn"},
+    "nothing": {"format": "none"},
+}
+
+
+def dyadic(*shape: int, seed: int, bits: int = 5, scale: float = 0.125) -> Tensor:
+    """Integers of ``bits`` bits times ``scale``: more bits than the formats have, few enough for exact sums."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**bits), 2**bits + 1, shape, generator=generator) * scale
+
+
+class Casts:
+    """What a policy does to the operands of a product, spelled out with `fpsim.round`."""
+
+    def __init__(self, options: dict) -> None:
+        self.policy = fpsim.Policy.from_options(options)
+
+    def __call__(self, x: Tensor, kind: str, role: str) -> Tensor:
+        cast = self.policy.cast(kind, role)
+        return x if cast is None else fpsim.round(x, cast.format, rounding=cast.rounding, overflow=cast.overflow)
+
+
+def assert_same_bits(got: Tensor, want: Tensor, what: str) -> None:
+    assert got.dtype == want.dtype and got.shape == want.shape, what
+    assert torch.equal(got, want), f"{what}: {(got != want).sum()} of {got.numel()} differ\n{got}\n{want}"
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 8)
+        self.down = nn.Linear(8, 5, bias=False)
+        with torch.no_grad():
+            self.up.weight.copy_(dyadic(8, 6, seed=1))
+            self.up.bias.copy_(dyadic(8, seed=2))
+            self.down.weight.copy_(dyadic(5, 8, seed=3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)))
+
+
+def mlp_by_hand(model: MLP, x: Tensor, dy: Tensor, casts: Casts) -> dict[str, Tensor]:
+    """Forward value and all gradients of the `MLP`, as a chip with rounded operands would compute them."""
+    w1, b1, w2 = model.up.weight.detach(), model.up.bias.detach(), model.down.weight.detach()
+    h = casts(x, "fprop", "activation") @ casts(w1, "fprop", "weight").T + b1
+    a = F.relu(h)
+    y = casts(a, "fprop", "activation") @ casts(w2, "fprop", "weight").T
+    da = casts(dy, "dgrad", "gradient") @ casts(w2, "dgrad", "weight")
+    dh = da * (h > 0)
+    return {
+        "y": y,
+        "x": casts(dh, "dgrad", "gradient") @ casts(w1, "dgrad", "weight"),
+        "down.weight": casts(dy, "wgrad", "gradient").T @ casts(a, "wgrad", "activation"),
+        "up.weight": casts(dh, "wgrad", "gradient").T @ casts(x, "wgrad", "activation"),
+        "up.bias": dh.sum(0),
+    }
+
+
+def run(model: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """Forward value and all gradients of a compiled model."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    y.backward(dy)
+    gradients = {name.removeprefix("_orig_mod."): p.grad for name, p in model.named_parameters()}
+    return {"y": y.detach(), "x": x.grad, **gradients}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", POLICIES)
+def test_linear_layers_compute_what_the_policy_says(name: str, backend: str) -> None:
+    options = POLICIES[name]
+    model, x, dy = MLP(), dyadic(4, 6, seed=4), dyadic(4, 5, seed=5, bits=3)
+    want = mlp_by_hand(model, x, dy, Casts(options))
+    got = run(torch.compile(model, backend=backend, options=options), x, dy)
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        assert_same_bits(got[key], value, f"{name} {key}")
+
+
+def test_every_role_of_every_product_shows_in_the_values() -> None:
+    """The test above means something: each cast alone changes the numbers that it should, and no others."""
+    model, x, dy = MLP(), dyadic(4, 6, seed=4), dyadic(4, 5, seed=5, bits=3)
+    plain = mlp_by_hand(model, x, dy, Casts({"format": "none"}))
+    touched = {
+        ("fprop", "activation"): {"y", "x", "up.weight", "up.bias", "down.weight"},
+        ("fprop", "weight"): {"y", "x", "up.weight", "up.bias", "down.weight"},
+        ("dgrad", "gradient"): {"x", "up.weight", "up.bias"},
+        ("dgrad", "weight"): {"x", "up.weight", "up.bias"},
+        ("wgrad", "gradient"): {"up.weight", "down.weight"},
+        ("wgrad", "activation"): {"up.weight", "down.weight"},
+    }
+    for (kind, role), allowed in touched.items():
+        result = mlp_by_hand(model, x, dy, Casts({"format": "none", kind: {role: "e3m1"}}))
+        changed = {key for key in plain if not torch.equal(plain[key], result[key])}
+        assert changed and changed <= allowed, (kind, role, changed)
+
+
+class Layers(nn.Module):
+    """Two equal layers and a head, to tell modules apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)])
+        self.head = nn.Linear(6, 4, bias=False)
+        with torch.no_grad():
+            for seed, layer in enumerate([*self.layers, self.head]):
+                layer.weight.copy_(dyadic(*layer.weight.shape, seed=10 + seed, bits=3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def layers_by_hand(model: Layers, x: Tensor, dy: Tensor, casts: dict[str, Casts]) -> dict[str, Tensor]:
+    names = ["layers.0", "layers.1", "head"]
+    weights = [model.get_submodule(name).weight.detach() for name in names]
+    inputs, result = [], {}
+    for name, w in zip(names, weights, strict=True):
+        inputs.append(x)
+        x = casts[name](x, "fprop", "activation") @ casts[name](w, "fprop", "weight").T
+    result["y"] = x
+    for name, w, a in reversed(list(zip(names, weights, inputs, strict=True))):
+        result[f"{name}.weight"] = casts[name](dy, "wgrad", "gradient").T @ casts[name](a, "wgrad", "activation")
+        dy = casts[name](dy, "dgrad", "gradient") @ casts[name](w, "dgrad", "weight")
+    result["x"] = dy
+    return result
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_module_rules_hold_in_forward_and_backward(backend: str) -> None:
+    inner = {"activation": "e4m2", "weight": "e3m2", "gradient": "e5m1"}
+    options = {"format": "e5m2", "modules": {"layers.1": inner}, "skip": ["head"]}
+    casts = {"layers.0": Casts({"format": "e5m2"}), "layers.1": Casts(inner), "head": Casts({"format": "none"})}
+    model, x, dy = Layers(), dyadic(3, 6, seed=20, bits=3), dyadic(3, 4, seed=21, bits=2)
+    want = layers_by_hand(model, x, dy, casts)
+    got = run(torch.compile(model, backend=backend, options=options), x, dy)
+    for key, value in want.items():
+        assert_same_bits(got[key], value, key)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_are_rounded_where_the_policy_says_output(backend: str) -> None:
+    options = {"format": "e4m2", "output": "e5m1/toward_zero"}
+    model, x, dy = nn.Linear(6, 4), dyadic(3, 6, seed=30), dyadic(3, 4, seed=31)
+    with torch.no_grad():
+        model.weight.copy_(dyadic(4, 6, seed=32))
+        model.bias.copy_(dyadic(4, seed=33))
+    q = Casts({"format": "e4m2"})
+    out = Casts({"format": "e5m1", "rounding": "toward_zero"})
+    w, b = model.weight.detach(), model.bias.detach()
+    want = {
+        "y": out(q(x, "fprop", "activation") @ q(w, "fprop", "weight").T + b, "fprop", "activation"),
+        "x": out(q(dy, "dgrad", "gradient") @ q(w, "dgrad", "weight"), "fprop", "activation"),
+        "weight": out(q(dy, "wgrad", "gradient").T @ q(x, "wgrad", "activation"), "fprop", "activation"),
+        "bias": dy.sum(0),
+    }
+    got = run(torch.compile(model, backend=backend, options=options), x, dy)
+    for key, value in want.items():
+        assert_same_bits(got[key], value, key)
+
+
+def attention_by_hand(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, casts: Casts) -> dict[str, Tensor]:
+    """Scaled dot-product attention and its gradients, every inner product with rounded operands.
+
+    As in torch's math kernel, q and k are each scaled by the square root of the scale before their product.
+    """
+    root = (1 / q.shape[-1] ** 0.5) ** 0.5
+    activation = ("fprop", "activation")
+    qs, ks = q * root, k * root
+    s = casts(qs, *activation) @ casts(ks, *activation).mT
+    p = torch.softmax(s, -1)
+    y = casts(p, *activation) @ casts(v, *activation)
+    dp = casts(dy, "dgrad", "gradient") @ casts(v, "dgrad", "activation").mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    return {
+        "y": y,
+        "q": casts(ds, "dgrad", "gradient") @ casts(ks, "dgrad", "activation") * root,
+        "k": casts(ds, "dgrad", "gradient").mT @ casts(qs, "dgrad", "activation") * root,
+        "v": casts(p, "dgrad", "activation").mT @ casts(dy, "dgrad", "gradient"),
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["sdpa", "written out"])
+def test_the_inner_products_of_attention_are_rounded(form: str, backend: str) -> None:
+    """With k = 0 the softmax is exactly 1/4 in every place, so that even attention is exact."""
+    options = {"activation": "e4m1", "weight": "e2m1fn", "gradient": "e5m1"}
+    shape = (2, 3, 4, 16)  # scale 1/4, so that its root is exact too
+    q, v, dy = dyadic(*shape, seed=40), dyadic(*shape, seed=41), dyadic(*shape, seed=42)
+    k = torch.zeros(shape)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if form == "sdpa":
+            return F.scaled_dot_product_attention(q, k, v)
+        return torch.softmax((q * 0.5) @ (k * 0.5).mT, -1) @ v
+
+    want = attention_by_hand(q, k, v, dy, Casts(options))
+    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+    y = torch.compile(attention, backend=backend, options=options)(*inputs)
+    y.backward(dy)
+    got = {"y": y.detach(), **{name: t.grad for name, t in zip("qkv", inputs, strict=True)}}
+    assert want["k"].any() and not torch.equal(want["v"], attention_by_hand(q, k, v, dy, Casts({"format": "none"}))["v"])
+    for key, value in want.items():
+        assert_same_bits(got[key], value, f"{form} {key}")
+
+
+PRODUCTS = {
+    "matmul": (lambda a, b: a @ b, (3, 5), (5, 4)),
+    "bmm": (torch.bmm, (2, 3, 5), (2, 5, 4)),
+    "broadcast matmul": (torch.matmul, (2, 2, 3, 5), (5, 4)),
+    "matrix times vector": (lambda a, b: a @ b, (3, 5), (5,)),
+    "vector times matrix": (lambda a, b: a @ b, (5,), (5, 3)),
+    "dot": (torch.dot, (5,), (5,)),
+    "einsum": (lambda a, b: torch.einsum("bik,bkj->bij", a, b), (2, 3, 5), (2, 5, 4)),
+    "einsum with a contraction over two axes": (lambda a, b: torch.einsum("ikl,klj->ij", a, b), (3, 2, 5), (2, 5, 4)),
+    "outer product by einsum": (lambda a, b: torch.einsum("i,j->ij", a, b), (3,), (4,)),
+    "linear": (F.linear, (2, 3, 5), (4, 5)),
+}
+
+
+def exact_product(fn, a: Tensor, b: Tensor, dy: Tensor, casts: Casts) -> tuple[Tensor, Tensor, Tensor]:
+    """Value and gradients of a bilinear ``fn``, each computed from its own rounded operands."""
+    y = fn(casts(a, "fprop", "activation"), casts(b, "fprop", "activation"))
+    rounded_dy = casts(dy, "dgrad", "gradient")
+    da = torch.func.vjp(lambda t: fn(t, casts(b, "dgrad", "activation")), a)[1](rounded_dy)[0]
+    db = torch.func.vjp(lambda t: fn(casts(a, "dgrad", "activation"), t), b)[1](rounded_dy)[0]
+    return y, da, db
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_all_ways_to_write_a_matrix_product(name: str) -> None:
+    options = {"activation": "e4m2", "gradient": "e5m1", "weight": "e2m1fn"}
+    fn, shape_a, shape_b = PRODUCTS[name]
+    a, b = dyadic(*shape_a, seed=50), dyadic(*shape_b, seed=51)
+    dy = dyadic(*fn(a, b).shape, seed=52)
+    want = exact_product(fn, a, b, dy, Casts(options))
+    a, b = a.requires_grad_(), b.requires_grad_()
+    y = torch.compile(fn, backend="fpsim", options=options)(a, b)
+    y.backward(dy)
+    for got, value, what in zip((y.detach(), a.grad, b.grad), want, ("value", "da", "db"), strict=True):
+        assert_same_bits(got, value, f"{name}: {what}")
+
+
+@pytest.mark.parametrize("k", [1, 2, 8])
+@pytest.mark.parametrize("n", [1, 2, 8])
+@pytest.mark.parametrize("m", [1, 2, 8])
+def test_no_shape_is_too_small_to_be_rounded(m: int, n: int, k: int) -> None:
+    """Inductor turns small products into multiply-and-sum before any pass sees them, in backward as well."""
+    options = {"activation": "e4m2", "weight": "e3m1", "gradient": "e5m1"}
+    model = nn.Linear(k, n)
+    with torch.no_grad():
+        model.weight.copy_(dyadic(n, k, seed=60))
+        model.bias.copy_(dyadic(n, seed=61))
+    x, dy, casts = dyadic(m, k, seed=62), dyadic(m, n, seed=63), Casts(options)
+    w, b = model.weight.detach(), model.bias.detach()
+    want = {
+        "y": casts(x, "fprop", "activation") @ casts(w, "fprop", "weight").T + b,
+        "x": casts(dy, "dgrad", "gradient") @ casts(w, "dgrad", "weight"),
+        "weight": casts(dy, "wgrad", "gradient").T @ casts(x, "wgrad", "activation"),
+        "bias": dy.sum(0),
+    }
+    got = run(torch.compile(model, backend="fpsim_eager", options=options, dynamic=False), x, dy)
+    for key, value in want.items():
+        assert_same_bits(got[key], value, f"{m}x{k} @ {k}x{n}: {key}")
