@@ -1,0 +1,43 @@
+# `make demo` and `make test` do everything on a fresh machine: Python 3.11 or newer, g++ and make.
+PYTHON ?= python3
+BIN := .venv/bin
+# The CPU build of torch is pinned here; CUDA users install their own torch first and set CONSTRAINTS= to nothing.
+CONSTRAINTS ?= constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test test-exhaustive lint types benchmarks clean
+
+demo: .venv/ready
+	$(BIN)/fpsim demo $(DEMO)
+
+test: .venv/ready
+	$(PYTEST) -m "not exhaustive" $(TESTS)
+
+# Every float32 input and whatever else takes minutes.
+test-exhaustive: .venv/ready
+	$(PYTEST) -m exhaustive $(TESTS)
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy reads the built wheel: the sources stand in four folders and become one package only there.
+types: .venv/ready
+	rm -rf build/wheel build/site
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/site build/wheel/*.whl
+	cd build/site && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fpsim
+
+benchmarks: .venv/ready
+	$(BIN)/python -m tests.benchmarks.rounding
+	$(BIN)/python -m tests.benchmarks.training
+
+.venv/ready: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) --editable '.[dev,paper]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info runs

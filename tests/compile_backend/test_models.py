@@ -1,0 +1,240 @@
+"""Whole models: compiled and interpreted give the same bits, in every setting in which people run models."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fpsim
+from fpsim.compile_backend import UnroundedError
+from fpsim.compile_backend.rewrite import RoundingPass
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block whose arithmetic between products is the same in any executor."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
+        a = F.relu(q @ k.mT) @ v  # attention without softmax: elementwise functions differ between executors
+        x = x + self.out(a.permute(0, 2, 1, 3).reshape(batch, length, width))
+        return x + self.down(F.relu(self.up(x)))
+
+
+def exact_(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give a model small dyadic parameters, so that sums are exact and their order cannot matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randint(-3, 4, parameter.shape, generator=generator) * 0.25)
+    return model
+
+
+def step(model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad(set_to_none=True)
+    x = x.clone().requires_grad_()
+    y = model(x)
+    y.backward(torch.ones_like(y))
+    return [y.detach(), x.grad, *(parameter.grad for parameter in model.parameters())]
+
+
+def same_bits(a: list[Tensor], b: list[Tensor]) -> None:
+    for i, (p, q) in enumerate(zip(a, b, strict=True)):
+        assert p.dtype == q.dtype and torch.equal(p, q), f"result {i}: {(p != q).sum()} of {p.numel()} differ"
+
+
+OPTIONS = {"activation": "e4m2", "weight": "e2m1fn", "gradient": "e4m1", "overflow": "sat_finite"}
+
+
+def inputs(batch: int = 2, length: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randint(-4, 5, (batch, length, 16), generator=generator) * 0.25).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compiled_and_interpreted_give_the_same_bits(dtype: torch.dtype) -> None:
+    model, x = exact_(Block()).to(dtype), inputs(dtype=dtype)
+    compiled = step(torch.compile(model, backend="fpsim", options=OPTIONS), x)
+    same_bits(compiled, step(torch.compile(model, backend="fpsim_eager", options=OPTIONS), x))
+    assert not torch.equal(compiled[0], step(model, x)[0])
+
+
+def test_autocast_rounds_what_it_casts() -> None:
+    """Under autocast an operand is first cast to bfloat16, then rounded."""
+    model = nn.Linear(6, 4, bias=False)
+    x = torch.randn(3, 6)
+
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        got = torch.compile(model, backend="fpsim", options={"format": "e4m3fn"})(x)
+    operands = [fpsim.round(t.detach().bfloat16(), "e4m3fn") for t in (x, model.weight)]
+    assert torch.equal(got, operands[0] @ operands[1].T)
+
+
+def test_bfloat16_results_are_rounded_before_the_next_rounding_sees_them() -> None:
+    """Inductor would keep a product in float32 until it is stored; the chip that is simulated would not."""
+    a, b = torch.randn(64, 64, dtype=torch.bfloat16), torch.randn(64, 64, dtype=torch.bfloat16)
+    identity = torch.eye(64, dtype=torch.bfloat16)
+    options = {"activation": "e5m4"}
+    got = torch.compile(lambda a, b, i: (a * b) @ i, backend="fpsim", options=options)(a, b, identity)
+    assert torch.equal(got, fpsim.round(a * b, "e5m4"))
+    unrounded_first = fpsim.round(a.float() * b.float(), "e5m4").bfloat16()
+    assert not torch.equal(got, unrounded_first)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inference_is_rounded(mode: type[contextlib.AbstractContextManager]) -> None:
+    model, x = exact_(Block()), inputs()
+    want = step(torch.compile(model, backend="fpsim_eager", options=OPTIONS), x)[0]
+    with mode():
+        got = torch.compile(model, backend="fpsim", options=OPTIONS)(x)
+    assert torch.equal(got, want)
+
+
+def test_dynamic_shapes_compile_once_and_stay_exact() -> None:
+    model = exact_(Block())
+    compiled = torch.compile(model, backend="fpsim", options=OPTIONS, dynamic=True)
+    interpreted = torch.compile(model, backend="fpsim_eager", options=OPTIONS, dynamic=False)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for batch, length in [(2, 4), (3, 5), (4, 7)]:
+            x = inputs(batch, length)
+            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            got = step(compiled, x)
+            if (batch, length) != (2, 4):
+                assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+            same_bits(got, step(interpreted, x))
+
+
+def test_a_tied_weight_gathers_both_gradients() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, 6, bias=False)
+            self.second = nn.Linear(6, 6, bias=False)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    model = exact_(Twice())
+    x, fmt = inputs()[0, :, :6], "e3m1"
+    w = fpsim.round(model.first.weight.detach(), fmt)
+    q = fpsim.round(x, fmt)
+    h = q @ w.T
+    dy = torch.ones(4, 6)
+    dh = dy @ w
+    want = dy.T @ fpsim.round(h, fmt) + fpsim.round(dh, fmt).T @ q
+    got = step(torch.compile(model, backend="fpsim", options={"format": fmt}), x)
+    same_bits(got, [fpsim.round(h, fmt) @ w.T, fpsim.round(dh, fmt) @ w, want])
+
+
+def test_parameters_may_change_between_calls() -> None:
+    model, x = exact_(nn.Linear(16, 4, bias=False)), inputs()
+    compiled = torch.compile(model, backend="fpsim", options={"format": "e3m1"})
+    for seed in (1, 2):
+        exact_(model, seed)
+        want = fpsim.round(x, "e3m1") @ fpsim.round(model.weight.detach(), "e3m1").T
+        assert torch.equal(compiled(x), want)
+
+
+def test_twenty_policies_in_one_process_are_all_rounded() -> None:
+    """Past its recompile limit (8) Dynamo would run the model eagerly, unrounded, with a warning only."""
+    model, x = nn.Linear(16, 4, bias=False), torch.randn(2, 16)
+    for mantissa_bits in range(1, 21):
+        fmt = f"e8m{mantissa_bits}"
+        got = torch.compile(model, backend="fpsim_eager", options={"format": fmt})(x)
+        want = fpsim.round(x, fmt) @ fpsim.round(model.weight.detach(), fmt).T
+        assert torch.equal(got, want), fmt
+
+
+def test_a_changed_options_dict_does_not_change_compiled_code() -> None:
+    model, x = nn.Linear(16, 4, bias=False), torch.randn(2, 16)
+    options = {"policy": fpsim.Policy(format="e4m3fn")}
+    want = fpsim.round(x, "e4m3fn") @ fpsim.round(model.weight.detach(), "e4m3fn").T
+    assert torch.equal(torch.compile(model, backend="fpsim_eager", options=options)(x), want)
+
+
+def test_equal_values_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three layers share an input: one rounding of it, one per weight, each used by forward and backward."""
+
+    class Fan(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(16, 16, bias=False) for _ in range(3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(layer(x) for layer in self.layers)
+
+    rounded: list[str] = []
+
+    def counting(self: RoundingPass, graph: torch.fx.Graph) -> None:
+        original(self, graph)
+        rounded.extend(n.args[1] for n in graph.nodes if n.target is torch.ops.fpsim.round.default)
+
+    original = RoundingPass.__call__
+    monkeypatch.setattr(RoundingPass, "__call__", counting)
+    step(torch.compile(Fan(), backend="fpsim_eager"), inputs())
+    assert sorted(rounded) == ["e4m3fn"] * 4 + ["e5m2"]
+
+
+@pytest.mark.parametrize("backend", ["fpsim", "fpsim_eager"])
+def test_the_backends_are_found_without_importing_fpsim(backend: str) -> None:
+    assert backend in torch._dynamo.list_backends()
+
+
+def refused(model, *args: Tensor, **options) -> str:
+    """The message with which compiling is refused."""
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as error:
+        torch.compile(model, backend="fpsim", options=options)(*args)
+    assert isinstance(error.value.inner_exception, UnroundedError | ValueError | TypeError)
+    return str(error.value.inner_exception)
+
+
+def test_what_cannot_be_rounded_is_an_error_with_the_remedy() -> None:
+    message = refused(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 8, 8))
+    assert "aten.convolution" in message and "gaps=" in message and "'0'" in message
+
+
+def test_a_gap_may_be_accepted() -> None:
+    model, x = nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8)
+    got = torch.compile(model, backend="fpsim", options={"gaps": ["aten.convolution*"]})(x)
+    torch.testing.assert_close(got, model(x))
+
+
+def test_an_unknown_option_is_an_error_that_lists_the_valid_ones() -> None:
+    message = refused(nn.Linear(4, 4), torch.randn(2, 4), activations="e4m3fn")
+    assert "'activations'" in message and "did you mean 'activation'" in message and "gradient" in message
+
+
+def test_a_format_that_the_model_cannot_carry_is_an_error() -> None:
+    message = refused(nn.Linear(4, 4).bfloat16(), torch.randn(2, 4, dtype=torch.bfloat16), format="fp16")
+    assert "e5m10" in message and "bfloat16" in message and "float32" in message
+
+
+def test_a_mode_is_an_error() -> None:
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no mode 'max-autotune'"):
+        torch.compile(nn.Linear(4, 4), backend="fpsim", mode="max-autotune")(torch.randn(2, 4))
+
+
+def test_derivatives_taken_inside_the_compiled_function_are_refused() -> None:
+    def gradient(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda t: (t @ t).sum())(x)
+
+    assert "takes derivatives itself" in refused(gradient, torch.randn(3, 3))
+
+
+def test_a_wider_format_than_the_carrier_changes_nothing() -> None:
+    model, x = nn.Linear(4, 4).bfloat16(), torch.randn(2, 4, dtype=torch.bfloat16)
+    assert torch.equal(torch.compile(model, backend="fpsim", options={"format": "tf32"})(x), model(x))
