@@ -142,7 +142,9 @@ def _after_the_users(rounding: RoundingPass) -> CustomGraphPass:
 
 def _check_mode(mode: str | None) -> None:
     if mode not in (None, "default"):
-        raise ValueError(f"backend 'fpsim' has no mode {mode!r}: leave mode out, and set Inductor's own config if needed")
+        raise ValueError(
+            f"backend 'fpsim' has no mode {mode!r}: leave mode out, and set Inductor's own config if needed"
+        )
 
 
 def _fail_closed() -> None:

@@ -6,6 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -40,6 +41,12 @@ _PRODUCT_EVENTS = frozenset(
 
 #: What the profiler calls a run of a graph that a backend compiled.
 _COMPILED_EVENT = "## Call CompiledFxGraph"
+
+#: Keeps what `explain` compiles apart from what the user compiles (since torch 2.13), so that it counts against no
+#: limit there.
+_ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
+)
 
 
 @dataclass(frozen=True)
@@ -105,13 +112,11 @@ def explain(
     plans: list[Plan] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        return compile_with_rounding(
-            gm, example_inputs, policy, interpret=True, observer=plans.append, strict=False
-        )
+        return compile_with_rounding(gm, example_inputs, policy, interpret=True, observer=plans.append, strict=False)
 
     breaks_before = Counter(counters["graph_break"])
     with _no_recompile_limit(), _state_kept(model):
-        torch.compile(_uncompiled(model), backend=backend)(*args, **kwargs)
+        torch.compile(_uncompiled(model), backend=backend, **_ISOLATED)(*args, **kwargs)
     sites = tuple(site for plan in plans for site in plan.sites)
     gaps = tuple(gap for plan in plans for gap in plan.gaps)
     breaks = Counter(counters["graph_break"]) - breaks_before
@@ -171,7 +176,33 @@ def _step(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str,
     leaves = pytree.tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
     losses = [leaf.sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     if losses:
-        torch.stack([loss.float() for loss in losses]).sum().backward()
+        loss = torch.stack([loss.float() for loss in losses]).sum()
+        with _gradients_kept(loss):
+            loss.backward()
+
+
+@contextlib.contextmanager
+def _gradients_kept(loss: Tensor) -> Iterator[None]:
+    """Restore the gradients that a backward pass from ``loss`` accumulates: of parameters and of inputs."""
+    leaves = [node.variable for node in _autograd_nodes(loss) if hasattr(node, "variable")]
+    gradients = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    try:
+        yield
+    finally:
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient
+
+
+def _autograd_nodes(loss: Tensor) -> set[Any]:
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return seen
 
 
 def _ancestors(event: Any) -> Iterator[Any]:
@@ -210,14 +241,10 @@ def _no_recompile_limit() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _state_kept(model: Callable[..., Any]) -> Iterator[None]:
-    """Restore what running a model changes: buffers, gradients, random state."""
+    """Restore what running a model forward changes: buffers and random state."""
     module = _uncompiled(model)
-    parameters = list(module.parameters()) if isinstance(module, nn.Module) else []
     buffers = list(module.buffers()) if isinstance(module, nn.Module) else []
-    gradients = [parameter.grad for parameter in parameters]
     values = [buffer.clone() for buffer in buffers]
-    for parameter in parameters:
-        parameter.grad = None
     try:
         with torch.random.fork_rng():
             yield
@@ -225,5 +252,3 @@ def _state_kept(model: Callable[..., Any]) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in zip(buffers, values, strict=True):
                 buffer.copy_(value)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient

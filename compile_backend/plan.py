@@ -62,7 +62,8 @@ class Plan:
         for site in self.sites:
             shape = " x ".join(map(str, site.shape)) or "scalar"
             cast = Text(site.cast, style="green") if site.cast else Text("unrounded", style="yellow")
-            table.add_row(site.path or "(root)", site.operator, site.kind, site.role, shape, site.dtype, cast)
+            words = (site.path or "(root)", site.operator, site.kind, site.role, shape, site.dtype)
+            table.add_row(*map(Text, words), cast)
         yield table
         if not self.gaps:
             yield Text("no gaps: every matrix product is covered", style="green")
@@ -71,7 +72,7 @@ class Plan:
         for name in ("module", "operator", "reason"):
             gaps.add_column(name, overflow="fold")
         for gap in self.gaps:
-            gaps.add_row(gap.path or "(root)", gap.operator, gap.reason)
+            gaps.add_row(*map(Text, (gap.path or "(root)", gap.operator, gap.reason)))  # as text: "[" is no markup
         yield gaps
 
     def __str__(self) -> str:

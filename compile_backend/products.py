@@ -291,7 +291,7 @@ def _differentiated_role(
 
 
 def _role_by_use(node: fx.Node, input_sources: Sequence[Source]) -> str:
-    """``weight`` if ``node`` reaches an output of the graph that is the gradient of a parameter, else ``activation``."""
+    """``weight`` if ``node`` reaches an output that is the gradient of a parameter, else ``activation``."""
     seen, waiting = {node}, [node]
     while waiting:
         current = waiting.pop()

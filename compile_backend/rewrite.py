@@ -18,7 +18,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.node import map_arg
 
-import fpsim.rounding_lowering  # noqa: F401  # the operator must have its lowering before Inductor meets it
+import fpsim.rounding_lowering  # the operator must have its lowering before Inductor meets it
 from fpsim.compile_backend.plan import Gap, Plan, Site
 from fpsim.compile_backend.products import (
     Product,
@@ -30,7 +30,7 @@ from fpsim.compile_backend.products import (
     module_path,
 )
 from fpsim.policy import Cast, Policy
-from fpsim.rounding_op import CARRIERS, check_carrier, round_op
+from fpsim.rounding_op import CARRIERS, KERNEL, check_carrier, round_op
 
 #: Told of every rewritten graph's plan.
 Observer = Callable[[Plan], None]
@@ -213,7 +213,7 @@ class _Inserter:
         while last.op == "placeholder" and last.next.op == "placeholder":
             last = last.next
         with self.graph.inserting_after(last):
-            node = self.graph.call_function(round_op, (value, cast.format.name, cast.rounding, cast.overflow))
+            node = self.graph.call_function(round_op, (value, cast.format.name, cast.rounding, cast.overflow, KERNEL))
         copied = ("partitioner_tag", "recompute", "ac_graph_id", "seq_nr", "stack_trace")
         node.meta = {key: value.meta[key] for key in copied if key in value.meta}
         for key in ("nn_module_stack", "fwd_nn_module_stack", "stack_trace"):
@@ -229,5 +229,3 @@ class _Inserter:
 def _is_exact(carrier: torch.dtype, cast: Cast) -> bool:
     """Whether every value of ``carrier``, infinities too, already is a value of the format."""
     return CARRIERS[carrier].is_subset_of(cast.format) and cast.overflow != "sat_finite"
-
-

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -273,10 +273,9 @@ def _parse(name: str) -> FloatFormat:
     head, *options = name.strip().lower().split(":")
     head = _LIBRARY_PREFIX.sub("", head).removesuffix("_x2")
     head = _ALIASES.get(head, head)
-    if head in _NAMED and not options:
-        return _NAMED[head]
+    named = _NAMED.get(head)
     match = _PATTERN.fullmatch(head)
-    if match is None:
+    if named is None and match is None:
         known = list(dict.fromkeys([*NAMED_FORMATS, *_ALIASES]))
         near = difflib.get_close_matches(head, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -285,7 +284,7 @@ def _parse(name: str) -> FloatFormat:
             "(1 <= X <= 11 exponent bits, 0 <= Y <= 52 mantissa bits) with an optional suffix fn, fnuz or finite, "
             "and options :bias=N, :nosubnormals, :unsigned, :nozero"
         )
-    facts: dict[str, object] = {"specials": _SPECIALS_OF[match["suffix"] or ""]}
+    facts: dict[str, object] = {}
     for option in options:
         if option in SPECIALS:
             facts["specials"] = option
@@ -299,6 +298,10 @@ def _parse(name: str) -> FloatFormat:
                 "nosubnormals, unsigned, nozero"
             )
     try:
+        if named is not None:
+            return replace(named, **facts)  # type: ignore[arg-type]
+        assert match is not None
+        facts.setdefault("specials", _SPECIALS_OF[match["suffix"] or ""])
         return FloatFormat(int(match["e"]), int(match["m"]), **facts)  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"no such format {name!r}: {error}") from None

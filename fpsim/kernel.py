@@ -8,8 +8,7 @@ subnormals): a compiler's contraction, unsafe-math and flush-to-zero flags canno
 Notation. The *carrier* (float32 or float64) holds the values; a *code* is its bit pattern read as an integer.
 Codes of non-negative numbers are in the order of their values, and a carry out of the mantissa moves to the next
 binade by itself, so that rounding is "add, then mask". A *unit* is the code difference between neighbouring
-values of the format. Truth values are masks and choices are made with them: on CPUs a comparison with its
-select costs several times as much as the three integer operations that replace it.
+values of the format.
 """
 
 from __future__ import annotations
@@ -25,14 +24,20 @@ FLOAT32 = FloatFormat(8, 23)
 FLOAT64 = FloatFormat(11, 52)
 
 Int = Any  #: an integer, or an array of integers of the carrier's width
-Mask = Any  #: truth values as integers: -1 (all bits set) or 0
+Mask = Any  #: truth values in whatever form the executor likes best
 
 
 class Ops(Protocol):
-    """What an executor supplies besides the operators ``+ - & | ^ ~ << >>`` on its integers."""
+    """What an executor supplies besides ``+ - & | ^ ~ << >>`` on its integers and ``& | ~`` on its masks."""
 
     def clamp(self, a: Int, low: int | None, high: int | None) -> Int:
         """``a``, but not below ``low`` and not above ``high`` (None: no bound)."""
+
+    def less(self, a: Int, bound: int) -> Mask:
+        """Where ``a < bound``."""
+
+    def choose(self, mask: Mask, a: Int, b: Int) -> Int:
+        """``a`` where the mask is set, ``b`` elsewhere; ``a`` or ``b`` may be plain ints."""
 
     def code_of_integer(self, a: Int) -> Int:
         """The carrier's code of the number ``a``, an integer with 0 <= a < 2**mantissa_bits (others: anything)."""
@@ -138,102 +143,60 @@ def round_code(code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops) ->
     """
     fmt, carrier = grid.fmt, grid.carrier
     infinity = carrier.max_code + 1
-    magnitude_bits = carrier.sign_code - 1
 
-    magnitude = code & magnitude_bits
-    is_nan = _greater(magnitude, infinity, grid, ops)
-    a = ops.clamp(magnitude, None, infinity)  # keeps the sums below from wrapping
-    if grid.extended:
-        a = _extend(a, grid, ops)
+    magnitude = code & (carrier.sign_code - 1)
+    is_nan = ~ops.less(magnitude, infinity + 1)  # in its lanes the sums below may wrap: their results are replaced
+    a = _extend(magnitude, grid, ops) if grid.extended else magnitude
 
     r = _round_magnitude(a, code, grid, rounding, ops)
     becomes_infinity = _becomes_infinity(a, r, code, grid, rounding, overflow, ops)
     smallest = grid.code_of(fmt.smallest_subnormal)
-    if not fmt.zero or grid.tiny:
-        r = ops.clamp(r, smallest, grid.max)
-    else:
-        r = ops.clamp(r, None, grid.max)
+    r = ops.clamp(r, smallest if grid.tiny or not fmt.zero else None, grid.max)
     if grid.tiny:
-        r = _choose(_survives(a, code, grid, rounding, ops), r, grid.zero)
+        r = ops.choose(_becomes_zero(a, code, grid, rounding, ops), grid.zero, r)
     elif fmt.zero and not fmt.subnormals:
-        r = _choose(_less(r, smallest, grid, ops), grid.zero, r)
+        r = ops.choose(ops.less(r, smallest), grid.zero, r)
     if grid.extended:
         r = _unextend(r, grid, ops)
     if becomes_infinity is not None and fmt.has_infinity:
-        r = _choose(becomes_infinity, infinity, r)
+        r = ops.choose(becomes_infinity, infinity, r)
     elif becomes_infinity is not None:
         is_nan = is_nan | becomes_infinity
 
-    if fmt.signed:
-        sign = code & ~magnitude_bits
-        if not fmt.has_negative_zero:
-            sign = sign & -r  # -r has the sign bit unless r is 0
-        if not fmt.has_nan:
-            sign = sign & ~is_nan
-        r = r | sign
+    if fmt.has_negative_zero:
+        r = r | (code ^ magnitude)
+    elif fmt.signed:
+        r = r | ((code ^ magnitude) & -r)  # -r has the sign bit unless r is 0
     else:
-        below = _negative(code, grid)
-        below = below & _greater(r, 0, grid, ops) if fmt.zero else below | ~_greater(magnitude, 0, grid, ops)
-        r = _choose(below, 0 if fmt.zero else grid.plain_code_of(fmt.smallest_normal), r)
+        negative = ops.less(code, 0)
+        below = negative & ~ops.less(r, 1) if fmt.zero else negative | ops.less(magnitude, 1)
+        r = ops.choose(below, 0 if fmt.zero else grid.plain_code_of(fmt.smallest_normal), r)
         if overflow == "ovf_inf":
             is_nan = is_nan | below
         elif overflow == "sat_propagate":
-            is_nan = is_nan | (_negative(code, grid) & ~_less(magnitude, infinity, grid, ops))
-    if not fmt.has_nan:  # then NaN becomes the largest finite value, as it has already where overflow saturates
-        return r if overflow == "sat_finite" and fmt.signed else _choose(is_nan, grid.plain_code_of(fmt.max), r)
-    return r | (is_nan & carrier.nan_code)
+            is_nan = is_nan | (negative & ~ops.less(magnitude, infinity))
+    return ops.choose(is_nan, carrier.nan_code if fmt.has_nan else grid.plain_code_of(fmt.max), r)
 
 
-def _negative(a: Int, grid: Grid) -> Mask:
-    """The mask of ``a < 0``."""
-    return a >> (grid.carrier.bits - 1)
-
-
-def _less(a: Int, b: int, grid: Grid, ops: Ops) -> Mask:
-    """The mask of ``a < b``."""
-    if grid.extended:  # the difference might overflow: clamp first
-        return ops.clamp(a, b - 1, b) - b
-    return _negative(a - b, grid)
-
-
-def _greater(a: Int, b: int, grid: Grid, ops: Ops) -> Mask:
-    """The mask of ``a > b``."""
-    if grid.extended:
-        return b - ops.clamp(a, b, b + 1)
-    return _negative(b - a, grid)
-
-
-def _choose(mask: Mask, a: Int, b: Int) -> Int:
-    """``a`` where the mask is set, ``b`` elsewhere."""
-    if isinstance(a, int) and a == 0:
-        return b & ~mask
-    if isinstance(b, int) and b == 0:
-        return a & mask
-    return b ^ ((a ^ b) & mask)
-
-
-def _becomes_infinity(
-    a: Int, r: Int, code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops
-) -> Mask | None:
+def _becomes_infinity(a: Int, r: Int, code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops) -> Mask | None:
     """Which results are an infinity (or the NaN that stands for it); None if the modes make none."""
-    infinity = grid.carrier.max_code + 1
     if overflow == "sat_finite":
         return None
-    was_infinity = ~_less(a, infinity, grid, ops)
+    was_infinity = ~ops.less(a, grid.carrier.max_code + 1)
     if overflow == "sat_propagate" or rounding in ("toward_zero", "to_odd"):
         return was_infinity
-    overflows = _greater(r, grid.max, grid, ops)
+    overflows = ~ops.less(r, grid.max + 1)
     if rounding == "up":
-        return was_infinity | (overflows & ~_negative(code, grid))
+        return was_infinity | (overflows & ~ops.less(code, 0))
     if rounding == "down":
-        return was_infinity | (overflows & _negative(code, grid))
+        return was_infinity | (overflows & ops.less(code, 0))
     return overflows
 
 
 def _round_magnitude(a: Int, code: Int, grid: Grid, rounding: str, ops: Ops) -> Int:
     """``a`` rounded to the format's precision, its exponent unbounded above, and below unless it has subnormals.
 
-    Numbers below the smallest subnormal become anything not above it: see `_survives`.
+    Numbers below the smallest subnormal become anything not above it: see `_becomes_zero`.
     """
     shift: Int = grid.shift
     if grid.depth:
@@ -248,9 +211,9 @@ def _round_magnitude(a: Int, code: Int, grid: Grid, rounding: str, ops: Ops) -> 
     if rounding == "nearest_away":
         addend = (dropped_bits >> 1) + (dropped_bits & 1)
     elif rounding == "up":
-        addend = dropped_bits & ~_negative(code, grid)
+        addend = ops.choose(ops.less(code, 0), 0, dropped_bits)
     elif rounding == "down":
-        addend = dropped_bits & _negative(code, grid)
+        addend = ops.choose(ops.less(code, 0), dropped_bits, 0)
     else:
         parity = ((a + grid.parity_offset if grid.parity_offset else a) >> shift) & 1
         if rounding == "to_odd":
@@ -260,20 +223,20 @@ def _round_magnitude(a: Int, code: Int, grid: Grid, rounding: str, ops: Ops) -> 
     return (a + addend) & kept_bits
 
 
-def _survives(a: Int, code: Int, grid: Grid, rounding: str, ops: Ops) -> Mask:
-    """Which numbers do not become zero, where the format's smallest subnormal is a unit of over a binade."""
+def _becomes_zero(a: Int, code: Int, grid: Grid, rounding: str, ops: Ops) -> Mask:
+    """Which numbers become zero, where the format's smallest subnormal is a unit of over a binade."""
     smallest = grid.code_of(grid.fmt.smallest_subnormal)
     half = smallest - grid.implicit
     if rounding == "nearest_even":
-        return _greater(a, half, grid, ops)  # the tie goes to zero, whose code is even
+        return ops.less(a, half + 1)  # the tie goes to zero, whose code is even
     if rounding == "nearest_away":
-        return ~_less(a, half, grid, ops)
+        return ops.less(a, half)
     if rounding == "toward_zero":
-        return ~_less(a, smallest, grid, ops)
+        return ops.less(a, smallest)
     if rounding == "to_odd":
-        return _greater(a, grid.zero, grid, ops)
-    away = ~_negative(code, grid) if rounding == "up" else _negative(code, grid)
-    return ~_less(a, smallest, grid, ops) | (away & _greater(a, grid.zero, grid, ops))
+        return ops.less(a, grid.zero + 1)
+    toward_zero = ops.less(code, 0) if rounding == "up" else ~ops.less(code, 0)
+    return ops.less(a, grid.zero + 1) | (toward_zero & ops.less(a, smallest))
 
 
 def encode_code(code: Int, grid: Grid, ops: Ops) -> Int:
@@ -290,11 +253,11 @@ def encode_code(code: Int, grid: Grid, ops: Ops) -> Int:
     if not fmt.zero:
         r = r - (1 << fmt.mantissa_bits)
     if fmt.infinity_code is not None:
-        r = _choose(~_less(magnitude, infinity, grid, ops), fmt.infinity_code, r)
+        r = ops.choose(ops.less(magnitude, infinity), r, fmt.infinity_code)
     if fmt.signed:
-        r = r | (_negative(code, grid) & _as_signed(fmt.sign_code, grid))
+        r = ops.choose(ops.less(code, 0), r | _as_signed(fmt.sign_code, grid), r)
     if fmt.nan_code is not None:
-        r = _choose(_greater(magnitude, infinity, grid, ops), _as_signed(fmt.nan_code, grid), r)
+        r = ops.choose(ops.less(magnitude, infinity + 1), r, _as_signed(fmt.nan_code, grid))
     return r
 
 
@@ -309,18 +272,18 @@ def decode_code(code: Int, grid: Grid, ops: Ops) -> Int:
         subnormal: Int = grid.extended_zero
         if fmt.subnormals:
             scaled = ops.code_of_integer(mantissa) + ((fmt.emin - fmt.mantissa_bits) << m)
-            subnormal = _choose(_greater(mantissa, 0, grid, ops), scaled, grid.extended_zero)
-        r = _choose(_greater(field, 0, grid, ops), r, subnormal)
+            subnormal = ops.choose(ops.less(mantissa, 1), grid.extended_zero, scaled)
+        r = ops.choose(ops.less(field, 1), subnormal, r)
     r = _unextend(r, grid, ops)
     if fmt.infinity_code is not None:
-        r = _choose(~_less(magnitude, fmt.infinity_code, grid, ops), grid.carrier.max_code + 1, r)
+        r = ops.choose(ops.less(magnitude, fmt.infinity_code), r, grid.carrier.max_code + 1)
     if fmt.signed:
-        negative = _negative(code << (grid.carrier.bits - fmt.bits), grid)
+        negative = ops.less(code << (grid.carrier.bits - fmt.bits), 0)
+        r = ops.choose(negative, r | -grid.carrier.sign_code, r)
         if fmt.specials == "fnuz":
-            r = _choose(negative & ~_greater(magnitude, 0, grid, ops), grid.carrier.nan_code, r)
-        r = r | (negative & -grid.carrier.sign_code)
+            r = ops.choose(negative & ops.less(magnitude, 1), grid.carrier.nan_code, r)
     if fmt.has_nan and fmt.specials != "fnuz":
-        r = r | (_greater(magnitude, fmt.max_code + fmt.has_infinity, grid, ops) & grid.carrier.nan_code)
+        r = ops.choose(ops.less(magnitude, fmt.max_code + fmt.has_infinity + 1), r, grid.carrier.nan_code)
     return r
 
 
@@ -332,7 +295,7 @@ def _as_signed(code: int, grid: Grid) -> int:
 def _extend(a: Int, grid: Grid, ops: Ops) -> Int:
     """The extended codes of plain codes ``a >= 0``."""
     extended = ops.code_of_integer(a) + grid.extended_zero  # of zero: `extended_zero`
-    return _choose(_less(a, grid.implicit, grid, ops), extended, a)
+    return ops.choose(ops.less(a, grid.implicit), extended, a)
 
 
 def _unextend(r: Int, grid: Grid, ops: Ops) -> Int:
@@ -340,4 +303,4 @@ def _unextend(r: Int, grid: Grid, ops: Ops) -> Int:
     m = grid.carrier.mantissa_bits
     significand = (r & (grid.implicit - 1)) + grid.implicit
     shift = ops.clamp(1 - (r >> m), 0, m + 1)
-    return _choose(_less(r, grid.implicit, grid, ops), significand >> shift, r)
+    return ops.choose(ops.less(r, grid.implicit), significand >> shift, r)

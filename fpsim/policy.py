@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -169,7 +169,7 @@ class Policy:
     def _roles(self, kind: str, given: Any) -> tuple[tuple[str, str], ...]:
         if isinstance(given, str | FloatFormat):
             given = dict.fromkeys(ROLES, given)
-        casts = dict(given)
+        casts = {role: cast for role, cast in _pairs(kind, given) if cast is not None}
         if unknown := sorted(set(casts) - set(ROLES)):
             raise ValueError(f"unknown role {unknown[0]!r} in {kind}: roles are {', '.join(ROLES)}")
         return tuple((role, str(self._spelled(casts[role]))) for role in ROLES if role in casts)
@@ -244,7 +244,9 @@ class Policy:
             raise ValueError(f"a policy must be a JSON object, got {type(options).__name__}")
         version = options.pop("version", JSON_VERSION)
         if version != JSON_VERSION:
-            raise ValueError(f"this policy has version {version}, this fpsim reads version {JSON_VERSION}: upgrade fpsim")
+            raise ValueError(
+                f"this policy has version {version}, this fpsim reads version {JSON_VERSION}: upgrade fpsim"
+            )
         return Policy.from_options(options)
 
     @staticmethod
@@ -253,7 +255,10 @@ class Policy:
 
         Raises:
             ValueError: a key that is no field (all fields are listed), or ``policy`` together with fields.
+            TypeError: neither a mapping nor, as ``policy``, a `Policy`.
         """
+        if not isinstance(options, Mapping | None):
+            raise TypeError(f"{options!r} is no policy: give a Policy or its fields, such as {{'format': {options!r}}}")
         options = dict(options or {})
         if "policy" in options:
             policy = options.pop("policy")
@@ -270,15 +275,25 @@ class Policy:
 
 
 def _strings(name: str, given: Any) -> tuple[str, ...]:
-    given = (given,) if isinstance(given, str) else tuple(given)
-    if not all(isinstance(item, str) for item in given):
+    items = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(item, str) for item in items):
         raise TypeError(f"{name} must be a list of strings, got {given!r}")
-    return given
+    return items
+
+
+def _pairs(name: str, given: Any) -> list[tuple[str, Any]]:
+    """The items of a mapping, which may also be given as pairs."""
+    pairs = list(given.items()) if isinstance(given, Mapping) else given
+    if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+        raise TypeError(f"{name} must be a mapping, got {given!r}")
+    return [(str(key), value) for key, value in pairs]
 
 
 def _module_rules(given: Any) -> tuple[tuple[str, Policy | None], ...]:
-    rules = given.items() if isinstance(given, Mapping) else given
-    return tuple((glob, _module_policy(glob, policy)) for glob, policy in rules)
+    rules: dict[str, Policy | None] = {}
+    for glob, policy in _pairs("modules", given):
+        rules.setdefault(glob, _module_policy(glob, policy))  # the first glob that matches decides
+    return tuple(rules.items())
 
 
 def _module_policy(glob: str, policy: Any) -> Policy | None:
@@ -286,7 +301,13 @@ def _module_policy(glob: str, policy: Any) -> Policy | None:
         return None
     if isinstance(policy, Policy):
         if policy.uses_paths:
-            raise ValueError(f"the policy for modules {glob!r} has skip or modules of its own: put all globs at the top")
+            raise ValueError(
+                f"the policy for modules {glob!r} has skip or modules of its own: put all globs at the top"
+            )
+        if policy.attention != "round" or policy.gaps:
+            raise ValueError(
+                f"the policy for modules {glob!r} has attention or gaps, which hold everywhere: put them at the top"
+            )
         return policy
     if isinstance(policy, str | FloatFormat):
         return Policy(format=policy)  # type: ignore[arg-type]  # normalised by __post_init__

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from fpsim.formats import FloatFormat, Overflow, Rounding, check_rounding, parse_format, resolve_overflow
 from fpsim.kernel import decode_code, encode_code
-from fpsim.rounding_op import TorchOps, check_carrier, grid_of, round_op, working_dtype
+from fpsim.rounding_op import KERNEL, TorchOps, check_carrier, grid_of, round_op, working_dtype
 
 Gradient = Literal["straight_through", "clipped", "zero"]
 GRADIENTS: tuple[str, ...] = ("straight_through", "clipped", "zero")
@@ -57,7 +57,7 @@ def round(
     if gradient not in GRADIENTS:
         raise ValueError(f"unknown gradient {gradient!r}: use one of {', '.join(GRADIENTS)}")
     name, resolved, low, high = _resolve(format, rounding, overflow, _dtype_of(x))
-    value = round_op(x.detach(), name, rounding, resolved)
+    value = round_op(x.detach(), name, rounding, resolved, KERNEL)
     if gradient == "zero" or not (torch.compiler.is_compiling() or _is_differentiated(x)):
         return value
     # Adds an exact zero whose derivative is that of `carrier`; where that is not finite, nothing. Subtracting +0

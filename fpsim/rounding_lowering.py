@@ -25,50 +25,64 @@ class Lanes:
     value: Any
     dtype: torch.dtype
 
-    def _lift(self, other: Lanes | int) -> Any:
+    def lift(self, other: Lanes | int) -> Any:
+        """``other`` as a value of the intermediate language."""
         return other.value if isinstance(other, Lanes) else ops.constant(other, self.dtype)
 
-    def _apply(self, op: Any, *others: Lanes | int) -> Lanes:
-        return Lanes(op(self.value, *(self._lift(other) for other in others)), self.dtype)
+    def apply(self, op: Any, *others: Lanes | int) -> Lanes:
+        """``op(self, *others)``, of the same dtype."""
+        return Lanes(op(self.value, *(self.lift(other) for other in others)), self.dtype)
 
     def __add__(self, other: Lanes | int) -> Lanes:
-        return self._apply(ops.add, other)
+        return self.apply(ops.add, other)
 
     __radd__ = __add__
 
     def __sub__(self, other: Lanes | int) -> Lanes:
-        return self._apply(ops.sub, other)
+        return self.apply(ops.sub, other)
 
     def __rsub__(self, other: int) -> Lanes:
-        return Lanes(ops.sub(self._lift(other), self.value), self.dtype)
+        return Lanes(self.lift(other), self.dtype) - self
 
     def __and__(self, other: Lanes | int) -> Lanes:
-        return self._apply(ops.bitwise_and, other)
-
-    __rand__ = __and__
+        return self.apply(ops.bitwise_and, other)
 
     def __or__(self, other: Lanes | int) -> Lanes:
-        return self._apply(ops.bitwise_or, other)
+        return self.apply(ops.bitwise_or, other)
 
     def __xor__(self, other: Lanes | int) -> Lanes:
-        return self._apply(ops.bitwise_xor, other)
-
-    __rxor__ = __xor__
+        return self.apply(ops.bitwise_xor, other)
 
     def __invert__(self) -> Lanes:
-        return self._apply(ops.bitwise_not)
+        return self.apply(ops.bitwise_not)
 
     def __neg__(self) -> Lanes:
         return 0 - self
 
     def __rshift__(self, other: Lanes | int) -> Lanes:
-        return self._apply(ops.bitwise_right_shift, other)
+        return self.apply(ops.bitwise_right_shift, other)
 
     def __lshift__(self, other: Lanes | int) -> Lanes:
-        return self._apply(ops.bitwise_left_shift, other)
+        return self.apply(ops.bitwise_left_shift, other)
 
     def __rlshift__(self, other: int) -> Lanes:
-        return Lanes(ops.bitwise_left_shift(self._lift(other), self.value), self.dtype)
+        return Lanes(self.lift(other), self.dtype) << self
+
+
+@dataclass(frozen=True)
+class LaneMask:
+    """A truth value of the intermediate language."""
+
+    value: Any
+
+    def __and__(self, other: LaneMask) -> LaneMask:
+        return LaneMask(ops.logical_and(self.value, other.value))
+
+    def __or__(self, other: LaneMask) -> LaneMask:
+        return LaneMask(ops.logical_or(self.value, other.value))
+
+    def __invert__(self) -> LaneMask:
+        return LaneMask(ops.logical_not(self.value))
 
 
 class LaneOps:
@@ -79,8 +93,16 @@ class LaneOps:
 
     def clamp(self, a: Lanes, low: int | None, high: int | None) -> Lanes:
         if low is not None:
-            a = a._apply(ops.maximum, low)
-        return a if high is None else a._apply(ops.minimum, high)
+            a = a.apply(ops.maximum, low)
+        return a if high is None else a.apply(ops.minimum, high)
+
+    def less(self, a: Lanes, bound: int) -> LaneMask:
+        return LaneMask(ops.lt(a.value, a.lift(bound)))
+
+    def choose(self, mask: LaneMask, a: Lanes | int, b: Lanes | int) -> Lanes:
+        lanes = a if isinstance(a, Lanes) else b
+        assert isinstance(lanes, Lanes)
+        return Lanes(ops.where(mask.value, lanes.lift(a), lanes.lift(b)), lanes.dtype)
 
     def code_of_integer(self, a: Lanes) -> Lanes:
         as_float = ops.to_dtype(a.value, self.floating, src_dtype=self.integer)
@@ -88,7 +110,7 @@ class LaneOps:
 
 
 @lowering.register_lowering(torch.ops.fpsim.round.default, type_promotion_kind=None)
-def _lower_round(x: ir.TensorBox, format: str, rounding: str, overflow: str) -> ir.TensorBox:
+def _lower_round(x: ir.TensorBox, format: str, rounding: str, overflow: str, kernel: str = "") -> ir.TensorBox:
     carrier, fmt = x.get_dtype(), parse_format(format)
     working = working_dtype(carrier)
     lane_ops = LaneOps(working)

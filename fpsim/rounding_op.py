@@ -7,9 +7,11 @@ its own the operator is a value function: use it on detached tensors.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -57,6 +59,19 @@ class TorchOps:
     def clamp(a: Tensor, low: int | None, high: int | None) -> Tensor:
         return a.clamp(low, high)
 
+    # Masks are integers, -1 or 0: a comparison and a select of tensors cost several times these integer operations.
+    @staticmethod
+    def less(a: Tensor, bound: int) -> Tensor:
+        return a.clamp(bound - 1, bound) - bound  # clamped first, the difference cannot overflow
+
+    @staticmethod
+    def choose(mask: Tensor, a: Int, b: Int) -> Tensor:
+        if isinstance(a, int) and a == 0:
+            return b & ~mask
+        if isinstance(b, int) and b == 0:
+            return a & mask
+        return b ^ ((a ^ b) & mask)
+
     def code_of_integer(self, a: Tensor) -> Tensor:
         return a.to(self.floating).view(self.integer)
 
@@ -85,7 +100,9 @@ def round_with_torch_ops(x: Tensor, fmt: FloatFormat, rounding: str, overflow: s
 
 
 _library = torch.library.Library("fpsim", "DEF")
-_library.define("round(Tensor x, str format, str rounding, str overflow) -> Tensor", tags=(torch.Tag.pointwise,))
+_library.define(
+    'round(Tensor x, str format, str rounding, str overflow, str kernel="") -> Tensor', tags=(torch.Tag.pointwise,)
+)
 
 
 def _checked(x: Tensor, format: str, rounding: str, overflow: str) -> FloatFormat:
@@ -97,14 +114,14 @@ def _checked(x: Tensor, format: str, rounding: str, overflow: str) -> FloatForma
 
 
 @torch.library.impl(_library, "round", "CompositeExplicitAutograd")
-def _round_any(x: Tensor, format: str, rounding: str, overflow: str) -> Tensor:
+def _round_any(x: Tensor, format: str, rounding: str, overflow: str, kernel: str = "") -> Tensor:
     fmt = _checked(x, format, rounding, overflow)
     out = torch.empty_like(x)
     return out.copy_(round_with_torch_ops(x, fmt, rounding, overflow))
 
 
 @torch.library.impl(_library, "round", "CPU")
-def _round_cpu(x: Tensor, format: str, rounding: str, overflow: str) -> Tensor:
+def _round_cpu(x: Tensor, format: str, rounding: str, overflow: str, kernel: str = "") -> Tensor:
     fmt = _checked(x, format, rounding, overflow)
     out = torch.empty_like(x)
     if out.stride() != x.stride() or out.numel() != x.numel():
@@ -123,7 +140,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("fpsim::round", lib=_library)
-def _round_fake(x: Tensor, format: str, rounding: str, overflow: str) -> Tensor:
+def _round_fake(x: Tensor, format: str, rounding: str, overflow: str, kernel: str = "") -> Tensor:
     _checked(x, format, rounding, overflow)
     if "torch._inductor.lowering" in sys.modules:  # compiling: the lowering must exist before Inductor asks for it
         import fpsim.rounding_lowering  # noqa: F401
@@ -132,9 +149,26 @@ def _round_fake(x: Tensor, format: str, rounding: str, overflow: str) -> Tensor:
 
 @torch.library.register_vmap("fpsim::round", lib=_library)
 def _round_vmap(
-    info: object, in_dims: tuple[int | None, ...], x: Tensor, format: str, rounding: str, overflow: str
+    info: object,
+    in_dims: tuple[int | None, ...],
+    x: Tensor,
+    format: str,
+    rounding: str,
+    overflow: str,
+    kernel: str = "",
 ) -> tuple[Tensor, int | None]:
-    return round_op(x, format, rounding, overflow), in_dims[0]
+    return round_op(x, format, rounding, overflow, kernel), in_dims[0]
 
 
-round_op: Callable[[Tensor, str, str, str], Tensor] = torch.ops.fpsim.round.default
+round_op: Callable[[Tensor, str, str, str, str], Tensor] = torch.ops.fpsim.round.default
+
+
+def _kernel_hash() -> str:
+    folder = Path(__file__).parent
+    sources = (folder / name for name in ("formats.py", "kernel.py", "rounding_op.py", "rounding_lowering.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+
+
+#: What callers pass as ``kernel``. Torch's compile caches know an operator by its name and arguments only: without
+#: this, code compiled by another version of fpsim would go on being used.
+KERNEL = _kernel_hash()

@@ -229,7 +229,9 @@ def test_the_inner_products_of_attention_are_rounded(form: str, backend: str) ->
     y = torch.compile(attention, backend=backend, options=options)(*inputs)
     y.backward(dy)
     got = {"y": y.detach(), **{name: t.grad for name, t in zip("qkv", inputs, strict=True)}}
-    assert want["k"].any() and not torch.equal(want["v"], attention_by_hand(q, k, v, dy, Casts({"format": "none"}))["v"])
+    assert want["k"].any() and not torch.equal(
+        want["v"], attention_by_hand(q, k, v, dy, Casts({"format": "none"}))["v"]
+    )
     for key, value in want.items():
         assert_same_bits(got[key], value, f"{form} {key}")
 

@@ -1,0 +1,116 @@
+"""Rounding an exact number into a format, written as the standards define it.
+
+In the order of IEEE 754-2019 clauses 4.3 and 7.4 and of IEEE P3109: round to the precision of the format as if
+exponents had no upper bound, then see whether the result is in range. Every step works on fractions and integers.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from fpsim.formats import FloatFormat, Overflow, Rounding, check_rounding, parse_format, resolve_overflow
+
+from . import limits
+from .decoding import largest, smallest
+from .values import NAN, Number, Special, Value, as_value, floor_log2, is_negative, magnitude, negate, scale_b
+
+
+def round(
+    value: Number, format: str | FloatFormat, rounding: str = "nearest_even", overflow: str | None = None
+) -> Value:
+    """``value`` rounded to a value of ``format``.
+
+    1. Round to the format's precision, with an exponent that has no upper bound. The lower bound of the quantum is
+       that of the subnormals; a format without subnormals has none.
+    2. In a format without subnormals, flush a result below the smallest normal number to zero, in every direction.
+       (In a format without zero, raise it to the smallest number instead.)
+    3. Check the range: beyond the largest finite value, and below zero in an unsigned format, `resolve_overflow`
+       says what stands for the result.
+
+    Ties of ``nearest_even`` go to the neighbour whose code is even, and ``to_odd`` to the one whose code is odd,
+    which for formats without mantissa bits is a matter of the exponent field. (To ``e8m0fnu``, ml_dtypes and torch
+    round ties up instead: that is ``nearest_away``.)
+
+    A zero result keeps the sign of ``value`` where the format has -0. NaN stays NaN; in a format without NaN it
+    becomes the largest finite value, as in NVIDIA's PTX ``cvt`` to such formats (OCP MX 1.0 leaves this open).
+
+    Arguments:
+        value: an int, Fraction, float (taken exactly) or `Special`.
+        format: a name or a `FloatFormat`.
+        rounding: one of `fpsim.formats.ROUNDINGS`.
+        overflow: one of `fpsim.formats.OVERFLOWS`; None takes the usual one of the format.
+
+    Raises:
+        ValueError: no such format, rounding or overflow mode, or an overflow mode that needs an infinity or a NaN
+            where the format has neither.
+        TypeError: ``value`` or ``format`` is none of the above.
+
+    Source: IEEE 754-2019 clauses 4.3 (directions), 7.4 (overflow) and 7.5 (underflow); IEEE P3109 (saturation
+    modes, parity of the code); S. Boldo, G. Melquiond, "Emulation of FMA and correctly rounded sums: proved
+    algorithms using rounding to odd", IEEE Transactions on Computers 57 (2008) (``to_odd``).
+
+    >>> round(Fraction(1, 3), "e4m3fn")
+    Fraction(11, 32)
+    >>> round(70000, "fp16"), round(70000, "fp16", "toward_zero")
+    (INFINITY, Fraction(65504, 1))
+    """
+    fmt = parse_format(format)
+    direction = check_rounding(rounding)
+    mode = resolve_overflow(fmt, overflow)
+    value = as_value(value)
+    if value is NAN:
+        return limits.for_nan(fmt)
+    negative = is_negative(value)
+    if value in (Special.INFINITY, Special.NEGATIVE_INFINITY):
+        return limits.for_infinity(fmt, mode, negative=negative)
+    exact = magnitude(value)
+    if exact == 0:
+        return limits.for_zero(fmt, mode, negative=negative)
+    return into_range(flush(to_precision(exact, fmt, direction, negative), fmt), fmt, direction, mode, negative)
+
+
+def to_precision(exact: Fraction, fmt: FloatFormat, rounding: Rounding, negative: bool) -> Fraction:
+    """Step 1: the magnitude ``exact`` > 0 rounded to the precision of ``fmt``, no upper bound on the exponent."""
+    exponent = floor_log2(exact)
+    if fmt.subnormals:
+        exponent = max(exponent, fmt.emin)
+    quantum = scale_b(1, exponent - fmt.mantissa_bits)
+    significand, rest = divmod(exact, quantum)
+    if rest == 0:
+        return exact
+    # The code of the neighbour below; the one above has the next code, also across binades. It may be negative
+    # or beyond the format's codes, as the exponent may be beyond its field; only its parity matters.
+    code = ((exponent + fmt.bias) << fmt.mantissa_bits) + significand - (1 << fmt.mantissa_bits)
+    odd = code % 2 == 1
+    match rounding:
+        case "nearest_even":
+            take_above = 2 * rest > quantum or (2 * rest == quantum and odd)
+        case "nearest_away":
+            take_above = 2 * rest >= quantum
+        case "toward_zero":
+            take_above = False
+        case "up":
+            take_above = not negative
+        case "down":
+            take_above = negative
+        case "to_odd":
+            take_above = not odd
+    return (significand + take_above) * quantum
+
+
+def flush(rounded: Fraction, fmt: FloatFormat) -> Fraction:
+    """Step 2: in a format without subnormals, a magnitude below the smallest normal number becomes the smallest."""
+    if not fmt.subnormals and rounded < scale_b(1, fmt.emin):
+        return smallest(fmt)  # zero, except in a format without it
+    return rounded
+
+
+def into_range(rounded: Fraction, fmt: FloatFormat, rounding: Rounding, overflow: Overflow, negative: bool) -> Value:
+    """Step 3: the magnitude ``rounded``, with its sign, or what the format has in its place."""
+    if rounded == 0:
+        return limits.for_zero(fmt, overflow, negative=negative)
+    if negative and not fmt.signed:
+        return limits.for_negative(fmt, overflow)
+    if rounded > largest(fmt):
+        return limits.for_overflow(fmt, rounding, overflow, negative=negative)
+    return negate(rounded) if negative else rounded
