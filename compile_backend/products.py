@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,14 +101,14 @@ class Product:
     constant: bool
 
 
-def find_products(graph: fx.Graph, input_sources: Sequence[Source]) -> list[Product]:
+def find_products(graph: fx.Graph, sources: Mapping[fx.Node, Source], input_sources: Sequence[Source]) -> list[Product]:
     """The floating-point matrix products of ``graph``, in its order.
 
     Args:
         graph: a joint or inference graph of aten operators, as Inductor's joint-graph passes see it.
+        sources: what its nodes depend on: `find_sources`.
         input_sources: what the inputs of the traced function are, in its order.
     """
-    sources = _propagate(graph, input_sources)
     found = [(node, operands) for node in graph.nodes if (operands := _operands(node))]
     forward = [(node, operands) for node, operands in found if not _is_backward(node, sources)]
     mates = {node.meta.get("seq_nr"): (node, operands) for node, operands in forward}
@@ -166,8 +166,8 @@ def is_view(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in VIEWS
 
 
-def _propagate(graph: fx.Graph, input_sources: Sequence[Source]) -> dict[fx.Node, Source]:
-    """What every node depends on."""
+def find_sources(graph: fx.Graph, input_sources: Sequence[Source]) -> dict[fx.Node, Source]:
+    """What every node of ``graph`` depends on; ``input_sources`` says what the inputs of the traced function are."""
     sources: dict[fx.Node, Source] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -201,7 +201,7 @@ def _placeholder_source(node: fx.Node, input_sources: Sequence[Source]) -> Sourc
     return Source.INPUT if _is_float(value) else Source.INTEGER_INPUT
 
 
-def _is_backward(node: fx.Node, sources: dict[fx.Node, Source]) -> bool:
+def _is_backward(node: fx.Node, sources: Mapping[fx.Node, Source]) -> bool:
     return bool(sources[node] & Source.TANGENT) or node.meta.get("partitioner_tag") == "is_backward"
 
 
@@ -231,7 +231,7 @@ def _source_function(node: fx.Node) -> str | None:
 def _classify(
     node: fx.Node,
     operands: tuple[int, int],
-    sources: dict[fx.Node, Source],
+    sources: Mapping[fx.Node, Source],
     mate: tuple[fx.Node, tuple[int, int]] | None,
     input_sources: Sequence[Source],
 ) -> Product:
@@ -273,7 +273,7 @@ def _role(source: Source) -> str:
 def _differentiated_role(
     other: fx.Node,
     node: fx.Node,
-    sources: dict[fx.Node, Source],
+    sources: Mapping[fx.Node, Source],
     mate: tuple[fx.Node, tuple[int, int]] | None,
     input_sources: Sequence[Source],
 ) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,14 +17,17 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.node import map_arg
+from torch.utils.checkpoint import CheckpointPolicy
 
 import fpsim.rounding_lowering  # the operator must have its lowering before Inductor meets it
 from fpsim.compile_backend.plan import Gap, Plan, Site
 from fpsim.compile_backend.products import (
+    PRODUCTS,
     Product,
     Source,
     find_opaque,
     find_products,
+    find_sources,
     is_attention,
     is_view,
     module_path,
@@ -97,8 +100,9 @@ def rewrite(graph: fx.Graph, policy: Policy, input_sources: Sequence[Source], *,
     """
     gaps = [_opaque_gap(node, name, policy, strict) for node, name in find_opaque(graph)]
     sites: list[Site] = []
-    inserter = _Inserter(graph)
-    for product in find_products(graph, input_sources):
+    sources = find_sources(graph, input_sources)
+    inserter = _Inserter(graph, sources)
+    for product in find_products(graph, sources, input_sources):
         local = _policy_at(product, policy, strict)
         if product.constant:
             reason = "constant: depends on no parameter and no floating-point input (such as rotary angles)"
@@ -169,8 +173,9 @@ def _site(product: Product, role: str, value: fx.Node, cast: Cast | None) -> Sit
 class _Inserter:
     """Inserts rounding nodes into a graph, one per value and cast."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, sources: Mapping[fx.Node, Source]) -> None:
         self.graph = graph
+        self.sources = sources
         self.done: dict[tuple[fx.Node, Cast], fx.Node] = {}
 
     def rounded(self, value: fx.Node, cast: Cast, near: fx.Node) -> fx.Node:
@@ -223,7 +228,24 @@ class _Inserter:
         with tensor.fake_mode if hasattr(tensor, "fake_mode") else torch._subclasses.FakeTensorMode():
             node.meta["val"] = torch.empty_like(tensor)
         node.meta["original_aten"] = round_op
+        if self._is_at_hand_in_backward(value):
+            node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
         return node
+
+    def _is_at_hand_in_backward(self, value: fx.Node) -> bool:
+        """Whether backward has ``value`` anyway, so that rounding it again beats keeping the rounded copy.
+
+        It has parameters, and whatever the derivative of an elementwise function uses (the result of a softmax).
+        """
+        if self.sources.get(value, Source.NONE) == Source.PARAMETER:
+            return True
+        for user in value.users:
+            if is_view(user):
+                if self._is_at_hand_in_backward(user):
+                    return True
+            elif user.target not in PRODUCTS and self.sources.get(user, Source.NONE) & Source.TANGENT:
+                return True
+        return False
 
 
 def _is_exact(carrier: torch.dtype, cast: Cast) -> bool:
