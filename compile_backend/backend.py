@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -88,7 +88,7 @@ def compile_with_rounding(
     """
     _fail_closed()
     _refuse_inner_gradients(gm)
-    rounding = RoundingPass(policy, _input_sources(gm, example_inputs), _identity(gm, policy), observer, strict)
+    rounding = RoundingPass(policy, _input_sources(gm, example_inputs), list(_identity(gm, policy)), observer, strict)
     patches: dict[str, Any] = {
         "joint_custom_pre_pass": _after_the_users(rounding),
         # An explicit cast is a precision boundary: without this Inductor keeps 16-bit values in float32 between
@@ -101,8 +101,8 @@ def compile_with_rounding(
         if interpret:
             stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
             patches["fx_graph_cache"] = False
-            return compile_fx(gm, list(example_inputs), inner_compile=_interpret, config_patches=patches)
-        return compile_fx(gm, list(example_inputs), config_patches=patches)
+        compiler: dict[str, Any] = {"inner_compile": _interpret} if interpret else {}
+        return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches, **compiler))
 
 
 def _interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:

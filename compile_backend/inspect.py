@@ -151,7 +151,8 @@ def audit(
     """
     compiled = model
     if _uncompiled(model) is model:
-        compiled = torch.compile(model, backend="fpsim", options={"policy": _as_policy(policy)})
+        options: dict[str, Any] = {"policy": _as_policy(policy)}
+        compiled = torch.compile(model, backend="fpsim", options=options)
     elif policy is not None:
         raise ValueError("the model is already compiled and keeps its policy: audit it without policy")
     with _state_kept(model):

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -186,7 +187,7 @@ def _placeholder_source(node: fx.Node, input_sources: Sequence[Source]) -> Sourc
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return Source.NONE  # sizes
-    description = node.meta.get("desc")
+    description: Any = node.meta.get("desc")
     while hasattr(description, "base"):  # views, subclasses: what they were made of
         description = description.base
     name = type(description).__name__
@@ -236,7 +237,7 @@ def _classify(
     input_sources: Sequence[Source],
 ) -> Product:
     """The product at ``node``; ``mate`` is the forward product of the same autograd node, if there is one."""
-    values = [node.args[i] for i in operands]
+    values = _nodes(node, operands)
     roles = [_role(sources[value]) for value in values]
     kind = "fprop"
     if "gradient" in roles:
@@ -280,7 +281,7 @@ def _differentiated_role(
     """The role of the forward operand with respect to which the backward product ``node`` differentiates."""
     if mate is None:  # a hand-written backward
         return "activation" if _role(sources[other]) == "weight" else _role_by_use(node, input_sources)
-    forward = [mate[0].args[i] for i in mate[1]]
+    forward = _nodes(*mate)
     bases = [base(value) for value in forward]
     kept = bases.index(base(other)) if base(other) in bases else None
     if kept is None:  # recomputed or copied on the way: then the roles decide
@@ -310,9 +311,14 @@ def _output_positions(output: fx.Node, value: fx.Node) -> list[int]:
 
 
 def _is_parameter_gradient(output: fx.Node, position: int, input_sources: Sequence[Source]) -> bool:
-    description = output.meta["desc"][position]
+    description: Any = output.meta["desc"][position]
     index = getattr(getattr(description, "grad_of", None), "idx", None)
     return index is not None and bool(input_sources[index] & Source.PARAMETER)
+
+
+def _nodes(node: fx.Node, positions: Iterable[int]) -> list[fx.Node]:
+    """The arguments of ``node`` at ``positions``, which are nodes."""
+    return [cast(fx.Node, node.args[i]) for i in positions]
 
 
 def base(node: fx.Node) -> fx.Node:

@@ -51,8 +51,8 @@ def round(
         ValueError: an unknown format or mode, or a format with values that the dtype of ``x`` lacks.
         TypeError: ``x`` is not a tensor of one of the four dtypes.
 
-    >>> round(torch.tensor([0.3, -500.0, 1e-9]), "e4m3fn")
-    tensor([   0.3125, -448.0000,    0.0000])
+    >>> round(torch.tensor([0.3, -500.0]), "e4m3fn")
+    tensor([   0.3125, -448.0000])
     """
     if gradient not in GRADIENTS:
         raise ValueError(f"unknown gradient {gradient!r}: use one of {', '.join(GRADIENTS)}")
@@ -83,11 +83,15 @@ def encode(
     >>> encode(torch.tensor([1.0, -448.0, float("nan")]), "e4m3fn")
     tensor([ 56, 254, 127], dtype=torch.uint8)
     """
-    fmt = parse_format(format)
-    rounded = round(x.detach(), fmt, rounding=rounding, overflow=overflow)
-    working = working_dtype(x.dtype)
+    name = _resolve(format, rounding, overflow, _dtype_of(x))[0]
+    return _encode_values(round(x.detach(), name, rounding=rounding, overflow=overflow, gradient="zero"), name)
+
+
+@torch.compiler.allow_in_graph  # Dynamo cannot look into it, the tracer below it can
+def _encode_values(values: Tensor, name: str) -> Tensor:
+    fmt, working = parse_format(name), working_dtype(values.dtype)
     ops = TorchOps(working)
-    code = encode_code(rounded.to(working).view(ops.integer), grid_of(fmt, x.dtype), ops)
+    code = encode_code(values.to(working).view(ops.integer), grid_of(fmt, values.dtype), ops)
     if fmt.bits == 32:
         code = code.to(torch.int64) & 0xFFFFFFFF
     return code.to(code_dtype(fmt))
@@ -108,15 +112,21 @@ def decode(codes: Tensor, format: str | FloatFormat, dtype: torch.dtype = torch.
     >>> decode(torch.tensor([0x38, 0x7E, 0x80]), "e4m3fn")
     tensor([  1., 448.,  -0.])
     """
-    fmt = parse_format(format)
-    check_carrier(dtype, fmt)
+    name = _resolve(format, "nearest_even", None, dtype)[0]
+    if not isinstance(codes, Tensor):
+        raise TypeError(f"codes must be an integer tensor, got {type(codes).__name__}: use torch.tensor(codes)")
     if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
         raise TypeError(f"codes must be an integer tensor, got {codes.dtype}: did you mean fpsim.encode?")
-    working = working_dtype(dtype)
+    if not torch.compiler.is_compiling():
+        _check_codes(codes.to(torch.int64), parse_format(format))
+    return _decode_codes(codes, name, dtype)
+
+
+@torch.compiler.allow_in_graph
+def _decode_codes(codes: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    fmt, working = parse_format(name), working_dtype(dtype)
     ops = TorchOps(working)
     wide = codes.to(torch.int64)
-    if fmt.bits < 64 and not torch.compiler.is_compiling():
-        _check_codes(wide, fmt)
     if fmt.bits == 32:  # the top bit becomes the sign of the working integer
         wide = (wide ^ 0x80000000) - 0x80000000
     return decode_code(wide.to(ops.integer), grid_of(fmt, dtype), ops).view(working).to(dtype)
@@ -129,7 +139,7 @@ def code_dtype(format: str | FloatFormat) -> torch.dtype:
 
 
 def _check_codes(codes: Tensor, fmt: FloatFormat) -> None:
-    wrong = codes[(codes < 0) | (codes >= 1 << fmt.bits)]
+    wrong = codes[(codes < 0) | (codes > (1 << fmt.bits) - 1)] if fmt.bits < 64 else codes[:0]
     if wrong.numel():
         raise ValueError(f"code {int(wrong[0])} is not one of {fmt.name}: codes are 0 to {(1 << fmt.bits) - 1}")
 

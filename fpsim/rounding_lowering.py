@@ -100,9 +100,8 @@ class LaneOps:
         return LaneMask(ops.lt(a.value, a.lift(bound)))
 
     def choose(self, mask: LaneMask, a: Lanes | int, b: Lanes | int) -> Lanes:
-        lanes = a if isinstance(a, Lanes) else b
-        assert isinstance(lanes, Lanes)
-        return Lanes(ops.where(mask.value, lanes.lift(a), lanes.lift(b)), lanes.dtype)
+        values = (x.value if isinstance(x, Lanes) else ops.constant(x, self.integer) for x in (a, b))
+        return Lanes(ops.where(mask.value, *values), self.integer)
 
     def code_of_integer(self, a: Lanes) -> Lanes:
         as_float = ops.to_dtype(a.value, self.floating, src_dtype=self.integer)
