@@ -84,7 +84,7 @@ def peers() -> dict[str, tuple[str, Function]]:
 def measure(cases: dict[str, Function], x: Tensor, repeats: int) -> dict[str, float]:
     """Median nanoseconds per element of each case; the cases take turns, so that noise hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in cases}
-    for name, function in cases.items():
+    for function in cases.values():
         function(x)
     for _ in range(repeats):
         for name, function in cases.items():

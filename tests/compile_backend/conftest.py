@@ -1,0 +1,38 @@
+"""What all tests of the backend share: each starts with nothing compiled."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.utils import clear_caches
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_trace_of_the_compiler() -> Iterator[None]:
+    """Keep pytest from collecting the trace of each compilation: thousands of empty lines, a quarter of the time."""
+    trace = logging.getLogger("torch.__trace")
+    trace.propagate = False
+    yield
+    trace.propagate = True
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """Forget compiled code before and after, so that no test sees another's."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def kernels_left_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let Inductor generate its code but not compile the kernels in it, which takes minutes for a transformer.
+
+    What runs then calls every operator that the code calls, on meaningless numbers.
+    """
+    clear_caches()
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *_: lambda *_: None)
+    yield
+    clear_caches()

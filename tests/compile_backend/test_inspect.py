@@ -1,0 +1,616 @@
+"""`explain` lists every site and gap of a model without running it; `audit` finds what escapes when it runs."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import fpsim
+from fpsim.compile_backend import Audit, Escape, Gap, Plan, Site, UnroundedError
+
+BATCH, LENGTH, WIDTH, VOCABULARY = 2, 16, 64, 256
+
+LLAMA_LINEARS = [
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+]
+GPT2_LINEARS = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+
+#: The operands of the products of a linear layer: a product each for fprop, dgrad and wgrad.
+LINEAR = Counter(
+    {
+        ("fprop", "activation"): 1,
+        ("fprop", "weight"): 1,
+        ("dgrad", "gradient"): 1,
+        ("dgrad", "weight"): 1,
+        ("wgrad", "gradient"): 1,
+        ("wgrad", "activation"): 1,
+    }
+)
+#: Those of attention: two products of activations, each with two derivatives.
+ATTENTION = Counter({("fprop", "activation"): 4, ("dgrad", "gradient"): 4, ("dgrad", "activation"): 4})
+
+
+def llama(layers: int = 2, **changes: Any) -> LlamaForCausalLM:
+    """A tiny Llama with grouped-query attention."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, use_cache=False, **sizes, **tokens, **changes))
+
+
+def gpt2(layers: int = 2) -> GPT2LMHeadModel:
+    """A tiny GPT-2, whose output layer is its embedding again."""
+    sizes = {"n_embd": WIDTH, "n_head": 4, "n_positions": 64, "resid_pdrop": 0, "attn_pdrop": 0, "embd_pdrop": 0}
+    tokens = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_layer=layers, use_cache=False, **sizes, **tokens))
+
+
+def tokens() -> Tensor:
+    return torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def expected_sites(layer: str, linears: list[str], attention: str, layers: int = 2) -> dict[str, Counter]:
+    """Path -> (kind, role) -> number of operands, from the architecture."""
+    sites = {"lm_head": LINEAR}
+    for i in range(layers):
+        sites |= {f"{layer}.{i}.{name}": LINEAR for name in linears} | {f"{layer}.{i}.{attention}": ATTENTION}
+    return sites
+
+
+def counted(plan: Plan) -> dict[str, Counter]:
+    """What `expected_sites` says, as found."""
+    counts: dict[str, Counter] = {}
+    for site in plan.sites:
+        counts.setdefault(site.path, Counter())[site.kind, site.role] += 1
+    return counts
+
+
+def total(counts: dict[str, Counter]) -> int:
+    return sum(sum(counter.values()) for counter in counts.values())
+
+
+# -- explain: transformers ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama_plan() -> Plan:
+    model, x = llama(), tokens()
+    return fpsim.explain(model, x, labels=x)
+
+
+@pytest.fixture(scope="module")
+def gpt2_plan() -> Plan:
+    model, x = gpt2(), tokens()
+    model.loss_type = "ForCausalLM"  # unset, transformers logs a warning in forward, which breaks the graph
+    return fpsim.explain(model, x, labels=x)
+
+
+def test_every_operand_of_every_product_of_llama_is_a_site(llama_plan: Plan) -> None:
+    expected = expected_sites("model.layers", LLAMA_LINEARS, "self_attn")
+    assert counted(llama_plan) == expected
+    assert total(expected) == 2 * (7 * 6 + 12) + 6  # layers x (linears x operands + attention) + lm_head
+
+
+def test_every_operand_of_every_product_of_gpt2_is_a_site(gpt2_plan: Plan) -> None:
+    expected = expected_sites("transformer.h", GPT2_LINEARS, "attn")
+    assert counted(gpt2_plan) == expected
+    assert total(expected) == 2 * (4 * 6 + 12) + 6
+
+
+@pytest.mark.parametrize("name", ["llama_plan", "gpt2_plan"])
+def test_transformers_have_no_gaps(name: str, request: pytest.FixtureRequest) -> None:
+    assert request.getfixturevalue(name).gaps == ()
+
+
+@pytest.mark.parametrize("name", ["llama_plan", "gpt2_plan"])
+def test_every_site_has_the_cast_of_its_role_in_the_hybrid(name: str, request: pytest.FixtureRequest) -> None:
+    hybrid = {
+        "activation": "e4m3fn/nearest_even/sat_finite",
+        "weight": "e4m3fn/nearest_even/sat_finite",
+        "gradient": "e5m2/nearest_even/sat_finite",
+    }
+    plan: Plan = request.getfixturevalue(name)
+    assert [site.cast for site in plan.sites] == [hybrid[site.role] for site in plan.sites]
+    assert {site.dtype for site in plan.sites} == {"float32"}
+
+
+@pytest.mark.parametrize("name", ["llama_plan", "gpt2_plan"])
+def test_the_sites_of_the_head_have_its_shapes(name: str, request: pytest.FixtureRequest) -> None:
+    rows = BATCH * LENGTH
+    plan: Plan = request.getfixturevalue(name)
+    head = [site for site in plan.sites if site.path == "lm_head"]
+    assert {site.operator for site in head} == {"aten.mm"}
+    assert sorted((site.kind, site.role, site.shape) for site in head) == [
+        ("dgrad", "gradient", (rows, VOCABULARY)),
+        ("dgrad", "weight", (VOCABULARY, WIDTH)),
+        ("fprop", "activation", (rows, WIDTH)),
+        ("fprop", "weight", (WIDTH, VOCABULARY)),
+        ("wgrad", "activation", (rows, WIDTH)),
+        ("wgrad", "gradient", (VOCABULARY, rows)),
+    ]
+
+
+def test_the_two_sites_of_each_product_fit_together(llama_plan: Plan, gpt2_plan: Plan) -> None:
+    for plan in (llama_plan, gpt2_plan):
+        for left, right in zip(plan.sites[::2], plan.sites[1::2], strict=True):
+            assert (left.path, left.operator, left.kind) == (right.path, right.operator, right.kind)
+            assert left.shape[-1] == right.shape[-2], (left, right)
+
+
+def test_a_tied_llama_has_the_same_sites(llama_plan: Plan) -> None:
+    model, x = llama(tie_word_embeddings=True), tokens()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert fpsim.explain(model, x, labels=x) == llama_plan
+
+
+def test_the_head_of_gpt2_is_tied() -> None:
+    model = gpt2()
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_a_policy_shows_in_the_casts_and_gaps_of_llama() -> None:
+    model, x = llama(layers=1), tokens()
+    policy = fpsim.Policy(
+        format="bf16/toward_zero",
+        wgrad={"gradient": "none"},
+        skip=["lm_head"],
+        modules={"*.mlp": {"weight": "e2m1fn"}},
+        output="fp16",
+    )
+    plan = fpsim.explain(model, x, labels=x, policy=policy)
+    assert Counter(plan.gaps) == {Gap("lm_head", "aten.mm", f"{k} left unrounded by the policy"): 1 for k in KINDS}
+    for site in plan.sites:
+        if site.role == "output":
+            expected = None if ".mlp." in site.path else "e5m10/nearest_even/ovf_inf"
+        elif ".mlp." in site.path:
+            expected = "e2m1fn/nearest_even/sat_finite" if site.role == "weight" else None
+        else:
+            expected = None if (site.kind, site.role) == ("wgrad", "gradient") else "e8m7/toward_zero/ovf_inf"
+        assert site.cast == expected, site
+    outputs = Counter(site.path for site in plan.sites if site.role == "output")
+    attention = "model.layers.0.self_attn"
+    assert outputs == {attention: 6} | {f"{attention}.{name}_proj": 3 for name in "qkvo"}
+
+
+KINDS = ("fprop", "dgrad", "wgrad")
+
+
+# -- explain: what it leaves alone -------------------------------------------------------------------------------------
+
+
+class Normed(nn.Sequential):
+    """A model with everything that a training step changes: buffers, gradients, random state."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4))
+
+
+def state_of(model: nn.Module, *inputs: Tensor) -> list[Any]:
+    """All that `explain` and `audit` promise to leave as it was."""
+    tensors = [*model.parameters(), *model.buffers(), *inputs]
+    return [
+        [t.detach().clone() for t in tensors],
+        [(id(t), t.requires_grad, t._version, id(t.grad)) for t in model.parameters()],
+        [None if t.grad is None else t.grad.clone() for t in tensors],
+        [module.training for module in model.modules()],
+        torch.get_rng_state(),
+    ]
+
+
+def assert_same_state(before: list[Any], after: list[Any]) -> None:
+    for old, new in zip(before, after, strict=True):
+        if isinstance(old, Tensor):
+            assert torch.equal(old, new)
+        elif isinstance(old[0], Tensor) or old[0] is None:
+            for a, b in zip(old, new, strict=True):
+                assert a is b is None or torch.equal(a, b)
+        else:
+            assert old == new
+
+
+@pytest.mark.parametrize("look", [fpsim.explain, fpsim.audit])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_looking_changes_no_state(look: Callable[..., Any], gradients: bool) -> None:
+    torch.manual_seed(1)
+    model, x = Normed(), torch.randn(4, 8, requires_grad=True)
+    model[1].running_mean.fill_(0.5)
+    if gradients:
+        model(x).sum().backward()
+    before = state_of(model, x)
+    look(model, x)
+    assert_same_state(before, state_of(model, x))
+
+
+def test_running_the_model_would_have_changed_the_state() -> None:
+    """The test above means something."""
+    model, x = Normed(), torch.randn(4, 8, requires_grad=True)
+    before = state_of(model, x)
+    model(x).sum().backward()
+    after = state_of(model, x)
+    assert not torch.equal(before[-1], after[-1])  # random state
+    assert not torch.equal(before[0][4], after[0][6]) and after[2][0] is not None  # buffers, gradients
+
+
+@pytest.mark.parametrize("look", [fpsim.explain, fpsim.audit])
+def test_a_model_that_fails_is_left_as_it_was(look: Callable[..., Any]) -> None:
+    class Failing(Normed):
+        def forward(self, x: Tensor) -> Tensor:
+            return helper_that_fails(super().forward(x))
+
+    @torch._dynamo.disable
+    def helper_that_fails(x: Tensor) -> Tensor:
+        raise RuntimeError("out of luck")
+
+    model, x = Failing(), torch.randn(4, 8)
+    before = state_of(model, x)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        look(model, x)
+    assert_same_state(before, state_of(model, x))
+
+
+def test_gradients_of_what_a_function_closes_over_are_left_alone() -> None:
+    layer, x = nn.Linear(8, 8), torch.randn(4, 8)
+    assert fpsim.audit(lambda x: layer(x), x).covered == 2
+    assert layer.weight.grad is None and layer.bias.grad is None
+
+
+def test_explaining_a_compiled_model_leaves_its_code_alone() -> None:
+    model, x = nn.Linear(8, 8, bias=False), torch.randn(4, 8)
+    compiled = torch.compile(model, backend="fpsim_eager", options={"format": "e2m1fn"})
+    y = compiled(x)
+    assert fpsim.explain(compiled, x) == fpsim.explain(model, x)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(compiled(x), y)
+
+
+def test_twenty_explanations_are_equal_and_the_model_can_still_be_compiled() -> None:
+    """Past 8 versions of a function Dynamo gives up on it and would run it uncompiled."""
+    model, x = nn.Linear(8, 8, bias=False), torch.randn(4, 8)
+    plans = [fpsim.explain(model, x) for _ in range(20)]
+    assert plans == [plans[0]] * 20
+    assert len(plans[0].sites) == 4 and not plans[0].gaps
+    y = torch.compile(model, backend="fpsim_eager", options={"format": "e2m1fn"})(x)
+    assert torch.equal(y, fpsim.round(x, "e2m1fn") @ fpsim.round(model.weight, "e2m1fn").T)
+
+
+# -- explain: modes and pictures ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_there_is_fprop_only(mode: Callable[[], Any]) -> None:
+    with mode():
+        plan = fpsim.explain(Normed(), torch.randn(4, 8))
+    assert [(site.path, site.kind, site.role) for site in plan.sites] == [
+        (path, "fprop", role) for path in ("0", "3") for role in ("activation", "weight")
+    ]
+
+
+def test_a_size_that_varies_is_shown_by_its_symbol() -> None:
+    x = torch.randn(4, 8)
+    torch._dynamo.mark_dynamic(x, 0)
+    activation, weight = fpsim.explain(nn.Linear(8, 8), x).sites[:2]
+    assert isinstance(activation.shape[0], str) and activation.shape[1:] == (8,)
+    assert weight.shape == (8, 8)
+    assert f"{activation.shape[0]} x 8" in str(Plan((activation,), ()))
+
+
+def test_the_policy_may_be_given_as_its_fields() -> None:
+    model, x = nn.Linear(8, 8), torch.randn(4, 8)
+    by_fields = fpsim.explain(model, x, policy={"format": "bf16"})
+    assert by_fields == fpsim.explain(model, x, policy=fpsim.Policy(format="bf16")) != fpsim.explain(model, x)
+    with pytest.raises(ValueError, match="did you mean 'format'"):
+        fpsim.explain(model, x, policy={"fromat": "bf16"})
+
+
+def test_the_arguments_of_the_model_may_have_names() -> None:
+    def scaled(x: Tensor, *, by: Tensor) -> Tensor:
+        return x @ by
+
+    assert len(fpsim.explain(scaled, torch.randn(4, 8), by=torch.randn(8, 2)).sites) == 2
+
+
+def printed(value: object) -> str:
+    """What rich prints on a wide screen."""
+    console = Console(file=io.StringIO(), width=200)
+    console.print(value)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+PLAN = Plan(
+    (
+        Site("layers.0.up", "aten.mm", "fprop", "activation", (4, 8), "float32", "e4m3fn/nearest_even/sat_finite"),
+        Site("", "aten.dot", "wgrad", "gradient", ("s0",), "bfloat16", None),
+        Site("head", "aten.addmm", "dgrad", "output", (), "float64", "e5m2/up/ovf_inf"),
+    ),
+    (Gap("stem", "aten.convolution", "because"), Gap("", "(graph break)", "of [square brackets]")),
+)
+
+
+@pytest.mark.parametrize("show", [str, printed])
+def test_a_plan_is_shown_as_tables(show: Callable[[object], str]) -> None:
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in show(PLAN).splitlines() if "│" in line]
+    assert "2 of 3 operands of matrix products rounded" in show(PLAN) and "2 gaps" in show(PLAN)
+    assert lines == [
+        ["layers.0.up", "aten.mm", "fprop", "activation", "4 x 8", "float32", "e4m3fn/nearest_even/sat_finite"],
+        ["(root)", "aten.dot", "wgrad", "gradient", "s0", "bfloat16", "unrounded"],
+        ["head", "aten.addmm", "dgrad", "output", "scalar", "float64", "e5m2/up/ovf_inf"],
+        ["stem", "aten.convolution", "because"],
+        ["(root)", "(graph break)", "of [square brackets]"],
+    ]
+
+
+@pytest.mark.parametrize("show", [str, printed])
+def test_the_plan_of_llama_is_shown_whole(llama_plan: Plan, show: Callable[[object], str]) -> None:
+    text = show(llama_plan)
+    assert f"{len(llama_plan.sites)} of {len(llama_plan.sites)} operands of matrix products rounded" in text
+    assert "no gaps: every matrix product is covered" in text
+    for site in llama_plan.sites:
+        assert site.path in text
+    assert text.count("e4m3fn/nearest_even/sat_finite") + text.count("e5m2/nearest_even/sat_finite") == 114
+
+
+@pytest.mark.parametrize("show", [str, printed])
+def test_an_audit_is_shown_as_a_table(show: Callable[[object], str]) -> None:
+    escape = Escape("aten.mm", ((4, 8), (8, 2)), 3, inside=False)
+    text = show(Audit((escape, Escape("aten.lstm", ((1,),), 1, inside=True)), covered=7))
+    assert "7 matrix products ran inside graphs that fpsim rewrote" in text
+    assert "4 matrix products escaped" in text
+    for word in ("aten.mm", "4x8, 8x2", "outside compiled code", "aten.lstm", "inside, a gap of the policy"):
+        assert word in text
+    assert "no matrix product escaped" in show(Audit((), covered=7))
+
+
+# -- gaps --------------------------------------------------------------------------------------------------------------
+
+
+class Convolution(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(18, 8))
+
+
+CONVOLUTIONS = ("aten.convolution", "aten.convolution_backward")
+
+
+def test_a_convolution_is_listed_as_a_gap_forward_and_backward() -> None:
+    plan = fpsim.explain(Convolution(), torch.randn(4, 2, 8))
+    reason = "cannot be rounded: an error unless listed in the policy's gaps"
+    assert plan.gaps == tuple(Gap("0", name, reason) for name in CONVOLUTIONS)
+    assert counted(plan) == {"2": LINEAR}
+
+
+def test_compiling_a_convolution_raises_and_names_the_remedies() -> None:
+    with pytest.raises(BackendCompilerFailed) as caught:
+        torch.compile(Convolution(), backend="fpsim_eager")(torch.randn(4, 2, 8))
+    error = caught.value.inner_exception
+    assert isinstance(error, UnroundedError)
+    for part in ("aten.convolution in module '0'", "gaps=['aten.convolution", "skip=['0']", "fpsim.explain"):
+        assert part in str(error)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"gaps": ["aten.convolution*"]}, "allowed by the policy's gaps"),
+        ({"gaps": CONVOLUTIONS}, "allowed by the policy's gaps"),
+        ({"gaps": "*"}, "allowed by the policy's gaps"),
+        ({"skip": ["0"]}, "left unrounded by the policy"),
+        ({"modules": {"0": "none"}}, "left unrounded by the policy"),
+    ],
+)
+def test_a_gap_that_the_policy_names_stays_unrounded_and_the_rest_is_rounded(options: dict, reason: str) -> None:
+    model, x = Convolution(), torch.randn(4, 2, 8)
+    plan = fpsim.explain(model, x, policy=options)
+    assert plan.gaps == tuple(Gap("0", name, reason) for name in CONVOLUTIONS)
+    y = torch.compile(model, backend="fpsim_eager", options=options)(x)
+    linear = model[2]
+    h, w = (fpsim.round(t, "e4m3fn", overflow="sat_finite") for t in (model[1](model[0](x)), linear.weight))
+    assert torch.equal(y, torch.addmm(linear.bias, h, w.T))
+    y.sum().backward()
+    assert model[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("options", [{"gaps": ["aten.conv"]}, {"gaps": ["convolution"]}, {"skip": ["2"]}])
+def test_a_gap_that_the_policy_does_not_name_is_still_an_error(options: dict) -> None:
+    with pytest.raises(BackendCompilerFailed, match=r"aten\.convolution"):
+        torch.compile(Convolution(), backend="fpsim_eager", options=options)(torch.randn(4, 2, 8))
+
+
+def attention(x: Tensor, w: Tensor) -> Tensor:
+    """Causal attention, and a matrix product that is not a part of it."""
+    heads = x.unflatten(-1, (2, 8)).transpose(1, 2)
+    return F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(1, 2).flatten(2) @ w
+
+
+def test_attention_kept_fused_is_a_gap() -> None:
+    x, w = torch.randn(2, 4, 16, requires_grad=True), torch.randn(16, 16, requires_grad=True)
+    plan = fpsim.explain(attention, x, w, policy={"attention": "keep"})
+    assert {gap.reason for gap in plan.gaps} == {"attention kept fused by the policy"}
+    assert [gap.operator.removesuffix("_backward") for gap in plan.gaps] == [plan.gaps[0].operator] * 2
+    assert plan.gaps[0].operator.startswith("aten._scaled_dot_product")
+    assert {site.operator for site in plan.sites} == {"aten.mm"} and len(plan.sites) == 6
+
+
+def test_a_table_of_constants_is_a_gap_that_needs_no_permission() -> None:
+    """Rotary angles: positions times frequencies."""
+
+    class Rotary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("frequency", torch.rand(4, 3))
+
+        def forward(self, positions: Tensor, x: Tensor) -> Tensor:
+            return x * torch.cos(positions.float() @ self.frequency)
+
+    model, positions, x = Rotary(), torch.arange(8).view(2, 4), torch.randn(2, 3)
+    plan = fpsim.explain(model, positions, x)
+    assert plan.sites == ()
+    assert [(gap.operator, gap.reason.split(":")[0]) for gap in plan.gaps] == [("aten.mm", "constant")]
+    assert torch.equal(torch.compile(model, backend="fpsim_eager")(positions, x), model(positions, x))
+
+
+# -- products outside of the graphs ------------------------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    """Dynamo does not compile a function that calls an LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0])
+
+
+class Disabled(nn.Module):
+    """A product in a function that is never compiled, between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.planted = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(product(self.a(x), self.planted))
+
+
+@torch._dynamo.disable
+def product(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b
+
+
+class Broken(Disabled):
+    """A graph break within ``try``: the whole function around it runs uncompiled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.middle(self.a(x)))
+
+    def middle(self, x: Tensor) -> Tensor:
+        try:
+            torch._dynamo.graph_break()
+            return x @ self.planted
+        finally:
+            pass
+
+
+PRODUCT_8 = (
+    Escape("aten.mm", ((4, 8), (8, 8)), 2, inside=False),  # fprop and dgrad
+    Escape("aten.mm", ((8, 4), (4, 8)), 1, inside=False),  # wgrad
+)
+
+
+@pytest.mark.parametrize("kind", [Disabled, Broken])
+def test_audit_finds_exactly_the_products_in_code_that_is_not_compiled(kind: type[Disabled]) -> None:
+    audit = fpsim.audit(kind(), torch.randn(4, 8))
+    assert Counter(audit.escaped) == Counter(PRODUCT_8)
+    assert audit.covered == 2 + 3  # the first layer has no dgrad
+
+
+def test_audit_finds_a_recurrent_network_and_what_runs_beside_it() -> None:
+    audit = fpsim.audit(Recurrent(), torch.randn(3, 4, 8))
+    assert audit.covered == 0
+    counts = Counter({(escape.operator, escape.shapes): escape.count for escape in audit.escaped})
+    known = Counter(
+        {
+            ("aten.lstm", ((3, 4, 8),)): 1,  # what it calls inside is not counted again
+            ("aten.addmm", ((8,), (12, 8), (8, 8))): 1,
+            ("aten.mm", ((12, 8), (8, 8))): 1,
+            ("aten.mm", ((8, 12), (12, 8))): 1,
+        }
+    )
+    assert known <= counts
+    assert (counts - known).total() >= 1  # the backward of the LSTM: one operator or several, as its kernel is
+    assert not any(escape.inside for escape in audit.escaped)
+
+
+@pytest.mark.parametrize("kind", [Disabled, Broken])
+def test_explain_says_where_a_graph_breaks(kind: type[Disabled]) -> None:
+    plan = fpsim.explain(kind(), torch.randn(4, 8))
+    assert [gap.operator for gap in plan.gaps] == ["(graph break)"]
+    assert "runs uncompiled and unrounded; fpsim.audit tells what" in plan.gaps[0].reason
+
+
+def test_explain_says_where_nothing_is_compiled() -> None:
+    plan = fpsim.explain(Recurrent(), torch.randn(3, 4, 8))
+    assert plan.sites == ()
+    assert [gap.operator for gap in plan.gaps] == ["(model)"]
+
+
+def test_audit_lists_fused_attention_as_inside() -> None:
+    x, w = torch.randn(2, 4, 16, requires_grad=True), torch.randn(16, 16, requires_grad=True)
+    kept = fpsim.audit(attention, x, w, policy={"attention": "keep"})
+    assert {escape.inside for escape in kept.escaped} == {True}
+    assert [escape.count for escape in kept.escaped] == [1, 1]
+    name = kept.escaped[0].operator
+    assert name.startswith("aten._scaled_dot_product") and kept.escaped[1].operator == f"{name}_backward"
+    assert kept.escaped[0].shapes[:3] == ((2, 2, 4, 8),) * 3
+    assert kept.covered == 3
+    opened = fpsim.audit(attention, x, w)
+    assert opened == Audit((), covered=3 + 2 + 4)
+
+
+TRANSFORMERS = pytest.mark.parametrize(("model", "linears"), [(llama, LLAMA_LINEARS), (gpt2, GPT2_LINEARS)])
+
+
+@TRANSFORMERS
+@pytest.mark.usefixtures("kernels_left_out")
+def test_nothing_escapes_from_a_transformer(model: Callable[[], nn.Module], linears: list[str]) -> None:
+    x = tokens()
+    assert fpsim.audit(model(), x, labels=x) == Audit((), covered=2 * (3 * len(linears) + 6) + 3)
+
+
+@TRANSFORMERS
+@pytest.mark.exhaustive
+def test_nothing_escapes_from_a_transformer_with_its_kernels(
+    model: Callable[[], nn.Module], linears: list[str]
+) -> None:
+    test_nothing_escapes_from_a_transformer(model, linears)
+
+
+def compiled_module() -> tuple[Callable[..., Any], int]:
+    return torch.compile(Disabled(), backend="fpsim", options={"format": "bf16"}), 5
+
+
+def compiled_function() -> tuple[Callable[..., Any], int]:
+    model = Disabled()
+    return torch.compile(lambda x: model(x), backend="fpsim", options={"format": "bf16"}), 5
+
+
+@pytest.mark.parametrize("compiled", [compiled_module, compiled_function])
+def test_a_compiled_model_is_audited_as_it_is(compiled: Callable[[], tuple[Callable[..., Any], int]]) -> None:
+    model, covered = compiled()
+    audit = fpsim.audit(model, torch.randn(4, 8))
+    assert Counter(audit.escaped) == Counter(PRODUCT_8) and audit.covered == covered
+
+
+@pytest.mark.parametrize("policy", [fpsim.Policy(), {}, {"format": "bf16"}])
+def test_a_policy_for_a_compiled_model_is_an_error(policy: Any) -> None:
+    model = torch.compile(nn.Linear(8, 8), backend="fpsim")
+    with pytest.raises(ValueError, match="already compiled and keeps its policy"):
+        fpsim.audit(model, torch.randn(4, 8), policy=policy)
+
+
+def test_what_a_policy_does_not_allow_is_an_error_in_audit_too() -> None:
+    with pytest.raises(BackendCompilerFailed, match=r"gaps=\['aten\.convolution"):
+        fpsim.audit(Convolution(), torch.randn(4, 2, 8))
+
+
+def test_a_convolution_that_the_policy_allows_is_found_inside() -> None:
+    audit = fpsim.audit(Convolution(), torch.randn(4, 2, 8), policy={"gaps": "aten.convolution*"})
+    assert [(escape.operator, escape.count, escape.inside) for escape in audit.escaped] == [
+        ("aten.convolution", 1, True),
+        ("aten.convolution_backward", 1, True),
+    ]
+    assert audit.covered == 3

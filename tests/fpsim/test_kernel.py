@@ -1,0 +1,176 @@
+"""The text of the rounding algorithm, run on plain integers that check what compiled code may rely on.
+
+`fpsim.kernel` is one text for torch, Inductor and plain ints. Here the ints have a width, and they refuse what is
+undefined in C++: a shift by less than 0 or by the width or more, and a sum out of range. Only the sums of infinities
+and NaNs may wrap around, as they do in torch: what they become is decided without those sums.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from judge import CARRIERS, Inputs, assert_codes, by_reference, interesting, overflows, random_inputs, suits
+
+from fpsim import reference
+from fpsim.formats import NAMED_FORMATS, ROUNDINGS, FloatFormat, parse_format
+from fpsim.kernel import Grid, decode_code, encode_code, round_code
+
+
+class Word:
+    """A signed integer of a fixed width, as `fpsim.kernel` uses it."""
+
+    def __init__(self, value: int, bits: int, wraps: bool = False) -> None:
+        half = 1 << (bits - 1)
+        if not -half <= value < half:
+            assert wraps, f"{value} overflows {bits} bits"
+            value = (value + half) % (2 * half) - half
+        self.value, self.bits, self.wraps = value, bits, wraps
+
+    def _with(self, value: int, wraps: bool = False) -> Word:
+        word = Word(value, self.bits, wraps or self.wraps)
+        word.wraps = self.wraps
+        return word
+
+    def __add__(self, other: Word | int) -> Word:
+        return self._with(self.value + number(other))
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Word | int) -> Word:
+        return self._with(self.value - number(other))
+
+    def __rsub__(self, other: int) -> Word:
+        return self._with(other - self.value)
+
+    def __neg__(self) -> Word:
+        return self._with(-self.value)
+
+    def __and__(self, other: Word | int) -> Word:
+        return self._with(self.value & number(other))
+
+    def __or__(self, other: Word | int) -> Word:
+        return self._with(self.value | number(other))
+
+    def __xor__(self, other: Word | int) -> Word:
+        return self._with(self.value ^ number(other))
+
+    def __invert__(self) -> Word:
+        return self._with(~self.value)
+
+    def __lshift__(self, other: Word | int) -> Word:
+        assert 0 <= number(other) < self.bits, f"shift by {number(other)}"
+        return self._with(self.value << number(other), wraps=True)  # bits may fall off at the top
+
+    def __rlshift__(self, other: int) -> Word:
+        return self._with(other) << self
+
+    def __rshift__(self, other: Word | int) -> Word:
+        assert 0 <= number(other) < self.bits, f"shift by {number(other)}"
+        return self._with(self.value >> number(other))
+
+
+def number(word: Word | int) -> int:
+    if isinstance(word, Word):
+        return word.value
+    assert type(word) is int
+    return word
+
+
+class Truth:
+    """A mask, with only the operators that masks have."""
+
+    def __init__(self, value: bool) -> None:
+        self.value = value
+
+    def __and__(self, other: Truth) -> Truth:
+        return Truth(self.value and other.value)
+
+    def __or__(self, other: Truth) -> Truth:
+        return Truth(self.value or other.value)
+
+    def __invert__(self) -> Truth:
+        return Truth(not self.value)
+
+
+class WordOps:
+    """The kernel's executor on `Word` (`fpsim.kernel.Ops`)."""
+
+    def __init__(self, carrier: FloatFormat) -> None:
+        self.carrier = carrier
+
+    def clamp(self, a: Word, low: int | None, high: int | None) -> Word:
+        assert low is None or high is None or low <= high
+        value = a.value if low is None else max(a.value, low)
+        return a._with(value if high is None else min(value, high))
+
+    def less(self, a: Word, bound: int) -> Truth:
+        a._with(bound - 1), a._with(bound)  # TorchOps computes with both
+        return Truth(a.value < bound)
+
+    def choose(self, mask: Truth, a: Word | int, b: Word | int) -> Word:
+        return Word(number(a if mask.value else b), self.carrier.bits, getattr(a, "wraps", getattr(b, "wraps", False)))
+
+    def code_of_integer(self, a: Word) -> Word:
+        floats, integers = {32: (np.float32, np.int32), 64: (np.float64, np.int64)}[a.bits]
+        return a._with(int(np.array(a.value).astype(floats).view(integers)))
+
+
+def run(codes: np.ndarray, fmt: FloatFormat, carrier: FloatFormat, rounding: str, overflow: str) -> np.ndarray:
+    grid, ops = Grid(fmt, carrier), WordOps(carrier)
+    result = []
+    for code in codes.view(f"i{carrier.bits // 8}").tolist():
+        is_finite = code & (carrier.sign_code - 1) <= carrier.max_code
+        result.append(round_code(Word(code, carrier.bits, not is_finite), grid, rounding, overflow, ops).value)
+    return np.array(result, f"i{carrier.bits // 8}").view(codes.dtype)
+
+
+FORMATS = [
+    *NAMED_FORMATS,
+    "e2m0", "e3m0fn", "e4m0", "e8m0", "e8m22", "e8m1", "e1m3", "e11m0", "e10m40fn", "e4m3:unsigned",
+    "e4m0finite:unsigned",
+    "e5m2:bias=126", "e5m2:bias=127", "e5m2:bias=140", "e3m2:bias=-5", "e8m2:nosubnormals", "e4m3:nosubnormals",
+    "e4m3:bias=127:nosubnormals", "e4m3:bias=129:nosubnormals", "e5m2:bias=145:nosubnormals:unsigned",
+    "e4m3fn:nosubnormals:unsigned:nozero",
+]  # fmt: skip
+CASES = [
+    (name, dtype) for name in FORMATS for dtype in CARRIERS if dtype.itemsize > 2 and suits(parse_format(name), dtype)
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
+def test_rounding_on_plain_integers_without_overflow(name, dtype):
+    fmt, carrier = parse_format(name), CARRIERS[dtype]
+    extremes = [0, 1, carrier.max_code, carrier.max_code + 1, carrier.max_code + 2, carrier.sign_code - 1]
+    inputs = Inputs([*extremes, *(code | carrier.sign_code for code in extremes)], dtype)
+    inputs |= interesting.__wrapped__(fmt, dtype).sample(40) | random_inputs(fmt, dtype, 20)
+    for rounding in ROUNDINGS:
+        for overflow in overflows(fmt):
+            got = run(inputs.codes, fmt, carrier, rounding, overflow)
+            want = by_reference(inputs, fmt, rounding, overflow)
+            assert_codes(got, want, inputs.codes, (name, rounding, overflow))
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
+def test_encoding_and_decoding_on_plain_integers_without_overflow(name, dtype):
+    fmt, carrier = parse_format(name), CARRIERS[dtype]
+    grid, ops = Grid(fmt, carrier), WordOps(carrier)
+    special = {0, 1, fmt.sign_code, fmt.max_code, (fmt.max_code + 1) % (1 << fmt.bits), (1 << fmt.bits) - 1}
+    codes = {*special, *np.random.default_rng(5).integers(0, 1 << fmt.bits, 60, np.uint64).tolist()}
+    for code in codes:
+        signed = code - (1 << fmt.bits) if fmt.bits == carrier.bits and code >> (fmt.bits - 1) else code
+        value = decode_code(Word(signed, carrier.bits), grid, ops).value
+        want = reference.encode(reference.decode(code, fmt), carrier)
+        assert value % (1 << carrier.bits) == want, hex(code)
+        back = encode_code(Word(value, carrier.bits), grid, ops).value % (1 << carrier.bits)
+        assert back % (1 << fmt.bits) == reference.encode(reference.decode(code, fmt), fmt), hex(code)
+
+
+@pytest.mark.parametrize("name", NAMED_FORMATS)
+def test_constants_of_a_grid_are_the_carriers_codes(name):
+    fmt = parse_format(name)
+    for carrier in [c for c in CARRIERS.values() if c.bits > 16 and fmt.is_subset_of(c)]:
+        grid = Grid(fmt, carrier)
+        for value in (fmt.max, fmt.smallest_normal, fmt.smallest_subnormal, 0.0):
+            assert grid.plain_code_of(value) == reference.encode(value, carrier)
+            if not grid.extended:
+                assert grid.code_of(value) == reference.encode(value, carrier)

@@ -1,0 +1,552 @@
+"""A policy says what is rounded where: its defaults, its overrides, its globs, its JSON form and its errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+import fpsim
+from fpsim.formats import OVERFLOWS, ROUNDINGS, FloatFormat, parse_format, resolve_overflow
+from fpsim.policy import ATTENTIONS, HYBRID, KINDS, ROLES, Cast, Policy, parse_cast
+
+FIELDS = [field.name for field in dataclasses.fields(Policy)]
+PLACES = list(itertools.product(KINDS, ROLES))
+
+
+def casts(policy: Policy) -> dict[tuple[str, str], str | None]:
+    """Every (kind, role) and how it is rounded."""
+    return {place: None if (cast := policy.cast(*place)) is None else str(cast) for place in PLACES}
+
+
+def by_role(activation: str | None, weight: str | None, gradient: str | None) -> dict[tuple[str, str], str | None]:
+    """The casts of a policy in which the kind of product makes no difference."""
+    roles = {"activation": activation, "weight": weight, "gradient": gradient}
+    return {(kind, role): roles[role] for kind, role in PLACES}
+
+
+E4M3 = "e4m3fn/nearest_even/sat_finite"
+E5M2 = "e5m2/nearest_even/sat_finite"
+
+
+# -- casts -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("e4m3fn", "e4m3fn/nearest_even/sat_finite"),
+        ("e5m2", "e5m2/nearest_even/ovf_inf"),
+        ("e8m3/toward_zero/sat_finite", "e8m3/toward_zero/sat_finite"),
+        ("e8m3/sat_finite/toward_zero", "e8m3/toward_zero/sat_finite"),
+        ("e8m3/toward_zero", "e8m3/toward_zero/ovf_inf"),
+        ("e8m3/sat_propagate", "e8m3/nearest_even/sat_propagate"),
+        ("bf16", "e8m7/nearest_even/ovf_inf"),
+        ("torch.float8_e5m2/up", "e5m2/up/ovf_inf"),
+        ("e5m2:bias=16:nosubnormals/down", "e5m2:bias=16:nosubnormals/down/ovf_inf"),
+    ],
+)
+def test_a_cast_is_a_format_and_its_modes(text: str, expected: str) -> None:
+    assert str(parse_cast(text)) == expected
+    assert parse_cast(expected) == parse_cast(text)
+    assert hash(parse_cast(expected)) == hash(parse_cast(text))
+
+
+def test_none_is_no_cast() -> None:
+    assert parse_cast("none") is None
+
+
+def test_a_cast_may_be_given_as_a_format() -> None:
+    assert parse_cast(FloatFormat(5, 2), "up", "sat_finite") == Cast(FloatFormat(5, 2), "up", "sat_finite")
+
+
+def test_modes_in_the_text_override_the_defaults_given_beside_it() -> None:
+    assert str(parse_cast("e5m2", "up", "sat_finite")) == "e5m2/up/sat_finite"
+    assert str(parse_cast("e5m2/down", "up", "sat_finite")) == "e5m2/down/sat_finite"
+    assert str(parse_cast("e5m2/ovf_inf", "up", "sat_finite")) == "e5m2/up/ovf_inf"
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("e4m3fn", "e4m3fn"),
+        ("e5m2/sat_finite", "e5m2 sat_finite"),
+        ("e5m2/up", "e5m2 up"),
+        ("e5m2/up/sat_finite", "e5m2 up sat_finite"),
+    ],
+)
+def test_the_label_of_a_cast_names_what_is_unusual(text: str, label: str) -> None:
+    cast = parse_cast(text)
+    assert cast is not None and cast.label == label
+
+
+def test_an_unknown_mode_in_a_cast_names_the_valid_ones() -> None:
+    with pytest.raises(ValueError, match=r"'sideways'.*nearest_even.*sat_finite"):
+        parse_cast("e5m2/sideways")
+
+
+def test_a_cast_must_be_text_or_a_format() -> None:
+    with pytest.raises(TypeError, match="a cast is a string"):
+        parse_cast(8)  # type: ignore[arg-type]
+
+
+# -- what each field says ----------------------------------------------------------------------------------------------
+
+
+def test_the_default_is_the_ocp_hybrid_saturating() -> None:
+    assert casts(Policy()) == by_role(E4M3, E4M3, E5M2)
+    assert Policy().output_cast is None
+    assert Policy().attention == "round"
+    assert not Policy().uses_paths
+
+
+def test_the_default_and_what_it_stands_for_are_equal() -> None:
+    spelled = Policy(activation="e4m3fn", weight="e4m3fn", gradient="e5m2", overflow="sat_finite")
+    assert Policy() == spelled == Policy(**HYBRID, overflow="sat_finite")
+    assert hash(Policy()) == hash(spelled)
+
+
+def test_a_format_holds_for_every_operand_and_keeps_its_usual_overflow_mode() -> None:
+    e5m2 = "e5m2/nearest_even/ovf_inf"
+    assert casts(Policy(format="e5m2")) == by_role(e5m2, e5m2, e5m2)
+    assert casts(Policy(format=FloatFormat(5, 2))) == by_role(e5m2, e5m2, e5m2)  # type: ignore[arg-type]
+
+
+def test_a_role_goes_before_the_format() -> None:
+    bf16, e5m2 = "e8m7/nearest_even/ovf_inf", "e5m2/nearest_even/ovf_inf"
+    assert casts(Policy(format="bf16", gradient="e5m2")) == by_role(bf16, bf16, e5m2)
+    assert casts(Policy(format="bf16", weight="none")) == by_role(bf16, None, bf16)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_role_given_alone_leaves_the_others_unrounded(role: str) -> None:
+    expected = {place: "e3m4/nearest_even/ovf_inf" if place[1] == role else None for place in PLACES}
+    assert casts(Policy(**{role: "e3m4"})) == expected
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_none_takes_one_role_out_of_the_hybrid(role: str) -> None:
+    expected = {place: None if place[1] == role else cast for place, cast in casts(Policy()).items()}
+    assert casts(Policy(**{role: "none"})) == expected
+
+
+def test_none_rounds_nothing() -> None:
+    nothing = by_role(None, None, None)
+    assert casts(Policy(format="none")) == nothing
+    assert casts(Policy(activation="none", weight="none", gradient="none")) == nothing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_overrides_the_roles_it_names_in_its_own_products_only(kind: str) -> None:
+    policy = Policy(**{kind: {"weight": "bf16", "activation": "none"}})
+    changed = {(kind, "weight"): "e8m7/nearest_even/sat_finite", (kind, "activation"): None}
+    assert casts(policy) == casts(Policy()) | changed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("given", ["e3m4", FloatFormat(3, 4)])
+def test_a_format_for_a_kind_means_all_its_roles(kind: str, given: Any) -> None:
+    policy = Policy(format="bf16", **{kind: given})
+    expected = {place: "e3m4/nearest_even/ovf_inf" for place in PLACES if place[0] == kind}
+    assert casts(policy) == casts(Policy(format="bf16")) | expected
+
+
+def test_switchback_keeps_the_weight_gradient_high() -> None:
+    policy = Policy(wgrad={"gradient": "bf16", "activation": "bf16"}, overflow="sat_finite")
+    bf16 = "e8m7/nearest_even/sat_finite"
+    assert casts(policy) == casts(Policy()) | {("wgrad", "gradient"): bf16, ("wgrad", "activation"): bf16}
+
+
+def test_a_role_without_a_format_in_a_kind_is_as_if_not_named() -> None:
+    assert Policy(fprop={"weight": None}) == Policy()
+
+
+def test_forward_only() -> None:
+    policy = Policy(format="none", fprop="e4m3fn")
+    assert casts(policy) == by_role(None, None, None) | {("fprop", role): E4M3 for role in ROLES}
+
+
+def test_the_output_is_rounded_where_asked() -> None:
+    assert Policy(format="none", output="bf16").output_cast == parse_cast("bf16")
+    assert Policy(format="none", output="none").output_cast is None
+
+
+def test_rounding_holds_where_a_cast_names_none() -> None:
+    policy = Policy(
+        format="e5m2", gradient="e5m2/up", output="bf16", rounding="toward_zero", fprop={"weight": "e4m3fn"}
+    )
+    expected = by_role("e5m2/toward_zero/ovf_inf", "e5m2/toward_zero/ovf_inf", "e5m2/up/ovf_inf")
+    assert casts(policy) == expected | {("fprop", "weight"): "e4m3fn/toward_zero/sat_finite"}
+    assert str(policy.output_cast) == "e8m7/toward_zero/ovf_inf"
+    assert casts(Policy(rounding="to_odd")) == by_role(
+        "e4m3fn/to_odd/sat_finite", "e4m3fn/to_odd/sat_finite", "e5m2/to_odd/sat_finite"
+    )
+
+
+def test_overflow_holds_where_a_cast_names_none() -> None:
+    policy = Policy(format="e5m2", gradient="e5m2/ovf_inf", output="bf16", overflow="sat_propagate")
+    usual = "e5m2/nearest_even/sat_propagate"
+    assert casts(policy) == by_role(usual, usual, "e5m2/nearest_even/ovf_inf")
+    assert str(policy.output_cast) == "e8m7/nearest_even/sat_propagate"
+    e4m3, e5m2 = "e4m3fn/nearest_even/ovf_inf", "e5m2/nearest_even/ovf_inf"
+    assert casts(Policy(overflow="ovf_inf")) == by_role(e4m3, e4m3, e5m2)
+
+
+def test_equal_meaning_is_an_equal_value_however_it_was_spelled() -> None:
+    short = Policy(format="bf16", fprop={"weight": "e4m3fn"}, skip="head", gaps="aten.convolution*")
+    full = Policy(
+        format="torch.bfloat16/nearest_even/ovf_inf",
+        fprop=(("weight", "float8_e4m3fn/sat_finite"),),
+        skip=("head",),
+        gaps=["aten.convolution*"],
+    )
+    assert short == full and hash(short) == hash(full)
+    assert Policy(fprop={"weight": "bf16", "gradient": "e5m2"}) == Policy(fprop={"gradient": "e5m2", "weight": "bf16"})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("format", "bf16"),
+        ("activation", "bf16"),
+        ("weight", "bf16"),
+        ("gradient", "bf16"),
+        ("output", "bf16"),
+        ("fprop", {"weight": "bf16"}),
+        ("dgrad", {"weight": "bf16"}),
+        ("wgrad", {"gradient": "bf16"}),
+        ("rounding", "up"),
+        ("overflow", "ovf_inf"),
+        ("skip", ["head"]),
+        ("modules", {"head": "none"}),
+        ("attention", "keep"),
+        ("gaps", ["*"]),
+    ],
+)
+def test_every_field_makes_a_difference(field: str, value: Any) -> None:
+    changed = Policy(**{field: value})
+    assert changed != Policy()
+    assert changed.to_json() != Policy().to_json()
+
+
+def test_the_test_above_names_every_field() -> None:
+    (mark,) = test_every_field_makes_a_difference.pytestmark
+    assert [field for field, _ in mark.args[1]] == FIELDS
+
+
+# -- globs of modules --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("glob", "path", "matches"),
+    [
+        ("lm_head", "lm_head", True),
+        ("lm_head", "lm_head.dense", True),
+        ("lm_head", "model.lm_head", False),
+        ("lm_head", "lm_head2", False),
+        ("*.lm_head", "model.lm_head", True),
+        ("layers.0", "layers.0.attn.q_proj", True),
+        ("layers.0", "layers.01", False),
+        ("layers.0", "layers.10", False),
+        ("layers.*.attn", "layers.3.attn.q_proj", True),
+        ("layers.*.attn", "layers.3.mlp.up", False),
+        ("layers.[02]", "layers.2.mlp", True),
+        ("layers.[02]", "layers.1.mlp", False),
+        ("*_proj", "layers.0.attn.q_proj", True),
+        ("Layers.*", "layers.0", False),
+        ("*", "", True),
+        ("*", "anything.at.all", True),
+        ("", "", True),
+        ("", "layers", False),
+    ],
+)
+def test_a_glob_matches_a_module_and_all_inside_it(glob: str, path: str, matches: bool) -> None:
+    assert (Policy(skip=[glob]).at(path) is None) == matches
+    assert (Policy(modules={glob: "none"}).at(path) is None) == matches
+
+
+def test_where_no_glob_matches_the_policy_itself_holds() -> None:
+    policy = Policy(modules={"head": "bf16"}, skip=["embed"])
+    assert policy.at("layers.0") is policy
+    assert policy.uses_paths
+
+
+def test_the_first_glob_that_matches_decides() -> None:
+    policy = Policy(modules={"layers.0.attn": "bf16", "layers.0": "e3m4", "layers.*": "none"})
+    assert policy.at("layers.0.attn.q") == Policy(format="bf16")
+    assert policy.at("layers.0.mlp") == Policy(format="e3m4")
+    assert policy.at("layers.1.mlp") is None
+    assert Policy(modules={"layers.*": "none", "layers.0": "e3m4"}).at("layers.0") is None
+    assert Policy(modules=[("a", "e3m4"), ("a", "bf16")]).at("a") == Policy(format="e3m4")  # type: ignore[arg-type]
+
+
+def test_skip_goes_before_modules() -> None:
+    policy = Policy(skip=["layers.0.*"], modules={"layers": "bf16"})
+    assert policy.at("layers.0.mlp") is None
+    assert policy.at("layers.1.mlp") == Policy(format="bf16")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (Policy(gradient="e3m4"), Policy(gradient="e3m4")),
+        ({"gradient": "e3m4"}, Policy(gradient="e3m4")),
+        ({"policy": Policy(gradient="e3m4")}, Policy(gradient="e3m4")),
+        ({}, Policy()),
+        ("e5m2/up", Policy(format="e5m2/up")),
+        (FloatFormat(5, 2), Policy(format="e5m2")),
+        ("none", None),
+        (None, None),
+    ],
+)
+def test_the_policy_of_a_module_in_all_its_forms(given: Any, expected: Policy | None) -> None:
+    assert Policy(modules={"head": given}).at("head") == expected
+    assert Policy(modules=[("head", given)]) == Policy(modules={"head": expected})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("inner", [{"skip": ["a"]}, {"modules": {"a": "none"}}])
+def test_globs_stand_at_the_top(inner: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"modules 'head' .*put all globs at the top"):
+        Policy(modules={"head": inner})
+    with pytest.raises(ValueError, match=r"modules 'head' .*put all globs at the top"):
+        Policy(modules={"head": Policy(**inner)})
+
+
+@pytest.mark.parametrize("inner", [{"attention": "keep"}, {"gaps": ["*"]}])
+def test_what_holds_for_the_whole_model_is_refused_in_the_policy_of_a_module(inner: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"modules 'head'.*{next(iter(inner))}"):
+        Policy(modules={"head": inner})
+
+
+def test_gaps_are_globs_of_operators() -> None:
+    policy = Policy(gaps=["aten.convolution", "aten._cdist*"])
+    assert policy.allows_gap("aten.convolution") and policy.allows_gap("aten._cdist_forward")
+    assert not policy.allows_gap("aten.convolution_backward") and not Policy().allows_gap("aten.convolution")
+    assert Policy(gaps="*").allows_gap("anything")
+
+
+# -- JSON --------------------------------------------------------------------------------------------------------------
+
+format_names = st.sampled_from(
+    ["e4m3fn", "e5m2", "bf16", "fp16", "e8m3", "e2m1fn", "e5m2:bias=16", "e3m4:nosubnormals"]
+)
+
+
+@st.composite
+def cast_texts(draw: st.DrawFn) -> str:
+    name = draw(format_names)
+    parts = [name]
+    if draw(st.booleans()):
+        parts.append(draw(st.sampled_from(ROUNDINGS)))
+    if draw(st.booleans()):
+        parts.append(draw(st.sampled_from([mode for mode in OVERFLOWS if is_possible(name, mode)])))
+    return "/".join(parts)
+
+
+def is_possible(name: str, overflow: str) -> bool:
+    try:
+        return bool(resolve_overflow(parse_format(name), overflow))
+    except ValueError:
+        return False
+
+
+anything = st.one_of(cast_texts(), st.just("none"))
+globs = st.text(alphabet='ab.*[]é"\\ ', max_size=6)
+inner_fields = {
+    **dict.fromkeys(("format", "activation", "weight", "gradient", "output"), anything),
+    **dict.fromkeys(KINDS, st.one_of(anything, st.dictionaries(st.sampled_from(ROLES), anything))),
+    "rounding": st.sampled_from(ROUNDINGS),
+    "overflow": st.just("sat_finite"),  # the one mode that every format has
+}
+inner_policies = st.fixed_dictionaries({}, optional=inner_fields).map(lambda options: Policy(**options))
+policies = st.fixed_dictionaries(
+    {},
+    optional={
+        **inner_fields,
+        "skip": st.lists(globs, max_size=3),
+        "modules": st.lists(st.tuples(globs, st.none() | inner_policies), max_size=3),
+        "attention": st.sampled_from(ATTENTIONS),
+        "gaps": st.lists(globs, max_size=2),
+    },
+).map(lambda options: Policy(**options))
+
+
+@given(policies)
+def test_a_policy_survives_the_round_trip_through_json(policy: Policy) -> None:
+    again = Policy.from_json(policy.to_json())
+    assert again == policy
+    assert hash(again) == hash(policy)
+    assert again.to_json() == policy.to_json()
+    assert casts(again) == casts(policy)
+
+
+@given(policies)
+def test_the_fields_of_a_policy_are_options_that_give_it_again(policy: Policy) -> None:
+    options = policy.to_dict()
+    assert Policy.from_options(options) == policy
+    assert Policy.from_options({"policy": options}) == policy
+    assert Policy.from_options({"policy": policy}) is policy
+    assert json.loads(json.dumps(options)) == options
+
+
+@given(policies, policies)
+def test_policies_are_equal_where_their_json_is(a: Policy, b: Policy) -> None:
+    assert (a == b) == (a.to_json() == b.to_json())
+
+
+def test_json_is_readable_and_has_a_version() -> None:
+    assert json.loads(Policy(modules={"lm_head": "none"}, wgrad={"gradient": "bf16"}).to_json()) == {
+        "version": 1,
+        "activation": E4M3,
+        "weight": E4M3,
+        "gradient": E5M2,
+        "overflow": "sat_finite",
+        "wgrad": {"gradient": "e8m7/nearest_even/sat_finite"},
+        "modules": {"lm_head": "none"},
+    }
+
+
+def test_json_without_a_version_is_of_this_version() -> None:
+    assert Policy.from_json('{"format": "bf16"}') == Policy(format="bf16")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("format: bf16", "must be valid JSON"),
+        ("", "must be valid JSON"),
+        ('["bf16"]', "must be a JSON object, got list"),
+        ('"bf16"', "must be a JSON object, got str"),
+        ('{"version": 2, "format": "bf16"}', "version 2.*reads version 1.*upgrade"),
+        ('{"fromat": "bf16"}', "unknown option 'fromat'"),
+        ('{"format": "bf99"}', "unknown format 'bf99'"),
+    ],
+)
+def test_json_that_is_no_policy_is_an_error(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Policy.from_json(text)
+
+
+# -- options and errors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [None, {}, {"policy": None}, {"policy": {}}])
+def test_no_options_are_the_default(options: Any) -> None:
+    assert Policy.from_options(options) == Policy()
+
+
+def test_an_unknown_option_lists_the_valid_ones_and_the_nearest() -> None:
+    with pytest.raises(ValueError, match="unknown option 'atention'") as caught:
+        Policy.from_options({"atention": "keep"})
+    assert "did you mean 'attention'?" in str(caught.value)
+    assert all(name in str(caught.value) for name in [*FIELDS, "policy"])
+
+
+def test_an_unknown_option_far_from_all_has_no_hint() -> None:
+    with pytest.raises(ValueError, match="unknown option 'zzz': fpsim's options are format") as caught:
+        Policy.from_options({"zzz": 1})
+    assert "did you mean" not in str(caught.value)
+
+
+def test_a_policy_and_fields_together_are_an_error() -> None:
+    with pytest.raises(ValueError, match="either 'policy' or its fields, not both: format, skip"):
+        Policy.from_options({"policy": Policy(), "skip": ["a"], "format": "bf16"})
+
+
+@pytest.mark.parametrize("options", ["e4m3fn", {"policy": "e4m3fn"}])
+def test_a_format_is_no_policy_and_the_error_says_what_to_write(options: Any) -> None:
+    with pytest.raises(TypeError, match=r"'e4m3fn'.*\{'format': 'e4m3fn'\}"):
+        Policy.from_options(options)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"format": "e4m3fm"}, ValueError, "unknown format 'e4m3fm'.*did you mean e4m3"),
+        ({"gradient": "e99m1"}, ValueError, "e99m1"),
+        ({"output": "what"}, ValueError, "unknown format 'what'"),
+        ({"wgrad": {"weight": "what"}}, ValueError, "unknown format 'what'"),
+        ({"modules": {"a": "what"}}, ValueError, "unknown format 'what'"),
+        ({"modules": {"a": {"fromat": "bf16"}}}, ValueError, "unknown option 'fromat'"),
+        ({"format": "e5m2/sideways"}, ValueError, "unknown mode 'sideways'"),
+        ({"fprop": {"weights": "bf16"}}, ValueError, "unknown role 'weights' in fprop: .*activation, weight, gradient"),
+        ({"attention": "open"}, ValueError, "unknown attention 'open': use one of round, keep"),
+        ({"rounding": "sideways"}, ValueError, "unknown rounding 'sideways': use one of nearest_even"),
+        ({"overflow": "wrap"}, ValueError, "unknown overflow mode 'wrap': use one of ovf_inf"),
+        ({"format": "e2m1fn/ovf_inf"}, ValueError, "e2m1fn has neither: use overflow='sat_finite'"),
+        ({"format": "e2m1fn", "overflow": "ovf_inf"}, ValueError, "e2m1fn has neither"),
+        ({"format": 8}, TypeError, "a cast is a string"),
+        ({"skip": [1]}, TypeError, "skip must be a list of strings"),
+        ({"gaps": [None]}, TypeError, "gaps must be a list of strings"),
+        ({"skip": None}, TypeError, "skip"),
+        ({"fprop": ["bf16"]}, TypeError, "fprop must be .*mapping"),
+        ({"modules": ["head"]}, TypeError, "modules must be .*mapping"),
+        ({"modules": {"a": 3}}, TypeError, "3"),
+    ],
+)
+def test_a_wrong_value_is_an_error_that_names_it(fields: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Policy(**fields)
+    with pytest.raises(error, match=message):
+        Policy.from_options(fields)
+
+
+def test_an_overflow_mode_that_only_some_formats_have_may_be_named_where_it_is_possible() -> None:
+    assert casts(Policy(format="e5m2", weight="e2m1fn/sat_finite", overflow="ovf_inf"))["fprop", "weight"] == (
+        "e2m1fn/nearest_even/sat_finite"
+    )
+
+
+# -- a value -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_policy_cannot_be_changed(field: str) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(Policy(), field, None)
+
+
+def test_what_was_passed_in_may_change_later_without_effect() -> None:
+    wgrad, skip, gaps = {"gradient": "bf16"}, ["embed"], ["aten.convolution"]
+    inner = {"format": "bf16"}
+    modules: dict[str, Any] = {"head": inner}
+    fields = {"wgrad": wgrad, "skip": skip, "gaps": gaps, "modules": modules}
+    policy, options_policy = Policy(**fields), Policy.from_options(fields)
+    before, text = hash(policy), policy.to_json()
+    wgrad["gradient"] = "e5m2"
+    wgrad["weight"] = "none"
+    skip.append("layers")
+    gaps.clear()
+    inner["format"] = "none"
+    modules["layers"] = "none"
+    fields["format"] = "none"
+    assert (hash(policy), policy.to_json()) == (before, text)
+    assert options_policy == policy == Policy.from_json(text)
+
+
+def test_what_is_handed_out_may_be_changed_without_effect() -> None:
+    policy = Policy(wgrad={"gradient": "bf16"}, skip=["a"], modules={"head": {"wgrad": {"gradient": "bf16"}}})
+    text = policy.to_json()
+    handed_out = policy.to_dict()
+    handed_out["wgrad"]["gradient"] = "none"
+    handed_out["skip"].clear()
+    handed_out["modules"]["head"].clear()
+    assert policy.to_json() == text
+
+
+def test_replacing_one_field_keeps_the_others() -> None:
+    assert dataclasses.replace(Policy(), skip=("head",)) == Policy(skip="head")
+    assert dataclasses.replace(Policy(format="bf16"), attention="keep") == Policy(format="bf16", attention="keep")
+
+
+def test_policies_serve_as_keys() -> None:
+    assert {Policy(): 1, Policy(format="bf16"): 2}[Policy(format="torch.bfloat16")] == 2
+
+
+def test_the_policy_is_at_the_top_of_the_package() -> None:
+    assert fpsim.Policy is Policy

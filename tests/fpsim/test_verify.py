@@ -1,0 +1,287 @@
+"""The judge of the proof: it says what the reference says, and no planted error escapes it."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from fpsim import reference, verify
+from fpsim.formats import OVERFLOWS, ROUNDINGS, parse_format
+from fpsim.rounding_op import CARRIERS
+
+FLOAT32 = CARRIERS[torch.float32]
+DTYPES = list(CARRIERS)
+SMALL = (
+    "e5m2",
+    "e5m2fnuz",
+    "e4m3fn",
+    "e4m3",
+    "e4m3fnuz",
+    "e3m4",
+    "e3m2fn",
+    "e2m1fn",
+    "e3m2:nosubnormals",
+    "e4m2:unsigned",
+)
+EAGER = ("eager",)
+
+
+def random_codes(count: int, dtype: torch.dtype, seed: int = 0) -> np.ndarray:
+    bits = dtype.itemsize * 8
+    return np.random.default_rng(seed).integers(0, 1 << bits, count, dtype=f"uint{bits}", endpoint=False)
+
+
+def exactly(code: int, dtype: torch.dtype) -> reference.Value:
+    return reference.as_value(verify.tensor_of(np.array([code], f"uint{dtype.itemsize * 8}"), dtype).item())
+
+
+# -- codes of exact values ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_code_of_a_floats_value_is_its_own(dtype):
+    carrier = CARRIERS[dtype]
+    codes = [0, 1, 2, carrier.max_code - 1, carrier.max_code, carrier.max_code + 1, 1 << carrier.mantissa_bits]
+    codes += [code | carrier.sign_code for code in codes]
+    for code in [*codes, *random_codes(300, dtype).tolist()]:
+        value = exactly(code, dtype)
+        want = carrier.nan_code if value is reference.NAN else code
+        assert verify.code_of(value, carrier) == (want, True), hex(code)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_code_of_a_value_between_two_floats_is_that_of_the_one_nearer_to_zero(dtype):
+    carrier = CARRIERS[dtype]
+    magnitudes = random_codes(100, dtype) % np.array(carrier.max_code, f"uint{carrier.bits}")
+    for code in [0, carrier.max_code - 1, (1 << carrier.mantissa_bits) - 1, *magnitudes.tolist()]:
+        below, above = Fraction(exactly(code, dtype)), Fraction(exactly(code + 1, dtype))
+        for part in (Fraction(1, 10**9), Fraction(1, 3), Fraction(1, 2), Fraction(10**9 - 1, 10**9)):
+            between = below + part * (above - below)
+            assert verify.code_of(between, carrier) == (code, False), hex(code)
+            assert verify.code_of(-between, carrier) == (code | carrier.sign_code, False), hex(code)
+
+
+def test_values_beyond_the_carrier_have_the_code_of_its_largest():
+    assert verify.code_of(Fraction(2) ** 128, FLOAT32) == (FLOAT32.max_code, False)
+    assert verify.code_of(-(Fraction(10) ** 400), FLOAT32) == (FLOAT32.sign_code | FLOAT32.max_code, False)
+
+
+# -- the judge ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in (*SMALL, "e8m0fnu", "e8m3", "e5m0", "e5m4:nosubnormals")]
+    + [("e4m3fn", torch.float64), ("e9m2", torch.float64), ("e5m2", torch.float16), ("e4m3", torch.bfloat16)],
+    ids=str,
+)
+def test_the_judge_says_what_the_reference_rounds_to(name, dtype, rounding):
+    fmt = parse_format(name)
+    for overflow in OVERFLOWS:
+        if overflow != "sat_finite" and not (fmt.has_infinity or fmt.has_nan):
+            continue
+        judge = verify.judge(fmt, rounding, overflow, dtype)
+        probes = judge.probes()
+        codes = np.concatenate([probes[:: 1 + len(probes) // 100], random_codes(50, dtype)])
+        for code, expected in zip(codes.tolist(), judge.expected(codes).tolist(), strict=True):
+            rounded = reference.round(exactly(code, dtype), fmt, rounding, overflow)
+            assert (expected, True) == verify.code_of(rounded, judge.carrier), (hex(code), overflow)
+
+
+@pytest.mark.parametrize(("name", "overflow"), [("e4m3fn", "sat_finite"), ("e4m3fn", "ovf_inf"), ("e5m2", "ovf_inf")])
+def test_a_slice_of_the_expansion_is_what_the_judge_expects(name, overflow):
+    judge = verify.judge(name, "nearest_even", overflow)
+    buffer = np.empty(3001, np.uint32)
+    nan = FLOAT32.nan_code
+    for middle in [1501, *judge.starts[1:].tolist(), 0x80000000, 0xFFFFFFFF - 1501]:
+        first = max(middle - 1500, 0)
+        out = buffer[: (1 << 32) - first]
+        ranges = judge.expand(first, out)
+        expected = judge.expected(np.arange(first, first + len(out), dtype=np.uint32))
+        np.testing.assert_array_equal(out, expected)
+        nans = [np.arange(start, end) for start, end in ranges]
+        np.testing.assert_array_equal(np.concatenate([np.empty(0, int), *nans]), np.flatnonzero(expected == nan))
+
+
+def test_the_runs_cover_every_code_and_neighbouring_runs_differ():
+    judge = verify.judge("e4m3fn")
+    assert judge.starts[0] == 0
+    assert (np.diff(judge.starts.astype(np.int64)) > 0).all()
+    assert (judge.results[1:] != judge.results[:-1]).all()
+    assert judge.ends[-1] == 1 << 32
+
+
+def test_probes_hold_boundaries_values_and_specials_with_their_neighbours():
+    probes = set(verify.judge("e2m1fn", "nearest_even").probes(radius=2).tolist())
+    for centre in (0, 1 << 31, 0x3E800000, 0x3FC00000, 0xBFC00000, 0x40C00000, 0x7F800000, 0xFF800000, 0x7FC00000):
+        assert probes.issuperset((centre + offset) % (1 << 32) for offset in range(-2, 3)), hex(centre)
+
+
+def test_expected_takes_signed_codes_of_any_shape():
+    codes = np.array([[0x3F800001, -1, 0]], np.int32)
+    assert verify.judge("e2m1fn").expected(codes).tolist() == [[0x3F800000, 0x40C00000, 0]]
+
+
+def test_differences_are_bits_but_for_nan():
+    got = np.array([0x7FC00001, 0x7F800000, 0, 0x3F800000, 0xFF800001], np.uint32)
+    want = np.array([0xFFC00000, 0x7FC00000, 0x80000000, 0x3F800000, 0x7F800000], np.uint32)
+    assert verify.differences(got, want, FLOAT32).tolist() == [1, 2, 4]
+
+
+# -- the proof finds what is planted -------------------------------------------------------------------------------
+
+
+def plant(monkeypatch, wrong_codes, *, change=lambda codes: codes ^ 1, when=lambda: True):
+    """Make the rounding that `verify` checks wrong for the inputs ``wrong_codes`` alone."""
+    original = verify.round_tensor
+
+    def round_wrongly(x, *args, **kwargs):
+        rounded = original(x, *args, **kwargs)
+        if not when():
+            return rounded
+        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize]
+        bits = x.dtype.itemsize * 8
+        codes, results = x.view(integer), rounded.view(integer)
+        for code in wrong_codes:
+            signed = code - (1 << bits) if code >> (bits - 1) else code
+            results = torch.where(codes == signed, change(results), results)
+        return results.view(x.dtype)
+
+    monkeypatch.setattr(verify, "round_tensor", round_wrongly)
+
+
+@pytest.mark.parametrize("code", [0x0000, 0x8000, 0x0001, 0x3C7F, 0x7BFF, 0x7C00, 0xFC00])
+def test_one_wrong_input_of_all_is_reported_alone(monkeypatch, code):
+    plant(monkeypatch, [code])
+    verdict = verify.verify("e5m2", dtype=torch.float16, exhaustive=True, paths=EAGER)
+    assert not verdict.ok
+    assert verdict.mismatches == 1
+    want = int(verify.judge("e5m2", dtype=torch.float16).expected(np.array([code], np.uint16))[0])
+    [mismatch] = verdict.examples
+    assert mismatch == ("eager", f"{code:#06x}", f"{want ^ 1:#06x}", f"{want:#06x}")
+    assert str(mismatch) == f"{code:#06x} became {want ^ 1:#06x}, not {want:#06x} (eager)"
+
+
+def test_a_wrong_sign_of_zero_is_an_error_and_a_nan_payload_is_none(monkeypatch):
+    plant(monkeypatch, [0x0000], change=lambda codes: codes ^ -0x8000)
+    verdict = verify.verify("e5m2", dtype=torch.float16, exhaustive=True, paths=EAGER)
+    assert verdict.examples == (("eager", "0x0000", "0x8000", "0x0000"),)
+    monkeypatch.undo()
+    plant(monkeypatch, [0x7E00, 0xFFFF, 0x7C01])
+    assert verify.verify("e5m2", dtype=torch.float16, exhaustive=True, paths=EAGER).ok
+
+
+def test_nan_where_a_number_is_due_and_a_number_where_nan_is_due_are_errors(monkeypatch):
+    plant(monkeypatch, [0x3C00], change=lambda codes: codes | 0x7E00)
+    assert verify.verify("e5m2", dtype=torch.float16, exhaustive=True, paths=EAGER).mismatches == 1
+    monkeypatch.undo()
+    plant(monkeypatch, [0x7E00], change=lambda codes: codes & 0x3C00)
+    verdict = verify.verify("e5m2", dtype=torch.float16, exhaustive=True, paths=EAGER)
+    assert [(found.input, found.got, found.want) for found in verdict.examples] == [("0x7e00", "0x3c00", "0x7e00")]
+
+
+def test_many_errors_are_counted_and_the_first_are_shown(monkeypatch):
+    wrong = [3 + 1000 * i for i in range(25)]
+    plant(monkeypatch, wrong)
+    verdict = verify.verify("e5m2", dtype=torch.float16, exhaustive=True, paths=EAGER)
+    assert verdict.mismatches == 25
+    assert [int(found.input, 16) for found in verdict.examples] == wrong[: verify.MAX_EXAMPLES]
+    assert "25 MISMATCHES in 65,536 inputs" in str(verdict)
+
+
+def test_a_sample_holds_the_boundaries(monkeypatch):
+    tie_above_one = 0x3F880000
+    for code in (tie_above_one - 1, tie_above_one, tie_above_one + 1):
+        plant(monkeypatch, [code])
+        verdict = verify.verify("e4m3fn", samples=0, paths=EAGER)
+        assert [found.input for found in verdict.examples] == [f"{code:#010x}"]
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tie"), [("tf32", torch.float32, 0x3F801000), ("fp32", torch.float64, 0x3FF0 << 48 | 1 << 28)]
+)
+def test_a_sample_of_a_format_without_table_holds_ties(monkeypatch, name, dtype, tie):
+    plant(monkeypatch, [tie, tie + 1])
+    verdict = verify.verify(name, dtype=dtype, samples=0, paths=EAGER)
+    assert {int(found.input, 16) for found in verdict.examples} == {tie, tie + 1}
+
+
+def test_an_error_of_compiled_code_alone_is_found(monkeypatch):
+    plant(monkeypatch, [0xBC01], when=torch.compiler.is_compiling)
+    verdict = verify.verify("e5m2", dtype=torch.float16, exhaustive=True)
+    assert verdict.paths == ("eager", "compiled")
+    assert [(found.path, found.input) for found in verdict.examples] == [("compiled", "0xbc01")]
+
+
+# -- verdicts, and what may go wrong --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_every_input_of_the_16_bit_carriers_is_rounded_right(name, dtype):
+    fmt = parse_format(name)
+    for rounding in ROUNDINGS:
+        for overflow in OVERFLOWS if fmt.has_infinity or fmt.has_nan else ["sat_finite"]:
+            verdict = verify.verify(
+                fmt, rounding=rounding, overflow=overflow, dtype=dtype, exhaustive=True, paths=EAGER
+            )
+            assert verdict.ok, (str(verdict), verdict.examples)
+
+
+def test_a_verdict_says_what_was_checked():
+    steps = []
+    verdict = verify.verify(
+        "e4m3fn", rounding="up", samples=1000, paths=EAGER, progress=lambda done, total: steps.append((done, total))
+    )
+    assert verdict.ok
+    assert (verdict.format, verdict.rounding, verdict.overflow) == ("e4m3fn", "up", "sat_finite")
+    assert (verdict.carrier, verdict.device, verdict.paths, verdict.exhaustive) == ("float32", "cpu", EAGER, False)
+    assert verdict.inputs >= 1000 + len(verify.judge("e4m3fn", "up").probes())
+    assert steps[-1] == (verdict.inputs, verdict.inputs)
+    assert steps == sorted(steps)
+    assert str(verdict).startswith(
+        f"e4m3fn up sat_finite: no mismatch in {verdict.inputs:,} inputs (sampled float32, eager)"
+    )
+
+
+def test_torch_keeps_its_number_of_threads(monkeypatch):
+    threads = torch.get_num_threads()
+    verify.verify("e2m1fn", samples=0, paths=EAGER)
+    assert torch.get_num_threads() == threads
+
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(verify, "round_tensor", fail)
+    with pytest.raises(ZeroDivisionError):
+        verify.verify("e2m1fn", samples=0, paths=EAGER)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"format": "fp32", "exhaustive": True}, "fp32|e8m23 has too many values.*exhaustive=False"),
+        ({"format": "e4m3fn", "exhaustive": True, "dtype": torch.float64}, r"2\*\*64 bit patterns.*exhaustive=False"),
+        ({"format": "e4m3fn", "paths": ["fast"]}, "unknown path 'fast': use eager or compiled"),
+        ({"format": "e4m3fn", "paths": []}, "no path to verify"),
+        ({"format": "e4m3fn", "rounding": "nearest"}, "unknown rounding 'nearest'"),
+        ({"format": "e4m3fm"}, "did you mean e4m3fn"),
+        ({"format": "e2m1fn", "overflow": "ovf_inf"}, "use overflow='sat_finite'"),
+        ({"format": "e4m3fn", "dtype": torch.bfloat16, "exhaustive": True, "rounding": "stochastik"}, "stochastik"),
+        ({"format": "bf16", "dtype": torch.float16}, "convert it to torch.float32"),
+    ],
+)
+def test_wrong_arguments_are_errors_that_say_what_to_do(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        verify.verify(**arguments)
+
+
+@pytest.mark.exhaustive
+def test_every_float32_is_rounded_right_to_e4m3fn():
+    verdict = verify.verify("e4m3fn", exhaustive=True)
+    assert verdict.ok, (str(verdict), verdict.examples)
+    assert verdict.inputs == 1 << 32
