@@ -123,7 +123,7 @@ class Grid:
 
     @cached_property
     def parity_offset(self) -> int:
-        """Added to a code, makes the bit at the unit the parity of the format's code where a unit is a binade.
+        """Makes the bit at the unit, by exclusive or, the parity of the format's code where a unit is a binade.
 
         There the bit is the lowest of the carrier's exponent field. It must be 1 for the format's code 1.
         """
@@ -145,8 +145,10 @@ def round_code(code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops) ->
     infinity = carrier.max_code + 1
 
     magnitude = code & (carrier.sign_code - 1)
-    is_nan = ~ops.less(magnitude, infinity + 1)  # in its lanes the sums below may wrap: their results are replaced
-    a = _extend(magnitude, grid, ops) if grid.extended else magnitude
+    is_nan = ~ops.less(magnitude, infinity + 1)
+    a = ops.clamp(magnitude, None, infinity)  # else sums overflow: undefined in C++, and its compilers do exploit it
+    if grid.extended:
+        a = _extend(a, grid, ops)
 
     r = _round_magnitude(a, code, grid, rounding, ops)
     becomes_infinity = _becomes_infinity(a, r, code, grid, rounding, overflow, ops)
@@ -215,7 +217,7 @@ def _round_magnitude(a: Int, code: Int, grid: Grid, rounding: str, ops: Ops) -> 
     elif rounding == "down":
         addend = ops.choose(ops.less(code, 0), dropped_bits, 0)
     else:
-        parity = ((a + grid.parity_offset if grid.parity_offset else a) >> shift) & 1
+        parity = ((a ^ grid.parity_offset if grid.parity_offset else a) >> shift) & 1
         if rounding == "to_odd":
             addend = (parity - 1) & dropped_bits  # upwards from an even truncation
         else:

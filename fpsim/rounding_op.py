@@ -37,8 +37,11 @@ def check_carrier(dtype: torch.dtype, fmt: FloatFormat) -> FloatFormat:
 
     Raises:
         TypeError: ``dtype`` is not a carrier (an integer, complex or 8-bit dtype).
-        ValueError: ``fmt`` has values that ``dtype`` lacks; the message names a dtype that suffices.
+        ValueError: ``fmt`` has values that ``dtype`` lacks; the message names a dtype that suffices. Or it has no
+            finite value but zero (E1M0 with infinities, say).
     """
+    if fmt.max == 0:
+        raise ValueError(f"{fmt.name} has no finite value but zero: give it a mantissa bit, or specials='finite'")
     if dtype not in CARRIERS:
         names = ", ".join(str(d).removeprefix("torch.") for d in CARRIERS)
         raise TypeError(f"cannot round a tensor of {dtype}: convert it to one of {names} first, e.g. x.float()")

@@ -25,9 +25,10 @@ from fpsim.rounding import code_dtype
 NAMES = [
     *NAMED_FORMATS,
     "e1m2", "e2m0", "e3m0fn", "e4m0", "e4m3:nosubnormals", "e4m3:unsigned", "e3m2finite:unsigned", "e4m2fnuz",
-    "e5m2:bias=126", "e5m2:bias=140", "e3m2:bias=-5", "e4m3fn:nosubnormals:unsigned", "e3m3finite:bias=127:nosubnormals",
-    "e4m2:nosubnormals:unsigned:nozero", "e4m2:bias=127:nosubnormals:unsigned:nozero", "e5m10fn", "e6m9fnuz", "e8m6",
-    "e8m22", "e11m51", "e11m19:unsigned", "e10m21", "e10m20", "e5m26:unsigned",
+    "e5m2:bias=126", "e5m2:bias=140", "e3m2:bias=-5", "e4m3fn:nosubnormals:unsigned",
+    "e3m3finite:bias=127:nosubnormals", "e4m2:nosubnormals:unsigned:nozero",
+    "e4m2:bias=127:nosubnormals:unsigned:nozero", "e5m10fn", "e6m9fnuz", "e8m6", "e8m22", "e11m51", "e10m21",
+    "e11m19:unsigned", "e10m20", "e5m26:unsigned",
 ]  # fmt: skip
 CASES = [(name, dtype) for name in NAMES for dtype in CARRIERS if suits(parse_format(name), dtype)]
 

@@ -5,7 +5,8 @@ numbers are the same), and what can be said of all formats is asked of the refer
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -16,10 +17,10 @@ from judge import (
     assert_result,
     assert_same_bits,
     codes_of,
-    expected_of,
     interesting,
     random_inputs,
     specials,
+    suits,
     tensor_of,
 )
 
@@ -60,7 +61,7 @@ def check(name: str, pairs: dict[float, float], rounding: str = "nearest_even", 
 def test_ties_go_to_even():
     # qtorch: away from zero, 0x3f280000 = 0.65625 -> 0.6875
     check("e4m3", {0.65625: 0.625, 0.71875: 0.75, 1.0625: 1.0, 1.1875: 1.25, 17.0: 16.0, 19.0: 20.0})
-    check("e4m3fn", {1.5 * 2**-9: 2**-8, 2.5 * 2**-9: 2**-8, 432.0: 448.0 - 32 + 16})
+    check("e4m3fn", {1.5 * 2**-9: 2**-8, 2.5 * 2**-9: 2**-8, 432.0: 448.0, 400.0: 384.0})
 
 
 def test_neighbours_of_ties():
@@ -196,7 +197,7 @@ NANS = [0x7F800001, 0x7FFFFFFF, 0x7FC00000, 0x7FA00000, 0x7FBFFFFF, 0x7FD63863, 
 def test_nans_of_any_payload_and_sign_stay_nan(rounding):
     # CPFloat: 0x7f81897b -> inf, 0xfffeddd3 -> -0; qtorch: 0xffffdebe -> 0 in bf16; FP8-Emu: 0xff801e2f -> -inf
     nans = bits(*NANS, *(code | 0x80000000 for code in NANS), 0xFFFEDDD3, 0xFFFFDEBE, 0xFF801E2F)
-    for name in ("e4m3fn", "e5m2", "e4m3", "e4m3fnuz", "e8m0fnu", "bf16", "fp16", "tf32", "fp32", "e8m0", "e5m0"):
+    for name in ("e4m3fn", "e5m2", "e4m3", "e4m3fnuz", "e8m0fnu", "bf16", "fp16", "tf32", "fp32", "e8m1", "e5m1"):
         for overflow in ("ovf_inf", "sat_finite", "sat_propagate"):
             got = fpsim.round(nans, name, rounding=rounding, overflow=overflow)
             assert bool(got.isnan().all()), (name, overflow)
@@ -256,16 +257,15 @@ def test_no_mantissa_bits_ties_go_to_the_even_code():
     check("e5m0", {1.25: 1.0, 2.5: 2.0}, "toward_zero")
     check("e5m0", {1.25: 1.0, 2.5: 4.0}, "to_odd")  # the codes of 1/4, 1 and 4 are odd
     check("e5m0", {2.0**-14: 2.0**-14, 1.5 * 2.0**-14: 2.0**-13, 2.0**-15: 0.0, 0.75 * 2.0**-14: 2.0**-14})
-    check("e5m0", {2.0**15: 2.0**15, 1.5 * 2.0**15: INF, before(1.5 * 2.0**15): 2.0**15})
+    check("e5m0", {2.0**15: 2.0**15, 1.5 * 2.0**15: 2.0**15, after(1.5 * 2.0**15): INF, 2.0**16: INF})
 
 
 @pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "bf16", "fp16", "e3m4", "e8m0fnu"])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_values_just_below_powers_of_two(name, rounding):
     # pychop and microxcaling take the exponent from log2: 0xb9fffffc RZ -> -0.000366, where it is -0.000427
-    powers = np.arange(1, 255, dtype=np.uint32) << np.uint32(23)
-    magnitudes = np.concatenate([powers - np.uint32(k) for k in range(-3, 6)])
-    x = tensor_of(np.concatenate([magnitudes, magnitudes | np.uint32(0x80000000)]), torch.float32)
+    codes = (np.arange(1, 255) << 23) - np.arange(-3, 6).reshape(-1, 1)
+    x = tensor_of(np.concatenate([codes, codes | 0x80000000]).astype(np.uint32), torch.float32)
     assert_result(fpsim.round(x, name, rounding=rounding), x, name, rounding)
 
 
@@ -320,47 +320,41 @@ def test_shapes(shape):
 # -- flush to zero -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def flush_to_zero():
+@contextmanager
+def flush_to_zero() -> Iterator[None]:
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormals to zero")
     try:
+        assert (torch.tensor([1e-40]) * 1).item() == 0, "the mode is on"
         yield
     finally:
         torch.set_flush_denormal(False)
 
 
-FTZ = ["e4m3fn", "e5m2", "fp16", "bf16", "tf32", "fp32", "e8m0fnu", "e8m3", "e8m2:nosubnormals", "e5m7:bias=125",
-       "e5m2:bias=130", "e5m2:bias=140", "e6m10:bias=120", "e4m3fn:bias=129", "fp64", "e11m0", "e11m20:nosubnormals"]  # fmt: skip
+FTZ = [
+    "e4m3fn", "e5m2", "fp16", "bf16", "tf32", "fp32", "e8m0fnu", "e8m3", "e8m2:nosubnormals", "e5m7:bias=125",
+    "e7m7:bias=118", "e7m7:bias=119", "e7m7:bias=120", "e7m7:bias=125", "e5m2:bias=130", "e5m2:bias=140",
+    "e6m10:bias=120", "e4m3fn:bias=129", "fp64", "e11m0", "e11m20:nosubnormals",
+]  # fmt: skip
+FTZ_CASES = [(name, dtype) for name in FTZ for dtype in CARRIERS if suits(parse_format(name), dtype)]
 
 
-def prepared(name: str, dtype: torch.dtype) -> list[tuple[str, torch.Tensor, np.ndarray]]:
-    x = (interesting(parse_format(name), dtype).sample(8000) | random_inputs(parse_format(name), dtype, 2000)).tensor
-    return [(rounding, x, expected_of(x, name, rounding)) for rounding in ROUNDINGS]
-
-
-FTZ_CASES = [
-    (name, dtype, prepared(name, dtype))
-    for name in FTZ
-    for dtype in CARRIERS
-    if parse_format(name).is_subset_of(CARRIERS[dtype])
-]
-
-
-@pytest.mark.parametrize(("name", "dtype", "cases"), FTZ_CASES, ids=lambda v: "" if isinstance(v, list) else str(v))
-def test_flush_to_zero_changes_nothing(name, dtype, cases, flush_to_zero):
+@pytest.mark.parametrize(("name", "dtype"), FTZ_CASES, ids=str)
+def test_flush_to_zero_changes_nothing(name, dtype):
     # unit-scaling: with flush-to-zero on, all subnormals of the target become 0
-    assert (torch.tensor([1e-40]) * 1).item() == 0, "the mode is on"
-    for rounding, x, want in cases:
-        got = codes_of(fpsim.round(x, name, rounding=rounding))
-        carrier = CARRIERS[dtype]
-        nan = (got & got.dtype.type(carrier.sign_code - 1)) > carrier.max_code + 1
-        assert_codes(np.where(nan, carrier.nan_code, got).astype(got.dtype), want, codes_of(x), (name, rounding))
+    fmt = parse_format(name)
+    x = (interesting(fmt, dtype).sample(8000) | random_inputs(fmt, dtype, 2000)).tensor
+    for rounding in ROUNDINGS:
+        with flush_to_zero():
+            got = fpsim.round(x, name, rounding=rounding)
+        assert_result(got, x, name, rounding)
 
 
-def test_codes_under_flush_to_zero(flush_to_zero):
+def test_codes_under_flush_to_zero():
     codes = torch.arange(256)
     for name in ("e4m3fn", "e8m0fnu", "e4m3fn:bias=129"):
         fmt = parse_format(name)
         numbers = [code for code in range(256) if not fmt.is_nan_code(code)]
-        assert fpsim.encode(fpsim.decode(codes, name), name)[numbers].tolist() == numbers
+        with flush_to_zero():
+            back = fpsim.encode(fpsim.decode(codes, name), name)
+        assert back[numbers].tolist() == numbers
