@@ -150,7 +150,7 @@ def _can_round_by_addition(fmt: FloatFormat, rounding: str, overflow: str) -> bo
         and fmt.subnormals
         and fmt.signed
         and 1 <= fmt.mantissa_bits <= 21  # 0: ties go to the even code; 22: the sum would leave the addend's binade
-        and fmt.emin > FLOAT32.emin
+        and fmt.emin - fmt.mantissa_bits > FLOAT32.emin  # no float32 subnormal matters: right under flush-to-zero
         and fmt.max_exponent + 1 + (FLOAT32.mantissa_bits - fmt.mantissa_bits) < FLOAT32.max_exponent
         and fmt.exponent_bits > 1
         and fmt.max_exponent >= 1  # so that the power of two below, which scales it to infinity, is a float32

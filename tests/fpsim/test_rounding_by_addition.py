@@ -52,7 +52,9 @@ def test_addition_and_kernel_agree_bit_for_bit(exponent_bits: int) -> None:
         assert not wrong.any(), f"{fmt.name}: {x[wrong][:3]} -> {got[wrong][:3]}, want {want[wrong][:3]}"
 
 
-@pytest.mark.parametrize("name", ["e8m3", "bf16", "e1m3", "e4m0", "e5m2:nosubnormals", "e4m3fn:unsigned", "e5m22"])
+@pytest.mark.parametrize(
+    "name", ["e8m3", "bf16", "e1m3", "e4m0", "e5m2:nosubnormals", "e4m3fn:unsigned", "e5m22", "e7m7:bias=120"]
+)
 def test_formats_for_which_addition_is_wrong_are_left_to_the_kernel(name: str) -> None:
     fmt = parse_format(name)
     assert not _can_round_by_addition(fmt, "nearest_even", resolve_overflow(fmt, None))

@@ -1,0 +1,322 @@
+"""Compiled rounding: the same bits as eager calls, which the other tests judge; and no opaque call in the code."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from judge import (
+    CARRIERS,
+    Inputs,
+    assert_result,
+    assert_same_bits,
+    interesting,
+    overflows,
+    random_inputs,
+    specials,
+    suits,
+)
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+import fpsim
+from fpsim.formats import NAMED_FORMATS, ROUNDINGS, parse_format, resolve_overflow
+
+Mode = tuple[str, str, str | None]  # format, rounding, overflow
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def rounds(modes: list[Mode]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """A function that rounds its argument in each of the modes."""
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(fpsim.round(x, name, rounding=rounding, overflow=overflow) for name, rounding, overflow in modes)  # type: ignore[arg-type]
+
+    return function
+
+
+def inputs_for(modes: list[Mode], dtype: torch.dtype, count: int = 1500) -> Tensor:
+    """Specials, NaNs, and what is interesting for the formats; an odd number, so that vectors do not fill."""
+    if dtype.itemsize == 2:
+        return Inputs(np.arange(1 << 16), dtype).tensor[:-1]
+    inputs = specials(dtype)
+    for fmt in {parse_format(name) for name, _, _ in modes}:
+        inputs |= interesting.__wrapped__(fmt, dtype).sample(count) | random_inputs(fmt, dtype, count // 4)
+    return inputs.tensor[: len(inputs) - 1 + len(inputs) % 2]
+
+
+def assert_compiles(modes: list[Mode], x: Tensor, **options) -> None:
+    compiled = torch.compile(rounds(modes), fullgraph=True, **options)
+    for mode, got, want in zip(modes, compiled(x), rounds(modes)(x), strict=True):
+        assert_same_bits(got, want, x, mode)
+
+
+FLOAT32: dict[str, list[Mode]] = {
+    "signed, with subnormals": [
+        ("e4m3fn", "nearest_even", None),
+        ("e4m3fn", "nearest_away", "ovf_inf"),
+        ("e4m3fn", "to_odd", "sat_propagate"),
+        ("e5m2", "nearest_even", None),
+        ("e5m2", "toward_zero", None),
+        ("e5m2", "up", None),
+        ("e5m2", "down", "sat_propagate"),
+        ("e4m3fnuz", "nearest_even", "ovf_inf"),
+        ("e4m3fnuz", "down", None),
+        ("e2m1fn", "nearest_even", None),
+        ("e3m2fn", "to_odd", None),
+        ("fp16", "nearest_away", None),
+    ],
+    "exponents of float32": [
+        ("bf16", "nearest_even", None),
+        ("bf16", "up", None),
+        ("bf16", "down", "sat_finite"),
+        ("tf32", "nearest_away", None),
+        ("tf32", "to_odd", "sat_propagate"),
+        ("e8m3", "toward_zero", None),
+        ("e8m22", "nearest_even", None),
+        ("fp32", "nearest_even", None),
+        ("fp32", "up", None),
+        ("fp32", "to_odd", None),
+        ("e8m0", "nearest_even", None),
+    ],
+    "values that are subnormal in float32": [
+        *(("e5m2:bias=130", rounding, None) for rounding in ROUNDINGS),
+        ("e5m2:bias=140", "nearest_even", "sat_propagate"),
+        ("e4m3fn:bias=126", "up", "ovf_inf"),
+        ("e4m3:bias=129:nosubnormals", "nearest_even", None),
+        ("e4m3:bias=127:nosubnormals", "down", None),
+    ],
+    "no zero, no sign, no subnormals, no mantissa": [
+        *(("e8m0fnu", rounding, "ovf_inf") for rounding in ("nearest_even", "up", "down")),
+        ("e8m0fnu", "nearest_away", None),
+        ("e8m0fnu", "to_odd", "sat_propagate"),
+        ("e4m3fn:nosubnormals:unsigned:nozero", "nearest_even", None),
+        ("e4m3:unsigned", "nearest_even", "ovf_inf"),
+        ("e4m3:unsigned", "to_odd", "sat_propagate"),
+        ("e4m3finite:unsigned", "up", None),
+        ("e4m3:nosubnormals", "nearest_even", None),
+        ("e4m3:nosubnormals", "up", None),
+        ("e5m0", "nearest_even", None),
+        ("e5m0", "to_odd", None),
+        ("e5m0", "up", None),
+    ],
+}
+
+
+@pytest.mark.parametrize("group", FLOAT32)
+def test_float32(group):
+    assert_compiles(FLOAT32[group], inputs_for(FLOAT32[group], torch.float32))
+
+
+FLOAT64: list[Mode] = [
+    ("e4m3fn", "nearest_even", None),
+    ("e5m2", "up", None),
+    ("e2m1fn", "to_odd", None),
+    ("fp32", "nearest_even", None),
+    ("fp32", "down", "sat_propagate"),
+    ("bf16", "nearest_away", None),
+    ("e8m0fnu", "nearest_even", "ovf_inf"),
+    ("e11m20", "nearest_even", None),
+    ("e11m52", "toward_zero", None),
+    ("e11m51:nosubnormals", "to_odd", None),
+    ("e5m2:bias=1040", "nearest_even", None),
+    ("e4m3fnuz", "up", "ovf_inf"),
+]
+BFLOAT16: list[Mode] = [
+    ("e4m3fn", "nearest_even", None),
+    ("e5m2", "up", None),
+    ("e8m0fnu", "nearest_away", "ovf_inf"),
+    ("bf16", "nearest_even", None),
+    ("e8m3", "to_odd", "sat_propagate"),
+    ("e5m2:bias=130", "down", None),
+    ("e2m1fn", "toward_zero", None),
+]
+FLOAT16: list[Mode] = [
+    ("e4m3fn", "nearest_even", None),
+    ("e5m2", "down", None),
+    ("fp16", "nearest_even", None),
+    ("e5m9", "to_odd", None),
+    ("e4m3fnuz", "nearest_away", "ovf_inf"),
+    ("e2m1fn", "up", None),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "modes"),
+    [(torch.float64, FLOAT64), (torch.bfloat16, BFLOAT16), (torch.float16, FLOAT16)],
+    ids=["float64", "bfloat16", "float16"],
+)
+def test_other_carriers(dtype, modes):
+    assert_compiles(modes, inputs_for(modes, dtype))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", CARRIERS, ids=str)
+@pytest.mark.parametrize("name", NAMED_FORMATS)
+def test_every_mode_of_every_named_format(name, dtype):
+    fmt = parse_format(name)
+    if not suits(fmt, dtype):
+        pytest.skip("no subset of the dtype")
+    modes: list[Mode] = [(name, r, o) for r, o in itertools.product(ROUNDINGS, overflows(fmt))]
+    x = inputs_for(modes, dtype, 100_000)
+    for i in range(0, len(modes), 9):
+        assert_compiles(modes[i : i + 9], x)
+
+
+# -- shapes --------------------------------------------------------------------------------------------------------
+
+
+def test_any_size_from_one_compilation():
+    """With dynamic shapes: the vector loop, its tail, and what never fills a vector; and no second compilation."""
+    modes: list[Mode] = [("e4m3fn", "nearest_even", None), ("e5m0", "up", None), ("bf16", "to_odd", None)]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    function = torch.compile(rounds(modes), fullgraph=True, dynamic=True, backend=counter)
+    all_inputs = inputs_for(modes, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for size in (4099, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 1000):
+        x = all_inputs[torch.randperm(len(all_inputs), generator=generator)[:size]]
+        for (name, rounding, overflow), got in zip(modes, function(x), strict=True):
+            assert_result(got, x, name, rounding, overflow)
+    assert counter.frame_count == 1
+
+
+def test_any_layout():
+    def function(x: Tensor, y: Tensor, z: Tensor, empty: Tensor, column: Tensor, wide: Tensor) -> tuple[Tensor, ...]:
+        return tuple(fpsim.round(t, "e4m3fn", rounding="up") for t in (x, y, z, empty, column, wide))
+
+    base = torch.randn(7, 9) * 20
+    layouts = (base, base.T, base[1, 2], base[:0], base[:, 3], base[:, :1].expand(7, 5))
+    for x, got in zip(layouts, torch.compile(function, fullgraph=True)(*layouts), strict=True):
+        assert_result(got, x, "e4m3fn", "up")
+
+
+@pytest.mark.parametrize("name", ["e5m0", "e2m1fn", "e4m3fn", "e8m0fnu", "bf16"])
+def test_nans_and_infinities_where_there_are_no_vectors(name):
+    """Compiled scalars are C++ integers, whose overflow is undefined: g++ 12 made the smallest number of NaN once."""
+    modes: list[Mode] = [(name, rounding, overflows(parse_format(name))[0]) for rounding in ROUNDINGS]
+    codes = [0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF]
+    x = Inputs([*codes, *(code | 0x80000000 for code in codes[1:])], torch.float32).tensor
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(result for one in x.unbind() for result in rounds(modes)(one))
+
+    results = torch.compile(function, fullgraph=True)(x)
+    for got, (one, mode) in zip(results, itertools.product(x.unbind(), modes), strict=True):
+        assert_result(got, one, *mode)
+
+
+# -- fusion with what comes before and after -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_is_rounded_has_the_precision_of_its_dtype(dtype):
+    """Inductor keeps 16-bit intermediates in float32, where a product would be rounded once instead of twice."""
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(1 << 14, generator=generator).to(dtype) for _ in range(2))
+
+    def function(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return fpsim.round(x * y, "e4m3fn"), fpsim.round(x * y, "e4m3fn", rounding="up") * y, fpsim.round(x + y, "e5m2")
+
+    for got, want in zip(torch.compile(function, fullgraph=True)(x, y), function(x, y), strict=True):
+        assert_same_bits(got, want, x)
+    once = fpsim.round(x.float() * y.float(), "e4m3fn").to(dtype)
+    assert not torch.equal(once, function(x, y)[0]), "the inputs tell the two apart"
+
+
+def test_rounding_between_operations_survives():
+    """Nothing folds it away or contracts across it."""
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        product = fpsim.round(x * y, "bf16")
+        total = fpsim.round(product + x, "bf16")
+        return fpsim.round(total, "bf16") - product
+
+    x, y = torch.randn(5003), torch.randn(5003)
+    assert_same_bits(torch.compile(function, fullgraph=True)(x, y), function(x, y), x)
+
+
+def test_the_generated_code_has_no_opaque_call():
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        return fpsim.round(fpsim.round(x * y, "e4m3fn").relu(), "e5m2", rounding="up") + y
+
+    x, y = torch.randn(1000), torch.randn(1000)
+    got, codes = run_and_get_code(torch.compile(function, fullgraph=True), x, y)
+    assert_same_bits(got, function(x, y), x)
+    code = "\n".join(line for line in "\n".join(codes).splitlines() if not line.lstrip().startswith(("#", "//")))
+    assert "async_compile" in code, "this is the generated code"
+    assert "torch.ops.fpsim" not in code and "fpsim.round" not in code
+    assert code.count("async_compile.cpp_pybinding") == 1, "all of it is one kernel"
+
+
+def test_the_format_may_be_an_object_and_the_modes_arguments():
+    fmt = parse_format("e5m2:bias=10")
+
+    def function(x: Tensor, rounding: str) -> Tensor:
+        return fpsim.round(x, fmt, rounding=rounding)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    x = torch.randn(100)
+    for rounding in ("up", "down"):
+        assert_result(compiled(x, rounding), x, "e5m2:bias=10", rounding)
+
+
+def test_a_module_rounds_its_weights():
+    class Rounded(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return fpsim.round(
+                torch.nn.functional.linear(fpsim.round(x, "e4m3fn"), fpsim.round(self.weight, "e4m3fn")), "bf16"
+            )
+
+    layer, x = Rounded(8, 8, bias=False), torch.randn(4, 8)
+    eager = layer(x)
+    assert_same_bits(torch.compile(layer, fullgraph=True)(x), eager)
+
+
+def test_export_keeps_the_operator():
+    class Rounding(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return fpsim.round(x, "e4m3fn")
+
+    x = torch.randn(7)
+    program = torch.export.export(Rounding(), (x,))
+    assert any("fpsim.round" in str(node.target) for node in program.graph.nodes)
+    assert_result(program.module()(x), x, "e4m3fn")
+
+
+# -- the operator --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", CARRIERS, ids=str)
+def test_the_operator_is_well_formed(dtype):
+    for x in (torch.randn(5, 3).to(dtype), torch.randn(6, 4).to(dtype).T[1:], torch.randn(()).to(dtype)):
+        torch.library.opcheck(torch.ops.fpsim.round.default, (x, "e4m3fn", "nearest_even", "sat_finite"))
+
+
+@pytest.mark.parametrize("wrong", ["format", "rounding", "carrier"])
+def test_errors_are_raised_while_compiling(wrong):
+    name, rounding = {"format": ("e4m3nf", "up"), "rounding": ("e4m3fn", "upp"), "carrier": ("fp64", "up")}[wrong]
+    messages = {"format": "unknown format 'e4m3nf'", "rounding": "unknown rounding 'upp'", "carrier": "torch.float64"}
+    compiled = torch.compile(lambda x: fpsim.round(x, name, rounding=rounding), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=messages[wrong]):
+        compiled(torch.ones(3))
+
+
+def test_the_overflow_mode_in_the_graph_is_the_resolved_one():
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch.compile(lambda x: fpsim.round(x, "e5m2", gradient="zero"), fullgraph=True, backend=backend)(torch.ones(2))
+    (call,) = [node for node in graphs[0].graph.nodes if "fpsim" in str(node.target)]
+    assert call.args[1:4] == ("e5m2", "nearest_even", resolve_overflow(parse_format("e5m2"), None))
