@@ -8,6 +8,9 @@ PYTEST := $(BIN)/python -m pytest
 
 .PHONY: demo test test-exhaustive lint types benchmarks clean
 
+# Threads that wait without spinning: beside other load, spinning makes every parallel region several times slower.
+demo test test-exhaustive: export OMP_WAIT_POLICY = passive
+
 demo: .venv/ready
 	$(BIN)/fpsim demo $(DEMO)
 

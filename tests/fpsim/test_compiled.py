@@ -199,12 +199,13 @@ def test_any_layout():
         assert_result(got, x, "e4m3fn", "up")
 
 
-@pytest.mark.parametrize("name", ["e5m0", "e2m1fn", "e4m3fn", "e8m0fnu", "bf16"])
+@pytest.mark.parametrize("name", ["e5m0", "e4m3fn", "bf16"])
 def test_nans_and_infinities_where_there_are_no_vectors(name):
     """Compiled scalars are C++ integers, whose overflow is undefined: g++ 12 made the smallest number of NaN once."""
-    modes: list[Mode] = [(name, rounding, overflows(parse_format(name))[0]) for rounding in ROUNDINGS]
-    codes = [0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF]
-    x = Inputs([*codes, *(code | 0x80000000 for code in codes[1:])], torch.float32).tensor
+    modes: list[Mode] = [
+        (name, rounding, overflows(parse_format(name))[0]) for rounding in ("nearest_even", "up", "to_odd")
+    ]
+    x = Inputs([0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF, 0xFFC00000, 0xFFFFFFFF], torch.float32).tensor
 
     def function(x: Tensor) -> tuple[Tensor, ...]:
         return tuple(result for one in x.unbind() for result in rounds(modes)(one))

@@ -22,6 +22,8 @@ from fpsim import reference
 from fpsim.formats import NAMED_FORMATS, ROUNDINGS, FloatFormat, parse_format
 from fpsim.rounding import code_dtype
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = [
     *NAMED_FORMATS,
     "e1m2", "e2m0", "e3m0fn", "e4m0", "e4m3:nosubnormals", "e4m3:unsigned", "e3m2finite:unsigned", "e4m2fnuz",

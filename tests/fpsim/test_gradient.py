@@ -19,6 +19,8 @@ import fpsim
 from fpsim.formats import ROUNDINGS, parse_format
 from fpsim.rounding import GRADIENTS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # e4m3fn has numbers up to 448. The bounds belong to the range; what rounds down to them does not.
 X = torch.tensor([0.3, -0.3, 0.0, -0.0, 1e-9, -1e-9, 447.0, 448.0, -448.0, 448.5, 463.0, 500.0, -1e9, 3e38, 1e-44])
 WITHIN = (X.abs() <= 448).float()

@@ -16,6 +16,9 @@ from fpsim.formats import NAMED_FORMATS, ROUNDINGS, FloatFormat, parse_format
 from fpsim.kernel import Grid, decode_code, encode_code, round_code
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 class Word:
     """A signed integer of a fixed width, as `fpsim.kernel` uses it."""
 

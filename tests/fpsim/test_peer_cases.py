@@ -27,6 +27,8 @@ from judge import (
 import fpsim
 from fpsim.formats import ROUNDINGS, parse_format
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 INF, NAN = math.inf, math.nan
 FLT_MAX = (2 - 2.0**-23) * 2.0**127
 

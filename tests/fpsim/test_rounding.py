@@ -34,6 +34,8 @@ from judge import (
 import fpsim
 from fpsim.formats import NAMED_FORMATS, OVERFLOWS, ROUNDINGS, SPECIALS, FloatFormat, parse_format, resolve_overflow
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = tuple(CARRIERS)
 NAMED = [(name, dtype) for name in NAMED_FORMATS for dtype in DTYPES if suits(parse_format(name), dtype)]
 SWEEP = [FloatFormat(e, m) for e in range(2, 9) for m in range(24)]
