@@ -15,7 +15,6 @@ from fpsim import reference
 from fpsim.formats import NAMED_FORMATS, ROUNDINGS, FloatFormat, parse_format
 from fpsim.kernel import Grid, decode_code, encode_code, round_code
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
