@@ -7,6 +7,7 @@ over the joint graph; Inductor does the rest. Nothing is kept between calls.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -19,6 +20,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import record_function
 
 from fpsim.compile_backend.products import Source
 from fpsim.compile_backend.rewrite import Observer, RoundingPass, UnroundedError
@@ -26,6 +28,9 @@ from fpsim.policy import Policy
 
 #: How often Dynamo may compile one function anew (for other policies, shapes, modes) before it is an error.
 RECOMPILE_LIMIT = 128
+
+#: What the profiler calls a run of a graph that fpsim rewrote, forward (`fpsim.audit` looks for it).
+GRAPH_EVENT = "fpsim: rewritten graph"
 
 
 def fpsim(
@@ -102,7 +107,14 @@ def compile_with_rounding(
             stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
             patches["fx_graph_cache"] = False
         compiler: dict[str, Any] = {"inner_compile": _interpret} if interpret else {}
-        return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches, **compiler))
+        compiled = cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches, **compiler))
+
+    @functools.wraps(compiled)
+    def run(*inputs: Any) -> Any:
+        with record_function(GRAPH_EVENT):
+            return compiled(*inputs)
+
+    return run
 
 
 def _interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
-from fpsim.compile_backend.backend import compile_with_rounding
+from fpsim.compile_backend.backend import GRAPH_EVENT, compile_with_rounding
 from fpsim.compile_backend.plan import Gap, Plan, render
 from fpsim.policy import Policy
 
@@ -39,13 +40,15 @@ _PRODUCT_EVENTS = frozenset(
     )
 )  # fmt: skip
 
-#: What the profiler calls a run of a graph that a backend compiled.
-_COMPILED_EVENT = "## Call CompiledFxGraph"
+#: What the profiler calls the autograd function of a compiled graph, and the run of any function's backward; the two
+#: have the same sequence number.
+_COMPILED_EVENT = "CompiledFunction"
+_BACKWARD_EVENT = "autograd::engine::evaluate_function: "
 
 #: Keeps what `explain` compiles apart from what the user compiles (since torch 2.13), so that it counts against no
 #: limit there.
 _ISOLATED: dict[str, Any] = (
-    {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
+    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 )
 
 
@@ -57,7 +60,7 @@ class Escape:
         operator: the operator, such as ``aten.mm``.
         shapes: of its tensor arguments.
         count: how many times it ran with these shapes.
-        inside: whether it ran inside compiled code (a gap that the policy allows) or outside of it.
+        inside: whether it ran inside a graph that fpsim rewrote (a gap that the policy allows) or outside of all.
     """
 
     operator: str
@@ -68,7 +71,7 @@ class Escape:
 
 @dataclass(frozen=True)
 class Audit:
-    """The matrix products of one real step that were not rounded; ``covered`` counts those in compiled code."""
+    """The matrix products of one real step that were not rounded; ``covered`` counts those in fpsim's graphs."""
 
     escaped: tuple[Escape, ...]
     covered: int
@@ -83,7 +86,7 @@ class Audit:
             table.add_column(name, overflow="fold")
         for escape in self.escaped:
             shapes = ", ".join("x".join(map(str, shape)) for shape in escape.shapes)
-            where = "inside, a gap of the policy" if escape.inside else "outside compiled code"
+            where = "inside, a gap of the policy" if escape.inside else "outside of fpsim's graphs"
             table.add_row(escape.operator, shapes, str(escape.count), where)
         yield table
 
@@ -92,13 +95,14 @@ class Audit:
 
 
 def explain(
-    model: Callable[..., Any], *args: Any, policy: Policy | Mapping[str, Any] | None = None, **kwargs: Any
+    model: Callable[..., Any], /, *args: Any, policy: Policy | Mapping[str, Any] | None = None, **kwargs: Any
 ) -> Plan:
     """Every operand that the backend would round in ``model(*args, **kwargs)``, and everything that it would not.
 
     The model is traced with these inputs, forward and backward (forward only under ``torch.no_grad()``), and the
-    forward pass runs once, interpreted, with its products rounded. Parameters, buffers, gradients and random
-    state are left as they were. What would be an error when compiling is listed as a gap.
+    forward pass runs once, interpreted, with its products rounded. Parameters, buffers (also of modules that a
+    function closes over or is given), gradients and random state are left as they were. What would be an error when
+    compiling is listed as a gap.
 
     Args:
         model: an `nn.Module` or a function, compiled or not.
@@ -115,7 +119,7 @@ def explain(
         return compile_with_rounding(gm, example_inputs, policy, interpret=True, observer=plans.append, strict=False)
 
     breaks_before = Counter(counters["graph_break"])
-    with _no_recompile_limit(), _state_kept(model):
+    with _no_recompile_limit(), _state_kept(model, args, kwargs):
         torch.compile(_uncompiled(model), backend=backend, **_ISOLATED)(*args, **kwargs)
     sites = tuple(site for plan in plans for site in plan.sites)
     gaps = tuple(gap for plan in plans for gap in plan.gaps)
@@ -132,17 +136,18 @@ def _break_gap(reason: str) -> Gap:
 
 
 def audit(
-    model: Callable[..., Any], *args: Any, policy: Policy | Mapping[str, Any] | None = None, **kwargs: Any
+    model: Callable[..., Any], /, *args: Any, policy: Policy | Mapping[str, Any] | None = None, **kwargs: Any
 ) -> Audit:
     """Run one real forward and backward under the profiler and report the matrix products that were not rounded.
 
-    Finds what no graph shows: products in code that `torch.compile` skipped, disabled or broke out of. The loss is
-    the sum of all floating-point outputs that need a gradient. Parameters, buffers, gradients and random state are
-    left as they were.
+    Finds what no graph shows: products in code that `torch.compile` skipped, disabled or broke out of, or compiled
+    with another backend. The loss is the sum of all floating-point outputs that need a gradient. Parameters, buffers
+    (also of modules that a function closes over or is given), gradients and random state are left as they were.
 
     Args:
-        model: an `nn.Module` or a function. If it was compiled (`torch.compile`), it runs as it is and ``policy``
-            must be None; else it is compiled with backend ``"fpsim"`` and ``policy``.
+        model: an `nn.Module` or a function. If it or a module in it was compiled (`torch.compile`,
+            ``module.compile()``), it runs as it is and ``policy`` must be None; else it is compiled with backend
+            ``"fpsim"`` and ``policy``.
         args, kwargs: its inputs.
         policy: a `Policy`, a mapping of its fields, or None for the FP8 hybrid.
 
@@ -150,20 +155,22 @@ def audit(
         ValueError: a policy for a model that is already compiled.
     """
     compiled = model
-    if _uncompiled(model) is model:
+    if not _is_compiled(model):
         options: dict[str, Any] = {"policy": _as_policy(policy)}
         compiled = torch.compile(model, backend="fpsim", options=options)
     elif policy is not None:
         raise ValueError("the model is already compiled and keeps its policy: audit it without policy")
-    with _state_kept(model):
+    with _state_kept(model, args, kwargs):
         _step(compiled, args, kwargs)  # compiles
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
             _step(compiled, args, kwargs)
-    products = [event for event in profiler.events() if event.name in _PRODUCT_EVENTS and not _within_product(event)]
+    events = profiler.events()
+    ours = {event.sequence_nr for event in events if event.name == _COMPILED_EVENT and _within(GRAPH_EVENT, event)}
+    products = [event for event in events if event.name in _PRODUCT_EVENTS and not _within_product(event)]
     found: Counter[tuple[str, tuple[tuple[int, ...], ...], bool]] = Counter()
     covered = 0
     for event in products:
-        inside = _within_compiled(event)
+        inside = _within_our_graph(event, ours)
         if inside and not _is_fused(event.name):
             covered += 1
             continue
@@ -212,8 +219,15 @@ def _ancestors(event: Any) -> Iterator[Any]:
         yield event
 
 
-def _within_compiled(event: Any) -> bool:
-    return any(ancestor.name.startswith(_COMPILED_EVENT) for ancestor in _ancestors(event))
+def _within(name: str, event: Any) -> bool:
+    return any(ancestor.name == name for ancestor in _ancestors(event))
+
+
+def _within_our_graph(event: Any, ours: set[int]) -> bool:
+    """Whether ``event`` is within a run of a graph of fpsim, or the backward of one of them: ``ours``, by number."""
+    return _within(GRAPH_EVENT, event) or any(
+        ancestor.name.startswith(_BACKWARD_EVENT) and ancestor.sequence_nr in ours for ancestor in _ancestors(event)
+    )
 
 
 def _within_product(event: Any) -> bool:
@@ -233,6 +247,26 @@ def _uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
 
 
+def _is_compiled(model: Callable[..., Any]) -> bool:
+    """Whether ``model``, or a module in it, was compiled, by `torch.compile` or in place."""
+    parts = model.modules() if isinstance(model, nn.Module) else [model]
+    return any(_uncompiled(part) is not part or getattr(part, "_compiled_call_impl", None) for part in parts)
+
+
+def _modules(*values: Any) -> Iterator[nn.Module]:
+    """The modules among ``values``, and those that functions among them close over, are bound to or refer to."""
+    for value in pytree.tree_leaves(values):
+        value = _uncompiled(value)
+        if isinstance(value, nn.Module):
+            yield value
+        elif isinstance(value, functools.partial):
+            yield from _modules(value.func, value.args, value.keywords)
+        elif inspect.isfunction(value) or inspect.ismethod(value):
+            variables = inspect.getclosurevars(value)
+            held = (*variables.nonlocals.values(), *variables.globals.values(), getattr(value, "__self__", None))
+            yield from (module for module in held if isinstance(module, nn.Module))
+
+
 @contextlib.contextmanager
 def _no_recompile_limit() -> Iterator[None]:
     """Every call of `explain` compiles anew: let none of them fall back to running uncompiled."""
@@ -241,10 +275,9 @@ def _no_recompile_limit() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _state_kept(model: Callable[..., Any]) -> Iterator[None]:
+def _state_kept(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
     """Restore what running a model forward changes: buffers and random state."""
-    module = _uncompiled(model)
-    buffers = list(module.buffers()) if isinstance(module, nn.Module) else []
+    buffers = [buffer for module in _modules(model, args, dict(kwargs)) for buffer in module.buffers()]
     values = [buffer.clone() for buffer in buffers]
     try:
         with torch.random.fork_rng():

@@ -138,9 +138,10 @@ def _opaque_gap(node: fx.Node, name: str, policy: Policy, strict: bool) -> Gap |
         return Gap(path, name, "allowed by the policy's gaps")
     if strict:
         where = f" in module {path!r}" if path else ""
+        both = name.removesuffix("_backward") + "*"  # forward and backward
         raise UnroundedError(
             f"{name}{where} may multiply matrices that fpsim cannot round. Replace it, or accept it unrounded: "
-            f"gaps=[{name!r}], or skip=[{path or '<module>'!r}]; fpsim.explain lists all such places"
+            f"gaps=[{both!r}], or skip=[{path or '<module>'!r}]; fpsim.explain lists all such places"
         )
     return Gap(path, name, "cannot be rounded: an error unless listed in the policy's gaps")
 

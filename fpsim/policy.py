@@ -150,7 +150,7 @@ class Policy:
         set_ = object.__setattr__
         set_(self, "skip", _strings("skip", self.skip))
         set_(self, "gaps", _strings("gaps", self.gaps))
-        set_(self, "modules", _module_rules(self.modules))
+        set_(self, "modules", self._module_rules())
         if self.format is None and all(getattr(self, role) in (None, NONE) for role in ROLES):
             set_(self, "overflow", self.overflow or "sat_finite")
             for role, usual in HYBRID.items():
@@ -173,6 +173,21 @@ class Policy:
         if unknown := sorted(set(casts) - set(ROLES)):
             raise ValueError(f"unknown role {unknown[0]!r} in {kind}: roles are {', '.join(ROLES)}")
         return tuple((role, str(self._spelled(casts[role]))) for role in ROLES if role in casts)
+
+    def _module_rules(self) -> tuple[tuple[str, Policy | None], ...]:
+        rules: dict[str, Policy | None] = {}
+        for glob, given in _pairs("modules", self.modules):
+            rules.setdefault(glob, self._module_policy(glob, given))  # the first glob that matches decides
+        return tuple(rules.items())
+
+    def _module_policy(self, glob: str, given: Any) -> Policy | None:
+        if given is None or given == NONE:
+            return None
+        if isinstance(given, str | FloatFormat):
+            given = {"format": given}
+        if isinstance(given, Mapping) and "policy" not in given:
+            given = {"rounding": self.rounding, "overflow": self.overflow, **given}
+        return _check_module_policy(glob, given if isinstance(given, Policy) else Policy.from_options(given))
 
     # -- what it says ----------------------------------------------------------------------------------------
 
@@ -219,11 +234,15 @@ class Policy:
             if field.name in KINDS:
                 value = dict(value)
             elif field.name == "modules":
-                value = {glob: policy.to_dict() if policy else NONE for glob, policy in value}
+                value = {glob: policy._to_full_dict() if policy else NONE for glob, policy in value}
             elif isinstance(value, tuple):
                 value = list(value)
             result[field.name] = value
         return result
+
+    def _to_full_dict(self) -> dict[str, Any]:
+        """`to_dict`, with the fields that a module's policy would inherit."""
+        return {"rounding": self.rounding, "overflow": self.overflow, **self.to_dict()}
 
     def to_json(self) -> str:
         """The policy as JSON text; `from_json` gives an equal policy."""
@@ -289,29 +308,14 @@ def _pairs(name: str, given: Any) -> list[tuple[str, Any]]:
     return [(str(key), value) for key, value in pairs]
 
 
-def _module_rules(given: Any) -> tuple[tuple[str, Policy | None], ...]:
-    rules: dict[str, Policy | None] = {}
-    for glob, policy in _pairs("modules", given):
-        rules.setdefault(glob, _module_policy(glob, policy))  # the first glob that matches decides
-    return tuple(rules.items())
-
-
-def _module_policy(glob: str, policy: Any) -> Policy | None:
-    if policy is None or policy == NONE:
-        return None
-    if isinstance(policy, Policy):
-        if policy.uses_paths:
-            raise ValueError(
-                f"the policy for modules {glob!r} has skip or modules of its own: put all globs at the top"
-            )
-        if policy.attention != "round" or policy.gaps:
-            raise ValueError(
-                f"the policy for modules {glob!r} has attention or gaps, which hold everywhere: put them at the top"
-            )
-        return policy
-    if isinstance(policy, str | FloatFormat):
-        return Policy(format=policy)  # type: ignore[arg-type]  # normalised by __post_init__
-    return _module_policy(glob, Policy.from_options(policy))
+def _check_module_policy(glob: str, policy: Policy) -> Policy:
+    if policy.uses_paths:
+        raise ValueError(f"the policy for modules {glob!r} has skip or modules of its own: put all globs at the top")
+    if policy.attention != "round" or policy.gaps:
+        raise ValueError(
+            f"the policy for modules {glob!r} has attention or gaps, which hold everywhere: put them at the top"
+        )
+    return policy
 
 
 @lru_cache(maxsize=65536)

@@ -309,6 +309,25 @@ def test_the_policy_of_a_module_in_all_its_forms(given: Any, expected: Policy | 
     assert Policy(modules=[("head", given)]) == Policy(modules={"head": expected})  # type: ignore[arg-type]
 
 
+def test_formats_and_fields_of_a_module_inherit_the_modes_and_nothing_else() -> None:
+    modules = {"a": "e5m2", "b": {"weight": "e5m2"}, "c": {"format": "e5m2", "rounding": "up", "overflow": None}}
+    policy = Policy(format="bf16", output="bf16", rounding="toward_zero", overflow="sat_finite", modules=modules)
+    assert policy.at("a") == Policy(format="e5m2/toward_zero/sat_finite", rounding="toward_zero", overflow="sat_finite")
+    assert policy.at("b") == Policy(weight="e5m2/toward_zero/sat_finite", rounding="toward_zero", overflow="sat_finite")
+    assert policy.at("c") == Policy(format="e5m2/up/ovf_inf", rounding="up")
+    assert Policy.from_json(policy.to_json()) == policy
+
+
+def test_a_policy_given_for_a_module_stands_as_it_is() -> None:
+    policy = Policy(rounding="up", modules={"a": Policy(format="bf16"), "b": {"policy": Policy(format="bf16")}})
+    assert policy.at("a") == policy.at("b") == Policy(format="bf16")
+    assert Policy.from_json(policy.to_json()) == policy
+
+
+def test_the_overflow_mode_of_the_hybrid_is_not_inherited() -> None:
+    assert Policy(modules={"a": "bf16"}).at("a") == Policy(format="bf16/nearest_even/ovf_inf")
+
+
 @pytest.mark.parametrize("inner", [{"skip": ["a"]}, {"modules": {"a": "none"}}])
 def test_globs_stand_at_the_top(inner: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"modules 'head' .*put all globs at the top"):
