@@ -58,7 +58,7 @@ def round(
         raise ValueError(f"unknown gradient {gradient!r}: use one of {', '.join(GRADIENTS)}")
     name, resolved, low, high = _resolve(format, rounding, overflow, _dtype_of(x))
     value = round_op(x.detach(), name, rounding, resolved, KERNEL)
-    if gradient == "zero" or not (torch.compiler.is_compiling() or _is_differentiated(x)):
+    if gradient == "zero" or not ((x.requires_grad and torch.is_grad_enabled()) or _transforms_active()):
         return value
     # Adds an exact zero whose derivative is that of `carrier`; where that is not finite, nothing. Subtracting +0
     # leaves -0, infinities and NaN as they are.
@@ -161,10 +161,7 @@ def _resolve(
     return fmt.name, resolve_overflow(fmt, overflow), -fmt.max if fmt.signed else 0.0, fmt.max
 
 
-def _is_differentiated(x: Tensor) -> bool:
-    """Whether anything may ask for the derivative of an operation on ``x``."""
-    return (
-        (x.requires_grad and torch.is_grad_enabled())
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+@torch._dynamo.assume_constant_result  # Dynamo enters the transforms while it traces, and guards on them
+def _transforms_active() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is going on."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -82,12 +82,14 @@ def peers() -> dict[str, tuple[str, Function]]:
 
 
 def measure(cases: dict[str, Function], x: Tensor, repeats: int) -> dict[str, float]:
-    """Median nanoseconds per element of each case; the cases take turns, so that noise hits all alike."""
+    """Median nanoseconds per element of each case; the cases take turns, so that noise hits all alike.
+
+    Each runs once untimed before it is timed: what the case before it left in caches and allocator would count.
+    """
     times: dict[str, list[float]] = {name: [] for name in cases}
-    for function in cases.values():
-        function(x)
     for _ in range(repeats):
         for name, function in cases.items():
+            function(x)
             start = time.perf_counter()
             function(x)
             times[name].append(time.perf_counter() - start)
