@@ -133,13 +133,42 @@ def _round_cpu(x: Tensor, format: str, rounding: str, overflow: str, kernel: str
         x = out
     source, result = _flat(x), _flat(out)
     chunk = _CHUNK * torch.get_num_threads()
-    by_addition = x.dtype == torch.float32 and _can_round_by_addition(fmt, rounding, overflow)
     for piece, target in zip(source.split(chunk), result.split(chunk), strict=True):
-        if by_addition:
+        if x.dtype == torch.float32 and _can_round_by_addition(fmt, rounding, overflow):
             _round_by_addition(piece, fmt, target)
+        elif x.dtype == torch.float32 and _has_one_unit(fmt, overflow):
+            _round_at_one_unit(piece, fmt, rounding, target)
         else:
             target.copy_(round_with_torch_ops(piece, fmt, rounding, overflow))
     return out
+
+
+def _has_one_unit(fmt: FloatFormat, overflow: str) -> bool:
+    """Whether `_round_at_one_unit` gives the same bits as the kernel: float32 with fewer mantissa bits."""
+    return overflow == "ovf_inf" and fmt == FloatFormat(8, fmt.mantissa_bits) and 1 <= fmt.mantissa_bits <= 22
+
+
+def _round_at_one_unit(x: Tensor, fmt: FloatFormat, rounding: str, out: Tensor) -> None:
+    """Round float32 ``x`` into ``out`` where the format's unit is the same among all codes: add, then mask.
+
+    A third of the kernel's operations. The sign bit stays out of the sums, and a carry out of the largest value gives
+    infinity; the only NaN left is the canonical one, whose sums do not carry into the sign.
+    """
+    torch.nan_to_num(x, nan=math.nan, posinf=math.inf, neginf=-math.inf, out=out)
+    code = out.view(torch.int32)
+    shift = FLOAT32.mantissa_bits - fmt.mantissa_bits
+    dropped_bits = (1 << shift) - 1
+    if rounding == "nearest_even":
+        code.add_((code >> shift).bitwise_and_(1)).add_(dropped_bits >> 1)
+    elif rounding == "nearest_away":
+        code.add_((dropped_bits >> 1) + 1)
+    elif rounding == "up":
+        code.add_((code >> 31).bitwise_not_().bitwise_and_(dropped_bits))
+    elif rounding == "down":
+        code.add_((code >> 31).bitwise_and_(dropped_bits))
+    elif rounding == "to_odd":
+        code.bitwise_or_((code & dropped_bits).add_(dropped_bits))  # has the unit's bit where the sum is inexact
+    code.bitwise_and_(~dropped_bits)
 
 
 def _can_round_by_addition(fmt: FloatFormat, rounding: str, overflow: str) -> bool:

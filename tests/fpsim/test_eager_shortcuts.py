@@ -1,4 +1,4 @@
-"""The eager CPU shortcut for nearest-even gives the kernel's bits, for every format that it accepts."""
+"""The shortcuts of eager CPU calls give the kernel's bits, for every format that they accept."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpsim.formats import FloatFormat, parse_format, resolve_overflow
+from fpsim.formats import ROUNDINGS, FloatFormat, parse_format, resolve_overflow
 from fpsim.kernel import FLOAT32
-from fpsim.rounding_op import _can_round_by_addition, _round_by_addition, round_with_torch_ops
+from fpsim.rounding_op import (
+    _can_round_by_addition,
+    _has_one_unit,
+    _round_at_one_unit,
+    _round_by_addition,
+    round_with_torch_ops,
+)
 
 
 def accepted(exponent_bits: int) -> list[FloatFormat]:
@@ -35,7 +41,13 @@ def patterns(fmt: FloatFormat, count: int, generator: torch.Generator) -> Tensor
     bits[: count // 2] = (bits[: count // 2] & ~0x7F800000) | (fields << 23)
     bits[: count // 4] &= ~((1 << max(22 - fmt.mantissa_bits, 0)) - 1)
     specials = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 3.4028234663852886e38, 1e-45])
-    return torch.cat([bits.view(torch.float32), specials])
+    nans = torch.tensor([0x7F800001, 0x7FFFFFFF, -1, -0x7FFFFF]).to(torch.int32).view(torch.float32)
+    return torch.cat([bits.view(torch.float32), specials, nans])
+
+
+def assert_same_bits(x: Tensor, got: Tensor, want: Tensor, what: str) -> None:
+    wrong = got.view(torch.int32) != want.view(torch.int32)
+    assert not wrong.any(), f"{what}: {x[wrong][:3]} -> {got[wrong][:3]}, want {want[wrong][:3]}"
 
 
 @pytest.mark.parametrize("exponent_bits", range(2, 8))
@@ -48,8 +60,7 @@ def test_addition_and_kernel_agree_bit_for_bit(exponent_bits: int) -> None:
         got = torch.empty_like(x)
         _round_by_addition(x, fmt, got)
         want = round_with_torch_ops(x, fmt, "nearest_even", resolve_overflow(fmt, None))
-        wrong = got.view(torch.int32) != want.view(torch.int32)
-        assert not wrong.any(), f"{fmt.name}: {x[wrong][:3]} -> {got[wrong][:3]}, want {want[wrong][:3]}"
+        assert_same_bits(x, got, want, fmt.name)
 
 
 @pytest.mark.parametrize(
@@ -58,3 +69,23 @@ def test_addition_and_kernel_agree_bit_for_bit(exponent_bits: int) -> None:
 def test_formats_for_which_addition_is_wrong_are_left_to_the_kernel(name: str) -> None:
     fmt = parse_format(name)
     assert not _can_round_by_addition(fmt, "nearest_even", resolve_overflow(fmt, None))
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_one_unit_and_kernel_agree_bit_for_bit(rounding: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for mantissa_bits in range(1, 23):
+        fmt = FloatFormat(8, mantissa_bits)
+        assert _has_one_unit(fmt, "ovf_inf")
+        x = patterns(fmt, 1 << 15, generator)
+        got = torch.empty_like(x)
+        _round_at_one_unit(x, fmt, rounding, got)
+        assert_same_bits(x, got, round_with_torch_ops(x, fmt, rounding, "ovf_inf"), f"{fmt.name} {rounding}")
+
+
+@pytest.mark.parametrize(
+    "name", ["e8m0", "e8m23", "e8m3fn", "e8m3:bias=126", "e8m3:nosubnormals", "e8m3:unsigned", "fp16"]
+)
+def test_formats_of_several_units_are_left_to_the_kernel(name: str) -> None:
+    assert not _has_one_unit(parse_format(name), "ovf_inf")
+    assert not _has_one_unit(parse_format("e8m3"), "sat_finite")
