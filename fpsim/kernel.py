@@ -146,17 +146,23 @@ def round_code(code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops) ->
 
     magnitude = code & (carrier.sign_code - 1)
     is_nan = ~ops.less(magnitude, infinity + 1)
-    a = ops.clamp(magnitude, None, infinity)  # else sums overflow: undefined in C++, and its compilers do exploit it
+    # Cut off what cannot matter: sums must not overflow, which is undefined in C++, and its compilers do exploit it.
+    nearest_overflows = overflow == "ovf_inf" and rounding in ("nearest_even", "nearest_away")
+    a = ops.clamp(magnitude, None, infinity if nearest_overflows else grid.plain_code_of(fmt.max))
     if grid.extended:
         a = _extend(a, grid, ops)
 
     r = _round_magnitude(a, code, grid, rounding, ops)
-    becomes_infinity = _becomes_infinity(a, r, code, grid, rounding, overflow, ops)
+    if nearest_overflows:
+        becomes_infinity = ~ops.less(r, grid.max + 1)
+    else:
+        becomes_infinity = _becomes_infinity(magnitude, code, grid, rounding, overflow, ops)
     smallest = grid.code_of(fmt.smallest_subnormal)
-    r = ops.clamp(r, smallest if grid.tiny or not fmt.zero else None, grid.max)
     if grid.tiny:
-        r = ops.choose(_becomes_zero(a, code, grid, rounding, ops), grid.zero, r)
-    elif fmt.zero and not fmt.subnormals:
+        r = ops.choose(_becomes_zero(a, code, grid, rounding, ops), grid.zero, ops.clamp(r, smallest, None))
+    elif not fmt.zero:
+        r = ops.clamp(r, smallest, None)
+    elif not fmt.subnormals:
         r = ops.choose(ops.less(r, smallest), grid.zero, r)
     if grid.extended:
         r = _unextend(r, grid, ops)
@@ -180,19 +186,18 @@ def round_code(code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops) ->
     return ops.choose(is_nan, carrier.nan_code if fmt.has_nan else grid.plain_code_of(fmt.max), r)
 
 
-def _becomes_infinity(a: Int, r: Int, code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops) -> Mask | None:
-    """Which results are an infinity (or the NaN that stands for it); None if the modes make none."""
+def _becomes_infinity(magnitude: Int, code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops) -> Mask | None:
+    """Which numbers become an infinity (or the NaN that stands for it) other than by rounding to nearest; None if none.
+
+    Of NaNs it may say anything.
+    """
     if overflow == "sat_finite":
         return None
-    was_infinity = ~ops.less(a, grid.carrier.max_code + 1)
+    is_infinity = ~ops.less(magnitude, grid.carrier.max_code + 1)
     if overflow == "sat_propagate" or rounding in ("toward_zero", "to_odd"):
-        return was_infinity
-    overflows = ~ops.less(r, grid.max + 1)
-    if rounding == "up":
-        return was_infinity | (overflows & ~ops.less(code, 0))
-    if rounding == "down":
-        return was_infinity | (overflows & ops.less(code, 0))
-    return overflows
+        return is_infinity
+    exceeds = ~ops.less(magnitude, grid.plain_code_of(grid.fmt.max) + 1)
+    return is_infinity | (exceeds & (~ops.less(code, 0) if rounding == "up" else ops.less(code, 0)))
 
 
 def _round_magnitude(a: Int, code: Int, grid: Grid, rounding: str, ops: Ops) -> Int:
@@ -217,11 +222,13 @@ def _round_magnitude(a: Int, code: Int, grid: Grid, rounding: str, ops: Ops) -> 
     elif rounding == "down":
         addend = ops.choose(ops.less(code, 0), dropped_bits, 0)
     else:
-        parity = ((a ^ grid.parity_offset if grid.parity_offset else a) >> shift) & 1
+        even = ((a ^ ~grid.parity_offset) >> shift) & 1  # whether truncation gives an even code
         if rounding == "to_odd":
-            addend = (parity - 1) & dropped_bits  # upwards from an even truncation
-        else:
-            addend = (dropped_bits >> 1) + (parity & dropped_bits if grid.shift == 0 else parity)
+            addend = -even & dropped_bits
+        elif grid.shift:
+            return (a - (kept_bits >> 1) - even) & kept_bits  # a tie goes up, unless that is odd
+        else:  # where nothing is dropped, nothing is added
+            addend = ((dropped_bits + 1) >> 1) - (even & dropped_bits)
     return (a + addend) & kept_bits
 
 

@@ -67,10 +67,10 @@ def peers() -> dict[str, tuple[str, Function]]:
             lambda x: torch.from_numpy(gfloat.round_ndarray(format_info_ocp_e4m3, x.numpy(), sat=True)).float(),
         )
     if importlib.util.find_spec("pychop"):
-        from pychop import LightChop
+        import pychop
 
-        chop = LightChop(exp_bits=5, sig_bits=2, rmode=1)
-        cases["pychop LightChop, e5m2"] = ("e5m2", chop)
+        pychop.backend("torch")
+        cases["pychop, e5m2"] = ("e5m2", pychop.Chop(exp_bits=5, sig_bits=2, rmode=1))
     if importlib.util.find_spec("torchao"):
         from torchao.prototype.custom_fp_utils import _f32_to_floatx_unpacked, _floatx_unpacked_to_f32
 
