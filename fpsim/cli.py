@@ -456,8 +456,11 @@ def demo(
     ] = None,
     text: Annotated[Path | None, typer.Option(help="File to train on. [default: Shakespeare]")] = None,
     out: Annotated[Path, typer.Option(help="Folder for curves and records.")] = Path("runs/demo"),
+    loss_scale: Annotated[
+        float, typer.Option(help="Factor on the loss in the backward pass; with 1, gradients in e5m2 underflow.")
+    ] = 4096.0,
 ) -> None:
     """Train a small Llama in several formats side by side, and show what they cost. Needs fpsim\\[paper]."""
     from fpsim.paper.demo import demo as run
 
-    run(steps=steps, formats=format or None, text=text, out=out)
+    run(steps=steps, formats=format or None, text=text, out=out, loss_scale=loss_scale)
