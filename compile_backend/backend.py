@@ -10,12 +10,15 @@ import contextlib
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from typing import Any, cast
 
 import torch
 from torch import fx
 from torch._dynamo import config as dynamo_config
+from torch._dynamo.source import ConstantSource
 from torch._functorch import config as functorch_config
+from torch._guards import detect_fake_mode
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -25,6 +28,7 @@ from torch.profiler import record_function
 from fpsim.compile_backend.products import Source
 from fpsim.compile_backend.rewrite import Observer, RoundingPass, UnroundedError
 from fpsim.policy import Policy
+from fpsim.rounding_op import draw_seed
 
 #: How often Dynamo may compile one function anew (for other policies, shapes, modes) before it is an error.
 RECOMPILE_LIMIT = 128
@@ -93,7 +97,15 @@ def compile_with_rounding(
     """
     _fail_closed()
     _refuse_inner_gradients(gm)
-    rounding = RoundingPass(policy, _input_sources(gm, example_inputs), list(_identity(gm, policy)), observer, strict)
+    input_sources, identity = _input_sources(gm, example_inputs), list(_identity(gm, policy))
+    seed_device = _device(example_inputs) if policy.is_stochastic else None
+    seed_input = None
+    if seed_device is not None:
+        seed_input = len(input_sources)
+        gm, seed = _with_seed_input(gm, seed_device)
+        example_inputs = [*example_inputs, seed]
+        input_sources.append(Source.NONE)
+    rounding = RoundingPass(policy, input_sources, identity, observer, strict, seed_input)
     patches: dict[str, Any] = {
         "joint_custom_pre_pass": _after_the_users(rounding),
         # An explicit cast is a precision boundary: without this Inductor keeps 16-bit values in float32 between
@@ -112,9 +124,36 @@ def compile_with_rounding(
     @functools.wraps(compiled)
     def run(*inputs: Any) -> Any:
         with record_function(GRAPH_EVENT):
-            return compiled(*inputs)
+            return compiled(*inputs) if seed_device is None else compiled(*inputs, draw_seed(seed_device))
 
     return run
+
+
+def _device(inputs: Sequence[Any]) -> torch.device:
+    """Where a graph with these inputs computes: where its first floating-point input is."""
+    floats = [x for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    return floats[0].device if floats else torch.device("cpu")
+
+
+def _with_seed_input(gm: fx.GraphModule, device: torch.device) -> tuple[fx.GraphModule, torch.Tensor]:
+    """The graph with one more input, the seed of stochastic rounding, and an example of it.
+
+    As an input it is at hand in backward whatever the partitioner saves or recomputes. (A seed drawn by a node of the
+    graph is drawn again in backward under ``activation_memory_budget=0``: other random numbers, silently.)
+    """
+    example = torch.zeros(1, dtype=torch.int64, device=device)
+    copy = fx.GraphModule(gm, deepcopy(gm.graph))  # Dynamo goes on to read its own graph
+    copy.meta = gm.meta
+    inputs = [node for node in copy.graph.nodes if node.op == "placeholder"]
+    for node, original in zip(inputs, gm.graph.find_nodes(op="placeholder"), strict=True):
+        node._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+    with copy.graph.inserting_after(inputs[-1]) if inputs else copy.graph.inserting_before():
+        seed = copy.graph.placeholder("fpsim_seed")
+    seed._dynamo_source = ConstantSource("fpsim_seed")  # type: ignore[attr-defined]
+    fake_mode = detect_fake_mode([node.meta.get("example_value") for node in inputs])
+    seed.meta["example_value"] = fake_mode.from_tensor(example) if fake_mode else example
+    copy.recompile()
+    return copy, example
 
 
 def _interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:

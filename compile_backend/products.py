@@ -167,6 +167,15 @@ def is_view(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in VIEWS
 
 
+def find_input(graph: fx.Graph, position: int) -> fx.Node:
+    """The placeholder of ``graph`` that is input number ``position`` of the traced function."""
+    for node in graph.nodes:
+        description = node.meta.get("desc")
+        if type(description).__name__ == "PlainAOTInput" and description.idx == position and node.op == "placeholder":
+            return node
+    raise LookupError(f"the traced graph has no input number {position}")
+
+
 def find_sources(graph: fx.Graph, input_sources: Sequence[Source]) -> dict[fx.Node, Source]:
     """What every node of ``graph`` depends on; ``input_sources`` says what the inputs of the traced function are."""
     sources: dict[fx.Node, Source] = {}

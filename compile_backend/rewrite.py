@@ -25,6 +25,7 @@ from fpsim.compile_backend.products import (
     PRODUCTS,
     Product,
     Source,
+    find_input,
     find_opaque,
     find_products,
     find_sources,
@@ -32,8 +33,16 @@ from fpsim.compile_backend.products import (
     is_view,
     module_path,
 )
+from fpsim.formats import split_rounding
 from fpsim.policy import Cast, Policy
-from fpsim.rounding_op import CARRIERS, KERNEL, check_carrier, round_op
+from fpsim.rounding_op import (
+    CARRIERS,
+    KERNEL,
+    check_carrier,
+    random_key_op,
+    round_op,
+    round_stochastic_op,
+)
 
 #: Told of every rewritten graph's plan.
 Observer = Callable[[Plan], None]
@@ -52,6 +61,7 @@ class RoundingPass(CustomGraphPass):
         identity: everything else that the pass reads from the graph and that Inductor's cache key does not know.
         observer: told of the plan of every graph that the pass rewrites.
         strict: whether a gap that the policy does not allow is an error.
+        seed_input: the position of the input that is the seed of stochastic rounding.
     """
 
     def __init__(
@@ -61,21 +71,25 @@ class RoundingPass(CustomGraphPass):
         identity: Sequence[str],
         observer: Observer | None = None,
         strict: bool = True,
+        seed_input: int | None = None,
     ) -> None:
         self.policy = policy
         self.input_sources = tuple(input_sources)
         self.identity = tuple(identity)
         self.observer = observer
         self.strict = strict
+        self.seed_input = seed_input
 
     def __call__(self, graph: fx.Graph) -> None:
-        plan = rewrite(graph, self.policy, self.input_sources, strict=self.strict)
+        seed = None if self.seed_input is None else find_input(graph, self.seed_input)
+        plan = rewrite(graph, self.policy, self.input_sources, strict=self.strict, seed=seed)
         if self.observer is not None:
             self.observer(plan)
 
     def uuid(self) -> str:
         """The key under which compiled code is cached: all that decides what the pass does."""
-        facts = [source_hash(), self.policy.to_json(), [source.value for source in self.input_sources], self.identity]
+        sources = [source.value for source in self.input_sources]
+        facts = [source_hash(), self.policy.to_json(), sources, self.identity, self.seed_input]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -90,8 +104,17 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-def rewrite(graph: fx.Graph, policy: Policy, input_sources: Sequence[Source], *, strict: bool = True) -> Plan:
+def rewrite(
+    graph: fx.Graph,
+    policy: Policy,
+    input_sources: Sequence[Source],
+    *,
+    strict: bool = True,
+    seed: fx.Node | None = None,
+) -> Plan:
     """Round in ``graph``, in place, what ``policy`` asks for; return what was and was not rounded.
+
+    ``seed``: the input of the graph that is the seed of stochastic rounding.
 
     Raises:
         UnroundedError: with ``strict``, an operator whose products cannot be rounded and which the policy does not
@@ -101,7 +124,7 @@ def rewrite(graph: fx.Graph, policy: Policy, input_sources: Sequence[Source], *,
     gaps = [_opaque_gap(node, name, policy, strict) for node, name in find_opaque(graph)]
     sites: list[Site] = []
     sources = find_sources(graph, input_sources)
-    inserter = _Inserter(graph, sources)
+    inserter = _Inserter(graph, sources, seed)
     for product in find_products(graph, sources, input_sources):
         local = _policy_at(product, policy, strict)
         if product.constant:
@@ -174,10 +197,12 @@ def _site(product: Product, role: str, value: fx.Node, cast: Cast | None) -> Sit
 class _Inserter:
     """Inserts rounding nodes into a graph, one per value and cast."""
 
-    def __init__(self, graph: fx.Graph, sources: Mapping[fx.Node, Source]) -> None:
+    def __init__(self, graph: fx.Graph, sources: Mapping[fx.Node, Source], seed: fx.Node | None) -> None:
         self.graph = graph
         self.sources = sources
         self.done: dict[tuple[fx.Node, Cast], fx.Node] = {}
+        self.seed = seed
+        self.keys = 0
 
     def rounded(self, value: fx.Node, cast: Cast, near: fx.Node) -> fx.Node:
         """The node that holds ``value`` rounded.
@@ -218,20 +243,43 @@ class _Inserter:
         last = value
         while last.op == "placeholder" and last.next.op == "placeholder":
             last = last.next
-        with self.graph.inserting_after(last):
-            node = self.graph.call_function(round_op, (value, cast.format.name, cast.rounding, cast.overflow, KERNEL))
+        modes = (cast.format.name, cast.rounding, cast.overflow, KERNEL)
+        if split_rounding(cast.rounding)[1]:
+            key = self._random_key(value)
+            if last.op == "placeholder":
+                last = key
+            with self.graph.inserting_after(last):
+                node = self.graph.call_function(round_stochastic_op, (value, key, *modes))
+        else:
+            with self.graph.inserting_after(last):
+                node = self.graph.call_function(round_op, (value, *modes))
         copied = ("partitioner_tag", "recompute", "ac_graph_id", "seq_nr", "stack_trace")
         node.meta = {key: value.meta[key] for key in copied if key in value.meta}
         for key in ("nn_module_stack", "fwd_nn_module_stack", "stack_trace"):
             if key in near.meta:
                 node.meta[key] = near.meta[key]
-        tensor = value.meta["val"]
-        with tensor.fake_mode if hasattr(tensor, "fake_mode") else torch._subclasses.FakeTensorMode():
-            node.meta["val"] = torch.empty_like(tensor)
-        node.meta["original_aten"] = round_op
+        _describe(node)
         if self._is_at_hand_in_backward(value):
             node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
         return node
+
+    def _random_key(self, value: fx.Node) -> fx.Node:
+        """A key of its own for the rounding of ``value``: the number of the rounding in the graph is the salt.
+
+        The seed is an input of the graph, not a node: whatever is recomputed in backward draws the same.
+        """
+        assert self.seed is not None, "the policy is stochastic, so the graph has a seed"
+        self.keys += 1
+        last_input = next(node for node in self.graph.nodes if node.next.op != "placeholder")
+        with self.graph.inserting_after(last_input):
+            key = self.graph.call_function(random_key_op, (self.seed, self.keys))
+        _describe(key)
+        device = value.meta["val"].device
+        if device != key.meta["val"].device:
+            with self.graph.inserting_after(key):
+                key = self.graph.call_function(torch.ops.prims.device_put.default, (key, device))
+            _describe(key)
+        return key
 
     def _is_at_hand_in_backward(self, value: fx.Node) -> bool:
         """Whether backward has ``value`` anyway, so that rounding it again beats keeping the rounded copy.
@@ -247,6 +295,18 @@ class _Inserter:
             elif user.target not in PRODUCTS and self.sources.get(user, Source.NONE) & Source.TANGENT:
                 return True
         return False
+
+
+def _describe(node: fx.Node) -> None:
+    """Give a new node the metadata that passes after this one read: its value and where it comes from."""
+    arguments = map_arg(node.args, lambda argument: argument.meta["val"])
+    fakes = [argument for argument in arguments if isinstance(argument, torch._subclasses.FakeTensor)]
+    mode = (
+        fakes[0].fake_mode if fakes else torch._guards.detect_fake_mode([n.meta.get("val") for n in node.graph.nodes])
+    )
+    with mode or torch._subclasses.FakeTensorMode():
+        node.meta["val"] = node.target(*arguments)  # type: ignore[operator]
+    node.meta["original_aten"] = node.target
 
 
 def _is_exact(carrier: torch.dtype, cast: Cast) -> bool:

@@ -22,6 +22,10 @@ SPECIALS: tuple[str, ...] = get_args(Specials)
 #: Rounding directions, in the senses of IEEE 754-2019 section 4.3 and IEEE P3109; ``to_odd`` is Boldo and
 #: Melquiond's rounding to odd: an inexact result goes to the neighbour whose code is odd.
 ROUNDINGS: tuple[str, ...] = get_args(Rounding)
+#: Stochastic roundings, and the most random bits that each takes: see `split_rounding`.
+STOCHASTIC_ROUNDINGS: dict[str, int] = {"stochastic": 32, "stochastic_b": 31, "stochastic_c": 30}
+#: Random bits where none are named: as many as a float32 can drop.
+USUAL_RANDOM_BITS = 23
 #: What happens to results beyond the largest finite value (IEEE P3109's names): see `resolve_overflow`.
 OVERFLOWS: tuple[str, ...] = get_args(Overflow)
 
@@ -333,14 +337,62 @@ def parse_format(name: str | FloatFormat) -> FloatFormat:
 
 
 def check_rounding(rounding: str) -> Rounding:
-    """``rounding`` itself if it is one of `ROUNDINGS`.
+    """``rounding`` itself if it is one of `ROUNDINGS`, the deterministic ones.
 
     Raises:
         ValueError: it is not.
     """
     if rounding not in ROUNDINGS:
-        raise ValueError(f"unknown rounding {rounding!r}: use one of {', '.join(ROUNDINGS)}")
+        hint = ""
+        if str(rounding).partition(":")[0] in STOCHASTIC_ROUNDINGS:
+            hint = (
+                " (stochastic rounding needs a random number, which only fpsim.round, fpsim.encode and policies take)"
+            )
+        raise ValueError(f"unknown rounding {rounding!r}: use one of {', '.join(ROUNDINGS)}{hint}")
     return rounding  # type: ignore[return-value]
+
+
+def split_rounding(rounding: str) -> tuple[str, int]:
+    """The name of any rounding, and its number of random bits: 0 for the deterministic ones.
+
+    Stochastic rounding of an inexact x, at the fraction d (0 < d < 1) of the way from its neighbour toward zero to the
+    one away from zero, with N random bits R (an integer, 0 <= R < 2**N), goes away from zero where
+
+    - ``stochastic``: floor(d * 2**N) + R >= 2**N, with probability floor(d * 2**N) / 2**N;
+    - ``stochastic_b``: d * 2**N + R + 1/2 >= 2**N, with probability floor(d * 2**N + 1/2) / 2**N;
+    - ``stochastic_c``: D + R >= 2**N, D being d * 2**N rounded to an integer, ties to even.
+
+    These are StochasticA, B and C of IEEE P3109 (draft); gfloat calls them StochasticFastest, StochasticFast and
+    Stochastic. Their names may be followed by the number of random bits, ``stochastic:8``: 1 to 32, 31 and 30.
+    Without it there are 23, as many as a float32 can drop.
+
+    Raises:
+        ValueError: an unknown rounding, or a number of random bits that it does not take.
+
+    >>> split_rounding("stochastic:8"), split_rounding("up")
+    (('stochastic', 8), ('up', 0))
+    """
+    name, colon, bits = str(rounding).partition(":")
+    if name not in STOCHASTIC_ROUNDINGS:
+        if rounding not in ROUNDINGS:
+            known = ", ".join([*ROUNDINGS, *STOCHASTIC_ROUNDINGS])
+            raise ValueError(f"unknown rounding {rounding!r}: use one of {known} (the last three also with :BITS)")
+        return rounding, 0
+    if not colon:
+        return name, USUAL_RANDOM_BITS
+    if not re.fullmatch(r"[0-9]+", bits) or not 1 <= int(bits) <= STOCHASTIC_ROUNDINGS[name]:
+        raise ValueError(f"rounding {rounding!r}: random bits are 1 to {STOCHASTIC_ROUNDINGS[name]}, got {bits!r}")
+    return name, int(bits)
+
+
+def full_rounding(rounding: str) -> str:
+    """Any rounding spelled out: ``stochastic`` with its number of random bits, the deterministic ones as they are.
+
+    Raises:
+        ValueError: as `split_rounding`.
+    """
+    name, bits = split_rounding(rounding)
+    return f"{name}:{bits}" if bits else name
 
 
 def resolve_overflow(fmt: FloatFormat, overflow: str | None) -> Overflow:
@@ -349,7 +401,8 @@ def resolve_overflow(fmt: FloatFormat, overflow: str | None) -> Overflow:
     A result overflows when, rounded to the format's precision as if the exponent had no upper bound, it is
     beyond the largest finite value. Then, in the names of IEEE P3109:
 
-    - ``ovf_inf``: as the rounding direction says (IEEE 754-2019 section 7.4): the nearest modes give infinity,
+    - ``ovf_inf``: as the rounding direction says (IEEE 754-2019 section 7.4): the nearest and the stochastic modes
+      give infinity,
       ``toward_zero`` and ``to_odd`` the largest finite value, ``up`` and ``down`` one or the other by sign.
       Where the format has no infinity, NaN stands for it.
     - ``sat_finite``: the largest finite value, for infinities too.

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-from fpsim.formats import FloatFormat
+from fpsim.formats import FloatFormat, split_rounding
 
 FLOAT32 = FloatFormat(8, 23)
 FLOAT64 = FloatFormat(11, 52)
@@ -33,8 +33,8 @@ class Ops(Protocol):
     def clamp(self, a: Int, low: int | None, high: int | None) -> Int:
         """``a``, but not below ``low`` and not above ``high`` (None: no bound)."""
 
-    def less(self, a: Int, bound: int) -> Mask:
-        """Where ``a < bound``."""
+    def less(self, a: Int, bound: Int) -> Mask:
+        """Where ``a < bound``; ``bound`` may be a plain int."""
 
     def choose(self, mask: Mask, a: Int, b: Int) -> Int:
         """``a`` where the mask is set, ``b`` elsewhere; ``a`` or ``b`` may be plain ints."""
@@ -131,38 +131,56 @@ class Grid:
         return 0 if field_of_first_value % 2 == self.fmt.zero else self.implicit
 
 
-def round_code(code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops) -> Int:
+def round_code(code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops, word: Int = 0) -> Int:
     """The carrier's code of the number ``code`` rounded to ``grid.fmt``.
 
     Args:
         code: the carrier's bits, as signed integers.
         grid: the format, and a carrier of which it is a subset.
-        rounding: one of `fpsim.formats.ROUNDINGS`.
+        rounding: any that `fpsim.formats.split_rounding` takes.
         overflow: one of `fpsim.formats.OVERFLOWS`, resolved for the format.
         ops: the executor.
+        word: for stochastic rounding, integers of the carrier's width whose topmost bits are random: as many as
+            ``rounding`` says (what the others are does not matter).
     """
     fmt, carrier = grid.fmt, grid.carrier
+    rounding, random_bits = split_rounding(rounding)
+    if random_bits:
+        word = _random_fraction(word, rounding, random_bits, carrier)
     infinity = carrier.max_code + 1
 
     magnitude = code & (carrier.sign_code - 1)
     is_nan = ~ops.less(magnitude, infinity + 1)
     # Cut off what cannot matter: sums must not overflow, which is undefined in C++, and its compilers do exploit it.
-    nearest_overflows = overflow == "ovf_inf" and rounding in ("nearest_even", "nearest_away")
+    nearest_overflows = overflow == "ovf_inf" and (rounding in ("nearest_even", "nearest_away") or random_bits > 0)
     a = ops.clamp(magnitude, None, infinity if nearest_overflows else grid.plain_code_of(fmt.max))
     if grid.extended:
         a = _extend(a, grid, ops)
 
-    r = _round_magnitude(a, code, grid, rounding, ops)
+    linear = (
+        grid.tiny
+        and bool(random_bits)
+        and rounding != "stochastic_c"
+        and random_bits < carrier.mantissa_bits + (rounding == "stochastic")
+    )
+    if linear:
+        a = _linear_below(a, grid, ops)
+
+    r = _round_magnitude(a, code, grid, rounding, ops, word, random_bits)
     if nearest_overflows:
         becomes_infinity = ~ops.less(r, grid.max + 1)
     else:
         becomes_infinity = _becomes_infinity(magnitude, code, grid, rounding, overflow, ops)
     smallest = grid.code_of(fmt.smallest_subnormal)
-    if grid.tiny:
-        r = ops.choose(_becomes_zero(a, code, grid, rounding, ops), grid.zero, ops.clamp(r, smallest, None))
+    if grid.tiny and not linear:
+        if random_bits:
+            becomes_zero = ops.less(a, smallest) & ~_randomly_up(a, grid, rounding, ops, word, random_bits)
+        else:
+            becomes_zero = _becomes_zero(a, code, grid, rounding, ops)
+        r = ops.choose(becomes_zero, grid.zero, ops.clamp(r, smallest, None))
     elif not fmt.zero:
         r = ops.clamp(r, smallest, None)
-    elif not fmt.subnormals:
+    elif linear or not fmt.subnormals:
         r = ops.choose(ops.less(r, smallest), grid.zero, r)
     if grid.extended:
         r = _unextend(r, grid, ops)
@@ -200,10 +218,12 @@ def _becomes_infinity(magnitude: Int, code: Int, grid: Grid, rounding: str, over
     return is_infinity | (exceeds & (~ops.less(code, 0) if rounding == "up" else ops.less(code, 0)))
 
 
-def _round_magnitude(a: Int, code: Int, grid: Grid, rounding: str, ops: Ops) -> Int:
+def _round_magnitude(
+    a: Int, code: Int, grid: Grid, rounding: str, ops: Ops, word: Int = 0, random_bits: int = 0
+) -> Int:
     """``a`` rounded to the format's precision, its exponent unbounded above, and below unless it has subnormals.
 
-    Numbers below the smallest subnormal become anything not above it: see `_becomes_zero`.
+    Numbers below the smallest subnormal become anything not above it: see `_becomes_zero` and `_randomly_up`.
     """
     shift: Int = grid.shift
     if grid.depth:
@@ -214,6 +234,13 @@ def _round_magnitude(a: Int, code: Int, grid: Grid, rounding: str, ops: Ops) -> 
 
     if rounding == "toward_zero":
         return a & kept_bits
+    if random_bits:
+        if rounding == "stochastic_c":
+            surplus = shift - random_bits
+            a = _nearest_multiple(a, ops.clamp(surplus, 0, None) if grid.depth else max(surplus, 0))
+        spare = grid.carrier.bits - shift
+        fraction = word >> spare if grid.shift else (word >> 1) >> (spare - 1)  # a shift by all bits is undefined
+        return (a + (fraction & dropped_bits)) & kept_bits
     addend: Int
     if rounding == "nearest_away":
         addend = (dropped_bits >> 1) + (dropped_bits & 1)
@@ -246,6 +273,67 @@ def _becomes_zero(a: Int, code: Int, grid: Grid, rounding: str, ops: Ops) -> Mas
         return ops.less(a, grid.zero + 1)
     toward_zero = ops.less(code, 0) if rounding == "up" else ~ops.less(code, 0)
     return ops.less(a, grid.zero + 1) | (toward_zero & ops.less(a, smallest))
+
+
+def _random_fraction(word: Int, rounding: str, random_bits: int, carrier: FloatFormat) -> Int:
+    """The random number in [0, 1) that is added to the fraction of a unit, as the bits after its binary point."""
+    if rounding != "stochastic" or random_bits not in (
+        carrier.mantissa_bits,
+        carrier.bits,
+    ):  # else no other bit matters
+        word = word & (-1 << (carrier.bits - random_bits))
+    return word | (1 << (carrier.bits - random_bits - 1)) if rounding == "stochastic_b" else word
+
+
+def _nearest_multiple(a: Int, shift: Int) -> Int:
+    """``a`` rounded to a multiple of ``1 << shift``, ties to even; ``a`` itself where ``shift`` is 0."""
+    dropped_bits = ~(-1 << shift)
+    even = (~a >> shift) & 1
+    return (a + (((dropped_bits + 1) >> 1) - (even & dropped_bits))) & ~dropped_bits
+
+
+def _significand_below(a: Int, grid: Grid, ops: Ops) -> tuple[Int, Int]:
+    """For numbers below the smallest subnormal (of others: anything) the fraction of a unit that they are.
+
+    Returns:
+        The significand, with its leading bit, and by how many binades it is below the binade just below the smallest
+        subnormal: the fraction is ``significand * 2**-(mantissa_bits + 1 + binades)``.
+    """
+    m = grid.carrier.mantissa_bits
+    smallest_field = grid.code_of(grid.fmt.smallest_subnormal) >> m
+    significand = (a & (grid.implicit - 1)) + grid.implicit
+    if (
+        not grid.extended and smallest_field <= grid.carrier.bits + 1
+    ):  # else what is subnormal in the carrier is too small
+        significand = ops.choose(ops.less(a, grid.implicit), a << 1, significand)
+    return significand, (smallest_field - 1) - (a >> m)
+
+
+def _linear_below(a: Int, grid: Grid, ops: Ops) -> Int:
+    """``a``, but with the numbers below the smallest subnormal spread evenly over the codes of the binade below it.
+
+    Then a unit of codes is a unit of numbers there too. Bits after the last of the code are dropped.
+    """
+    smallest = grid.code_of(grid.fmt.smallest_subnormal)
+    significand, binades = _significand_below(a, grid, ops)
+    spread = (significand >> ops.clamp(binades + 1, 0, grid.carrier.bits - 1)) + (smallest - grid.implicit)
+    return ops.choose(ops.less(a, smallest), spread, a)
+
+
+def _randomly_up(a: Int, grid: Grid, rounding: str, ops: Ops, word: Int, random_bits: int) -> Mask:
+    """Which numbers below the smallest subnormal stochastic rounding takes up to it, where all bits matter."""
+    bits, m = grid.carrier.bits, grid.carrier.mantissa_bits
+    significand, binades = _significand_below(a, grid, ops)
+    if rounding == "stochastic_c":
+        surplus = ops.clamp(binades, 0, None) + (m + 1 - random_bits)
+        dropped = ops.clamp(surplus, 0, m + 2)
+        fraction = (_nearest_multiple(significand, dropped) >> dropped) << ops.clamp(-surplus, 0, bits - 2 - m)
+        drawn = (word >> (bits - random_bits)) & ((1 << random_bits) - 1)
+        return ~ops.less(fraction + drawn, 1 << random_bits)
+    fraction = (significand << (bits - m - 2)) >> ops.clamp(binades - 1, 0, bits - 1)
+    fraction = ops.choose(ops.less(binades, 1), fraction << 1, fraction)
+    # Whether fraction + word carries out of the top, both unsigned: whether word > ~fraction.
+    return ops.less(fraction ^ (grid.carrier.sign_code - 1), word ^ -grid.carrier.sign_code)
 
 
 def encode_code(code: Int, grid: Grid, ops: Ops) -> Int:

@@ -16,7 +16,15 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
-from fpsim.formats import OVERFLOWS, ROUNDINGS, FloatFormat, check_rounding, parse_format, resolve_overflow
+from fpsim.formats import (
+    OVERFLOWS,
+    ROUNDINGS,
+    STOCHASTIC_ROUNDINGS,
+    FloatFormat,
+    full_rounding,
+    parse_format,
+    resolve_overflow,
+)
 
 ROLES = ("activation", "weight", "gradient")
 KINDS = ("fprop", "dgrad", "wgrad")
@@ -72,24 +80,24 @@ def parse_cast(text: str | FloatFormat, rounding: str = "nearest_even", overflow
     'e8m3/toward_zero/ovf_inf'
     """
     if isinstance(text, FloatFormat):
-        return Cast(text, check_rounding(rounding), resolve_overflow(text, overflow))
+        return Cast(text, full_rounding(rounding), resolve_overflow(text, overflow))
     if not isinstance(text, str):
         raise TypeError(f"a cast is a string such as 'e4m3fn' or 'e8m3/toward_zero', got {text!r}")
     if text == NONE:
         return None
     name, *modes = text.split("/")
     for mode in modes:
-        if mode in ROUNDINGS:
+        if mode in ROUNDINGS or mode.partition(":")[0] in STOCHASTIC_ROUNDINGS:
             rounding = mode
         elif mode in OVERFLOWS:
             overflow = mode
         else:
             raise ValueError(
                 f"unknown mode {mode!r} in cast {text!r}: after the format may come a rounding "
-                f"({', '.join(ROUNDINGS)}) and an overflow mode ({', '.join(OVERFLOWS)})"
+                f"({', '.join([*ROUNDINGS, *STOCHASTIC_ROUNDINGS])}) and an overflow mode ({', '.join(OVERFLOWS)})"
             )
     fmt = parse_format(name)
-    return Cast(fmt, check_rounding(rounding), resolve_overflow(fmt, overflow))
+    return Cast(fmt, full_rounding(rounding), resolve_overflow(fmt, overflow))
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,9 @@ class Policy:
         output: of the results of all matrix products (with the bias of a linear layer added). Default: unrounded.
         fprop, dgrad, wgrad: a mapping from role to format for the operands of that kind of product, overriding the
             former (SwitchBack: ``wgrad={"gradient": "bf16", "activation": "bf16"}``); a format alone means all roles.
-        rounding: where a cast names none. Default ``nearest_even``.
+        rounding: where a cast names none. Default ``nearest_even``. Stochastic rounding (``stochastic``,
+            ``stochastic:8`` with 8 random bits) draws its seed from torch's generator in every call of the model, so
+            that `torch.manual_seed` reproduces a run; forward and backward see the same draw of the same rounding.
         overflow: where a cast names none. Default: each format's usual mode.
         skip: globs of module paths whose products stay unrounded; they are listed as gaps in the plan.
         modules: mapping from globs of module paths to the policy that holds there instead: a `Policy`, a mapping of
@@ -142,7 +152,7 @@ class Policy:
     gaps: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_rounding(self.rounding)
+        object.__setattr__(self, "rounding", full_rounding(self.rounding))
         if self.overflow is not None and self.overflow not in OVERFLOWS:
             raise ValueError(f"unknown overflow mode {self.overflow!r}: use one of {', '.join(OVERFLOWS)}, or None")
         if self.attention not in ATTENTIONS:
@@ -217,6 +227,14 @@ class Policy:
     def uses_paths(self) -> bool:
         """Whether any rule depends on where in the model a product is."""
         return bool(self.skip or self.modules)
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether any rounding draws random numbers."""
+        kinds = [cast for kind in KINDS for _, cast in getattr(self, kind)]
+        casts = [self.format, self.output, *(getattr(self, role) for role in ROLES), *kinds]
+        policies = [policy for _, policy in self.modules if policy is not None]
+        return any("/stochastic" in cast for cast in casts if cast) or any(policy.is_stochastic for policy in policies)
 
     def allows_gap(self, operator: str) -> bool:
         """Whether `gaps` lets ``operator`` (such as ``aten.convolution``) stay unrounded."""

@@ -7,15 +7,32 @@ exact in value and right under autograd, `torch.func` transforms and `torch.comp
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fpsim.formats import FloatFormat, Overflow, Rounding, check_rounding, parse_format, resolve_overflow
+from fpsim.formats import (
+    STOCHASTIC_ROUNDINGS,
+    FloatFormat,
+    Overflow,
+    full_rounding,
+    parse_format,
+    resolve_overflow,
+    split_rounding,
+)
 from fpsim.kernel import decode_code, encode_code
-from fpsim.rounding_op import KERNEL, TorchOps, check_carrier, grid_of, round_op, working_dtype
+from fpsim.rounding_op import (
+    KERNEL,
+    TorchOps,
+    check_carrier,
+    grid_of,
+    random_key_op,
+    round_op,
+    round_stochastic_op,
+    working_dtype,
+)
 
 Gradient = Literal["straight_through", "clipped", "zero"]
 GRADIENTS: tuple[str, ...] = ("straight_through", "clipped", "zero")
@@ -25,8 +42,11 @@ def round(
     x: Tensor,
     format: str | FloatFormat,
     *,
-    rounding: Rounding = "nearest_even",
+    rounding: str = "nearest_even",
     overflow: Overflow | None = None,
+    seed: int | Tensor | None = None,
+    salt: int = 0,
+    random_bits: int | None = None,
     gradient: Gradient = "straight_through",
 ) -> Tensor:
     """``x`` with every element rounded to ``format``.
@@ -36,9 +56,15 @@ def round(
             its dtype's values.
         format: a name (`fpsim.parse_format`) or a `FloatFormat`.
         rounding: ``nearest_even`` (ties to the even code), ``nearest_away``, ``toward_zero``, ``up``, ``down``
-            (IEEE 754-2019 section 4.3) or ``to_odd``.
+            (IEEE 754-2019 section 4.3), ``to_odd``, or a stochastic one: ``stochastic``, ``stochastic_b``,
+            ``stochastic_c`` (`fpsim.formats.split_rounding` defines them).
         overflow: ``ovf_inf``, ``sat_finite``, ``sat_propagate`` (IEEE P3109; see
             `fpsim.formats.resolve_overflow`), or None for the format's usual one.
+        seed: for stochastic rounding, and only for it: an int, or a tensor with one int64, on the device of ``x`` (a
+            compiled function takes a new number without compiling again only if it is a tensor).
+        salt: tells roundings with the same seed apart: give every call site its own.
+        random_bits: of the random numbers in stochastic rounding, 1 to 32 (31 for ``stochastic_b``, 30 for
+            ``stochastic_c``); None means 23, as many as a float32 can drop. Hardware has fewer.
         gradient: the derivative. ``straight_through``: 1 everywhere; ``clipped``: 1 within the format's finite
             range, 0 beyond; ``zero``: 0.
 
@@ -47,17 +73,31 @@ def round(
         largest finite value where it has none (as NVIDIA's PTX conversions to e2m1, e2m3 and e3m2 do). -0 stays
         -0, and negative numbers that round to zero become -0, where the format has it.
 
+        Stochastic rounding is a pure function: the random number of an element is a hash of the seed, the salt and the
+        element's index (in row-major order, whatever the strides; under `torch.vmap` in the whole batch). It never
+        moves values of the format, and it is the same eager, compiled and recomputed, on every device.
+
     Raises:
-        ValueError: an unknown format or mode, or a format with values that the dtype of ``x`` lacks.
-        TypeError: ``x`` is not a tensor of one of the four dtypes.
+        ValueError: an unknown format or mode, a format with values that the dtype of ``x`` lacks, stochastic rounding
+            without a seed, a seed without stochastic rounding, or ``random_bits`` out of range.
+        TypeError: ``x`` is not a tensor of one of the four dtypes, or ``seed`` neither an int nor one int64.
 
     >>> round(torch.tensor([0.3, -500.0]), "e4m3fn")
     tensor([   0.3125, -448.0000])
+    >>> round(torch.full((6,), 1.25), "e2m1fn", rounding="stochastic", seed=0)
+    tensor([1.5000, 1.5000, 1.5000, 1.0000, 1.0000, 1.5000])
     """
     if gradient not in GRADIENTS:
         raise ValueError(f"unknown gradient {gradient!r}: use one of {', '.join(GRADIENTS)}")
-    name, resolved, low, high = _resolve(format, rounding, overflow, _dtype_of(x))
-    value = round_op(x.detach(), name, rounding, resolved, KERNEL)
+    dtype = _dtype_of(x)
+    name, spelled, resolved, low, high = _resolve(format, rounding, overflow, dtype, random_bits)
+    if ":" not in spelled:
+        if seed is not None:
+            raise ValueError(f"seed={seed!r} has no meaning with rounding={rounding!r}: use rounding='stochastic'")
+        value = round_op(x.detach(), name, spelled, resolved, KERNEL)
+    else:
+        key = random_key_op(_seed_tensor(seed, rounding, x.device), salt)
+        value = round_stochastic_op(x.detach(), key, name, spelled, resolved, KERNEL)
     if gradient == "zero" or not ((x.requires_grad and torch.is_grad_enabled()) or _transforms_active()):
         return value
     # Adds an exact zero whose derivative is that of `carrier`; where that is not finite, nothing. Subtracting +0
@@ -71,8 +111,11 @@ def encode(
     x: Tensor,
     format: str | FloatFormat,
     *,
-    rounding: Rounding = "nearest_even",
+    rounding: str = "nearest_even",
     overflow: Overflow | None = None,
+    seed: int | Tensor | None = None,
+    salt: int = 0,
+    random_bits: int | None = None,
 ) -> Tensor:
     """The integer codes of ``x`` rounded to ``format``: sign, exponent and mantissa fields from the top bit down.
 
@@ -83,8 +126,9 @@ def encode(
     >>> encode(torch.tensor([1.0, -448.0, float("nan")]), "e4m3fn")
     tensor([ 56, 254, 127], dtype=torch.uint8)
     """
-    name = _resolve(format, rounding, overflow, _dtype_of(x))[0]
-    return _encode_values(round(x.detach(), name, rounding=rounding, overflow=overflow, gradient="zero"), name)
+    draw: dict[str, Any] = {"seed": seed, "salt": salt, "random_bits": random_bits}
+    values = round(x.detach(), format, rounding=rounding, overflow=overflow, gradient="zero", **draw)
+    return _encode_values(values, _resolve(format, "nearest_even", None, x.dtype)[0])
 
 
 @torch.compiler.allow_in_graph  # Dynamo cannot look into it, the tracer below it can
@@ -152,13 +196,33 @@ def _dtype_of(x: Tensor) -> torch.dtype:
 
 @torch._dynamo.assume_constant_result
 def _resolve(
-    format: str | FloatFormat, rounding: str, overflow: str | None, dtype: torch.dtype
-) -> tuple[str, str, float, float]:
-    """What the operator needs to know: name, overflow mode, and the range of finite values."""
+    format: str | FloatFormat, rounding: str, overflow: str | None, dtype: torch.dtype, random_bits: int | None = None
+) -> tuple[str, str, str, float, float]:
+    """What the operators need: name, rounding with its random bits, overflow mode, range of finite values."""
     fmt = parse_format(format)
     check_carrier(dtype, fmt)
-    check_rounding(rounding)
-    return fmt.name, resolve_overflow(fmt, overflow), -fmt.max if fmt.signed else 0.0, fmt.max
+    name, bits = split_rounding(rounding)
+    if random_bits is not None:
+        if not bits:
+            raise ValueError(f"random_bits={random_bits} has no meaning with rounding={rounding!r}: use 'stochastic'")
+        if type(random_bits) is not int:
+            raise TypeError(f"random_bits must be an int from 1 to {STOCHASTIC_ROUNDINGS[name]}, got {random_bits!r}")
+        rounding = f"{name}:{random_bits}"
+    return fmt.name, full_rounding(rounding), resolve_overflow(fmt, overflow), -fmt.max if fmt.signed else 0.0, fmt.max
+
+
+def _seed_tensor(seed: int | Tensor | None, rounding: str, device: torch.device) -> Tensor:
+    if seed is None:
+        raise ValueError(f"rounding={rounding!r} needs a seed: an int, or a tensor with one int64")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"a seed is an int or one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
+        return seed.to(device)
+    if isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt):
+        raise TypeError(f"a seed is an int or a tensor with one int64, got {seed!r} of type {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed {seed} is no 64-bit integer: use one from -2**63 to 2**63 - 1")
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 @torch._dynamo.assume_constant_result  # Dynamo enters the transforms while it traces, and guards on them

@@ -1,4 +1,4 @@
-"""How Inductor compiles ``fpsim::round``: as pointwise integer operations that fuse with their neighbours.
+"""How Inductor compiles the operators of fpsim: as pointwise integer operations that fuse with their neighbours.
 
 Importing this module registers the lowering. It runs `fpsim.kernel` on values of Inductor's intermediate
 language, so generated code holds the same integer arithmetic as an eager call, on CPU (C++) and GPU (Triton).
@@ -6,15 +6,19 @@ language, so generated code holds the same integer arithmetic as an eager call, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch._inductor import ir, lowering
-from torch._inductor.virtualized import ops
+from torch._inductor.utils import sympy_product
+from torch._inductor.virtualized import V, ops
 
 from fpsim.formats import parse_format
 from fpsim.kernel import Grid, round_code
+from fpsim.random_words import random_key, random_word
 from fpsim.rounding_op import CARRIERS, INTEGER_OF, grid_of, working_dtype
 
 
@@ -37,6 +41,9 @@ class Lanes:
         return self.apply(ops.add, other)
 
     __radd__ = __add__
+
+    def __mul__(self, other: Lanes | int) -> Lanes:
+        return self.apply(ops.mul, other)
 
     def __sub__(self, other: Lanes | int) -> Lanes:
         return self.apply(ops.sub, other)
@@ -96,7 +103,7 @@ class LaneOps:
             a = a.apply(ops.maximum, low)
         return a if high is None else a.apply(ops.minimum, high)
 
-    def less(self, a: Lanes, bound: int) -> LaneMask:
+    def less(self, a: Lanes, bound: Lanes | int) -> LaneMask:
         return LaneMask(ops.lt(a.value, a.lift(bound)))
 
     def choose(self, mask: LaneMask, a: Lanes | int, b: Lanes | int) -> Lanes:
@@ -108,8 +115,10 @@ class LaneOps:
         return Lanes(ops.to_dtype_bitcast(as_float, self.integer, self.floating), self.integer)
 
 
-@lowering.register_lowering(torch.ops.fpsim.round.default, type_promotion_kind=None)
-def _lower_round(x: ir.TensorBox, format: str, rounding: str, overflow: str, kernel: str = "") -> ir.TensorBox:
+def _lower(
+    x: ir.TensorBox, format: str, rounding: str, overflow: str, word_at: Callable[[Any], Lanes] | None = None
+) -> ir.TensorBox:
+    """The rounding of ``x``; ``word_at`` gives the random word (32 bits) of the element at an index."""
     carrier, fmt = x.get_dtype(), parse_format(format)
     working = working_dtype(carrier)
     lane_ops = LaneOps(working)
@@ -122,8 +131,55 @@ def _lower_round(x: ir.TensorBox, format: str, rounding: str, overflow: str, ker
         if working != carrier:
             # Inductor keeps 16-bit intermediates in float32, unrounded: give them their own precision first.
             code = round_code(code, Grid(CARRIERS[carrier], CARRIERS[working]), "nearest_even", "ovf_inf", lane_ops)
-        code = round_code(code, grid, rounding, overflow, lane_ops)
+        word: Lanes | int = 0
+        if word_at is not None:
+            word = word_at(index)
+            if lane_ops.integer == torch.int64:
+                word = _converted(word, torch.int64) << 32
+        code = round_code(code, grid, rounding, overflow, lane_ops, word)
         value = ops.to_dtype_bitcast(code.value, working, lane_ops.integer)
         return ops.to_dtype(value, carrier, src_dtype=working)
 
     return ir.Pointwise.create(device=x.get_device(), dtype=carrier, inner_fn=rounded, ranges=list(x.get_size()))
+
+
+@lowering.register_lowering(torch.ops.fpsim.round.default, type_promotion_kind=None)
+def _lower_round(x: ir.TensorBox, format: str, rounding: str, overflow: str, kernel: str = "") -> ir.TensorBox:
+    return _lower(x, format, rounding, overflow)
+
+
+@lowering.register_lowering(torch.ops.fpsim.round_stochastic.default, type_promotion_kind=None)
+def _lower_round_stochastic(
+    x: ir.TensorBox, key: ir.TensorBox, format: str, rounding: str, overflow: str, kernel: str
+) -> ir.TensorBox:
+    key.realize()  # computed once, not for every element
+    load_key = key.make_loader()
+    strides = ir.FlexibleLayout.contiguous_strides(x.get_size())
+    small = V.graph.sizevars.statically_known_lt(sympy_product(x.get_size()), 2**31)
+
+    def word_at(index: Any) -> Lanes:
+        low_key, high_key = (Lanes(load_key([sympy.Integer(half)]), torch.int32) for half in (0, 1))
+        linear = sum((i * stride for i, stride in zip(index, strides, strict=True)), sympy.Integer(0))
+        if small:
+            return random_word(low_key, high_key, Lanes(ops.index_expr(linear, torch.int32), torch.int32))
+        wide = Lanes(ops.index_expr(linear, torch.int64), torch.int64)
+        return random_word(low_key, high_key, _converted(wide, torch.int32), _converted(wide >> 32, torch.int32))
+
+    return _lower(x, format, rounding, overflow, word_at)
+
+
+@lowering.register_lowering(torch.ops.fpsim.random_key.default, type_promotion_kind=None)
+def _lower_random_key(seed: ir.TensorBox, salt: int) -> ir.TensorBox:
+    load = seed.make_loader()
+
+    def half(index: Any) -> Any:
+        key = random_key(Lanes(load([sympy.Integer(0)] * len(seed.get_size())), torch.int64), salt)
+        shift = Lanes(ops.index_expr(index[0] * 32, torch.int64), torch.int64)
+        return _converted(key >> shift, torch.int32).value
+
+    return ir.Pointwise.create(device=seed.get_device(), dtype=torch.int32, inner_fn=half, ranges=[sympy.Integer(2)])
+
+
+def _converted(value: Lanes, dtype: torch.dtype) -> Lanes:
+    """``value`` as integers of another width; narrowing keeps the low bits."""
+    return Lanes(ops.to_dtype(value.value, dtype, src_dtype=value.dtype), dtype)

@@ -1,8 +1,11 @@
-"""The operator ``torch.ops.fpsim.round``: what graphs contain and what eager calls run.
+"""The operators of ``torch.ops.fpsim``: what graphs contain and what eager calls run.
 
-It has a kernel, a fake and a vmap rule, and on purpose no autograd rule: `fpsim.round` builds its derivative
+``round`` is deterministic rounding. Stochastic rounding is ``round_stochastic``, a function of a key that
+``random_key`` makes of a seed and a salt: it holds no state, so that no compiler may merge, repeat or move it wrongly.
+
+Each has a kernel, a fake and a vmap rule, and on purpose no autograd rule: `fpsim.round` builds its derivative
 from arithmetic, because `torch.compile` of `torch.func` transforms silently ignores registered derivatives. On
-its own the operator is a value function: use it on detached tensors.
+their own the operators are value functions: use them on detached tensors.
 """
 
 from __future__ import annotations
@@ -13,12 +16,14 @@ import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fpsim.formats import FloatFormat, check_rounding, parse_format, resolve_overflow
+from fpsim.formats import FloatFormat, check_rounding, parse_format, resolve_overflow, split_rounding
 from fpsim.kernel import FLOAT32, FLOAT64, Grid, Int, round_code
+from fpsim.random_words import random_key, random_word
 
 #: The dtypes that carry simulated values, and the format that each is.
 CARRIERS: dict[torch.dtype, FloatFormat] = {
@@ -65,7 +70,9 @@ class TorchOps:
 
     # Masks are integers, -1 or 0: a comparison and a select of tensors cost several times these integer operations.
     @staticmethod
-    def less(a: Tensor, bound: int) -> Tensor:
+    def less(a: Tensor, bound: Int) -> Tensor:
+        if isinstance(bound, Tensor):
+            return -(a < bound).to(a.dtype)
         return a.clamp(bound - 1, bound) - bound  # clamped first, the difference cannot overflow
 
     @staticmethod
@@ -95,17 +102,29 @@ def grid_of(fmt: FloatFormat, dtype: torch.dtype) -> Grid:
     return Grid(fmt, CARRIERS[working_dtype(dtype)])
 
 
-def round_with_torch_ops(x: Tensor, fmt: FloatFormat, rounding: str, overflow: str) -> Tensor:
-    """``x`` rounded, by plain torch operations only (traceable by any tracer): `fpsim::round`'s meaning."""
+def round_with_torch_ops(x: Tensor, fmt: FloatFormat, rounding: str, overflow: str, word: Int = 0) -> Tensor:
+    """``x`` rounded, by plain torch operations only: what the operators mean.
+
+    ``word``: for stochastic rounding, 32-bit random words (int32) of the shape of ``x``.
+    """
     working = working_dtype(x.dtype)
     ops = TorchOps(working)
     code = x.to(working).view(ops.integer)
-    return round_code(code, grid_of(fmt, x.dtype), rounding, overflow, ops).view(working).to(x.dtype)
+    if isinstance(word, Tensor) and ops.integer == torch.int64:
+        word = word.to(torch.int64) << 32
+    return round_code(code, grid_of(fmt, x.dtype), rounding, overflow, ops, word).view(working).to(x.dtype)
 
 
 _library = torch.library.Library("fpsim", "DEF")
 _library.define(
     'round(Tensor x, str format, str rounding, str overflow, str kernel="") -> Tensor', tags=(torch.Tag.pointwise,)
+)
+
+
+_library.define("random_key(Tensor seed, int salt) -> Tensor")
+_library.define(
+    "round_stochastic(Tensor x, Tensor key, str format, str rounding, str overflow, str kernel) -> Tensor",
+    tags=(torch.Tag.pointwise,),
 )
 
 
@@ -218,9 +237,14 @@ def _flat(x: Tensor) -> Tensor:
 @torch.library.register_fake("fpsim::round", lib=_library)
 def _round_fake(x: Tensor, format: str, rounding: str, overflow: str, kernel: str = "") -> Tensor:
     _checked(x, format, rounding, overflow)
-    if "torch._inductor.lowering" in sys.modules:  # compiling: the lowering must exist before Inductor asks for it
-        import fpsim.rounding_lowering  # noqa: F401
+    _register_lowerings()
     return torch.empty_like(x)
+
+
+def _register_lowerings() -> None:
+    """Where something is being compiled, let Inductor know the operators before it asks for them."""
+    if "torch._inductor.lowering" in sys.modules:
+        import fpsim.rounding_lowering  # noqa: F401
 
 
 @torch.library.register_vmap("fpsim::round", lib=_library)
@@ -239,9 +263,97 @@ def _round_vmap(
 round_op: Callable[[Tensor, str, str, str, str], Tensor] = torch.ops.fpsim.round.default
 
 
+# -- stochastic rounding -----------------------------------------------------------------------------------------
+
+
+@torch.library.impl(_library, "random_key", "CompositeExplicitAutograd")
+def _random_key(seed: Tensor, salt: int) -> Tensor:
+    key = random_key(seed.reshape(()), salt)
+    return torch.stack([key, key >> 32]).to(torch.int32)  # the low half and the high half; the cast keeps 32 bits
+
+
+@torch.library.register_fake("fpsim::random_key", lib=_library)
+def _random_key_fake(seed: Tensor, salt: int) -> Tensor:
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(f"a seed is one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
+    _register_lowerings()
+    return seed.new_empty(2, dtype=torch.int32)
+
+
+@torch.library.impl(_library, "round_stochastic", "CompositeExplicitAutograd")
+def _round_stochastic(x: Tensor, key: Tensor, format: str, rounding: str, overflow: str, kernel: str) -> Tensor:
+    fmt = _checked_stochastic(x, format, rounding, overflow)
+    source = x.contiguous().view(-1)
+    rounded = torch.empty_like(source)
+    chunk = _CHUNK * torch.get_num_threads() if x.device.type == "cpu" else max(x.numel(), 1)
+    for first, (piece, target) in enumerate(zip(source.split(chunk), rounded.split(chunk), strict=True)):
+        word = _words(key, first * chunk, piece.numel())
+        target.copy_(round_with_torch_ops(piece, fmt, rounding, overflow, word))
+    return torch.empty_like(x).copy_(rounded.view(x.shape))
+
+
+def _words(key: Tensor, first: int, count: int) -> Tensor:
+    """The random words of elements ``first``, ``first + 1``, ..., ``first + count - 1``."""
+    index = torch.arange(first, first + count, device=key.device)
+    return random_word(key[0], key[1], index.to(torch.int32), (index >> 32).to(torch.int32))
+
+
+def _checked_stochastic(x: Tensor, format: str, rounding: str, overflow: str) -> FloatFormat:
+    fmt = parse_format(format)
+    check_carrier(x.dtype, fmt)
+    if not split_rounding(rounding)[1]:
+        raise ValueError(f"rounding {rounding!r} is not stochastic: use fpsim::round")
+    resolve_overflow(fmt, overflow)
+    return fmt
+
+
+@torch.library.register_fake("fpsim::round_stochastic", lib=_library)
+def _round_stochastic_fake(x: Tensor, key: Tensor, format: str, rounding: str, overflow: str, kernel: str) -> Tensor:
+    _checked_stochastic(x, format, rounding, overflow)
+    _register_lowerings()
+    return torch.empty_like(x)
+
+
+@torch.library.register_vmap("fpsim::random_key", lib=_library)
+def _random_key_vmap(info: Any, in_dims: tuple[int | None, ...], seed: Tensor, salt: int) -> tuple[Tensor, int]:
+    return torch.stack([random_key_op(each, salt) for each in seed.movedim(in_dims[0] or 0, 0)]), 0
+
+
+@torch.library.register_vmap("fpsim::round_stochastic", lib=_library)
+def _round_stochastic_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    x: Tensor,
+    key: Tensor,
+    format: str,
+    rounding: str,
+    overflow: str,
+    kernel: str,
+) -> tuple[Tensor, int]:
+    xs = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+    if in_dims[1] is None:  # one key: every element of the batch draws for itself
+        return round_stochastic_op(xs, key, format, rounding, overflow, kernel), 0
+    keys = key.movedim(in_dims[1], 0)
+    return torch.stack(
+        [round_stochastic_op(a, k, format, rounding, overflow, kernel) for a, k in zip(xs, keys, strict=True)]
+    ), 0
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed from torch's random state, as one int64."""
+    return torch.randint(-(2**63), 2**63 - 1, [1], device=device)
+
+
+random_key_op: Callable[[Tensor, int], Tensor] = torch.ops.fpsim.random_key.default
+round_stochastic_op: Callable[[Tensor, Tensor, str, str, str, str], Tensor] = torch.ops.fpsim.round_stochastic.default
+
+
 def _kernel_hash() -> str:
     folder = Path(__file__).parent
-    sources = (folder / name for name in ("formats.py", "kernel.py", "rounding_op.py", "rounding_lowering.py"))
+    sources = (
+        folder / name
+        for name in ("formats.py", "kernel.py", "random_words.py", "rounding_op.py", "rounding_lowering.py")
+    )
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from fpsim.formats import FloatFormat, Overflow, Rounding
+from fpsim.formats import STOCHASTIC_ROUNDINGS, FloatFormat, Overflow
 
 from .decoding import largest, smallest
 from .values import INFINITY, NAN, NEGATIVE_ZERO, Value, negate
@@ -32,13 +32,14 @@ def for_infinity(fmt: FloatFormat, overflow: Overflow, *, negative: bool) -> Val
     return _signed(INFINITY, negative) if fmt.has_infinity else for_nan(fmt)
 
 
-def for_overflow(fmt: FloatFormat, rounding: Rounding, overflow: Overflow, *, negative: bool) -> Value:
+def for_overflow(fmt: FloatFormat, rounding: str, overflow: Overflow, *, negative: bool) -> Value:
     """What a finite result beyond the largest finite value becomes (IEEE 754-2019 clause 7.4).
 
     ``to_odd`` is not in the standard. Like ``toward_zero`` it stays finite: an infinity would look exact to the
     second rounding that rounding to odd prepares for.
     """
     away = {"nearest_even": True, "nearest_away": True, "up": not negative, "down": negative}
+    away |= dict.fromkeys(STOCHASTIC_ROUNDINGS, True)
     if overflow == "ovf_inf" and away.get(rounding, False):
         return for_infinity(fmt, overflow, negative=negative)
     return _signed(largest(fmt), negative)

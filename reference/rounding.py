@@ -6,9 +6,12 @@ exponents had no upper bound, then see whether the result is in range. Every ste
 
 from __future__ import annotations
 
+import builtins
+import math
 from fractions import Fraction
+from typing import NamedTuple
 
-from fpsim.formats import FloatFormat, Overflow, Rounding, check_rounding, parse_format, resolve_overflow
+from fpsim.formats import FloatFormat, Overflow, parse_format, resolve_overflow, split_rounding
 
 from . import limits
 from .decoding import largest, smallest
@@ -16,7 +19,12 @@ from .values import NAN, Number, Special, Value, as_value, floor_log2, is_negati
 
 
 def round(
-    value: Number, format: str | FloatFormat, rounding: str = "nearest_even", overflow: str | None = None
+    value: Number,
+    format: str | FloatFormat,
+    rounding: str = "nearest_even",
+    overflow: str | None = None,
+    *,
+    random: int | None = None,
 ) -> Value:
     """``value`` rounded to a value of ``format``.
 
@@ -37,12 +45,13 @@ def round(
     Arguments:
         value: an int, Fraction, float (taken exactly) or `Special`.
         format: a name or a `FloatFormat`.
-        rounding: one of `fpsim.formats.ROUNDINGS`.
+        rounding: one of `fpsim.formats.ROUNDINGS`, or a stochastic one (`fpsim.formats.split_rounding`).
         overflow: one of `fpsim.formats.OVERFLOWS`; None takes the usual one of the format.
+        random: the random number of stochastic rounding, and only of it: 0 <= random < 2**random_bits.
 
     Raises:
         ValueError: no such format, rounding or overflow mode, or an overflow mode that needs an infinity or a NaN
-            where the format has neither.
+            where the format has neither; ``random`` missing, out of range, or given without stochastic rounding.
         TypeError: ``value`` or ``format`` is none of the above.
 
     Source: IEEE 754-2019 clauses 4.3 (directions), 7.4 (overflow) and 7.5 (underflow); IEEE P3109 (saturation
@@ -55,7 +64,13 @@ def round(
     (INFINITY, Fraction(65504, 1))
     """
     fmt = parse_format(format)
-    direction = check_rounding(rounding)
+    name, random_bits = split_rounding(rounding)
+    if random_bits and (random is None or not 0 <= random < 1 << random_bits):
+        raise ValueError(
+            f"rounding={rounding!r} needs a random number from 0 to {(1 << random_bits) - 1}, got {random}"
+        )
+    if not random_bits and random is not None:
+        raise ValueError(f"random={random} has no meaning with rounding={rounding!r}: use 'stochastic:BITS'")
     mode = resolve_overflow(fmt, overflow)
     value = as_value(value)
     if value is NAN:
@@ -66,10 +81,32 @@ def round(
     exact = magnitude(value)
     if exact == 0:
         return limits.for_zero(fmt, mode, negative=negative)
-    return into_range(flush(to_precision(exact, fmt, direction, negative), fmt), fmt, direction, mode, negative)
+    draw = Draw(random, random_bits) if random is not None else None
+    return into_range(flush(to_precision(exact, fmt, name, negative, draw), fmt), fmt, name, mode, negative)
 
 
-def to_precision(exact: Fraction, fmt: FloatFormat, rounding: Rounding, negative: bool) -> Fraction:
+class Draw(NamedTuple):
+    """The random number of one stochastic rounding: an integer of so many bits."""
+
+    number: int
+    bits: int
+
+    def takes_above(self, fraction: Fraction, rounding: str) -> bool:
+        """Whether a number at ``fraction`` of the way from the neighbour below goes to the one above."""
+        scaled, full = fraction * (1 << self.bits), 1 << self.bits
+        match rounding:
+            case "stochastic":
+                return math.floor(scaled) + self.number >= full
+            case "stochastic_b":
+                return scaled + self.number + Fraction(1, 2) >= full
+            case "stochastic_c":
+                return builtins.round(scaled) + self.number >= full  # of a Fraction: ties to even
+        raise ValueError(f"{rounding!r} is not stochastic")
+
+
+def to_precision(
+    exact: Fraction, fmt: FloatFormat, rounding: str, negative: bool, draw: Draw | None = None
+) -> Fraction:
     """Step 1: the magnitude ``exact`` > 0 rounded to the precision of ``fmt``, no upper bound on the exponent."""
     exponent = floor_log2(exact)
     if fmt.subnormals:
@@ -95,6 +132,10 @@ def to_precision(exact: Fraction, fmt: FloatFormat, rounding: Rounding, negative
             take_above = negative
         case "to_odd":
             take_above = not odd
+        case _:
+            if draw is None:
+                raise ValueError(f"rounding {rounding!r} needs a random number")
+            take_above = draw.takes_above(rest / quantum, rounding)
     return (significand + take_above) * quantum
 
 
@@ -105,7 +146,7 @@ def flush(rounded: Fraction, fmt: FloatFormat) -> Fraction:
     return rounded
 
 
-def into_range(rounded: Fraction, fmt: FloatFormat, rounding: Rounding, overflow: Overflow, negative: bool) -> Value:
+def into_range(rounded: Fraction, fmt: FloatFormat, rounding: str, overflow: Overflow, negative: bool) -> Value:
     """Step 3: the magnitude ``rounded``, with its sign, or what the format has in its place."""
     if rounded == 0:
         return limits.for_zero(fmt, overflow, negative=negative)

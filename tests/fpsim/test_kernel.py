@@ -12,7 +12,7 @@ import pytest
 from judge import CARRIERS, Inputs, assert_codes, by_reference, interesting, overflows, random_inputs, suits
 
 from fpsim import reference
-from fpsim.formats import NAMED_FORMATS, ROUNDINGS, FloatFormat, parse_format
+from fpsim.formats import NAMED_FORMATS, ROUNDINGS, FloatFormat, full_rounding, parse_format, split_rounding
 from fpsim.kernel import Grid, decode_code, encode_code, round_code
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,9 +101,10 @@ class WordOps:
         value = a.value if low is None else max(a.value, low)
         return a._with(value if high is None else min(value, high))
 
-    def less(self, a: Word, bound: int) -> Truth:
-        a._with(bound - 1), a._with(bound)  # TorchOps computes with both
-        return Truth(a.value < bound)
+    def less(self, a: Word, bound: Word | int) -> Truth:
+        if isinstance(bound, int):
+            a._with(bound - 1), a._with(bound)  # TorchOps computes with both
+        return Truth(a.value < number(bound))
 
     def choose(self, mask: Truth, a: Word | int, b: Word | int) -> Word:
         return Word(number(a if mask.value else b), self.carrier.bits)
@@ -144,6 +145,35 @@ def test_rounding_on_plain_integers_without_overflow(name, dtype):
             got = run(inputs.codes, fmt, carrier, rounding, overflow)
             want = by_reference(inputs, fmt, rounding, overflow)
             assert_codes(got, want, inputs.codes, (name, rounding, overflow))
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
+def test_stochastic_rounding_on_plain_integers_without_overflow(name, dtype):
+    fmt, carrier = parse_format(name), CARRIERS[dtype]
+    grid, ops = Grid(fmt, carrier), WordOps(carrier)
+    extremes = [0, 1, carrier.max_code, carrier.max_code + 1, carrier.sign_code]
+    inputs = Inputs(extremes, dtype) | interesting.__wrapped__(fmt, dtype).sample(20) | random_inputs(fmt, dtype, 10)
+    generator = np.random.default_rng(1)
+    for rounding in (
+        "stochastic",
+        "stochastic:5",
+        "stochastic:24",
+        "stochastic:32",
+        "stochastic_b:9",
+        "stochastic_c:9",
+    ):
+        bits = split_rounding(rounding)[1]
+        for overflow in overflows(fmt):
+            words = generator.integers(-(2**31), 2**31, len(inputs)) << (carrier.bits - 32)
+            words[:4] = [0, -1, -(1 << (carrier.bits - 1)), (1 << (carrier.bits - 1)) - 1]
+            for code, word in zip(inputs.codes.tolist(), words.tolist(), strict=True):
+                signed = code - 2 * carrier.sign_code if code >= carrier.sign_code else code
+                drawn = (word % (1 << carrier.bits)) >> (carrier.bits - bits)
+                bit_word, bit_code = Word(word, carrier.bits), Word(signed, carrier.bits)
+                got = round_code(bit_code, grid, rounding, overflow, ops, bit_word).value % (1 << carrier.bits)
+                value = reference.decode(code, carrier)
+                result = reference.round(value, fmt, full_rounding(rounding), overflow, random=drawn)
+                assert got == reference.encode(result, carrier), (name, rounding, overflow, hex(code), hex(drawn))
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
