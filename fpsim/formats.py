@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, get_args
 
-Specials = Literal["ieee", "fn", "fnuz", "finite"]
+Specials = Literal["ieee", "fn", "fnuz", "finite", "p3109"]
 Rounding = Literal["nearest_even", "nearest_away", "toward_zero", "up", "down", "to_odd"]
 Overflow = Literal["ovf_inf", "sat_finite", "sat_propagate"]
 
@@ -38,12 +38,14 @@ class FloatFormat:
         exponent_bits: width E of the exponent field, 1 to 11.
         mantissa_bits: width M of the mantissa field (explicit bits, the leading one not counted), 0 to 52.
         bias: a normal number with exponent field ``f`` has exponent ``f - bias``. ``None`` (the default)
-            takes the convention's own: ``2**(E-1) - 1``, for ``"fnuz"`` ``2**(E-1)``.
+            takes the convention's own: ``2**(E-1) - 1``, for ``"fnuz"`` and ``"p3109"`` ``2**(E-1)``.
         specials: which codes are not numbers.
             ``"ieee"``: the top exponent field holds infinity (mantissa 0) and NaNs (IEEE 754);
             ``"fn"``: no infinity, NaN is the all-ones magnitude (OCP E4M3);
             ``"fnuz"``: no infinity, one NaN in the place of negative zero, no negative zero (ml_dtypes);
-            ``"finite"``: neither infinity nor NaN (OCP FP6 and FP4).
+            ``"finite"``: neither infinity nor NaN (OCP FP6 and FP4);
+            ``"p3109"``: infinity is the code after the largest finite value, one NaN in the place of negative zero,
+            no negative zero (the extended formats of IEEE P3109); if unsigned, the NaN is the all-ones code.
         subnormals: whether exponent field 0 holds subnormals. If not, results are rounded as if the exponent
             had no lower bound and then, in every rounding direction, flushed to zero when they are below the
             smallest normal ("round, then flush", as a processor does in flush-to-zero mode); codes with
@@ -82,6 +84,8 @@ class FloatFormat:
             raise ValueError("an unsigned format cannot be 'fnuz', which keeps its NaN at negative zero: use 'fn'")
         if not self.zero and (self.subnormals or self.signed):
             raise ValueError("a format without zero must be unsigned and without subnormals, as OCP E8M0 is")
+        if self.specials == "p3109" and e + m < 2:
+            raise ValueError("a 'p3109' format needs two exponent and mantissa bits, or no code is left for a number")
         if self.bias is None:
             object.__setattr__(self, "bias", self.default_bias)
         if self.emin - m < -1074 or self.max_exponent > 1023:
@@ -96,7 +100,7 @@ class FloatFormat:
     def default_bias(self) -> int:
         """The bias of the convention: ``2**(E-1) - 1``, for fnuz ``2**(E-1)``."""
         half = 1 << (self.exponent_bits - 1)
-        return half if self.specials == "fnuz" else half - 1
+        return half if self.specials in ("fnuz", "p3109") else half - 1
 
     @property
     def bits(self) -> int:
@@ -121,17 +125,22 @@ class FloatFormat:
     @property
     def has_infinity(self) -> bool:
         """Whether the format has infinities."""
-        return self.specials == "ieee"
+        return self.specials in ("ieee", "p3109")
 
     @property
     def has_nan(self) -> bool:
         """Whether the format has a NaN. (E1M0 with "ieee" has an infinity but no code left for a NaN.)"""
-        return self.specials in ("fn", "fnuz") or (self.specials == "ieee" and self.mantissa_bits > 0)
+        return self.specials in ("fn", "fnuz", "p3109") or (self.specials == "ieee" and self.mantissa_bits > 0)
 
     @property
     def has_negative_zero(self) -> bool:
         """Whether the format distinguishes -0 from +0."""
-        return self.signed and self.specials != "fnuz"
+        return self.signed and self.specials not in ("fnuz", "p3109")
+
+    @property
+    def nan_is_negative_zero(self) -> bool:
+        """Whether the only NaN has the code that negative zero would have."""
+        return self.signed and self.specials in ("fnuz", "p3109")
 
     # -- codes -----------------------------------------------------------------------------------------------
 
@@ -146,6 +155,8 @@ class FloatFormat:
         magnitude_codes = 1 << (self.exponent_bits + self.mantissa_bits)
         if self.specials == "ieee":
             return magnitude_codes - (1 << self.mantissa_bits) - 1
+        if self.specials == "p3109":
+            return magnitude_codes - (2 if self.signed else 3)
         return magnitude_codes - (2 if self.specials == "fn" else 1)
 
     @property
@@ -157,17 +168,18 @@ class FloatFormat:
     def nan_code(self) -> int | None:
         """The NaN code that `encode` produces, None where the format has none.
 
-        IEEE: the positive quiet NaN with an otherwise empty payload; fn: all ones, positive; fnuz: negative zero.
+        IEEE: the positive quiet NaN with an otherwise empty payload; fn and unsigned P3109: all ones, positive; fnuz
+        and signed P3109: negative zero.
         """
         if not self.has_nan:
             return None
         if self.specials == "ieee":
             return self.max_code + 1 + (1 << (self.mantissa_bits - 1))
-        return self.max_code + 1 if self.specials == "fn" else self.sign_code
+        return self.sign_code if self.nan_is_negative_zero else self.max_code + 1 + self.has_infinity
 
     def is_nan_code(self, code: int) -> bool:
         """Whether ``code`` (0 <= code < 2**bits) is a NaN."""
-        if self.specials == "fnuz":
+        if self.nan_is_negative_zero:
             return code == self.sign_code
         magnitude = code & ~self.sign_code
         return magnitude > self.max_code + (1 if self.has_infinity else 0)
@@ -218,7 +230,14 @@ class FloatFormat:
     @property
     def name(self) -> str:
         """The canonical name: ``parse_format(f.name) == f`` for every format ``f``."""
-        return _NAMES.get(self) or self._systematic_name()
+        return _NAMES.get(self) or self._p3109_name() or self._systematic_name()
+
+    def _p3109_name(self) -> str | None:
+        """``binary8p3se`` and its kin, for IEEE P3109's formats with infinities; its others have older names."""
+        usual = self.bias == self.default_bias and self.subnormals and self.zero
+        if self.specials != "p3109" or not usual or self.bits not in _P3109_BITS:
+            return None
+        return f"binary{self.bits}p{self.precision}{'s' if self.signed else 'u'}e"
 
     def _systematic_name(self) -> str:
         stem = f"e{self.exponent_bits}m{self.mantissa_bits}"
@@ -240,7 +259,7 @@ class FloatFormat:
         return self.name
 
 
-_SUFFIX_OF = {"ieee": "", "fn": "fn", "fnuz": "fnuz", "finite": "finite"}
+_SUFFIX_OF = {"ieee": "", "fn": "fn", "fnuz": "fnuz", "finite": "finite", "p3109": ":p3109"}
 _SPECIALS_OF = {suffix: specials for specials, suffix in _SUFFIX_OF.items()}
 
 #: Names whose meaning is fixed by a standard or by ml_dtypes and does not follow from the eXmY pattern.
@@ -261,14 +280,17 @@ _ALIASES = {
     "fp64": "e11m52", "float64": "e11m52", "double": "e11m52",
 }  # fmt: skip
 
-#: The formats shown by ``fpsim formats`` and covered by name in the tests: all of ml_dtypes and torch.
+#: The formats shown by ``fpsim formats`` and covered by name in the tests: all of ml_dtypes and torch,
+#: and two of IEEE P3109.
 NAMED_FORMATS: tuple[str, ...] = (
     "fp64", "fp32", "tf32", "bf16", "fp16",
     "e5m2", "e5m2fnuz", "e4m3fn", "e4m3", "e4m3fnuz", "e4m3b11fnuz", "e3m4", "e8m0fnu",
-    "e3m2fn", "e2m3fn", "e2m1fn",
+    "e3m2fn", "e2m3fn", "e2m1fn", "binary8p3se", "binary8p4se",
 )  # fmt: skip
 
 _PATTERN = re.compile(r"e(?P<e>\d+)m(?P<m>\d+)(?P<suffix>fnuz|fn|finite)?")
+_P3109_BITS = range(3, 16)
+_P3109_PATTERN = re.compile(r"binary(?P<k>\d+)p(?P<p>\d+)(?P<sign>[su])(?P<domain>[ef])")
 _LIBRARY_PREFIX = re.compile(r"^(torch\.|ml_dtypes\.|jnp\.|np\.)?(float\d+_(?=e\d))?")
 
 
@@ -279,13 +301,15 @@ def _parse(name: str) -> FloatFormat:
     head = _ALIASES.get(head, head)
     named = _NAMED.get(head)
     match = _PATTERN.fullmatch(head)
-    if named is None and match is None:
+    p3109 = _P3109_PATTERN.fullmatch(head)
+    if named is None and match is None and p3109 is None:
         known = list(dict.fromkeys([*NAMED_FORMATS, *_ALIASES]))
         near = difflib.get_close_matches(head, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise ValueError(
             f"unknown format {name!r}: {hint}A format is one of {', '.join(NAMED_FORMATS)}, or eXmY "
             "(1 <= X <= 11 exponent bits, 0 <= Y <= 52 mantissa bits) with an optional suffix fn, fnuz or finite, "
+            "or IEEE P3109's binaryKpP[su][ef] such as binary8p3se, "
             "and options :bias=N, :nosubnormals, :unsigned, :nozero"
         )
     facts: dict[str, object] = {}
@@ -304,11 +328,28 @@ def _parse(name: str) -> FloatFormat:
     try:
         if named is not None:
             return replace(named, **facts)  # type: ignore[arg-type]
+        if p3109 is not None:
+            fmt = _p3109(int(p3109["k"]), int(p3109["p"]), p3109["sign"] == "s", p3109["domain"] == "e")
+            return replace(fmt, **facts)  # type: ignore[arg-type]
         assert match is not None
         facts.setdefault("specials", _SPECIALS_OF[match["suffix"] or ""])
         return FloatFormat(int(match["e"]), int(match["m"]), **facts)  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"no such format {name!r}: {error}") from None
+
+
+def _p3109(k: int, p: int, signed: bool, extended: bool) -> FloatFormat:
+    """The format of IEEE P3109 (draft) with ``k`` bits in all and ``p`` bits of precision."""
+    exponent_bits = k - p + (not signed)
+    if k not in _P3109_BITS or p < 1 or exponent_bits < 1:
+        raise ValueError(
+            f"IEEE P3109 formats here have 3 to 15 bits, and 1 to {'K - 1' if signed else 'K'} bits of precision"
+        )
+    if extended:
+        return FloatFormat(exponent_bits, p - 1, specials="p3109", signed=signed)
+    if signed:
+        return FloatFormat(exponent_bits, p - 1, specials="fnuz")
+    return FloatFormat(exponent_bits, p - 1, bias=1 << (exponent_bits - 1), specials="fn", signed=False)
 
 
 def parse_format(name: str | FloatFormat) -> FloatFormat:
@@ -318,7 +359,8 @@ def parse_format(name: str | FloatFormat) -> FloatFormat:
     ``torch.bfloat16``, ``fp16``, ``tf32``), and ``eXmY`` with an optional suffix ``fn``, ``fnuz`` or ``finite``
     (`FloatFormat.specials`; none means ``ieee``), then options ``:bias=N``, ``:nosubnormals``, ``:unsigned``,
     ``:nozero``. As in ml_dtypes and OCP MX, ``e2m1fn``, ``e2m3fn`` and ``e3m2fn`` have no NaN either: they are
-    ``finite``.
+    ``finite``. ``binary8p3se`` and its kin are the formats of IEEE P3109 (draft): 3 to 15 bits, precision, ``s``igned
+    or ``u``nsigned, ``e``xtended (with infinities) or ``f``inite.
 
     Raises:
         ValueError: no such format; the message lists near matches.

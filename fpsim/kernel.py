@@ -377,9 +377,9 @@ def decode_code(code: Int, grid: Grid, ops: Ops) -> Int:
     if fmt.signed:
         negative = ops.less(code << (grid.carrier.bits - fmt.bits), 0)
         r = ops.choose(negative, r | -grid.carrier.sign_code, r)
-        if fmt.specials == "fnuz":
+        if fmt.nan_is_negative_zero:
             r = ops.choose(negative & ops.less(magnitude, 1), grid.carrier.nan_code, r)
-    if fmt.has_nan and fmt.specials != "fnuz":
+    if fmt.has_nan and not fmt.nan_is_negative_zero:
         r = ops.choose(ops.less(magnitude, fmt.max_code + fmt.has_infinity + 1), r, grid.carrier.nan_code)
     return r
 

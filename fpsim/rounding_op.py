@@ -195,6 +195,7 @@ def _can_round_by_addition(fmt: FloatFormat, rounding: str, overflow: str) -> bo
     return (
         rounding == "nearest_even"
         and overflow == ("ovf_inf" if fmt.has_infinity else "sat_finite")
+        and fmt.specials != "p3109"  # whose infinity follows the largest value in the same binade
         and fmt.subnormals
         and fmt.signed
         and 1 <= fmt.mantissa_bits <= 21  # 0: ties go to the even code; 22: the sum would leave the addend's binade

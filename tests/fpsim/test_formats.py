@@ -2,10 +2,14 @@
 
 import dataclasses
 import itertools
+import math
 
 import ml_dtypes
 import pytest
 import torch
+from gfloat import decode_float
+from gfloat.formats import format_info_p3109
+from gfloat.types import Domain, Signedness
 
 from fpsim import reference
 from fpsim.formats import (
@@ -31,7 +35,7 @@ def small_formats() -> list[FloatFormat]:
     for e, m, specials, bias, subnormals, signed, zero in itertools.product(
         (1, 2, 4), (0, 1, 3), SPECIALS, (None, -5), (True, False), (True, False), (True, False)
     ):
-        if specials == "fnuz" and not signed:
+        if (specials == "fnuz" and not signed) or (specials == "p3109" and e + m < 2):
             continue
         if not zero and (subnormals or signed):
             continue
@@ -149,8 +153,8 @@ def test_a_format_with_only_subnormals_has_the_smallest_normal_as_its_bound():
 
 
 def test_default_bias_follows_the_convention():
-    assert [FloatFormat(4, 3, specials=s).bias for s in SPECIALS] == [7, 7, 8, 7]
-    assert [FloatFormat(1, 3, specials=s).bias for s in SPECIALS] == [0, 0, 1, 0]
+    assert [FloatFormat(4, 3, specials=s).bias for s in SPECIALS] == [7, 7, 8, 7, 8]
+    assert [FloatFormat(1, 3, specials=s).bias for s in SPECIALS] == [0, 0, 1, 0, 1]
 
 
 # -- subsets -----------------------------------------------------------------------------------------------------
@@ -197,6 +201,44 @@ def test_every_exmy_is_a_format():
             if (e, m, suffix) in ((2, 3, "fn"), (3, 2, "fn"), (2, 1, "fn")):
                 specials = "finite"  # OCP's name for a format without NaN
             assert fmt == FloatFormat(e, m, specials=specials), (e, m, suffix)
+
+
+P3109 = [
+    (k, p, sign, domain) for k in range(3, 16) for p in range(1, k + 1) for sign in "su" for domain in "ef"
+    if 1 <= k - p + (sign == "u") <= 11
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("k", "p", "sign", "domain"), P3109)
+def test_p3109_formats_have_the_values_that_gfloat_gives_them(k, p, sign, domain):
+    fmt = parse_format(f"binary{k}p{p}{sign}{domain}")
+    assert parse_format(fmt.name) == fmt and (fmt.bits, fmt.precision, fmt.signed) == (k, p, sign == "s")
+    signedness = Signedness.Signed if sign == "s" else Signedness.Unsigned
+    info = format_info_p3109(k, p, signedness, Domain.Extended if domain == "e" else Domain.Finite)
+    for code in range(1 << k) if k <= 8 else {*range(0, 1 << k, 97), (1 << k) - 2, (1 << k) - 1, 1 << (k - 1)}:
+        want, got = decode_float(info, code).fval, reference.to_float(reference.decode(code, fmt))
+        assert (math.isnan(want) and math.isnan(got)) or (want, math.copysign(1, want)) == (got, math.copysign(1, got))
+
+
+@pytest.mark.parametrize(
+    ("name", "canonical"),
+    [
+        ("binary8p3se", "binary8p3se"),
+        ("binary8p4ue", "binary8p4ue"),
+        ("binary8p3sf", "e5m2fnuz"),
+        ("binary8p4sf", "e4m3fnuz"),
+        ("binary8p8uf", "e1m7fn:bias=1:unsigned"),
+        ("Binary8P3SE:bias=3", "e5m2:p3109:bias=3"),
+    ],
+)
+def test_names_of_p3109(name, canonical):
+    assert parse_format(name).name == canonical
+
+
+@pytest.mark.parametrize("name", ["binary8p8se", "binary2p1se", "binary16p8se", "binary8p0ue", "binary15p2se"])
+def test_p3109_formats_that_do_not_exist_here(name):
+    with pytest.raises(ValueError, match=f"no such format '{name}'"):
+        parse_format(name)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +305,7 @@ def test_equal_formats_hash_alike_and_all_are_different():
         ({"exponent_bits": 12}, "exponent_bits must be 1 to 11, got 12"),
         ({"mantissa_bits": -1}, "mantissa_bits must be 0 to 52, got -1"),
         ({"mantissa_bits": 53}, "mantissa_bits must be 0 to 52, got 53"),
-        ({"specials": "ocp"}, "specials must be one of ieee, fn, fnuz, finite, got 'ocp'"),
+        ({"specials": "ocp"}, "specials must be one of ieee, fn, fnuz, finite, p3109, got 'ocp'"),
         ({"specials": "fnuz", "signed": False}, "an unsigned format cannot be 'fnuz'.* use 'fn'"),
         ({"zero": False}, "a format without zero must be unsigned and without subnormals"),
         ({"zero": False, "signed": False}, "a format without zero must be unsigned and without subnormals"),

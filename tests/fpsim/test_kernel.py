@@ -124,7 +124,7 @@ def run(codes: np.ndarray, fmt: FloatFormat, carrier: FloatFormat, rounding: str
 FORMATS = [
     *NAMED_FORMATS,
     "e2m0", "e3m0fn", "e4m0", "e8m0", "e8m22", "e8m1", "e1m3", "e11m0", "e10m40fn", "e4m3:unsigned",
-    "e4m0finite:unsigned",
+    "e4m0finite:unsigned", "binary8p3se", "binary8p4ue", "binary5p1se", "binary4p3se",
     "e5m2:bias=126", "e5m2:bias=127", "e5m2:bias=140", "e3m2:bias=-5", "e8m2:nosubnormals", "e4m3:nosubnormals",
     "e4m3:bias=127:nosubnormals", "e4m3:bias=129:nosubnormals", "e5m2:bias=145:nosubnormals:unsigned",
     "e4m3fn:nosubnormals:unsigned:nozero",

@@ -29,9 +29,11 @@ def formats(draw, signed=None, subnormals=None) -> FloatFormat:
     signed = draw(st.booleans()) if signed is None and specials != "fnuz" else signed is not False
     subnormals = draw(st.booleans()) if subnormals is None else subnormals
     assume(signed or specials != "fnuz")
+    exponent_bits, mantissa_bits = draw(st.integers(1, 6)), draw(st.integers(0, 6))
+    assume(specials != "p3109" or exponent_bits + mantissa_bits > 1)
     return FloatFormat(
-        draw(st.integers(1, 6)),
-        draw(st.integers(0, 6)),
+        exponent_bits,
+        mantissa_bits,
         draw(st.none() | st.integers(-20, 40)),
         specials,
         subnormals,

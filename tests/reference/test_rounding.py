@@ -422,8 +422,10 @@ def test_inputs_of_every_kind():
 def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="unknown format 'e4m3nf'"):
         round(1, "e4m3nf")
-    with pytest.raises(ValueError, match="unknown rounding 'stochastic'"):
-        round(1, "e4m3fn", "stochastic")
+    with pytest.raises(ValueError, match="unknown rounding 'nearest'"):
+        round(1, "e4m3fn", "nearest")
+    with pytest.raises(ValueError, match="rounding='stochastic:3' needs a random number from 0 to 7, got None"):
+        round(1, "e4m3fn", "stochastic:3")
     with pytest.raises(ValueError, match="unknown overflow mode 'clamp'"):
         round(1, "e4m3fn", overflow="clamp")
     with pytest.raises(ValueError, match="e2m1fn has neither: use overflow='sat_finite'"):
