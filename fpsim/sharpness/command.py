@@ -1,0 +1,284 @@
+"""The work of ``fpsim sharpness``: the logit sharpness of a Hugging Face checkpoint on a text, beside its baselines.
+
+The checkpoint and its tokenizer are read from a folder; nothing is downloaded. Formats are simulated by the compiler
+backend, so that the same weights can be looked at under several precisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import Tensor, nn
+
+from fpsim.curvature.losses import IGNORED
+from fpsim.policy import Policy
+from fpsim.sharpness.logits import ITERATIONS, LogitMetrics, Method, last_of, logit_metrics
+from fpsim.sharpness.streaming import Accumulator, LogitSummary, gradient_norm, predictions
+
+#: Keskar's two boxes.
+EPSILONS = (5e-4, 1e-3)
+#: Name of the row in which nothing is rounded.
+UNROUNDED = "none"
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
+#: More bytes of text per token than any tokenizer makes of prose; what is beyond is not read.
+_BYTES_PER_TOKEN = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured under one precision.
+
+    Attributes:
+        format: what all operands of all matrix products were rounded to, or ``none``.
+        every: of all tokens, by epsilon.
+        last: of the last token of every window alone, as in the paper, by epsilon.
+        gradient_norm: of the mean loss with respect to the parameters; None if it was not asked for.
+    """
+
+    format: str
+    every: dict[float, LogitSummary]
+    last: dict[float, LogitSummary]
+    gradient_norm: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of `measure_checkpoint`.
+
+    Attributes:
+        model, text: what was read.
+        windows, context: how many stretches of the text, of how many tokens each.
+        method: how the box was searched.
+        rows: one per precision, in the order asked for.
+    """
+
+    model: Path
+    text: Path
+    windows: int
+    context: int
+    method: str
+    rows: tuple[Row, ...]
+
+    def table(self) -> Table:
+        """A line per precision and epsilon: `LogitSummary` of all tokens, and the sharpness of the last ones."""
+        tokens = next(iter(self.rows[0].every.values())).tokens
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            title=f"Logit sharpness of {self.model} on {self.text}",
+            caption=f"{tokens} tokens in {self.windows} windows of up to {self.context}; sharpness in percent of "
+            f"1 + loss ({self.method}), mean ± standard error over tokens",
+        )
+        table.add_column("format", overflow="fold")
+        for heading in _HEADINGS:
+            table.add_column(heading, justify="right")
+        for row in self.rows:
+            for number, epsilon in enumerate(row.every):
+                table.add_row("" if number else row.format, *_cells(row, epsilon))
+        return table
+
+
+_HEADINGS = (
+    "ε",
+    "loss",
+    "all tokens",
+    "largest",
+    "last tokens",
+    "max |z|",
+    "mean z",
+    "|∂f/∂z|",
+    "|∂f/∂θ|",
+    "not finite",
+)
+
+
+def _cells(row: Row, epsilon: float) -> list[str]:
+    every, last = row.every[epsilon], row.last[epsilon]
+    return [
+        f"{epsilon:g}",
+        f"{every.loss:.4f}",
+        f"{every.sharpness:.4g} ± {every.stderr:.1g}",
+        f"{every.max_sharpness:.4g}",
+        f"{last.sharpness:.4g} ± {last.stderr:.1g}",
+        f"{every.max_abs_logit:.4g}",
+        f"{every.mean_logit:.3g}",
+        f"{every.gradient_norm:.4g}",
+        "-" if row.gradient_norm is None else f"{row.gradient_norm:.4g}",
+        str(every.nonfinite),
+    ]
+
+
+def measure_checkpoint(
+    model: Path,
+    text: Path,
+    *,
+    formats: Sequence[str] = (),
+    epsilons: Sequence[float] = EPSILONS,
+    method: Method = "exact",
+    iterations: int = ITERATIONS,
+    windows: int = 16,
+    context: int | None = None,
+    gradients: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    backend: str = "fpsim_eager",
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """The logit sharpness of a causal language model on the beginning of a text, unrounded and in each of ``formats``.
+
+    The text is cut into windows that follow each other; every token but the first is predicted once. Under a format,
+    logits are the rounded model's own; the norm of the gradient is then that of its straight-through surrogate.
+    Simulating a format drops what the process had compiled (``torch._dynamo.reset``).
+
+    Args:
+        model: folder of a Hugging Face checkpoint, with its tokenizer; models over bytes (256 words) need none.
+        text: a UTF-8 file. No special tokens are added to it.
+        formats: casts of all operands of all matrix products, as in `fpsim.Policy`: ``e4m3fn``, ``e8m3/toward_zero``.
+        epsilons, method, iterations: as for `fpsim.sharpness.logit`.
+        windows: how many at most.
+        context: tokens per window; None is the model's own, at most 1024.
+        gradients: measure the norm of the parameters' gradient, too, by a second forward and a backward pass.
+        dtype: of the weights: float32, or what the model was trained in.
+        device: where the model runs.
+        backend: ``fpsim_eager`` or ``fpsim``, which compiles: same values, faster on long texts.
+        progress: called with (windows done, windows).
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: ``model`` is not a checkpoint's folder, or ``text`` not a file.
+        ModuleNotFoundError: transformers is not installed.
+        ValueError: text that is not UTF-8 or too short, no tokenizer, an unknown format or choice.
+    """
+    if not epsilons:
+        raise ValueError("epsilons is empty: give at least one, such as 5e-4")
+    if windows < 1:
+        raise ValueError(f"windows must be at least 1, got {windows}")
+    policies = {UNROUNDED: None, **{name: Policy(format=name) for name in formats}}
+    network = _load(model, dtype).to(device)
+    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        context = min(limit or 1024, 1024)
+    if context < 1 or (limit and context > limit):
+        raise ValueError(f"context must be from 1 to {limit or 'any number'}, the model's positions, got {context}")
+    tokens = _tokens(model, text, network.config.get_text_config().vocab_size, windows * context + 1)
+    batches = [(inputs.to(device), targets.to(device)) for inputs, targets in _windows(tokens, context)]
+    total = len(policies) * len(batches)
+
+    def rows() -> Iterator[Row]:
+        for index, (name, policy) in enumerate(policies.items()):
+            done = index * len(batches)
+            tick = (lambda count, done=done: progress(done + count, total)) if progress is not None else None
+            yield _row(name, _under(network, policy, backend), batches, epsilons, method, iterations, gradients, tick)
+
+    return Report(model, text, len(batches), context, method, tuple(rows()))
+
+
+def _row(
+    name: str,
+    model: Any,
+    batches: list[tuple[Tensor, Tensor]],
+    epsilons: Sequence[float],
+    method: Method,
+    iterations: int,
+    gradients: bool,
+    tick: Callable[[int], object] | None,
+) -> Row:
+    every = {epsilon: Accumulator() for epsilon in epsilons}
+    last = {epsilon: Accumulator() for epsilon in epsilons}
+    for done, (logits, targets) in enumerate(predictions(model, batches), 1):
+        for epsilon in epsilons:
+            found = logit_metrics(logits, targets, epsilon=epsilon, method=method, iterations=iterations)
+            every[epsilon].add(found)
+            last[epsilon].add(_last(found))
+        if tick is not None:
+            tick(done)
+    return Row(
+        format=name,
+        every={epsilon: summary.result() for epsilon, summary in every.items()},
+        last={epsilon: summary.result() for epsilon, summary in last.items()},
+        gradient_norm=gradient_norm(model, batches) if gradients else None,
+    )
+
+
+def _last(metrics: LogitMetrics) -> LogitMetrics:
+    return replace(metrics, counted=last_of(metrics.counted))
+
+
+def _under(model: nn.Module, policy: Policy | None, backend: str) -> Any:
+    """``model`` under ``policy``; its parameters are the same tensors."""
+    if policy is None:
+        return model
+    torch._dynamo.reset()  # a model may be compiled under many policies, and torch gives up after a few
+    options: dict[str, Any] = {"policy": policy}
+    return torch.compile(model, backend=backend, options=options, dynamic=False)
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    if not folder.is_dir() or not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no Hugging Face checkpoint at {folder}: name the folder with config.json, as save_pretrained writes it"
+        )
+    try:
+        from transformers import AutoModelForCausalLM
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "transformers is not installed; checkpoints need it: pip install 'fpsim[paper]'", name="transformers"
+        ) from error
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def _tokens(folder: Path, path: Path, vocabulary: int, count: int) -> Tensor:
+    """The first ``count`` tokens of the text, or as many as there are: int64, shape (tokens,)."""
+    text = _text(path, count * _BYTES_PER_TOKEN)
+    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    elif vocabulary == 256:
+        tokens = torch.tensor(list(text.encode()), dtype=torch.int64)
+    else:
+        raise ValueError(
+            f"no tokenizer in {folder}, and its model has {vocabulary} words, not 256 for bytes: "
+            "add it with tokenizer.save_pretrained(folder)"
+        )
+    if len(tokens) < 2:
+        raise ValueError(f"{path} holds {len(tokens)} tokens: one to predict another from is the least")
+    if int(tokens.max()) >= vocabulary:
+        raise ValueError(f"the tokenizer in {folder} made token {int(tokens.max())}, its model has {vocabulary} words")
+    return tokens[:count]
+
+
+def _text(path: Path, limit: int) -> str:
+    """About the first ``limit`` bytes of the file, cut between characters."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name one text file")
+    if not path.exists():
+        raise FileNotFoundError(f"no text file at {path} (working directory {Path.cwd()})")
+    with path.open("rb") as file:
+        data = file.read(limit)
+        while (rest := file.read(1)) and rest[0] & 0xC0 == 0x80:  # a continuation byte
+            data += rest
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from None
+
+
+def _windows(tokens: Tensor, context: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets, (1, context) each; the last window is filled up with targets that do not count."""
+    context = min(context, len(tokens) - 1)
+    for start in range(0, len(tokens) - 1, context):
+        inputs, targets = tokens[start:-1][:context], tokens[start + 1 :][:context]
+        missing = context - len(targets)
+        yield (
+            torch.nn.functional.pad(inputs, (0, missing)).unsqueeze(0),
+            torch.nn.functional.pad(targets, (0, missing), value=IGNORED).unsqueeze(0),
+        )

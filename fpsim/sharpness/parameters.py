@@ -1,0 +1,352 @@
+"""Sharpness in parameter space: the largest loss in a box (Keskar) or a ball (SAM, ASAM) around the parameters.
+
+None of these maxima is known in closed form. What is returned is the loss at the best point that was found, so every
+sharpness is a lower bound, and the point comes with it.
+
+Under simulated precision, with `fpsim.round` inside the loss, two functions are at work: all *values* are those of the
+rounded model itself, while the *gradients* that lead the search are those of its straight-through surrogate. The
+result is a lower bound of the rounded model's own sharpness. Parameters are moved in their own dtype: keep them in
+float32, or a small step is lost in their spacing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy.optimize import Bounds, minimize
+from torch import Tensor
+
+from fpsim.curvature.vectors import Layout, layout
+from fpsim.sharpness.steps import (
+    Loss,
+    PyTree,
+    evaluate,
+    match,
+    moved,
+    norm,
+    normal_like,
+    value_and_gradient,
+    wide,
+)
+
+Search = Literal["lbfgsb", "pga"]
+SEARCHES: tuple[str, ...] = ("lbfgsb", "pga")
+
+_STATIONARY = "the gradient is zero at the best point seen: pass random_start=True, or another generator"
+
+
+@dataclass(frozen=True)
+class KeskarResult:
+    """What `keskar` found.
+
+    Attributes:
+        sharpness: 100 * (maximum - loss) / (1 + loss), percent; a lower bound.
+        loss: at the parameters.
+        maximum: the largest loss that was seen in the box.
+        evaluations: of the loss with its gradient.
+        converged: the search ended because the slope points out of the box in every coordinate, or vanishes.
+        message: why it ended.
+        perturbation: what leads from the parameters to that maximum, a pytree like them.
+    """
+
+    sharpness: float
+    loss: float
+    maximum: float
+    evaluations: int
+    converged: bool
+    message: str
+    perturbation: PyTree = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class SamResult:
+    """What `sam` found.
+
+    Attributes:
+        sharpness: perturbed_loss - loss, in units of the loss.
+        loss: at the parameters.
+        perturbed_loss: after the step.
+        predicted: the increase that the gradient predicts: rho times its norm (the scaled one if adaptive).
+        gradient_norm: Euclidean norm of the gradient.
+        evaluations: of the loss, one of them with its gradient.
+        converged: a step was taken; not so where the gradient is zero or not finite.
+        perturbation: the step, a pytree like the parameters.
+    """
+
+    sharpness: float
+    loss: float
+    perturbed_loss: float
+    predicted: float
+    gradient_norm: float
+    evaluations: int
+    converged: bool
+    perturbation: PyTree = field(repr=False, compare=False)
+
+
+def sam(loss: Loss, params: PyTree, *, rho: float = 0.05, adaptive: bool = False, eta: float = 0.01) -> SamResult:
+    """How much the loss rises by one step of sharpness-aware minimisation: ``rho`` along the normalised gradient.
+
+    Under simulated precision the step is that of the straight-through surrogate, both losses are the rounded model's.
+
+    Args:
+        loss: from a pytree like ``params`` to a scalar tensor.
+        params: a pytree of tensors, usually ``dict(model.named_parameters())``; frozen ones stay where they are.
+        rho: radius of the ball, in units of the parameters; relative to them if adaptive (0.5 to 2 is usual there).
+        adaptive: ASAM: lengths are measured in units of T = |parameter| + eta, so that the result does not change
+            when one layer is scaled up and the next one down; the step is rho * T**2 g / ||T g||.
+        eta: keeps parameters near zero moving; ASAM's 0.01. Only used if adaptive.
+
+    Raises:
+        ValueError: a rho that is not positive, a negative eta, a loss that is not a scalar, or that has no gradient.
+
+    Source: arXiv 2010.01412 equation 2; ASAM: arXiv 2102.11600 section 3.
+
+    >>> sam(lambda x: 0.5 * (x**2).sum(), torch.tensor([3.0, 4.0]), rho=1.0).sharpness
+    5.5
+    """
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rho must be a positive number, got {rho}: SAM uses 0.05")
+    if not 0 <= eta < math.inf:
+        raise ValueError(f"eta must not be negative, got {eta}: ASAM uses 0.01")
+    place = layout(params)
+    value, gradient = value_and_gradient(loss, place, place.values)
+    gradient_norm = norm(gradient)
+    gradient = [part.to(wide(part.dtype)) for part in gradient]
+    if adaptive:
+        scales = [tensor.abs().to(part.dtype) + eta for tensor, part in zip(place.values, gradient, strict=True)]
+        gradient = [part * scale for part, scale in zip(gradient, scales, strict=True)]
+        length = norm(gradient)
+        gradient = [part * scale for part, scale in zip(gradient, scales, strict=True)]
+    else:
+        length = gradient_norm
+    taken = 0 < length < math.inf
+    step = [part * (rho / length) if taken else torch.zeros_like(part) for part in gradient]
+    perturbed = evaluate(loss, place, moved(place.values, step, 1.0))
+    return SamResult(
+        sharpness=perturbed - value,
+        loss=value,
+        perturbed_loss=perturbed,
+        predicted=rho * length,
+        gradient_norm=gradient_norm,
+        evaluations=2,
+        converged=taken,
+        perturbation=place.unflatten(place.join(step)),
+    )
+
+
+def adaptive(loss: Loss, params: PyTree, *, rho: float = 0.5, eta: float = 0.01) -> SamResult:
+    """ASAM's sharpness: `sam` with ``adaptive=True``."""
+    return sam(loss, params, rho=rho, adaptive=True, eta=eta)
+
+
+def keskar(
+    loss: Loss,
+    params: PyTree,
+    *,
+    epsilon: float = 5e-4,
+    method: Search = "lbfgsb",
+    subspace: int | Sequence[PyTree] | None = None,
+    iterations: int = 10,
+    random_start: bool = False,
+    generator: torch.Generator | None = None,
+) -> KeskarResult:
+    """Keskar's (epsilon, A)-sharpness: the largest loss in a box around the parameters, in percent of 1 + loss.
+
+    The box is |y[i]| <= epsilon * (|(pinv(A) x)[i]| + 1), and the loss is taken at x + A y. In the full space A is
+    the identity. Under simulated precision the values are the rounded model's own and the search is led by the
+    straight-through surrogate's gradients.
+
+    Args:
+        loss: from a pytree like ``params`` to a scalar tensor greater than -1.
+        params: a pytree of tensors, usually ``dict(model.named_parameters())``; frozen ones stay where they are.
+        epsilon: half the width of the box, relative to |x| + 1. Keskar uses 1e-3 and 5e-4.
+        method: ``lbfgsb``, as Keskar, in float64 on the CPU; or ``pga``, projected gradient ascent by signs, where the
+            parameters are: cheaper, and in the full space usually as good.
+        subspace: None for the full space; a number of random directions (Keskar: 100), independent standard normal
+            numbers each (that many times the parameters are held in memory); or the columns of A themselves, each a
+            pytree like ``params`` or a flat vector.
+        iterations: of the search. L-BFGS-B may evaluate the loss several times in each, projected ascent does once.
+        random_start: begin at a random point of the box rather than at the parameters: needed at a stationary point.
+        generator: of random directions and starts.
+
+    Raises:
+        ValueError: an epsilon or a number of iterations or directions that is not positive, an unknown method, a loss
+            that is not a scalar greater than -1, or no generator where one is needed.
+
+    Source: arXiv 1609.04836, metric 2.1 (equations 3 and 4) and section 2.2.2. Keskar's text leaves open how the
+    columns of a random A are scaled.
+
+    >>> result = keskar(lambda x: (3 * x).sum(), torch.tensor([0.0, 1.0]), epsilon=0.1, method="pga")
+    >>> f"{result.sharpness:.3f}", result.converged
+    ('22.500', True)
+    """
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"epsilon must be a positive number, got {epsilon}: Keskar uses 5e-4 and 1e-3")
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}: Keskar takes 10")
+    if method not in SEARCHES:
+        raise ValueError(f"unknown method {method!r}: use one of {', '.join(SEARCHES)}")
+    place = layout(params)
+    space = _FullSpace(place) if subspace is None else _Subspace(place, _columns(place, subspace, generator))
+    bounds = [epsilon * (centre.abs() + 1) for centre in space.centre]
+    start = [torch.zeros_like(bound) for bound in bounds]
+    search = _Climb(loss, place, space, start)
+    if random_start:
+        start = [
+            (2 * torch.special.ndtr(part) - 1) * b
+            for part, b in zip(normal_like(start, generator), bounds, strict=True)
+        ]
+        search.at(start)
+    converged, message = (_ascend if method == "pga" else _lbfgsb)(search, bounds, iterations)
+    return KeskarResult(
+        sharpness=100 * (search.best - search.initial) / (1 + search.initial),
+        loss=search.initial,
+        maximum=search.best,
+        evaluations=search.evaluations,
+        converged=converged,
+        message=message,
+        perturbation=place.unflatten(place.join(space.step(search.best_y))),
+    )
+
+
+class _FullSpace:
+    """Every parameter is a coordinate."""
+
+    def __init__(self, place: Layout) -> None:
+        self.centre = [tensor.to(wide(tensor.dtype)) for tensor in place.values]
+
+    def step(self, y: Sequence[Tensor]) -> list[Tensor]:
+        return list(y)
+
+    def pull(self, gradient: Sequence[Tensor]) -> list[Tensor]:
+        return [part.to(centre.dtype) for part, centre in zip(gradient, self.centre, strict=True)]
+
+
+class _Subspace:
+    """One float64 vector of coordinates, of steps along given directions (the columns of A)."""
+
+    def __init__(self, place: Layout, columns: list[Tensor]) -> None:
+        self._shapes = [tensor.shape for tensor in place.values]
+        self._columns = [column.flatten(1) for column in columns]
+        device = place.values[0].device
+        gram = sum((c := column.double()).mm(c.T).to(device) for column in self._columns)
+        self.centre = [torch.linalg.pinv(gram, hermitian=True) @ self.pull(place.values)[0]]
+
+    def step(self, y: Sequence[Tensor]) -> list[Tensor]:
+        return [
+            (y[0].to(column) @ column).view(shape) for column, shape in zip(self._columns, self._shapes, strict=True)
+        ]
+
+    def pull(self, gradient: Sequence[Tensor]) -> list[Tensor]:
+        device = gradient[0].device
+        parts = [
+            column.double().mv(part.flatten().to(column.device, torch.float64)).to(device)
+            for column, part in zip(self._columns, gradient, strict=True)
+        ]
+        return [torch.stack(parts).sum(0)]
+
+
+def _columns(place: Layout, subspace: int | Sequence[PyTree], generator: torch.Generator | None) -> list[Tensor]:
+    """The columns of A, for each leaf stacked along a new first dimension."""
+    if isinstance(subspace, int):
+        if subspace < 1:
+            raise ValueError(f"subspace must be a number of directions, got {subspace}: Keskar takes 100")
+        stacks = normal_like(place.values, generator, count=subspace)
+        return [stack.to(wide(value.dtype)) for stack, value in zip(stacks, place.values, strict=True)]
+    directions = [match(place, direction, f"subspace[{index}]") for index, direction in enumerate(subspace)]
+    if not directions:
+        raise ValueError("subspace holds no direction: give a number, or at least one direction")
+    return [torch.stack(parts).to(wide(value.dtype)) for value, *parts in zip(place.values, *directions, strict=True)]
+
+
+class _Climb:
+    """The loss over the coordinates of the box, with the best point that was seen."""
+
+    def __init__(self, loss: Loss, place: Layout, space: _FullSpace | _Subspace, origin: list[Tensor]) -> None:
+        self._loss, self._place, self._space = loss, place, space
+        self.evaluations = 0
+        self.best = -math.inf
+        self.initial, _ = self.at(origin)
+        if not -1 < self.initial < math.inf:
+            raise ValueError(
+                f"Keskar's sharpness is relative to 1 + loss: the loss must be above -1 and finite, got {self.initial}"
+            )
+
+    def at(self, y: list[Tensor]) -> tuple[float, list[Tensor]]:
+        """The loss and its slope along the coordinates."""
+        point = moved(self._place.values, self._space.step(y), 1.0)
+        value, gradient = value_and_gradient(self._loss, self._place, point)
+        slope = self._space.pull(gradient)
+        self.evaluations += 1
+        if value > self.best:
+            self.best, self.best_y, self.best_slope = value, y, slope
+        return value, slope
+
+    @property
+    def stationary(self) -> bool:
+        return not any(bool(part.any()) for part in self.best_slope)
+
+    def at_corner(self, bounds: Sequence[Tensor]) -> bool:
+        """Whether the best point's slope points out of the box in every coordinate."""
+        further = _projected(self.best_y, self.best_slope, bounds, 2.0)
+        return all(torch.equal(a, b) for a, b in zip(further, self.best_y, strict=True))
+
+
+def _projected(y: Sequence[Tensor], slope: Sequence[Tensor], bounds: Sequence[Tensor], step: float) -> list[Tensor]:
+    """The point that is ``step`` half-widths uphill in every coordinate, or on the bound before it."""
+    return [
+        torch.clamp(point + step * bound * part.sign(), -bound, bound)
+        for point, part, bound in zip(y, slope, bounds, strict=True)
+    ]
+
+
+def _ascend(search: _Climb, bounds: list[Tensor], iterations: int) -> tuple[bool, str]:
+    """Steepest ascent in the box's own norm from the best point, to its corner at first, halved where that fails.
+
+    Two half-widths lead from any point to the corner: for a convex loss every such step climbs, until it stays.
+    """
+    if search.stationary:
+        return False, _STATIONARY
+    step = 1.0
+    for _ in range(iterations):
+        if not all(bool(part.isfinite().all()) for part in search.best_slope):
+            return False, "the gradient is not finite"
+        if search.at_corner(bounds):
+            return True, "the slope points out of the box in every coordinate"
+        before = search.best
+        search.at(_projected(search.best_y, search.best_slope, bounds, step))
+        step = min(2 * step, 2.0) if search.best > before else step / 2
+    if search.at_corner(bounds):
+        return True, "the slope points out of the box in every coordinate"
+    return False, f"{iterations} iterations"
+
+
+def _lbfgsb(search: _Climb, bounds: list[Tensor], iterations: int) -> tuple[bool, str]:
+    """scipy's L-BFGS-B from the best point."""
+    if search.stationary:
+        return False, _STATIONARY
+
+    def flat(tensors: Sequence[Tensor]) -> np.ndarray:
+        return torch.cat([tensor.flatten().to("cpu", torch.float64) for tensor in tensors]).numpy()
+
+    def fall(vector: np.ndarray) -> tuple[float, np.ndarray]:
+        parts = torch.from_numpy(vector.copy()).split([bound.numel() for bound in bounds])
+        y = [part.view(bound.shape).to(bound) for part, bound in zip(parts, bounds, strict=True)]
+        # The tensors may be narrower than float64: back into the box that they span.
+        value, slope = search.at([torch.clamp(part, -b, b) for part, b in zip(y, bounds, strict=True)])
+        return -value, -flat(slope)
+
+    bound = flat(bounds)
+    # No tolerances: how far to search is for `iterations` to say.
+    options = {"maxiter": iterations, "ftol": 0.0, "gtol": 0.0}
+    found = minimize(
+        fall, flat(search.best_y), jac=True, method="L-BFGS-B", bounds=Bounds(-bound, bound), options=options
+    )
+    if search.at_corner(bounds):
+        return True, "the slope points out of the box in every coordinate"
+    return found.status == 0, str(found.message)

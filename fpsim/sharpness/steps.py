@@ -1,0 +1,111 @@
+"""Steps in parameter space: the loss at a point beside the parameters, its gradient there, and directions to go.
+
+A point is the tuple of a `fpsim.curvature.Layout`'s pieces. Everything is pure: no tensor that is handed in changes,
+and ``.grad`` is left alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fpsim.curvature.vectors import Layout
+
+#: Any nesting of dicts, lists and tuples with tensors at its leaves.
+PyTree = Any
+#: From parameters to a scalar tensor.
+Loss = Callable[[PyTree], Tensor]
+
+
+def evaluate(loss: Loss, layout: Layout, point: Sequence[Tensor]) -> float:
+    """The loss at ``point``, without a graph."""
+    with torch.no_grad():
+        return _scalar(loss(layout.substitute(point))).item()
+
+
+def value_and_gradient(loss: Loss, layout: Layout, point: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+    """The loss at ``point`` and its gradient; zeros for tensors that the loss does not use."""
+    variables = [piece.detach().requires_grad_() for piece in point]
+    with torch.enable_grad():
+        value = _scalar(loss(layout.substitute(variables)))
+        if not value.requires_grad:
+            raise ValueError(
+                "the loss has no gradient: compute it from the params that it is given "
+                "(fpsim.curvature.functional_loss does for a module), and not under torch.no_grad()"
+            )
+        gradient = torch.autograd.grad(value, variables, allow_unused=True, materialize_grads=True)
+    return value.item(), list(gradient)
+
+
+def _scalar(value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"loss must return a scalar tensor, got {type(value).__name__}: return torch's result itself")
+    if value.numel() != 1:
+        raise ValueError(f"loss must return a scalar tensor, got shape {tuple(value.shape)}: take .mean() or .sum()")
+    return value
+
+
+def match(layout: Layout, direction: PyTree, name: str) -> list[Tensor]:
+    """The pieces of ``direction``: a pytree like the parameters, or one flat vector of ``layout.size`` numbers.
+
+    Raises:
+        ValueError: another structure or shape; the message calls the direction ``name``.
+    """
+    if isinstance(direction, Tensor) and direction.shape == (layout.size,):
+        parts = direction.detach().split([value.numel() for value in layout.values])
+        return [part.view(value.shape).to(value.device) for part, value in zip(parts, layout.values, strict=True)]
+    leaves, spec = pytree.tree_flatten(direction)
+    if spec != layout.spec:
+        got = f"a tensor of shape {tuple(direction.shape)}" if isinstance(direction, Tensor) else str(spec)
+        raise ValueError(f"{name} must be a pytree like params, or a flat vector of {layout.size} numbers, got {got}")
+    pieces = [leaves[places[0]] for places in layout.places]
+    for piece, value in zip(pieces, layout.values, strict=True):
+        if not isinstance(piece, Tensor) or piece.shape != value.shape:
+            shape = tuple(piece.shape) if isinstance(piece, Tensor) else type(piece).__name__
+            raise ValueError(f"{name} must have the shapes of params, got {shape} for {tuple(value.shape)}")
+    return [piece.detach().to(value.device) for piece, value in zip(pieces, layout.values, strict=True)]
+
+
+def moved(point: Sequence[Tensor], direction: Sequence[Tensor], step: float) -> list[Tensor]:
+    """``point + step * direction``, in the dtypes of ``point``; half precision is added in float32 and rounded once."""
+    return [
+        torch.add(piece.to(dtype), part.to(dtype), alpha=step).to(piece.dtype)
+        for piece, part in zip(point, direction, strict=True)
+        for dtype in [wide(piece.dtype)]
+    ]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: float64 for itself, float32 for everything narrower."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def norm(pieces: Sequence[Tensor]) -> float:
+    """The Euclidean norm of all ``pieces`` together, summed in float64."""
+    return math.hypot(*[torch.linalg.vector_norm(piece, dtype=torch.float64).item() for piece in pieces])
+
+
+def normal_like(
+    pieces: Sequence[Tensor], generator: torch.Generator | None, *, count: int | None = None
+) -> list[Tensor]:
+    """Standard normal float32 numbers in the shapes of ``pieces``, with ``count`` of each stacked if that is given.
+
+    They are drawn on the generator's device, so that a seed means the same wherever the parameters are.
+
+    Raises:
+        ValueError: there is no generator.
+    """
+    if generator is None:
+        raise ValueError("random directions need a generator: pass generator=torch.Generator().manual_seed(0)")
+    lead = () if count is None else (count,)
+    return [
+        torch.randn((*lead, *piece.shape), generator=generator, device=generator.device, dtype=torch.float32).to(
+            piece.device
+        )
+        for piece in pieces
+    ]

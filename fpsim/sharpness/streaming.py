@@ -1,0 +1,260 @@
+"""Logit sharpness of a model over batches of tokens, in constant memory.
+
+One batch's logits live at a time, and beside them the workspace of `fpsim.sharpness.logits`. Nothing is upcast or
+shifted in whole: a Hugging Face model is called without labels, and rows of its logits are picked by index.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fpsim.curvature.losses import IGNORED
+from fpsim.sharpness.logits import (
+    EPSILON,
+    ITERATIONS,
+    CountedTokens,
+    LogitMetrics,
+    Method,
+    Tokens,
+    cross_entropy_gradient,
+    logit_metrics,
+)
+from fpsim.sharpness.steps import norm, wide
+
+_NOTHING_COUNTS = "no token counts: check the labels, the mask, and that sequences hold two tokens or more"
+
+#: A model: called with tokens, or with the entries of a mapping as keywords.
+Model = Callable[..., Any]
+#: Tokens; a mapping such as a Hugging Face tokenizer's; or a pair of inputs and targets.
+Batch = Tensor | Mapping[str, Any] | tuple[Any, Tensor]
+
+
+@dataclass(frozen=True)
+class LogitSummary:
+    """`LogitMetrics` of many tokens in a few numbers.
+
+    Attributes:
+        tokens: how many counted.
+        sharpness: mean over tokens, in percent of 1 + loss.
+        stderr: standard error of that mean, as if tokens were independent; NaN for fewer than two.
+        max_sharpness: the largest.
+        loss: mean cross-entropy, nats.
+        max_abs_logit: the largest |z| of all.
+        mean_logit: mean over tokens of the mean over the vocabulary.
+        gradient_norm: mean over tokens of the norm of the gradient with respect to the logits.
+        nonfinite: tokens left out of all of these, because their loss was not finite.
+    """
+
+    tokens: int
+    sharpness: float
+    stderr: float
+    max_sharpness: float
+    loss: float
+    max_abs_logit: float
+    mean_logit: float
+    gradient_norm: float
+    nonfinite: int
+
+
+def logit_stream(
+    model: Model,
+    batches: Iterable[Batch],
+    *,
+    epsilon: float = EPSILON,
+    method: Method = "exact",
+    tokens: Tokens = "all",
+    ignore_index: int = IGNORED,
+    iterations: int = ITERATIONS,
+) -> Iterator[LogitMetrics]:
+    """The `logit_metrics` of a language model, batch by batch as they are asked for.
+
+    It measures the logits that the model computes. If its products are rounded (``torch.compile(model,
+    backend="fpsim", ...)``, or `fpsim.round` inside), these are the rounded model's own; no derivative is involved.
+
+    Args:
+        model: maps a batch to logits of shape (..., tokens, vocabulary), or to an object with ``.logits``, a mapping
+            with ``"logits"``, or a tuple that begins with them. In evaluation mode.
+        batches: each a tensor of tokens, shape (..., tokens), where every token's target is the next one and the last
+            has none; or a mapping of the model's keywords with ``input_ids``, where ``labels`` (not handed to the
+            model) or else ``input_ids`` are shifted to targets in the same way, and padding, where
+            ``attention_mask`` is zero, is no target; or a pair of inputs and targets, where nothing is shifted. They
+            lie on the model's device.
+        epsilon, method, tokens, ignore_index, iterations: as for `fpsim.sharpness.logit`.
+
+    Yields:
+        One `LogitMetrics` per batch, in the shape of its targets, for ``last`` without the last dimension.
+
+    Raises:
+        ValueError: the model is in training mode, or what `logit` raises.
+        TypeError: a batch or an output of another kind.
+
+    Source: arXiv 2405.18710 section 3.
+    """
+    for logits, targets in predictions(model, batches, ignore_index=ignore_index):
+        yield logit_metrics(
+            logits,
+            targets,
+            epsilon=epsilon,
+            method=method,
+            tokens=tokens,
+            ignore_index=ignore_index,
+            iterations=iterations,
+        )
+
+
+def summarize(metrics: Iterable[LogitMetrics]) -> LogitSummary:
+    """The `LogitSummary` of all tokens that count, taken up batch by batch in float64.
+
+    Raises:
+        ValueError: no token counts.
+    """
+    summary = Accumulator()
+    for batch in metrics:
+        summary.add(batch)
+    return summary.result()
+
+
+class Accumulator:
+    """`summarize` for whoever holds the batches: a few numbers, however many tokens are added."""
+
+    def __init__(self) -> None:
+        self._tokens = self._nonfinite = 0
+        self._mean = torch.zeros(4, dtype=torch.float64)
+        self._deviation = 0.0
+        self._max_sharpness = self._max_abs_logit = -math.inf
+
+    def add(self, batch: LogitMetrics) -> None:
+        """Take up the tokens of ``batch`` that count."""
+        finite = batch.counted & batch.sharpness.isfinite()
+        self._nonfinite += int((batch.counted & ~finite).sum())
+        columns = (batch.sharpness, batch.loss, batch.mean_logit, batch.gradient_norm)
+        values = torch.stack([column[finite] for column in columns]).cpu()
+        count = values.shape[1]
+        if not count:
+            return
+        # Chan, Golub and LeVeque's update of a mean and a sum of squared deviations by those of a batch.
+        before, self._tokens = self._tokens, self._tokens + count
+        batch_mean = values.mean(1)
+        shift = batch_mean - self._mean
+        self._mean += shift * (count / self._tokens)
+        self._deviation += float((values[0] - batch_mean[0]).square().sum())
+        self._deviation += float(shift[0]) ** 2 * count * before / self._tokens
+        self._max_sharpness = max(self._max_sharpness, float(values[0].max()))
+        self._max_abs_logit = max(self._max_abs_logit, float(batch.max_abs_logit[finite].max()))
+
+    def result(self) -> LogitSummary:
+        """What has been added so far.
+
+        Raises:
+            ValueError: no token counts.
+        """
+        tokens = self._tokens
+        if not tokens and not self._nonfinite:
+            raise ValueError(_NOTHING_COUNTS)
+        sharpness, loss, mean_logit, gradient_norm = self._mean.tolist() if tokens else [math.nan] * 4
+        return LogitSummary(
+            tokens=tokens,
+            sharpness=sharpness,
+            stderr=math.sqrt(self._deviation / (tokens - 1) / tokens) if tokens > 1 else math.nan,
+            max_sharpness=self._max_sharpness if tokens else math.nan,
+            loss=loss,
+            max_abs_logit=self._max_abs_logit if tokens else math.nan,
+            mean_logit=mean_logit,
+            gradient_norm=gradient_norm,
+            nonfinite=self._nonfinite,
+        )
+
+
+def gradient_norm(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    tokens: Tokens = "all",
+    ignore_index: int = IGNORED,
+) -> float:
+    """The Euclidean norm of the gradient of the mean cross-entropy with respect to the model's parameters.
+
+    The baseline that a sharpness must beat as an early sign of divergence. Memory: twice the logits of one batch
+    (the loss's gradient is made of them chunk by chunk), and the parameters twice. Where the model rounds, it is the
+    gradient of the straight-through surrogate, with gradients rounded if the model does that.
+
+    Args and errors are those of `logit_stream`; parameters that do not require gradients are left out.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError("no parameter requires a gradient: call model.requires_grad_()")
+    sums = [torch.zeros_like(parameter, dtype=wide(parameter.dtype)) for parameter in parameters]
+    count = 0
+    for logits, targets in predictions(model, batches, ignore_index=ignore_index, gradients=True):
+        cotangent = torch.zeros_like(logits)
+        for chunk, z, target in CountedTokens(logits, targets, tokens, None, ignore_index).rows():
+            gradient = cross_entropy_gradient(z, target).to(logits.dtype)
+            cotangent[chunk] = gradient if chunk else gradient[0]
+            count += len(target)
+        parts = torch.autograd.grad(logits, parameters, cotangent, allow_unused=True)
+        for total, part in zip(sums, parts, strict=True):
+            if part is not None:
+                total += part
+    if not count:
+        raise ValueError(_NOTHING_COUNTS)
+    return norm(sums) / count
+
+
+def predictions(
+    model: Model, batches: Iterable[Batch], *, ignore_index: int = IGNORED, gradients: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The logits of every batch with the targets that they predict; batches and errors as for `logit_stream`."""
+    if getattr(model, "training", False):
+        raise ValueError("the model is in training mode, where dropout makes it random: call model.eval()")
+    for batch in batches:
+        inputs, keywords, targets = _arguments(batch, ignore_index)
+        with torch.set_grad_enabled(gradients):
+            logits = _logits_of(model(*inputs, **keywords))
+        yield logits, targets
+
+
+def _arguments(batch: Batch, ignore_index: int) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+    """What to call the model with, and the targets of its logits."""
+    if isinstance(batch, Tensor):
+        return (batch,), {}, _next_tokens(batch, ignore_index)
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return (batch[0],), {}, batch[1]
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            "a batch is a tensor of tokens, a mapping with 'input_ids', or a pair of inputs and targets, got "
+            + type(batch).__name__
+        )
+    keywords = {name: value for name, value in batch.items() if name != "labels"}
+    if "input_ids" not in keywords:
+        raise TypeError(f"a mapping needs 'input_ids', got {', '.join(map(str, batch)) or 'nothing'}")
+    labels = batch.get("labels", keywords["input_ids"])
+    if keywords.get("attention_mask") is not None:
+        labels = labels.masked_fill(keywords["attention_mask"] == 0, ignore_index)
+    return (), keywords, _next_tokens(labels, ignore_index)
+
+
+def _next_tokens(tokens: Tensor, ignore_index: int) -> Tensor:
+    """Shifts the tokens, not the logits: a slice of those would cost a padded copy in the backward pass."""
+    return torch.nn.functional.pad(tokens[..., 1:].to(torch.int64), (0, 1), value=ignore_index)
+
+
+def _logits_of(output: Any) -> Tensor:
+    found = output
+    if hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, Mapping):
+        found = output.get("logits")
+    elif isinstance(output, tuple | list) and output:
+        found = output[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"the model must return logits, or an object with .logits, got {type(output).__name__}: "
+            "wrap it in a function that does"
+        )
+    return found
