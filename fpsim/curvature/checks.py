@@ -1,0 +1,204 @@
+"""Whether an operator can be trusted: is it symmetric, and is its loss the same at every call, and if not, why not.
+
+Lanczos and its like assume one symmetric matrix. Dropout, stochastic rounding whose noise is drawn anew, and shuffled
+data give another matrix at each product; rounded gradients give one that is not symmetric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fpsim.curvature.linear import Operator
+from fpsim.curvature.operators import NO_BATCH, Data, Weight
+from fpsim.curvature.products import OperationsSeen
+from fpsim.curvature.vectors import Layout, Params, Select, layout
+
+#: Parts of the names of operators that draw random numbers.
+_RANDOM = ("rand", "bernoulli", "dropout", "normal_", "uniform_", "exponential", "multinomial", "geometric_", "cauchy_")
+
+
+@dataclass(frozen=True)
+class Symmetry:
+    """Whether an operator is symmetric.
+
+    Attributes:
+        error: an estimate of ``|A - A^T| / |A|`` (`Operator.symmetry_error`).
+        tolerance: above which it counts as not symmetric.
+        symmetric: whether it is within the tolerance.
+    """
+
+    error: float
+    tolerance: float
+    symmetric: bool
+
+
+def check_symmetry(
+    operator: Operator, *, tolerance: float | None = None, pairs: int = 2, generator: torch.Generator | None = None
+) -> Symmetry:
+    """Whether ``operator`` is symmetric, by ``2 * pairs`` products.
+
+    Args:
+        operator: any.
+        tolerance: None is 1e-4 for float32 vectors (forward rounding and float32 arithmetic stay below 1e-5), 1e-9
+            for float64.
+        pairs: of random vectors.
+        generator: None is a fresh one with seed 0.
+    """
+    if tolerance is None:
+        tolerance = 1e-9 if operator.dtype == torch.float64 else 1e-4
+    error = operator.symmetry_error(pairs=pairs, generator=generator)
+    return Symmetry(error, tolerance, error <= tolerance)
+
+
+@dataclass(frozen=True)
+class Determinism:
+    """Whether a loss and its gradient are the same at every call.
+
+    Attributes:
+        deterministic: whether they were, bit for bit, and the data came in the same order.
+        difference: the largest relative difference of the gradient between two calls.
+        reasons: in words, why not; also what makes the result depend on how data are cut into batches.
+    """
+
+    deterministic: bool
+    difference: float
+    reasons: tuple[str, ...]
+
+
+def check_determinism(
+    loss: Callable[..., Tensor],
+    params: Params,
+    *,
+    batches: Iterable[Any] | None = None,
+    weight: Weight = None,
+    select: Select = None,
+    limit: int = 3,
+) -> Determinism:
+    """Whether `hessian` of the same arguments is one matrix, and if not, why: calls the loss and its gradient twice.
+
+    Args:
+        loss, params, batches, weight, select: as for `hessian`.
+        limit: how many batches to differentiate; all are read, twice.
+
+    The global random state of torch is as before afterwards.
+    """
+    arranged = layout(params, select=select)
+    data = Data.of(batches, weight)
+    reasons = _order_of(data)
+    deterministic = not reasons
+    difference, training = 0.0, False
+    for index, (batch, _) in enumerate(data):
+        if index == limit:
+            break
+        found, why, trains = _of_batch(loss, arranged, batch)
+        difference, training = max(difference, found), training or trains
+        reasons += [reason for reason in why if reason not in reasons]
+        deterministic = deterministic and not why
+    if training and batches is not None:
+        reasons.append(
+            "batch_norm in training mode makes each sample's loss depend on its batch, so the result depends on how "
+            "the data are cut and shuffled into batches: call model.eval(), or use one batch"
+        )
+    return Determinism(deterministic, difference, tuple(reasons))
+
+
+def _of_batch(loss: Callable[..., Tensor], arranged: Layout, batch: Any) -> tuple[float, list[str], bool]:
+    """The relative difference of two gradients, the reasons for it, and whether batch_norm is in training mode."""
+    devices = list({value.device.index for value in arranged.values if value.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        with OperationsSeen() as seen:
+            first = _gradient(loss, arranged, batch)
+        second = _gradient(loss, arranged, batch)
+        training = any(args[5] is True for name, args in seen.calls if len(args) > 5)
+        difference = _difference(first, second)
+        if difference == 0:
+            return 0.0, [], training
+        state = torch.random.get_rng_state()
+        states = [torch.cuda.get_rng_state(device) for device in devices]
+        replayed = []
+        for _ in range(2):
+            torch.random.set_rng_state(state)
+            for device, saved in zip(devices, states, strict=True):
+                torch.cuda.set_rng_state(saved, device)
+            replayed.append(_gradient(loss, arranged, batch))
+    random = sorted(name for name in seen.names if any(part in name for part in _RANDOM))
+    reasons = []
+    if random:
+        reasons.append(_why_random(random))
+    left = _difference(*replayed)
+    if left:
+        reasons.append(_why_otherwise(left))
+    return difference, reasons or [_why_otherwise(difference)], training
+
+
+def _why_random(names: list[str]) -> str:
+    drawn = ", ".join(names)
+    if any("dropout" in name or "bernoulli" in name for name in names):
+        return f"dropout is active, or other signs are drawn at each call ({drawn}): call model.eval()"
+    return (
+        f"the loss draws random numbers at each call ({drawn}): draw them once and pass them in; stochastic rounding "
+        "must have its noise or seed frozen"
+    )
+
+
+def _why_otherwise(difference: float) -> str:
+    if difference < 1e-4:
+        return (
+            f"gradients differ by {difference:.1e} between equal calls: kernels add up in varying order "
+            "(torch.use_deterministic_algorithms(True) makes them repeat)"
+        )
+    return (
+        f"the loss changes from call to call (gradients differ by {difference:.1e}) although no random numbers explain "
+        "it: it keeps a state, such as running statistics, a counter or a cache"
+    )
+
+
+def _gradient(loss: Callable[..., Tensor], arranged: Layout, batch: Any) -> Tensor:
+    variables = [value.detach().requires_grad_() for value in arranged.values]
+    tree = arranged.substitute(variables)
+    value = loss(tree) if batch is NO_BATCH else loss(tree, batch)
+    pieces = torch.autograd.grad(value, variables, materialize_grads=True)
+    return torch.cat([value.detach().reshape(1).to(arranged.dtype), arranged.join(pieces).to(value.device)])
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    scale = float(torch.linalg.vector_norm(a, dtype=torch.float64))
+    gap = float(torch.linalg.vector_norm(a - b, dtype=torch.float64))
+    return gap / scale if scale else gap
+
+
+def _order_of(data: Data) -> list[str]:
+    """What is wrong with the order of the batches, by reading them twice."""
+    first, second = ([_fingerprint(batch) for batch, _ in data] for _ in range(2))
+    if first == second:
+        return []
+    if sorted(first) == sorted(second):
+        return [
+            "the batches come in another order at each pass (shuffle=True): harmless up to rounding, but pass "
+            "shuffle=False for results that repeat"
+        ]
+    return [
+        "the batches differ from pass to pass: the loader shuffles samples between batches (shuffle=True), or augments "
+        "at random; pass shuffle=False, or list(loader)"
+    ]
+
+
+def _fingerprint(batch: Any) -> tuple[str, ...]:
+    """Of a batch's tensors: their form and two sums."""
+    if batch is NO_BATCH:
+        return ()
+    parts = []
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            flat = leaf.detach().reshape(-1).to(torch.float64)
+            ramp = torch.arange(1, flat.numel() + 1, dtype=torch.float64, device=flat.device)
+            parts.append(f"{tuple(leaf.shape)} {leaf.dtype} {float(flat.sum())!r} {float((flat * ramp).sum())!r}")
+        else:
+            parts.append(repr(leaf))
+    return tuple(parts)

@@ -1,0 +1,64 @@
+"""Products counted while they are made, and shown as a progress bar if asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fpsim.curvature.linear import Operator
+
+
+class Products:
+    """``v -> A v``, counting. Stops at a result that is not finite, which no algorithm recovers from."""
+
+    def __init__(self, operator: Operator) -> None:
+        self.operator = operator
+        self.count = 0
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        result = self.operator.matvec(vector)
+        self.count += 1
+        if not torch.isfinite(result.sum()):
+            raise FloatingPointError(
+                f"product {self.count} with the {self.operator.name} has infinities or NaN: the loss is not finite "
+                "there, or a format overflowed"
+            )
+        return result
+
+
+class _ShownProducts(Products):
+    def __init__(self, operator: Operator, title: str, total: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        super().__init__(operator)
+        self.bar = Progress(TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True)
+        self.task = self.bar.add_task(title, total=total)
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        result = super().__call__(vector)
+        self.bar.advance(self.task)
+        return result
+
+
+@contextmanager
+def products_of(operator: Operator | Tensor, title: str, total: int, progress: bool) -> Iterator[Products]:
+    """The counted products of ``operator`` (or of a dense symmetric matrix); ``total`` is the most there may be."""
+    operator = as_operator(operator)
+    if not progress:
+        yield Products(operator)
+        return
+    shown = _ShownProducts(operator, title, total)
+    with shown.bar:
+        yield shown
+
+
+def as_operator(operator: Operator | Tensor) -> Operator:
+    """``operator``, or that of a dense matrix."""
+    if isinstance(operator, Operator):
+        return operator
+    if isinstance(operator, Tensor):
+        return Operator.of_matrix(operator)
+    raise TypeError(f"expected an Operator or a matrix, got {type(operator).__name__}: make one with hessian(...)")

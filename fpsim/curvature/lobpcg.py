@@ -1,0 +1,134 @@
+"""LOBPCG: eigenpairs at one end of the spectrum in the memory of six vectors per pair.
+
+Knyazev 2001, "Toward the optimal preconditioned eigensolver", without a preconditioner: each step minimises over the
+span of the current vectors, their residuals and the previous directions. As many products as Lanczos (measured), with
+memory that does not grow; and, being a block method, it finds repeated eigenvalues.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fpsim.curvature.lanczos import AT_LEAST, IN_A_ROW, Matvec, RitzPairs, noise
+from fpsim.curvature.vectors import norm
+
+#: A direction of which the other vectors leave less than this is dropped: dividing by it would blow up the rounding
+#: errors of its image at every step.
+NEARLY_DEPENDENT = 0.05
+
+
+def lobpcg(matvec: Matvec, start: Tensor, *, count: int, tol: float, max_products: int) -> RitzPairs:
+    """The ``count`` largest eigenpairs, best first.
+
+    Args:
+        matvec: a symmetric linear map.
+        start: random vectors, shape ``(block, size)`` with ``count <= block <= size / 3``.
+        tol: a residual is small enough at ``tol * |theta|``.
+        max_products: when to give up.
+    """
+    x = _orthonormal(start)
+    ax = torch.stack([matvec(row) for row in x])
+    products, scale, in_a_row = len(x), _longest(ax), 0
+    p, ap = x[:0], x[:0]
+    while True:
+        values, rotation = _ritz(_gram(x, ax), _gram(x, x))
+        x, ax = rotation.T.to(x) @ x, rotation.T.to(x) @ ax
+        r = ax - values.to(x).unsqueeze(1) * x
+        residuals = torch.tensor([norm(row) for row in r], dtype=torch.float64)
+        small = residuals <= (tol * values.abs()).clamp(min=noise(x.dtype) * scale)
+        converged = bool(small[:count].all())
+        in_a_row = in_a_row + 1 if converged else 0
+        done = in_a_row >= IN_A_ROW and products >= AT_LEAST
+        if done or products >= max_products or bool((residuals <= noise(x.dtype) * scale).all()):
+            break
+        active = (~small).nonzero().flatten()
+        if converged:  # to be confirmed: by all, for it may be one of those wanted that has yet to turn
+            active = torch.arange(len(x))
+        w = _orthonormal(r[active[: max_products - products]], x)
+        if len(w) == 0:
+            break
+        aw = torch.stack([matvec(row) for row in w])
+        products += len(w)
+        scale = max(scale, _longest(aw))
+        if float((_gram(w, ax) - _gram(aw, x)).abs().max()) > 10 * noise(x.dtype) * scale:
+            # The images, combined from step to step, have drifted from the vectors: an error that would grow.
+            if products + len(x) > max_products:
+                break
+            ax, p, ap = torch.stack([matvec(row) for row in x]), p[:0], ap[:0]
+            products += len(x)
+        p, ap = _directions(p, ap, torch.cat([x, w]), torch.cat([ax, aw]))
+        s, a = torch.cat([x, w, p]), torch.cat([ax, aw, ap])
+        _, vectors = _ritz(_gram(s, a), _gram(s, s))
+        best = vectors[:, : len(x)].to(x)
+        directions = best.clone()
+        directions[: len(x)] = 0
+        x, ax, p, ap = best.T @ s, best.T @ a, directions.T @ s, directions.T @ a
+    return RitzPairs(values[:count], residuals[:count], x[:count], converged, float("nan"))
+
+
+def _ritz(projected: Tensor, overlap: Tensor) -> tuple[Tensor, Tensor]:
+    """Ritz values in descending order, and the coefficients of their vectors, for rows that are nearly orthonormal.
+
+    The overlap matters all the same: taking it for the identity lets small errors grow from step to step.
+    """
+    inverse = torch.linalg.inv(torch.linalg.cholesky((overlap + overlap.T) / 2))
+    values, vectors = torch.linalg.eigh(inverse @ ((projected + projected.T) / 2) @ inverse.T)
+    return values.flip(0), (inverse.T @ vectors).flip(1)
+
+
+def _longest(rows: Tensor) -> float:
+    """The largest norm: of images of unit vectors, a lower bound of the operator's."""
+    return max(norm(row) for row in rows)
+
+
+def _gram(left: Tensor, right: Tensor) -> Tensor:
+    return (left @ right.T).to("cpu", torch.float64)
+
+
+def _orthonormal(rows: Tensor, against: Tensor | None = None) -> Tensor:
+    """The rows made orthonormal, and orthogonal to those of ``against``; rows that depend on others are left out."""
+    kept: list[Tensor] = []
+    for row in rows:
+        first = norm(row)
+        if first == 0:
+            continue
+        row, left = row / first, 1.0
+        for _ in range(3):  # normalised in between: what little may be left is made orthogonal, too
+            if against is not None:
+                row = row - against.T @ (against @ row)
+            for other in kept:
+                row = row - (other @ row) * other
+            length = norm(row)
+            left *= length
+            if left <= noise(row.dtype):
+                break
+            row = row / length
+        else:
+            kept.append(row)
+    return torch.stack(kept) if kept else rows[:0]
+
+
+def _directions(p: Tensor, ap: Tensor, basis: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    """``p`` made orthonormal to itself and to ``basis``, and ``ap``, its image, by the same combinations."""
+    kept: list[Tensor] = []
+    images: list[Tensor] = []
+    for row, map_of_row in zip(p, ap, strict=True):
+        length = norm(row)
+        if length == 0:
+            continue
+        row, map_of_row, left = row / length, map_of_row / length, 1.0
+        for _ in range(2):
+            pairs = [(basis, image)] + ([(torch.stack(kept), torch.stack(images))] if kept else [])
+            for rows, maps in pairs:
+                coefficients = rows @ row
+                row, map_of_row = row - rows.T @ coefficients, map_of_row - maps.T @ coefficients
+            length = norm(row)
+            left *= length
+            if left <= NEARLY_DEPENDENT:
+                break
+            row, map_of_row = row / length, map_of_row / length
+        else:
+            kept.append(row)
+            images.append(map_of_row)
+    return (torch.stack(kept), torch.stack(images)) if kept else (p[:0], ap[:0])

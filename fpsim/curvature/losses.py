@@ -1,0 +1,242 @@
+"""From a module to the functions that operators take: ``loss(params)``, ``loss(params, batch)``, ``outputs(params)``.
+
+The module is left as it is: its parameters are substituted (`torch.func.functional_call`), its buffers copied, its
+training mode and its ``.grad`` untouched. Hugging Face models, tied weights and batches that are mappings work as they
+are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+#: Hugging Face's and torch's label for "no target here".
+IGNORED = -100
+
+_NO_BATCH = object()
+
+
+def functional_loss(
+    model: nn.Module, loss: Callable[..., Tensor] | None = None, *, batch: Any = _NO_BATCH
+) -> Callable[..., Tensor]:
+    """``loss(params, batch)`` of ``model``, or ``loss(params)`` if a ``batch`` is given here.
+
+    Args:
+        model: any module. Training mode stays as it is: with dropout active the loss is not deterministic, and
+            batch_norm uses the batch's statistics (its running ones are not changed).
+        loss: what to compute from the model's outputs, by the form of a batch:
+
+            - a mapping: ``loss(model(**batch), batch)``; without ``loss``, the output's own ``.loss``, as Hugging
+              Face models return for batches with ``labels``;
+            - a tuple or list ``(inputs, targets)``: ``loss(model(inputs), targets)``; without ``loss``,
+              ``model(*batch)``, which must be the loss itself;
+            - anything else: ``loss(model(batch))``; without ``loss``, ``model(batch)``.
+        batch: the one batch, if there is just one.
+
+    Returns:
+        A function of a mapping from parameter names to tensors, ``dict(model.named_parameters())`` or a part of it
+        (the rest are the module's own values, as constants).
+
+    Raises:
+        ValueError: a compiled module (torch.func would silently run it uncompiled, without what its backend does), or
+            a sharded one.
+
+    >>> linear = nn.Linear(2, 1)
+    >>> value = functional_loss(linear, nn.functional.mse_loss, batch=(torch.ones(3, 2), torch.zeros(3, 1)))
+    >>> value(dict(linear.named_parameters())).shape
+    torch.Size([])
+    """
+    call = _functional(model)
+
+    def of_batch(params: Mapping[str, Tensor], batch: Any) -> Tensor:
+        if isinstance(batch, Mapping):
+            outputs = call(params, (), dict(batch))
+            return loss(outputs, batch) if loss is not None else _own_loss(outputs)
+        if isinstance(batch, tuple | list):
+            if loss is None:
+                return _own_loss(call(params, tuple(batch), {}))
+            if len(batch) != 2:
+                raise ValueError(f"a batch with a loss is (inputs, targets), got {len(batch)} entries: use a mapping")
+            return loss(call(params, (batch[0],), {}), batch[1])
+        outputs = call(params, (batch,), {})
+        return loss(outputs) if loss is not None else _own_loss(outputs)
+
+    return of_batch if batch is _NO_BATCH else lambda params: of_batch(params, batch)
+
+
+def functional_outputs(model: nn.Module, *, batch: Any = _NO_BATCH) -> Callable[..., Tensor]:
+    """``outputs(params, batch)`` of ``model``, or ``outputs(params)``: what `gauss_newton` differentiates.
+
+    The model's output tensor, or the ``.logits`` of a Hugging Face output. Batches as for `functional_loss`; of a
+    tuple only the first entry goes into the model, and a mapping goes without its ``labels``.
+
+    Raises:
+        ValueError: as `functional_loss`.
+        TypeError: the model returns neither a tensor nor an object with ``logits``.
+    """
+    call = _functional(model)
+
+    def of_batch(params: Mapping[str, Tensor], batch: Any) -> Tensor:
+        if isinstance(batch, Mapping):
+            outputs = call(params, (), {key: value for key, value in batch.items() if key != "labels"})
+        else:
+            outputs = call(params, (batch[0] if isinstance(batch, tuple | list) else batch,), {})
+        outputs = getattr(outputs, "logits", outputs)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"the model returns {type(outputs).__name__}, without logits: write outputs(params) yourself"
+            )
+        return outputs
+
+    return of_batch if batch is _NO_BATCH else lambda params: of_batch(params, batch)
+
+
+def label_count(batch: Any, *, ignore_index: int = IGNORED) -> int:
+    """How many labels of ``batch`` count: a ``weight`` that makes several batches one mean over tokens.
+
+    Args:
+        batch: a mapping with ``labels`` (batch, length), of which causal language models skip the first of each row;
+            or ``(inputs, targets)``, of which every target counts.
+        ignore_index: the label that does not count.
+    """
+    if isinstance(batch, Mapping):
+        if "labels" not in batch:
+            raise ValueError(
+                f"the batch has no labels to count, only {', '.join(map(str, batch))}: pass another weight"
+            )
+        labels = batch["labels"][..., 1:]
+    elif isinstance(batch, tuple | list) and len(batch) == 2:
+        labels = batch[1]
+    else:
+        raise ValueError("label_count reads mappings with labels and pairs (inputs, targets): pass another weight")
+    return int((labels != ignore_index).sum())
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORED) -> Tensor:
+    """The mean cross-entropy in nats, leaner than torch's when differentiated twice.
+
+    ``logsumexp(z) - z[target]``: its derivatives keep the logits and the probabilities, where those of
+    ``log_softmax`` keep several more tensors of that size, which counts with vocabularies of 50,000.
+
+    Args:
+        logits: float, shape (..., classes).
+        targets: int64, shape (...).
+        ignore_index: targets that do not count.
+    """
+    counted = targets != ignore_index
+    picked = logits.gather(-1, targets.where(counted, 0).unsqueeze(-1)).squeeze(-1)
+    return ((logits.logsumexp(-1) - picked) * counted).sum() / counted.sum()
+
+
+@dataclass(frozen=True, eq=False)
+class CrossEntropy:
+    """Cross-entropy as the ``loss`` of `gauss_newton`, with its Hessian in closed form.
+
+    ``H u = (p * u - p (p . u)) / N`` for the probabilities p of each of the N tokens that count: one tensor of the
+    size of the logits, where differentiating twice takes several.
+
+    Attributes:
+        targets: of the outputs, int64 of shape (...) for logits (..., classes); or a function that takes them from a
+            batch (for a causal Hugging Face model: ``shifted_labels``).
+        ignore_index: targets that do not count.
+        chunk: how many tokens are worked on at a time.
+
+    >>> logits = torch.zeros(2, 3)
+    >>> CrossEntropy(torch.tensor([0, 1]))(logits)
+    tensor(1.0986)
+    """
+
+    targets: Tensor | Callable[[Any], Tensor]
+    ignore_index: int = IGNORED
+    chunk: int = 1024
+
+    def __call__(self, logits: Tensor, batch: Any = None) -> Tensor:
+        return cross_entropy(logits, self._targets(batch), ignore_index=self.ignore_index)
+
+    def output_product(self, batch: Any) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
+        """At given logits, the map ``u -> H u``; it overwrites u."""
+        targets = self._targets(batch)
+
+        def at(logits: Tensor) -> Callable[[Tensor], Tensor]:
+            if targets.shape != logits.shape[:-1]:
+                raise ValueError(f"targets of shape {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}")
+            counted = (targets != self.ignore_index).reshape(-1)
+            rows = logits.flatten(0, -2)
+            scale = counted.to(logits.dtype) / counted.sum()
+
+            def product(tangent: Tensor) -> Tensor:
+                result = tangent.contiguous()
+                pieces = zip(
+                    rows.split(self.chunk),
+                    result.flatten(0, -2).split(self.chunk),
+                    scale.split(self.chunk),
+                    strict=True,
+                )
+                for z, u, s in pieces:
+                    p = z.softmax(-1)
+                    u.sub_((p * u).sum(-1, keepdim=True)).mul_(p).mul_(s.unsqueeze(-1))
+                return result
+
+            return product
+
+        return at
+
+    def _targets(self, batch: Any) -> Tensor:
+        return self.targets(batch) if callable(self.targets) else self.targets
+
+
+def shifted_labels(batch: Mapping[str, Tensor], *, ignore_index: int = IGNORED) -> Tensor:
+    """The next token's label at each position of a causal language model's ``batch``, ignored at the last one."""
+    labels = batch["labels"]
+    return torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)], dim=-1)
+
+
+def _functional(model: nn.Module) -> Callable[[Mapping[str, Tensor], tuple[Any, ...], dict[str, Any]], Any]:
+    """``model`` as a function of (parameters, arguments, keyword arguments)."""
+    _refuse_compiled(model)
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    module: nn.Module = model.module if wrapped else model  # type: ignore[assignment]
+    prefix = "module." if wrapped else ""
+    if type(module).__name__ in ("FullyShardedDataParallel",) or type(module).__name__.startswith("FSDP"):
+        raise ValueError("the module's parameters are sharded (FSDP): gather them into a plain module first")
+    own = dict(module.named_parameters(remove_duplicate=False))
+
+    def call(params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = {name.removeprefix(prefix): value for name, value in params.items()}
+        unknown = next((name for name in given if name not in own), None)
+        if unknown is not None:
+            raise ValueError(
+                f"the module has no parameter {unknown!r}: pass dict(model.named_parameters()) of the same model"
+            )
+        # Constants are detached, or autograd would record everything that they touch. Tied names share what is given.
+        substituted = {id(own[name]) for name in given}
+        state = {name: value.detach() for name, value in own.items() if id(value) not in substituted}
+        state.update(given)
+        if any(part.training for part in module.modules()):
+            state.update((name, buffer.clone()) for name, buffer in module.named_buffers())
+        return functional_call(module, state, args, kwargs, tie_weights=True)
+
+    return call
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    for name, part in model.named_modules():
+        if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"the module{f' {name}' if name else ''} is compiled: torch.func would run it uncompiled without a "
+                "word, and a backend's rounding would be lost. Pass the module as it was (compiled._orig_mod)"
+            )
+
+
+def _own_loss(outputs: Any) -> Tensor:
+    value = getattr(outputs, "loss", outputs)
+    if value is None:
+        raise ValueError("the model returned no loss: give the batch labels, or pass a loss function")
+    if not isinstance(value, Tensor):
+        raise TypeError(f"the model returned {type(value).__name__} instead of a loss: pass a loss function")
+    return value

@@ -1,0 +1,300 @@
+"""Products of second derivatives with vectors: the ways to differentiate twice, each a function of a few lines.
+
+A *linearisation* takes a scalar function of some tensors and their values, and returns the linear map ``v -> H v`` on
+tuples of tensors. Which transforms may be nested was measured, not assumed: with torch 2.13 ``vjp(grad)`` and
+``jvp(grad)`` are right for every operator tried, while ``torch.func.hessian``, ``jvp(jacrev)`` and ``grad(jvp)`` are
+silently wrong for layer_norm and for batch_norm in training mode (pytorch#196699, #196700). Do not "simplify" to them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, func
+from torch.func import grad
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Tensors = tuple[Tensor, ...]
+#: A scalar function of the varying tensors.
+Function = Callable[[Tensors], Tensor]
+#: A linear map between tuples of tensors of the parameters' shapes.
+Product = Callable[[Tensors], Tensors]
+
+Mode = Literal["reverse", "forward", "double_backward", "finite_difference"]
+MODES: tuple[str, ...] = ("reverse", "forward", "double_backward", "finite_difference")
+
+
+class CurvatureError(RuntimeError):
+    """A function could not be differentiated twice; the message says which operation, and what to do."""
+
+
+def vjp(function: Callable[..., Any], *values: Any) -> tuple[Any, Callable[..., Any]]:
+    """`torch.func.vjp`, whose annotation leaves out that it returns a pair."""
+    value, pull = cast(tuple[Any, Callable[..., Any]], func.vjp(function, *values))
+    return value, pull
+
+
+def jvp(function: Callable[..., Any], values: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    """`torch.func.jvp`, likewise."""
+    value, tangent = cast(tuple[Any, Any], func.jvp(function, values, tangents))
+    return value, tangent
+
+
+def reverse(function: Function, values: Tensors) -> Product:
+    """``vjp(grad)``, its graph kept: 2.2 gradients per product, and the widest coverage of operators."""
+    with differentiable("reverse"):
+        _, pull = vjp(grad(function), values)
+
+    def product(vector: Tensors) -> Tensors:
+        with differentiable("reverse"):
+            return pull(vector, create_graph=False)[0]
+
+    return product
+
+
+def forward(function: Function, values: Tensors) -> Product:
+    """``jvp(grad)``, anew for each product: keeps no graph."""
+
+    def product(vector: Tensors) -> Tensors:
+        with differentiable("forward"), _PaddingIsConstant(), torch.no_grad():
+            return jvp(grad(function), (values,), (vector,))[1]
+
+    return product
+
+
+def double_backward(function: Function, values: Tensors) -> Product:
+    """Plain autograd twice, its graph kept: for what `torch.func` refuses, such as gradient checkpointing."""
+    variables = tuple(value.detach().requires_grad_() for value in values)
+    with differentiable("double_backward"), torch.enable_grad():
+        gradient = torch.autograd.grad(function(variables), variables, create_graph=True, materialize_grads=True)
+    pairs = [index for index, piece in enumerate(gradient) if piece.requires_grad]
+
+    def product(vector: Tensors) -> Tensors:
+        if not pairs:  # the function is linear
+            return tuple(torch.zeros_like(value) for value in values)
+        with differentiable("double_backward"):
+            return torch.autograd.grad(
+                [gradient[index] for index in pairs],
+                variables,
+                [vector[index] for index in pairs],
+                retain_graph=True,
+                materialize_grads=True,
+            )
+
+    return product
+
+
+def finite_difference(function: Function, values: Tensors, step: float | None = None) -> Product:
+    """Central differences of the gradient along the unit vector: two gradients, any attention kernel, approximate.
+
+    Args:
+        function: the scalar function.
+        values: where to differentiate; float32 or float64.
+        step: the Euclidean length of the step; None is ``eps**(1/3) * max(1, |values|)``.
+    """
+    narrow = {value.dtype for value in values} - {torch.float32, torch.float64}
+    if narrow:
+        raise ValueError(f"finite differences of parameters in {narrow.pop()} are noise: use mode='reverse'")
+    if step is None:
+        length = _length(values)
+        step = max(torch.finfo(value.dtype).eps for value in values) ** (1 / 3) * max(1.0, length)
+
+    def gradient(scale: float, vector: Tensors) -> Tensors:
+        moved = tuple((v.detach() + scale * t).requires_grad_() for v, t in zip(values, vector, strict=True))
+        fixed = list(zip(moved, values, strict=True))
+        with torch.enable_grad(), differentiable("finite_difference"), _PaddingIsConstant(fixed):
+            return torch.autograd.grad(function(moved), moved, materialize_grads=True)
+
+    def product(vector: Tensors) -> Tensors:
+        length = _length(vector)
+        if length == 0:
+            return tuple(torch.zeros_like(v) for v in vector)
+        plus, minus = gradient(step / length, vector), gradient(-step / length, vector)
+        return tuple((a - b) * (length / (2 * step)) for a, b in zip(plus, minus, strict=True))
+
+    return product
+
+
+def _length(tensors: Tensors) -> float:
+    return sum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors) ** 0.5
+
+
+def gauss_newton_reverse(
+    outputs: Callable[[Tensors], Tensor],
+    output_product: Callable[[Tensor], Callable[[Tensor], Tensor]],
+    values: Tensors,
+) -> Product:
+    """``v -> J^T B J v`` with kept graphs, where J is the Jacobian of ``outputs`` and B acts on outputs.
+
+    J v is the transpose of the linear map ``u -> J^T u``: two reverse passes, so that no forward-mode rule is needed.
+
+    Args:
+        outputs: a tensor-valued function.
+        output_product: at given outputs, the map ``u -> B u``.
+        values: where to differentiate.
+    """
+    with differentiable("reverse"):
+        predictions, pull = vjp(outputs, values)
+        # Linear in u, but autograd must see that it depends on u: hence a function of it, at an arbitrary point.
+        _, push = vjp(lambda u: pull(u)[0], torch.zeros_like(predictions))
+        middle = output_product(predictions.detach())
+
+    def product(vector: Tensors) -> Tensors:
+        with differentiable("reverse"):
+            tangent = push(vector, create_graph=False)[0].detach()
+            return pull(middle(tangent), create_graph=False)[0]
+
+    return product
+
+
+def gauss_newton_forward(
+    outputs: Callable[[Tensors], Tensor],
+    output_product: Callable[[Tensor], Callable[[Tensor], Tensor]],
+    values: Tensors,
+) -> Product:
+    """The same, with J v by forward mode, anew for each product."""
+
+    def product(vector: Tensors) -> Tensors:
+        with differentiable("forward"), _PaddingIsConstant():
+            predictions, tangent = jvp(outputs, (values,), (vector,))
+            middle = output_product(predictions.detach())
+            _, pull = vjp(outputs, values)
+            return pull(middle(tangent.detach()), create_graph=False)[0]
+
+    return product
+
+
+def hessian_of_output(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
+    """``output_product`` for B the Hessian of ``loss`` with respect to the outputs."""
+
+    def at(predictions: Tensor) -> Callable[[Tensor], Tensor]:
+        with differentiable("reverse"):
+            _, pull = vjp(grad(loss), predictions)
+        return lambda tangent: pull(tangent, create_graph=False)[0]
+
+    return at
+
+
+def attention_kernel(mode: str) -> AbstractContextManager[Any]:
+    """What `scaled_dot_product_attention` must run as: its fused kernels cannot be differentiated twice."""
+    return nullcontext() if mode == "finite_difference" else sdpa_kernel(SDPBackend.MATH)
+
+
+class _PaddingIsConstant(TorchFunctionMode):
+    """Makes rows that an embedding looks up at its ``padding_idx`` constants.
+
+    Reverse mode gives them no gradient; forward mode (torch 2.13) lets their tangents through all the same, so that
+    the two would be products with different, non-symmetric matrices.
+
+    Args:
+        fixed: where a parameter is moved by hand (finite differences): (moved, where it came from).
+    """
+
+    def __init__(self, fixed: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
+        super().__init__()
+        self.fixed = fixed
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is not functional.embedding:
+            return result
+        padding = args[2] if len(args) > 2 else kwargs.get("padding_idx")
+        if padding is None:
+            return result
+        indices = args[0] if args else kwargs["input"]
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        padding = padding % weight.shape[0]
+        origin = next((origin for moved, origin in self.fixed if moved is weight), None)
+        constant = result.detach() if origin is None else origin[padding]
+        return torch.where((indices == padding).unsqueeze(-1), constant, result)
+
+
+class OperationsSeen(TorchDispatchMode):
+    """Notes the names of the operators that run inside it, such as ``aten::bernoulli_.float``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        if func.name().startswith("aten::native_batch_norm"):
+            self.calls.append((func.name(), args))
+        return func(*args, **(kwargs or {}))
+
+
+def operations(function: Function, values: Tensors) -> OperationsSeen:
+    """The operators of one forward pass of ``function``."""
+    with OperationsSeen() as seen, torch.no_grad():
+        function(values)
+    return seen
+
+
+_REMEDIES: tuple[tuple[str, str], ...] = (
+    (
+        r"don't yet support saved tensor hooks",
+        "torch.func cannot differentiate through gradient checkpointing (torch.utils.checkpoint) or other saved-tensor "
+        "hooks: use mode='double_backward' with use_reentrant=False, or switch checkpointing off",
+    ),
+    (
+        r"mutate a captured Tensor",
+        "the loss writes to a tensor outside of it, as batch_norm in training mode does to its running statistics: "
+        "make the loss with fpsim.curvature.functional_loss, which gives each call its own buffers",
+    ),
+    (
+        r"double backward|compiled (?:function|autograd)",
+        "compiled code cannot be differentiated twice: hand over the module as it was before torch.compile "
+        "(module._orig_mod); Hessian products themselves compile with mode='forward', compile=True",
+    ),
+    (
+        r"use_reentrant=True",
+        "reentrant gradient checkpointing cannot be differentiated twice: pass use_reentrant=False, and use "
+        "mode='double_backward'",
+    ),
+    (
+        r"setup_context staticmethod|must implement the jvp|generate_vmap_rule",
+        "the loss contains a torch.autograd.Function that torch.func cannot transform (reentrant checkpointing is one: "
+        "pass use_reentrant=False): use mode='double_backward'",
+    ),
+)
+
+
+@contextmanager
+def differentiable(mode: str) -> Iterator[None]:
+    """Opens the attention kernels, and turns torch's refusals into a `CurvatureError` with the remedy."""
+    try:
+        with attention_kernel(mode):
+            yield
+    except (CurvatureError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        text = str(error)
+        missing = re.search(r"derivative for '?([\w:.]+)'? is not implemented|forward AD with ([\w:.]+)", text)
+        if missing:
+            raise CurvatureError(_underivable(missing[1] or missing[2], mode)) from error
+        for pattern, remedy in _REMEDIES:
+            if re.search(pattern, text, re.DOTALL):
+                raise CurvatureError(f"{remedy} (torch: {text.splitlines()[0]})") from error
+        raise
+
+
+def _underivable(name: str, mode: str) -> str:
+    if "attention" in name:
+        why = (
+            "the loss itself chooses a fused attention kernel, which has no second derivative: "
+            "remove its sdpa_kernel(...), or set attn_implementation='eager'"
+        )
+    elif mode == "forward":
+        why = "it has no forward-mode derivative: use mode='reverse'"
+    else:
+        why = "it has no second derivative: write it with other operators"
+    return f"cannot differentiate twice through {name}: {why}, or use mode='finite_difference' (approximate)"

@@ -1,0 +1,139 @@
+"""Curvature with rounding inside the loss: symmetric, being of the straight-through surrogate, and when it is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_models import case, dense_hessian, relative, token_loss
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional
+
+import fpsim
+from fpsim.curvature import (
+    check_symmetry,
+    eigenpairs,
+    functional_loss,
+    functional_outputs,
+    gauss_newton,
+    hessian,
+    layout,
+)
+
+
+class RoundedLinear(nn.Linear):
+    """A linear layer whose input and weight are rounded."""
+
+    def forward(self, x):
+        return functional.linear(fpsim.round(x, "e8m3"), fpsim.round(self.weight, "e8m3"), self.bias)
+
+
+class RoundGradient(torch.autograd.Function):
+    """The identity, whose gradient is rounded."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return fpsim.round(g, "e8m3")
+
+    @staticmethod
+    def jvp(ctx, t):
+        return t.clone()
+
+
+def network(seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Embedding(16, 4), RoundedLinear(4, 8), nn.LayerNorm(8), nn.GELU(), RoundedLinear(8, 16)
+        )
+        batch = (torch.randint(0, 16, (40,)), torch.randint(0, 16, (40,)))
+    return model, dict(model.named_parameters()), batch
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward", "double_backward"])
+def test_rounded_forward_is_symmetric(mode):
+    model, params, batch = network()
+    operator = hessian(functional_loss(model, token_loss, batch=batch), params, mode=mode)
+    assert operator.symmetry_error(pairs=3) <= 1e-5
+    assert check_symmetry(operator).symmetric
+    assert eigenpairs(operator).converged
+
+
+def test_rounded_gradients_are_reported_as_not_symmetric():
+    model, params, (tokens, targets) = network()
+
+    def loss(p):
+        x = functional_call(model[:3], {k: v for k, v in p.items() if int(k[0]) < 3}, (tokens,))
+        hidden = functional.gelu(RoundGradient.apply(x))
+        return token_loss(functional.linear(hidden, p["4.weight"], p["4.bias"]), targets)
+
+    operator = hessian(loss, params)
+    assert operator.symmetry_error(pairs=3) > 1e-3
+    assert not check_symmetry(operator).symmetric
+    assert eigenpairs(operator, max_products=20).asymmetry > 1e-4
+
+
+def test_all_modes_see_the_same_surrogate():
+    model, params, batch = network()
+    loss = functional_loss(model.double(), token_loss, batch=batch)
+    params = dict(model.named_parameters())
+    dense = {mode: hessian(loss, params, mode=mode).to_dense() for mode in ("reverse", "forward", "double_backward")}
+    want = dense_hessian(loss, params)
+    for got in dense.values():
+        assert relative(got, want) <= 1e-12
+
+
+def test_the_surrogate_is_the_loss_at_the_rounded_values():
+    """With one rounding of the parameters, it is the Hessian of the unrounded loss at the rounded parameters."""
+    small = case("layer norm")
+    rounded = {name: fpsim.round(value.detach(), "e4m3fn") for name, value in small.params.items()}
+    surrogate = hessian(lambda p: small.loss({k: fpsim.round(v, "e4m3fn") for k, v in p.items()}), small.params)
+    assert relative(surrogate.to_dense(), hessian(small.loss, rounded).to_dense()) <= 1e-14
+
+
+def test_gauss_newton_of_a_rounded_model_is_symmetric():
+    model, params, batch = network()
+    operator = gauss_newton(functional_outputs(model, batch=batch), lambda z: token_loss(z, batch[1]), params)
+    assert operator.symmetry_error(pairs=3) <= 1e-5
+
+
+def test_finite_differences_are_refused():
+    model, params, batch = network()
+    with pytest.raises(ValueError, match=r"rounds \(fpsim::round.*mode='reverse'"):
+        hessian(functional_loss(model, token_loss, batch=batch), params, mode="finite_difference")
+
+
+def test_products_compile():
+    """One small graph: compiled and eager agree to float32, where nothing is rounded."""
+    params = {"w": torch.randn(4, 4, generator=torch.Generator().manual_seed(0))}
+    x = torch.ones(2, 4)
+    torch._dynamo.reset()
+
+    def loss(p, batch):
+        return torch.tanh(batch @ p["w"]).pow(2).sum()
+
+    eager = hessian(loss, params, batches=[x], weight="equal")
+    compiled = hessian(loss, params, batches=[x], weight="equal", mode="forward", compile=True)
+    v = torch.randn(layout(params).size, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(compiled @ v, eager @ v)
+    rounded = hessian(lambda p: loss({"w": fpsim.round(p["w"], "e4m3fn")}, x), params, mode="forward", compile=True)
+    want = hessian(lambda p: loss({"w": fpsim.round(p["w"], "e4m3fn")}, x), params)
+    torch.testing.assert_close(rounded @ v, want @ v)
+    assert float((want @ v - eager @ v).abs().max()) > 1e-3
+    torch._dynamo.reset()
+
+
+def test_compiled_modules_are_refused():
+    model, _, batch = network()
+    with pytest.raises(ValueError, match="_orig_mod"):
+        functional_loss(torch.compile(model), token_loss, batch=batch)

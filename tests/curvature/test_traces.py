@@ -1,0 +1,121 @@
+"""Traces of operators and of functions of them: unbiased, with standard errors that mean what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import case, dense_hessian, network_spectrum, spectrum_matrix
+
+from fpsim.curvature import Operator, function_trace, hessian, log_determinant, trace
+
+VALUES = network_spectrum(120)
+MATRIX = spectrum_matrix(VALUES)
+TRACE = float(MATRIX.trace())
+
+
+def seeds(count: int):
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+@pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
+def test_within_three_standard_errors_in_99_of_100_seeds(method, probe):
+    results = [
+        trace(MATRIX, method=method, probe=probe, tol=0, max_products=150, sketch=20, generator=g) for g in seeds(100)
+    ]
+    assert all(r.products == 150 for r in results)
+    assert sum(abs(r.estimate - TRACE) <= 3 * r.stderr for r in results) >= 99
+    mean = sum(r.estimate for r in results) / 100
+    spread = torch.tensor([r.estimate for r in results]).std()
+    assert abs(mean - TRACE) <= 3 * float(spread) / 10
+    stated = sum(r.stderr for r in results) / 100
+    assert 0.75 < stated / float(spread) < 1.33
+
+
+def test_hutch_plus_plus_is_better_where_few_eigenvalues_dominate():
+    def error(method):
+        results = [trace(MATRIX, method=method, tol=0, max_products=60, generator=g) for g in seeds(30)]
+        return sum((r.estimate - TRACE) ** 2 for r in results) ** 0.5
+
+    assert error("hutch++") < 0.6 * error("hutchinson")
+
+
+def test_adaptive_stop_at_the_tolerance():
+    loose, tight = (trace(MATRIX, tol=tol, max_products=2000) for tol in (0.1, 0.01))
+    assert loose.converged and tight.converged and loose.products < tight.products
+    assert tight.stderr <= 0.01 * abs(tight.estimate)
+    assert abs(tight.estimate - TRACE) <= 4 * tight.stderr
+    assert not trace(MATRIX, method="hutchinson", tol=1e-6, max_products=30).converged
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 8), st.integers(0, 1000))
+def test_a_sketch_of_full_rank_is_exact(size, seed):
+    matrix = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    matrix = matrix + matrix.T
+    result = trace(matrix, sketch=size, max_products=100)
+    assert abs(result.estimate - float(matrix.trace())) < 1e-10
+    assert result.stderr == 0 and result.converged and result.products == size
+
+
+def test_signs_are_exact_on_a_diagonal_matrix():
+    result = trace(torch.diag(VALUES), method="hutchinson", max_products=12)
+    assert abs(result.estimate - float(VALUES.sum())) < 1e-9 and result.stderr < 1e-9 and result.products == 10
+
+
+def test_trace_of_a_network():
+    small = case("layer norm")
+    want = float(dense_hessian(small.loss, small.params).trace())
+    result = trace(hessian(small.loss, small.params), tol=0.01, max_products=1500)
+    assert abs(result.estimate - want) <= 4 * result.stderr
+
+
+@pytest.mark.parametrize("function", [torch.exp, torch.square, torch.sin], ids=lambda f: f.__name__)
+def test_traces_of_functions(function):
+    want = float(function(VALUES).sum())
+    result = function_trace(MATRIX, function, tol=0.01, max_probes=400, steps=20)
+    assert abs(result.estimate - want) <= 4 * result.stderr + result.quadrature_error + 1e-9
+    assert result.products == 20 * len(result.samples)
+
+
+def test_log_determinant_of_a_shifted_hessian():
+    shift = 2.0
+    want = float(torch.log(VALUES + shift).sum())
+    result = log_determinant(MATRIX, shift=shift, tol=0.01, max_probes=200)
+    assert result.converged and abs(result.estimate - want) <= 4 * result.stderr + result.quadrature_error
+    with pytest.raises(ValueError, match=r"eigenvalues, but there is one near -1\.2.*use a shift above 1\.2"):
+        log_determinant(MATRIX)
+
+
+def test_quadrature_error_shows_too_few_steps():
+    spread = torch.logspace(-3, 0, 300, dtype=torch.float64)
+    few, many = (log_determinant(torch.diag(spread), steps=steps, max_probes=10) for steps in (4, 60))
+    want = float(spread.log().sum())
+    assert few.quadrature_error > 10 * many.quadrature_error
+    assert abs(many.estimate - want) <= 4 * many.stderr + 2 * many.quadrature_error
+
+
+def test_functions_that_are_not_finite_are_an_error():
+    with pytest.raises(ValueError, match="not finite at"):
+        function_trace(MATRIX, torch.sqrt)
+
+
+def test_traces_are_linear_in_the_operator():
+    operator = Operator.of_matrix(MATRIX)
+    a, b = (trace(x, method="hutchinson", tol=0, max_products=20) for x in (operator, -2 * operator + 1))
+    assert abs(b.estimate - (-2 * a.estimate + len(VALUES))) < 1e-9
+
+
+def test_impossible_choices_are_errors():
+    for options, message in (
+        ({"method": "xtrace"}, "unknown method 'xtrace'"),
+        ({"probe": "sphere"}, "unknown probe 'sphere'"),
+        ({"tol": float("nan")}, "tol must not be negative"),
+        ({"sketch": 50, "max_products": 90}, "at least 102 products"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trace(MATRIX, **options)
+    with pytest.raises(ValueError, match="at least 1"):
+        function_trace(MATRIX, torch.exp, steps=0)
