@@ -2,11 +2,51 @@
 
 Values are fractions (and signed zeros, infinities and NaN), codes are integers, and no floating-point operation
 decides anything. It shares with the rest of fpsim only the description of the formats.
+
+- `round`, `table`, `encode` and `decode`: into a format, and between values and codes.
+- `add` to `remainder`, `exp` to `pow`: operations, correctly rounded into any format; `with_flags` gives the flags too.
+- `sum` and `dot`: exact, or with every step rounded, in any order.
+- `compare` to `maximum_number`, `classify` to `ulp`: comparison, classes, neighbours and exponents.
 """
 
+from .arithmetic import add, convert, div, fma, mul, remainder, sqrt, sub
+from .classification import (
+    FloatClass,
+    classify,
+    is_finite,
+    is_infinite,
+    is_nan,
+    is_normal,
+    is_subnormal,
+    is_zero,
+    logb,
+    next_down,
+    next_up,
+    scaleb,
+    ulp,
+)
+from .comparison import (
+    compare,
+    equal,
+    greater,
+    greater_equal,
+    is_sign_minus,
+    less,
+    less_equal,
+    maximum,
+    maximum_number,
+    minimum,
+    minimum_number,
+    total_order,
+    unordered,
+)
 from .decoding import decode
+from .elementary import cos, erf, exp, exp2, gelu, log, log2, pow, rsqrt, sigmoid, sin, tanh
 from .encoding import encode
+from .flags import with_flags
+from .outcomes import TININESS, Flags, Result
 from .rounding import round
+from .sums import dot, sum
 from .tables import Interval, Table, table
 from .values import INFINITY, NAN, NEGATIVE_INFINITY, NEGATIVE_ZERO, Number, Special, Value, as_value, to_float
 
@@ -15,15 +55,67 @@ __all__ = [
     "NAN",
     "NEGATIVE_INFINITY",
     "NEGATIVE_ZERO",
+    "TININESS",
+    "Flags",
+    "FloatClass",
     "Interval",
     "Number",
+    "Result",
     "Special",
     "Table",
     "Value",
+    "add",
     "as_value",
+    "classify",
+    "compare",
+    "convert",
+    "cos",
     "decode",
+    "div",
+    "dot",
     "encode",
+    "equal",
+    "erf",
+    "exp",
+    "exp2",
+    "fma",
+    "gelu",
+    "greater",
+    "greater_equal",
+    "is_finite",
+    "is_infinite",
+    "is_nan",
+    "is_normal",
+    "is_sign_minus",
+    "is_subnormal",
+    "is_zero",
+    "less",
+    "less_equal",
+    "log",
+    "log2",
+    "logb",
+    "maximum",
+    "maximum_number",
+    "minimum",
+    "minimum_number",
+    "mul",
+    "next_down",
+    "next_up",
+    "pow",
+    "remainder",
     "round",
+    "rsqrt",
+    "scaleb",
+    "sigmoid",
+    "sin",
+    "sqrt",
+    "sub",
+    "sum",
     "table",
+    "tanh",
     "to_float",
+    "total_order",
+    "ulp",
+    "unordered",
+    "with_flags",
 ]

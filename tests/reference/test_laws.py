@@ -165,7 +165,7 @@ def test_rounding_to_odd_first_is_innocuous(case):
 @given(cases(signed=True))
 def test_an_unsigned_format_has_the_positive_half_of_its_signed_twin(case):
     fmt, x, rounding, overflow = case
-    assume(fmt.specials != "fnuz" and x >= 0)
+    assume(fmt.specials not in ("fnuz", "p3109") and x >= 0)  # whose NaN stands elsewhere in the unsigned twin
     unsigned = FloatFormat(fmt.exponent_bits, fmt.mantissa_bits, fmt.bias, fmt.specials, fmt.subnormals, signed=False)
     assert round(x, unsigned, rounding, overflow) == round(x, fmt, rounding, overflow)
 

@@ -1,0 +1,173 @@
+"""From the exact result of an operation to what a format delivers, and the five flags of IEEE 754-2019 clause 7.
+
+Every operation of the reference has two halves. The first finds an `Outcome`: what the operation would give with
+unbounded precision and range, and whether it is invalid or divides by zero. The second, `finish`, is the same for
+all of them: one rounding, and the flags that rounding raises.
+
+An irrational result has no fraction. Another number stands for it, from which no rounding can tell it apart: see
+`stand_in`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cache
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+from fpsim.formats import FloatFormat, Overflow, Rounding, check_rounding, parse_format, resolve_overflow
+
+from .decoding import largest
+from .rounding import flush, round, to_precision
+from .values import (
+    INFINITY,
+    NAN,
+    NEGATIVE_INFINITY,
+    NEGATIVE_ZERO,
+    Number,
+    Value,
+    as_value,
+    floor_log2,
+    is_negative,
+    magnitude,
+    scale_b,
+)
+
+Tininess = Literal["after", "before"]
+#: When a result counts as tiny (IEEE 754-2019 clause 7.5): see `Target`.
+TININESS: tuple[str, ...] = get_args(Tininess)
+
+
+class Flags(enum.Flag):
+    """The exceptions of IEEE 754-2019 clause 7, each of which raises one flag; ``Flags.NONE`` is none of them."""
+
+    NONE = 0
+    INVALID = enum.auto()
+    DIVIDE_BY_ZERO = enum.auto()
+    OVERFLOW = enum.auto()
+    UNDERFLOW = enum.auto()
+    INEXACT = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What an operation delivers: a ``value`` of the format, and the ``flags`` it raises."""
+
+    value: Value
+    flags: Flags
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a result goes, and how.
+
+    Attributes:
+        format: the format of the result.
+        rounding, overflow: as in `round`, the modes in force.
+        tininess: a result is tiny if its magnitude is not zero and below the smallest normal number.
+            ``"after"``: when rounded to the format's precision as if exponents had no lower bound;
+            ``"before"``: exactly, before any rounding.
+    """
+
+    format: FloatFormat
+    rounding: Rounding
+    overflow: Overflow
+    tininess: Tininess = "after"
+
+
+class Outcome(NamedTuple):
+    """The result of an operation before rounding, and the flags that do not come from rounding."""
+
+    value: Value
+    flags: Flags = Flags.NONE
+
+
+#: The first half of an operation: exact operands to an outcome. It sees the target for the sign of an exact zero,
+#: which depends on the rounding direction, and to find a number that stands for an irrational result.
+Exact: TypeAlias = Callable[..., Outcome]
+
+INVALID = Outcome(NAN, Flags.INVALID)
+
+
+def target(
+    format: str | FloatFormat, rounding: str = "nearest_even", overflow: str | None = None, tininess: str = "after"
+) -> Target:
+    """The `Target` that the arguments of an operation name.
+
+    Raises:
+        ValueError: no such format, rounding, overflow mode or tininess, or a mode that the format cannot take.
+        TypeError: ``format`` is neither a name nor a `FloatFormat`.
+    """
+    fmt = parse_format(format)
+    if tininess not in TININESS:
+        raise ValueError(f"unknown tininess {tininess!r}: use one of {', '.join(TININESS)}")
+    return Target(fmt, check_rounding(rounding), resolve_overflow(fmt, overflow), tininess)  # type: ignore[arg-type]
+
+
+def deliver(exact: Exact, operands: tuple[Number, ...], where: Target) -> Value:
+    """The value of an operation: the outcome of ``exact`` for ``operands``, rounded once."""
+    outcome = exact(where, *map(as_value, operands))
+    return round(outcome.value, where.format, where.rounding, where.overflow)
+
+
+def finish(exact: Exact, operands: tuple[Number, ...], where: Target) -> Result:
+    """As `deliver`, with the flags."""
+    outcome = exact(where, *map(as_value, operands))
+    value = round(outcome.value, where.format, where.rounding, where.overflow)
+    return Result(value, outcome.flags | _raised_by_rounding(outcome.value, value, where))
+
+
+def _raised_by_rounding(exact: Value, delivered: Value, where: Target) -> Flags:
+    """The flags of clauses 7.4 to 7.6, and those for a result that the format has nothing to stand for.
+
+    A saturated result raises what the unsaturated one would: overflow and inexact. So do the results that formats
+    of IEEE 754 never meet: an infinity that is replaced, a number below zero in an unsigned format, a zero in a
+    format without. A NaN that has no code is invalid, as it is in a conversion to integer (clause 7.2 i).
+    """
+    fmt = where.format
+    if exact is NAN:
+        return Flags.NONE if fmt.has_nan else Flags.INVALID
+    if exact in (INFINITY, NEGATIVE_INFINITY):
+        return Flags.NONE if delivered == exact else Flags.OVERFLOW | Flags.INEXACT
+    if exact in (0, NEGATIVE_ZERO):
+        return Flags.NONE if fmt.zero else Flags.OVERFLOW | Flags.INEXACT
+    negative, size = is_negative(exact), magnitude(exact)
+    rounded = flush(to_precision(size, fmt, where.rounding, negative), fmt)
+    if rounded > largest(fmt) or (negative and not fmt.signed and rounded != 0):
+        return Flags.OVERFLOW | Flags.INEXACT
+    if delivered == exact:
+        return Flags.NONE  # an exact subnormal does not underflow (clause 7.5, default handling)
+    if where.tininess == "after":
+        size = to_precision(size, _without_lower_bound(fmt), where.rounding, negative)
+    return Flags.UNDERFLOW | Flags.INEXACT if size < scale_b(1, fmt.emin) else Flags.INEXACT
+
+
+@cache
+def _without_lower_bound(fmt: FloatFormat) -> FloatFormat:
+    """The format in which `to_precision` keeps full precision however small the number."""
+    return replace(fmt, subnormals=False)
+
+
+def stand_in(lower: Fraction, upper: Fraction, fmt: FloatFormat) -> Fraction | None:
+    """A number that rounds to ``fmt`` as every number strictly between ``lower`` and ``upper`` does; None if unknown.
+
+    Roundings change, and results are exact, only at values of the format and half-way between two: at numbers of at
+    most p + 1 significant bits, p the precision. Of the numbers of p + 2 bits these are the even ones. If the whole
+    interval lies between two neighbours of p + 2 bits, the odd one of the two stands for it. (This is rounding to
+    odd; that it is harmless before a second rounding is theorem 1 of S. Boldo, G. Melquiond, "Emulation of FMA and
+    correctly rounded sums", IEEE Transactions on Computers 57 (2008). Subnormals and the end of the range only take
+    boundaries away.)
+
+    >>> stand_in(Fraction(141421, 100000), Fraction(141422, 100000), parse_format("e4m3fn"))
+    Fraction(45, 32)
+    """
+    if upper < 0:
+        mirrored = stand_in(-upper, -lower, fmt)
+        return None if mirrored is None else -mirrored
+    if lower <= 0:
+        return None
+    quantum = scale_b(1, floor_log2(lower) - fmt.precision - 1)
+    below = lower // quantum
+    return (below | 1) * quantum if upper <= (below + 1) * quantum else None
