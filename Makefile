@@ -35,6 +35,8 @@ types: .venv/ready
 benchmarks: .venv/ready
 	$(BIN)/python -m tests.benchmarks.rounding
 	$(BIN)/python -m tests.benchmarks.training
+	$(BIN)/python -m tests.benchmarks.sharpness
+	$(BIN)/python -m tests.benchmarks.curvature
 
 .venv/ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv

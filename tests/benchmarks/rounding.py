@@ -23,8 +23,12 @@ import fpsim
 Function = Callable[[Tensor], Tensor]
 
 
-def compiled(format: str, rounding: str = "nearest_even") -> Function:
-    return torch.compile(lambda x: fpsim.round(x, format, rounding=rounding), fullgraph=True, dynamic=False)
+def compiled(format: str, rounding: str) -> Function:
+    seed = torch.tensor(0) if rounding == "stochastic" else None
+    function = torch.compile(
+        lambda x, seed: fpsim.round(x, format, rounding=rounding, seed=seed), fullgraph=True, dynamic=False
+    )
+    return lambda x: function(x, seed)
 
 
 def ours() -> dict[str, tuple[str, Function]]:
@@ -37,6 +41,8 @@ def ours() -> dict[str, tuple[str, Function]]:
         ("e8m3", "nearest_even"),
         ("bf16", "nearest_even"),
         ("fp16", "nearest_even"),
+        ("e4m3fn", "stochastic"),
+        ("e8m3", "stochastic"),
     ):
         cases[f"fpsim compiled, {format} {rounding}"] = (format, compiled(format, rounding))
     for format in ("e4m3fn", "e5m2", "e8m3"):
@@ -119,7 +125,7 @@ def main() -> None:
         differs = ""
         if name in cases:
             format, function = cases[name]
-            if "toward_zero" not in name:
+            if "toward_zero" not in name and "stochastic" not in name:
                 differs = str(int((function(x) != fpsim.round(x, format)).sum()))
         table.add_row(name, f"{value:.3f}", f"{value / nanoseconds[copy]:.2f}", differs)
     Console(width=110).print(table)
