@@ -14,8 +14,10 @@ demo test test-exhaustive: export OMP_WAIT_POLICY = passive
 demo: .venv/ready
 	$(BIN)/fpsim demo $(DEMO)
 
+# Two processes of one thread each: most tests compile or compute small things, and threads would wait for each other.
+test: export OMP_NUM_THREADS = 1
 test: .venv/ready
-	$(PYTEST) -m "not exhaustive" $(TESTS)
+	$(PYTEST) -n 2 -m "not exhaustive" $(TESTS)
 
 # Every float32 input and whatever else takes minutes.
 test-exhaustive: .venv/ready
