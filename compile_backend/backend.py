@@ -146,10 +146,10 @@ def _with_seed_input(gm: fx.GraphModule, device: torch.device) -> tuple[fx.Graph
     copy.meta = gm.meta
     inputs = [node for node in copy.graph.nodes if node.op == "placeholder"]
     for node, original in zip(inputs, gm.graph.find_nodes(op="placeholder"), strict=True):
-        node._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+        node._dynamo_source = original._dynamo_source
     with copy.graph.inserting_after(inputs[-1]) if inputs else copy.graph.inserting_before():
         seed = copy.graph.placeholder("fpsim_seed")
-    seed._dynamo_source = ConstantSource("fpsim_seed")  # type: ignore[attr-defined]
+    seed._dynamo_source = ConstantSource("fpsim_seed")
     fake_mode = detect_fake_mode([node.meta.get("example_value") for node in inputs])
     seed.meta["example_value"] = fake_mode.from_tensor(example) if fake_mode else example
     copy.recompile()

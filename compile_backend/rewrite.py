@@ -255,9 +255,9 @@ class _Inserter:
                 node = self.graph.call_function(round_op, (value, *modes))
         copied = ("partitioner_tag", "recompute", "ac_graph_id", "seq_nr", "stack_trace")
         node.meta = {key: value.meta[key] for key in copied if key in value.meta}
-        for key in ("nn_module_stack", "fwd_nn_module_stack", "stack_trace"):
-            if key in near.meta:
-                node.meta[key] = near.meta[key]
+        for name in ("nn_module_stack", "fwd_nn_module_stack", "stack_trace"):
+            if name in near.meta:
+                node.meta[name] = near.meta[name]
         _describe(node)
         if self._is_at_hand_in_backward(value):
             node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)

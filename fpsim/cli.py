@@ -8,35 +8,43 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
+import os
 import platform
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Context, Decimal, Inexact
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from typer.core import TyperCommand
 
 from fpsim.formats import (
     NAMED_FORMATS,
     OVERFLOWS,
     ROUNDINGS,
+    STOCHASTIC_ROUNDINGS,
     FloatFormat,
-    check_rounding,
+    full_rounding,
     parse_format,
     resolve_overflow,
+    split_rounding,
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from fpsim.reference import Value
-    from fpsim.verify import Verdict
+    from fpsim.verify import Mode, Verdict
 
 app = typer.Typer(
     help="Simulate any reduced-precision floating-point format in any PyTorch model, exactly.",
@@ -47,7 +55,10 @@ app = typer.Typer(
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
-RoundingOption = Annotated[str, typer.Option(help=f"Rounding direction: {', '.join(ROUNDINGS)}.")]
+_EVERY_ROUNDING = ", ".join([*ROUNDINGS, *(f"{name}[:BITS]" for name in STOCHASTIC_ROUNDINGS)])
+RoundingOption = Annotated[
+    str | None, typer.Option(help=f"{_EVERY_ROUNDING}. [default: a table of them all]", show_default=False)
+]
 OverflowOption = Annotated[
     str | None, typer.Option(help=f"Overflow mode: {', '.join(OVERFLOWS)}. [default: the format's usual one]")
 ]
@@ -77,7 +88,10 @@ def _plain_errors(command: _Command) -> _Command:
 def formats(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", show_default=False)] = None,
 ) -> None:
-    """Show formats: all named ones, or the given ones (such as e5m10, e3m4fn, e4m3:bias=9)."""
+    """Show formats: all named ones, or the given ones (such as e5m10, e3m4fn, e4m3:bias=9).
+
+    Of a single one it shows every fact, and if it has 8 bits or fewer, every value.
+    """
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("format", overflow="fold")
     for heading in ("bits", "exp.", "man.", "bias", "max", "min normal", "min subnormal"):
@@ -85,12 +99,85 @@ def formats(
     for heading in ("inf", "NaN"):
         table.add_column(heading)
     table.add_column("values", justify="right", overflow="fold")
-    for fmt in [parse_format(name) for name in names or NAMED_FORMATS]:
+    chosen = [parse_format(name) for name in names or NAMED_FORMATS]
+    for fmt in chosen:
         table.add_row(*_format_row(fmt))
+    _print(table)
+    if names and len(chosen) == 1:
+        [fmt] = chosen
+        for heading, content in _facts(fmt):
+            typer.echo(f"{heading:<19} {content}")
+        if fmt.bits <= 8:
+            _print(_table_of_values(fmt))
+
+
+def _print(table: Table) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 160
     console.print(table)
+
+
+def _facts(fmt: FloatFormat) -> Iterable[tuple[str, str]]:
+    from fpsim import reference
+    from fpsim.reference.values import scale_b
+    from fpsim.rounding_op import CARRIERS
+
+    def coded(code: int) -> str:
+        value = reference.decode(code, fmt)
+        return f"{' = '.join(dict.fromkeys([show_number(value), show_power(value)]))} ({_show_bits(code, fmt)})"
+
+    widths = [(fmt.signed, "sign"), (fmt.exponent_bits, "exponent"), (fmt.mantissa_bits, "mantissa")]
+    yield "bits", f"{fmt.bits} = {' + '.join(f'{width:d} {name}' for width, name in widths if width)}"
+    yield "precision", f"{fmt.precision} significant bits"
+    yield "exponents", f"{fmt.emin} to {fmt.max_exponent}, bias {fmt.bias}"
+    yield "largest", coded(fmt.max_code)
+    smallest = reference.encode(scale_b(1, fmt.emin), fmt)
+    if reference.decode(smallest, fmt) == scale_b(1, fmt.emin):  # else all finite values are subnormal
+        yield "smallest normal", coded(smallest)
+    if fmt.subnormals and fmt.mantissa_bits:
+        yield "smallest subnormal", coded(1)
+    else:
+        yield "subnormals", "none: results below the smallest normal become zero" if fmt.zero else "none"
+    yield "zeros", "0 and -0" if fmt.has_negative_zero else "0" if fmt.zero else "none"
+    infinity = "none" if fmt.infinity_code is None else _show_bits(fmt.infinity_code, fmt)
+    yield "infinity", infinity + (" and its negative" if fmt.has_infinity and fmt.signed else "")
+    yield "NaN", _show_nans(fmt)
+    yield "finite values", f"{fmt.num_values:,}"
+    yield "usual overflow mode", resolve_overflow(fmt, None)
+    carriers = [str(dtype).removeprefix("torch.") for dtype, carrier in CARRIERS.items() if fmt.is_subset_of(carrier)]
+    yield "carriers", ", ".join(carriers) or "none"
+
+
+def _show_nans(fmt: FloatFormat) -> str:
+    if fmt.nan_code is None:
+        return "none: NaN becomes the largest finite value"
+    if fmt.bits > 16:
+        return (
+            f"{_show_bits(fmt.nan_code, fmt)} and others" if fmt.specials == "ieee" else _show_bits(fmt.nan_code, fmt)
+        )
+    count = sum(map(fmt.is_nan_code, range(1 << fmt.bits)))
+    return _show_bits(fmt.nan_code, fmt) + ("" if count == 1 else f", the usual one of {count:,} codes")
+
+
+def _table_of_values(fmt: FloatFormat) -> Table:
+    from fpsim import reference
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("code")
+    table.add_column(_field_names(fmt))
+    table.add_column("exact value", justify="right")
+    table.add_column("decimal", justify="right")
+    for code in range(1 << fmt.bits):
+        value = reference.decode(code, fmt)
+        fields = show_fields(code, fmt, " | ")
+        table.add_row(_show_code(code, fmt), fields, show_power(value), show_number(value))
+    return table
+
+
+def _field_names(fmt: FloatFormat) -> str:
+    widths = {"s": int(fmt.signed), "exponent": fmt.exponent_bits, "significand": fmt.mantissa_bits}
+    return " | ".join(name for name, width in widths.items() if width)
 
 
 def _format_row(fmt: FloatFormat) -> list[str]:
@@ -121,21 +208,170 @@ def familiar_name(fmt: FloatFormat) -> str:
 def round(
     values: Annotated[list[str], typer.Argument(metavar="VALUE...", help="0.1, -2.5e-3, 1/3, 0x1.8p3, inf or nan.")],
     format: Annotated[str, typer.Option(help="What to round to, such as e4m3fn.")],
-    rounding: RoundingOption = "nearest_even",
+    rounding: RoundingOption = None,
     overflow: OverflowOption = None,
 ) -> None:
-    """Round numbers exactly, and show the result, its code and bit fields, its error and its neighbours."""
-    fmt, direction = parse_format(format), check_rounding(rounding)
+    """Round numbers exactly, and show result, code, bit fields, error and neighbours, for one rounding or for all.
+
+    Stochastic rounding has two candidates, each with its probability.
+    """
+    fmt = parse_format(format)
     mode = resolve_overflow(fmt, overflow)
+    roundings = [*ROUNDINGS, "stochastic"] if rounding is None else [rounding]
+    roundings = [full_rounding(each) for each in roundings]
     for text in values:
         if text.startswith("--"):
             raise ValueError(f"no such option: {text}")
     numbers = [parse_number(text) for text in values]
-    typer.echo(f"{familiar_name(fmt)}, {direction}, {mode}")
+    plain = rounding is not None and rounding in ROUNDINGS
+    typer.echo(", ".join([familiar_name(fmt), *(roundings if rounding is not None else []), mode]))
     for text, number in zip(values, numbers, strict=True):
         typer.echo()
-        for heading, content in _explain_rounding(text, number, fmt, direction, mode):
+        explained = (
+            _explain_rounding(text, number, fmt, roundings[0], mode) if plain else _explain_number(text, number, fmt)
+        )
+        for heading, content in explained:
             typer.echo(f"{heading:<11} {content}")
+        if not plain:
+            _print(_table_of_roundings(number, fmt, roundings, mode))
+
+
+class Outcome(NamedTuple):
+    """One result that rounding a number may have.
+
+    Attributes:
+        rounding: the rounding, a stochastic one with its number of random bits.
+        result, code: the value, and its code.
+        probability: of this result; 1 unless the rounding is stochastic.
+    """
+
+    rounding: str
+    result: Value
+    code: int
+    probability: Fraction
+
+
+def outcomes(number: Value, fmt: FloatFormat, rounding: str, overflow: str | None = None) -> tuple[Outcome, ...]:
+    """What rounding ``number`` gives: one outcome, or of stochastic rounding the two candidates, the likelier first.
+
+    Probabilities are exact: the share of all random numbers for which `fpsim.reference.round` gives the result. It
+    depends on the random number monotonically, so a bisection counts them.
+
+    Args:
+        number: an exact value.
+        fmt: the format.
+        rounding, overflow: as in `fpsim.round`.
+
+    Raises:
+        ValueError: an unknown rounding or overflow mode.
+
+    >>> candidates = outcomes(Fraction(9, 8), parse_format("e2m1fn"), "stochastic:8")
+    >>> [(str(each.result), str(each.probability)) for each in candidates]
+    [('1', '3/4'), ('3/2', '1/4')]
+    """
+    from fpsim import reference
+
+    spelled = full_rounding(rounding)
+    bits = split_rounding(spelled)[1]
+
+    def result_of(random: int | None) -> Value:
+        return reference.round(number, fmt, spelled, overflow, random=random)
+
+    if not bits:
+        shares = {result_of(None): Fraction(1)}
+    else:
+        first, last = result_of(0), result_of((1 << bits) - 1)
+        low, high = 0, 1 << bits  # the number of random numbers that give `first` is more than low, at most high
+        while first != last and high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if result_of(middle) == first else (low, middle)
+        shares = {last: 1 - Fraction(high, 1 << bits)}
+        shares = {first: Fraction(high, 1 << bits)} | ({} if first == last else shares)
+    ranked = sorted(shares.items(), key=lambda share: -share[1])
+    usual = "sat_propagate" if fmt.has_infinity else "sat_finite"
+    return tuple(Outcome(spelled, value, _encode_value(value, fmt, usual), share) for value, share in ranked)
+
+
+def _encode_value(value: Value, fmt: FloatFormat, overflow: str) -> int:
+    from fpsim import reference
+
+    return reference.encode(value, fmt, overflow=overflow)
+
+
+def _table_of_roundings(number: Value, fmt: FloatFormat, roundings: Sequence[str], overflow: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("rounding")
+    table.add_column("result", justify="right", overflow="fold")
+    table.add_column("hexadecimal", justify="right", overflow="fold")
+    table.add_column("code")
+    table.add_column(_field_names(fmt), overflow="fold")
+    table.add_column("error in ulps", justify="right", overflow="fold")
+    stochastic = any(split_rounding(rounding)[1] for rounding in roundings)
+    if stochastic:
+        table.add_column("probability", justify="right", overflow="fold")
+    for rounding in roundings:
+        for each in outcomes(number, fmt, rounding, overflow):
+            probability = show_ratio(each.probability) if split_rounding(rounding)[1] else ""
+            table.add_row(
+                rounding,
+                show_number(each.result),
+                show_hex(each.result),
+                _show_code(each.code, fmt),
+                show_fields(each.code, fmt, " | "),
+                _show_ulps(number, each.result, fmt),
+                *([probability] if stochastic else []),
+            )
+    return table
+
+
+def _show_ulps(number: Value, result: Value, fmt: FloatFormat) -> str:
+    error = _error(number, result)
+    return "not finite" if error is None else show_ratio(error / _ulp_of(number, fmt)) if error else "0"
+
+
+def show_ratio(ratio: Fraction) -> str:
+    """A ratio exactly, after a fraction also approximately.
+
+    >>> show_ratio(Fraction(1, 5)), show_ratio(Fraction(-1, 3))
+    ('0.2', '-1/3 = -0.333333')
+    """
+    exact = show_number(ratio)
+    return f"{exact} = {show_approximately(ratio)}" if "/" in exact else exact
+
+
+def _explain_number(text: str, number: Value, fmt: FloatFormat) -> Iterable[tuple[str, str]]:
+    """What is to be said about a number whatever the rounding."""
+    exact = show_exactly(number)
+    yield "input", text if text == exact else f"{text} = {exact}"
+    below, above = bracket(number, fmt)
+    for side, code in (("below", below), ("above", above)):
+        yield side, "none" if code is None else f"{_show_value_of_bits(code, fmt)}"
+    if _is_finite(number):
+        size = _ulp_of(number, fmt)
+        yield "ulp", " = ".join(dict.fromkeys([show_number(size), show_power(size)]))
+
+
+def bracket(number: Value, fmt: FloatFormat) -> tuple[int | None, int | None]:
+    """The codes of the values of ``fmt`` next below and next above ``number``, which need not be a value of it.
+
+    Infinities count; the two zeros are one. None: there is no such value, or ``number`` is NaN.
+
+    >>> [hex(code) for code in bracket(Fraction(1, 10), parse_format("e4m3fn"))]
+    ['0x1c', '0x1d']
+    """
+    from fpsim import reference
+    from fpsim.reference.values import is_negative, order
+
+    if number is reference.NAN:
+        return None, None
+    outside = is_negative(number) and not fmt.signed  # where infinities are none of the format's
+    usual = "sat_propagate" if fmt.has_infinity and not outside else "sat_finite"
+    inner = reference.round(number, fmt, "toward_zero", usual)  # beyond the range, its end
+    code = _encode_value(inner, fmt, usual)
+    number, plain = (reference.as_value(0) if x is reference.NEGATIVE_ZERO else x for x in (number, inner))
+    below = code if order(plain) < order(number) else neighbour(inner, fmt, -1)
+    above = code if order(plain) > order(number) else neighbour(inner, fmt, 1)
+    return below, above
 
 
 def _explain_rounding(
@@ -229,6 +465,39 @@ def show_number(value: Value) -> str:
     return f"~{show_approximately(value)}"
 
 
+def show_exactly(value: Value) -> str:
+    """``value`` with all its digits, as far as there are 60: a decimal, else a fraction; else as `show_number`.
+
+    >>> show_exactly(Fraction(2) ** -30), show_exactly(Fraction(10**20, 3))
+    ('9.31322574615478515625e-10', '100000000000000000000/3')
+    """
+    if not isinstance(value, Fraction):
+        return str(value)
+    context = Context(prec=60)
+    quotient = context.divide(Decimal(value.numerator), Decimal(value.denominator))
+    if not context.flags[Inexact]:
+        shown = show_number(value)
+        return _without_plus(quotient, context) if shown.startswith("~") or "/" in shown else shown
+    return str(value) if value.numerator.bit_length() + value.denominator.bit_length() < 200 else show_number(value)
+
+
+def show_power(value: Value) -> str:
+    """A value of a format as an odd integer times a power of two, always exact.
+
+    >>> show_power(Fraction(13, 128)), show_power(Fraction(448)), show_power(Fraction(-1, 4)), show_power(Fraction(3))
+    ('13 * 2^-7', '7 * 2^6', '-2^-2', '3')
+    """
+    if not isinstance(value, Fraction) or not value:
+        return str(value)
+    numerator, exponent = value.numerator, 1 - value.denominator.bit_length()
+    zeros = (numerator & -numerator).bit_length() - 1
+    odd, exponent = numerator >> zeros, exponent + zeros
+    if exponent == 0:
+        return str(odd)
+    power = f"2^{exponent}"
+    return {1: power, -1: f"-{power}"}.get(odd, f"{odd} * {power}")
+
+
 def show_approximately(value: Fraction) -> str:
     """``value`` as a decimal of 6 digits.
 
@@ -238,8 +507,8 @@ def show_approximately(value: Fraction) -> str:
     return _without_plus(Context(prec=6).divide(Decimal(value.numerator), Decimal(value.denominator)))
 
 
-def _without_plus(number: Decimal) -> str:
-    return f"{number.normalize():g}".replace("e+", "e")
+def _without_plus(number: Decimal, context: Context | None = None) -> str:
+    return f"{number.normalize(context):g}".replace("e+", "e")
 
 
 def show_hex(value: Value) -> str:
@@ -259,27 +528,50 @@ def _show_code(code: int, fmt: FloatFormat) -> str:
     return f"{code:#0{-(-fmt.bits // 4) + 2}x}"
 
 
-def show_fields(code: int, fmt: FloatFormat) -> str:
-    """The bits of ``code``, a blank between sign, exponent and mantissa fields.
+def _show_bits(code: int, fmt: FloatFormat) -> str:
+    return f"{_show_code(code, fmt)} = {show_fields(code, fmt, ' | ')}"
+
+
+def show_fields(code: int, fmt: FloatFormat, separator: str = " ") -> str:
+    """The bits of ``code``, a blank or other separator between sign, exponent and mantissa fields.
 
     >>> show_fields(0x1D, parse_format("e4m3fn"))
     '0 0011 101'
     """
     digits = iter(f"{code:0{fmt.bits}b}")
     widths = (int(fmt.signed), fmt.exponent_bits, fmt.mantissa_bits)
-    return " ".join("".join(itertools.islice(digits, width)) for width in widths if width)
+    return separator.join("".join(itertools.islice(digits, width)) for width in widths if width)
 
 
 def _show_error(number: Value, result: Value, fmt: FloatFormat) -> str:
-    from fpsim.reference.values import NEGATIVE_ZERO
-
-    number, result = (Fraction(0) if value is NEGATIVE_ZERO else value for value in (number, result))
-    if number == result:
+    error = _error(number, result)
+    if error is None:
+        return "0 (exact)" if number == result else "not finite"
+    if not error:
         return "0 (exact)"
-    if not isinstance(number, Fraction) or not isinstance(result, Fraction):
-        return "not finite"
-    error = result - number
-    return f"{show_number(error)} = {show_approximately(error / ulp(number, fmt))} ulp"
+    return f"{show_number(error)} = {show_approximately(error / _ulp_of(number, fmt))} ulp"
+
+
+def _error(number: Value, result: Value) -> Fraction | None:
+    """``result - number``, 0 where they are the same, None where they are not and one is not finite."""
+    if number == result:
+        return Fraction(0)
+    return _number(result) - _number(number) if _is_finite(number) and _is_finite(result) else None
+
+
+def _ulp_of(number: Value, fmt: FloatFormat) -> Fraction:
+    return ulp(_number(number), fmt) if _is_finite(number) else Fraction(1)
+
+
+def _is_finite(value: Value) -> bool:
+    from fpsim import reference
+
+    return reference.is_finite(value)
+
+
+def _number(value: Value) -> Fraction:
+    """A finite value as a fraction: -0 becomes 0."""
+    return value if isinstance(value, Fraction) else Fraction(0)
 
 
 def ulp(number: Fraction, fmt: FloatFormat) -> Fraction:
@@ -308,6 +600,13 @@ def _show_value_of(code: int, fmt: FloatFormat) -> str:
     return f"{show_number(reference.decode(code, fmt))} ({_show_code(code, fmt)})"
 
 
+def _show_value_of_bits(code: int, fmt: FloatFormat) -> str:
+    from fpsim import reference
+
+    value = reference.decode(code, fmt)
+    return f"{' = '.join(dict.fromkeys([show_number(value), show_hex(value)]))} ({_show_bits(code, fmt)})"
+
+
 def neighbour(value: Value, fmt: FloatFormat, step: int) -> int | None:
     """The code of the next value of ``fmt`` after ``value``, upwards (``step`` 1) or downwards (-1).
 
@@ -334,59 +633,180 @@ def neighbour(value: Value, fmt: FloatFormat, step: int) -> int | None:
 # -- fpsim verify ----------------------------------------------------------------------------------------------
 
 
-@app.command()
+class _OptionalFile(TyperCommand):
+    """A command whose option ``--json`` may go without its value, which is then ``-``."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]  # vendored class
+        completed: list[str] = []
+        for argument, following in itertools.zip_longest(args, args[1:], fillvalue="--"):
+            completed += [argument, "-"] if argument == "--json" and following.startswith("--") else [argument]
+        return super().parse_args(ctx, completed)
+
+
+@app.command(cls=_OptionalFile)
 @_plain_errors
 def verify(
-    format: Annotated[list[str], typer.Option(help="What to round to, such as e4m3fn; may be given several times.")],
+    format: Annotated[
+        list[str] | None, typer.Option(help="What to round to, such as e4m3fn; may be given several times.")
+    ] = None,
     rounding: Annotated[
-        list[str], typer.Option(help=f"{', '.join(ROUNDINGS)}, or all; may be given several times.")
-    ] = ["nearest_even"],  # noqa: B006  # typer copies it
+        list[str] | None,
+        typer.Option(
+            help=f"{_EVERY_ROUNDING}, or all (all but the stochastic ones); may be given several times. "
+            "[default: nearest_even]",
+            show_default=False,
+        ),
+    ] = None,
     overflow: OverflowOption = None,
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="Verify samples of all named formats, roundings, overflow modes and carriers, or of those that "
+            "other options leave.",
+        ),
+    ] = False,
     exhaustive: Annotated[bool, typer.Option("--exhaustive", help="Check every bit pattern of the carrier.")] = False,
     samples: Annotated[
-        int | None, typer.Option(min=0, help="Random inputs of a sample. [default: 4194304; 65536 for wide formats]")
+        int | None,
+        typer.Option(
+            min=0, help="Random inputs of a sample. [default: 4194304; 65536 for wide formats; 32768 with --all]"
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random inputs, and of stochastic rounding.")] = 0,
     path: Annotated[str, typer.Option(help="Which code to check: eager, compiled, or both.")] = "both",
-    carrier: Annotated[str, typer.Option(help="Inputs: float64, float32, bfloat16 or float16.")] = "float32",
+    carrier: Annotated[
+        str | None,
+        typer.Option(help="Inputs: float64, float32, bfloat16 or float16. [default: float32]", show_default=False),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to round, such as cpu or cuda.")] = "cpu",
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes side by side, with --all. [default: one per core, at most 4]")
+    ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the results to this file too, as a table.")] = None,
+    json_file: Annotated[
+        str | None,
+        typer.Option(
+            "--json",
+            metavar="[FILE]",
+            help="Write the results to this file too, as one JSON object per line; without FILE, to standard output, "
+            "and everything else to standard error.",
+        ),
+    ] = None,
 ) -> None:
     """Compare the rounding of tensors with the exact reference, bit for bit. Exit code 1: it was wrong."""
     from fpsim.rounding_op import CARRIERS
-    from fpsim.verify import PATHS
+    from fpsim.verify import PATHS, mode_of
+
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in CARRIERS}
+    if carrier is not None and carrier not in known:
+        raise ValueError(f"unknown carrier {carrier!r}: use one of {', '.join(known)}")
+    if not format and not everything:
+        raise ValueError("nothing to verify: give --format, such as --format e4m3fn, or --all")
+    if exhaustive and everything:
+        raise ValueError("--all takes samples: leave out --exhaustive, or name what it is for by --format")
+    if jobs is not None and not everything:
+        raise ValueError("--jobs is for --all: without it, torch's threads work side by side")
+    paths = list(PATHS) if path == "both" else [path]
+    expanded = [each for name in rounding or () for each in (ROUNDINGS if name == "all" else (full_rounding(name),))]
+    roundings = list(dict.fromkeys(expanded))
+    if everything:
+        dtypes = None if carrier is None else [known[carrier]]
+        runs = _verify_all(format, roundings, overflow, dtypes, samples, seed, paths, device, jobs)
+    else:
+        modes = [mode_of(name, each, overflow) for name in format or () for each in roundings or ["nearest_even"]]
+        dtype = known[carrier or "float32"]
+        runs = _verify_each(modes, exhaustive, samples, seed, paths, dtype, device)
+    verdicts: list[Verdict] = []
+    records: list[str] = []
+    to_output, start = json_file == "-", time.perf_counter()
+    for summary, several in runs:
+        verdicts += several
+        for line in [summary, *(str(v) for v in several if not v.ok and str(v) != summary)]:
+            typer.echo(line, err=to_output)
+        for verdict in several:
+            for example in verdict.examples:
+                typer.echo(f"  {verdict.describe(example)}", err=to_output)
+            records.append(json.dumps(verdict.record()))
+            if to_output:
+                typer.echo(records[-1])
+        if markdown is not None:
+            markdown.write_text(_markdown(verdicts, shlex.join(["fpsim", *sys.argv[1:]])))
+        if json_file is not None and not to_output:
+            Path(json_file).write_text("".join(f"{record}\n" for record in records))
+    if everything:
+        typer.echo(_total(verdicts, time.perf_counter() - start), err=to_output)
+    if not all(verdict.ok for verdict in verdicts):
+        raise typer.Exit(1)
+
+
+def _verify_each(
+    modes: Sequence[Mode],
+    exhaustive: bool,
+    samples: int | None,
+    seed: int,
+    paths: Sequence[str],
+    dtype: torch.dtype,
+    device: str,
+) -> Iterable[tuple[str, Sequence[Verdict]]]:
+    """One mode after the other, each with a bar of its own: a summary in one line, and the verdict."""
     from fpsim.verify import verify as check
 
-    roundings = ROUNDINGS if "all" in rounding else tuple(dict.fromkeys(check_rounding(r) for r in rounding))
-    known = {str(dtype).removeprefix("torch."): dtype for dtype in CARRIERS}
-    if carrier not in known:
-        raise ValueError(f"unknown carrier {carrier!r}: use one of {', '.join(known)}")
-    wanted = list(itertools.product([parse_format(name) for name in format], roundings))
-    for fmt, _ in wanted:
-        resolve_overflow(fmt, overflow)
-    verdicts: list[Verdict] = []
-    for fmt, direction in wanted:
-        with _progress_bar(f"{fmt.name} {direction}") as progress:
+    for mode in modes:
+        with _progress_bar(f"{mode.format.name} {mode.rounding}") as progress:
             verdict = check(
-                fmt,
-                rounding=direction,
-                overflow=overflow,
+                mode.format,
+                rounding=mode.rounding,
+                overflow=mode.overflow,
                 exhaustive=exhaustive,
                 samples=samples,
                 seed=seed,
-                paths=PATHS if path == "both" else [path],
-                dtype=known[carrier],
+                paths=paths,
+                dtype=dtype,
                 device=device,
                 progress=progress,
             )
-        verdicts.append(verdict)
-        typer.echo(str(verdict))
-        for example in verdict.examples:
-            typer.echo(f"  {example}")
-        if markdown is not None:
-            markdown.write_text(_markdown(verdicts, shlex.join(["fpsim", *sys.argv[1:]])))
-    if not all(verdict.ok for verdict in verdicts):
-        raise typer.Exit(1)
+        yield str(verdict), [verdict]
+
+
+def _verify_all(
+    names: Sequence[str] | None,
+    roundings: Sequence[str],
+    overflow: str | None,
+    dtypes: Sequence[torch.dtype] | None,
+    samples: int | None,
+    seed: int,
+    paths: Sequence[str],
+    device: str,
+    jobs: int | None,
+) -> Iterable[tuple[str, Sequence[Verdict]]]:
+    """What `fpsim.verify.plan` says: of each group a summary in one line, and the verdicts."""
+    from fpsim.verify import plan, verify_groups
+
+    overflows = None if overflow is None else [overflow]
+    groups = plan(names or NAMED_FORMATS, roundings=roundings or None, overflows=overflows, dtypes=dtypes, paths=paths)
+    workers = jobs or min(4, _cores())
+    chosen = {} if samples is None else {"samples": samples}
+    with _progress_bar("all") as progress:
+        progress(0, len(groups))
+        results = verify_groups(groups, jobs=workers, seed=seed, device=device, **chosen)
+        for done, (group, verdicts) in enumerate(zip(groups, results, strict=True), start=1):
+            progress(done, len(groups))
+            yield (
+                f"{group}, {' and '.join(group.paths)}: {_total(verdicts, sum(v.seconds for v in verdicts))}",
+                verdicts,
+            )
+
+
+def _total(verdicts: Sequence[Verdict], seconds: float) -> str:
+    mismatches, inputs = (sum(getattr(v, name) for v in verdicts) for name in ("mismatches", "inputs"))
+    outcome = f"{mismatches:,} MISMATCHES" if mismatches else "no mismatch"
+    modes = f"{len(verdicts):,} mode{'s' if len(verdicts) > 1 else ''}"
+    return f"{modes}, {outcome} in {inputs:,} inputs, {seconds:.1f} s"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _progress_bar:
@@ -464,3 +884,41 @@ def demo(
     from fpsim.paper.demo import demo as run
 
     run(steps=steps, formats=format or None, text=text, out=out, loss_scale=loss_scale)
+
+
+# -- fpsim sharpness -------------------------------------------------------------------------------------------
+
+
+@app.command()
+@_plain_errors
+def sharpness(
+    model: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face causal model.")],
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="UTF-8 file to predict.")],
+    format: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure also with all operands rounded to it (e4m3fn, e8m3/toward_zero); several times."),
+    ] = None,
+    epsilon: Annotated[
+        list[float] | None, typer.Option(help="Half-width of the box, several times. [default: 0.0005 and 0.001]")
+    ] = None,
+    method: Annotated[str, typer.Option(help="exact, or lbfgsb as the paper has it (slow).")] = "exact",
+    windows: Annotated[int, typer.Option(min=1, help="Stretches of the text, at most.")] = 16,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens in each. [default: the model's own]")] = None,
+    gradients: Annotated[bool, typer.Option(help="Measure the norm of the gradient, too.")] = True,
+) -> None:
+    """Measure the logit sharpness of a language model on a text, unrounded and under formats. Needs fpsim\\[paper]."""
+    from fpsim.sharpness.command import EPSILONS, measure_checkpoint
+
+    with _progress_bar("windows") as progress:
+        report = measure_checkpoint(
+            model,
+            text,
+            formats=format or (),
+            epsilons=epsilon or EPSILONS,
+            method=method,  # type: ignore[arg-type]  # checked there
+            windows=windows,
+            context=context,
+            gradients=gradients,
+            progress=progress,
+        )
+    _print(report.table())

@@ -93,7 +93,7 @@ def round(
     name, spelled, resolved, low, high = _resolve(format, rounding, overflow, dtype, random_bits)
     if ":" not in spelled:
         if seed is not None:
-            raise ValueError(f"seed={seed!r} has no meaning with rounding={rounding!r}: use rounding='stochastic'")
+            raise ValueError(f"a seed has no meaning with rounding={rounding!r}: use rounding='stochastic'")
         value = round_op(x.detach(), name, spelled, resolved, KERNEL)
     else:
         key = random_key_op(_seed_tensor(seed, rounding, x.device), salt)

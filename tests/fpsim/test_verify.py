@@ -1,14 +1,16 @@
 """The judge of the proof: it says what the reference says, and no planted error escapes it."""
 
+import json
 from fractions import Fraction
+from importlib import metadata
 
 import numpy as np
 import pytest
 import torch
 
 from fpsim import reference, verify
-from fpsim.formats import OVERFLOWS, ROUNDINGS, parse_format
-from fpsim.rounding_op import CARRIERS
+from fpsim.formats import NAMED_FORMATS, OVERFLOWS, ROUNDINGS, parse_format, resolve_overflow
+from fpsim.rounding_op import CARRIERS, KERNEL
 
 FLOAT32 = CARRIERS[torch.float32]
 DTYPES = list(CARRIERS)
@@ -160,14 +162,14 @@ def test_one_wrong_input_of_all_is_reported_alone(monkeypatch, code):
     assert verdict.mismatches == 1
     want = int(verify.judge("e5m2", dtype=torch.float16).expected(np.array([code], np.uint16))[0])
     [mismatch] = verdict.examples
-    assert mismatch == ("eager", f"{code:#06x}", f"{want ^ 1:#06x}", f"{want:#06x}")
+    assert mismatch == ("eager", f"{code:#06x}", f"{want ^ 1:#06x}", f"{want:#06x}", "")
     assert str(mismatch) == f"{code:#06x} became {want ^ 1:#06x}, not {want:#06x} (eager)"
 
 
 def test_a_wrong_sign_of_zero_is_an_error_and_a_nan_payload_is_none(monkeypatch):
     plant(monkeypatch, [0x0000], change=lambda codes: codes ^ -0x8000)
     verdict = verify.verify("e5m2", dtype=torch.float16, exhaustive=True, paths=EAGER)
-    assert verdict.examples == (("eager", "0x0000", "0x8000", "0x0000"),)
+    assert verdict.examples == (("eager", "0x0000", "0x8000", "0x0000", ""),)
     monkeypatch.undo()
     plant(monkeypatch, [0x7E00, 0xFFFF, 0x7C01])
     assert verify.verify("e5m2", dtype=torch.float16, exhaustive=True, paths=EAGER).ok
@@ -216,6 +218,111 @@ def test_an_error_of_compiled_code_alone_is_found(monkeypatch):
     assert [(found.path, found.input) for found in verdict.examples] == [("compiled", "0xbc01")]
 
 
+# -- stochastic rounding ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rounding", ["stochastic", "stochastic:1", "stochastic_b:5", "stochastic_c:12"])
+def test_stochastic_rounding_is_what_the_reference_decides_from_the_same_number(rounding, dtype):
+    verdict = verify.verify("e4m3fn", rounding=rounding, dtype=dtype, samples=2000, seed=5, paths=EAGER)
+    assert verdict.ok, (str(verdict), verdict.examples)
+    assert verdict.rounding == {"stochastic": "stochastic:23"}.get(rounding, rounding)
+
+
+def test_an_error_of_stochastic_rounding_is_shown_with_its_random_number(monkeypatch):
+    plant(monkeypatch, [0x3F900000])  # 1.125: half of the way from 1 to 1.25
+    verdict = verify.verify("e4m2fn", rounding="stochastic:4", samples=0, paths=EAGER)
+    [found] = verdict.examples
+    up = int(found.random, 16) >= 8
+    want = 0x3FA00000 if up else 0x3F800000
+    assert (found.input, found.got, found.want) == ("0x3f900000", f"{want ^ 1:#010x}", f"{want:#010x}")
+    assert f"input 0x3f900000 = 1.125 with random number {found.random} became" in verdict.describe(found)
+    assert verdict.describe(found).endswith("e4m2fn stochastic:4 sat_finite, float32 eager")
+
+
+def test_a_stochastic_rounding_that_ignores_the_seed_is_found(monkeypatch):
+    original = verify.round_tensor
+    monkeypatch.setattr(verify, "round_tensor", lambda x, *a, seed, **k: original(x, *a, seed=7, **k))
+    verdict = verify.verify("e4m3fn", rounding="stochastic:8", samples=1000, paths=EAGER)
+    assert verdict.mismatches > 100
+
+
+def test_random_numbers_are_the_topmost_bits_of_the_words_whatever_their_number():
+    full = verify.random_numbers(3, 100, 32, salt=2)
+    assert (full >= 0).all() and full.max() > 1 << 31
+    assert (verify.random_numbers(3, 100, 5, salt=2) == full >> 27).all()
+    assert (verify.random_numbers(3, 100, 32, salt=1) != full).all()
+    assert (verify.random_numbers(4, 100, 32, salt=2) != full).all()
+
+
+# -- many modes at once ----------------------------------------------------------------------------------------------
+
+
+def test_the_plan_holds_every_direction_with_every_overflow_mode_of_every_named_format():
+    groups = verify.plan()
+    eager = {(*mode, group.dtype) for group in groups for mode in group.modes if "eager" in group.paths}
+    compiled = {(*mode, group.dtype) for group in groups for mode in group.modes if "compiled" in group.paths}
+    assert compiled < eager
+    for fmt in map(parse_format, NAMED_FORMATS):
+        dtype = torch.float64 if fmt.name == "e11m52" else torch.float32
+        modes = {
+            (rounding, overflow)
+            for rounding in ROUNDINGS
+            for overflow in (OVERFLOWS if fmt.has_infinity or fmt.has_nan else ["sat_finite"])
+        }
+        usual = resolve_overflow(fmt, None)
+        assert eager >= {(fmt, *mode, dtype) for mode in modes}
+        assert compiled >= {(fmt, *mode, dtype) for mode in modes if usual in mode or mode[0] in ("nearest_even", "up")}
+        assert compiled >= {(fmt, rounding, usual, dtype) for rounding in verify.STOCHASTIC_SAMPLES}
+    assert {dtype for *_, dtype in compiled} == set(CARRIERS)
+
+
+def test_the_plan_takes_what_it_is_asked_for():
+    [group] = verify.plan(["e5m2"], roundings=["up", "stochastic"], overflows=["sat_finite"], dtypes=[torch.float16])
+    assert [str(mode) for mode in group.modes] == ["e5m2 up sat_finite", "e5m2 stochastic:23 sat_finite"]
+    assert str(group) == "e5m2 on float16"
+    assert [g.paths for g in verify.plan(["e5m2"], dtypes=[torch.float32], paths=["eager"])] == [("eager",)]
+    with pytest.raises(ValueError, match="nothing to verify: none of e8m7 takes"):
+        verify.plan(["bf16"], dtypes=[torch.float16])
+    with pytest.raises(ValueError, match="unknown overflow mode 'wrap'"):
+        verify.plan(["bf16"], overflows=["wrap"])
+    with pytest.raises(ValueError, match="jobs=0: use 1"):
+        list(verify.verify_groups([group], jobs=0))
+
+
+@pytest.mark.parametrize("name", NAMED_FORMATS)
+def test_named_formats_are_rounded_right_in_every_mode_of_the_plan(name):
+    group = verify.plan([name], paths=EAGER)[0]
+    if name in ("fp64", "fp32", "tf32", "bf16", "fp16"):  # judged one by one: a few of the modes
+        group = group._replace(modes=group.modes[::5])
+    for verdict in verify.verify_together(group, samples=4096):
+        assert verdict.ok, (str(verdict), verdict.examples)
+
+
+def test_many_modes_are_compiled_as_one_function_and_an_error_is_told_of_the_right_mode(monkeypatch):
+    original = verify.round_tensor
+
+    def wrong_downwards(x, *args, rounding, **kwargs):
+        rounded = original(x, *args, rounding=rounding, **kwargs)
+        return torch.where(x == 3, 4.0, rounded) if rounding == "down" and torch.compiler.is_compiling() else rounded
+
+    monkeypatch.setattr(verify, "round_tensor", wrong_downwards)
+    modes = [verify.mode_of("e5m2", rounding) for rounding in ("up", "down", "stochastic:8")]
+    verdicts = verify.verify_together(verify.Group(tuple(modes), torch.float32), samples=1000)
+    assert [verdict.ok for verdict in verdicts] == [True, False, True]
+    assert [found[:4] for found in verdicts[1].examples] == [("compiled", "0x40400000", "0x40800000", "0x40400000")]
+
+
+def test_groups_in_processes_side_by_side_give_the_same_verdicts():
+    groups = verify.plan(["e2m1fn", "e3m2fn"], dtypes=[torch.float32], paths=EAGER)
+
+    def facts(jobs: int) -> list:
+        every = [verdict for several in verify.verify_groups(groups, jobs=jobs, samples=100) for verdict in several]
+        return [(v.format, v.rounding, v.overflow, v.inputs, v.mismatches) for v in every]
+
+    assert facts(2) == facts(1)
+
+
 # -- verdicts, and what may go wrong --------------------------------------------------------------------------------
 
 
@@ -247,6 +354,42 @@ def test_a_verdict_says_what_was_checked():
     )
 
 
+def test_a_record_is_json_with_examples_as_bits_and_numbers(monkeypatch):
+    plant(monkeypatch, [0x4200], change=lambda codes: codes + 0x400)
+    verdict = verify.verify("e5m2", dtype=torch.float16, exhaustive=True, paths=EAGER)
+    record = json.loads(json.dumps(verdict.record()))
+    seconds = [record.pop(name) for name in ("seconds", "cpu_seconds")]
+    assert all(isinstance(each, float) for each in seconds)
+    three = {"bits": "0100001000000000", "hex": "0x4200", "decimal": "3.0"}
+    assert record == {
+        "format": "e5m2",
+        "rounding": "nearest_even",
+        "overflow": "ovf_inf",
+        "carrier": "float16",
+        "device": "cpu",
+        "paths": ["eager"],
+        "exhaustive": True,
+        "inputs": 65536,
+        "mismatches": 1,
+        "ok": False,
+        "examples": [
+            {
+                "path": "eager",
+                "input": three,
+                "got": {"bits": "0100011000000000", "hex": "0x4600", "decimal": "6.0"},
+                "want": three,
+            }
+        ],
+        "torch": torch.__version__,
+        "fpsim": metadata.version("fpsim"),
+        "source": KERNEL,
+    }
+    [found] = verdict.examples
+    assert verdict.describe(found) == (
+        "input 0x4200 = 3.0 became 0x4600 = 6.0, not 0x4200 = 3.0: e5m2 nearest_even ovf_inf, float16 eager"
+    )
+
+
 def test_torch_keeps_its_number_of_threads(monkeypatch):
     threads = torch.get_num_threads()
     verify.verify("e2m1fn", samples=0, paths=EAGER)
@@ -273,6 +416,10 @@ def test_torch_keeps_its_number_of_threads(monkeypatch):
         ({"format": "e2m1fn", "overflow": "ovf_inf"}, "use overflow='sat_finite'"),
         ({"format": "e4m3fn", "dtype": torch.bfloat16, "exhaustive": True, "rounding": "stochastik"}, "stochastik"),
         ({"format": "bf16", "dtype": torch.float16}, "convert it to torch.float32"),
+        ({"format": "e4m3fn", "device": "gpu0"}, "unknown device 'gpu0': use cpu, cuda or cuda:N"),
+        ({"format": "e4m3fn", "device": "cuda:99"}, r"sees \d+ CUDA devices here: use device='cpu'"),
+        ({"format": "e4m3fn", "rounding": "stochastic:8", "exhaustive": True}, "random numbers: use a sample"),
+        ({"format": "e4m3fn", "rounding": "stochastic:33"}, "random bits are 1 to 32, got '33'"),
     ],
 )
 def test_wrong_arguments_are_errors_that_say_what_to_do(arguments, message):
