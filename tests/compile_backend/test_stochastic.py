@@ -170,3 +170,23 @@ def test_the_seed_is_drawn_once_per_run_of_a_graph() -> None:
 def test_explain_names_the_rounding_and_its_bits() -> None:
     plan = fpsim.explain(nn.Linear(8, 8), torch.randn(4, 8), policy={"format": "e4m2", "rounding": "stochastic"})
     assert {site.cast for site in plan.sites} == {"e4m2/stochastic:23/ovf_inf"}
+
+
+@BACKENDS
+def test_the_policy_of_one_module_may_be_stochastic(backend: str) -> None:
+    model, x = Network(), dyadic(6, 8, seed=3)
+    compiled = torch.compile(model, backend=backend, options={"format": "none", "modules": {"b": "e4m2/stochastic"}})
+    seed = next_seed()
+    h = F.relu(x @ model.a.weight.T)
+    h_q, b_q = (
+        fpsim.round(t, "e4m2", rounding="stochastic", seed=seed, salt=i) for i, t in ((1, h), (2, model.b.weight))
+    )
+    assert torch.equal(compiled(x), h_q @ b_q.T)
+
+
+@BACKENDS
+def test_results_may_be_rounded_stochastically(backend: str) -> None:
+    a, b = dyadic(6, 8, seed=3), dyadic(8, 4, seed=4)
+    compiled = torch.compile(lambda a: a @ b, backend=backend, options={"format": "none", "output": "e4m2/stochastic"})
+    seed = next_seed()
+    assert torch.equal(compiled(a), fpsim.round(a @ b, "e4m2", rounding="stochastic", seed=seed, salt=1))

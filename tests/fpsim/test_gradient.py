@@ -311,3 +311,20 @@ def test_compiled_by_inductor(fresh_compiler):
     assert_same_bits(compiled.grad, eager.grad, x)
     product = torch.compile(lambda x: jvp(grad(cubes("clipped")), (x,), (V,))[1], fullgraph=True)
     assert_equal(product(X), second("clipped"))
+
+
+def test_code_compiled_without_a_derivative_is_not_used_where_one_is_asked_for() -> None:
+    """Without a derivative its arithmetic is left out, so whether one is asked for must be guarded."""
+    x = torch.tensor([0.3, 1.7, -2.2])
+    compiled = torch.compile(lambda x: fpsim.round(x, "e4m3fn") * 2, backend="aot_eager")
+    compiled(x)
+    twos = torch.full((3,), 2.0)
+    assert torch.equal(torch.func.grad(lambda x: compiled(x).sum())(x), twos)
+    assert torch.equal(torch.func.jvp(compiled, (x,), (torch.ones(3),))[1], twos)
+    with forward_ad.dual_level():
+        assert torch.equal(forward_ad.unpack_dual(compiled(forward_ad.make_dual(x, torch.ones(3)))).tangent, twos)
+    leaf = x.clone().requires_grad_()
+    with torch.no_grad():
+        compiled(leaf)
+    compiled(leaf).sum().backward()
+    assert torch.equal(leaf.grad, twos)

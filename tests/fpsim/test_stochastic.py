@@ -467,3 +467,9 @@ def test_the_reference_needs_its_random_number() -> None:
             reference.round(1.1, "e4m3fn", "stochastic:2", random=number)
     with pytest.raises(ValueError, match="random=1 has no meaning"):
         reference.round(1.1, "e4m3fn", random=1)
+
+
+def test_a_seed_without_stochastic_rounding_is_the_same_error_while_compiling() -> None:
+    compiled = torch.compile(lambda x, seed: fpsim.round(x, "e4m3fn", seed=seed), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="a seed has no meaning with rounding='nearest_even'"):
+        compiled(torch.ones(3), torch.tensor(1))
