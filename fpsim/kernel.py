@@ -33,6 +33,9 @@ class Ops(Protocol):
     def clamp(self, a: Int, low: int | None, high: int | None) -> Int:
         """``a``, but not below ``low`` and not above ``high`` (None: no bound)."""
 
+    def larger(self, a: Int, b: Int) -> Int:
+        """The larger of two integers."""
+
     def less(self, a: Int, bound: Int) -> Mask:
         """Where ``a < bound``; ``bound`` may be a plain int."""
 
@@ -163,10 +166,7 @@ def round_code(code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops, wo
         and rounding != "stochastic_c"
         and random_bits < carrier.mantissa_bits + (rounding == "stochastic")
     )
-    if linear:
-        a = _linear_below(a, grid, ops)
-
-    r = _round_magnitude(a, code, grid, rounding, ops, word, random_bits)
+    r = _round_magnitude(a, code, grid, rounding, ops, word, random_bits, linear)
     if nearest_overflows:
         becomes_infinity = ~ops.less(r, grid.max + 1)
     else:
@@ -219,16 +219,26 @@ def _becomes_infinity(magnitude: Int, code: Int, grid: Grid, rounding: str, over
 
 
 def _round_magnitude(
-    a: Int, code: Int, grid: Grid, rounding: str, ops: Ops, word: Int = 0, random_bits: int = 0
+    a: Int,
+    code: Int,
+    grid: Grid,
+    rounding: str,
+    ops: Ops,
+    word: Int = 0,
+    random_bits: int = 0,
+    linear: bool = False,
 ) -> Int:
     """``a`` rounded to the format's precision, its exponent unbounded above, and below unless it has subnormals.
 
-    Numbers below the smallest subnormal become anything not above it: see `_becomes_zero` and `_randomly_up`.
+    Numbers below the smallest subnormal become anything not above it: see `_becomes_zero` and `_randomly_up`. If
+    ``linear``, they become that where they are rounded up, and anything below it where they become zero.
     """
     shift: Int = grid.shift
     if grid.depth:
         field = ops.clamp(a >> grid.carrier.mantissa_bits, grid.first_field - grid.depth, grid.first_field)
         shift = (grid.first_field + grid.shift) - field
+    if linear:
+        a = _linear_below(a, grid, ops)
     kept_bits = -1 << shift
     dropped_bits = ~kept_bits
 
@@ -317,7 +327,7 @@ def _linear_below(a: Int, grid: Grid, ops: Ops) -> Int:
     smallest = grid.code_of(grid.fmt.smallest_subnormal)
     significand, binades = _significand_below(a, grid, ops)
     spread = (significand >> ops.clamp(binades + 1, 0, grid.carrier.bits - 1)) + (smallest - grid.implicit)
-    return ops.choose(ops.less(a, smallest), spread, a)
+    return ops.larger(a, spread)  # of numbers from the smallest subnormal on, `spread` is at most their code
 
 
 def _randomly_up(a: Int, grid: Grid, rounding: str, ops: Ops, word: Int, random_bits: int) -> Mask:

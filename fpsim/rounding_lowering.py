@@ -6,15 +6,17 @@ language, so generated code holds the same integer arithmetic as an eager call, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch._inductor import ir, lowering
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.utils import sympy_product
 from torch._inductor.virtualized import V, ops
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from fpsim.formats import parse_format
 from fpsim.kernel import Grid, round_code
@@ -103,6 +105,9 @@ class LaneOps:
             a = a.apply(ops.maximum, low)
         return a if high is None else a.apply(ops.minimum, high)
 
+    def larger(self, a: Lanes, b: Lanes) -> Lanes:
+        return a.apply(ops.maximum, b)
+
     def less(self, a: Lanes, bound: Lanes | int) -> LaneMask:
         return LaneMask(ops.lt(a.value, a.lift(bound)))
 
@@ -154,18 +159,37 @@ def _lower_round_stochastic(
 ) -> ir.TensorBox:
     key.realize()  # computed once, not for every element
     load_key = key.make_loader()
-    strides = ir.FlexibleLayout.contiguous_strides(x.get_size())
-    small = V.graph.sizevars.statically_known_lt(sympy_product(x.get_size()), 2**31)
+    sizes = x.get_size()
+    strides = ir.FlexibleLayout.contiguous_strides(sizes)
+    small = V.graph.sizevars.statically_known_lt(sympy_product(sizes), 2**31)
+    lanes = _lanes(x.get_device_or_error(), sizes)
 
     def word_at(index: Any) -> Lanes:
         low_key, high_key = (Lanes(load_key([sympy.Integer(half)]), torch.int32) for half in (0, 1))
         linear = sum((i * stride for i, stride in zip(index, strides, strict=True)), sympy.Integer(0))
-        if small:
+        if not small:
+            wide = Lanes(ops.index_expr(linear, torch.int64), torch.int64)
+            return random_word(low_key, high_key, _converted(wide, torch.int32), _converted(wide >> 32, torch.int32))
+        if not lanes:
             return random_word(low_key, high_key, Lanes(ops.index_expr(linear, torch.int32), torch.int32))
-        wide = Lanes(ops.index_expr(linear, torch.int64), torch.int64)
-        return random_word(low_key, high_key, _converted(wide, torch.int32), _converted(wide >> 32, torch.int32))
+        lane = Lanes(ops.index_expr(ModularIndexing(linear, 1, lanes), torch.int32), torch.int32)
+        vector = Lanes(ops.index_expr(FloorDiv(linear, lanes), torch.int32), torch.int32)
+        return random_word(low_key, high_key, (vector << (lanes.bit_length() - 1)) | lane)
 
     return _lower(x, format, rounding, overflow, word_at)
+
+
+def _lanes(device: torch.device, sizes: Sequence[sympy.Expr]) -> int:
+    """How many elements a vector of the CPU holds, if vectors do not straddle rows; else 0.
+
+    Then an element's index is the number of its vector, a scalar, and its lane, a constant vector. Inductor's own
+    vector of consecutive indices is put together from scalars, which costs more than the hash of the index.
+    """
+    isa = pick_vec_isa() if device.type == "cpu" else None
+    lanes = isa.nelements(torch.float32) if isa else 0
+    if lanes and len(sizes) > 1 and not V.graph.sizevars.statically_known_multiple_of(sizes[-1], lanes):
+        return 0
+    return lanes
 
 
 @lowering.register_lowering(torch.ops.fpsim.random_key.default, type_promotion_kind=None)

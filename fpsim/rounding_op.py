@@ -33,6 +33,8 @@ CARRIERS: dict[torch.dtype, FloatFormat] = {
     torch.float16: FloatFormat(5, 10),
 }
 
+_MAGNITUDE = (1 << 31) - 1  # the bits of a float32 but the sign
+
 # Elements per thread that the CPU kernel handles at a time: its temporaries then stay in the cache.
 _CHUNK = 1 << 17
 
@@ -67,6 +69,10 @@ class TorchOps:
     @staticmethod
     def clamp(a: Tensor, low: int | None, high: int | None) -> Tensor:
         return a.clamp(low, high)
+
+    @staticmethod
+    def larger(a: Tensor, b: Tensor) -> Tensor:
+        return torch.maximum(a, b)
 
     # Masks are integers, -1 or 0: a comparison and a select of tensors cost several times these integer operations.
     @staticmethod
@@ -152,10 +158,12 @@ def _round_cpu(x: Tensor, format: str, rounding: str, overflow: str, kernel: str
         x = out
     source, result = _flat(x), _flat(out)
     chunk = _CHUNK * torch.get_num_threads()
+    by_scaling = x.dtype == torch.float32 and _can_round_by_scaling(fmt, overflow)
+    at_one_unit = x.dtype == torch.float32 and _has_one_unit(fmt, overflow)
     for piece, target in zip(source.split(chunk), result.split(chunk), strict=True):
-        if x.dtype == torch.float32 and _can_round_by_addition(fmt, rounding, overflow):
-            _round_by_addition(piece, fmt, target)
-        elif x.dtype == torch.float32 and _has_one_unit(fmt, overflow):
+        if by_scaling and not (rounding in ("up", "down", "to_odd") and _has_subnormal(piece)):
+            _round_by_scaling(piece, fmt, rounding, overflow, target)
+        elif at_one_unit:
             _round_at_one_unit(piece, fmt, rounding, target)
         else:
             target.copy_(round_with_torch_ops(piece, fmt, rounding, overflow))
@@ -190,44 +198,69 @@ def _round_at_one_unit(x: Tensor, fmt: FloatFormat, rounding: str, out: Tensor) 
     code.bitwise_and_(~dropped_bits)
 
 
-def _can_round_by_addition(fmt: FloatFormat, rounding: str, overflow: str) -> bool:
-    """Whether `_round_by_addition` gives the same bits as the kernel."""
+def _can_round_by_scaling(fmt: FloatFormat, overflow: str) -> bool:
+    """Whether `_round_by_scaling` gives the same bits as the kernel."""
+    overflows_to_next_binade = fmt.has_infinity and fmt.specials != "p3109" and 1 <= fmt.max_exponent < 127
     return (
-        rounding == "nearest_even"
-        and overflow == ("ovf_inf" if fmt.has_infinity else "sat_finite")
-        and fmt.specials != "p3109"  # whose infinity follows the largest value in the same binade
+        (overflow == "sat_finite" or fmt.has_infinity)
+        and (overflow != "ovf_inf" or overflows_to_next_binade)
         and fmt.subnormals
         and fmt.signed
-        and 1 <= fmt.mantissa_bits <= 21  # 0: ties go to the even code; 22: the sum would leave the addend's binade
-        and fmt.emin - fmt.mantissa_bits > FLOAT32.emin  # no float32 subnormal matters: right under flush-to-zero
-        and fmt.max_exponent + 1 + (FLOAT32.mantissa_bits - fmt.mantissa_bits) < FLOAT32.max_exponent
         and fmt.exponent_bits > 1
-        and fmt.max_exponent >= 1  # so that the power of two below, which scales it to infinity, is a float32
+        and 1 <= fmt.mantissa_bits <= 22  # 0: ties go to the even code, not to the even multiple
+        and FLOAT32.emin < fmt.emin - fmt.mantissa_bits <= 0  # no step meets a float32 subnormal but the input
     )
 
 
-def _round_by_addition(x: Tensor, fmt: FloatFormat, out: Tensor) -> None:
-    """Round float32 ``x`` into ``out`` by adding and subtracting 1.5 * 2**23 units of the format.
+def _round_by_scaling(x: Tensor, fmt: FloatFormat, rounding: str, overflow: str, out: Tensor) -> None:
+    """Round float32 ``x`` into ``out`` by dividing by the unit of its binade and rounding to an integer.
 
-    A quarter of the kernel's operations, for eager CPU calls only: torch adds in IEEE arithmetic there, and no
-    compiler can contract or reassociate across its operations. The sum is rounded to nearest-even at the unit; the
-    unit's exponent is clamped to that of the subnormals, and to one binade past the largest value.
+    A third of the kernel's operations, for eager CPU calls only: torch divides and multiplies in IEEE arithmetic
+    there, and by a power of two that is exact. Right under flush-to-zero too, except that `up`, `down` and `to_odd`
+    must not be given float32 subnormals (`_has_subnormal`).
     """
-    mantissa_bits = FLOAT32.mantissa_bits
-    low, high = ((e + FLOAT32.bias) << mantissa_bits for e in (fmt.emin, fmt.max_exponent + 1))
-    half_above_one = 1 << (mantissa_bits - 1)
-    to_addend = ((mantissa_bits - fmt.mantissa_bits) << mantissa_bits) | half_above_one
-    exponent = (x.view(torch.int32) & (FLOAT32.max_code + 1)).clamp_(low, high)
-    addend = exponent.add_(to_addend).view(torch.float32)
-    torch.add(x, addend, out=out).sub_(addend)
-    if fmt.has_infinity:  # all beyond the largest value is at least the next power of two: scale that to infinity
+    nearest = rounding in ("nearest_even", "nearest_away")
+    overflows = [overflow == "ovf_inf" and (nearest or rounding == side) for side in ("down", "up")]
+    lowest, highest = (2.0 ** (fmt.max_exponent + 1) if beyond else fmt.max for beyond in overflows)
+    of_magnitude = rounding in ("nearest_away", "toward_zero", "to_odd")
+    if of_magnitude:
+        torch.abs(x, out=out).clamp_(max=highest)
+    else:
+        torch.clamp(x, -lowest, highest, out=out)
+
+    exponent = (out.view(torch.int32) & (FLOAT32.max_code + 1)).clamp_(min=(fmt.emin + FLOAT32.bias) << 23)
+    unit = exponent.sub_((fmt.mantissa_bits - (rounding == "to_odd")) << 23).view(torch.float32)
+    out.div_(unit)
+    if rounding == "nearest_even":
+        out.round_()
+    elif rounding == "nearest_away":
+        out.add_(0.5 - 2.0**-25).floor_()  # 0.5 would take the number before 0.5 to 1
+    elif rounding == "up":
+        out.ceil_()
+    elif rounding in ("down", "toward_zero"):
+        out.floor_()
+    else:  # the unit is doubled: an even multiple stays, all between it and the next becomes the half between them
+        even = out.floor()
+        torch.add(even, out.sub_(even).ceil_(), alpha=0.5, out=out)
+    out.mul_(unit)
+
+    if any(overflows):
         scale = 2.0 ** (FLOAT32.max_exponent - fmt.max_exponent)
         out.mul_(scale).mul_(1 / scale)
-    else:
-        out.clamp_(-fmt.max, fmt.max)
-    if fmt.has_negative_zero:
+    keeps_infinities = overflow != "sat_finite" and not all(overflows)
+    if keeps_infinities:
+        out.add_(torch.nn.functional.hardshrink(x, FLOAT32.max))  # 0 but for infinities and NaN
+    if of_magnitude or keeps_infinities:
         out.copysign_(x)
+    if not fmt.has_negative_zero:
+        out.add_(0.0)
     out.nan_to_num_(nan=math.nan if fmt.has_nan else fmt.max, posinf=math.inf, neginf=-math.inf)
+
+
+def _has_subnormal(x: Tensor) -> bool:
+    """Whether any float32 number is subnormal, by its bits."""
+    before = (x.view(torch.int32) & _MAGNITUDE).sub_(1).bitwise_and_(_MAGNITUDE)
+    return x.numel() > 0 and int(before.amin()) < (1 << FLOAT32.mantissa_bits) - 1
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 import fpsim
+from fpsim.formats import ROUNDINGS
 
 Function = Callable[[Tensor], Tensor]
 
@@ -46,7 +47,11 @@ def ours() -> dict[str, tuple[str, Function]]:
     ):
         cases[f"fpsim compiled, {format} {rounding}"] = (format, compiled(format, rounding))
     for format in ("e4m3fn", "e5m2", "e8m3"):
-        cases[f"fpsim eager, {format} nearest_even"] = (format, lambda x, f=format: fpsim.round(x, f))
+        for rounding in ROUNDINGS:
+            cases[f"fpsim eager, {format} {rounding}"] = (
+                format,
+                lambda x, f=format, r=rounding: fpsim.round(x, f, rounding=r),
+            )
     return cases
 
 

@@ -6,29 +6,29 @@ import pytest
 import torch
 from torch import Tensor
 
+import fpsim
 from fpsim.formats import ROUNDINGS, FloatFormat, parse_format, resolve_overflow
 from fpsim.kernel import FLOAT32
 from fpsim.rounding_op import (
-    _can_round_by_addition,
+    _can_round_by_scaling,
     _has_one_unit,
+    _has_subnormal,
     _round_at_one_unit,
-    _round_by_addition,
+    _round_by_scaling,
     round_with_torch_ops,
 )
 
 
-def accepted(exponent_bits: int) -> list[FloatFormat]:
+def accepted(exponent_bits: int, overflow: str) -> list[FloatFormat]:
     formats = []
     for mantissa_bits in range(24):
-        for suffix in ("", "fn", "fnuz", "finite"):
-            for bias in ("", ":bias=3", ":bias=-5", ":bias=20"):
+        for suffix in ("", "fn", "fnuz", "finite", ":p3109"):
+            for bias in ("", ":bias=3", ":bias=20"):
                 try:
                     fmt = parse_format(f"e{exponent_bits}m{mantissa_bits}{suffix}{bias}")
                 except ValueError:  # a bias that leaves float64
                     continue
-                if fmt.is_subset_of(FLOAT32) and _can_round_by_addition(
-                    fmt, "nearest_even", resolve_overflow(fmt, None)
-                ):
+                if fmt.is_subset_of(FLOAT32) and _can_round_by_scaling(fmt, overflow):
                     formats.append(fmt)
     return formats
 
@@ -50,25 +50,67 @@ def assert_same_bits(x: Tensor, got: Tensor, want: Tensor, what: str) -> None:
     assert not wrong.any(), f"{what}: {x[wrong][:3]} -> {got[wrong][:3]}, want {want[wrong][:3]}"
 
 
-@pytest.mark.parametrize("exponent_bits", range(2, 8))
-def test_addition_and_kernel_agree_bit_for_bit(exponent_bits: int) -> None:
-    generator = torch.Generator().manual_seed(exponent_bits)
-    formats = accepted(exponent_bits)
-    assert len(formats) > 100
+@pytest.mark.parametrize(("overflow", "at_least"), [("ovf_inf", 90), ("sat_finite", 400), ("sat_propagate", 180)])
+def test_scaling_and_kernel_agree_bit_for_bit(overflow: str, at_least: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    formats = [fmt for exponent_bits in range(2, 9) for fmt in accepted(exponent_bits, overflow)]
+    assert len(formats) > at_least
     for fmt in formats:
-        x = patterns(fmt, 1 << 13, generator)
+        x = patterns(fmt, 1 << 12, generator)
         got = torch.empty_like(x)
-        _round_by_addition(x, fmt, got)
-        want = round_with_torch_ops(x, fmt, "nearest_even", resolve_overflow(fmt, None))
-        assert_same_bits(x, got, want, fmt.name)
+        for rounding in ROUNDINGS:
+            _round_by_scaling(x, fmt, rounding, overflow, got)
+            want = round_with_torch_ops(x, fmt, rounding, overflow)
+            assert_same_bits(x, got, want, f"{fmt.name} {rounding}")
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "e5m10"])
+def test_scaling_is_right_under_flush_to_zero(name: str, rounding: str) -> None:
+    fmt, x = parse_format(name), patterns(parse_format(name), 1 << 14, torch.Generator().manual_seed(0))
+    assert _has_subnormal(x)
+    want = round_with_torch_ops(x, fmt, rounding, resolve_overflow(fmt, None))
+    torch.set_flush_denormal(True)
+    try:
+        got = fpsim.round(x, name, rounding=rounding)
+        normal = x[(x.view(torch.int32) & 0x7F800000) != 0]
+        assert not _has_subnormal(normal)
+        got_of_normal = fpsim.round(normal, name, rounding=rounding)
+    finally:
+        torch.set_flush_denormal(False)
+    assert_same_bits(x, got, want, name)
+    assert_same_bits(
+        normal, got_of_normal, round_with_torch_ops(normal, fmt, rounding, resolve_overflow(fmt, None)), name
+    )
+
+
+@pytest.mark.parametrize("code", [0, 1, 0x7FFFFF, 0x800000, 0x7F800000, 0x7FC00000])
+@pytest.mark.parametrize("sign", [0, 1])
+def test_has_subnormal_reads_the_bits(code: int, sign: int) -> None:
+    x = torch.tensor([code - (sign << 31)]).to(torch.int32).view(torch.float32)
+    assert _has_subnormal(x) == (0 < code < 0x800000)
+    assert not _has_subnormal(x[:0])
 
 
 @pytest.mark.parametrize(
-    "name", ["e8m3", "bf16", "e1m3", "e4m0", "e5m2:nosubnormals", "e4m3fn:unsigned", "e5m22", "e7m7:bias=120"]
+    ("name", "overflow"),
+    [
+        ("e8m3", "ovf_inf"),
+        ("bf16", "sat_finite"),
+        ("e1m3", "ovf_inf"),
+        ("e4m0", "ovf_inf"),
+        ("e5m2:nosubnormals", "ovf_inf"),
+        ("e4m3fn:unsigned", "sat_finite"),
+        ("e4m3fn", "ovf_inf"),
+        ("e4m3fn", "sat_propagate"),
+        ("binary8p3se", "ovf_inf"),
+        ("e5m23", "ovf_inf"),
+        ("e7m7:bias=120", "ovf_inf"),
+        ("e4m3:bias=-5", "ovf_inf"),
+    ],
 )
-def test_formats_for_which_addition_is_wrong_are_left_to_the_kernel(name: str) -> None:
-    fmt = parse_format(name)
-    assert not _can_round_by_addition(fmt, "nearest_even", resolve_overflow(fmt, None))
+def test_formats_for_which_scaling_is_wrong_are_left_to_the_kernel(name: str, overflow: str) -> None:
+    assert not _can_round_by_scaling(parse_format(name), overflow)
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)

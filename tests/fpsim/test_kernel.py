@@ -106,6 +106,9 @@ class WordOps:
             a._with(bound - 1), a._with(bound)  # TorchOps computes with both
         return Truth(a.value < number(bound))
 
+    def larger(self, a: Word, b: Word) -> Word:
+        return a._with(max(a.value, b.value))
+
     def choose(self, mask: Truth, a: Word | int, b: Word | int) -> Word:
         return Word(number(a if mask.value else b), self.carrier.bits)
 

@@ -319,6 +319,9 @@ LAYOUTS = {
     "strided": lambda: numbers(40, 40)[::3, 1::2],
     "expanded": lambda: numbers(1, 13).expand(7, 13),
     "channels last": lambda: numbers(2, 3, 5, 7).to(memory_format=torch.channels_last),
+    "rows of vectors": lambda: numbers(6, 5, 48),
+    "columns of vectors": lambda: numbers(48, 64).T,
+    "channels of vectors": lambda: numbers(2, 32, 16, 16).to(memory_format=torch.channels_last),
     "of several chunks": lambda: numbers(3, 100_001),
 }
 
