@@ -387,9 +387,7 @@ def check_rounding(rounding: str) -> Rounding:
     if rounding not in ROUNDINGS:
         hint = ""
         if str(rounding).partition(":")[0] in STOCHASTIC_ROUNDINGS:
-            hint = (
-                " (stochastic rounding needs a random number, which only fpsim.round, fpsim.encode and policies take)"
-            )
+            hint = " (stochastic rounding depends on a random number, which is not taken here)"
         raise ValueError(f"unknown rounding {rounding!r}: use one of {', '.join(ROUNDINGS)}{hint}")
     return rounding  # type: ignore[return-value]
 

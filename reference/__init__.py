@@ -4,9 +4,12 @@ Values are fractions (and signed zeros, infinities and NaN), codes are integers,
 decides anything. It shares with the rest of fpsim only the description of the formats.
 
 - `round`, `table`, `encode` and `decode`: into a format, and between values and codes.
-- `add` to `remainder`, `exp` to `pow`: operations, correctly rounded into any format; `with_flags` gives the flags too.
+- `add` to `remainder`, `exp` to `pow`: operations, correctly rounded into any format.
 - `sum` and `dot`: exact, or with every step rounded, in any order.
+- `with_flags`: any of these with the flags it raises.
 - `compare` to `maximum_number`, `classify` to `ulp`: comparison, classes, neighbours and exponents.
+
+Stochastic rounding takes its random numbers as an argument, so that everything here is a function of its arguments.
 """
 
 from .arithmetic import add, convert, div, fma, mul, remainder, sqrt, sub

@@ -7,10 +7,12 @@ Arguments:
     a, b, c: an int, Fraction, float (taken exactly) or `Special`.
     format: the format of the result, a name or a `FloatFormat`.
     rounding, overflow: as in `round`.
+    random: as in `round`, the random number of stochastic rounding: the same operands and number give the same result.
 
 Raises:
-    ValueError: no such format, rounding or overflow mode, or an overflow mode that the format cannot take.
-    TypeError: an operand or ``format`` is none of the above.
+    ValueError: no such format, rounding or overflow mode, or an overflow mode that the format cannot take; ``random``
+        missing, out of range, or given without stochastic rounding.
+    TypeError: an operand, ``format`` or ``random`` is none of the above.
 
 NaN results, and infinite ones in formats without infinity, become what `round` makes of NaN and infinity.
 `with_flags` gives the flags too.
@@ -42,17 +44,30 @@ from .values import (
 _INFINITIES = (INFINITY, NEGATIVE_INFINITY)
 
 
-def convert(a: Number, format: str | FloatFormat, rounding: str = "nearest_even", overflow: str | None = None) -> Value:
+def convert(
+    a: Number,
+    format: str | FloatFormat,
+    rounding: str = "nearest_even",
+    overflow: str | None = None,
+    *,
+    random: int | None = None,
+) -> Value:
     """``a`` in another format (clause 5.4.2, convertFormat): the same as `round`.
 
     >>> convert(0.1, "e4m3fn")
     Fraction(13, 128)
     """
-    return deliver(exact_convert, (a,), target(format, rounding, overflow))
+    return deliver(exact_convert, (a,), target(format, rounding, overflow, random))
 
 
 def add(
-    a: Number, b: Number, format: str | FloatFormat, rounding: str = "nearest_even", overflow: str | None = None
+    a: Number,
+    b: Number,
+    format: str | FloatFormat,
+    rounding: str = "nearest_even",
+    overflow: str | None = None,
+    *,
+    random: int | None = None,
 ) -> Value:
     """``a + b``. A sum of numbers of opposite sign that is exactly zero is +0, for rounding ``down`` -0 (clause 6.3).
 
@@ -61,33 +76,51 @@ def add(
     >>> add(448, Fraction(1, 512), "e4m3fn", "up"), add(1, -1, "e4m3fn", "down")
     (Fraction(448, 1), NEGATIVE_ZERO)
     """
-    return deliver(exact_add, (a, b), target(format, rounding, overflow))
+    return deliver(exact_add, (a, b), target(format, rounding, overflow, random))
 
 
 def sub(
-    a: Number, b: Number, format: str | FloatFormat, rounding: str = "nearest_even", overflow: str | None = None
+    a: Number,
+    b: Number,
+    format: str | FloatFormat,
+    rounding: str = "nearest_even",
+    overflow: str | None = None,
+    *,
+    random: int | None = None,
 ) -> Value:
     """``a - b``, which is ``a + (-b)`` in every respect.
 
     >>> sub(17, Fraction(1, 4), "e4m3fn")
     Fraction(16, 1)
     """
-    return deliver(exact_sub, (a, b), target(format, rounding, overflow))
+    return deliver(exact_sub, (a, b), target(format, rounding, overflow, random))
 
 
 def mul(
-    a: Number, b: Number, format: str | FloatFormat, rounding: str = "nearest_even", overflow: str | None = None
+    a: Number,
+    b: Number,
+    format: str | FloatFormat,
+    rounding: str = "nearest_even",
+    overflow: str | None = None,
+    *,
+    random: int | None = None,
 ) -> Value:
     """``a * b``, its sign the exclusive or of the operands' signs. Zero times infinity is invalid.
 
     >>> mul(1.125, 1.125, "e4m3fn"), mul(-0.0, 3, "e4m3fn")
     (Fraction(5, 4), NEGATIVE_ZERO)
     """
-    return deliver(exact_mul, (a, b), target(format, rounding, overflow))
+    return deliver(exact_mul, (a, b), target(format, rounding, overflow, random))
 
 
 def div(
-    a: Number, b: Number, format: str | FloatFormat, rounding: str = "nearest_even", overflow: str | None = None
+    a: Number,
+    b: Number,
+    format: str | FloatFormat,
+    rounding: str = "nearest_even",
+    overflow: str | None = None,
+    *,
+    random: int | None = None,
 ) -> Value:
     """``a / b``, its sign the exclusive or of the operands' signs.
 
@@ -96,7 +129,7 @@ def div(
     >>> div(1, 3, "e4m3fn"), div(-1, 0, "fp16"), div(-1, 0, "e4m3fn")
     (Fraction(11, 32), NEGATIVE_INFINITY, Fraction(-448, 1))
     """
-    return deliver(exact_div, (a, b), target(format, rounding, overflow))
+    return deliver(exact_div, (a, b), target(format, rounding, overflow, random))
 
 
 def fma(
@@ -106,6 +139,8 @@ def fma(
     format: str | FloatFormat,
     rounding: str = "nearest_even",
     overflow: str | None = None,
+    *,
+    random: int | None = None,
 ) -> Value:
     """``a * b + c`` with one rounding (fusedMultiplyAdd), its zero signed as that of the sum of ``a * b`` and ``c``.
 
@@ -114,20 +149,33 @@ def fma(
     >>> fma(1.125, 1.125, -1.25, "e4m3fn")
     Fraction(1, 64)
     """
-    return deliver(exact_fma, (a, b, c), target(format, rounding, overflow))
+    return deliver(exact_fma, (a, b, c), target(format, rounding, overflow, random))
 
 
-def sqrt(a: Number, format: str | FloatFormat, rounding: str = "nearest_even", overflow: str | None = None) -> Value:
+def sqrt(
+    a: Number,
+    format: str | FloatFormat,
+    rounding: str = "nearest_even",
+    overflow: str | None = None,
+    *,
+    random: int | None = None,
+) -> Value:
     """The square root of ``a``; that of -0 is -0 (clause 5.4.1). Below zero it is invalid.
 
     >>> sqrt(2, "e4m3fn"), sqrt(2, "e4m3fn", "up"), sqrt(Fraction(9, 4), "e4m3fn", "up")
     (Fraction(11, 8), Fraction(3, 2), Fraction(3, 2))
     """
-    return deliver(exact_sqrt, (a,), target(format, rounding, overflow))
+    return deliver(exact_sqrt, (a,), target(format, rounding, overflow, random))
 
 
 def remainder(
-    a: Number, b: Number, format: str | FloatFormat, rounding: str = "nearest_even", overflow: str | None = None
+    a: Number,
+    b: Number,
+    format: str | FloatFormat,
+    rounding: str = "nearest_even",
+    overflow: str | None = None,
+    *,
+    random: int | None = None,
 ) -> Value:
     """``a - b * n`` for the integer n nearest to ``a / b``, the even one of two (clause 5.3.1).
 
@@ -136,7 +184,7 @@ def remainder(
     >>> remainder(5, 3, "e4m3fn"), remainder(-6, 3, "e4m3fn")
     (Fraction(-1, 1), NEGATIVE_ZERO)
     """
-    return deliver(exact_remainder, (a, b), target(format, rounding, overflow))
+    return deliver(exact_remainder, (a, b), target(format, rounding, overflow, random))
 
 
 # -- the exact results ------------------------------------------------------------------------------------------------
@@ -148,19 +196,23 @@ def exact_convert(where: Target, a: Value) -> Outcome:
 
 
 def exact_add(where: Target, a: Value, b: Value) -> Outcome:
-    """The sum, by clauses 6.1 (infinities), 6.2 (NaN), 6.3 (zeros) and 7.2 d."""
-    if a is NAN or b is NAN:
+    """The sum of two."""
+    return exact_sum(where, a, b)
+
+
+def exact_sum(where: Target, *terms: Value) -> Outcome:
+    """The sum of any number of terms, by clauses 6.1 (infinities), 6.2 (NaN), 6.3 (zeros) and 7.2 d; +0 of none."""
+    if NAN in terms:
         return Outcome(NAN)
-    if a in _INFINITIES or b in _INFINITIES:
-        if a in _INFINITIES and b in _INFINITIES and a != b:
-            return INVALID
-        return Outcome(a if a in _INFINITIES else b)
-    total = _number(a) + _number(b)
+    infinities = {term for term in terms if term in _INFINITIES}
+    if infinities:
+        return INVALID if len(infinities) == 2 else Outcome(infinities.pop())
+    total = sum(map(_number, terms), Fraction(0))
     if total != 0:
         return Outcome(total)
-    if is_negative(a) == is_negative(b):
-        return Outcome(a)  # two zeros of one sign
-    return Outcome(NEGATIVE_ZERO if where.rounding == "down" else Fraction(0))
+    if len({is_negative(term) for term in terms}) == 2:
+        return Outcome(NEGATIVE_ZERO if where.rounding == "down" else Fraction(0))
+    return Outcome(terms[0] if terms else Fraction(0))  # zeros of one sign
 
 
 def exact_sub(where: Target, a: Value, b: Value) -> Outcome:
@@ -201,10 +253,10 @@ def exact_fma(where: Target, a: Value, b: Value, c: Value) -> Outcome:
 
 
 def exact_sqrt(where: Target, a: Value) -> Outcome:
-    """The square root if it has p + 2 bits, else the number that stands for it, by clause 7.2 g."""
+    """The square root if it is short, else the number that stands for it, by clause 7.2 g."""
     if a is NAN or a is INFINITY or _is_zero(a):
         return Outcome(a)
-    return INVALID if is_negative(a) else Outcome(square_root(magnitude(a), where.format))
+    return INVALID if is_negative(a) else Outcome(square_root(magnitude(a), where))
 
 
 def exact_remainder(where: Target, a: Value, b: Value) -> Outcome:
@@ -220,11 +272,11 @@ def exact_remainder(where: Target, a: Value, b: Value) -> Outcome:
     return Outcome(rest if rest else _with_sign(rest, is_negative(a)))
 
 
-def square_root(square: Fraction, fmt: FloatFormat) -> Fraction:
-    """The root of ``square`` > 0, or the number of p + 2 bits that stands for it as `stand_in` explains."""
-    quantum = scale_b(1, floor_log2(square) // 2 - fmt.precision - 1)
+def square_root(square: Fraction, where: Target) -> Fraction:
+    """The root of ``square`` > 0, or the number of one bit more than a boundary that stands for it: see `stand_in`."""
+    quantum = scale_b(1, floor_log2(square) // 2 - where.boundary_bits)
     scaled = square / quantum**2
-    below = isqrt(int(scaled))  # the root of scaled rounded down: an integer of p + 2 bits
+    below = isqrt(int(scaled))  # the root of scaled rounded down: an integer of one bit more than a boundary
     return (below if below**2 == scaled else below | 1) * quantum
 
 

@@ -14,6 +14,7 @@ from fpsim.formats import FloatFormat, parse_format, resolve_overflow
 from . import limits
 from .decoding import decode, largest
 from .encoding import encode
+from .outcomes import target
 from .rounding import round
 from .values import (
     INFINITY,
@@ -191,8 +192,10 @@ def scaleb(
     format: str | FloatFormat,
     rounding: str = "nearest_even",
     overflow: str | None = None,
+    *,
+    random: int | None = None,
 ) -> Value:
-    """``value * 2**exponent``, rounded to ``format`` (clause 5.3.3, scaleB).
+    """``value * 2**exponent``, rounded to ``format`` as `round` does it (clause 5.3.3, scaleB).
 
     Raises:
         ValueError, TypeError: as `round`; or ``exponent`` is not an int.
@@ -202,14 +205,14 @@ def scaleb(
     """
     if not isinstance(exponent, int):
         raise TypeError(f"the exponent is an int, got {exponent!r} of type {type(exponent)}")
-    fmt, exact = parse_format(format), as_value(value)
+    where, exact = target(format, rounding, overflow, random), as_value(value)
     if not is_finite(exact) or is_zero(exact):
-        return round(exact, fmt, rounding, overflow)
+        return round(exact, format, rounding, overflow, random=random)
     # An exponent far out of range gives what one a little out of range does, without a number of as many bits.
     leading = floor_log2(magnitude(exact))
-    low, high = fmt.emin - fmt.mantissa_bits - 3 - leading, fmt.max_exponent + 3 - leading
+    low, high = where.negligible - leading, where.format.max_exponent + 3 - leading
     scale = scale_b(1, min(max(exponent, low), high))
-    return round(Fraction(exact) * scale, fmt, rounding, overflow)  # type: ignore[arg-type]  # finite
+    return round(Fraction(exact) * scale, format, rounding, overflow, random=random)  # type: ignore[arg-type]  # finite
 
 
 def _value_of(value: Number, fmt: FloatFormat) -> Value:

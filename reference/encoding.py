@@ -20,7 +20,12 @@ from .values import (
 
 
 def encode(
-    value: Number, format: str | FloatFormat, rounding: str = "nearest_even", overflow: str | None = None
+    value: Number,
+    format: str | FloatFormat,
+    rounding: str = "nearest_even",
+    overflow: str | None = None,
+    *,
+    random: int | None = None,
 ) -> int:
     """The code of ``value`` in ``format``, rounded first as `round` does it.
 
@@ -30,7 +35,7 @@ def encode(
     Arguments:
         value: an int, Fraction, float (taken exactly) or `Special`.
         format: a name or a `FloatFormat`.
-        rounding, overflow: as in `round`.
+        rounding, overflow, random: as in `round`.
 
     Raises:
         ValueError, TypeError: as `round`.
@@ -41,7 +46,7 @@ def encode(
     '0xbc00'
     """
     fmt = parse_format(format)
-    return _code_of(round(value, fmt, rounding, overflow), fmt)
+    return _code_of(round(value, fmt, rounding, overflow, random=random), fmt)
 
 
 def _code_of(value: Value, fmt: FloatFormat) -> int:

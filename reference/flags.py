@@ -1,17 +1,17 @@
-"""The flags of an operation beside its value."""
+"""The flags of an operation, or of all steps of a sum, beside the value."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterable
+from typing import Any, Final
 
 from fpsim.formats import FloatFormat
 
-from . import arithmetic, elementary
+from . import arithmetic, elementary, sums
 from .outcomes import Exact, Result, finish, target
 from .values import Number, Value
 
-#: Every operation, and the function that finds its exact result.
+#: Every operation of one rounding, and the function that finds its exact result.
 _EXACT: Final[dict[Callable[..., Value], Exact]] = {
     arithmetic.convert: arithmetic.exact_convert,
     arithmetic.add: arithmetic.exact_add,
@@ -34,17 +34,24 @@ _EXACT: Final[dict[Callable[..., Value], Exact]] = {
     elementary.rsqrt: elementary.exact_rsqrt,
     elementary.pow: elementary.exact_pow,
 }
+#: Every operation of many roundings, and the function that gives its flags too.
+_SUMS: Final[dict[Callable[..., Value], Callable[..., Result]]] = {
+    sums.sum: sums.sum_with_flags,
+    sums.dot: sums.dot_with_flags,
+}
 
 
 def with_flags(
     operation: Callable[..., Value],
-    *operands: Number,
+    *operands: Number | Iterable[Number],
     format: str | FloatFormat,
     rounding: str = "nearest_even",
     overflow: str | None = None,
     tininess: str = "after",
+    random: int | sums.RandomNumbers | None = None,
+    **options: Any,
 ) -> Result:
-    """``operation(*operands, format, rounding, overflow)``, with the flags it raises.
+    """``operation(*operands, format, rounding, overflow, random=random, **options)``, with the flags it raises.
 
     - invalid and divide-by-zero: as the operation says. Also invalid: a NaN result in a format without NaN.
     - overflow: the result, rounded as if exponents had no upper bound, is beyond the largest finite value. Formats
@@ -54,16 +61,24 @@ def with_flags(
       A format without subnormals raises it whenever it flushes a number.
     - inexact: the delivered value is not the exact one.
 
+    `sum` and `dot` raise what their roundings raise, all together, as flags stay up until they are lowered (clause
+    7.1): every rounding to the format it rounds to, with the exact products of `dot`, of which zero times infinity is
+    invalid. The value may be exact all the same, or finite after an overflow. A sum without an accumulator raises the
+    flags of its only rounding. Infinities of opposite sign in one exact sum are invalid, unless NaN is there as well.
+
     Arguments:
-        operation: a function of `fpsim.reference.arithmetic` or `fpsim.reference.elementary`.
+        operation: a function of `fpsim.reference.arithmetic` or `fpsim.reference.elementary`, or `sum` or `dot`.
         operands: as many as it takes.
-        format, rounding, overflow: as there.
+        format, rounding, overflow, random: as there.
         tininess: when a nonzero result below the smallest normal number counts as tiny. IEEE 754 leaves it open:
             ``"after"``: rounded to the format's precision, with an unbounded exponent, it is still below;
             ``"before"``: the exact result is below.
+            In stochastic rounding both roundings, with bounded and unbounded exponent, have the same random number.
+        options: what `sum` and `dot` take besides: ``accumulator``, ``order`` and ``product``.
 
     Raises:
-        ValueError, TypeError: as ``operation``, or if that is none of the operations, or takes more or fewer operands.
+        ValueError, TypeError: as ``operation``, or if that is none of the operations, or takes more or fewer operands
+            or other options.
 
     Source: IEEE 754-2019 clause 7.
 
@@ -72,8 +87,17 @@ def with_flags(
     Result(value=Fraction(1365, 4096), flags=<Flags.INEXACT: 16>)
     >>> with_flags(mul, 300, 300, format="fp16").flags
     <Flags.OVERFLOW|INEXACT: 20>
+    >>> with_flags(sums.sum, [65504, 65504, -65504], format="fp32", accumulator="fp16", overflow="sat_finite")
+    Result(value=Fraction(0, 1), flags=<Flags.OVERFLOW|INEXACT: 20>)
     """
+    if operation in _SUMS:
+        modes = {"rounding": rounding, "overflow": overflow, "tininess": tininess, "random": random}
+        return _SUMS[operation](*operands, format=format, **modes, **options)
     exact = _EXACT.get(operation)
     if exact is None:
-        raise ValueError(f"no operation {operation!r}: use one of {', '.join(f.__name__ for f in _EXACT)}")
-    return finish(exact, operands, target(format, rounding, overflow, tininess))
+        names = ", ".join(f.__name__ for f in (*_EXACT, *_SUMS))
+        raise ValueError(f"no operation {operation!r}: use one of {names}")
+    if options:
+        raise TypeError(f"{operation.__name__} has no option {', '.join(options)}: only sum and dot have some")
+    where = target(format, rounding, overflow, random, tininess=tininess)  # type: ignore[arg-type]  # `round` checks it
+    return finish(exact, operands, where)  # type: ignore[arg-type]  # and as_value checks these

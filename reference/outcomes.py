@@ -17,10 +17,10 @@ from fractions import Fraction
 from functools import cache
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
-from fpsim.formats import FloatFormat, Overflow, Rounding, check_rounding, parse_format, resolve_overflow
+from fpsim.formats import FloatFormat, Overflow, parse_format, resolve_overflow, split_rounding
 
 from .decoding import largest
-from .rounding import flush, round, to_precision
+from .rounding import drawn, flush, round, to_precision
 from .values import (
     INFINITY,
     NAN,
@@ -65,16 +65,33 @@ class Target:
 
     Attributes:
         format: the format of the result.
-        rounding, overflow: as in `round`, the modes in force.
+        rounding, overflow: as in `round`; ``overflow`` is the mode in force, never None.
         tininess: a result is tiny if its magnitude is not zero and below the smallest normal number.
             ``"after"``: when rounded to the format's precision as if exponents had no lower bound;
             ``"before"``: exactly, before any rounding.
+        random: the random number, where the rounding is stochastic.
     """
 
     format: FloatFormat
-    rounding: Rounding
+    rounding: str
     overflow: Overflow
     tininess: Tininess = "after"
+    random: int | None = None
+
+    @property
+    def boundary_bits(self) -> int:
+        """The most significant bits that a number has at which the result changes, or is exact.
+
+        With precision p they are the values of the format and the middles between two: p + 1 bits. Stochastic
+        rounding with N random bits changes at 2**N-th parts of the way between two values, or half-way between these
+        (`fpsim.formats.split_rounding`): p + N + 1 bits.
+        """
+        return self.format.precision + split_rounding(self.rounding)[1] + 1
+
+    @property
+    def negligible(self) -> int:
+        """An exponent e: all numbers of one sign other than zero and of magnitude below ``2**(e + 1)`` round alike."""
+        return self.format.emin - self.boundary_bits - 1
 
 
 class Outcome(NamedTuple):
@@ -92,9 +109,14 @@ INVALID = Outcome(NAN, Flags.INVALID)
 
 
 def target(
-    format: str | FloatFormat, rounding: str = "nearest_even", overflow: str | None = None, tininess: str = "after"
+    format: str | FloatFormat,
+    rounding: str = "nearest_even",
+    overflow: str | None = None,
+    random: int | None = None,
+    *,
+    tininess: str = "after",
 ) -> Target:
-    """The `Target` that the arguments of an operation name.
+    """The `Target` that the arguments of an operation name. Whether ``random`` suits is for `round` to say.
 
     Raises:
         ValueError: no such format, rounding, overflow mode or tininess, or a mode that the format cannot take.
@@ -103,20 +125,24 @@ def target(
     fmt = parse_format(format)
     if tininess not in TININESS:
         raise ValueError(f"unknown tininess {tininess!r}: use one of {', '.join(TININESS)}")
-    return Target(fmt, check_rounding(rounding), resolve_overflow(fmt, overflow), tininess)  # type: ignore[arg-type]
+    split_rounding(rounding)
+    return Target(fmt, rounding, resolve_overflow(fmt, overflow), tininess, random)  # type: ignore[arg-type]
 
 
 def deliver(exact: Exact, operands: tuple[Number, ...], where: Target) -> Value:
     """The value of an operation: the outcome of ``exact`` for ``operands``, rounded once."""
-    outcome = exact(where, *map(as_value, operands))
-    return round(outcome.value, where.format, where.rounding, where.overflow)
+    return _rounded(exact(where, *map(as_value, operands)).value, where)
 
 
 def finish(exact: Exact, operands: tuple[Number, ...], where: Target) -> Result:
     """As `deliver`, with the flags."""
     outcome = exact(where, *map(as_value, operands))
-    value = round(outcome.value, where.format, where.rounding, where.overflow)
+    value = _rounded(outcome.value, where)
     return Result(value, outcome.flags | _raised_by_rounding(outcome.value, value, where))
+
+
+def _rounded(exact: Value, where: Target) -> Value:
+    return round(exact, where.format, where.rounding, where.overflow, random=where.random)
 
 
 def _raised_by_rounding(exact: Value, delivered: Value, where: Target) -> Flags:
@@ -134,13 +160,14 @@ def _raised_by_rounding(exact: Value, delivered: Value, where: Target) -> Flags:
     if exact in (0, NEGATIVE_ZERO):
         return Flags.NONE if fmt.zero else Flags.OVERFLOW | Flags.INEXACT
     negative, size = is_negative(exact), magnitude(exact)
-    rounded = flush(to_precision(size, fmt, where.rounding, negative), fmt)
+    rounding, draw = drawn(where.rounding, where.random)
+    rounded = flush(to_precision(size, fmt, rounding, negative, draw), fmt)
     if rounded > largest(fmt) or (negative and not fmt.signed and rounded != 0):
         return Flags.OVERFLOW | Flags.INEXACT
     if delivered == exact:
         return Flags.NONE  # an exact subnormal does not underflow (clause 7.5, default handling)
     if where.tininess == "after":
-        size = to_precision(size, _without_lower_bound(fmt), where.rounding, negative)
+        size = to_precision(size, _without_lower_bound(fmt), rounding, negative, draw)
     return Flags.UNDERFLOW | Flags.INEXACT if size < scale_b(1, fmt.emin) else Flags.INEXACT
 
 
@@ -150,24 +177,23 @@ def _without_lower_bound(fmt: FloatFormat) -> FloatFormat:
     return replace(fmt, subnormals=False)
 
 
-def stand_in(lower: Fraction, upper: Fraction, fmt: FloatFormat) -> Fraction | None:
-    """A number that rounds to ``fmt`` as every number strictly between ``lower`` and ``upper`` does; None if unknown.
+def stand_in(lower: Fraction, upper: Fraction, where: Target) -> Fraction | None:
+    """A number that rounds to ``where`` as every number strictly between ``lower`` and ``upper`` does; None if unknown.
 
-    Roundings change, and results are exact, only at values of the format and half-way between two: at numbers of at
-    most p + 1 significant bits, p the precision. Of the numbers of p + 2 bits these are the even ones. If the whole
-    interval lies between two neighbours of p + 2 bits, the odd one of the two stands for it. (This is rounding to
-    odd; that it is harmless before a second rounding is theorem 1 of S. Boldo, G. Melquiond, "Emulation of FMA and
-    correctly rounded sums", IEEE Transactions on Computers 57 (2008). Subnormals and the end of the range only take
-    boundaries away.)
+    Roundings change, and results are exact, only at numbers of at most b significant bits, b being
+    `Target.boundary_bits`. Of the numbers of b + 1 bits these are the even ones. If the whole interval lies between two
+    neighbours of b + 1 bits, the odd one of the two stands for it. (This is rounding to odd; that it is harmless before
+    a second rounding is theorem 1 of S. Boldo, G. Melquiond, "Emulation of FMA and correctly rounded sums", IEEE
+    Transactions on Computers 57 (2008). Subnormals and the end of the range only take boundaries away.)
 
-    >>> stand_in(Fraction(141421, 100000), Fraction(141422, 100000), parse_format("e4m3fn"))
+    >>> stand_in(Fraction(141421, 100000), Fraction(141422, 100000), target("e4m3fn"))
     Fraction(45, 32)
     """
     if upper < 0:
-        mirrored = stand_in(-upper, -lower, fmt)
+        mirrored = stand_in(-upper, -lower, where)
         return None if mirrored is None else -mirrored
     if lower <= 0:
         return None
-    quantum = scale_b(1, floor_log2(lower) - fmt.precision - 1)
+    quantum = scale_b(1, floor_log2(lower) - where.boundary_bits)
     below = lower // quantum
     return (below | 1) * quantum if upper <= (below + 1) * quantum else None

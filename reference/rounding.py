@@ -47,12 +47,12 @@ def round(
         format: a name or a `FloatFormat`.
         rounding: one of `fpsim.formats.ROUNDINGS`, or a stochastic one (`fpsim.formats.split_rounding`).
         overflow: one of `fpsim.formats.OVERFLOWS`; None takes the usual one of the format.
-        random: the random number of stochastic rounding, and only of it: 0 <= random < 2**random_bits.
+        random: the random number of stochastic rounding, and only of it: an int, 0 <= random < 2**random_bits.
 
     Raises:
         ValueError: no such format, rounding or overflow mode, or an overflow mode that needs an infinity or a NaN
             where the format has neither; ``random`` missing, out of range, or given without stochastic rounding.
-        TypeError: ``value`` or ``format`` is none of the above.
+        TypeError: ``value``, ``format`` or ``random`` is none of the above.
 
     Source: IEEE 754-2019 clauses 4.3 (directions), 7.4 (overflow) and 7.5 (underflow); IEEE P3109 (saturation
     modes, parity of the code); S. Boldo, G. Melquiond, "Emulation of FMA and correctly rounded sums: proved
@@ -64,13 +64,7 @@ def round(
     (INFINITY, Fraction(65504, 1))
     """
     fmt = parse_format(format)
-    name, random_bits = split_rounding(rounding)
-    if random_bits and (random is None or not 0 <= random < 1 << random_bits):
-        raise ValueError(
-            f"rounding={rounding!r} needs a random number from 0 to {(1 << random_bits) - 1}, got {random}"
-        )
-    if not random_bits and random is not None:
-        raise ValueError(f"random={random} has no meaning with rounding={rounding!r}: use 'stochastic:BITS'")
+    name, draw = drawn(rounding, random)
     mode = resolve_overflow(fmt, overflow)
     value = as_value(value)
     if value is NAN:
@@ -81,7 +75,6 @@ def round(
     exact = magnitude(value)
     if exact == 0:
         return limits.for_zero(fmt, mode, negative=negative)
-    draw = Draw(random, random_bits) if random is not None else None
     return into_range(flush(to_precision(exact, fmt, name, negative, draw), fmt), fmt, name, mode, negative)
 
 
@@ -102,6 +95,20 @@ class Draw(NamedTuple):
             case "stochastic_c":
                 return builtins.round(scaled) + self.number >= full  # of a Fraction: ties to even
         raise ValueError(f"{rounding!r} is not stochastic")
+
+
+def drawn(rounding: str, random: int | None) -> tuple[str, Draw | None]:
+    """The name of a rounding, and the `Draw` of a stochastic one; the errors are those of `round`."""
+    name, bits = split_rounding(rounding)
+    if random is not None and not isinstance(random, int):
+        raise TypeError(f"random is an int, got {random!r} of type {type(random)}: use int(x)")
+    if not bits:
+        if random is not None:
+            raise ValueError(f"random={random} has no meaning with rounding={rounding!r}: use 'stochastic:BITS'")
+        return name, None
+    if random is None or not 0 <= random < 1 << bits:
+        raise ValueError(f"rounding={rounding!r} needs a random number from 0 to {(1 << bits) - 1}, got {random}")
+    return name, Draw(random, bits)
 
 
 def to_precision(

@@ -33,6 +33,7 @@ from fpsim.reference import (
     sin,
     sqrt,
     sub,
+    sum,
     with_flags,
 )
 
@@ -240,3 +241,15 @@ def test_errors():
         with_flags(add, 1, 2, format="fp16", tininess="never")
     with pytest.raises(TypeError, match="exact_add"):
         with_flags(add, 1, format="fp16")
+    with pytest.raises(TypeError, match="add has no option accumulator, order: only sum and dot have some"):
+        with_flags(add, 1, 2, format="fp16", accumulator="fp16", order="kahan")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'product'"):
+        with_flags(sum, [1], format="fp16", product="fp16")
+    with pytest.raises(TypeError, match="a number is"):
+        with_flags(add, [1], [2], format="fp16")
+    with pytest.raises(TypeError, match="random is an int, got"):
+        with_flags(add, 1, 2, format="fp16", rounding="stochastic:3", random=[1])
+    with pytest.raises(ValueError, match="unknown tininess 'never'"):
+        with_flags(sum, [1], format="fp16", tininess="never")
+    with pytest.raises(ValueError, match="unknown order 'random'"):
+        with_flags(sum, [1], format="fp16", order="random")
