@@ -153,9 +153,8 @@ def _round_any(x: Tensor, format: str, rounding: str, overflow: str, kernel: str
 def _round_cpu(x: Tensor, format: str, rounding: str, overflow: str, kernel: str = "") -> Tensor:
     fmt = _checked(x, format, rounding, overflow)
     out = torch.empty_like(x)
-    if out.stride() != x.stride() or out.numel() != x.numel():
-        out.copy_(x)
-        x = out
+    if out.stride() != x.stride():
+        x = torch.empty_like(x).copy_(x)  # dense, in the order of `out`, and not `out` itself, which is written first
     source, result = _flat(x), _flat(out)
     chunk = _CHUNK * torch.get_num_threads()
     by_scaling = x.dtype == torch.float32 and _can_round_by_scaling(fmt, overflow)

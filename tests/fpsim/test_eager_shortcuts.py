@@ -131,3 +131,26 @@ def test_one_unit_and_kernel_agree_bit_for_bit(rounding: str) -> None:
 def test_formats_of_several_units_are_left_to_the_kernel(name: str) -> None:
     assert not _has_one_unit(parse_format(name), "ovf_inf")
     assert not _has_one_unit(parse_format("e8m3"), "sat_finite")
+
+
+LAYOUTS = {
+    "sliced": lambda x: x[:, 3:],
+    "every other": lambda x: x[::2, ::3],
+    "transposed": lambda x: x.T,
+    "expanded": lambda x: x[:1].expand(7, -1),
+    "of size one": lambda x: x[:1, 4:5],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "e4m3fnuz", "e8m3", "e4m0", "e5m2:nosubnormals"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_the_layout_does_not_matter(name: str, rounding: str, layout: str) -> None:
+    fmt = parse_format(name)
+    numbers = patterns(fmt, 1 << 10, torch.Generator().manual_seed(1))
+    numbers = numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(2))]
+    x = LAYOUTS[layout](numbers[: 34 * 30].view(34, 30))
+    want = round_with_torch_ops(x.contiguous(), fmt, rounding, resolve_overflow(fmt, None))
+    got = fpsim.round(x, name, rounding=rounding)
+    assert got.shape == x.shape
+    assert_same_bits(x.contiguous(), got.contiguous(), want, f"{name} {rounding}")
