@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._dynamo import config as dynamo_config
 from torch._dynamo.source import ConstantSource
 from torch._functorch import config as functorch_config
 from torch._guards import detect_fake_mode
@@ -25,13 +24,12 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import record_function
 
+from fpsim.compile_backend import guards
+from fpsim.compile_backend.elementwise import decompositions
 from fpsim.compile_backend.products import Source
-from fpsim.compile_backend.rewrite import Observer, RoundingPass, UnroundedError
+from fpsim.compile_backend.rewrite import Observer, RoundingPass
 from fpsim.policy import Policy
 from fpsim.rounding_op import draw_seed
-
-#: How often Dynamo may compile one function anew (for other policies, shapes, modes) before it is an error.
-RECOMPILE_LIMIT = 128
 
 #: What the profiler calls a run of a graph that fpsim rewrote, forward (`fpsim.audit` looks for it).
 GRAPH_EVENT = "fpsim: rewritten graph"
@@ -52,10 +50,11 @@ def fpsim(
         mode: must be None or ``"default"``.
 
     Raises:
-        ValueError: an unknown option or value.
+        ValueError: an unknown option or value, a glob that matches no module, or options that have changed since a
+            model was compiled with them.
         UnroundedError: something that multiplies matrices cannot be rounded and is not listed in ``gaps``.
     """
-    _check_mode(mode)
+    guards.check_options(options, mode)
     return compile_with_rounding(gm, example_inputs, Policy.from_options(options))
 
 
@@ -70,7 +69,7 @@ def fpsim_eager(
 
     For differential tests, for debugging, and for machines without a compiler. Arguments and errors as `fpsim`.
     """
-    _check_mode(mode)
+    guards.check_options(options, mode)
     return compile_with_rounding(gm, example_inputs, Policy.from_options(options), interpret=True)
 
 
@@ -95,8 +94,10 @@ def compile_with_rounding(
 
     Raises: as `fpsim`.
     """
-    _fail_closed()
-    _refuse_inner_gradients(gm)
+    guards.fail_closed()
+    guards.refuse_inner_gradients(gm)
+    if strict:
+        guards.check_globs(gm, policy)
     input_sources, identity = _input_sources(gm, example_inputs), list(_identity(gm, policy))
     seed_device = _device(example_inputs) if policy.is_stochastic else None
     seed_input = None
@@ -111,6 +112,7 @@ def compile_with_rounding(
         # An explicit cast is a precision boundary: without this Inductor keeps 16-bit values in float32 between
         # fused operators, and the rounding would see numbers that the model never had.
         "emulate_precision_casts": True,
+        "use_joint_graph_passes": True,  # without them the rounding would not run
     }
     with contextlib.ExitStack() as stack:
         if policy.attention == "round":
@@ -119,6 +121,8 @@ def compile_with_rounding(
             stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
             patches["fx_graph_cache"] = False
         compiler: dict[str, Any] = {"inner_compile": _interpret} if interpret else {}
+        if policy.rounds_results:
+            compiler["decompositions"] = decompositions()
         compiled = cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches, **compiler))
 
     @functools.wraps(compiled)
@@ -189,33 +193,6 @@ def _after_the_users(rounding: RoundingPass) -> CustomGraphPass:
     if users is None:
         return rounding
     return _Sequence([*(users if isinstance(users, list | tuple) else [users]), rounding])
-
-
-def _check_mode(mode: str | None) -> None:
-    if mode not in (None, "default"):
-        raise ValueError(
-            f"backend 'fpsim' has no mode {mode!r}: leave mode out, and set Inductor's own config if needed"
-        )
-
-
-def _fail_closed() -> None:
-    """Never let Dynamo give up compiling and run a model eagerly, unrounded, without a word.
-
-    Past its recompile limit (8) it does so with a warning only; a sweep over nine policies in one process would
-    find the ninth unrounded. These are settings of the whole process: from the first model compiled by fpsim on,
-    the limit is higher, and hitting it is an error.
-    """
-    dynamo_config.fail_on_recompile_limit_hit = True
-    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, RECOMPILE_LIMIT)
-
-
-def _refuse_inner_gradients(gm: fx.GraphModule) -> None:
-    for node in gm.graph.nodes:
-        if "_functorch" in getattr(node.target, "__module__", "") or "_functorch" in str(node.target):
-            raise UnroundedError(
-                f"the compiled function takes derivatives itself ({node.name}), so that forward and backward products "
-                "cannot be told apart: compile the model, and take the derivative of the compiled model"
-            )
 
 
 def _input_sources(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Source]:

@@ -21,7 +21,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
 from fpsim.compile_backend.backend import GRAPH_EVENT, compile_with_rounding
+from fpsim.compile_backend.guards import module_paths, unmatched_globs
 from fpsim.compile_backend.plan import Gap, Plan, render
+from fpsim.compile_backend.products import JOINT_PRODUCTS, PRODUCTS
 from fpsim.policy import Policy
 
 #: Names under which the profiler reports matrix products.
@@ -95,7 +97,7 @@ class Audit:
 
 
 def explain(
-    model: Callable[..., Any], /, *args: Any, policy: Policy | Mapping[str, Any] | None = None, **kwargs: Any
+    model: Callable[..., Any], /, *args: Any, policy: Policy | Mapping[str, Any] | str | None = None, **kwargs: Any
 ) -> Plan:
     """Every operand that the backend would round in ``model(*args, **kwargs)``, and everything that it would not.
 
@@ -107,15 +109,17 @@ def explain(
     Args:
         model: an `nn.Module` or a function, compiled or not.
         args, kwargs: its inputs.
-        policy: a `Policy`, a mapping of its fields, or None for the FP8 hybrid.
+        policy: a `Policy`, a mapping of its fields, the name of a preset, or None for the FP8 hybrid.
 
     Raises:
         ValueError: a bad policy, or a format that a dtype of the model cannot carry.
     """
     policy = _as_policy(policy)
     plans: list[Plan] = []
+    paths: set[str] = set()
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        paths.update(module_paths(gm))
         return compile_with_rounding(gm, example_inputs, policy, interpret=True, observer=plans.append, strict=False)
 
     breaks_before = Counter(counters["graph_break"])
@@ -124,7 +128,9 @@ def explain(
     sites = tuple(site for plan in plans for site in plan.sites)
     gaps = tuple(gap for plan in plans for gap in plan.gaps)
     breaks = Counter(counters["graph_break"]) - breaks_before
-    return Plan(sites, gaps + tuple(_break_gap(reason) for reason in breaks) + (() if plans else (_NOTHING,)))
+    gaps += tuple(_break_gap(reason) for reason in breaks)
+    gaps += tuple(Gap("", f"(glob {glob!r})", "matches no module: an error") for glob in unmatched_globs(policy, paths))
+    return Plan(sites, gaps if plans else (*gaps, _NOTHING))
 
 
 _NOTHING = Gap("", "(model)", "nothing was compiled: torch.compile found no graph, so nothing would be rounded")
@@ -136,7 +142,7 @@ def _break_gap(reason: str) -> Gap:
 
 
 def audit(
-    model: Callable[..., Any], /, *args: Any, policy: Policy | Mapping[str, Any] | None = None, **kwargs: Any
+    model: Callable[..., Any], /, *args: Any, policy: Policy | Mapping[str, Any] | str | None = None, **kwargs: Any
 ) -> Audit:
     """Run one real forward and backward under the profiler and report the matrix products that were not rounded.
 
@@ -149,7 +155,7 @@ def audit(
             ``module.compile()``), it runs as it is and ``policy`` must be None; else it is compiled with backend
             ``"fpsim"`` and ``policy``.
         args, kwargs: its inputs.
-        policy: a `Policy`, a mapping of its fields, or None for the FP8 hybrid.
+        policy: a `Policy`, a mapping of its fields, the name of a preset, or None for the FP8 hybrid.
 
     Raises:
         ValueError: a policy for a model that is already compiled.
@@ -161,7 +167,7 @@ def audit(
     elif policy is not None:
         raise ValueError("the model is already compiled and keeps its policy: audit it without policy")
     with _state_kept(model, args, kwargs):
-        _step(compiled, args, kwargs)  # compiles
+        _warm_up(compiled, args, kwargs)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
             _step(compiled, args, kwargs)
     events = profiler.events()
@@ -177,6 +183,14 @@ def audit(
         shapes = tuple(tuple(shape) for shape in event.input_shapes or () if shape)
         found[event.name.replace("::", "."), shapes, inside] += 1
     return Audit(tuple(Escape(name, shapes, n, inside) for (name, shapes, inside), n in found.items()), covered)
+
+
+def _warm_up(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Run steps until one compiles nothing: compiling runs products too, on no real numbers."""
+    graphs = -1
+    while graphs != counters["stats"]["unique_graphs"]:
+        graphs = counters["stats"]["unique_graphs"]
+        _step(model, args, kwargs)
 
 
 def _step(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -236,11 +250,11 @@ def _within_product(event: Any) -> bool:
 
 def _is_fused(name: str) -> bool:
     """Whether the event is one whose inner products the backend cannot round."""
-    return name.removeprefix("aten::") not in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "vdot")
+    return all(name != f"aten::{op._opname}" for op in (*PRODUCTS, *JOINT_PRODUCTS))
 
 
-def _as_policy(policy: Policy | Mapping[str, Any] | None) -> Policy:
-    return policy if isinstance(policy, Policy) else Policy.from_options(policy)
+def _as_policy(policy: Policy | Mapping[str, Any] | str | None) -> Policy:
+    return Policy.from_options(policy if policy is None else {"policy": policy})
 
 
 def _uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,15 +11,15 @@ from rich.text import Text
 
 @dataclass(frozen=True)
 class Site:
-    """One operand, or the result, of one matrix product.
+    """One operand, or the result, of one matrix product, or a result of another operation.
 
     Attributes:
         path: the module, ``""`` for the root.
         operator: the aten operator, such as ``aten.mm``.
-        kind: ``fprop``, ``dgrad`` or ``wgrad``.
-        role: ``activation``, ``weight``, ``gradient`` or ``output``.
-        shape: of the operand; symbolic sizes as text.
-        dtype: of the operand, the carrier.
+        kind: ``fprop``, ``dgrad`` or ``wgrad``; of another operation ``forward`` or ``backward``.
+        role: ``activation``, ``weight``, ``gradient`` or ``output``; of another operation ``result``.
+        shape: of the value; symbolic sizes as text.
+        dtype: of the value, the carrier.
         cast: ``format/rounding/overflow``; None where the policy leaves it unrounded.
     """
 
@@ -56,7 +56,7 @@ class Plan:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         rounded = sum(site.cast is not None for site in self.sites)
-        table = Table(title=f"{rounded} of {len(self.sites)} operands of matrix products rounded", title_justify="left")
+        table = Table(title=f"{rounded} of {len(self.sites)} values rounded", title_justify="left")
         for name in ("module", "operator", "kind", "role", "shape", "carrier", "cast"):
             table.add_column(name, overflow="fold")
         for site in self.sites:

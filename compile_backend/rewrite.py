@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -20,9 +21,12 @@ from torch.fx.node import map_arg
 from torch.utils.checkpoint import CheckpointPolicy
 
 import fpsim.rounding_lowering  # the operator must have its lowering before Inductor meets it
+from fpsim.compile_backend import convolution
+from fpsim.compile_backend.marks import find_marks, replace_mark
 from fpsim.compile_backend.plan import Gap, Plan, Site
 from fpsim.compile_backend.products import (
-    PRODUCTS,
+    JOINT_PRODUCTS,
+    VARIABLE,
     Product,
     Source,
     find_input,
@@ -30,8 +34,12 @@ from fpsim.compile_backend.products import (
     find_products,
     find_sources,
     is_attention,
+    is_backward,
+    is_body,
+    is_product,
     is_view,
     module_path,
+    remedy,
 )
 from fpsim.formats import split_rounding
 from fpsim.policy import Cast, Policy
@@ -81,6 +89,8 @@ class RoundingPass(CustomGraphPass):
         self.seed_input = seed_input
 
     def __call__(self, graph: fx.Graph) -> None:
+        if is_body(graph):
+            return
         seed = None if self.seed_input is None else find_input(graph, self.seed_input)
         plan = rewrite(graph, self.policy, self.input_sources, strict=self.strict, seed=seed)
         if self.observer is not None:
@@ -125,30 +135,71 @@ def rewrite(
     sites: list[Site] = []
     sources = find_sources(graph, input_sources)
     inserter = _Inserter(graph, sources, seed)
-    for product in find_products(graph, sources, input_sources):
-        local = _policy_at(product, policy, strict)
+    products = find_products(graph, sources, input_sources)
+    sites += _round_operations(graph, policy, sources, products, inserter, strict)
+    for product in products:
+        what = f"{product.kind} product {product.node.name} ({product.operator})"
+        local = _policy_at(product.path, what, policy, strict)
         if product.constant:
             reason = "constant: depends on no parameter and no floating-point input (such as rotary angles)"
             gaps.append(Gap(product.path or "", product.operator, reason))
         elif local is None:
             gaps.append(Gap(product.path or "", product.operator, f"{product.kind} left unrounded by the policy"))
+        elif local.products == "weights" and not product.has_weight:
+            reason = f"{product.kind} of two activations left unrounded by the policy"
+            gaps.append(Gap(product.path or "", product.operator, reason))
         else:
             sites += _round_product(product, local, inserter)
+    inserter.release_shapes()
+    for node in find_marks(graph):
+        replace_mark(node, node.args[0])  # type: ignore[arg-type]
     graph.eliminate_dead_code()
     graph.lint()
     return Plan(tuple(sites), tuple(gap for gap in gaps if gap is not None))
 
 
-def _policy_at(product: Product, policy: Policy, strict: bool) -> Policy | None:
-    if product.path is None and policy.uses_paths:
-        message = (
-            f"cannot tell which module the {product.kind} product {product.node.name} ({product.operator}) belongs to, "
-            "and the policy has rules for modules: give one policy for the whole model, or use autograd's own backward "
-            "instead of a custom autograd.Function"
+def _policy_at(path: str | None, what: str, policy: Policy, strict: bool) -> Policy | None:
+    """The policy for ``what``, in the module ``path``; None where nothing is rounded."""
+    if path is None and policy.uses_paths and strict:
+        raise UnroundedError(
+            f"cannot tell which module the {what} belongs to, and the policy has rules for modules: give one policy "
+            "for the whole model, or use autograd's own backward instead of a custom autograd.Function"
         )
-        if strict:
-            raise UnroundedError(message)
-    return policy.at(product.path or "")
+    return policy.at(path or "")
+
+
+def _round_operations(
+    graph: fx.Graph,
+    policy: Policy,
+    sources: Mapping[fx.Node, Source],
+    products: Sequence[Product],
+    inserter: _Inserter,
+    strict: bool,
+) -> list[Site]:
+    """Put rounding in the place of the marks at the ends of operations, or nothing where the policy wants none.
+
+    The marks at the ends of matrix products stay.
+    """
+    sites = []
+    of_products = {node for product in products for node in (product.value, product.result)}
+    for node in find_marks(graph):
+        value, operator = node.args
+        assert isinstance(value, fx.Node)
+        if node in of_products:
+            continue
+        cast = None
+        if sources[node] & VARIABLE and value not in of_products:
+            direction = "backward" if is_backward(node, sources) else "forward"
+            path = module_path(node)
+            if path is None and (direction == "forward" or node.meta.get("is_gradient_acc")):
+                path = ""  # forward code records every module but the root; gradients are added up outside of modules
+            local = _policy_at(path, f"{direction} operation {node.name} ({operator})", policy, strict)
+            cast = None if local is None else local.elementwise_cast(direction)
+        if cast is not None:
+            sites.append(_operand_site(path or "", str(operator), direction, "result", value, cast))
+            value = inserter.rounded(value, cast, near=node)
+        replace_mark(node, value)
+    return sites
 
 
 def _opaque_gap(node: fx.Node, name: str, policy: Policy, strict: bool) -> Gap | None:
@@ -161,9 +212,9 @@ def _opaque_gap(node: fx.Node, name: str, policy: Policy, strict: bool) -> Gap |
         return Gap(path, name, "allowed by the policy's gaps")
     if strict:
         where = f" in module {path!r}" if path else ""
-        both = name.removesuffix("_backward") + "*"  # forward and backward
+        both = re.sub("_(forward|backward)$", "", name) + "*"
         raise UnroundedError(
-            f"{name}{where} may multiply matrices that fpsim cannot round. Replace it, or accept it unrounded: "
+            f"{name}{where} may multiply matrices that fpsim cannot round. {remedy(name)}, or accept it unrounded: "
             f"gaps=[{both!r}], or skip=[{path or '<module>'!r}]; fpsim.explain lists all such places"
         )
     return Gap(path, name, "cannot be rounded: an error unless listed in the policy's gaps")
@@ -171,38 +222,64 @@ def _opaque_gap(node: fx.Node, name: str, policy: Policy, strict: bool) -> Gap |
 
 def _round_product(product: Product, policy: Policy, inserter: _Inserter) -> list[Site]:
     """Round the operands and the result of one product, and report on them."""
-    node, sites = product.node, []
-    if not all(node.args[i].meta["val"].dtype in CARRIERS for i in product.operands):  # type: ignore[union-attr]
-        raise UnroundedError(f"{product.operator} in {product.path!r} multiplies {node.meta['val'].dtype} numbers")
-    for position, role in zip(product.operands, product.roles, strict=True):
-        operand = node.args[position]
-        assert isinstance(operand, fx.Node)
+    sites, dtype = [], product.result.meta["val"].dtype
+    operands: list[fx.Node] = [product.node.args[i] for i in product.operands]  # type: ignore[misc]
+    if not all(operand.meta["val"].dtype in CARRIERS for operand in operands):
+        raise UnroundedError(f"{product.operator} in {product.path!r} multiplies {dtype} numbers")
+    for position, operand, role in zip(product.operands, operands, product.roles, strict=True):
         cast = policy.cast(product.kind, role)
         sites.append(_site(product, role, operand, cast))
         if cast is not None:
-            node.update_arg(position, inserter.rounded(operand, cast, near=node))
-    if policy.output_cast is not None:
-        sites.append(_site(product, "output", node, policy.output_cast))
-        inserter.round_result(node, policy.output_cast)
+            inserter.round_operand(product, position, cast)
+    result = policy.output_cast(product.kind)
+    if result is not None:
+        sites.append(_site(product, "output", product.result, result))
+        inserter.round_result(product.result, result)
     return sites
 
 
 def _site(product: Product, role: str, value: fx.Node, cast: Cast | None) -> Site:
+    return _operand_site(product.path or "", product.operator, product.kind, role, value, cast)
+
+
+def _operand_site(path: str, operator: str, kind: str, role: str, value: fx.Node, cast: Cast | None) -> Site:
     tensor = value.meta["val"]
     shape = tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return Site(product.path or "", product.operator, product.kind, role, shape, dtype, str(cast) if cast else None)
+    return Site(path, operator, kind, role, shape, dtype, str(cast) if cast else None)
 
 
 class _Inserter:
     """Inserts rounding nodes into a graph, one per value and cast."""
 
-    def __init__(self, graph: fx.Graph, sources: Mapping[fx.Node, Source], seed: fx.Node | None) -> None:
+    def __init__(self, graph: fx.Graph, sources: dict[fx.Node, Source], seed: fx.Node | None) -> None:
         self.graph = graph
         self.sources = sources
         self.done: dict[tuple[fx.Node, Cast], fx.Node] = {}
+        # Calls split off a joint one: where each takes an operand for its shape only, and the call that multiplies it.
+        self.separate: dict[fx.Node, tuple[int, fx.Node | None]] = {}
         self.seed = seed
         self.keys = 0
+
+    def round_operand(self, product: Product, position: int, cast: Cast) -> None:
+        """Let ``product``, and no product that is computed together with it, see its operand rounded."""
+        operand: fx.Node = product.node.args[position]  # type: ignore[assignment]
+        rounded = self.rounded(operand, cast, near=product.node)
+        if rounded is operand:
+            return
+        if product.node.target in JOINT_PRODUCTS and product.node not in self.separate:
+            self.separate |= convolution.split(product.node)
+        product.node.update_arg(position, rounded)
+
+    def release_shapes(self) -> None:
+        """Keep no operand for backward of which only the shape is used: one that is there anyway has the same shape."""
+        for call, (position, other) in self.separate.items():
+            operand: fx.Node = call.args[position]  # type: ignore[assignment]
+            if other is not None:
+                operand = other.args[position]  # type: ignore[assignment]
+            elif not self._is_at_hand_in_backward(operand):
+                operand = next((rounded for (value, _), rounded in self.done.items() if value is operand), operand)
+            call.update_arg(position, operand)
 
     def rounded(self, value: fx.Node, cast: Cast, near: fx.Node) -> fx.Node:
         """The node that holds ``value`` rounded.
@@ -236,6 +313,7 @@ class _Inserter:
                 view.kwargs,
             )
         copy.meta = dict(view.meta)
+        self.sources[copy] = self.sources[view]
         return copy
 
     def _insert(self, value: fx.Node, cast: Cast, near: fx.Node) -> fx.Node:
@@ -259,6 +337,7 @@ class _Inserter:
             if name in near.meta:
                 node.meta[name] = near.meta[name]
         _describe(node)
+        self.sources[node] = self.sources[value]
         if self._is_at_hand_in_backward(value):
             node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
         return node
@@ -292,7 +371,7 @@ class _Inserter:
             if is_view(user):
                 if self._is_at_hand_in_backward(user):
                     return True
-            elif user.target not in PRODUCTS and self.sources.get(user, Source.NONE) & Source.TANGENT:
+            elif not is_product(user) and self.sources.get(user, Source.NONE) & Source.TANGENT:
                 return True
         return False
 

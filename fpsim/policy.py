@@ -11,8 +11,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -28,10 +28,21 @@ from fpsim.formats import (
 
 ROLES = ("activation", "weight", "gradient")
 KINDS = ("fprop", "dgrad", "wgrad")
+DIRECTIONS = ("forward", "backward")
 ATTENTIONS = ("round", "keep")
+PRODUCTS = ("all", "weights")
 
 #: The formats of the OCP FP8 hybrid recipe, by role.
 HYBRID = {"activation": "e4m3fn", "weight": "e4m3fn", "gradient": "e5m2"}
+
+#: Policies by name (`Policy.preset`).
+PRESETS: dict[str, dict[str, Any]] = {
+    "fp8_hybrid": {},
+    "bf16": {"format": "bf16", "output": "bf16"},
+    "fp16": {"format": "fp16", "output": "fp16"},
+}
+#: Before a format: the preset of the paper's recipe in it.
+_PAPER = "paper:"
 
 #: Version of the JSON form, raised when an older fpsim could misread a newer file.
 JSON_VERSION = 1
@@ -113,6 +124,16 @@ class Policy:
         output: of the results of all matrix products (with the bias of a linear layer added). Default: unrounded.
         fprop, dgrad, wgrad: a mapping from role to format for the operands of that kind of product, overriding the
             former (SwitchBack: ``wgrad={"gradient": "bf16", "activation": "bf16"}``); a format alone means all roles.
+            The key ``output`` is for the results of that kind of product.
+        elementwise: of the results of all other operations on floating-point numbers, forward and backward: additions,
+            softmax, normalisation, activation functions, the loss, the gradients of all these and the sums of
+            gradients. A mapping from ``forward`` or ``backward`` to format tells these apart. Default: unrounded. An
+            operation is one operator of aten as the model or autograd calls it, before it is decomposed, and is
+            rounded once; what torch itself composes of several (CompositeImplicitAutograd) is rounded as these. What
+            only moves, picks or makes numbers is not rounded, nor what depends on no parameter and no floating-point
+            input.
+        products: ``"all"`` matrix products, or only those with ``"weights"``: linear layers, convolutions, the LM head,
+            forward and backward; the products of two activations, as in attention, are then listed as gaps.
         rounding: where a cast names none. Default ``nearest_even``. Stochastic rounding (``stochastic``,
             ``stochastic:8`` with 8 random bits) draws its seed from torch's generator in every call of the model, so
             that `torch.manual_seed` reproduces a run; forward and backward see the same draw of the same rounding.
@@ -144,6 +165,8 @@ class Policy:
     fprop: tuple[tuple[str, str], ...] = ()
     dgrad: tuple[tuple[str, str], ...] = ()
     wgrad: tuple[tuple[str, str], ...] = ()
+    elementwise: tuple[tuple[str, str], ...] = ()
+    products: str = "all"
     rounding: str = "nearest_even"
     overflow: str | None = None
     skip: tuple[str, ...] = ()
@@ -157,6 +180,8 @@ class Policy:
             raise ValueError(f"unknown overflow mode {self.overflow!r}: use one of {', '.join(OVERFLOWS)}, or None")
         if self.attention not in ATTENTIONS:
             raise ValueError(f"unknown attention {self.attention!r}: use one of {', '.join(ATTENTIONS)}")
+        if self.products not in PRODUCTS:
+            raise ValueError(f"unknown products {self.products!r}: use one of {', '.join(PRODUCTS)}")
         set_ = object.__setattr__
         set_(self, "skip", _strings("skip", self.skip))
         set_(self, "gaps", _strings("gaps", self.gaps))
@@ -168,7 +193,8 @@ class Policy:
         for name in ("format", *ROLES, "output"):
             set_(self, name, self._spelled(getattr(self, name)))
         for kind in KINDS:
-            set_(self, kind, self._roles(kind, getattr(self, kind)))
+            set_(self, kind, self._casts(kind, ROLES, (*ROLES, "output"), "role"))
+        set_(self, "elementwise", self._casts("elementwise", DIRECTIONS, DIRECTIONS, "direction"))
 
     def _spelled(self, cast: Any) -> str | None:
         """A cast in its full string form, so that equal policies are equal values."""
@@ -176,18 +202,24 @@ class Policy:
             return None
         return str(parse_cast(cast, self.rounding, self.overflow) or NONE)
 
-    def _roles(self, kind: str, given: Any) -> tuple[tuple[str, str], ...]:
+    def _casts(self, name: str, usual: Sequence[str], valid: Sequence[str], what: str) -> tuple[tuple[str, str], ...]:
+        """The field ``name``, a mapping from ``valid`` keys to casts; a format alone means all ``usual`` keys."""
+        given = getattr(self, name)
         if isinstance(given, str | FloatFormat):
-            given = dict.fromkeys(ROLES, given)
-        casts = {role: cast for role, cast in _pairs(kind, given) if cast is not None}
-        if unknown := sorted(set(casts) - set(ROLES)):
-            raise ValueError(f"unknown role {unknown[0]!r} in {kind}: roles are {', '.join(ROLES)}")
-        return tuple((role, str(self._spelled(casts[role]))) for role in ROLES if role in casts)
+            given = dict.fromkeys(usual, given)
+        casts = {key: cast for key, cast in _pairs(name, given) if cast is not None}
+        if unknown := sorted(set(casts) - set(valid)):
+            raise ValueError(f"unknown {what} {unknown[0]!r} in {name}: use {', '.join(valid)}")
+        return tuple((key, str(self._spelled(casts[key]))) for key in valid if key in casts)
 
     def _module_rules(self) -> tuple[tuple[str, Policy | None], ...]:
         rules: dict[str, Policy | None] = {}
         for glob, given in _pairs("modules", self.modules):
-            rules.setdefault(glob, self._module_policy(glob, given))  # the first glob that matches decides
+            policy = self._module_policy(glob, given)
+            if rules.setdefault(glob, policy) != policy:
+                raise ValueError(f"two rules for modules {glob!r} contradict each other: {rules[glob]} and {policy}")
+            if policy is not None and glob in self.skip:
+                raise ValueError(f"{glob!r} is in skip and has a policy in modules: take it out of one of them")
         return tuple(rules.items())
 
     def _module_policy(self, glob: str, given: Any) -> Policy | None:
@@ -203,25 +235,33 @@ class Policy:
 
     def at(self, path: str) -> Policy | None:
         """The policy for the module ``path``; None where nothing is rounded."""
-        if any(_matches(glob, path) for glob in self.skip):
+        if any(matches(glob, path) for glob in self.skip):
             return None
         for glob, policy in self.modules:
-            if _matches(glob, path):
+            if matches(glob, path):
                 return policy
         return self
 
     def cast(self, kind: str, role: str) -> Cast | None:
         """How an operand in ``role`` of a product of ``kind`` is rounded; None where it is not."""
-        for own_role, text in getattr(self, kind):
-            if own_role == role:
-                return parse_cast(text)
-        text = getattr(self, role) or self.format
+        text = dict(getattr(self, kind)).get(role) or getattr(self, role) or self.format
+        return parse_cast(text) if text else None
+
+    def output_cast(self, kind: str) -> Cast | None:
+        """How the result of a product of ``kind`` is rounded; None where it is not."""
+        text = dict(getattr(self, kind)).get("output", self.output)
+        return parse_cast(text) if text else None
+
+    def elementwise_cast(self, direction: str) -> Cast | None:
+        """How the results of operations other than products are rounded, ``forward`` or ``backward``."""
+        text = dict(self.elementwise).get(direction)
         return parse_cast(text) if text else None
 
     @property
-    def output_cast(self) -> Cast | None:
-        """How the results of products are rounded; None where they are not."""
-        return parse_cast(self.output) if self.output else None
+    def rounds_results(self) -> bool:
+        """Whether anything but operands is rounded anywhere: results of products or of other operations."""
+        own = bool(self.elementwise) or any(self.output_cast(kind) for kind in KINDS)
+        return own or any(policy.rounds_results for policy in self._of_modules)
 
     @property
     def uses_paths(self) -> bool:
@@ -231,14 +271,59 @@ class Policy:
     @property
     def is_stochastic(self) -> bool:
         """Whether any rounding draws random numbers."""
-        kinds = [cast for kind in KINDS for _, cast in getattr(self, kind)]
-        casts = [self.format, self.output, *(getattr(self, role) for role in ROLES), *kinds]
-        policies = [policy for _, policy in self.modules if policy is not None]
-        return any("/stochastic" in cast for cast in casts if cast) or any(policy.is_stochastic for policy in policies)
+        pairs = [cast for field in (*KINDS, "elementwise") for _, cast in getattr(self, field)]
+        casts = [self.format, self.output, *(getattr(self, role) for role in ROLES), *pairs]
+        return any("/stochastic" in cast for cast in casts if cast) or any(p.is_stochastic for p in self._of_modules)
+
+    @property
+    def _of_modules(self) -> list[Policy]:
+        return [policy for _, policy in self.modules if policy is not None]
 
     def allows_gap(self, operator: str) -> bool:
         """Whether `gaps` lets ``operator`` (such as ``aten.convolution``) stay unrounded."""
         return any(fnmatch.fnmatchcase(operator, glob) for glob in self.gaps)
+
+    # -- making others ---------------------------------------------------------------------------------------
+
+    def with_modules(self, modules: Any) -> Policy:
+        """This policy with more rules for modules, which go before its own and replace those of the same glob.
+
+        Args:
+            modules: as the field `modules`.
+
+        Raises: as `Policy`.
+
+        >>> Policy(format="e8m3", skip="lm_head").with_modules({"lm_head": "bf16"}).skip
+        ()
+        """
+        first = _pairs("modules", modules)
+        globs = {glob for glob, _ in first}
+        rest = [(glob, policy) for glob, policy in self.modules if glob not in globs]
+        return replace(self, skip=tuple(glob for glob in self.skip if glob not in globs), modules=(*first, *rest))
+
+    @staticmethod
+    def preset(name: str) -> Policy:
+        """A policy by name.
+
+        - ``fp8_hybrid``: the default, the OCP FP8 hybrid.
+        - ``bf16``, ``fp16``: operands and results of all matrix products, as under autocast; all else stays as it is.
+        - ``paper:FORMAT``, such as ``paper:e8m3``: the recipe of arXiv 2405.18710 as far as it is known: both operands
+          of all three products of linear layers, the LM head included, truncated and clipped to the largest value;
+          attention is left alone. (Truncation and clipping follow from reviews; that gradients are truncated too and
+          attention is not are inferences.)
+
+        Raises:
+            ValueError: an unknown name or format.
+        """
+        if name.startswith(_PAPER):
+            cast = f"{name.removeprefix(_PAPER)}/toward_zero/sat_finite"
+            return Policy(format=cast, products="weights", attention="keep")
+        if name not in PRESETS:
+            raise ValueError(
+                f"unknown preset {name!r}: use one of {', '.join(PRESETS)}, or {_PAPER}FORMAT; one format for all is "
+                f"{{'format': {name!r}}}"
+            )
+        return Policy(**PRESETS[name])
 
     # -- conversions -----------------------------------------------------------------------------------------
 
@@ -249,7 +334,7 @@ class Policy:
             value = getattr(self, field.name)
             if value == field.default:
                 continue
-            if field.name in KINDS:
+            if field.name in (*KINDS, "elementwise"):
                 value = dict(value)
             elif field.name == "modules":
                 value = {glob: policy._to_full_dict() if policy else NONE for glob, policy in value}
@@ -290,6 +375,8 @@ class Policy:
     def from_options(options: Mapping[str, Any] | None) -> Policy:
         """The policy given to `torch.compile` as ``options``: its fields, or ``{"policy": policy}``.
 
+        There ``policy`` is a `Policy`, the name of a preset, or a mapping of fields.
+
         Raises:
             ValueError: a key that is no field (all fields are listed), or ``policy`` together with fields.
             TypeError: neither a mapping nor, as ``policy``, a `Policy`.
@@ -301,6 +388,8 @@ class Policy:
             policy = options.pop("policy")
             if options:
                 raise ValueError(f"give either 'policy' or its fields, not both: {', '.join(sorted(options))}")
+            if isinstance(policy, str):
+                return Policy.preset(policy)
             return policy if isinstance(policy, Policy) else Policy.from_options(policy)
         valid = [field.name for field in fields(Policy)]
         for key in options:
@@ -337,7 +426,7 @@ def _check_module_policy(glob: str, policy: Policy) -> Policy:
 
 
 @lru_cache(maxsize=65536)
-def _matches(glob: str, path: str) -> bool:
+def matches(glob: str, path: str) -> bool:
     """Whether ``glob`` matches ``path`` or a module that contains it."""
     parts = path.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[:n]), glob) for n in range(1, len(parts) + 1))

@@ -117,7 +117,7 @@ def parse_run(name: str) -> dict[str, str] | None:
 
 def demo(
     *,
-    steps: int = 150,
+    steps: int = 100,
     formats: Sequence[str] | None = None,
     text: Path | None = None,
     out: Path = Path("runs/demo"),

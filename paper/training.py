@@ -51,7 +51,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     options: Mapping[str, object] | None = field(default=None, hash=False)
-    steps: int = 150
+    steps: int = 100
     batch: int = 8
     learning_rate: float = 3e-3
     warmup: int = 15

@@ -1,34 +1,177 @@
-"""What rounding costs in a training step: the demo's Llama, every matrix operand rounded, beside plain Inductor.
+"""What rounding costs in a training step, every operand of every product rounded, beside plain Inductor and peers.
 
-    python -m tests.benchmarks.training [--steps N] [--format F]
+    python -m tests.benchmarks.training [--model llama|resnet] [--steps N] [--format F] [--peers]
 
 One thread. The attention is the same on both sides of each ratio: kept fused in both, or opened in both. Step
 times are medians over interleaved steps in one process; peak memory is the largest sum of live allocations
-during one step, parameters and optimizer left out on both sides.
+during one step, parameters and optimizer left out on both sides; compile time is that of the first step, of Python
+and C++ compiler, without torch's caches. ``--peers`` adds eager emulations: an autograd.Function of usual torch
+operations patched into `torch.nn.functional` as microxcaling does, and, where it is installed, unit_scaling's
+``simulate_fp8``, which rounds stochastically and leaves convolutions and the inside of attention alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
 from torch.profiler import ProfilerActivity, profile
 
 from fpsim.paper.models import LanguageModel, ModelConfig, llama
 from fpsim.paper.training import OpenAttention
 
-BATCH = 16
+Compile = Callable[[nn.Module], Callable[..., Tensor]]
+STOCHASTIC = {"rounding": "stochastic"}
 
 
-def plain(model: nn.Module, opened: bool) -> Callable[..., Tensor]:
+@dataclass(frozen=True)
+class Workload:
+    """A model whose forward gives the loss, and its inputs."""
+
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    has_attention: bool
+
+
+def llama_workload() -> Workload:
+    config = ModelConfig()
+    tokens = torch.randint(0, config.vocabulary, (16, config.context + 1), generator=torch.Generator().manual_seed(0))
+    return Workload(LanguageModel(llama(config, seed=0)), (tokens[:, :-1], tokens[:, 1:]), has_attention=True)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, out, 3, stride=out // channels, padding=1, bias=False)
+        self.second = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(out), nn.BatchNorm2d(out)])
+        self.shortcut = nn.Conv2d(channels, out, 1, stride=out // channels) if out != channels else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norms[0](self.first(x)))
+        return F.relu(self.norms[1](self.second(h)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """Three stages of residual blocks for images of 32 x 32, as in He et al. 2015, section 4.2, but wider."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        widths = [(width, width), (width, 2 * width), (2 * width, 4 * width)]
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(ResidualBlock(*pair) for pair in widths))
+        self.head = nn.Linear(4 * width, 10)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.blocks(F.relu(self.stem(x))).mean((2, 3))), targets)
+
+
+def resnet_workload() -> Workload:
+    torch.manual_seed(0)
+    return Workload(ResNet(), (torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,))), has_attention=False)
+
+
+WORKLOADS = {"llama": llama_workload, "resnet": resnet_workload}
+
+
+def with_fpsim(**options: Any) -> Compile:
+    return lambda model: torch.compile(model, backend="fpsim", options=options, dynamic=False)
+
+
+def plain(opened: bool) -> Compile:
     """Plain Inductor; attention is opened inside the graph, where torch's compile cache sees it."""
-    return torch.compile(OpenAttention(model) if opened else model, dynamic=False)
+    return lambda model: torch.compile(OpenAttention(model) if opened else model, dynamic=False)
+
+
+def compiled_cases(workload: Workload, options: dict[str, Any]) -> dict[str, Compile]:
+    cases: dict[str, Compile] = {}
+    if workload.has_attention:
+        cases["plain Inductor, attention fused"] = plain(opened=False)
+        cases["fpsim, attention kept fused"] = with_fpsim(**options, attention="keep")
+    return cases | {
+        "plain Inductor, attention opened": plain(opened=workload.has_attention),
+        "fpsim, everything rounded": with_fpsim(**options),
+        "fpsim, everything rounded stochastically": with_fpsim(**options, **STOCHASTIC),
+    }
+
+
+# -- peers -------------------------------------------------------------------------------------------------------------
+
+
+def by_usual_operations(x: Tensor, exponent_bits: int, mantissa_bits: int, largest: float) -> Tensor:
+    """Nearest rounding as emulations usually write it, with floating-point logarithms."""
+    emin = 2 - 2 ** (exponent_bits - 1)
+    exponent = torch.floor(torch.log2(x.abs())).clamp_min(emin)
+    unit = torch.exp2(exponent - mantissa_bits)
+    return (torch.round(x / unit) * unit).clamp(-largest, largest)
+
+
+class Emulated(torch.autograd.Function):
+    """Rounds an operand forward (e4m3) and nothing backward, or the reverse (e5m2)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, is_result: bool) -> Tensor:
+        ctx.is_result = is_result
+        return x.clone() if is_result else by_usual_operations(x, 4, 3, 448.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return (by_usual_operations(gradient, 5, 2, 57344.0) if ctx.is_result else gradient), None
+
+
+class _Patched:
+    """A function of torch with its first two arguments, and the gradient of its result, rounded."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+
+    def __call__(self, a: Tensor, b: Tensor, *rest: Any, **named: Any) -> Tensor:
+        return Emulated.apply(self.function(Emulated.apply(a, False), Emulated.apply(b, False), *rest, **named), True)
+
+
+def patched(model: nn.Module) -> Callable[..., Tensor]:
+    """``model`` run eagerly with linear layers, convolutions and matrix products patched."""
+
+    def run(*inputs: Tensor) -> Tensor:
+        places = [(F, "linear"), (F, "conv2d"), (torch, "matmul")]
+        originals = [getattr(owner, name) for owner, name in places]
+        for (owner, name), original in zip(places, originals, strict=True):
+            setattr(owner, name, _Patched(original))
+        try:
+            return OpenAttention(model)(*inputs)
+        finally:
+            for (owner, name), original in zip(places, originals, strict=True):
+                setattr(owner, name, original)
+
+    return run
+
+
+def peer_cases() -> dict[str, Compile]:
+    cases: dict[str, Compile] = {
+        "eager, unrounded": lambda model: OpenAttention(model),
+        "eager, patched autograd.Function": patched,
+    }
+    if importlib.util.find_spec("unit_scaling"):
+        from unit_scaling.transforms import simulate_fp8
+
+        cases["unit_scaling simulate_fp8"] = simulate_fp8
+    return cases
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
 
 
 def peak_bytes(step: Callable[[], None]) -> int:
@@ -43,60 +186,62 @@ def peak_bytes(step: Callable[[], None]) -> int:
     return peak
 
 
+def stepper(workload: Workload, compile: Compile) -> tuple[Callable[[], None], float]:
+    """One step of forward and backward, and the seconds of the first, which compiles."""
+    model = deepcopy(workload.model)
+    compiled = compile(model)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        compiled(*workload.inputs).backward()
+
+    with fresh_cache():
+        start = time.perf_counter()
+        step()
+        seconds = time.perf_counter() - start
+    step()
+    return step, seconds
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=WORKLOADS, default="llama")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--format", help="of all operands; default: the FP8 hybrid")
+    parser.add_argument("--peers", action="store_true", help="eager emulations beside them")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    options = {"format": arguments.format} if arguments.format else {}
-    config = ModelConfig()
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, config.vocabulary, (BATCH, config.context + 1), generator=generator)
+    workload = WORKLOADS[arguments.model]()
+    compiles = compiled_cases(workload, {"format": arguments.format} if arguments.format else {})
+    if arguments.peers:
+        compiles |= peer_cases()
 
-    def case(compile: Callable[[nn.Module], Callable[..., Tensor]]) -> Callable[[], None]:
-        model = LanguageModel(llama(config, seed=0))
-        compiled = compile(model)
-
-        def step() -> None:
-            model.zero_grad(set_to_none=True)
-            compiled(tokens[:, :-1], tokens[:, 1:]).backward()
-
-        step()
-        step()
-        return step
-
-    cases = {
-        "plain Inductor, attention fused": case(lambda m: plain(m, opened=False)),
-        "fpsim, attention kept fused": case(
-            lambda m: torch.compile(m, backend="fpsim", options={**options, "attention": "keep"})
-        ),
-        "plain Inductor, attention opened": case(lambda m: plain(m, opened=True)),
-        "fpsim, everything rounded": case(lambda m: torch.compile(m, backend="fpsim", options=options)),
-    }
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(arguments.steps):
-        for name, step in cases.items():
+    steps, first = {}, {}
+    for name, compile in track(compiles.items(), "compiling", transient=True):
+        steps[name], first[name] = stepper(workload, compile)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in track(range(arguments.steps), "measuring", transient=True):
+        for name, step in steps.items():
             start = time.perf_counter()
             step()
             times[name].append(time.perf_counter() - start)
     seconds = {name: statistics.median(values) for name, values in times.items()}
-    peaks = {name: peak_bytes(step) for name, step in cases.items()}
+    peaks = {name: peak_bytes(step) for name, step in steps.items()}
 
-    table = Table(title=f"forward and backward of the demo's Llama, batch {BATCH}, 1 thread, torch {torch.__version__}")
-    for column in ("case", "ms per step", "time ratio", "peak MiB", "memory ratio"):
+    table = Table(title=f"forward and backward, {arguments.model}, 1 thread, torch {torch.__version__}")
+    for column in ("case", "ms per step", "ratio", "peak MiB", "ratio", "first step s", "ratio"):
         table.add_column(column, justify="left" if column == "case" else "right")
     baseline = ""
-    for name in cases:
+    for name in steps:
         baseline = name if name.startswith("plain") else baseline
-        table.add_row(
-            name,
-            f"{seconds[name] * 1e3:.1f}",
-            f"{seconds[name] / seconds[baseline]:.3f}",
-            f"{peaks[name] / 2**20:.1f}",
-            f"{peaks[name] / peaks[baseline]:.3f}",
-        )
-    Console(width=110).print(table)
+        measured = [(seconds, 1e3), (peaks, 2**-20), (first, 1)]
+        cells = [
+            text
+            for values, scale in measured
+            for text in (f"{values[name] * scale:.1f}", f"{values[name] / values[baseline]:.3f}")
+        ]
+        table.add_row(name, *cells)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

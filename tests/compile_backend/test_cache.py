@@ -39,16 +39,22 @@ class Product(nn.Module):
         return x @ w.T
 
 
+class Unchanged(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 1.0
+
+
 class Holder(nn.Module):
     """A product under a name: two holders differ in a module path, of which nothing shows in the text of the graph."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, other: str) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.other = name, other
         self.add_module(name, Product())
+        self.add_module(other, Unchanged())
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        return self.get_submodule(self.name)(x, w)
+        return self.get_submodule(self.other)(self.get_submodule(self.name)(x, w))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -67,12 +73,12 @@ def run_step(backend: str, options: dict[str, Any] | None) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def run_left(backend: str, options: dict[str, Any] | None) -> dict[str, Tensor]:
-    return {"y": torch.compile(Holder("left"), backend=backend, options=options)(X, W)}
+    return {"y": torch.compile(Holder("left", "right"), backend=backend, options=options)(X, W)}
 
 
 @torch.no_grad()
 def run_right(backend: str, options: dict[str, Any] | None) -> dict[str, Tensor]:
-    return {"y": torch.compile(Holder("right"), backend=backend, options=options)(X, W)}
+    return {"y": torch.compile(Holder("right", "left"), backend=backend, options=options)(X, W)}
 
 
 @torch.no_grad()

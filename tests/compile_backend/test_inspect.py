@@ -365,7 +365,7 @@ PLAN = Plan(
 @pytest.mark.parametrize("show", [str, printed])
 def test_a_plan_is_shown_as_tables(show: Callable[[object], str]) -> None:
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in show(PLAN).splitlines() if "│" in line]
-    assert "2 of 3 operands of matrix products rounded" in show(PLAN) and "2 gaps" in show(PLAN)
+    assert "2 of 3 values rounded" in show(PLAN) and "2 gaps" in show(PLAN)
     assert lines == [
         ["layers.0.up", "aten.mm", "fprop", "activation", "4 x 8", "float32", "e4m3fn/nearest_even/sat_finite"],
         ["(root)", "aten.dot", "wgrad", "gradient", "s0", "bfloat16", "unrounded"],
@@ -378,7 +378,7 @@ def test_a_plan_is_shown_as_tables(show: Callable[[object], str]) -> None:
 @pytest.mark.parametrize("show", [str, printed])
 def test_the_plan_of_llama_is_shown_whole(llama_plan: Plan, show: Callable[[object], str]) -> None:
     text = show(llama_plan)
-    assert f"{len(llama_plan.sites)} of {len(llama_plan.sites)} operands of matrix products rounded" in text
+    assert f"{len(llama_plan.sites)} of {len(llama_plan.sites)} values rounded" in text
     assert "no gaps: every matrix product is covered" in text
     for site in llama_plan.sites:
         assert site.path in text
@@ -399,56 +399,67 @@ def test_an_audit_is_shown_as_a_table(show: Callable[[object], str]) -> None:
 # -- gaps --------------------------------------------------------------------------------------------------------------
 
 
-class Convolution(nn.Sequential):
+class Distances(nn.Module):
+    """Distances from points: an operator with products inside."""
+
+    def __init__(self, points: int, size: int) -> None:
+        super().__init__()
+        self.points = nn.Parameter(torch.randn(points, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cdist(x, self.points)
+
+
+class OfDistances(nn.Sequential):
     def __init__(self) -> None:
-        super().__init__(nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(18, 8))
+        super().__init__(Distances(18, 3), nn.Flatten(), nn.Linear(18, 8))
 
 
-CONVOLUTIONS = ("aten.convolution", "aten.convolution_backward")
+DISTANCES = ("aten._cdist_forward", "aten._cdist_backward")
 
 
-def test_a_convolution_is_listed_as_a_gap_forward_and_backward() -> None:
-    plan = fpsim.explain(Convolution(), torch.randn(4, 2, 8))
+def test_an_opaque_operator_is_listed_as_a_gap_forward_and_backward() -> None:
+    plan = fpsim.explain(OfDistances(), torch.randn(4, 3))
     reason = "cannot be rounded: an error unless listed in the policy's gaps"
-    assert plan.gaps == tuple(Gap("0", name, reason) for name in CONVOLUTIONS)
+    assert plan.gaps == tuple(Gap("0", name, reason) for name in DISTANCES)
     assert counted(plan) == {"2": LINEAR}
 
 
-def test_compiling_a_convolution_raises_and_names_the_remedies() -> None:
+def test_compiling_an_opaque_operator_raises_and_names_the_remedies() -> None:
     with pytest.raises(BackendCompilerFailed) as caught:
-        torch.compile(Convolution(), backend="fpsim_eager")(torch.randn(4, 2, 8))
+        torch.compile(OfDistances(), backend="fpsim_eager")(torch.randn(4, 3))
     error = caught.value.inner_exception
     assert isinstance(error, UnroundedError)
-    for part in ("aten.convolution in module '0'", "gaps=['aten.convolution*']", "skip=['0']", "fpsim.explain"):
+    for part in ("aten._cdist_forward in module '0'", "gaps=['aten._cdist*']", "skip=['0']", "fpsim.explain"):
         assert part in str(error)
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"gaps": ["aten.convolution*"]}, "allowed by the policy's gaps"),
-        ({"gaps": CONVOLUTIONS}, "allowed by the policy's gaps"),
+        ({"gaps": ["aten._cdist*"]}, "allowed by the policy's gaps"),
+        ({"gaps": DISTANCES}, "allowed by the policy's gaps"),
         ({"gaps": "*"}, "allowed by the policy's gaps"),
         ({"skip": ["0"]}, "left unrounded by the policy"),
         ({"modules": {"0": "none"}}, "left unrounded by the policy"),
     ],
 )
 def test_a_gap_that_the_policy_names_stays_unrounded_and_the_rest_is_rounded(options: dict, reason: str) -> None:
-    model, x = Convolution(), torch.randn(4, 2, 8)
+    model, x = OfDistances(), torch.randn(4, 3)
     plan = fpsim.explain(model, x, policy=options)
-    assert plan.gaps == tuple(Gap("0", name, reason) for name in CONVOLUTIONS)
+    assert plan.gaps == tuple(Gap("0", name, reason) for name in DISTANCES)
     y = torch.compile(model, backend="fpsim_eager", options=options)(x)
     linear = model[2]
     h, w = (fpsim.round(t, "e4m3fn", overflow="sat_finite") for t in (model[1](model[0](x)), linear.weight))
     assert torch.equal(y, torch.addmm(linear.bias, h, w.T))
     y.sum().backward()
-    assert model[0].weight.grad is not None
+    assert model[0].points.grad is not None
 
 
-@pytest.mark.parametrize("options", [{"gaps": ["aten.conv"]}, {"gaps": ["convolution"]}, {"skip": ["2"]}])
+@pytest.mark.parametrize("options", [{"gaps": ["aten._cdist"]}, {"gaps": ["_cdist_forward"]}, {"skip": ["2"]}])
 def test_a_gap_that_the_policy_does_not_name_is_still_an_error(options: dict) -> None:
-    with pytest.raises(BackendCompilerFailed, match=r"aten\.convolution"):
-        torch.compile(Convolution(), backend="fpsim_eager", options=options)(torch.randn(4, 2, 8))
+    with pytest.raises(BackendCompilerFailed, match=r"aten\._cdist_forward"):
+        torch.compile(OfDistances(), backend="fpsim_eager", options=options)(torch.randn(4, 3))
 
 
 def attention(x: Tensor, w: Tensor) -> Tensor:
@@ -737,14 +748,33 @@ def test_a_policy_for_a_compiled_model_is_an_error(policy: Any) -> None:
 
 
 def test_what_a_policy_does_not_allow_is_an_error_in_audit_too() -> None:
-    with pytest.raises(BackendCompilerFailed, match=r"gaps=\['aten\.convolution"):
-        fpsim.audit(Convolution(), torch.randn(4, 2, 8))
+    with pytest.raises(BackendCompilerFailed, match=r"gaps=\['aten\._cdist"):
+        fpsim.audit(OfDistances(), torch.randn(4, 3))
 
 
-def test_a_convolution_that_the_policy_allows_is_found_inside() -> None:
-    audit = fpsim.audit(Convolution(), torch.randn(4, 2, 8), policy={"gaps": "aten.convolution*"})
+def test_an_opaque_operator_that_the_policy_allows_is_found_inside() -> None:
+    audit = fpsim.audit(OfDistances(), torch.randn(4, 3), policy={"gaps": "aten._cdist*"})
     assert [(escape.operator, escape.count, escape.inside) for escape in audit.escaped] == [
-        ("aten.convolution", 1, True),
-        ("aten.convolution_backward", 1, True),
+        ("aten._cdist_forward", 1, True),
+        ("aten._cdist_backward", 1, True),
     ]
     assert audit.covered == 3
+
+
+class Learns(nn.Module):
+    """Compiled twice: the first call changes what the code depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.kind: str | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind is None:
+            self.kind = "regression"
+        return self.layer(x)
+
+
+def test_audit_counts_nothing_that_compiling_runs() -> None:
+    audit = fpsim.audit(torch.compile(Learns(), backend="fpsim_eager"), torch.randn(2, 8))
+    assert audit.escaped == () and audit.covered == 2

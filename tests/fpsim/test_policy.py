@@ -13,7 +13,7 @@ from hypothesis import given
 
 import fpsim
 from fpsim.formats import OVERFLOWS, ROUNDINGS, FloatFormat, parse_format, resolve_overflow
-from fpsim.policy import ATTENTIONS, HYBRID, KINDS, ROLES, Cast, Policy, parse_cast
+from fpsim.policy import ATTENTIONS, DIRECTIONS, HYBRID, KINDS, PRODUCTS, ROLES, Cast, Policy, parse_cast
 
 FIELDS = [field.name for field in dataclasses.fields(Policy)]
 PLACES = list(itertools.product(KINDS, ROLES))
@@ -100,7 +100,7 @@ def test_a_cast_must_be_text_or_a_format() -> None:
 
 def test_the_default_is_the_ocp_hybrid_saturating() -> None:
     assert casts(Policy()) == by_role(E4M3, E4M3, E5M2)
-    assert Policy().output_cast is None
+    assert Policy().output_cast("fprop") is None
     assert Policy().attention == "round"
     assert not Policy().uses_paths
 
@@ -172,8 +172,8 @@ def test_forward_only() -> None:
 
 
 def test_the_output_is_rounded_where_asked() -> None:
-    assert Policy(format="none", output="bf16").output_cast == parse_cast("bf16")
-    assert Policy(format="none", output="none").output_cast is None
+    assert Policy(format="none", output="bf16").output_cast("fprop") == parse_cast("bf16")
+    assert Policy(format="none", output="none").output_cast("fprop") is None
 
 
 def test_rounding_holds_where_a_cast_names_none() -> None:
@@ -182,7 +182,7 @@ def test_rounding_holds_where_a_cast_names_none() -> None:
     )
     expected = by_role("e5m2/toward_zero/ovf_inf", "e5m2/toward_zero/ovf_inf", "e5m2/up/ovf_inf")
     assert casts(policy) == expected | {("fprop", "weight"): "e4m3fn/toward_zero/sat_finite"}
-    assert str(policy.output_cast) == "e8m7/toward_zero/ovf_inf"
+    assert str(policy.output_cast("dgrad")) == "e8m7/toward_zero/ovf_inf"
     assert casts(Policy(rounding="to_odd")) == by_role(
         "e4m3fn/to_odd/sat_finite", "e4m3fn/to_odd/sat_finite", "e5m2/to_odd/sat_finite"
     )
@@ -192,7 +192,7 @@ def test_overflow_holds_where_a_cast_names_none() -> None:
     policy = Policy(format="e5m2", gradient="e5m2/ovf_inf", output="bf16", overflow="sat_propagate")
     usual = "e5m2/nearest_even/sat_propagate"
     assert casts(policy) == by_role(usual, usual, "e5m2/nearest_even/ovf_inf")
-    assert str(policy.output_cast) == "e8m7/nearest_even/sat_propagate"
+    assert str(policy.output_cast("dgrad")) == "e8m7/nearest_even/sat_propagate"
     e4m3, e5m2 = "e4m3fn/nearest_even/ovf_inf", "e5m2/nearest_even/ovf_inf"
     assert casts(Policy(overflow="ovf_inf")) == by_role(e4m3, e4m3, e5m2)
 
@@ -220,6 +220,8 @@ def test_equal_meaning_is_an_equal_value_however_it_was_spelled() -> None:
         ("fprop", {"weight": "bf16"}),
         ("dgrad", {"weight": "bf16"}),
         ("wgrad", {"gradient": "bf16"}),
+        ("elementwise", "bf16"),
+        ("products", "weights"),
         ("rounding", "up"),
         ("overflow", "ovf_inf"),
         ("skip", ["head"]),
@@ -282,7 +284,71 @@ def test_the_first_glob_that_matches_decides() -> None:
     assert policy.at("layers.0.mlp") == Policy(format="e3m4")
     assert policy.at("layers.1.mlp") is None
     assert Policy(modules={"layers.*": "none", "layers.0": "e3m4"}).at("layers.0") is None
-    assert Policy(modules=[("a", "e3m4"), ("a", "bf16")]).at("a") == Policy(format="e3m4")  # type: ignore[arg-type]
+
+
+def test_rules_that_contradict_each_other_are_an_error() -> None:
+    with pytest.raises(ValueError, match="two rules for modules 'a' contradict each other"):
+        Policy(modules=[("a", "e3m4"), ("a", "bf16")])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'a' is in skip and has a policy in modules"):
+        Policy(modules={"a": "bf16"}, skip=["b", "a"])
+    same = Policy(modules=[("a", "bf16"), ("a", {"format": "bf16"})])  # type: ignore[arg-type]
+    assert same == Policy(modules={"a": "bf16"})
+    assert Policy(modules={"a": "none"}, skip=["a"]).at("a") is None
+
+
+def test_with_modules_puts_rules_before_the_others() -> None:
+    policy = Policy(format="e4m3fn", skip=["embed", "head"], modules={"layers.0": "bf16", "layers": "e5m2"})
+    composed = policy.with_modules({"layers.1": "fp16", "layers.0": "none", "head": {"weight": "bf16"}})
+    assert composed.skip == ("embed",)
+    assert [glob for glob, _ in composed.modules] == ["layers.1", "layers.0", "head", "layers"]
+    assert composed.at("layers.0.mlp") is None
+    assert composed.at("layers.1.mlp") == Policy(format="fp16")
+    assert composed.at("layers.2.mlp") == Policy(format="e5m2")
+    assert composed.at("head") == Policy(weight="bf16")
+    assert composed.at("other") is composed
+    assert policy.at("head") is None  # the policy itself is as it was
+
+
+def test_rules_of_with_modules_inherit_the_modes() -> None:
+    policy = Policy(format="bf16", rounding="up").with_modules({"a": "e5m2"})
+    assert policy == Policy(format="bf16", rounding="up", modules={"a": "e5m2"})
+
+
+def test_presets() -> None:
+    assert Policy.preset("fp8_hybrid") == Policy()
+    assert Policy.preset("bf16") == Policy(format="bf16", output="bf16")
+    assert Policy.preset("fp16") == Policy(format="fp16", output="fp16")
+    paper = Policy.preset("paper:e8m3")
+    assert {str(paper.cast(kind, role)) for kind in KINDS for role in ROLES} == {"e8m3/toward_zero/sat_finite"}
+    assert paper.output_cast("fprop") is None and paper.products == "weights" and paper.attention == "keep"
+    assert Policy.from_options({"policy": "paper:e8m3"}) == paper
+
+
+@pytest.mark.parametrize(("name", "message"), [("fp7", "unknown preset 'fp7': .*fp8_hybrid"), ("paper:e8", "'e8'")])
+def test_an_unknown_preset_names_those_there_are(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Policy.preset(name)
+
+
+def test_elementwise_tells_forward_from_backward() -> None:
+    both = Policy(elementwise="bf16", overflow="ovf_inf")
+    assert [both.elementwise_cast(direction) for direction in DIRECTIONS] == 2 * [parse_cast("bf16")]
+    one = Policy(elementwise={"backward": "e5m2/up"}, overflow="sat_finite")
+    assert one.elementwise_cast("forward") is None
+    assert str(one.elementwise_cast("backward")) == "e5m2/up/sat_finite"
+    assert one.rounds_results and not Policy().rounds_results
+    assert Policy(modules={"a": {"elementwise": "bf16"}}).rounds_results
+    assert Policy(elementwise="bf16/stochastic").is_stochastic
+
+
+def test_a_kind_may_have_its_own_output() -> None:
+    policy = Policy(output="bf16", dgrad={"output": "e5m2"}, wgrad={"output": "none"})
+    assert str(policy.output_cast("fprop")) == "e8m7/nearest_even/sat_finite"
+    assert str(policy.output_cast("dgrad")) == "e5m2/nearest_even/sat_finite"
+    assert policy.output_cast("wgrad") is None
+    assert policy.cast("dgrad", "weight") == Policy().cast("dgrad", "weight")
+    assert Policy(dgrad="bf16").output_cast("dgrad") is None
+    assert policy.rounds_results and Policy(dgrad={"output": "bf16"}).rounds_results
 
 
 def test_skip_goes_before_modules() -> None:
@@ -378,7 +444,9 @@ anything = st.one_of(cast_texts(), st.just("none"))
 globs = st.text(alphabet='ab.*[]é"\\ ', max_size=6)
 inner_fields = {
     **dict.fromkeys(("format", "activation", "weight", "gradient", "output"), anything),
-    **dict.fromkeys(KINDS, st.one_of(anything, st.dictionaries(st.sampled_from(ROLES), anything))),
+    **dict.fromkeys(KINDS, st.one_of(anything, st.dictionaries(st.sampled_from([*ROLES, "output"]), anything))),
+    "elementwise": st.one_of(anything, st.dictionaries(st.sampled_from(DIRECTIONS), anything)),
+    "products": st.sampled_from(PRODUCTS),
     "rounding": st.sampled_from(ROUNDINGS),
     "overflow": st.just("sat_finite"),  # the one mode that every format has
 }
@@ -388,11 +456,17 @@ policies = st.fixed_dictionaries(
     optional={
         **inner_fields,
         "skip": st.lists(globs, max_size=3),
-        "modules": st.lists(st.tuples(globs, st.none() | inner_policies), max_size=3),
+        "modules": st.lists(st.tuples(globs, st.none() | inner_policies), max_size=3, unique_by=lambda rule: rule[0]),
         "attention": st.sampled_from(ATTENTIONS),
         "gaps": st.lists(globs, max_size=2),
     },
-).map(lambda options: Policy(**options))
+).map(lambda options: Policy(**{**options, "skip": _not_ruled(options)}))
+
+
+def _not_ruled(options: dict[str, Any]) -> list[str]:
+    """The globs to skip, but those with a policy, which would contradict."""
+    ruled = {glob for glob, policy in options.get("modules", ()) if policy is not None}
+    return [glob for glob in options.get("skip", ()) if glob not in ruled]
 
 
 @given(policies)
@@ -477,9 +551,9 @@ def test_a_policy_and_fields_together_are_an_error() -> None:
         Policy.from_options({"policy": Policy(), "skip": ["a"], "format": "bf16"})
 
 
-@pytest.mark.parametrize("options", ["e4m3fn", {"policy": "e4m3fn"}])
-def test_a_format_is_no_policy_and_the_error_says_what_to_write(options: Any) -> None:
-    with pytest.raises(TypeError, match=r"'e4m3fn'.*\{'format': 'e4m3fn'\}"):
+@pytest.mark.parametrize(("options", "error"), [("e4m3fn", TypeError), ({"policy": "e4m3fn"}, ValueError)])
+def test_a_format_is_no_policy_and_the_error_says_what_to_write(options: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"'e4m3fn'.*\{'format': 'e4m3fn'\}"):
         Policy.from_options(options)
 
 
@@ -493,7 +567,17 @@ def test_a_format_is_no_policy_and_the_error_says_what_to_write(options: Any) ->
         ({"modules": {"a": "what"}}, ValueError, "unknown format 'what'"),
         ({"modules": {"a": {"fromat": "bf16"}}}, ValueError, "unknown option 'fromat'"),
         ({"format": "e5m2/sideways"}, ValueError, "unknown mode 'sideways'"),
-        ({"fprop": {"weights": "bf16"}}, ValueError, "unknown role 'weights' in fprop: .*activation, weight, gradient"),
+        (
+            {"fprop": {"weights": "bf16"}},
+            ValueError,
+            "unknown role 'weights' in fprop: use activation, ",
+        ),
+        (
+            {"elementwise": {"loss": "bf16"}},
+            ValueError,
+            "unknown direction 'loss' in elementwise",
+        ),
+        ({"products": "linear"}, ValueError, "unknown products 'linear': use one of all, weights"),
         ({"attention": "open"}, ValueError, "unknown attention 'open': use one of round, keep"),
         ({"rounding": "sideways"}, ValueError, "unknown rounding 'sideways': use one of nearest_even"),
         ({"overflow": "wrap"}, ValueError, "unknown overflow mode 'wrap': use one of ovf_inf"),

@@ -1,0 +1,46 @@
+"""The backward pass of a convolution, taken apart: one operator computes two products and the sum of the bias.
+
+A product whose operands are rounded in its own way needs a call of its own, and the gradient of the bias is a sum of
+the gradient as it comes, as in a linear layer. Each call takes both operands of the forward product, one to multiply
+with and the other for its shape only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+#: The results of `aten.convolution_backward`: the gradients of these.
+INPUT, WEIGHT, BIAS = range(3)
+#: The argument that each product needs for its shape only, and that is an operand of the other.
+SHAPE_ONLY = {INPUT: 1, WEIGHT: 2}
+
+
+def split(backward: fx.Node) -> dict[fx.Node, tuple[int, fx.Node | None]]:
+    """Replace a call of `aten.convolution_backward`, in place, by one for each product and a sum for the bias.
+
+    Returns: for each new call, the position of the argument that it takes for its shape only, and the call of which
+        that argument is an operand, if there is one.
+    """
+    graph, calls = backward.graph, dict[int, fx.Node]()
+    for result in list(backward.users):
+        index: int = result.args[1]  # type: ignore[assignment]
+        with graph.inserting_before(result):
+            if index == BIAS:
+                gradient: fx.Node = backward.args[0]  # type: ignore[assignment]
+                axes = [0, *range(2, gradient.meta["val"].dim())]
+                bias = graph.call_function(aten.sum.dim_IntList, (gradient, axes))
+                bias.meta = {**result.meta, "original_aten": bias.target}
+                result.replace_all_uses_with(bias)
+                graph.erase_node(result)
+            else:
+                mask = [i == index for i in (INPUT, WEIGHT, BIAS)]
+                call = graph.call_function(aten.convolution_backward.default, (*backward.args[:-1], mask))
+                values = zip(backward.meta["val"], mask, strict=True)
+                call.meta = {**backward.meta, "val": tuple(value if wanted else None for value, wanted in values)}
+                result.replace_input_with(backward, call)
+                calls[index] = call
+    graph.erase_node(backward)
+    return {call: (SHAPE_ONLY[index], calls.get(1 - index)) for index, call in calls.items()}

@@ -1,0 +1,102 @@
+"""What the backend refuses before it looks at any product, so that nothing stays unrounded without a word."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import fx
+from torch._dynamo import config as dynamo_config
+from torch.nn.parallel import DistributedDataParallel
+
+from fpsim.compile_backend.products import stack_path
+from fpsim.compile_backend.rewrite import UnroundedError
+from fpsim.policy import Policy, matches
+
+#: How often Dynamo may compile one function anew (for other policies, shapes, modes) before it is an error.
+RECOMPILE_LIMIT = 128
+
+# The options of every compiled model, kept alive so that no other takes over the identity, and what they said first.
+_first_said: dict[int, tuple[Mapping[str, Any], Policy]] = {}
+
+
+def check_options(options: Mapping[str, Any] | None, mode: str | None) -> None:
+    """Refuse a mode, and options that were changed after a model was compiled with them.
+
+    `torch.compile` keeps the mapping it is given and hands it over whenever it compiles: for another shape, in
+    training after inference. Changed in between, one model would run under two policies.
+    """
+    if mode not in (None, "default"):
+        raise ValueError(
+            f"backend 'fpsim' has no mode {mode!r}: leave mode out, and set Inductor's own config if needed"
+        )
+    policy = Policy.from_options(options)
+    if options is not None and _first_said.setdefault(id(options), (options, policy))[1] != policy:
+        raise ValueError(
+            f"the options {dict(options)} have changed since a model was compiled with them: give every torch.compile "
+            "a mapping of its own, or a Policy, which cannot change"
+        )
+
+
+def fail_closed() -> None:
+    """Never let Dynamo give up compiling and run a model eagerly, unrounded, without a word.
+
+    Past its recompile limit (8) it does so with a warning only; a sweep over nine policies in one process would
+    find the ninth unrounded. These are settings of the whole process: from the first model compiled by fpsim on,
+    the limit is higher, and hitting it is an error.
+    """
+    dynamo_config.fail_on_recompile_limit_hit = True
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, RECOMPILE_LIMIT)
+
+
+def refuse_inner_gradients(gm: fx.GraphModule) -> None:
+    """Refuse a function that takes derivatives itself, by `torch.func`; `torch.vmap` is none of these."""
+    for node in gm.graph.nodes:
+        target = f"{getattr(node.target, '__module__', '')} {node.target}"
+        if "_functorch" in target and not re.search("vmap|batch_dim|lazy_load_decompositions", target):
+            raise UnroundedError(
+                f"the compiled function takes derivatives itself ({node.name}), so that forward and backward products "
+                "cannot be told apart: compile the model, and take the derivative of the compiled model"
+            )
+
+
+def check_globs(gm: fx.GraphModule, policy: Policy) -> None:
+    """Refuse a glob of modules that matches none: a slip, or a part of the model compiled on its own.
+
+    There (a layer compiled by itself, code after a graph break within a module) paths start at that part, and a rule
+    meant for the whole model would silently not hold.
+    """
+    paths = module_paths(gm)
+    for glob in unmatched_globs(policy, paths):
+        known = ", ".join(sorted(paths - {""})) or "none"
+        raise ValueError(
+            f"{glob!r} matches no module that computes anything in this graph, whose modules are {known}. If it is "
+            "right for the whole model, this is a part compiled on its own (after a graph break, or by "
+            "layer.compile()): compile the whole model with fullgraph=True"
+        )
+
+
+def unmatched_globs(policy: Policy, paths: set[str]) -> list[str]:
+    """The globs of ``skip`` and ``modules`` that match none of ``paths``."""
+    globs = [*policy.skip, *(glob for glob, _ in policy.modules)]
+    return [glob for glob in globs if not any(matches(glob, path) for path in paths)]
+
+
+def module_paths(gm: fx.GraphModule) -> set[str]:
+    """The paths of the modules in whose forward anything of a Dynamo graph arose, and of all that contain them.
+
+    Of the parts into which Dynamo splits a DistributedDataParallel model, those of the whole model.
+    """
+    return {path for node in gm.graph.nodes for path in _paths(node)} | set(_paths_in_parallel_model())
+
+
+def _paths(node: fx.Node) -> Iterator[str]:
+    for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+        yield stack_path(path)
+
+
+def _paths_in_parallel_model() -> Iterator[str]:
+    parallel = DistributedDataParallel._get_active_ddp_module()
+    if parallel is not None:
+        yield from (name for name, _ in parallel.module.named_modules())

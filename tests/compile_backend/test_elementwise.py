@@ -1,0 +1,293 @@
+"""Rounding the results of all that is no matrix product: where an operation ends, and what then is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+
+import fpsim
+from fpsim.compile_backend.elementwise import operations
+
+aten = torch.ops.aten
+BACKENDS = ["fpsim_eager", "fpsim"]
+FORWARD, BACKWARD = "e4m3fn", "e5m2"
+OPTIONS = {"format": "none", "elementwise": {"forward": FORWARD, "backward": BACKWARD}, "overflow": "sat_finite"}
+
+
+def forward(x: Tensor) -> Tensor:
+    return fpsim.round(x, FORWARD)
+
+
+def backward(x: Tensor) -> Tensor:
+    return fpsim.round(x, BACKWARD, overflow="sat_finite")
+
+
+def sites(model: Callable, *args: Tensor, policy: dict = OPTIONS) -> list[tuple[str, str, str, str]]:
+    plan = fpsim.explain(model, *args, policy=policy)
+    return [
+        (site.path, site.kind, site.operator.removeprefix("aten."), (site.cast or "").partition("/")[0])
+        for site in plan.sites
+        if site.role == "result"
+    ]
+
+
+class Block(nn.Module):
+    """Two uses of one value, so that two gradients are added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.LayerNorm(8)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return (F.softmax(F.gelu(h), -1) * h).sum(1)
+
+
+def block_by_hand(model: Block, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    weight, bias, eps = model.norm.weight, model.norm.bias, model.norm.eps
+    h, mean, rstd = aten.native_layer_norm(x, [8], weight, bias, eps)
+    h = forward(h)
+    a = forward(F.gelu(h))
+    s = forward(F.softmax(a, -1))
+    y = forward(forward(s * h).sum(1))
+
+    dm = dy.unsqueeze(1).expand(x.shape)
+    ds, dh = backward(dm * h), backward(dm * s)
+    da = backward(aten._softmax_backward_data(ds, s, -1, torch.float32))  # of the rounded result
+    dh = backward(dh + backward(aten.gelu_backward(da, h)))
+    dx, dweight, dbias = aten.native_layer_norm_backward(dh, x, [8], mean, rstd, weight, bias, [True] * 3)
+    return {"y": y, "x": backward(dx), "norm.weight": backward(dweight), "norm.bias": backward(dbias)}
+
+
+def run(model: nn.Module, x: Tensor, dy: Tensor, backend: str, options: dict) -> dict[str, Tensor]:
+    compiled = torch.compile(model, backend=backend, options=options, fullgraph=True)
+    x = x.clone().requires_grad_()
+    y = compiled(x)
+    y.backward(dy)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"y": y.detach(), "x": x.grad, **gradients}
+
+
+def assert_same_bits(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert torch.equal(got[name], value.detach()), name
+
+
+def test_every_operation_is_rounded_once_forward_and_backward() -> None:
+    model, x, dy = Block(), torch.randn(3, 5, 8), torch.randn(3, 8)
+    assert_same_bits(run(model, x, dy, "fpsim_eager", OPTIONS), block_by_hand(model, x, dy))
+
+
+def test_the_plan_names_the_operators_as_they_were_called() -> None:
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    assert sites(Block(), x) == [
+        ("norm", "forward", "native_layer_norm", FORWARD),
+        ("", "forward", "gelu", FORWARD),
+        ("", "forward", "_softmax", FORWARD),
+        ("", "forward", "mul", FORWARD),
+        ("", "forward", "sum", FORWARD),
+        ("", "backward", "mul", BACKWARD),
+        ("", "backward", "mul", BACKWARD),
+        ("", "backward", "_softmax_backward_data", BACKWARD),
+        ("", "backward", "gelu_backward", BACKWARD),
+        ("", "backward", "add", BACKWARD),
+        *3 * [("norm", "backward", "native_layer_norm_backward", BACKWARD)],
+    ]
+
+
+class Exact(nn.Module):
+    """Arithmetic whose every step is exact in float32, so that compiled code has no other order to sum in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(-2, 2, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.relu(x * self.scale) + x * 0.375).sum(0)
+
+
+def exact_by_hand(model: Exact, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    scale = model.scale.detach()
+    product = forward(x * scale)
+    positive = forward(F.relu(product))
+    y = forward(forward(positive + forward(x * 0.375)).sum(0))
+    d = dy.expand(x.shape)
+    dx = backward(d * 0.375)
+    dproduct = backward(aten.threshold_backward(d, positive, 0))
+    dx = backward(dx + backward(dproduct * scale))
+    dscale = backward(backward(dproduct * x).sum(0))
+    return {"y": y, "x": dx, "scale": dscale}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_and_interpreted_values_are_those_by_hand(backend: str) -> None:
+    x, dy = torch.randint(-64, 64, (6, 16)) / 16, torch.randint(-16, 16, (16,)) / 8
+    model = Exact()
+    assert_same_bits(run(model, x, dy, backend, OPTIONS), exact_by_hand(model, x, dy))
+
+
+def test_compiled_code_has_no_mark_and_no_call_for_rounding() -> None:
+    model = torch.compile(Exact(), backend="fpsim", options=OPTIONS, fullgraph=True)
+    _, (code,) = run_and_get_code(lambda: model(torch.randn(6, 16)).detach())
+    assert "fpsim.mark" not in code and "torch.ops.fpsim" not in code
+
+
+def test_stochastic_results_are_the_same_compiled_and_interpreted() -> None:
+    options = {"format": "none", "elementwise": "e4m3fn/stochastic:8"}
+    x, dy = torch.randn(6, 16), torch.randn(16)
+    results = []
+    for backend in BACKENDS:
+        torch.manual_seed(3)
+        results.append(run(Exact(), x, dy, backend, options))
+    assert_same_bits(*results)
+    assert_same_bits({"y": fpsim.round(results[0]["y"], "e4m3fn")}, {"y": results[0]["y"]})
+
+
+# -- what is an operation ----------------------------------------------------------------------------------------------
+
+
+def test_the_table_holds_what_computes_and_nothing_else() -> None:
+    names = {op._opname for op in operations()}
+    assert names >= {
+        "add", "sub", "mul", "div", "pow", "exp", "rsqrt", "sum", "mean", "cumsum", "var_mean", "_softmax",
+        "_log_softmax", "native_layer_norm", "native_layer_norm_backward", "native_group_norm",
+        "_native_batch_norm_legit_functional", "native_batch_norm_backward", "gelu", "gelu_backward", "silu",
+        "silu_backward", "tanh_backward", "native_dropout", "native_dropout_backward", "nll_loss_forward",
+        "nll_loss_backward", "mse_loss", "mse_loss_backward", "embedding_dense_backward", "index_add", "scatter_add",
+        "avg_pool2d", "max_pool2d_with_indices_backward", "upsample_bilinear2d", "sigmoid", "clamp",
+    }  # fmt: skip
+    assert not names & {
+        "mm", "bmm", "addmm", "convolution", "convolution_backward", "_scaled_dot_product_flash_attention", "view",
+        "clone", "_to_copy", "cat", "embedding", "index_select", "gather", "where", "masked_fill", "zeros_like",
+        "softmax", "layer_norm", "linear",
+    }  # fmt: skip
+
+
+def test_what_moves_or_picks_numbers_is_not_rounded() -> None:
+    def function(x: Tensor, index: Tensor) -> Tensor:
+        a = torch.cat([x, x.flip(0)]).index_select(0, index).t().reshape(4, -1)
+        return torch.where(a > 0, a, a.amax(0)).masked_fill(a > 2, 1.1).contiguous()
+
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        assert sites(function, x, torch.tensor([0, 4])) == []
+
+
+def test_the_results_of_products_are_left_to_output() -> None:
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        return torch.outer(a @ b, b)
+
+    a, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, requires_grad=True)
+    # d(outer) is two products of a matrix and a vector; the two gradients of b are added up
+    assert sites(function, a, b) == [("", "backward", "add", BACKWARD)]
+
+
+def test_what_depends_on_no_parameter_and_no_input_is_left_alone() -> None:
+    def function(x: Tensor) -> Tensor:
+        angles = torch.arange(4.0) / 3
+        return x * angles.cos()
+
+    with torch.no_grad():
+        assert sites(function, torch.randn(4)) == [("", "forward", "mul", FORWARD)]
+
+
+def test_operations_between_integers_and_casts_are_not_rounded() -> None:
+    def function(x: Tensor, n: Tensor) -> Tensor:
+        return (x.bfloat16() + (n * 2 + 1)).float()
+
+    with torch.no_grad():
+        assert sites(function, torch.randn(4), torch.arange(4)) == [("", "forward", "add", FORWARD)]
+
+
+def test_dropout_and_the_loss_are_operations() -> None:
+    def function(x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(F.dropout(x, 0.5), targets)
+
+    x = torch.randn(3, 4, requires_grad=True)
+    assert [operator for _, _, operator, _ in sites(function, x, torch.tensor([0, 1, 2]))] == [
+        "native_dropout",
+        "_log_softmax",
+        "nll_loss_forward",
+        "nll_loss_backward",
+        "_log_softmax_backward_data",
+        "native_dropout_backward",
+    ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("product", ["mv", "dot", "addmv", "linear of one row", "linear of one column", "outer"])
+def test_the_result_of_a_product_that_is_decomposed_is_rounded_after_the_sum(product: str, backend: str) -> None:
+    functions = {
+        "mv": (torch.mv, (5, 4), (4,)),
+        "dot": (torch.dot, (6,), (6,)),
+        "addmv": (lambda a, b: torch.addmv(b[:5] * 0.5, a, b), (5, 8), (8,)),
+        "linear of one row": (lambda a, b: F.linear(a, b, b[:, 0]), (1, 4), (3, 4)),
+        "linear of one column": (F.linear, (4, 1), (3, 1)),
+        "outer": (torch.outer, (3,), (4,)),
+    }
+    function, *shapes = functions[product]
+    a, b = ((torch.randint(-32, 32, shape) / 8).requires_grad_() for shape in shapes)
+    options = {"format": "none", "output": "e4m1"}
+    compiled = torch.compile(function, backend=backend, options=options, fullgraph=True)
+    want = fpsim.round(function(a, b).detach(), "e4m1", overflow="sat_finite")
+    with torch.no_grad():
+        assert torch.equal(compiled(a, b), want)
+
+    y = compiled(a, b)
+    assert torch.equal(y.detach(), want)
+    dy = torch.randint(-8, 8, y.shape) / 4
+    got = torch.autograd.grad(y, (a, b), dy)
+    unrounded = torch.autograd.grad(function(a, b), (a, b), dy)
+    if product not in ("addmv", "linear of one row"):  # there b has a second use
+        for mine, by_hand in zip(got, unrounded, strict=True):
+            assert torch.equal(mine, fpsim.round(by_hand, "e4m1", overflow="sat_finite"))
+
+
+# -- where it holds ----------------------------------------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.GELU(), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) + self.second(x)
+
+
+def test_rules_for_modules_hold_forward_and_backward() -> None:
+    policy = {"format": "none", "elementwise": "bf16", "modules": {"first": {"elementwise": "e5m2"}, "second": "none"}}
+    assert sites(Two(), torch.randn(4, requires_grad=True), policy=policy) == [
+        ("first", "forward", "gelu", "e5m2"),
+        ("", "forward", "add", "e8m7"),
+        ("first", "backward", "gelu_backward", "e5m2"),
+        ("", "backward", "add", "e8m7"),
+    ]
+
+
+def test_one_direction_alone() -> None:
+    policy = {"format": "none", "elementwise": {"backward": "e5m2"}}
+    assert {kind for _, kind, _, _ in sites(Two(), torch.randn(4, requires_grad=True), policy=policy)} == {"backward"}
+
+
+def test_a_carrier_that_lacks_the_format_is_an_error() -> None:
+    with pytest.raises(Exception, match="float16 lacks"):
+        fpsim.explain(lambda x: x + x, torch.randn(4, dtype=torch.float16), policy={"elementwise": "bf16"})
+
+
+def test_attention_opened_is_rounded_inside() -> None:
+    def function(q: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, q, q)
+
+    with torch.no_grad():
+        inner = [operator for _, _, operator, _ in sites(function, torch.randn(1, 2, 4, 8))]
+    assert "_softmax" in inner or "_safe_softmax" in inner

@@ -1,0 +1,196 @@
+"""What is refused: rules for modules that would silently not hold, and options that change under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn.parallel import DistributedDataParallel
+
+import fpsim
+from fpsim.compile_backend.backend import fpsim_eager
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.fc(x))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(Layer(), Layer())
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x))
+
+
+X = torch.randn(3, 8)
+RULES = [
+    {"skip": ["layers.2"]},
+    {"modules": {"*.up": "bf16"}},
+    {"skip": ["head"], "modules": {"layers.0": "bf16", "haed": "bf16"}},
+]
+
+
+@pytest.mark.parametrize("options", RULES)
+def test_a_glob_that_matches_no_module_is_an_error(options: dict) -> None:
+    (glob,) = {"layers.2", "*.up", "haed"} & {*options.get("skip", ()), *options.get("modules", ())}
+    with pytest.raises(BackendCompilerFailed) as caught:
+        torch.compile(Model(), backend="fpsim_eager", options=options)(X)
+    message = str(caught.value)
+    assert f"{glob!r} matches no module" in message
+    assert "head, layers, layers.0, layers.0.fc, layers.1, layers.1.fc" in message
+
+
+@pytest.mark.parametrize("options", RULES)
+def test_explain_lists_a_glob_that_matches_no_module(options: dict) -> None:
+    (gap,) = (gap for gap in fpsim.explain(Model(), X, policy=options).gaps if "glob" in gap.operator)
+    assert gap.operator[7:-2] in {"layers.2", "*.up", "haed"} and "matches no module" in gap.reason
+
+
+def test_a_glob_may_match_a_module_that_only_holds_others() -> None:
+    plan = fpsim.explain(Model(), X, policy={"modules": {"layers": "bf16"}})
+    assert {site.path for site in plan.sites if site.cast and "e8m7" in site.cast} == {"layers.0.fc", "layers.1.fc"}
+
+
+def test_rules_for_the_whole_model_are_refused_where_a_layer_is_compiled_on_its_own() -> None:
+    model = Model()
+    for layer in model.layers:
+        layer.compile(backend="fpsim_eager", options={"modules": {"layers.0": "bf16"}})
+    with pytest.raises(BackendCompilerFailed, match=r"part compiled on its own.*\n?.*fullgraph=True"):
+        model(X)
+
+
+def test_rules_for_the_whole_model_are_refused_after_a_graph_break_within_a_layer() -> None:
+    class Broken(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.fc(x)
+            torch._dynamo.graph_break()
+            return torch.relu(self.fc(x))
+
+    model = nn.Sequential(Broken(), Broken())
+    with pytest.raises(BackendCompilerFailed, match=r"'1' matches no module"):
+        torch.compile(model, backend="fpsim_eager", options={"modules": {"1": "bf16"}})(X)
+
+
+def test_rules_hold_below_a_function_that_calls_the_model() -> None:
+    model = Model()
+
+    def step(x: Tensor) -> Tensor:
+        return model(x).square().sum()
+
+    plan = fpsim.explain(step, X, policy={"modules": {"head": "bf16"}})
+    assert {site.cast for site in plan.sites if site.path == "head"} == {"e8m7/nearest_even/ovf_inf"}
+    assert not plan.gaps
+
+
+# -- DistributedDataParallel, which compiles a model in parts ----------------------------------------------------------
+
+
+@pytest.fixture
+def one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 64)  # less than a layer: Dynamo splits after each
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.usefixtures("one_process")
+def test_rules_hold_in_the_parts_into_which_ddp_splits_a_model() -> None:
+    options = {"modules": {"layers.1": "e5m1", "head": "e3m1"}, "skip": ["layers.0"], "format": "bf16"}
+    alone = Model()
+    torch.compile(alone, backend="fpsim_eager", options=options)(X).sum().backward()
+
+    parts = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        parts.append(gm)
+        return fpsim_eager(gm, inputs, options=options)
+
+    parallel = DistributedDataParallel(Model(), bucket_cap_mb=1e-4)
+    torch.compile(parallel, backend=backend)(X).sum().backward()
+    assert len(parts) == 3
+    got, want = gradients(parallel), gradients(alone)
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_glob_that_matches_no_module_of_a_ddp_model_is_an_error() -> None:
+    parallel = DistributedDataParallel(Model(), bucket_cap_mb=1e-4)
+    with pytest.raises(BackendCompilerFailed, match=r"'haed' matches no module"):
+        torch.compile(parallel, backend="fpsim_eager", options={"skip": ["haed"]})(X)
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+def test_options_changed_since_compiling_are_an_error() -> None:
+    options = {"format": "bf16"}
+    compiled = torch.compile(Model(), backend="fpsim_eager", options=options, dynamic=False)
+    compiled(X)
+    options["format"] = "e5m2"
+    compiled(X)  # nothing is compiled
+    with pytest.raises(BackendCompilerFailed, match=r"e5m2.* have changed since a model was compiled with them"):
+        compiled(torch.randn(5, 8))
+
+
+def test_equal_options_may_be_used_again() -> None:
+    options = {"format": "bf16"}
+    for _ in range(2):
+        torch.compile(Model(), backend="fpsim_eager", options=options)(X)
+    options["format"] = "e8m7"  # the same format
+    torch.compile(Model(), backend="fpsim_eager", options=options)(X)
+
+
+# -- functions of torch.func -------------------------------------------------------------------------------------------
+
+
+def test_vmap_is_no_derivative() -> None:
+    x, w = torch.randint(-64, 64, (3, 8)) / 8, torch.randint(-64, 64, (8, 8)) / 8  # whose sums are exact
+    function = torch.compile(lambda x: torch.vmap(lambda row: w @ row)(x), backend="fpsim_eager")
+    assert torch.equal(function(x), fpsim.round(x, "e4m3fn") @ fpsim.round(w, "e4m3fn").T)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.jacfwd, torch.func.hessian])
+def test_derivatives_inside_the_compiled_function_are_refused(transform: Callable) -> None:
+    function = torch.compile(lambda x: transform(lambda y: (y @ y.T).sum())(x), backend="fpsim_eager")
+    with pytest.raises(BackendCompilerFailed, match="takes derivatives itself"):
+        function(X)
+
+
+# -- products with weights only ----------------------------------------------------------------------------------------
+
+
+def test_products_of_weights_alone() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return self.out((q @ k.mT).softmax(-1) @ v)
+
+    plan = fpsim.explain(Attention(), torch.randn(2, 3, 8, requires_grad=True), policy="paper:e8m3")
+    assert {(site.path, site.kind, site.cast) for site in plan.sites} == {
+        (path, kind, "e8m3/toward_zero/sat_finite") for path in ("qkv", "out") for kind in ("fprop", "dgrad", "wgrad")
+    }
+    reasons = [gap.reason for gap in plan.gaps]
+    assert reasons.count("fprop of two activations left unrounded by the policy") == 2
+    assert reasons.count("dgrad of two activations left unrounded by the policy") == 4

@@ -1,0 +1,1 @@
+"""Real architectures in tiny configurations, and a command that reports what fpsim does to each of them."""

@@ -1,0 +1,173 @@
+"""What fpsim does to real architectures, one row each.
+
+    python -m tests.models [NAME...] [--markdown FILE]
+
+Each model is built tiny from its configuration and a fixed seed, explained, compiled, trained for three steps, audited,
+and one of its steps compared with the interpreted one, bit for bit, under deterministic algorithms and in one thread.
+An error is a row too: its first line stands in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from fpsim.compile_backend.rewrite import source_hash
+
+from .architectures import ARCHITECTURES
+from .measure import Row, measure
+
+COLUMNS = (
+    "model", "parameters", "operands rounded", "of, by hand", "gaps", "graph breaks", "losses of 3 steps", "escaped",
+    "bits, aten's kernels", "bits, Inductor's kernels",
+)  # fmt: skip
+
+LEGEND = """\
+*Operands rounded*: sites of `fpsim.explain`; *of, by hand*: counted from the architecture, forward and backward.
+*Gaps*: operators that multiply matrices and would not be rounded. *Escaped*: products that ran unrounded in one real
+step of the compiled model (`fpsim.audit`). *Bits*: loss and all gradients of one step, compiled, against
+`backend="fpsim_eager"`: first with Inductor calling aten's kernels (`fallback_by_default`, no `layout_optimization`:
+the same graphs, partitioned and recomputed, and the same order of summation), then with Inductor's own kernels:
+"equal", or the largest difference, of the loss or of an element of a gradient relative to the largest of all elements.
+Inductor's kernels sum in another order, lay out convolutions otherwise, and use other approximations of `exp` and its
+kin: about 1e-7. Should such a difference carry an operand over the boundary between two FP8 values, the row would show
+far more."""
+
+
+def main() -> None:
+    arguments = parse()
+    names = arguments.names or list(ARCHITECTURES)
+    rows = []
+    with progress() as bar, quiet():
+        task = bar.add_task("", total=len(names), stage="")
+        for name in names:
+            bar.update(task, description=name)
+            rows.append(measure(ARCHITECTURES[name], lambda stage: bar.update(task, stage=stage)))
+            if arguments.markdown:  # after each row: an interrupted run leaves what it has
+                arguments.markdown.write_text(markdown(rows))
+            bar.advance(task)
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    console.print(terminal_table(rows))
+    for remark in remarks(rows):
+        console.print(Text(f"- {remark}"))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ARCHITECTURES)}; default: all")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there, too")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - ARCHITECTURES.keys():
+        parser.error(f"no such model: {', '.join(sorted(unknown))}; there are {', '.join(ARCHITECTURES)}")
+    return arguments
+
+
+def progress() -> Progress:
+    bar = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*bar, TextColumn("{task.description}: {task.fields[stage]}"), console=Console(stderr=True))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of transformers and of Dynamo: what matters of them is in the table."""
+    transformers.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """The row as words, in the order of `COLUMNS`."""
+    unknown = "error" if row.errors else "-"
+    return (
+        row.architecture.name,
+        f"{row.parameters:,}",
+        str(row.rounded) if row.plan else unknown,
+        str(row.architecture.operands),
+        str(sum(row.gaps.values())) if row.plan else unknown,
+        str(len(row.breaks)) if row.plan else unknown,
+        " ".join(f"{loss:.3f}" for loss in row.losses) or unknown,
+        str(row.escaped) if row.audit else unknown,
+        unknown if row.aten_equal is None else "equal" if row.aten_equal else "differ",
+        unknown if row.difference is None else f"{row.difference:.0e}" if row.difference else "equal",
+    )
+
+
+def is_clean(row: Row) -> bool:
+    """Whether everything is rounded, trains, and has the interpreter's bits."""
+    whole = row.rounded == row.architecture.operands and not row.gaps and not row.breaks and not row.escaped
+    return whole and row.trains and bool(row.aten_equal) and not row.errors
+
+
+def remarks(rows: list[Row]) -> Iterator[str]:
+    """A line for everything that is not as it should be, with what is known of its cause."""
+    for row in rows:
+        if not is_clean(row):
+            said = list(_facts(row))
+            yield f"{row.architecture.name}: " + "; ".join(said + [row.architecture.note] * bool(row.architecture.note))
+
+
+def _facts(row: Row) -> Iterator[str]:
+    for error in dict.fromkeys(row.errors.values()):
+        yield f"{' and '.join(what for what in row.errors if row.errors[what] == error)}: {error}"
+    for (operator, reason), count in row.gaps.items():
+        yield f"{count} x {operator}: {reason}"
+    for reason in row.breaks:
+        yield f"graph break: {reason}"
+    for escape in row.audit.escaped if row.audit else ():
+        shapes = ", ".join("x".join(map(str, shape)) for shape in escape.shapes)
+        yield f"escaped: {escape.count} x {escape.operator} of {shapes}"
+    if row.losses and not row.trains:
+        yield "the loss does not fall"
+    if row.aten_equal is False:
+        yield "the bits differ although the order of summation is the same"
+
+
+def terminal_table(rows: list[Row]) -> Table:
+    table = Table(title=f"{len(rows)} architectures, torch {torch.__version__}", title_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in rows:
+        table.add_row(*cells(row), style="" if is_clean(row) else "yellow")
+    return table
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table and what is to be said of it, with everything needed to make it again."""
+    command = shlex.join(["python", "-m", "tests.models", *sys.argv[1:]])
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, fpsim source {source_hash()[:12]}"
+    date = datetime.datetime.now(datetime.UTC).date()
+    alignment = ["---"] + ["---:"] * (len(COLUMNS) - 1)
+    lines = [
+        "# Real models",
+        "",
+        f"`{command}`, {date}, {versions}.",
+        f"CPU ({os.uname().machine}), one thread, float32; policy: the default, the FP8 hybrid.",
+        "",
+        *("| " + " | ".join(words) + " |" for words in (COLUMNS, alignment, *map(cells, rows))),
+        "",
+        LEGEND,
+        "",
+        *(f"- {remark}" for remark in remarks(rows)),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    main()

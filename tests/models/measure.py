@@ -1,0 +1,181 @@
+"""What fpsim does to one architecture: sites, gaps, graph breaks, escapes, training, and the bits of one step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch._inductor import config as inductor_config
+
+import fpsim
+from fpsim.compile_backend import Audit, Plan
+
+from .architectures import Architecture, Inputs
+
+STEPS, LEARNING_RATE = 3, 1e-2
+
+#: What `fpsim.explain` calls the place of a graph break in its list of gaps.
+GRAPH_BREAK = "(graph break)"
+
+#: The loss and the gradients of one step.
+Results = dict[str, Tensor]
+
+
+@dataclass
+class Row:
+    """What is known of one architecture; None where an error came before.
+
+    Attributes:
+        architecture: the model.
+        parameters: how many numbers it learns.
+        plan: what `fpsim.explain` says.
+        aten_equal: whether loss and gradients are those of ``fpsim_eager``, bit for bit, with `atens_kernels`.
+        difference: `largest_difference` of loss and gradients from those of ``fpsim_eager`` when Inductor generates its
+            own kernels; 0 only where all bits are equal.
+        losses: of the training steps.
+        audit: what `fpsim.audit` says.
+        errors: what was attempted, and the first line of the error.
+    """
+
+    architecture: Architecture
+    parameters: int = 0
+    plan: Plan | None = None
+    aten_equal: bool | None = None
+    difference: float | None = None
+    losses: tuple[float, ...] = ()
+    audit: Audit | None = None
+    errors: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def gaps(self) -> Counter[tuple[str, str]]:
+        """Operator and reason of each gap that is no graph break."""
+        gaps = self.plan.gaps if self.plan else ()
+        return Counter((gap.operator, gap.reason) for gap in gaps if gap.operator != GRAPH_BREAK)
+
+    @property
+    def breaks(self) -> list[str]:
+        """The reason of each graph break."""
+        gaps = self.plan.gaps if self.plan else ()
+        return [gap.reason.split(": code there runs")[0] for gap in gaps if gap.operator == GRAPH_BREAK]
+
+    @property
+    def rounded(self) -> int:
+        """The number of operands that are rounded."""
+        return sum(site.cast is not None for site in self.plan.sites) if self.plan else 0
+
+    @property
+    def escaped(self) -> int:
+        """The number of matrix products of one step that were not rounded."""
+        return sum(escape.count for escape in self.audit.escaped) if self.audit else 0
+
+    @property
+    def trains(self) -> bool:
+        """Whether the loss is finite and falls."""
+        return len(self.losses) == STEPS and all(map(math.isfinite, self.losses)) and self.losses[-1] < self.losses[0]
+
+    @contextlib.contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Note the error that ends the block, if one does."""
+        try:
+            yield
+        except Exception as error:  # whatever a model or a compiler raises belongs into the table
+            self.errors[what] = first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of the error, without the wrapping of `torch.compile`."""
+    inner = getattr(error, "inner_exception", None) or error
+    return f"{type(inner).__name__}: {(str(inner).strip().splitlines() or [''])[0]}"
+
+
+def measure(architecture: Architecture, report: Callable[[str], None] = lambda stage: None) -> Row:
+    """The row of ``architecture``; ``report`` is told of each stage."""
+    row = Row(architecture)
+    with deterministic():
+        with row.attempt("explain"):
+            report("explain")
+            model, inputs = architecture.build()
+            row.parameters = sum(parameter.numel() for parameter in model.parameters())
+            torch._dynamo.reset()
+            row.plan = fpsim.explain(model, **inputs)
+        with row.attempt("compile"):
+            report("interpret")
+            interpreted = first_step(architecture, "fpsim_eager")
+            report("compile for aten")
+            with atens_kernels():
+                row.aten_equal = same_bits(first_step(architecture, "fpsim"), interpreted)
+            report("compile and train")
+            _train(row, interpreted)
+    return row
+
+
+def _train(row: Row, interpreted: Results) -> None:
+    """Fill in what a compiled model shows."""
+    torch._dynamo.reset()
+    model, inputs = row.architecture.build()
+    compiled = torch.compile(model, backend="fpsim")
+    row.audit = fpsim.audit(compiled, **inputs)
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
+    for _ in range(STEPS):
+        results = step(model, compiled, inputs)
+        if not row.losses:
+            row.difference = 0.0 if same_bits(results, interpreted) else largest_difference(results, interpreted)
+        row.losses += (float(results["loss"]),)
+        optimizer.step()
+
+
+def first_step(architecture: Architecture, backend: str) -> Results:
+    """Loss and gradients of a newly built and compiled model."""
+    torch._dynamo.reset()
+    model, inputs = architecture.build()
+    return step(model, torch.compile(model, backend=backend), inputs)
+
+
+def step(model: nn.Module, compiled: Callable[..., Tensor], inputs: Inputs) -> Results:
+    """Loss and gradients of ``model``, run as ``compiled``."""
+    model.zero_grad(set_to_none=True)
+    loss = compiled(**inputs)
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **gradients}
+
+
+def same_bits(results: Results, others: Results) -> bool:
+    """Whether all results are the same, zeros' signs and NaNs included."""
+    if results.keys() != others.keys():
+        return False
+    return all(torch.equal(results[name].view(torch.int32), others[name].view(torch.int32)) for name in results)
+
+
+def largest_difference(results: Results, others: Results) -> float:
+    """The largest difference of the losses, or of any element of a gradient relative to the largest of all elements.
+
+    (Relative to its own tensor it would say nothing where a gradient is zero but for errors of rounding, as that of a
+    bias before a normalisation is.)
+    """
+    differences = {name: float((results[name] - other).abs().max()) for name, other in others.items()}
+    loss = differences.pop("loss") / float(others["loss"].abs())
+    return max(loss, max(differences.values()) / max(float(others[name].abs().max()) for name in differences))
+
+
+def atens_kernels() -> contextlib.AbstractContextManager[None]:
+    """Inductor calls aten's kernels on tensors laid out as in the model, so that sums have the interpreter's order."""
+    return inductor_config.patch(fallback_by_default=True, layout_optimization=False)
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Deterministic algorithms and one thread."""
+    threads, before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.set_num_threads(threads)

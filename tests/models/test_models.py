@@ -1,0 +1,122 @@
+"""Real architectures, a sample: what is rounded is what was counted by hand, nothing escapes, no bit differs.
+
+The whole table, with Inductor's kernels compiled, is the command ``python -m tests.models``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+import fpsim
+from fpsim.compile_backend import Gap, Plan
+
+from .__main__ import cells, is_clean, markdown, remarks
+from .architectures import ARCHITECTURES, CLASSES, FIRST, LAYERS, LINEAR, Architecture, images
+from .measure import Row, atens_kernels, first_step, largest_difference, measure, same_bits, step
+
+#: Quick ones that share little: disentangled attention, convolutions of every kind, a recurrence, linear layers only.
+SAMPLE = ("deberta-v2", "vit", "convnext", "resnet", "unet", "lstm-cell", "mixer")
+#: Those of them that run as well, interpreted and compiled.
+AUDITED = ("vit", "resnet", "unet", "mixer")
+COMPILED = ("unet", "mixer")
+
+
+def explained(name: str) -> Plan:
+    model, inputs = ARCHITECTURES[name].build()
+    return fpsim.explain(model, **inputs)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_the_operands_are_those_counted_by_hand_and_all_are_rounded(name: str) -> None:
+    plan = explained(name)
+    assert len(plan.sites) == ARCHITECTURES[name].operands
+    assert all(site.cast for site in plan.sites)
+    assert plan.gaps == ()
+
+
+@pytest.mark.parametrize("name", AUDITED)
+def test_the_products_that_run_are_those_counted_by_hand_and_none_escapes(name: str) -> None:
+    model, inputs = ARCHITECTURES[name].build()
+    audit = fpsim.audit(torch.compile(model, backend="fpsim_eager"), **inputs)
+    assert audit.escaped == ()
+    assert audit.covered == ARCHITECTURES[name].operands // 2
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_bits_are_the_interpreters_where_sums_have_the_same_order(name: str) -> None:
+    """Inductor partitions, recomputes and schedules, but calls the kernels that the interpreter calls."""
+    with atens_kernels():
+        compiled = first_step(ARCHITECTURES[name], "fpsim")
+    interpreted = first_step(ARCHITECTURES[name], "fpsim_eager")
+    assert same_bits(compiled, interpreted)
+    model, inputs = ARCHITECTURES[name].build()
+    assert not same_bits(interpreted, step(model, model, inputs)), "rounding changes something"
+
+
+def test_the_first_layer_has_no_dgrad_and_the_others_have() -> None:
+    kinds: dict[str, Counter[str]] = {}
+    for site in explained("mixer").sites:
+        kinds.setdefault(site.path, Counter())[site.kind] += 1
+    assert kinds.pop("network.embed") == {"fprop": 2, "wgrad": 2}
+    assert len(kinds) == LAYERS * 4 + 1
+    assert all(counted == {"fprop": 2, "dgrad": 2, "wgrad": 2} for counted in kinds.values())
+
+
+def test_a_model_is_the_same_at_every_build() -> None:
+    for architecture in ARCHITECTURES.values():
+        (model, inputs), (other, others) = architecture.build(), architecture.build()
+        for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+            assert torch.equal(a, b), architecture.name
+        assert inputs.keys() == others.keys()
+        assert all(torch.equal(inputs[name], others[name]) for name in inputs), architecture.name
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_nn_lstm_is_no_clean_row() -> None:
+    """`torch.compile` does not look into `nn.LSTM`: its products run unrounded, and the table says so."""
+    model, inputs = ARCHITECTURES["lstm"].build()
+    audit = fpsim.audit(torch.compile(model, backend="fpsim_eager"), **inputs)
+    row = Row(ARCHITECTURES["lstm"], plan=explained("lstm"), audit=audit)
+    assert row.rounded == LINEAR and len(row.breaks) == 1 and row.escaped == 2
+    assert not is_clean(row)
+    (remark,) = remarks([row])
+    assert "graph break" in remark and "escaped: 1 x aten.lstm" in remark
+
+
+class Refused(nn.Module):
+    """A matrix inverse in the middle: an operator that cannot be rounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, CLASSES)
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.layer(torch.linalg.inv(pixel_values)).sum()
+
+
+def test_a_refused_model_is_a_row_with_the_error() -> None:
+    row = measure(Architecture("refused", Refused, images, FIRST))
+    assert row.plan is not None and row.gaps.total() >= 1
+    assert list(row.errors) == ["compile"] and row.errors["compile"].startswith("UnroundedError: aten.linalg_inv")
+    assert cells(row)[-4:] == ("error",) * 4
+    assert "UnroundedError" in markdown([row])
+
+
+def test_a_gap_and_a_break_are_told_apart() -> None:
+    gaps = (Gap("a", "aten.convolution", "why"), Gap("", "(graph break)", "print: code there runs uncompiled"))
+    row = Row(ARCHITECTURES["mixer"], plan=Plan((), gaps))
+    assert row.gaps == {("aten.convolution", "why"): 1} and row.breaks == ["print"]
+
+
+def test_differences_are_relative_to_the_largest_gradient() -> None:
+    ours = {"loss": torch.tensor(2.0), "a": torch.tensor([4.0, 0.0]), "b": torch.tensor([1e-9])}
+    others = {"loss": torch.tensor(2.0), "a": torch.tensor([4.0, 1.0]), "b": torch.tensor([2e-9])}
+    assert largest_difference(ours, others) == 0.25
+    assert same_bits(ours, ours) and not same_bits(ours, others)
+    assert not same_bits({"loss": torch.tensor(0.0)}, {"loss": torch.tensor(-0.0)})
