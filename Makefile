@@ -18,6 +18,7 @@ demo: .venv/ready
 test: export OMP_NUM_THREADS = 1
 test: .venv/ready
 	$(PYTEST) -n 2 -m "not exhaustive" $(TESTS)
+	$(BIN)/fpsim verify --all
 
 # Every float32 input and whatever else takes minutes.
 test-exhaustive: .venv/ready

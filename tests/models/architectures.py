@@ -433,8 +433,6 @@ ARCHITECTURES = {
             pretrained("MambaForCausalLM", **MAMBA),
             text,
             LAYERS * (5 * LINEAR + INNER_PRODUCT) + LINEAR,
-            "its scan over time is an `associative_scan`, which holds a `torch.vmap`, refused as a derivative; "
-            "`use_associative_scan=False` in the configuration avoids it",
         ),
         # the product for each token by itself
         Architecture(
