@@ -95,6 +95,7 @@ def compile_with_rounding(
     Raises: as `fpsim`.
     """
     guards.fail_closed()
+    guards.refuse_settings(policy)
     guards.refuse_inner_gradients(gm)
     if strict:
         guards.check_globs(gm, policy)

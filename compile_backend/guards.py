@@ -6,13 +6,16 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import fx
 from torch._dynamo import config as dynamo_config
+from torch._inductor import config as inductor_config
 from torch.nn.parallel import DistributedDataParallel
 
 from fpsim.compile_backend.products import stack_path
 from fpsim.compile_backend.rewrite import UnroundedError
-from fpsim.policy import Policy, matches
+from fpsim.formats import FloatFormat
+from fpsim.policy import Cast, Policy, matches
 
 #: How often Dynamo may compile one function anew (for other policies, shapes, modes) before it is an error.
 RECOMPILE_LIMIT = 128
@@ -48,6 +51,27 @@ def fail_closed() -> None:
     """
     dynamo_config.fail_on_recompile_limit_hit = True
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, RECOMPILE_LIMIT)
+
+
+def refuse_settings(policy: Policy) -> None:
+    """Refuse settings of torch under which products would not be those that the policy describes."""
+    if inductor_config.freezing and policy.is_stochastic:
+        raise ValueError(
+            "torch._inductor.config.freezing makes constants of rounded weights, drawn once for all calls: set it to "
+            "False, or round deterministically"
+        )
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest" and not all(_fits(cast, precision) for cast in policy.operand_casts()):
+        raise ValueError(
+            f"float32 products are computed from shortened operands here: torch.get_float32_matmul_precision() is "
+            f"{precision!r}, and the policy has operands with more bits. Call "
+            "torch.set_float32_matmul_precision('highest')"
+        )
+
+
+def _fits(cast: Cast | None, precision: str) -> bool:
+    """Whether a rounded operand (None: unrounded) is exact in what products use in place of float32: TF32 or bfloat16."""
+    return cast is not None and cast.format.is_subset_of(FloatFormat(8, 10 if precision == "high" else 7))
 
 
 def refuse_inner_gradients(gm: fx.GraphModule) -> None:

@@ -28,6 +28,18 @@ from fpsim.formats import (
 
 ROLES = ("activation", "weight", "gradient")
 KINDS = ("fprop", "dgrad", "wgrad")
+#: The roles of the operands that each kind of product has.
+OPERANDS = frozenset(
+    {
+        ("fprop", "activation"),
+        ("fprop", "weight"),
+        ("dgrad", "gradient"),
+        ("dgrad", "weight"),
+        ("dgrad", "activation"),  # where two activations are multiplied
+        ("wgrad", "gradient"),
+        ("wgrad", "activation"),
+    }
+)
 DIRECTIONS = ("forward", "backward")
 ATTENTIONS = ("round", "keep")
 PRODUCTS = ("all", "weights")
@@ -246,6 +258,11 @@ class Policy:
         """How an operand in ``role`` of a product of ``kind`` is rounded; None where it is not."""
         text = dict(getattr(self, kind)).get(role) or getattr(self, role) or self.format
         return parse_cast(text) if text else None
+
+    def operand_casts(self) -> list[Cast | None]:
+        """How operands are rounded anywhere, in every role of every kind of product; None where they are not."""
+        own = [self.cast(kind, role) for kind in KINDS for role in ROLES if (kind, role) in OPERANDS]
+        return own + [cast for policy in self._of_modules for cast in policy.operand_casts()]
 
     def output_cast(self, kind: str) -> Cast | None:
         """How the result of a product of ``kind`` is rounded; None where it is not."""

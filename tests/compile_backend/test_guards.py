@@ -158,6 +158,50 @@ def test_equal_options_may_be_used_again() -> None:
     torch.compile(Model(), backend="fpsim_eager", options=options)(X)
 
 
+# -- settings of torch -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def products_of_less_precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    torch.set_float32_matmul_precision(request.param)
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("products_of_less_precision", ["high"], indirect=True)
+@pytest.mark.parametrize("format", ["e5m11", "fp32", "none"])
+def test_operands_that_tf32_does_not_hold_are_refused(format: str, products_of_less_precision: None) -> None:
+    with pytest.raises(BackendCompilerFailed, match=r"'high'.*set_float32_matmul_precision\('highest'\)"):
+        torch.compile(Model(), backend="fpsim_eager", options={"format": format})(X)
+
+
+@pytest.mark.parametrize(
+    ("products_of_less_precision", "options"),
+    [("high", {"format": "fp16"}), ("high", {"format": "e8m10"}), ("medium", {}), ("medium", {"format": "bf16"})],
+    indirect=["products_of_less_precision"],
+)
+def test_operands_that_shorter_products_hold_are_not(options: dict, products_of_less_precision: None) -> None:
+    torch.compile(Model(), backend="fpsim_eager", options=options)(X)
+
+
+def test_weights_drawn_once_for_all_calls_are_refused() -> None:
+    options = {"format": "e5m2/stochastic"}
+    with (
+        torch._inductor.config.patch(freezing=True),
+        pytest.raises(BackendCompilerFailed, match=r"freezing.* drawn once for all calls"),
+    ):
+        torch.compile(Model(), backend="fpsim_eager", options=options)(X)
+
+
+@pytest.mark.parametrize("setting", ["use_joint_graph_passes", "joint_graph_constant_folding", "pattern_matcher"])
+def test_passes_that_are_turned_off_leave_the_rounding_on(setting: str) -> None:
+    want = torch.compile(Model(), backend="fpsim_eager")(X)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({setting: False}):
+        assert torch.equal(torch.compile(Model(), backend="fpsim_eager")(X), want)
+    assert not torch.equal(Model()(X), want)
+
+
 # -- functions of torch.func -------------------------------------------------------------------------------------------
 
 

@@ -321,3 +321,12 @@ def test_the_overflow_mode_in_the_graph_is_the_resolved_one():
     torch.compile(lambda x: fpsim.round(x, "e5m2", gradient="zero"), fullgraph=True, backend=backend)(torch.ones(2))
     (call,) = [node for node in graphs[0].graph.nodes if "fpsim" in str(node.target)]
     assert call.args[1:4] == ("e5m2", "nearest_even", resolve_overflow(parse_format("e5m2"), None))
+
+
+@pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "e8m3"])
+def test_contraction_and_unsafe_mathematics_change_nothing(name: str) -> None:
+    flags = {"cpp.enable_floating_point_contract_flag": "fast", "cpp.enable_unsafe_math_opt_flag": True}
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 8
+    with torch._inductor.config.patch(flags):
+        got = torch.compile(lambda x: fpsim.round(x * 0.75, name) * 4 - fpsim.round(x, name), fullgraph=True)(x)
+    assert torch.equal(got, fpsim.round(x * 0.75, name) * 4 - fpsim.round(x, name))
