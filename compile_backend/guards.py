@@ -70,7 +70,7 @@ def refuse_settings(policy: Policy) -> None:
 
 
 def _fits(cast: Cast | None, precision: str) -> bool:
-    """Whether a rounded operand (None: unrounded) is exact in what products use in place of float32: TF32 or bfloat16."""
+    """Whether a rounded operand (None: unrounded) is exact in what products use instead: TF32 or bfloat16."""
     return cast is not None and cast.format.is_subset_of(FloatFormat(8, 10 if precision == "high" else 7))
 
 

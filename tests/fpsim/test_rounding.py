@@ -291,7 +291,14 @@ def test_nearest_away_to_e8m0fnu_is_that_of_ml_dtypes():
 
 @pytest.mark.parametrize(
     ("name", "overflow"),
-    [("bfloat16", "ovf_inf"), ("float16", "ovf_inf"), ("float8_e5m2", "ovf_inf"), ("float8_e4m3fn", None)],
+    [
+        ("bfloat16", "ovf_inf"),
+        ("float16", "ovf_inf"),
+        ("float8_e5m2", "ovf_inf"),
+        ("float8_e4m3fn", None),
+        ("float8_e4m3fnuz", "ovf_inf"),
+        ("float8_e5m2fnuz", "ovf_inf"),
+    ],
 )
 def test_nearest_even_is_that_of_torch(name, overflow):
     """torch 2.13 saturates to e4m3fn, infinities too; its casts to the fnuz formats overflow to NaN."""
@@ -301,6 +308,16 @@ def test_nearest_even_is_that_of_torch(name, overflow):
     got = canonical(codes_of(fpsim.round(inputs.tensor, name, overflow=overflow)), torch.float32)
     want = canonical(codes_of(inputs.tensor.to(getattr(torch, name)).to(torch.float32)), torch.float32)
     assert_codes(got, want, inputs.codes, name)
+
+
+def test_torch_casts_magnitudes_to_e8m0_with_ties_up():
+    """The sign is dropped there; subnormals of float32 above 2**-127 become 2**-126, as in ml_dtypes."""
+    inputs = million("float8_e8m0fnu")
+    got = codes_of(fpsim.round(inputs.tensor.abs(), "e8m0fnu", rounding="nearest_away", overflow="ovf_inf"))
+    want = codes_of(inputs.tensor.to(torch.float8_e8m0fnu).to(torch.float32))
+    wrong_there = (inputs.tensor.abs() > 2.0**-127) & (inputs.tensor.abs() < 1.5 * 2.0**-127)
+    right = ~wrong_there.numpy()
+    assert_codes(*(canonical(codes, torch.float32)[right] for codes in (got, want)), inputs.codes[right])
 
 
 def test_nearest_even_of_float64_is_that_of_numpy():
