@@ -311,12 +311,12 @@ def test_nearest_even_is_that_of_torch(name, overflow):
 
 
 def test_torch_casts_magnitudes_to_e8m0_with_ties_up():
-    """The sign is dropped there; subnormals of float32 above 2**-127 become 2**-126, as in ml_dtypes."""
+    """The sign is dropped there, zero becomes 2**-127, and subnormals above 2**-127 become 2**-126, as in ml_dtypes."""
     inputs = million("float8_e8m0fnu")
     got = codes_of(fpsim.round(inputs.tensor.abs(), "e8m0fnu", rounding="nearest_away", overflow="ovf_inf"))
     want = codes_of(inputs.tensor.to(torch.float8_e8m0fnu).to(torch.float32))
-    wrong_there = (inputs.tensor.abs() > 2.0**-127) & (inputs.tensor.abs() < 1.5 * 2.0**-127)
-    right = ~wrong_there.numpy()
+    magnitudes = inputs.tensor.abs()
+    right = ~((magnitudes > 2.0**-127) & (magnitudes < 1.5 * 2.0**-127) | (magnitudes == 0)).numpy()
     assert_codes(*(canonical(codes, torch.float32)[right] for codes in (got, want)), inputs.codes[right])
 
 
