@@ -190,7 +190,7 @@ def test_torch_rounds_to_the_formats_that_it_has():
 def test_wrong_arguments_of_assert_rounds_are_errors():
     for arguments, message in [
         (("e4m3fm",), "did you mean e4m3fn"),
-        (("e4m3fn", "stochastic"), "stochastic rounding needs a random number"),
+        (("e4m3fn", "stochastic"), "stochastic rounding depends on a random number"),
         (("e4m3fn", "up", "wrap"), "unknown overflow mode 'wrap'"),
     ]:
         with pytest.raises(ValueError, match=message):
