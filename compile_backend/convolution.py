@@ -18,6 +18,12 @@ INPUT, WEIGHT, BIAS = range(3)
 SHAPE_ONLY = {INPUT: 1, WEIGHT: 2}
 
 
+def find_bias_gradients(graph: fx.Graph) -> list[fx.Node]:
+    """The gradients of biases that convolutions of ``graph`` compute beside their products."""
+    backward = graph.find_nodes(op="call_function", target=aten.convolution_backward.default)
+    return [result for node in backward for result in node.users if result.args[1] == BIAS and result.users]
+
+
 def split(backward: fx.Node) -> dict[fx.Node, tuple[int, fx.Node | None]]:
     """Replace a call of `aten.convolution_backward`, in place, by one for each product and a sum for the bias.
 

@@ -178,9 +178,17 @@ def _round_operations(
 ) -> list[Site]:
     """Put rounding in the place of the marks at the ends of operations, or nothing where the policy wants none.
 
-    The marks at the ends of matrix products stay.
+    The marks at the ends of matrix products stay. The gradient of a convolution's bias is an operation of its own, the
+    sum that it is in a linear layer.
     """
     sites = []
+    for node in convolution.find_bias_gradients(graph):
+        local = _policy_at(module_path(node.args[0]), f"gradient of a bias {node.name}", policy, strict)  # type: ignore[arg-type]
+        cast = None if local is None else local.elementwise_cast("backward")
+        if cast is not None:
+            path = module_path(node.args[0]) or ""  # type: ignore[arg-type]
+            sites.append(_operand_site(path, "aten.sum", "backward", "result", node, cast))
+            inserter.round_result(node, cast)
     of_products = {node for product in products for node in (product.value, product.result)}
     for node in find_marks(graph):
         value, operator = node.args

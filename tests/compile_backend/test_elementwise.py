@@ -252,6 +252,17 @@ def test_the_result_of_a_product_that_is_decomposed_is_rounded_after_the_sum(pro
             assert torch.equal(mine, fpsim.round(by_hand, "e4m1", overflow="sat_finite"))
 
 
+@pytest.mark.parametrize("operands", ["none", "e4m1"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_a_convolutions_bias_is_a_sum(backend: str, operands: str) -> None:
+    model = nn.Conv1d(2, 3, 2)
+    x, dy = torch.randint(-8, 8, (2, 2, 6)) / 4, torch.randint(-32, 32, (2, 3, 5)) / 8
+    got = run(model, x, dy, backend, {"format": operands, "elementwise": {"backward": "e4m1"}})
+    assert torch.equal(got["bias"], fpsim.round(dy.sum((0, 2)), "e4m1"))
+    policy = {"format": operands, "elementwise": {"backward": "e4m1"}}
+    assert sites(model, x.requires_grad_(), policy=policy) == [("", "backward", "sum", "e4m1")]
+
+
 # -- where it holds ----------------------------------------------------------------------------------------------------
 
 
