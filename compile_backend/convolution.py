@@ -24,6 +24,13 @@ def find_bias_gradients(graph: fx.Graph) -> list[fx.Node]:
     return [result for node in backward for result in node.users if result.args[1] == BIAS and result.users]
 
 
+def backward_of(result: fx.Node) -> fx.Node:
+    """The call of which ``result`` is one of the results."""
+    call = result.args[0]
+    assert isinstance(call, fx.Node)
+    return call
+
+
 def split(backward: fx.Node) -> dict[fx.Node, tuple[int, fx.Node | None]]:
     """Replace a call of `aten.convolution_backward`, in place, by one for each product and a sum for the bias.
 

@@ -183,11 +183,11 @@ def _round_operations(
     """
     sites = []
     for node in convolution.find_bias_gradients(graph):
-        local = _policy_at(module_path(node.args[0]), f"gradient of a bias {node.name}", policy, strict)  # type: ignore[arg-type]
+        path = module_path(convolution.backward_of(node))
+        local = _policy_at(path, f"gradient of a bias {node.name}", policy, strict)
         cast = None if local is None else local.elementwise_cast("backward")
         if cast is not None:
-            path = module_path(node.args[0]) or ""  # type: ignore[arg-type]
-            sites.append(_operand_site(path, "aten.sum", "backward", "result", node, cast))
+            sites.append(_operand_site(path or "", "aten.sum", "backward", "result", node, cast))
             inserter.round_result(node, cast)
     of_products = {node for product in products for node in (product.value, product.result)}
     for node in find_marks(graph):
