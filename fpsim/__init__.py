@@ -7,6 +7,7 @@ what needs the compiler backend are imported on first use, because they are slow
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import fpsim.rounding_cuda  # noqa: F401  (registers the operators' kernels for CUDA)
 from fpsim.formats import FloatFormat, parse_format
 from fpsim.packing import pack, unpack
 from fpsim.policy import Policy
@@ -14,12 +15,15 @@ from fpsim.rounding import decode, encode, round
 
 if TYPE_CHECKING:
     from fpsim import curvature, reference, sharpness, testing
+    from fpsim.communication import check_same_policy, round_gradients_hook
     from fpsim.compile_backend import audit, explain
+    from fpsim.optimizers import round_optimizer, round_parameters
 
 __all__ = [
     "FloatFormat",
     "Policy",
     "audit",
+    "check_same_policy",
     "curvature",
     "decode",
     "encode",
@@ -28,13 +32,23 @@ __all__ = [
     "parse_format",
     "reference",
     "round",
+    "round_gradients_hook",
+    "round_optimizer",
+    "round_parameters",
     "sharpness",
     "testing",
     "unpack",
 ]
 
 _LAZY_MODULES = ("curvature", "reference", "sharpness", "testing")
-_LAZY = {"audit": "fpsim.compile_backend", "explain": "fpsim.compile_backend"}
+_LAZY = {
+    "audit": "fpsim.compile_backend",
+    "check_same_policy": "fpsim.communication",
+    "explain": "fpsim.compile_backend",
+    "round_gradients_hook": "fpsim.communication",
+    "round_optimizer": "fpsim.optimizers",
+    "round_parameters": "fpsim.optimizers",
+}
 
 
 def __getattr__(name: str) -> Any:

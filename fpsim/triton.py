@@ -1,0 +1,20 @@
+"""Rounding inside people's own Triton kernels, bit for bit that of `fpsim.round`.
+
+    from fpsim.triton import fpsim_round          # under this name, by which torch.compile finds it too
+
+    @triton.jit
+    def kernel(x, out, BLOCK: tl.constexpr):
+        index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(out + index, fpsim_round(tl.load(x + index), "e4m3fn", "toward_zero"))
+
+The functions are those of `fpsim.compile_backend.triton_rounding`; Triton must be installed.
+"""
+
+try:
+    import triton  # noqa: F401
+except ImportError as error:
+    raise ImportError("fpsim.triton needs Triton: pip install 'fpsim[gpu]', or a build of torch for CUDA") from error
+
+from fpsim.compile_backend.triton_rounding import fpsim_round, fpsim_round_stochastic
+
+__all__ = ["fpsim_round", "fpsim_round_stochastic"]
