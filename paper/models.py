@@ -1,4 +1,4 @@
-"""Hugging Face language models of the study, built from frozen configurations with a given seed.
+"""Language models of the study, built from frozen configurations with a given seed: Llama, GPT-2, or the user's own.
 
 Nothing is downloaded: weights are initialised here. The module handed to ``torch.compile`` maps tokens to the loss,
 so that forward, loss and backward are one graph.
@@ -6,8 +6,14 @@ so that forward, loss and backward are one graph.
 
 from __future__ import annotations
 
+import difflib
+import hashlib
+import importlib.util
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +23,27 @@ from . import require
 from .data import VOCABULARY
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import GPT2LMHeadModel, LlamaForCausalLM
+
+FAMILIES = ("llama", "gpt2", "script")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a Llama; the defaults are the demo's (about 0.44 M parameters).
+    """Sizes of a language model; the defaults are the demo's Llama (about 0.44 M parameters).
 
     Attributes:
         layers: decoder layers.
         hidden: width of the residual stream, a multiple of ``heads``.
-        heads: attention heads, each with its own keys and values; the head dimension is ``hidden / heads``.
-        mlp: width of the gated (SwiGLU) feed-forward layer.
+        heads: attention heads; the head dimension is ``hidden / heads``.
+        mlp: width of the feed-forward layer, gated (SwiGLU) in a Llama.
         context: tokens per window.
         vocabulary: number of tokens; 256 for bytes.
+        family: ``llama``, ``gpt2``, or ``script``: the user's own, of which only context and vocabulary are used.
+        kv_heads: heads of keys and values in a Llama; None means one for each of ``heads``.
+        tied: one matrix for the input and output embedding.
+        norm_epsilon: added to the variance in norms; None is the library's own (1e-6 for Llama, 1e-5 for GPT-2).
+        script: ``path/to/script.py:function`` that builds the user's own model (`from_script`).
     """
 
     layers: int = 2
@@ -39,16 +52,120 @@ class ModelConfig:
     mlp: int = 352
     context: int = 128
     vocabulary: int = VOCABULARY
+    family: str = "llama"
+    kv_heads: int | None = None
+    tied: bool = False
+    norm_epsilon: float | None = None
+    script: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
+            if isinstance(value, int | float) and not isinstance(value, bool) and name != "norm_epsilon" and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.family not in FAMILIES:
+            raise ValueError(f"unknown family {self.family!r}: use one of {', '.join(FAMILIES)}")
+        if (self.script is None) == (self.family == "script"):
+            raise ValueError("family 'script' and a script belong together: give both or neither")
         if self.hidden % (2 * self.heads):
             raise ValueError(
                 f"hidden must be a multiple of 2 * heads (rotary embedding turns pairs), "
                 f"got hidden={self.hidden}, heads={self.heads}"
             )
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads, got heads={self.heads}, kv_heads={self.kv_heads}")
+
+    @property
+    def label(self) -> str:
+        """Short form for tables."""
+        if self.script:
+            return self.script
+        return f"{self.family}, {self.layers} layers of width {self.hidden}, context {self.context}"
+
+
+#: Models by name: the demo's, one for experiments of minutes, and the paper's (GPT-2 as nanoGPT has it, but with
+#: biases; the two Llamas as TinyLlama's ``tiny_LLaMA_120M`` and Llama 2 have them).
+MODELS = {
+    "tiny": ModelConfig(),
+    "toy": ModelConfig(layers=2, hidden=32, heads=2, mlp=88, context=32),
+    "gpt2-124m": ModelConfig(12, 768, 12, 3072, 1024, 50257, family="gpt2", tied=True),
+    "llama-120m": ModelConfig(12, 768, 12, 2048, 2048, 32000, kv_heads=1, norm_epsilon=1e-5),
+    "llama2-7b": ModelConfig(32, 4096, 32, 11008, 4096, 32000, norm_epsilon=1e-5),
+}
+
+
+def model_config(name: str) -> ModelConfig:
+    """The configuration that ``name`` stands for: one of `MODELS`, or ``path/to/script.py:function``.
+
+    Raises:
+        ValueError: neither.
+
+    >>> model_config("llama-120m").kv_heads
+    1
+    """
+    if name in MODELS:
+        return MODELS[name]
+    if ".py:" in name:
+        return ModelConfig(family="script", script=name)
+    near = difflib.get_close_matches(name, MODELS, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ValueError(
+        f"unknown model {name!r}{hint}: use one of {', '.join(MODELS)}, or path/to/script.py:function for your own"
+    )
+
+
+def build(config: ModelConfig, *, seed: int) -> nn.Module:
+    """The float32 network of ``config`` on the CPU: tokens, shape (batch, context), to logits or an object with them.
+
+    Raises:
+        ModuleNotFoundError: ``transformers`` is not installed.
+        ValueError, TypeError: as `from_script`.
+    """
+    if config.family == "script":
+        return from_script(config, seed=seed)
+    return gpt2(config, seed=seed) if config.family == "gpt2" else llama(config, seed=seed)
+
+
+def from_script(config: ModelConfig, *, seed: int) -> nn.Module:
+    """The user's own model: what the function named in ``config.script`` returns.
+
+    The function is called with those of ``vocabulary`` and ``context`` that it has parameters for, after
+    `torch.manual_seed`. The script is executed anew in every call, under a module name of its own.
+
+    Raises:
+        FileNotFoundError: no such script.
+        ValueError: the script has no such function; those it has are listed.
+        TypeError: the function returns no `nn.Module`.
+    """
+    function = script_function(config.script or "")
+    known = {"vocabulary": config.vocabulary, "context": config.context}
+    parameters = inspect.signature(function).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = function(**{name: value for name, value in known.items() if takes_all or name in parameters})
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{config.script} must return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def script_function(script: str) -> Callable[..., Any]:
+    """The function ``path/to/script.py:function``; errors as `from_script`."""
+    path, _, name = script.rpartition(":")
+    place = Path(path)
+    if not place.is_file():
+        raise FileNotFoundError(f"no script at {path} (working directory {Path.cwd()}), asked for as {script!r}")
+    digest = hashlib.sha256(place.read_bytes()).hexdigest()[:12]
+    spec = importlib.util.spec_from_file_location(f"fpsim_user_{place.stem}_{digest}", place)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, name, None)
+    if not callable(found):
+        own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        near = difflib.get_close_matches(name, own, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{path} has no function {name!r}{hint}: it has {', '.join(own) or 'none'}")
+    return found
 
 
 def llama(config: ModelConfig, *, seed: int) -> LlamaForCausalLM:
@@ -70,33 +187,96 @@ def llama(config: ModelConfig, *, seed: int) -> LlamaForCausalLM:
         intermediate_size=config.mlp,
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
-        num_key_value_heads=config.heads,
+        num_key_value_heads=config.kv_heads or config.heads,
         max_position_embeddings=config.context,
         attention_dropout=0.0,
-        tie_word_embeddings=False,
+        tie_word_embeddings=config.tied,
         use_cache=False,
         pad_token_id=None,
         bos_token_id=None,
         eos_token_id=None,
     )
+    if config.norm_epsilon is not None:
+        sizes.rms_norm_eps = config.norm_epsilon
+    return _initialised(transformers.LlamaForCausalLM, sizes, seed)
+
+
+def gpt2(config: ModelConfig, *, seed: int) -> GPT2LMHeadModel:
+    """A float32 ``transformers.GPT2LMHeadModel`` on the CPU without dropout; attention and caches as in `llama`.
+
+    Initialised as nanoGPT: normal with standard deviation 0.02, projections into the residual stream divided by the
+    square root of twice the layers. Unlike nanoGPT's default it has biases.
+
+    Raises:
+        ModuleNotFoundError: ``transformers`` is not installed.
+    """
+    transformers = require("transformers")
+    sizes = transformers.GPT2Config(
+        vocab_size=config.vocabulary,
+        n_embd=config.hidden,
+        n_inner=config.mlp,
+        n_layer=config.layers,
+        n_head=config.heads,
+        n_positions=config.context,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        tie_word_embeddings=config.tied,
+        use_cache=False,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    if config.norm_epsilon is not None:
+        sizes.layer_norm_epsilon = config.norm_epsilon
+    return _initialised(transformers.GPT2LMHeadModel, sizes, seed)
+
+
+def _initialised(kind: Any, sizes: Any, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return transformers.LlamaForCausalLM._from_config(sizes, attn_implementation="sdpa")
+        return kind._from_config(sizes, attn_implementation="sdpa")
 
 
 class LanguageModel(nn.Module):
     """Tokens and targets to the mean cross-entropy in nats per token.
 
     Attributes:
-        network: maps ``input_ids`` of shape (batch, context) to an output with ``logits`` of shape
-            (batch, context, vocabulary), as Hugging Face's causal language models do.
+        network: maps tokens of shape (batch, context) to logits of shape (batch, context, vocabulary), or to an
+            output with ``logits``, as Hugging Face's causal language models do (these are called without a cache).
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self._options = {"use_cache": False} if _takes(network, "use_cache") else {}
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The loss, a float32 scalar, of int64 ``inputs`` and ``targets`` of shape (batch, context)."""
-        logits = self.network(input_ids=inputs, use_cache=False).logits
-        return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return mean_cross_entropy(self.logits(inputs), targets)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """The network's logits in float32, shape (batch, context, vocabulary)."""
+        output = self.network(inputs, **self._options)
+        return (output if isinstance(output, Tensor) else output.logits).float()
+
+
+class LossAndLogits(LanguageModel):
+    """`LanguageModel` that also hands out the logits of each window's last token, for `fpsim.sharpness`.
+
+    They are an output of the graph that trains, so that measuring them costs no second forward pass.
+    """
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """The loss, and logits of shape (batch, vocabulary) without derivative."""
+        logits = self.logits(inputs)
+        return mean_cross_entropy(logits, targets), logits[:, -1].detach()
+
+
+def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of ``logits`` (batch, context, vocabulary) and int64 ``targets`` (batch, context): a scalar, nats per token."""
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def _takes(network: nn.Module, name: str) -> bool:
+    return name in inspect.signature(network.forward).parameters

@@ -1,0 +1,202 @@
+"""The frozen configuration of a run, its form in JSON, and the key under which its results are kept.
+
+Everything that decides a single bit of a run is in `RunConfig`; where and by how many processes it is computed is not.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fpsim.policy import Policy
+
+from .data import DataConfig, fingerprint
+from .models import ModelConfig
+
+#: Options of ``torch.compile(backend="fpsim")``; None is no simulation.
+Options = Mapping[str, object] | None
+
+#: Raised when the same configuration comes to mean another run, so that old results are not taken for new ones.
+CONFIG_VERSION = 1
+
+_CHOICES = {
+    "attention": (None, "opened", "fused"),
+    "backend": ("compiled", "interpreted"),
+    "autocast": (None, "bfloat16", "float16"),
+    "schedule": ("cosine", "constant"),
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run.
+
+    Attributes:
+        model: sizes of the network.
+        options: fields of the simulated policy, as ``torch.compile(backend="fpsim", options=...)`` takes them;
+            ``{}`` is the backend's default, None is no simulation: plain Inductor in float32.
+        steps: optimizer steps, at least 1.
+        batch: windows per step (per micro-batch, where there are several).
+        learning_rate: peak of the schedule.
+        warmup: steps of linear warmup.
+        weight_decay: AdamW's, for parameters with two or more dimensions.
+        clip: largest gradient norm; None leaves gradients as they are.
+        loss_scale: factor on the loss in the backward pass, divided out of the gradients before they are clipped. It
+            keeps small gradients above the smallest number of a narrow format. A power of two changes no bit of a run
+            whose gradients neither over- nor underflow.
+        validate_every: steps between validations; the last step is always validated.
+        validation_batches: fixed batches per validation.
+        seed: of the weights, the order of the data and all random numbers.
+        data: what is trained on.
+        stages: pairs of a step (updates made before it) and the options that hold from there on, in order of steps.
+        attention: ``opened`` into products and a softmax, or kept ``fused`` in one kernel; None is what the policy
+            says, opened without one.
+        backend: ``compiled`` by Inductor, or ``interpreted``: the same rounding (`fpsim_eager`) without a compiler,
+            which starts in seconds and runs several times slower.
+        autocast: dtype of PyTorch's own mixed precision around the network, as nanoGPT uses it; None is none.
+        schedule: ``cosine`` down to ``floor``, or ``constant`` after the warmup.
+        floor: share of ``learning_rate`` at the end of the cosine.
+        betas: AdamW's.
+        accumulate: micro-batches per step.
+        measure_every: steps between measurements of the logits (sharpness, largest); 0 is never. The logits are those
+            of the last token of each window of the step's own batch, as its forward pass had them.
+        lbfgsb_every: steps between searches by L-BFGS-B, as the paper measured; a multiple of ``measure_every``.
+        hessian_every: steps between estimates of the Hessian's largest eigenvalue; 0 is never. It is that of the
+            unrounded model on the first micro-batch, before the update.
+        ranges_every: steps between counts of values that saturate or underflow; 0 is never.
+        stop_nonfinite: end the run after so many steps in a row without a finite loss; 0 never does.
+        device: where the run computes.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    options: Options = field(default=None, hash=False)
+    steps: int = 100
+    batch: int = 8
+    learning_rate: float = 3e-3
+    warmup: int = 15
+    weight_decay: float = 0.1
+    clip: float | None = 1.0
+    loss_scale: float = 1.0
+    validate_every: int = 25
+    validation_batches: int = 8
+    seed: int = 1337
+    data: DataConfig = field(default_factory=DataConfig)
+    stages: tuple[tuple[int, Options], ...] = field(default=(), hash=False)
+    attention: str | None = None
+    backend: str = "compiled"
+    autocast: str | None = None
+    schedule: str = "cosine"
+    floor: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    accumulate: int = 1
+    measure_every: int = 0
+    lbfgsb_every: int = 0
+    hessian_every: int = 0
+    ranges_every: int = 0
+    stop_nonfinite: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple((int(step), options) for step, options in self.stages))
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name in ("steps", "batch", "validate_every", "validation_batches", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("measure_every", "lbfgsb_every", "hessian_every", "ranges_every", "stop_nonfinite"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}: 0 is never")
+        if not self.loss_scale > 0:
+            raise ValueError(f"loss_scale must be above 0, got {self.loss_scale}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be above 0, or None for no clipping, got {self.clip}")
+        for name, choices in _CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        if self.lbfgsb_every and (not self.measure_every or self.lbfgsb_every % self.measure_every):
+            raise ValueError(
+                f"lbfgsb_every must be a multiple of measure_every, got {self.lbfgsb_every} and {self.measure_every}"
+            )
+        starts = [step for step, _ in self.stages]
+        if starts != sorted(set(starts)) or any(not 0 < step < self.steps for step in starts):
+            raise ValueError(f"stages must begin at rising steps between 0 and steps={self.steps}, got {starts}")
+
+    def options_at(self, index: int) -> Options:
+        """The options of the step with ``index`` updates before it."""
+        return [self.options, *(options for start, options in self.stages if start <= index)][-1]
+
+
+def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), [choice for choice in choices if choice], n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ValueError(f"unknown {name} {value!r}{hint}: use one of {', '.join(map(str, choices))}")
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """All fields as JSON types; policies in their shortest form, so that equal ones look equal.
+
+    Raises:
+        ValueError, TypeError: a policy that is none.
+    """
+    plain = asdict(replace(config, options=None, stages=()))
+    plain["options"] = _plain_options(config.options)
+    plain["stages"] = [[start, _plain_options(options)] for start, options in config.stages]
+    plain["betas"] = list(config.betas)
+    return plain
+
+
+def _plain_options(options: Options) -> dict[str, Any] | None:
+    return None if options is None else Policy.from_options(options).to_dict()
+
+
+def from_dict(plain: Mapping[str, Any]) -> RunConfig:
+    """The configuration that `to_dict` made; missing fields have their defaults.
+
+    Raises:
+        ValueError: an unknown field, or a value that `RunConfig` refuses.
+    """
+    _check_fields(RunConfig, plain)
+    given = dict(plain)
+    for name, kind in (("model", ModelConfig), ("data", DataConfig)):
+        if name in given:
+            _check_fields(kind, given[name])
+            given[name] = kind(**given[name])
+    return RunConfig(**given)
+
+
+def _check_fields(kind: type, given: Mapping[str, Any]) -> None:
+    valid = [entry.name for entry in fields(kind)]
+    for name in given:
+        if name not in valid:
+            near = difflib.get_close_matches(name, valid, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"unknown field {name!r} of {kind.__name__}{hint}: it has {', '.join(valid)}")
+
+
+def run_key(config: RunConfig) -> str:
+    """A name for the run: a hash of the configuration and of the content of its text and script, 16 digits.
+
+    Fields at their defaults do not enter, so that results stay valid when fields are added.
+
+    Raises:
+        FileNotFoundError: the text or the script is missing.
+    """
+    default = to_dict(RunConfig())
+    facts = {name: value for name, value in to_dict(config).items() if value != default[name]}
+    content = [CONFIG_VERSION, facts, fingerprint(config.data)]
+    if config.model.script:
+        content.append(hashlib.sha256(Path(config.model.script.rpartition(":")[0]).read_bytes()).hexdigest())
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def compile_key(config: RunConfig) -> str:
+    """Equal for runs that share compiled code: all that shapes the graph, whatever the seed, the rate and the text."""
+    plain = to_dict(config)
+    names = ("model", "options", "stages", "attention", "backend", "autocast", "batch", "device")
+    graph = [plain[name] for name in names] + [config.measure_every > 0]
+    return hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest()[:16]
