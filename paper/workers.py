@@ -1,0 +1,267 @@
+"""Where runs are computed: this process, other processes of this machine, or Ray's actors on any machine.
+
+A pool knows a number of workers; each takes one job at a time and sends messages about it. What is done with them, and
+with workers that die, is decided in `fpsim.paper.sweeps`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from . import require
+from .config import compile_key, from_dict
+from .storage import to_parquet, versions
+from .training import Checkpoint, records
+
+#: Seconds between two messages on the progress of a run.
+_PERIOD = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to be computed, in types that any executor can send.
+
+    Attributes:
+        key: of the run.
+        config: `fpsim.paper.config.to_dict` of it.
+        facts: what else goes into the result's metadata.
+        checkpoint: the file in which its state is kept, or None.
+        checkpoint_seconds: the least time between two writes of it.
+        threads: of torch.
+    """
+
+    key: str
+    config: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    checkpoint: str | None
+    checkpoint_seconds: float
+    threads: int
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a worker says.
+
+    Attributes:
+        worker: its number.
+        kind: ``progress``, ``done``, ``error`` (the run raised; the worker lives) or ``dead``.
+        step, loss: of ``progress``.
+        result: of ``done``, the run as Parquet.
+        text: of ``error`` and ``dead``, what happened.
+    """
+
+    worker: int
+    kind: str
+    step: int = 0
+    loss: float = 0.0
+    result: bytes = b""
+    text: str = ""
+
+
+def execute(job: Job, worker: int) -> Iterator[Message]:
+    """Compute ``job`` in this process: messages of progress, and at last one that is ``done`` or an ``error``."""
+    start, threads = time.perf_counter(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(job.threads)
+        config = from_dict(job.config)
+        checkpoint = Checkpoint(Path(job.checkpoint), job.checkpoint_seconds) if job.checkpoint else None
+        history, told = [], 0.0
+        for record in records(config, checkpoint=checkpoint):
+            history.append(record)
+            if time.monotonic() - told >= _PERIOD:
+                told = time.monotonic()
+                yield Message(worker, "progress", record.step, record.loss)
+        facts = {**job.facts, "key": job.key, "config": dict(job.config), **versions()}
+        facts |= {"threads": job.threads, "seconds": time.perf_counter() - start}
+        yield Message(worker, "done", len(history), result=to_parquet(history, facts))
+    except Exception:
+        yield Message(worker, "error", text=traceback.format_exc())
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Compiled:
+    """Drops what the process has compiled when a job needs other code, so that memory stays flat over many formats."""
+
+    def __init__(self) -> None:
+        self._key: str | None = None
+
+    def prepare(self, job: Job) -> None:
+        """Make room for ``job``."""
+        try:
+            key = compile_key(from_dict(job.config))
+        except (TypeError, ValueError):
+            return  # `execute` will say what is wrong
+        if self._key not in (None, key):
+            torch._dynamo.reset()
+        self._key = key
+
+
+class Pool(Protocol):
+    """Workers with numbers from 0."""
+
+    workers: int
+
+    def submit(self, worker: int, job: Job) -> None:
+        """Give an idle worker a job; one that has died is started anew."""
+
+    def messages(self) -> Iterator[Message]:
+        """Wait for messages of any worker, and hand out those that are there."""
+
+    def close(self) -> None:
+        """End all workers."""
+
+
+class SerialPool:
+    """This process as the only worker."""
+
+    workers = 1
+
+    def __init__(self) -> None:
+        self._running: Iterator[Message] = iter(())
+        self._compiled = Compiled()
+
+    def submit(self, worker: int, job: Job) -> None:
+        self._compiled.prepare(job)
+        self._running = execute(job, worker)
+
+    def messages(self) -> Iterator[Message]:
+        yield next(self._running)
+
+    def close(self) -> None:
+        pass
+
+
+class ProcessPool:
+    """Fresh Python processes on this machine, which keep what they have compiled."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._context = multiprocessing.get_context("spawn")
+        self._processes: dict[int, Any] = {}
+        self._connections: dict[int, Connection] = {}
+
+    def submit(self, worker: int, job: Job) -> None:
+        if worker not in self._connections:
+            here, there = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(there, worker), daemon=True)
+            process.start()
+            there.close()
+            self._processes[worker], self._connections[worker] = process, here
+        self._connections[worker].send(job)
+
+    def messages(self) -> Iterator[Message]:
+        numbers = {connection: worker for worker, connection in self._connections.items()}
+        for ready in wait(list(numbers)):
+            assert isinstance(ready, Connection)
+            worker = numbers[ready]
+            try:
+                yield ready.recv()
+            except (EOFError, OSError):
+                yield Message(worker, "dead", text=f"worker {worker} ended with {self._bury(worker)}")
+
+    def _bury(self, worker: int) -> str:
+        self._connections.pop(worker).close()
+        process = self._processes.pop(worker)
+        process.join(timeout=10)
+        code = process.exitcode
+        process.close()
+        return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+
+    def close(self) -> None:
+        for connection in self._connections.values():
+            connection.close()
+        for process in self._processes.values():
+            process.join(timeout=5)  # an idle one ends by itself, now that its connection is closed
+            process.terminate()
+            process.join()
+            process.close()
+        self._connections.clear()
+        self._processes.clear()
+
+
+def _serve(connection: Connection, worker: int) -> None:
+    """What a process of `ProcessPool` does: jobs, until the other end closes."""
+    compiled = Compiled()
+    while True:
+        try:
+            job = connection.recv()
+        except (EOFError, OSError):
+            return
+        compiled.prepare(job)
+        for message in execute(job, worker):
+            connection.send(message)
+
+
+class RayPool:
+    """Actors of Ray, on this machine or, by an address, on a cluster.
+
+    On a cluster fpsim must be installed on all machines; a run goes on elsewhere only if the sweep's folder is on a
+    disk that they share (results come back through Ray and need none).
+
+    Args:
+        workers: how many actors.
+        address: of a running cluster (``auto`` finds one); None starts Ray here and stops it in the end.
+        resources: of one actor, as Ray's options have them: ``{"num_cpus": 1, "num_gpus": 1}``.
+    """
+
+    def __init__(self, workers: int, *, address: str | None, resources: Mapping[str, float]) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        self._ray = require("ray")
+        self.workers = workers
+        self._owns = not self._ray.is_initialized()
+        if self._owns:
+            here: dict[str, Any] = {"num_cpus": max(workers, 1), "object_store_memory": 256 * 2**20}
+            where: dict[str, Any] = {"address": address} if address else {"address": "local", **here}
+            quiet = {"include_dashboard": None if address else False, "log_to_driver": False}
+            self._ray.init(logging_level="ERROR", **quiet, **where)
+        self._actor = self._ray.remote(**{"num_cpus": 1, **resources})(_Actor)
+        self._actors: dict[int, Any] = {}
+        self._streams: dict[int, Any] = {}
+
+    def submit(self, worker: int, job: Job) -> None:
+        if worker not in self._actors:
+            self._actors[worker] = self._actor.remote()
+        self._streams[worker] = self._actors[worker].execute.options(num_returns="streaming").remote(job, worker)
+
+    def messages(self) -> Iterator[Message]:
+        numbers = {stream: worker for worker, stream in self._streams.items()}
+        ready, _ = self._ray.wait(list(numbers), num_returns=1, fetch_local=False)
+        for stream in ready:
+            worker = numbers[stream]
+            try:
+                yield self._ray.get(next(stream))
+            except StopIteration:
+                del self._streams[worker]
+            except self._ray.exceptions.RayError as error:
+                del self._streams[worker], self._actors[worker]
+                yield Message(worker, "dead", text=f"worker {worker} died: {str(error).strip().splitlines()[0]}")
+
+    def close(self) -> None:
+        for actor in self._actors.values():
+            self._ray.kill(actor)
+        self._actors.clear()
+        self._streams.clear()
+        if self._owns:
+            self._ray.shutdown()
+
+
+class _Actor:
+    """A worker of `RayPool`."""
+
+    def __init__(self) -> None:
+        self._compiled = Compiled()
+
+    def execute(self, job: Job, worker: int) -> Iterator[Message]:
+        self._compiled.prepare(job)
+        yield from execute(job, worker)
