@@ -29,6 +29,7 @@ _CHOICES = {
     "backend": ("compiled", "interpreted"),
     "autocast": (None, "bfloat16", "float16"),
     "schedule": ("cosine", "constant"),
+    "dtype": ("float32", "float64"),
 }
 
 
@@ -70,6 +71,8 @@ class RunConfig:
             unrounded model on the first micro-batch, before the update.
         ranges_every: steps between counts of values that saturate or underflow; 0 is never.
         stop_nonfinite: end the run after so many steps in a row without a finite loss; 0 never does.
+        dtype: of weights and activations, the carrier of simulated values: ``float64`` for formats that reach beyond
+            the exponents of float32.
         device: where the run computes.
     """
 
@@ -99,6 +102,7 @@ class RunConfig:
     hessian_every: int = 0
     ranges_every: int = 0
     stop_nonfinite: int = 0
+    dtype: str = "float32"
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -197,6 +201,6 @@ def run_key(config: RunConfig) -> str:
 def compile_key(config: RunConfig) -> str:
     """Equal for runs that share compiled code: all that shapes the graph, whatever the seed, the rate and the text."""
     plain = to_dict(config)
-    names = ("model", "options", "stages", "attention", "backend", "autocast", "batch", "device")
+    names = ("model", "options", "stages", "attention", "backend", "autocast", "batch", "dtype", "device")
     graph = [plain[name] for name in names] + [config.measure_every > 0]
     return hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest()[:16]

@@ -253,7 +253,7 @@ class _Trainer:
         self.compile = compile or partial(
             compile_loss, attention=config.attention, interpret=config.backend == "interpreted"
         )
-        network = build(config.model, seed=config.seed).to(config.device)
+        network = build(config.model, seed=config.seed).to(config.device, getattr(torch, config.dtype))
         self.model = (LossAndLogits if config.measure_every else LanguageModel)(network)
         self.optimizer: torch.optim.Optimizer | None = None
         self._enter(0)

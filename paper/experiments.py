@@ -1,0 +1,380 @@
+"""The paper's eight experiments: what is compared, at what size, and what the paper says about it.
+
+An experiment is a set of conditions, each a few changes of a base configuration, over a grid of learning rates and
+seeds. The base comes in three sizes: ``quick`` (minutes on 2 cores), ``full`` (hours) and ``paper`` (GPUs; the paper's
+own models, and token files that the user must bring). What is not known of the paper follows the inferences marked in
+its notes and is a setting here: rounding, attention, the bias of narrow exponents, epsilon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .config import Options, RunConfig
+from .data import DataConfig
+from .models import MODELS
+from .sweeps import Planned
+
+#: Changes of a base configuration, by condition.
+Conditions = dict[str, dict[str, Any]]
+
+_TRUNCATED, _NEAREST, _STOCHASTIC = "toward_zero", "nearest_even", "stochastic"
+_WORDS = {_TRUNCATED: "truncated", _NEAREST: "nearest", _STOCHASTIC: "stochastic"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The size of an experiment: its base configuration, learning rates and number of seeds."""
+
+    base: RunConfig
+    rates: tuple[float, ...]
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One of the paper's experiments.
+
+    Attributes:
+        number: 1 to 8.
+        title: a few words.
+        question: what is asked.
+        claim: what the paper says, as far as it is known.
+        differs: how this differs from the paper, and why.
+        reference: the condition that others are compared with.
+        conditions: from the base configuration to what is compared.
+        settings: by size.
+        pairs: conditions between which Fisher's exact test is made, the supposedly worse one first.
+    """
+
+    number: int
+    title: str
+    question: str
+    claim: str
+    differs: str
+    reference: str
+    conditions: Callable[[RunConfig], Conditions]
+    settings: Mapping[str, Setting]
+    pairs: tuple[tuple[str, str], ...] = ()
+
+    def plan(self, setting: Setting) -> list[Planned]:
+        """All runs: seeds vary slowest, so that an interrupted experiment is balanced."""
+        chosen = self.conditions(setting.base)
+        return [
+            Planned(name, replace(setting.base, learning_rate=rate, seed=seed, **changes))
+            for seed in range(setting.seeds)
+            for name, changes in chosen.items()
+            for rate in setting.rates
+        ]
+
+
+def _linears(cast: str) -> dict[str, Any]:
+    """The paper's sites: both operands of all three products of linear layers, the LM head included."""
+    return {"format": cast, "products": "weights"}
+
+
+def _masked(bits: int, rounding: str = _TRUNCATED) -> Options:
+    return _linears(f"e8m{bits}/{rounding}/sat_finite")
+
+
+def _mantissa(_: RunConfig) -> Conditions:
+    # bfloat16 rounded to nearest first: it is the reference, and the report keeps the order
+    return {
+        f"e8m{bits} {_WORDS[rounding]}": {"options": _masked(bits, rounding)}
+        for rounding in (_NEAREST, _TRUNCATED, _STOCHASTIC)
+        for bits in range(7, 0, -1)
+    }
+
+
+def _exponent(_: RunConfig) -> Conditions:
+    """Centred E_n: bias 2^(n-1) - 1. ``outer`` takes its largest value and no smallest, ``inner`` the reverse.
+
+    Both sides apart need numbers beyond the exponents of float32, so all of these run in float64.
+    """
+
+    def rounded(name: str) -> dict[str, Any]:
+        return {"options": _linears(f"{name}/toward_zero/sat_finite"), "dtype": "float64"}
+
+    conditions = {
+        "e8m7": rounded("e8m7"),
+        "e7m7, bias kept": rounded("e7m7finite:bias=127"),
+        "e7m7, centred": rounded("e7m7"),
+    }
+    for bits in (5, 4):
+        bias = 2 ** (bits - 1) - 1
+        conditions |= {
+            f"e{bits}m7, centred": rounded(f"e{bits}m7"),
+            f"e{bits}m7, outer only": rounded(f"e8m7finite:bias={255 - bias}"),
+            f"e{bits}m7, inner only": rounded(f"e8m7:bias={bias}"),
+        }
+    return conditions
+
+
+def _rates(_: RunConfig) -> Conditions:
+    return {
+        "e8m7 truncated": {"options": _masked(7)},
+        "e8m5 truncated": {"options": _masked(5)},
+        "e8m5 nearest": {"options": _masked(5, _NEAREST)},
+    }
+
+
+def _bf16_or_tf32(_: RunConfig) -> Conditions:
+    bf16, tf32 = {"format": "bf16", "output": "bf16"}, {"format": "tf32"}
+    return {
+        "tf32, opened": {"options": tf32, "attention": "opened"},
+        "tf32, fused": {"options": tf32, "attention": "fused"},
+        "bf16, opened": {"options": bf16, "attention": "opened"},
+        "bf16, fused": {"options": bf16, "attention": "fused"},
+        "autocast bf16, opened": {"options": None, "autocast": "bfloat16", "attention": "opened"},
+        "autocast bf16, fused": {"options": None, "autocast": "bfloat16", "attention": "fused"},
+    }
+
+
+def _hybrid(_: RunConfig) -> Conditions:
+    hybrid: dict[str, Any] = {"products": "weights"}
+    unscaled = {"loss_scale": 1.0}
+    return {
+        "bf16": {"options": _linears("bf16")},
+        "fp8 hybrid": {"options": hybrid},
+        "fp8 hybrid, head bf16": {"options": {**hybrid, "modules": {"*lm_head": "bf16"}}},
+        "fp8 hybrid, unscaled": {"options": hybrid, **unscaled},
+        "fp8 hybrid, head bf16, unscaled": {"options": {**hybrid, "modules": {"*lm_head": "bf16"}}, **unscaled},
+    }
+
+
+def _quality(base: RunConfig) -> Conditions:
+    formats = {"bf16": _linears("bf16"), "fp8 hybrid": {"products": "weights"}, "e8m3 truncated": _masked(3)}
+    spoiled = {
+        "clean": {},
+        "half shuffled": {"quality": "shuffled", "level": 0.5},
+        "9/10 duplicated": {"quality": "duplicated", "level": 0.9},
+        "1/5 noise": {"quality": "noisy", "level": 0.2},
+    }
+    return {
+        f"{name}, {words}": {"options": options, "data": replace(base.data, **changes)}
+        for words, changes in spoiled.items()
+        for name, options in formats.items()
+    }
+
+
+def _remedies(base: RunConfig) -> Conditions:
+    low, high = _masked(3), _masked(7)
+    last = base.model.layers - 1
+    places = {
+        "head": ["*lm_head"],
+        "first layer": ["*.layers.0", "*.h.0"],
+        "last layer": [f"*.layers.{last}", f"*.h.{last}"],
+    }
+    family = 1 if base.model.family == "gpt2" else 0
+
+    def kept(*names: str) -> Options:
+        globs = [places[name][family if len(places[name]) > 1 else 0] for name in names]
+        return {**low, "modules": {glob: high for glob in globs}}
+
+    return {
+        "e8m7": {"options": high},
+        "e8m3": {"options": low},
+        "e8m7, from 1/4 on e8m3": {"options": high, "stages": ((base.steps // 4, low),)},
+        "e8m7, from 1/2 on e8m3": {"options": high, "stages": ((base.steps // 2, low),)},
+        "e8m3, from 1/2 on e8m7": {"options": low, "stages": ((base.steps // 2, high),)},
+        "e8m3, head e8m7": {"options": kept("head")},
+        "e8m3, first layer e8m7": {"options": kept("first layer")},
+        "e8m3, last layer e8m7": {"options": kept("last layer")},
+        "e8m3, head and both ends e8m7": {"options": kept(*places)},
+    }
+
+
+def _early_signs(base: RunConfig) -> Conditions:
+    sparse = max(base.measure_every, base.steps // 40)
+    measured = {"hessian_every": sparse, "lbfgsb_every": base.measure_every * max(1, sparse // base.measure_every)}
+    return {f"e8m{bits} truncated": {"options": _masked(bits), **measured} for bits in (7, 5, 4, 3, 2)}
+
+
+# The regime in which something happens at this size (paper/README.md tells how it was found).
+QUICK = RunConfig(
+    model=MODELS["toy"],
+    steps=300,
+    batch=8,
+    warmup=10,
+    clip=None,
+    schedule="constant",
+    attention="fused",
+    validate_every=300,
+    validation_batches=4,
+    measure_every=5,
+    ranges_every=100,
+    stop_nonfinite=3,
+)
+FULL = replace(
+    QUICK,
+    model=MODELS["tiny"],
+    steps=3000,
+    batch=16,
+    warmup=100,
+    validate_every=500,
+    validation_batches=8,
+    measure_every=10,
+    ranges_every=500,
+)
+#: TinyLlama's recipe for 120 M parameters: a million tokens per step; the learning rate of the repository.
+LLAMA_120M = RunConfig(
+    model=MODELS["llama-120m"],
+    steps=10_000,
+    batch=8,
+    accumulate=64,
+    warmup=2000,
+    attention="fused",
+    validate_every=500,
+    measure_every=10,
+    ranges_every=1000,
+    stop_nonfinite=10,
+    data=DataConfig("data/slimpajama"),
+    device="cuda",
+)
+#: nanoGPT's recipe for GPT-2, the first 5 % of its 600,000 steps.
+GPT2_124M = replace(
+    LLAMA_120M, model=MODELS["gpt2-124m"], steps=30_000, batch=12, accumulate=40, data=DataConfig("data/openwebtext")
+)
+
+
+def _settings(
+    rates: tuple[float, ...],
+    seeds: int,
+    *,
+    paper: RunConfig = LLAMA_120M,
+    paper_rates: tuple[float, ...] = (4e-4,),
+    paper_seeds: int = 3,
+    **changes: Any,
+) -> dict[str, Setting]:
+    return {
+        "quick": Setting(replace(QUICK, **changes), rates, seeds),
+        "full": Setting(replace(FULL, **changes), rates, 4 * seeds),
+        "paper": Setting(replace(paper, **changes), paper_rates, paper_seeds),
+    }
+
+
+SIZES = ("quick", "full", "paper")
+
+EXPERIMENTS: dict[int, Experiment] = {
+    experiment.number: experiment
+    for experiment in (
+        Experiment(
+            1,
+            "Mantissa bits",
+            "How much of the instability is the bias of truncation, and how much the loss of bits?",
+            "Stability falls with every mantissa bit removed; E8M3 and E8M4 diverge early, E8M5 and more do not.",
+            "The paper truncates (a bit mask) and shows single seeds; here every width is also rounded to nearest and "
+            "stochastically, over seeds and learning rates.",
+            "e8m7 nearest",
+            _mantissa,
+            _settings((1e-2, 3e-2, 1e-1), 2),
+            tuple((f"e8m{bits} truncated", f"e8m{bits} nearest") for bits in range(7, 0, -1)),
+        ),
+        Experiment(
+            2,
+            "Exponent bits",
+            "Why did E7M7 not train: large values clipped, small ones lost, or the bias kept?",
+            "E7M7 never trains; clipping of large values (the outer range) is to blame.",
+            "The paper does not say which bias E7 has. Both are run: kept at 127 (so |x| < 2), and re-centred; for "
+            "narrower exponents the two ends are also clipped one at a time.",
+            "e8m7",
+            _exponent,
+            _settings((3e-3, 1e-2), 2),
+            (("e7m7, bias kept", "e8m7"), ("e7m7, centred", "e8m7")),
+        ),
+        Experiment(
+            3,
+            "Learning rate x 10",
+            "Does E8M5 lose some of the learning rates at which bf16 trains?",
+            "At ten times the learning rate E8M5 spikes clearly more often than BF16 (18 seeds each); none diverges.",
+            "The absolute learning rates are not known; the quick grid spans the edge of stability.",
+            "e8m7 truncated",
+            _rates,
+            _settings((1e-2, 1e-1), 9, paper_rates=(4e-4, 4e-3), paper_seeds=18),
+            (("e8m5 truncated", "e8m7 truncated"), ("e8m5 nearest", "e8m7 truncated")),
+        ),
+        Experiment(
+            4,
+            "bf16 against tf32",
+            "Does bf16 diverge more often than tf32, and is it bf16 or its attention kernel?",
+            "18 of 188 seeds diverge in BF16 within the first 5 % of training, 0 of 70 in TF32.",
+            "A TF32 run cannot use the fused kernel that a BF16 run uses, so the paper's comparison confounds the two; "
+            "here each is run with both. PyTorch's own autocast stands beside simulation.",
+            "tf32, opened",
+            _bf16_or_tf32,
+            _settings(
+                (3e-2, 1e-1), 4, paper=GPT2_124M, paper_rates=(6e-4,), paper_seeds=188, attention=None, ranges_every=0
+            ),
+            (
+                ("bf16, opened", "tf32, opened"),
+                ("bf16, fused", "tf32, fused"),
+                ("autocast bf16, opened", "tf32, opened"),
+                ("autocast bf16, fused", "tf32, fused"),
+            ),
+        ),
+        Experiment(
+            5,
+            "FP8 hybrid",
+            "Does FP8 reach the loss of bf16, with the LM head in it and without?",
+            "MS-AMP O1 does not reach BF16's loss, even with the LM head excluded.",
+            "e4m3fn forward and e5m2 gradients in linear layers with one constant scale on the loss (4096) instead of "
+            "MS-AMP's scale per tensor, which this version of fpsim does not simulate; unscaled runs stand beside.",
+            "bf16",
+            _hybrid,
+            _settings((1e-2, 3e-2), 3, paper=GPT2_124M, paper_rates=(6e-4,), loss_scale=4096.0),
+            (("fp8 hybrid", "bf16"), ("fp8 hybrid", "fp8 hybrid, head bf16")),
+        ),
+        Experiment(
+            6,
+            "Data quality",
+            "Does spoiled data make low precision less stable than it makes bf16?",
+            "The stability of FP8 depends on the quality of the data.",
+            "The paper's data sets are not named; here the same text is shuffled, duplicated or made noisy.",
+            "bf16, clean",
+            _quality,
+            _settings((3e-2,), 2, loss_scale=4096.0),
+            (
+                ("fp8 hybrid, half shuffled", "fp8 hybrid, clean"),
+                ("e8m3 truncated, half shuffled", "e8m3 truncated, clean"),
+            ),
+        ),
+        Experiment(
+            7,
+            "The two remedies",
+            "Do high precision early, or in chosen layers, make low precision stable?",
+            "Both are proposed and left untested.",
+            "Untested in the paper.",
+            "e8m7",
+            _remedies,
+            _settings((3e-2, 1e-1), 2),
+            tuple(
+                (name, "e8m3")
+                for name in ("e8m7, from 1/2 on e8m3", "e8m3, head e8m7", "e8m3, head and both ends e8m7")
+            ),
+        ),
+        Experiment(
+            8,
+            "Who warns first",
+            "Does logit sharpness announce divergence earlier or better than plain signals?",
+            "Sharpness rises before the loss; it predicts divergence.",
+            "The paper shows curves and no measure of prediction; here every signal has an AUC with an interval, and a "
+            "lead over the divergence at a fixed rate of false alarms.",
+            "e8m7 truncated",
+            _early_signs,
+            _settings((3e-2, 1e-1), 2, measure_every=2),
+        ),
+    )
+}
+
+
+def experiment(number: int) -> Experiment:
+    """The experiment with this number.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if number not in EXPERIMENTS:
+        raise ValueError(f"no experiment {number}: there are {', '.join(map(str, EXPERIMENTS))}")
+    return EXPERIMENTS[number]
