@@ -26,6 +26,7 @@ from torch.profiler import record_function
 
 from fpsim.compile_backend import guards
 from fpsim.compile_backend.elementwise import decompositions
+from fpsim.compile_backend.observation import Recorder
 from fpsim.compile_backend.products import Source
 from fpsim.compile_backend.rewrite import Observer, RoundingPass
 from fpsim.policy import Policy
@@ -81,6 +82,7 @@ def compile_with_rounding(
     interpret: bool = False,
     observer: Observer | None = None,
     strict: bool = True,
+    recorder: Recorder | None = None,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph with the rounding that ``policy`` asks for.
 
@@ -91,6 +93,7 @@ def compile_with_rounding(
         observer: told of the plan of every graph (not called where compiled code comes from a cache, so give one
             only with ``interpret``).
         strict: whether a gap that the policy does not allow is an error.
+        recorder: gathers the statistics of the graph's sites when it runs; only with ``interpret``.
 
     Raises: as `fpsim`.
     """
@@ -107,7 +110,7 @@ def compile_with_rounding(
         gm, seed = _with_seed_input(gm, seed_device)
         example_inputs = [*example_inputs, seed]
         input_sources.append(Source.NONE)
-    rounding = RoundingPass(policy, input_sources, identity, observer, strict, seed_input)
+    rounding = RoundingPass(policy, input_sources, identity, observer, strict, seed_input, recorder)
     patches: dict[str, Any] = {
         "joint_custom_pre_pass": _after_the_users(rounding),
         # An explicit cast is a precision boundary: without this Inductor keeps 16-bit values in float32 between
@@ -121,7 +124,7 @@ def compile_with_rounding(
         if interpret:
             stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
             patches["fx_graph_cache"] = False
-        compiler: dict[str, Any] = {"inner_compile": _interpret} if interpret else {}
+        compiler: dict[str, Any] = {"inner_compile": _interpreter(recorder)} if interpret else {}
         if policy.rounds_results:
             compiler["decompositions"] = decompositions()
         compiled = cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches, **compiler))
@@ -161,16 +164,22 @@ def _with_seed_input(gm: fx.GraphModule, device: torch.device) -> tuple[fx.Graph
     return copy, example
 
 
-def _interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-    """In place of Inductor's compiler: the graph itself, called with a list that it empties."""
+def _interpreter(recorder: Recorder | None) -> Callable[..., Any]:
+    """In place of Inductor's compiler: the graph itself, called with a list that it empties; ``recorder`` observes."""
 
-    def run(inputs: list[Any]) -> Any:
-        arguments = list(inputs)
-        inputs.clear()
-        return gm(*arguments)
+    def interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        if recorder is not None:
+            recorder.bind(gm)
 
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
+        def run(inputs: list[Any]) -> Any:
+            arguments = list(inputs)
+            inputs.clear()
+            return gm(*arguments)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    return interpret
 
 
 class _Sequence(CustomGraphPass):

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 import fpsim.rounding_lowering  # the operator must have its lowering before Inductor meets it
 from fpsim.compile_backend import convolution
 from fpsim.compile_backend.marks import find_marks, replace_mark
+from fpsim.compile_backend.observation import Recorder
 from fpsim.compile_backend.plan import Gap, Plan, Site
 from fpsim.compile_backend.products import (
     JOINT_PRODUCTS,
@@ -70,6 +71,7 @@ class RoundingPass(CustomGraphPass):
         observer: told of the plan of every graph that the pass rewrites.
         strict: whether a gap that the policy does not allow is an error.
         seed_input: the position of the input that is the seed of stochastic rounding.
+        recorder: observes every site (for graphs that are interpreted).
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class RoundingPass(CustomGraphPass):
         observer: Observer | None = None,
         strict: bool = True,
         seed_input: int | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.policy = policy
         self.input_sources = tuple(input_sources)
@@ -87,12 +90,13 @@ class RoundingPass(CustomGraphPass):
         self.observer = observer
         self.strict = strict
         self.seed_input = seed_input
+        self.recorder = recorder
 
     def __call__(self, graph: fx.Graph) -> None:
         if is_body(graph):
             return
         seed = None if self.seed_input is None else find_input(graph, self.seed_input)
-        plan = rewrite(graph, self.policy, self.input_sources, strict=self.strict, seed=seed)
+        plan = rewrite(graph, self.policy, self.input_sources, strict=self.strict, seed=seed, recorder=self.recorder)
         if self.observer is not None:
             self.observer(plan)
 
@@ -121,10 +125,11 @@ def rewrite(
     *,
     strict: bool = True,
     seed: fx.Node | None = None,
+    recorder: Recorder | None = None,
 ) -> Plan:
     """Round in ``graph``, in place, what ``policy`` asks for; return what was and was not rounded.
 
-    ``seed``: the input of the graph that is the seed of stochastic rounding.
+    ``seed``: the input of the graph that is the seed of stochastic rounding. ``recorder``: observes every site.
 
     Raises:
         UnroundedError: with ``strict``, an operator whose products cannot be rounded and which the policy does not
@@ -134,7 +139,7 @@ def rewrite(
     gaps = [_opaque_gap(node, name, policy, strict) for node, name in find_opaque(graph)]
     sites: list[Site] = []
     sources = find_sources(graph, input_sources)
-    inserter = _Inserter(graph, sources, seed)
+    inserter = _Inserter(graph, sources, seed, recorder)
     products = find_products(graph, sources, input_sources)
     sites += _round_operations(graph, policy, sources, products, inserter, strict)
     for product in products:
@@ -151,6 +156,8 @@ def rewrite(
         else:
             sites += _round_product(product, local, inserter)
     inserter.release_shapes()
+    if recorder is not None:
+        recorder.insert(graph)
     for node in find_marks(graph):
         replace_mark(node, node.args[0])  # type: ignore[arg-type]
     graph.eliminate_dead_code()
@@ -188,7 +195,7 @@ def _round_operations(
         cast = None if local is None else local.elementwise_cast("backward")
         if cast is not None:
             sites.append(_operand_site(path or "", "aten.sum", "backward", "result", node, cast))
-            inserter.round_result(node, cast)
+            inserter.round_result(node, cast, sites[-1])
     of_products = {node for product in products for node in (product.value, product.result)}
     for node in find_marks(graph):
         value, operator = node.args
@@ -205,7 +212,7 @@ def _round_operations(
             cast = None if local is None else local.elementwise_cast(direction)
         if cast is not None:
             sites.append(_operand_site(path or "", str(operator), direction, "result", value, cast))
-            value = inserter.rounded(value, cast, near=node)
+            value = inserter.rounded_result(value, cast, node, sites[-1])
         replace_mark(node, value)
     return sites
 
@@ -234,15 +241,17 @@ def _round_product(product: Product, policy: Policy, inserter: _Inserter) -> lis
     operands: list[fx.Node] = [product.node.args[i] for i in product.operands]  # type: ignore[misc]
     if not all(operand.meta["val"].dtype in CARRIERS for operand in operands):
         raise UnroundedError(f"{product.operator} in {product.path!r} multiplies {dtype} numbers")
-    for position, operand, role in zip(product.operands, operands, product.roles, strict=True):
-        cast = policy.cast(product.kind, role)
+    casts = [policy.cast(product.kind, role) for role in product.roles]
+    for position, operand, role, cast in zip(product.operands, operands, product.roles, casts, strict=True):
         sites.append(_site(product, role, operand, cast))
         if cast is not None:
             inserter.round_operand(product, position, cast)
+    if inserter.recorder is not None:
+        inserter.recorder.add_product(product, operands, sites, casts)
     result = policy.output_cast(product.kind)
     if result is not None:
         sites.append(_site(product, "output", product.result, result))
-        inserter.round_result(product.result, result)
+        inserter.round_result(product.result, result, sites[-1])
     return sites
 
 
@@ -260,7 +269,9 @@ def _operand_site(path: str, operator: str, kind: str, role: str, value: fx.Node
 class _Inserter:
     """Inserts rounding nodes into a graph, one per value and cast."""
 
-    def __init__(self, graph: fx.Graph, sources: dict[fx.Node, Source], seed: fx.Node | None) -> None:
+    def __init__(
+        self, graph: fx.Graph, sources: dict[fx.Node, Source], seed: fx.Node | None, recorder: Recorder | None
+    ) -> None:
         self.graph = graph
         self.sources = sources
         self.done: dict[tuple[fx.Node, Cast], fx.Node] = {}
@@ -268,6 +279,7 @@ class _Inserter:
         self.separate: dict[fx.Node, tuple[int, fx.Node | None]] = {}
         self.seed = seed
         self.keys = 0
+        self.recorder = recorder
 
     def round_operand(self, product: Product, position: int, cast: Cast) -> None:
         """Let ``product``, and no product that is computed together with it, see its operand rounded."""
@@ -304,13 +316,22 @@ class _Inserter:
                 self.done[value, cast] = self._insert(value, cast, near)
         return self.done[value, cast]
 
-    def round_result(self, node: fx.Node, cast: Cast) -> None:
+    def rounded_result(self, value: fx.Node, cast: Cast, near: fx.Node, site: Site) -> fx.Node:
+        """The node that holds ``value`` rounded, which is the result of an operation, as `rounded`."""
+        result = self.rounded(value, cast, near)
+        if self.recorder is not None:
+            self.recorder.add_result(value, result, site, cast)
+        return result
+
+    def round_result(self, node: fx.Node, cast: Cast, site: Site) -> None:
         """Let every user of ``node`` see it rounded."""
         check_carrier(node.meta["val"].dtype, cast.format)
         users = list(node.users)
         result = self._insert(node, cast, node)
         for user in users:
             user.replace_input_with(node, result)
+        if self.recorder is not None:
+            self.recorder.add_result(node, result, site, cast)
 
     def _rearranged(self, view: fx.Node, cast: Cast, near: fx.Node) -> fx.Node:
         source = self.rounded(view.args[0], cast, near)  # type: ignore[arg-type]
