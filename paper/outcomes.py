@@ -120,8 +120,8 @@ def spikes(loss: np.ndarray, smoothed: np.ndarray, *, warmup: int, by: Rules) ->
     found: list[int] = []
     last = -math.inf
     square = math.nan
-    for index in range(1, len(loss)):
-        excess = loss[index] - smoothed[index - 1]
+    for index, (value, before) in enumerate(zip(loss.tolist()[1:], smoothed.tolist(), strict=False), 1):
+        excess = value - before
         is_spike = excess >= by.spiked["rise"] and excess >= by.spiked["deviations"] * math.sqrt(square)
         if is_spike and index >= warmup:
             if index - last > by.spiked["apart"]:
@@ -129,7 +129,7 @@ def spikes(loss: np.ndarray, smoothed: np.ndarray, *, warmup: int, by: Rules) ->
             last = index
         elif math.isfinite(excess):  # a spike does not widen what counts as noise
             weight = max(0.02, 1 / index)
-            square = excess**2 if math.isnan(square) else square + weight * (excess**2 - square)
+            square = excess * excess if math.isnan(square) else square + weight * (excess * excess - square)
     return tuple(found)
 
 
