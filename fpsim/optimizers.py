@@ -68,7 +68,7 @@ def round_parameters(
     parameters = dict(module.named_parameters())
     casts = _casts_by_glob(format, rounding, overflow, list(parameters))
     chosen = {name: next((cast for glob, cast in casts.items() if matches(glob, name)), None) for name in parameters}
-    _check_seed(seed, [cast for cast in casts.values() if cast])
+    check_seed(seed, [cast for cast in casts.values() if cast])
     jobs = [
         Job(_local(p), cast, i + len(parameters) * _shard(p))
         for i, (name, p) in enumerate(parameters.items())
@@ -207,7 +207,7 @@ def round_optimizer(
     _check_weights(casts["weights"], casts["master"], kahan)
     if not state_casts and casts["weights"] is None:
         raise ValueError("nothing to round: give a format for state, weights, or both")
-    _check_seed(seed, [cast for cast in (*state_casts.values(), *casts.values()) if cast])
+    check_seed(seed, [cast for cast in (*state_casts.values(), *casts.values()) if cast])
     _check_optimizer(optimizer)
 
     state_items = tuple(sorted(state_casts.items()))
@@ -261,7 +261,8 @@ def _check_weights(weights: Cast | None, master: Cast | None, kahan: bool) -> No
         )
 
 
-def _check_seed(seed: int | None, casts: Sequence[Cast]) -> None:
+def check_seed(seed: int | None, casts: Sequence[Cast]) -> None:
+    """Refuse a seed where no cast is stochastic, and the reverse, and what is no seed."""
     stochastic = [cast for cast in casts if _is_stochastic(cast)]
     if stochastic and seed is None:
         raise ValueError(f"the cast {stochastic[0]} is stochastic and needs a seed: an int")

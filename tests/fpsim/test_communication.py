@@ -1,0 +1,187 @@
+"""Gradients rounded before they are exchanged between two processes, and policies that differ between them."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from judge import assert_same_bits
+from torch import Tensor, multiprocessing, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import fpsim
+from fpsim.communication import differences, refuse_other_policy, rounded_reduce_scatter
+from fpsim.optimizers import draw_of_step
+
+HOOKS: dict[str, dict[str, Any]] = {
+    "nearest": {"format": "e4m3fn"},
+    "with the averages rounded": {"format": "e5m2/toward_zero", "result": "bf16"},
+    "stochastic": {"format": "e4m3fn/stochastic", "result": "e5m2/stochastic", "seed": 7},
+}
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def batch(rank: int, step: int) -> Tensor:
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+def gradients(module: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in module.parameters() if p.grad is not None]
+
+
+def error_of(function: Any, *arguments: Any) -> str:
+    try:
+        function(*arguments)
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+def averaged_gradients(hook: dict[str, Any], rank: int) -> list[list[Tensor]]:
+    """Those of two steps; between them a backward pass that exchanges nothing."""
+    parallel = DistributedDataParallel(model())
+    parallel.register_comm_hook(None, fpsim.round_gradients_hook(**hook))
+    steps = []
+    for step in range(2):
+        parallel.zero_grad()
+        if step:
+            with parallel.no_sync():
+                parallel(batch(rank, 5)).square().sum().backward()
+        parallel(batch(rank, step)).square().sum().backward()
+        steps.append(gradients(parallel))
+    return steps
+
+
+def sharded_gradients(hook: dict[str, Any], rank: int) -> list[Tensor]:
+    from torch.distributed.fsdp import fully_shard
+
+    sharded = fully_shard(model())
+    sharded.set_custom_reduce_scatter(rounded_reduce_scatter(**hook))
+    sharded(batch(rank, 0)).square().sum().backward()
+    return [p.grad.full_tensor() for p in sharded.parameters()]
+
+
+def work(rank: int, address: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    result: dict[str, Any] = {name: averaged_gradients(hook, rank) for name, hook in HOOKS.items()}
+    result["sharded"] = sharded_gradients({"format": "e4m3fn"}, rank)
+    own = {"format": "e4m3fn"} if rank == 0 else {"format": "e5m2", "skip": ["head"]}
+    result["same"] = error_of(fpsim.check_same_policy, {"format": "e8m3"})
+    result["gathered"] = error_of(fpsim.check_same_policy, own)
+    result["stored"] = error_of(refuse_other_policy, fpsim.Policy(**own), "model")
+    result["stored apart"] = error_of(refuse_other_policy, fpsim.Policy(**own), f"part {rank}")
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes find."""
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    multiprocessing.spawn(work, args=(address, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def local_gradients(step: int, passes: list[int]) -> list[list[Tensor]]:
+    """Of each rank, without exchange: summed over the batches of these steps."""
+    found = []
+    for rank in range(2):
+        alone = model()
+        for each in passes:
+            alone(batch(rank, each)).square().sum().backward()
+        found.append(gradients(alone))
+    return found
+
+
+@pytest.mark.parametrize("name", ["nearest", "with the averages rounded"])
+def test_each_ranks_gradients_are_rounded_and_then_averaged(name: str, ranks: list[dict[str, Any]]) -> None:
+    fmt, _, mode = HOOKS[name]["format"].partition("/")
+    for step, passes in enumerate([[0], [5, 1]]):
+        own = local_gradients(step, passes)
+        for i, (got, other) in enumerate(zip(ranks[0][name][step], ranks[1][name][step], strict=True)):
+            assert_same_bits(got, other)
+            first, second = (fpsim.round(g[i], fmt, rounding=mode or "nearest_even") for g in own)
+            want = (first + second) / 2
+            assert_same_bits(got, fpsim.round(want, "bf16") if "result" in HOOKS[name] else want)
+
+
+def test_ranks_and_steps_draw_for_themselves_and_averages_are_the_same_on_all(ranks: list[dict[str, Any]]) -> None:
+    """All gradients are in one bucket, in the order in which they are ready: the last layer's first."""
+    for step, passes in enumerate([[0], [5, 1]]):
+        seed = draw_of_step(7, step)
+        sent = []
+        for rank, own in enumerate(local_gradients(step, passes)):
+            order = own if step == 0 else bucket_order(own)
+            flat = torch.cat([g.reshape(-1) for g in order])
+            sent.append(fpsim.round(flat, "e4m3fn", rounding="stochastic", seed=seed + rank))
+        want = fpsim.round((sent[0] + sent[1]) / 2, "e5m2", rounding="stochastic", seed=seed + 2)
+        for rank in range(2):
+            got = ranks[rank]["stochastic"][step]
+            order = got if step == 0 else bucket_order(got)
+            assert_same_bits(torch.cat([g.reshape(-1) for g in order]), want)
+
+
+def bucket_order(tensors: list[Tensor]) -> list[Tensor]:
+    """After the first step DDP orders its buckets as gradients became ready."""
+    return tensors[::-1]
+
+
+def test_the_same_under_fsdp(ranks: list[dict[str, Any]]) -> None:
+    own = local_gradients(0, [0])
+    for i, (got, other) in enumerate(zip(ranks[0]["sharded"], ranks[1]["sharded"], strict=True)):
+        assert_same_bits(got, other)
+        assert_same_bits(got, (fpsim.round(own[0][i], "e4m3fn") + fpsim.round(own[1][i], "e4m3fn")) / 2)
+
+
+def test_a_policy_that_is_not_that_of_rank_0_is_an_error_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["same"] == "none"
+        assert "rank 1: format is 'e5m2/nearest_even/ovf_inf', not 'e4m3fn/nearest_even/sat_finite'" in rank["gathered"]
+        assert "skip is ('head',), not ()" in rank["gathered"]
+
+
+def test_the_first_ranks_policy_is_left_for_the_others(ranks: list[dict[str, Any]]) -> None:
+    errors = [rank["stored"] for rank in ranks]
+    assert sorted(error == "none" for error in errors) == [False, True]
+    second = errors.index(max(errors, key=len))
+    assert f"this is rank {second}, whose policy is not that of rank {1 - second}: format is" in errors[second]
+    assert all(rank["stored apart"] == "none" for rank in ranks)
+
+
+def test_differences_of_policies() -> None:
+    one, two = fpsim.Policy(format="bf16"), fpsim.Policy(format="bf16", attention="keep")
+    assert differences(one, two) == "attention is 'keep', not 'round'"
+    assert differences(one, one) == ""
+
+
+def test_alone_there_is_nothing_to_compare_with() -> None:
+    refuse_other_policy(fpsim.Policy(), "model")
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        fpsim.check_same_policy({"format": "bf16"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"format": "e4m3nf"}, "did you mean e4m3fn"),
+        ({"format": "e4m3fn/stochastic"}, "needs a seed"),
+        ({"format": "e4m3fn", "result": "bf16/stochastic"}, "needs a seed"),
+        ({"format": "e4m3fn", "seed": 1}, "no meaning without stochastic"),
+    ],
+    ids=str,
+)
+def test_bad_input(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fpsim.round_gradients_hook(**arguments)
