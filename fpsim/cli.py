@@ -39,6 +39,7 @@ from fpsim.formats import (
     resolve_overflow,
     split_rounding,
 )
+from fpsim.paper.command import app as study
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(study, name="study")
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 

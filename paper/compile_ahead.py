@@ -41,9 +41,7 @@ def compile_ahead(configs: Mapping[str, RunConfig]) -> Iterator[Ahead]:
         yield Ahead(None, [])
         return
     command = [sys.executable, "-m", __name__]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         try:
             assert process.stdin is not None
             pickle.dump((torch.get_num_threads(), list(configs.values())), process.stdin)

@@ -289,6 +289,19 @@ def spoil(tokens: Tensor, config: DataConfig) -> Tensor:
     return result
 
 
+def check_vocabulary(data: Data, vocabulary: int) -> None:
+    """The tokens are words of a vocabulary of this size, as far as the first 2^20 of each part tell.
+
+    Raises:
+        ValueError: one is not.
+    """
+    largest = max(int(part[: 1 << 20].numpy().max()) for part in data)
+    if largest >= vocabulary:
+        raise ValueError(
+            f"the data has a token {largest} and the model {vocabulary} words: use a model with more, or other data"
+        )
+
+
 def batches(tokens: Tensor, *, batch: int, context: int, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless random windows of ``tokens`` (shape (n,), n > context), independent and uniform over all offsets.
 

@@ -10,9 +10,11 @@ import difflib
 import hashlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,7 +131,8 @@ def from_script(config: ModelConfig, *, seed: int) -> nn.Module:
     """The user's own model: what the function named in ``config.script`` returns.
 
     The function is called with those of ``vocabulary`` and ``context`` that it has parameters for, after
-    `torch.manual_seed`. The script is executed anew in every call, under a module name of its own.
+    `torch.manual_seed`. The script is executed once per process, as a module named after its content: Dynamo looks the
+    module of a function up by name.
 
     Raises:
         FileNotFoundError: no such script.
@@ -154,11 +157,7 @@ def script_function(script: str) -> Callable[..., Any]:
     place = Path(path)
     if not place.is_file():
         raise FileNotFoundError(f"no script at {path} (working directory {Path.cwd()}), asked for as {script!r}")
-    digest = hashlib.sha256(place.read_bytes()).hexdigest()[:12]
-    spec = importlib.util.spec_from_file_location(f"fpsim_user_{place.stem}_{digest}", place)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _executed(place)
     found = getattr(module, name, None)
     if not callable(found):
         own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
@@ -166,6 +165,17 @@ def script_function(script: str) -> Callable[..., Any]:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"{path} has no function {name!r}{hint}: it has {', '.join(own) or 'none'}")
     return found
+
+
+def _executed(place: Path) -> ModuleType:
+    name = f"fpsim_user_{place.stem}_{hashlib.sha256(place.read_bytes()).hexdigest()[:12]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, place)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name]
 
 
 def llama(config: ModelConfig, *, seed: int) -> LlamaForCausalLM:

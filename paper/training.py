@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fpsim.policy import Policy
 
 from .config import RunConfig, run_key
-from .data import Data, batches, load, validation_batches
+from .data import Data, batches, check_vocabulary, load, validation_batches
 from .measures import hessian_eigenvalue, logit_signals, range_shares
 from .models import LanguageModel, LossAndLogits, build
 from .parallel import Parallel
@@ -133,12 +133,13 @@ def records(
         parallel: how the processes of ``torchrun`` share the work; None is a single process.
 
     Raises:
-        ValueError: a checkpoint of another run, or a batch that the processes cannot share.
+        ValueError: a checkpoint of another run, tokens that the model lacks, a batch that the processes cannot share.
     """
     parallel = parallel or Parallel()
     if parallel.world > 1 and config.stages:
         raise ValueError("stages need a single process: torch wraps a model for several processes once")
     data = load(config.data, context=config.model.context) if data is None else data
+    check_vocabulary(data, config.model.vocabulary)
     trainer = _Trainer(config, compile, parallel)
     shape = {"batch": config.batch, "context": config.model.context}
     held_out = [

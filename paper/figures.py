@@ -1,0 +1,206 @@
+"""The figures of the report, each from stored runs to a matplotlib figure; nothing here decides an outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import require
+from .outcomes import SIGNALS, Prediction, Verdict, roc, scored_steps
+from .storage import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, for few conditions; more of them are shades of one scale.
+_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D31")
+#: Columns of small multiples.
+_ACROSS = 4
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A sweep's runs with their verdicts; what every figure and table is made from.
+
+    Attributes:
+        runs, verdicts, trained: one per run, in the order of the plan.
+        reference: the condition that others are compared with.
+    """
+
+    runs: Sequence[Run]
+    verdicts: Sequence[Verdict]
+    trained: Sequence[bool]
+    reference: str
+
+    @property
+    def conditions(self) -> list[str]:
+        """In the order of the plan."""
+        return list(dict.fromkeys(run.condition for run in self.runs))
+
+    @property
+    def rates(self) -> list[float]:
+        """Learning rates, ascending."""
+        return sorted({run.config.learning_rate for run in self.runs})
+
+    @property
+    def seeds(self) -> list[int]:
+        """Ascending."""
+        return sorted({run.config.seed for run in self.runs})
+
+    def of(self, condition: str, rate: float | None = None) -> list[int]:
+        """The indices of the runs of ``condition``, at one learning rate or all."""
+        return [
+            index
+            for index, run in enumerate(self.runs)
+            if run.condition == condition and rate in (None, run.config.learning_rate)
+        ]
+
+
+def colours(names: Sequence[str]) -> dict[str, Any]:
+    """A colour per name."""
+    if len(names) <= len(_COLOURS):
+        return dict(zip(names, _COLOURS, strict=False))
+    scale = require("matplotlib").colormaps["turbo"]
+    return {name: scale(0.05 + 0.9 * index / (len(names) - 1)) for index, name in enumerate(names)}
+
+
+def loss_curves(judged: Judged) -> Figure:
+    """Smoothed training loss over steps: mean over seeds, and the band from the lowest to the highest seed."""
+    figure, panels = _panels(len(judged.rates), sharey=True)
+    paint, styles = colours(judged.conditions), cycle(["-"] if len(judged.conditions) <= 8 else ["-", "--", ":"])
+    style = {name: next(styles) for name in judged.conditions}
+    for axes, rate in zip(panels, judged.rates, strict=True):
+        for name in judged.conditions:
+            _band(axes, judged, judged.of(name, rate), "smoothed_loss", paint[name], style[name], name)
+        axes.set_title(f"learning rate {rate:g}", fontsize=10)
+        axes.set_xlabel("step")
+    panels[0].set_ylabel("smoothed loss (nats)")
+    return _finished(figure, panels)
+
+
+def heat_maps(judged: Judged) -> Figure:
+    """Final smoothed loss over seed and learning rate, one map per condition; a cross where the run diverged."""
+    figure, panels = _panels(len(judged.conditions), height=0.9 + 0.32 * max(2, len(judged.seeds)))
+    grids = {name: _grid(judged, name) for name in judged.conditions}
+    values = np.concatenate([losses[np.isfinite(losses)] for losses, _ in grids.values()] or [np.zeros(1)])
+    low, high = (values.min(), values.max()) if len(values) else (0, 1)
+    image = None
+    for axes, (name, (losses, diverged)) in zip(panels, grids.items(), strict=True):
+        image = axes.imshow(losses, vmin=low, vmax=high, cmap="viridis_r", aspect="auto")
+        axes.plot(*np.nonzero(diverged)[::-1], "x", color="#D55E00", markersize=6, markeredgewidth=2)
+        axes.set_xticks(range(len(judged.rates)), [f"{rate:g}" for rate in judged.rates], fontsize=7)
+        axes.set_yticks(range(len(judged.seeds)), judged.seeds, fontsize=7)
+        axes.set_title(name, fontsize=9)
+        axes.grid(False)
+    panels[0].set_ylabel("seed")
+    if image is not None:
+        figure.colorbar(image, ax=list(panels), label="final loss (nats)", shrink=0.8)
+    return figure
+
+
+def _grid(judged: Judged, condition: str) -> tuple[np.ndarray, np.ndarray]:
+    losses = np.full((len(judged.seeds), len(judged.rates)), np.nan)
+    diverged = np.zeros(losses.shape, dtype=bool)
+    for index in judged.of(condition):
+        config = judged.runs[index].config
+        place = judged.seeds.index(config.seed), judged.rates.index(config.learning_rate)
+        losses[place] = judged.verdicts[index].final_loss
+        diverged[place] = judged.verdicts[index].diverged
+    return losses, diverged
+
+
+def sharpness_and_loss(judged: Judged) -> Figure:
+    """Logit sharpness over steps above, loss below, one column per learning rate; a line where a run diverged."""
+    rates = judged.rates
+    figure = require("matplotlib.figure").Figure(figsize=(3.6 * len(rates) + 2.4, 6.4), dpi=110, layout="constrained")
+    panels = figure.subplots(2, len(rates), sharex="col", sharey="row", squeeze=False)
+    paint = colours(judged.conditions)
+    for column, rate in enumerate(rates):
+        for name in judged.conditions:
+            chosen = judged.of(name, rate)
+            for index in chosen:
+                run, verdict = judged.runs[index], judged.verdicts[index]
+                measured = ~np.isnan(run["sharpness_5e4"])
+                label = name if index == chosen[0] else None
+                look: dict[str, Any] = {"color": paint[name], "linewidth": 0.9, "alpha": 0.75}
+                panels[0, column].plot(run["step"][measured], run["sharpness_5e4"][measured], **look)
+                panels[1, column].plot(run["step"], run["smoothed_loss"], label=label, **look)
+                if verdict.diverged_at is not None:
+                    for axes in panels[:, column]:
+                        axes.axvline(verdict.diverged_at, color=paint[name], linewidth=0.6, linestyle=":")
+        panels[0, column].set_title(f"learning rate {rate:g}", fontsize=10)
+        panels[0, column].set_yscale("log")
+        panels[1, column].set_xlabel("step")
+    panels[0, 0].set_ylabel("logit sharpness (%), ε = 5e-4")
+    panels[1, 0].set_ylabel("smoothed loss (nats)")
+    return _finished(figure, list(panels.flat), legend_of=list(panels[1]))
+
+
+def roc_curves(judged: Judged, predictions: Sequence[Prediction], horizon: float) -> Figure:
+    """ROC of every signal for divergence within the registered horizon, by value and by rise."""
+    figure, panels = _panels(2, height=4.2, width=4.6)
+    paint = colours(list(SIGNALS))
+    for axes, score in zip(panels, ("value", "rise"), strict=True):
+        axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
+        for found in predictions:
+            if found.score == score and np.isfinite(found.auc):
+                scores, labels, _ = scored_steps(
+                    judged.runs, judged.verdicts, found.signal, score=score, horizon=horizon
+                )
+                axes.plot(*roc(scores, labels), color=paint[found.signal], label=SIGNALS[found.signal], linewidth=1.3)
+        axes.set_title(f"by {score}", fontsize=10)
+        axes.set_xlabel("share of calm steps above the threshold")
+    panels[0].set_ylabel("share of steps before divergence above it")
+    return _finished(figure, panels)
+
+
+def _panels(count: int, *, width: float = 3.4, height: float = 3.6, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure with ``count`` panels in rows, and the panels."""
+    across = min(count, _ACROSS)
+    down = -(-count // across)
+    size = (width * across + (2.6 if height > 2 else 1.0), height * down)
+    figure = require("matplotlib.figure").Figure(figsize=size, dpi=110, layout="constrained")
+    panels = list(figure.subplots(down, across, squeeze=False, sharey=sharey).flat)
+    for unused in panels[count:]:
+        unused.remove()
+    for axes in panels[:count]:
+        axes.grid(alpha=0.25)
+    return figure, panels[:count]
+
+
+def _band(axes: Axes, judged: Judged, chosen: Sequence[int], name: str, colour: Any, style: str, label: str) -> None:
+    if not chosen:
+        return
+    length = max(len(judged.runs[index][name]) for index in chosen)
+    rows = np.full((len(chosen), length), np.nan)
+    for row, index in zip(rows, chosen, strict=True):
+        values = judged.runs[index][name]
+        row[: len(values)] = np.where(np.isfinite(values), values, np.nan)
+    known = ~np.isnan(rows).all(axis=0)
+    steps = np.arange(1, length + 1)[known]
+    axes.plot(steps, np.nanmean(rows[:, known], axis=0), style, color=colour, linewidth=1.4, label=label)
+    axes.fill_between(
+        steps,
+        np.nanmin(rows[:, known], axis=0),
+        np.nanmax(rows[:, known], axis=0),
+        color=colour,
+        alpha=0.12,
+        linewidth=0,
+    )
+
+
+def _finished(figure: Figure, panels: Sequence[Axes], legend_of: Sequence[Axes] | None = None) -> Figure:
+    found: dict[str, Any] = {}
+    for axes in legend_of or panels:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    if found:
+        figure.legend(list(found.values()), list(found), loc="outside right upper", frameon=False, fontsize=8)
+    return figure

@@ -1,0 +1,341 @@
+"""The report on a sweep: one self-contained HTML file and its figures as PNG, made from the stored runs alone."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import figures, require
+from .config import RunConfig, to_dict
+from .figures import Judged
+from .outcomes import (
+    SIGNALS,
+    Prediction,
+    compare,
+    judge,
+    predict,
+    preregistration,
+    rules,
+    share,
+    signal_values,
+    trained,
+    warn,
+)
+from .sweeps import read_sweep
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_RANGES = [f"{what}_{role}" for what in ("saturated", "underflowed") for role in ("activation", "weight", "gradient")]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report: its heading, what it says, column names and rows of text."""
+
+    heading: str
+    note: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the report: its file's name, heading, what it shows, and how it is drawn."""
+
+    name: str
+    heading: str
+    note: str
+    draw: Callable[[], Figure]
+
+
+def report(folder: Path, out: Path | None = None) -> Path:
+    """Write the report on the sweep in ``folder`` and return the path of the HTML file.
+
+    Files: ``report.html``, which needs nothing beside it, ``figures/*.png``, and ``outcomes.json``, the numbers of the
+    tables.
+
+    Args:
+        out: the folder to write to; None is ``folder``.
+
+    Raises:
+        FileNotFoundError: no sweep there, or no finished run.
+        ModuleNotFoundError: matplotlib, jinja2 or pyarrow is not installed.
+    """
+    jinja = require("jinja2")
+    out = out or folder
+    runs, facts = read_sweep(folder)
+    judged = judge_sweep(runs, facts)
+    predictions = _predictions(judged)
+    tables = _tables(judged, facts, predictions)
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    images = [(picture, _png(picture, out / "figures")) for picture in _pictures(judged, predictions)]
+    template = resources.files(__package__).joinpath("report.html.jinja").read_text()
+    page = jinja.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
+    path = out / "report.html"
+    path.write_text(
+        page.render(
+            facts=facts,
+            judged=judged,
+            summary=_summary(judged, facts),
+            images=images,
+            tables=tables,
+            configuration=_configuration([run.config for run in runs]),
+            versions=_versions(judged),
+            preregistration=preregistration(),
+        )
+    )
+    numbers = {table.heading: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in tables}
+    (out / "outcomes.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    return path
+
+
+def judge_sweep(runs: Sequence[Any], facts: Mapping[str, Any]) -> Judged:
+    """The runs with their verdicts; the reference is that of the experiment, or else the first condition."""
+    reference = facts.get("experiment", {}).get("reference") or runs[0].condition
+    verdicts = [judge(run) for run in runs]
+    return Judged(runs, verdicts, trained(runs, verdicts, reference), reference)
+
+
+def _png(picture: Picture, folder: Path) -> str:
+    buffer = io.BytesIO()
+    picture.draw().savefig(buffer, format="png")
+    (folder / f"{picture.name}.png").write_bytes(buffer.getvalue())
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _summary(judged: Judged, facts: Mapping[str, Any]) -> list[str]:
+    total, diverged = len(judged.runs), sum(verdict.diverged for verdict in judged.verdicts)
+    sentences = [
+        f"{total} of {len(facts['plan'])} planned runs are finished, {len(facts['failures'])} were given up.",
+        f"{diverged} diverged, {sum(verdict.spiked for verdict in judged.verdicts)} spiked, "
+        f"{sum(judged.trained)} trained (reference: {judged.reference}).",
+    ]
+    if not diverged:
+        sentences.append("No run diverged: this sweep says nothing about what predicts divergence.")
+    return sentences
+
+
+def _predictions(judged: Judged) -> list[Prediction]:
+    signals = [s for s in SIGNALS if any(np.isfinite(signal_values(run, s)).any() for run in judged.runs)]
+    if not any(verdict.diverged for verdict in judged.verdicts):
+        return []
+    return [predict(judged.runs, judged.verdicts, s, score=score) for score in ("value", "rise") for s in signals]
+
+
+def _pictures(judged: Judged, predictions: Sequence[Prediction]) -> list[Picture]:
+    pictures = [
+        Picture(
+            "loss",
+            "Loss curves",
+            "Smoothed training loss: mean over seeds, band from the lowest to the highest.",
+            lambda: figures.loss_curves(judged),
+        ),
+        Picture(
+            "heat_maps",
+            "Seed by learning rate",
+            "Final smoothed loss of every run; a cross where it diverged.",
+            lambda: figures.heat_maps(judged),
+        ),
+    ]
+    if any(np.isfinite(run["sharpness_5e4"]).any() for run in judged.runs):
+        note = (
+            "Every run; a dotted line where it diverged. Logits of the last token of each window of the step's batch."
+        )
+        pictures.append(
+            Picture("sharpness", "Sharpness against loss", note, lambda: figures.sharpness_and_loss(judged))
+        )
+    if any(math.isfinite(found.auc) for found in predictions):
+        horizon = rules().prediction["main_horizon"]
+        note = f"Divergence within the next {predictions[0].horizon} steps, told from the signal at one step."
+        pictures.append(
+            Picture("roc", "Who predicts divergence", note, lambda: figures.roc_curves(judged, predictions, horizon))
+        )
+    return pictures
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def _tables(judged: Judged, facts: Mapping[str, Any], predictions: Sequence[Prediction]) -> list[Table]:
+    tables = [_conditions(judged), _by_rate(judged), _comparisons(judged, facts)]
+    if predictions:
+        tables += [_prediction_table(predictions), _warning_table(judged)]
+    tables += [_range_table(judged), _failures(facts)]
+    return [table for table in tables if table.rows]
+
+
+def _conditions(judged: Judged) -> Table:
+    rows = []
+    for name in judged.conditions:
+        chosen = judged.of(name)
+        verdicts = [judged.verdicts[index] for index in chosen]
+        rows.append(
+            [
+                name,
+                str(share([verdict.diverged for verdict in verdicts])),
+                str(share([verdict.spiked for verdict in verdicts])),
+                f"{np.mean([len(verdict.spikes) for verdict in verdicts]):.2f}",
+                str(share([judged.trained[index] for index in chosen])),
+                _median([verdict.final_loss for verdict in verdicts if not verdict.diverged]),
+                _median([verdict.final_validation_loss for verdict in verdicts if not verdict.diverged]),
+            ]
+        )
+    note = (
+        "Shares with exact 95 % intervals (Clopper and Pearson). Trained: the robustness region, the share of seeds "
+        "and learning rates that train. Losses: median [lowest, highest] over runs that did not diverge, nats per "
+        "token."
+    )
+    columns = ["condition", "diverged", "spiked", "spikes per run", "trained", "final loss", "validation loss"]
+    return Table("Conditions", note, columns, rows)
+
+
+def _by_rate(judged: Judged) -> Table:
+    rows = []
+    for name in judged.conditions if len(judged.rates) > 1 else []:
+        cells = []
+        for rate in judged.rates:
+            chosen = judged.of(name, rate)
+            diverged = sum(judged.verdicts[index].diverged for index in chosen)
+            spiked = sum(judged.verdicts[index].spiked for index in chosen)
+            finals = [judged.verdicts[i].final_loss for i in chosen if not judged.verdicts[i].diverged]
+            cells.append(f"{diverged}, {spiked} of {len(chosen)}; {_median(finals)}")
+        rows.append([name, *cells])
+    note = "Runs that diverged, that spiked, of all; final smoothed loss as above."
+    return Table("By learning rate", note, ["condition", *(f"{rate:g}" for rate in judged.rates)], rows)
+
+
+def _comparisons(judged: Judged, facts: Mapping[str, Any]) -> Table:
+    pairs = facts.get("experiment", {}).get("pairs") or [
+        (name, judged.reference) for name in judged.conditions if name != judged.reference
+    ]
+    rows = []
+    for first, second in pairs:
+        if not judged.of(first) or not judged.of(second):
+            continue
+        for what, flags in (
+            ("diverged", [verdict.diverged for verdict in judged.verdicts]),
+            ("spiked", [verdict.spiked for verdict in judged.verdicts]),
+            ("did not train", [not good for good in judged.trained]),
+        ):
+            found = compare(*([flags[index] for index in judged.of(name)] for name in (first, second)))
+            rows.append(
+                [
+                    f"{first} against {second}",
+                    what,
+                    str(found.first),
+                    str(found.second),
+                    f"{found.odds_ratio:.3g}",
+                    f"{found.p_greater:.3g}",
+                    f"{found.p_two_sided:.3g}",
+                ]
+            )
+    note = (
+        "Fisher's exact test over runs, learning rates pooled. The paper's 18/188 against 0/70 has p = 0.0027 "
+        "(one-sided)."
+    )
+    columns = ["comparison", "outcome", "first", "second", "odds ratio", "p, first more often", "p, two-sided"]
+    return Table("Fisher's exact test", note, columns, rows)
+
+
+def _prediction_table(predictions: Sequence[Prediction]) -> Table:
+    rows = [
+        [
+            SIGNALS[found.signal],
+            found.score,
+            _interval(found.auc, found.low, found.high),
+            str(found.positives),
+            str(found.negatives),
+            str(found.runs),
+        ]
+        for found in predictions
+    ]
+    note = (
+        f"Area under the ROC curve for divergence within the next {predictions[0].horizon} steps, over steps with "
+        "measurements after the warmup; 95 % intervals from resampled runs. Pooled over conditions and learning rates: "
+        "a signal that only tells conditions apart scores too; by rise, a signal is compared with its own past."
+    )
+    columns = ["signal", "score", "AUC", "steps before divergence", "calm steps", "diverging runs"]
+    return Table("Prediction", note, columns, rows)
+
+
+def _warning_table(judged: Judged) -> Table:
+    found = [warn(judged.runs, judged.verdicts, signal) for signal in SIGNALS]
+    rows = [
+        [
+            SIGNALS[warning.signal],
+            f"{warning.threshold:.4g}",
+            str(warning.warned),
+            "-" if math.isnan(warning.lead) else f"{warning.lead:.0f}",
+            str(warning.false_alarms),
+        ]
+        for warning in found
+        if warning is not None
+    ]
+    note = (
+        "The alarm is raised above the 99 % quantile of the signal in runs that do not diverge. Lead: median, in steps."
+    )
+    columns = ["signal", "threshold", "diverging runs warned", "lead", "false alarms in other runs"]
+    return Table("Who warns first", note, columns, rows)
+
+
+def _range_table(judged: Judged) -> Table:
+    rows = []
+    for name in judged.conditions:
+        cells = []
+        for column in _RANGES:
+            values = [np.nanmax(judged.runs[i][column]) for i in judged.of(name) if _any(judged.runs[i][column])]
+            cells.append(f"{100 * max(values):.3g} %" if values else "-")
+        if any(cell != "-" for cell in cells):
+            rows.append([name, *cells])
+    note = "Largest share, over steps and runs, of the values rounded in a role that saturate or underflow."
+    return Table("Ranges", note, ["condition", *(name.replace("_", ", ") for name in _RANGES)], rows)
+
+
+def _any(values: np.ndarray) -> bool:
+    return bool(np.isfinite(values).any())
+
+
+def _failures(facts: Mapping[str, Any]) -> Table:
+    rows = [
+        [entry["key"], entry["condition"], str(entry["tries"]), entry["text"].strip().splitlines()[-1]]
+        for entry in facts["failures"]
+    ]
+    return Table("Runs given up", "", ["run", "condition", "tries", "what happened"], rows)
+
+
+def _median(values: Sequence[float]) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return "-"
+    return f"{np.median(finite):.3f} [{min(finite):.3f}, {max(finite):.3f}]"
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _configuration(configs: Sequence[RunConfig]) -> list[tuple[str, str]]:
+    """Every field, and its values over all runs."""
+    plain = [to_dict(config) for config in configs]
+    rows = []
+    for name in plain[0]:
+        values = list(dict.fromkeys(json.dumps(entry[name]) for entry in plain))
+        shown = ", ".join(values[:12]) + (f", ... ({len(values)} in all)" if len(values) > 12 else "")
+        rows.append((name, shown))
+    return rows
+
+
+def _versions(judged: Judged) -> list[str]:
+    """The different environments in which the runs were computed."""
+    keys = ("packages", "source", "git", "machine", "threads")
+    return list(dict.fromkeys(json.dumps({key: run.facts.get(key) for key in keys}) for run in judged.runs))
