@@ -83,10 +83,8 @@ def work(rank: int, address: str, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def two_ranks(folder: Path) -> list[dict[str, Any]]:
     """What two processes find."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -105,8 +103,17 @@ def local_gradients(step: int, passes: list[int]) -> list[list[Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["nearest", "with the averages rounded"])
-def test_each_ranks_gradients_are_rounded_and_then_averaged(name: str, ranks: list[dict[str, Any]]) -> None:
+def test_what_two_ranks_exchange(tmp_path: Path) -> None:
+    ranks = two_ranks(tmp_path)
+    check_that_gradients_are_rounded_and_then_averaged("nearest", ranks)
+    check_that_gradients_are_rounded_and_then_averaged("with the averages rounded", ranks)
+    check_that_ranks_draw_for_themselves_and_averages_are_the_same_on_all(ranks)
+    check_the_same_under_fsdp(ranks)
+    check_that_a_policy_other_than_rank_0s_is_an_error_on_every_rank(ranks)
+    check_that_the_first_ranks_policy_is_left_for_the_others(ranks)
+
+
+def check_that_gradients_are_rounded_and_then_averaged(name: str, ranks: list[dict[str, Any]]) -> None:
     fmt, _, mode = HOOKS[name]["format"].partition("/")
     for step, passes in enumerate([[0], [5, 1]]):
         own = local_gradients(step, passes)
@@ -117,7 +124,9 @@ def test_each_ranks_gradients_are_rounded_and_then_averaged(name: str, ranks: li
             assert_same_bits(got, fpsim.round(want, "bf16") if "result" in HOOKS[name] else want)
 
 
-def test_ranks_and_steps_draw_for_themselves_and_averages_are_the_same_on_all(ranks: list[dict[str, Any]]) -> None:
+def check_that_ranks_draw_for_themselves_and_averages_are_the_same_on_all(
+    ranks: list[dict[str, Any]],
+) -> None:
     """All gradients are in one bucket, in the order in which they are ready: the last layer's first."""
     for step, passes in enumerate([[0], [5, 1]]):
         seed = draw_of_step(7, step)
@@ -138,21 +147,21 @@ def bucket_order(tensors: list[Tensor]) -> list[Tensor]:
     return tensors[::-1]
 
 
-def test_the_same_under_fsdp(ranks: list[dict[str, Any]]) -> None:
+def check_the_same_under_fsdp(ranks: list[dict[str, Any]]) -> None:
     own = local_gradients(0, [0])
     for i, (got, other) in enumerate(zip(ranks[0]["sharded"], ranks[1]["sharded"], strict=True)):
         assert_same_bits(got, other)
         assert_same_bits(got, (fpsim.round(own[0][i], "e4m3fn") + fpsim.round(own[1][i], "e4m3fn")) / 2)
 
 
-def test_a_policy_that_is_not_that_of_rank_0_is_an_error_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+def check_that_a_policy_other_than_rank_0s_is_an_error_on_every_rank(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["same"] == "none"
         assert "rank 1: format is 'e5m2/nearest_even/ovf_inf', not 'e4m3fn/nearest_even/sat_finite'" in rank["gathered"]
         assert "skip is ('head',), not ()" in rank["gathered"]
 
 
-def test_the_first_ranks_policy_is_left_for_the_others(ranks: list[dict[str, Any]]) -> None:
+def check_that_the_first_ranks_policy_is_left_for_the_others(ranks: list[dict[str, Any]]) -> None:
     errors = [rank["stored"] for rank in ranks]
     assert sorted(error == "none" for error in errors) == [False, True]
     second = errors.index(max(errors, key=len))

@@ -1,0 +1,58 @@
+"""DDP and FSDP2 under a policy, in two processes of ``torchrun``: together they compute what one process does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).parent))
+from two_ranks import CASES, OPTIONS, SAMPLES, Model, train
+
+
+def two_ranks(folder: Path) -> list[dict[str, dict[str, Any]]]:
+    """What each rank found in each case."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(Path(__file__).parent / "two_ranks.py"), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def alone(options: dict[str, str] | None) -> dict[str, Any]:
+    """The same in one process, on all samples."""
+    torch._dynamo.reset()
+    model = Model()
+    forward = torch.compile(model, backend="fpsim_eager", options=options) if options else model
+    return train(model, forward, slice(0, SAMPLES))
+
+
+def names_without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+
+
+def test_two_ranks_compute_what_one_process_does(tmp_path: Path) -> None:
+    """Outputs, gradients, and what an optimizer rounded on each rank makes of them; every case in one `torchrun`."""
+    ranks, want, unrounded = two_ranks(tmp_path), alone(OPTIONS), alone(None)
+    assert not torch.equal(want["outputs"], unrounded["outputs"])
+    assert not torch.equal(want["gradients"]["blocks.0.up.weight"], unrounded["gradients"]["blocks.0.up.weight"])
+    for case in CASES:
+        found = [rank[case] for rank in ranks]
+        assert torch.equal(torch.cat([each["outputs"] for each in found]), want["outputs"]), case
+        for what in ("gradients", "state", "parameters"):
+            for each in found:
+                got = names_without_prefix(each[what])
+                assert got.keys() == want[what].keys()
+                for name, tensor in got.items():
+                    assert torch.equal(tensor, want[what][name]), (case, what, name)
+    assert [rank["parallel"]["escaped"] for rank in ranks] == [0, 0]

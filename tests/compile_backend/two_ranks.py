@@ -1,0 +1,141 @@
+"""What two processes compute under one policy, run by ``torchrun`` (see ``test_distributed.py``); saves it by rank.
+
+All numbers are small multiples of powers of two, so that no sum is rounded and the order of additions cannot matter.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import fpsim
+
+#: Few enough bits that rounding matters everywhere.
+OPTIONS = {"activation": "e4m1", "weight": "e4m2", "gradient": "e5m1/toward_zero"}
+SAMPLES = 4
+
+
+def dyadic(*shape: int, seed: int) -> Tensor:
+    return torch.randint(-15, 16, shape, generator=torch.Generator().manual_seed(seed)) / 8.0
+
+
+class Block(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16, bias=False), nn.Linear(16, 8)
+        with torch.no_grad():
+            for i, p in enumerate(self.parameters()):
+                p.copy_(dyadic(*p.shape, seed=10 * seed + i))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x))) / 16
+
+
+class Model(nn.Module):
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(1), Block(2)])
+        self.checkpointed = checkpointed
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+        return x
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Inputs, and what the outputs are weighted by."""
+    return dyadic(SAMPLES, 8, seed=3), dyadic(SAMPLES, 8, seed=4)
+
+
+def train(model: nn.Module, forward: Callable[[Tensor], Tensor], part: slice, *, pieces: int = 1) -> dict[str, Any]:
+    """One step on a part of the batch, in pieces whose gradients accumulate, with rounded optimizer state."""
+    x, weights = (each[part] for each in batch())
+    outputs = []
+    for x_piece, piece in zip(x.chunk(pieces), weights.chunk(pieces), strict=True):
+        y = forward(x_piece)
+        (y * piece * SAMPLES / len(x)).sum().backward()  # the mean over ranks is then the sum over all samples
+        outputs.append(y.detach())
+    gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25, momentum=0.5)
+    fpsim.round_optimizer(optimizer, "e5m2", weights="e4m3fn", master="bf16")
+    optimizer.step()
+    state = {name: whole(optimizer.state[p]["momentum_buffer"]) for name, p in model.named_parameters()}
+    parameters = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    return {"outputs": torch.cat(outputs), "gradients": gradients, "state": state, "parameters": parameters}
+
+
+def whole(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
+def parallel(part: slice) -> dict[str, Any]:
+    model = DistributedDataParallel(Model())
+    compiled = torch.compile(model, backend="fpsim", options=OPTIONS)
+    found = train(model, compiled, part)
+    return {**found, "escaped": len(fpsim.audit(compiled, batch()[0][part]).escaped)}
+
+
+def parallel_in_buckets(part: slice) -> dict[str, Any]:
+    """Dynamo splits the graph where DDP's buckets end."""
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 64
+    model = DistributedDataParallel(Model(), bucket_cap_mb=1e-4)
+    return train(model, torch.compile(model, backend="fpsim_eager", options=OPTIONS), part)
+
+
+def parallel_checkpointed(part: slice) -> dict[str, Any]:
+    """Activations are checkpointed, and the gradients of two pieces accumulate."""
+    model = DistributedDataParallel(Model(checkpointed=True))
+    return train(model, torch.compile(model, backend="fpsim_eager", options=OPTIONS), part, pieces=2)
+
+
+def sharded(part: slice) -> dict[str, Any]:
+    """Compiled block by block, as is usual with FSDP2."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = Model()
+    for block in model.blocks:
+        block.compile(backend="fpsim", options=OPTIONS)
+        fully_shard(block)
+    return train(fully_shard(model), model, part)
+
+
+def sharded_and_compiled_whole(part: slice) -> dict[str, Any]:
+    from torch.distributed.fsdp import fully_shard
+
+    model = Model()
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    return train(model, torch.compile(model, backend="fpsim_eager", options=OPTIONS), part)
+
+
+CASES = {
+    f.__name__: f for f in (parallel, parallel_checkpointed, parallel_in_buckets, sharded, sharded_and_compiled_whole)
+}
+
+
+def main(folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, each = dist.get_rank(), SAMPLES // dist.get_world_size()
+    part = slice(rank * each, (rank + 1) * each)
+    found = {}
+    for name, case in CASES.items():
+        torch._dynamo.reset()
+        found[name] = case(part)
+    torch.save(found, os.path.join(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
