@@ -1,8 +1,8 @@
 """The backward pass of a convolution, taken apart: one operator computes two products and the sum of the bias.
 
-A product whose operands are rounded in its own way needs a call of its own, and the gradient of the bias is a sum of
-the gradient as it comes, as in a linear layer. Each call takes both operands of the forward product, one to multiply
-with and the other for its shape only.
+Each product takes both operands of the forward product, one to multiply with and the other for its shape only, so
+that one call serves both as long as they multiply the same gradient; where that is rounded for each in its own way,
+each needs a call of its own. The gradient of the bias is a sum of the gradient as it comes, as in a linear layer.
 """
 
 from __future__ import annotations
@@ -57,3 +57,16 @@ def split(backward: fx.Node) -> dict[fx.Node, tuple[int, fx.Node | None]]:
                 calls[index] = call
     graph.erase_node(backward)
     return {call: (SHAPE_ONLY[index], calls.get(1 - index)) for index, call in calls.items()}
+
+
+def join(calls: dict[fx.Node, tuple[int, fx.Node | None]]) -> None:
+    """Let one call compute both products wherever two of ``calls``, as `split` returns them, have the same operands."""
+    pairs = {tuple(sorted((call, other))) for call, (_, other) in calls.items() if other is not None}
+    for first, second in pairs:
+        if first.args[:-1] == second.args[:-1]:
+            mask = [any(wanted) for wanted in zip(first.args[-1], second.args[-1], strict=True)]  # type: ignore[arg-type]
+            values = zip(first.meta["val"], second.meta["val"], strict=True)
+            first.update_arg(len(first.args) - 1, mask)
+            first.meta["val"] = tuple(b if a is None else a for a, b in values)
+            second.replace_all_uses_with(first)
+            second.graph.erase_node(second)

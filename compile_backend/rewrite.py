@@ -292,7 +292,10 @@ class _Inserter:
         product.node.update_arg(position, rounded)
 
     def release_shapes(self) -> None:
-        """Keep no operand for backward of which only the shape is used: one that is there anyway has the same shape."""
+        """Keep no operand for backward of which only the shape is used: one that is there anyway has the same shape.
+
+        Calls that then have the same operands become one again.
+        """
         for call, (position, other) in self.separate.items():
             operand: fx.Node = call.args[position]  # type: ignore[assignment]
             if other is not None:
@@ -300,6 +303,7 @@ class _Inserter:
             elif not self._is_at_hand_in_backward(operand):
                 operand = next((rounded for (value, _), rounded in self.done.items() if value is operand), operand)
             call.update_arg(position, operand)
+        convolution.join(self.separate)
 
     def rounded(self, value: fx.Node, cast: Cast, near: fx.Node) -> fx.Node:
         """The node that holds ``value`` rounded.

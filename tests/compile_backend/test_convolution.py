@@ -344,13 +344,34 @@ def test_the_plan_lists_both_gradients_of_a_convolution_that_is_skipped() -> Non
     assert plan.gaps == tuple(Gap("0", f"aten.{name}", f"{kind} left unrounded by the policy") for name, kind in kinds)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"format": "e4m3"},
+        {"format": "e5m2/stochastic"},
+        {"format": "none", "gradient": "e5m2"},
+        {"format": "none", "fprop": "e4m3", "wgrad": {"activation": "bf16"}},
+        {"format": "e5m2", "dgrad": {"weight": "bf16"}, "output": "bf16", "elementwise": "bf16"},
+    ],
+)
+def test_two_products_of_one_gradient_are_one_call(options: Mapping, graphs: list[fx.Graph]) -> None:
+    trained(options, nn.Conv2d(3, 4, 3))
+    (backward,) = backwards(graphs[0])
+    assert backward.args[-1] == [True, True, False]
+    assert [None if value is None else value.shape for value in backward.meta["val"]] == [
+        (2, 3, 6, 5),
+        (4, 3, 3, 3),
+        None,
+    ]
+
+
 def test_no_operand_is_kept_for_its_shape(graphs: list[fx.Graph]) -> None:
-    """Each of the two calls takes from the other what it does not multiply, and a call alone what forward rounded."""
+    """Each of two calls takes from the other what it does not multiply, and a call alone what forward rounded."""
     both, frozen = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3).requires_grad_(False)
-    trained({"format": "e4m3"}, both)
+    trained({"format": "e4m3", "wgrad": {"gradient": "e5m2"}}, both)
     trained({"format": "e4m3"}, frozen)
     dgrad, wgrad = backwards(graphs[0])
-    assert dgrad.args[:3] == wgrad.args[:3]
+    assert dgrad.args[1:3] == wgrad.args[1:3]
     assert [node.args[-1] for node in (dgrad, wgrad)] == [[True, False, False], [False, True, False]]
     (alone,) = backwards(graphs[1])
     (forward,) = graphs[1].find_nodes(op="call_function", target=aten.convolution.default)
