@@ -2,7 +2,27 @@
 
 from fpsim.compile_backend.backend import fpsim, fpsim_eager
 from fpsim.compile_backend.inspect import Audit, Escape, audit, explain
+from fpsim.compile_backend.observation import ProductStatistics, SiteStatistics
 from fpsim.compile_backend.plan import Gap, Plan, Site
+from fpsim.compile_backend.profiling import Profile, Profiler, profile
 from fpsim.compile_backend.rewrite import UnroundedError
+from fpsim.compile_backend.statistics import Statistics
 
-__all__ = ["Audit", "Escape", "Gap", "Plan", "Site", "UnroundedError", "audit", "explain", "fpsim", "fpsim_eager"]
+__all__ = [
+    "Audit",
+    "Escape",
+    "Gap",
+    "Plan",
+    "ProductStatistics",
+    "Profile",
+    "Profiler",
+    "Site",
+    "SiteStatistics",
+    "Statistics",
+    "UnroundedError",
+    "audit",
+    "explain",
+    "fpsim",
+    "fpsim_eager",
+    "profile",
+]

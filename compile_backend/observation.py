@@ -67,7 +67,7 @@ class ProductStatistics:
         shapes: of its two operands.
         runs: how many times it ran.
         error: the Frobenius norm of what it gave less the product of the unrounded operands in float64, over all runs.
-            What the operator adds (a bias) is left out, and the rounding of the result too.
+            What the operator adds (a bias) is taken away again; the rounding of the result comes after.
         reference: the Frobenius norm of the product of the unrounded operands.
 
     Of large products both are estimates, without bias, from random combinations of the columns; the standard deviation

@@ -16,12 +16,13 @@ from fpsim.rounding import decode, encode, round
 if TYPE_CHECKING:
     from fpsim import curvature, reference, sharpness, testing
     from fpsim.communication import check_same_policy, round_gradients_hook
-    from fpsim.compile_backend import audit, explain
+    from fpsim.compile_backend import Profiler, audit, explain, profile
     from fpsim.optimizers import round_optimizer, round_parameters
 
 __all__ = [
     "FloatFormat",
     "Policy",
+    "Profiler",
     "audit",
     "check_same_policy",
     "curvature",
@@ -30,6 +31,7 @@ __all__ = [
     "explain",
     "pack",
     "parse_format",
+    "profile",
     "reference",
     "round",
     "round_gradients_hook",
@@ -42,9 +44,11 @@ __all__ = [
 
 _LAZY_MODULES = ("curvature", "reference", "sharpness", "testing")
 _LAZY = {
+    "Profiler": "fpsim.compile_backend",
     "audit": "fpsim.compile_backend",
     "check_same_policy": "fpsim.communication",
     "explain": "fpsim.compile_backend",
+    "profile": "fpsim.compile_backend",
     "round_gradients_hook": "fpsim.communication",
     "round_optimizer": "fpsim.optimizers",
     "round_parameters": "fpsim.optimizers",
