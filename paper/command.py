@@ -302,7 +302,7 @@ def train(
     parallel: Annotated[str, typer.Option(help="Under torchrun: ddp or fsdp2.")] = "ddp",
     checkpoint: Annotated[Path | None, typer.Option(help="File to leave the state in.", show_default=False)] = None,
 ) -> None:
-    """Compute one run here, or on all processes of torchrun (torchrun --nproc-per-node 8 -m fpsim.paper.command train)."""
+    """Compute one run, here or under torchrun: torchrun --nproc-per-node 8 -m fpsim.paper.command train CONFIG OUT."""
     import json
 
     from .config import from_dict, run_key, to_dict

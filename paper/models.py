@@ -131,8 +131,8 @@ def from_script(config: ModelConfig, *, seed: int) -> nn.Module:
     """The user's own model: what the function named in ``config.script`` returns.
 
     The function is called with those of ``vocabulary`` and ``context`` that it has parameters for, after
-    `torch.manual_seed`. The script is executed once per process, as a module named after its content: Dynamo looks the
-    module of a function up by name.
+    `torch.manual_seed`. The script is executed once per process, as a module named after its place and content: Dynamo
+    looks the module of a function up by name.
 
     Raises:
         FileNotFoundError: no such script.
@@ -168,7 +168,8 @@ def script_function(script: str) -> Callable[..., Any]:
 
 
 def _executed(place: Path) -> ModuleType:
-    name = f"fpsim_user_{place.stem}_{hashlib.sha256(place.read_bytes()).hexdigest()[:12]}"
+    identity = hashlib.sha256(str(place.resolve()).encode() + place.read_bytes()).hexdigest()
+    name = f"fpsim_user_{place.stem}_{identity[:12]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, place)
         assert spec is not None and spec.loader is not None
