@@ -51,8 +51,8 @@ def fpsim(
         mode: must be None or ``"default"``.
 
     Raises:
-        ValueError: an unknown option or value, a glob that matches no module, or options that have changed since a
-            model was compiled with them.
+        ValueError: an unknown option or value, a glob that matches no module or no operator, or options that have
+            changed since a model was compiled with them.
         UnroundedError: something that multiplies matrices cannot be rounded and is not listed in ``gaps``.
     """
     guards.check_options(options, mode)
@@ -102,6 +102,7 @@ def compile_with_rounding(
     guards.refuse_inner_gradients(gm)
     if strict:
         guards.check_globs(gm, policy)
+        guards.check_gaps(policy)
     input_sources, identity = _input_sources(gm, example_inputs), list(_identity(gm, policy))
     seed_device = _device(example_inputs) if policy.is_stochastic else None
     seed_input = None

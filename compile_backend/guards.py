@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,12 +95,57 @@ def check_globs(gm: fx.GraphModule, policy: Policy) -> None:
     """
     paths = module_paths(gm)
     for glob in unmatched_globs(policy, paths):
-        known = ", ".join(sorted(paths - {""})) or "none"
         raise ValueError(
-            f"{glob!r} matches no module that computes anything in this graph, whose modules are {known}. If it is "
-            "right for the whole model, this is a part compiled on its own (after a graph break, or by "
-            "layer.compile()): compile the whole model with fullgraph=True"
+            f"{glob!r} matches no module that computes anything in this graph{_did_you_mean(near_modules(glob, paths))}"
+            f", whose modules are {_listed(sorted(paths - {''}))}. If it is right for the whole model, this is a part "
+            "compiled on its own (after a graph break, or by layer.compile()): compile the whole model with "
+            "fullgraph=True"
         )
+
+
+def check_gaps(policy: Policy) -> None:
+    """Refuse a glob of operators that matches none that is registered.
+
+    One of a library whose operators are not registered (yet) is let be.
+    """
+    known = operator_names() if policy.gaps else frozenset()
+    for glob in policy.gaps:
+        namespace, dot, _ = glob.partition(".")
+        is_open = dot and namespace not in {name.partition(".")[0] for name in known}
+        if not is_open and not any(fnmatch.fnmatchcase(name, glob) for name in known):
+            written_out = glob if dot else f"aten.{glob}"
+            near = difflib.get_close_matches(written_out, known, n=3, cutoff=0.7)
+            raise ValueError(
+                f"gaps has {glob!r}, which matches no operator{_did_you_mean(near)}: operators are named with their "
+                "namespace, such as 'aten._cdist_forward'; globs such as 'aten._cdist*' match several"
+            )
+
+
+def operator_names() -> frozenset[str]:
+    """The names of all operators that are registered, as gaps name them: ``aten.mm``."""
+    names = torch._C._dispatch_get_all_op_names()
+    return frozenset(name.partition(".")[0].replace("::", ".") for name in names)
+
+
+def near_modules(glob: str, paths: Iterable[str]) -> list[str]:
+    """Up to three paths, or globs of the last part of paths, that ``glob`` may be a slip of."""
+    paths = sorted(set(paths) - {""})
+    near = difflib.get_close_matches(glob, paths, n=3, cutoff=0.7)
+    names = {path.rpartition(".")[2]: path for path in paths}
+    for name in difflib.get_close_matches(glob.rpartition(".")[2], names, n=3, cutoff=0.7):
+        near.append(f"*.{name}" if "." in names[name] else name)
+    return list(dict.fromkeys(near))[:3]
+
+
+def _did_you_mean(near: Sequence[str]) -> str:
+    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+
+
+def _listed(names: Sequence[str], most: int = 30) -> str:
+    if not names:
+        return "none"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def unmatched_globs(policy: Policy, paths: set[str]) -> list[str]:

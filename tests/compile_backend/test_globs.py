@@ -1,0 +1,93 @@
+"""A glob that matches nothing is an error that lists near matches: of modules, of operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import fpsim
+from fpsim.compile_backend.guards import check_gaps, near_modules, operator_names
+
+PATHS = ["", "lm_head", "model", "model.layers", *(f"model.layers.{i}.{p}" for i in (0, 1) for p in ("attn", "mlp"))]
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.lm_head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lm_head(self.layers(x))
+
+
+def message_of(model: nn.Module, **options: object) -> str:
+    with pytest.raises(BackendCompilerFailed) as caught:
+        torch.compile(model, backend="fpsim_eager", options=options)(torch.randn(2, 4))
+    assert isinstance(caught.value.inner_exception, ValueError)
+    return str(caught.value.inner_exception)
+
+
+@pytest.mark.parametrize(
+    ("glob", "near"),
+    [
+        ("lm_haed", ["lm_head"]),
+        ("lmhead", ["lm_head"]),
+        ("model.layers.*.atn", ["model.layers.1.attn", "model.layers.0.attn", "model.layers"]),
+        ("attn", ["*.attn"]),
+        ("*.atnt", ["*.attn"]),
+        ("decoder", []),
+    ],
+)
+def test_near_modules(glob: str, near: list[str]) -> None:
+    assert sorted(near_modules(glob, PATHS)) == sorted(near)
+
+
+def test_a_module_that_does_not_exist() -> None:
+    message = message_of(Model(), skip=["lm_haed"])
+    assert "'lm_haed' matches no module" in message and "(did you mean 'lm_head'?)" in message
+    assert "whose modules are layers, layers.0, layers.1, lm_head." in message
+    message = message_of(Model(), modules={"encoder.*": "bf16"})
+    assert "'encoder.*' matches no module" in message and "did you mean" not in message
+
+
+def test_long_lists_of_modules_are_cut() -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(40)))
+    assert message_of(model, skip=["40"]).count(",") < 40
+    assert "and 10 more" in message_of(model, skip=["40"])
+
+
+def test_near_matches_in_a_profile_too() -> None:
+    with pytest.raises(BackendCompilerFailed, match=r"did you mean 'lm_head'"):
+        fpsim.profile(Model(), torch.randn(2, 4), policy={"skip": ["lm_haed"]})
+
+
+@pytest.mark.parametrize(
+    ("glob", "near"),
+    [
+        ("aten._cdits_forward", "'aten._cdist_forward'"),
+        ("_cdist_forward", "'aten._cdist_forward'"),
+        ("aten.mn", "'aten.m"),
+    ],
+)
+def test_an_operator_that_does_not_exist(glob: str, near: str) -> None:
+    with pytest.raises(ValueError, match="which matches no operator") as caught:
+        check_gaps(fpsim.Policy(gaps=[glob]))
+    assert f"gaps has {glob!r}" in str(caught.value) and near in str(caught.value)
+
+
+def test_a_policy_with_such_an_operator_compiles_nothing() -> None:
+    assert "did you mean 'aten._cdist_" in message_of(Model(), gaps=["aten._cdits_forward"])
+
+
+@pytest.mark.parametrize(
+    "glob", ["*", "aten._cdist*", "aten.convolution", "higher_order.scan*", "a_library.its_operator"]
+)
+def test_operators_that_exist_or_may_exist(glob: str) -> None:
+    check_gaps(fpsim.Policy(gaps=[glob]))
+
+
+def test_operators_have_the_names_that_plans_show() -> None:
+    assert {"aten.mm", "aten._cdist_forward", "fpsim.round"} <= operator_names()
