@@ -1,0 +1,180 @@
+"""The paper's experiments compare what they say, and run from plan to report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fpsim import reference
+from fpsim.paper.config import run_key
+from fpsim.paper.data import DataConfig
+from fpsim.paper.experiments import EXPERIMENTS, SIZES, Setting, experiment
+from fpsim.paper.models import ModelConfig
+from fpsim.paper.report import report
+from fpsim.paper.storage import read_records
+from fpsim.paper.sweeps import Planned, read_sweep, sweep
+from fpsim.policy import Policy, parse_cast
+
+SCRIPT = """
+import torch
+
+
+class Bigram(torch.nn.Module):
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.embed = torch.nn.Embedding(vocabulary, 8)
+        self.lm_head = torch.nn.Linear(8, vocabulary, bias=False)
+
+    def forward(self, tokens):
+        return self.lm_head(self.embed(tokens))
+
+
+def build(vocabulary):
+    return Bigram(vocabulary)
+"""
+
+
+@pytest.fixture
+def toy(text, tmp_path):
+    """From a setting to one that takes seconds: a model with one product, four steps, one seed and rate."""
+    script, source = tmp_path / "bigram.py", tmp_path / "times.txt"
+    script.write_text(SCRIPT)
+    source.write_bytes(text)
+
+    def shrink(setting: Setting) -> Setting:
+        model = ModelConfig(family="script", script=f"{script}:build", context=12)
+        base = replace(
+            setting.base,
+            model=model,
+            data=DataConfig(str(source)),
+            steps=4,
+            batch=4,
+            validate_every=4,
+            validation_batches=1,
+            measure_every=2,
+            ranges_every=min(setting.base.ranges_every, 4),
+            backend="interpreted",
+        )
+        return replace(setting, base=base, rates=setting.rates[:1], seeds=1)
+
+    return shrink
+
+
+@pytest.mark.parametrize("number", [1, 2, 8])
+def test_the_quick_setting_runs_from_plan_to_report(number, toy, tmp_path):
+    chosen = experiment(number)
+    plan = chosen.plan(toy(chosen.settings["quick"]))
+    assert [planned.condition for planned in plan] == list(chosen.conditions(chosen.settings["quick"]))
+    facts = {"experiment": {"reference": chosen.reference, "pairs": chosen.pairs, "question": chosen.question}}
+    outcome = sweep(plan, tmp_path / "sweep", executor="serial", facts=facts, console=Console(quiet=True))
+    assert (outcome.computed, outcome.failures) == (len(plan), ())
+    page = report(tmp_path / "sweep").read_text()
+    assert chosen.question in page
+    numbers = json.loads((page_folder := tmp_path / "sweep").joinpath("outcomes.json").read_text())
+    assert [row["condition"] for row in numbers["Conditions"]] == [planned.condition for planned in plan]
+    assert {path.stem for path in (page_folder / "figures").iterdir()} >= {"loss", "heat_maps", "sharpness"}
+    runs, _ = read_sweep(page_folder)
+    losses = {run.condition: run["loss"][-1] for run in runs}
+    if number == 1:
+        assert len(set(losses.values())) == len(plan)  # every width and rounding makes another run
+    if number == 2:
+        assert losses["e7m7, centred"] == losses["e8m7"]  # nothing lies beyond 2^64 or below 2^-62
+        ranges = {run.condition: run["underflowed_gradient"][3] for run in runs}
+        assert ranges["e4m7, centred"] == ranges["e4m7, inner only"] > 0.5
+        assert ranges["e4m7, outer only"] == ranges["e8m7"] == 0.0
+    if number == 8:
+        history, _ = read_records(tmp_path / "sweep" / "runs" / f"{run_key(plan[0].config)}.parquet")
+        assert [record.hessian_eigenvalue is not None for record in history] == [False, True, False, True]
+        assert all(record.lbfgsb_5e4 <= record.sharpness_5e4 * (1 + 1e-9) for record in history[1::2])
+
+
+@pytest.mark.parametrize("number", list(EXPERIMENTS))
+@pytest.mark.parametrize("size", SIZES)
+def test_every_plan_is_a_full_grid_of_valid_policies(number, size):
+    chosen = experiment(number)
+    setting = chosen.settings[size]
+    plan = chosen.plan(setting)
+    conditions = chosen.conditions(setting)
+    assert len(plan) == len(conditions) * len(setting.rates) * setting.seeds
+    assert chosen.reference in conditions
+    assert {name for pair in chosen.pairs for name in pair} <= set(conditions)
+    for planned in plan:
+        for options in (planned.config.options, *(options for _, options in planned.config.stages)):
+            assert options is None or Policy.from_options(options)
+    assert len({_identity(planned) for planned in plan}) == len(plan)
+
+
+def _identity(planned: Planned) -> str:
+    return repr(planned.config)
+
+
+def test_an_unknown_experiment_is_named():
+    with pytest.raises(ValueError, match="no experiment 9: there are 1, 2, 3, 4, 5, 6, 7, 8"):
+        experiment(9)
+
+
+def rounded(number: int, condition: str, value: Fraction | float) -> Fraction:
+    """What a condition makes of an activation, by the exact reference."""
+    chosen = experiment(number)
+    options = chosen.conditions(chosen.settings["quick"])[condition]["options"]
+    cast = Policy.from_options(options).cast("fprop", "activation")
+    return reference.round(Fraction(value), cast.format, cast.rounding, cast.overflow)
+
+
+def test_a_truncated_mantissa_is_a_bit_mask():
+    value = Fraction(0b1_1111111, 128)
+    assert rounded(1, "e8m3 truncated", value) == Fraction(0b1_111, 8)
+    assert rounded(1, "e8m3 nearest", value) == 2
+    assert rounded(1, "e8m7 truncated", value) == rounded(1, "e8m7 nearest", value) == value
+
+
+def test_the_two_readings_of_seven_exponent_bits():
+    assert rounded(2, "e7m7, bias kept", 100) == 2 - Fraction(1, 128)
+    assert rounded(2, "e7m7, bias kept", Fraction(1, 2**126)) == Fraction(1, 2**126)
+    assert rounded(2, "e7m7, centred", 2**40) == 2**40
+    assert rounded(2, "e7m7, centred", 2**70) == (2 - Fraction(1, 128)) * 2**63
+    assert rounded(2, "e7m7, centred", Fraction(1, 2**70)) == 0
+
+
+@pytest.mark.parametrize("bits", [4, 5])
+def test_the_ends_of_a_narrow_exponent_are_clipped_one_at_a_time(bits):
+    bias = 2 ** (bits - 1) - 1
+    largest, tiny = (2 - Fraction(1, 128)) * 2**bias, Fraction(1, 2 ** (bias + 20))
+    both, outer, inner = (f"e{bits}m7, {end}" for end in ("centred", "outer only", "inner only"))
+    assert [rounded(2, name, 2**20) for name in (both, outer, inner)] == [largest, largest, 2**20]
+    assert [rounded(2, name, tiny) for name in (both, outer, inner)] == [0, tiny, 0]
+    smallest = Fraction(1, 2 ** (bias + 6))  # the smallest subnormal
+    assert rounded(2, both, smallest) == rounded(2, inner, smallest) == smallest
+
+
+def test_remedies_name_modules_that_exist():
+    from fpsim.paper.models import LanguageModel, build
+
+    for size in ("quick", "full"):
+        setting = experiment(7).settings[size]
+        model = LanguageModel(build(setting.base.model, seed=0))
+        paths = [name for name, _ in model.named_modules()]
+        for changes in experiment(7).conditions(setting).values():
+            policy = Policy.from_options(changes["options"])
+            for glob, _ in policy.modules:
+                assert any(policy.at(path) != policy for path in paths), glob
+
+
+def test_the_paper_s_recipe_is_the_preset():
+    masked = experiment(1).conditions(experiment(1).settings["quick"])["e8m3 truncated"]["options"]
+    preset = Policy.preset("paper:e8m3")
+    own = Policy.from_options({**masked, "attention": "keep"})
+    assert own == preset
+    assert parse_cast("e8m3/toward_zero/sat_finite") == own.cast("wgrad", "gradient")
+
+
+def test_the_readme_in_python_is_short():
+    text = (Path(__file__).parents[2] / "paper" / "README.md").read_text()
+    code = text.split("```python")[1].split("```")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) < 15
+    compile(code, "README", "exec")
