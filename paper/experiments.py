@@ -198,8 +198,8 @@ def _early_signs(setting: Setting) -> Conditions:
     return {f"e8m{bits} truncated": {"options": _masked(bits), **measured} for bits in widths}
 
 
-# The regime in which something happens at this size (paper/README.md tells how it was found). Interpreted: compiling for
-# one format takes longer than its runs do.
+# The regime in which something happens at this size (paper/README.md tells how it was found). Interpreted: compiling
+# for one format takes longer than its runs do.
 QUICK = RunConfig(
     model=MODELS["toy"],
     steps=300,
