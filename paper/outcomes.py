@@ -245,14 +245,24 @@ def auc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = Non
         labels: bool, shape (n,).
         weights: how often each counts, float64, shape (n,).
     """
-    weights = np.ones(len(scores)) if weights is None else weights
+    return _ranked(scores, labels)(np.ones(len(scores)) if weights is None else weights)
+
+
+def _ranked(scores: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], float]:
+    """`auc` as a function of the weights, with the sorting done once."""
     order = np.argsort(scores, kind="stable")
     _, ties = np.unique(scores[order], return_inverse=True)
-    positive = np.bincount(ties, weights=(weights * labels)[order])
-    negative = np.bincount(ties, weights=(weights * ~labels)[order])
-    below = np.cumsum(negative) - negative
-    total = positive.sum() * negative.sum()
-    return float((positive * (below + negative / 2)).sum() / total) if total else math.nan
+    is_positive = labels[order].astype(float)
+
+    def area(weights: np.ndarray) -> float:
+        ordered = weights[order]
+        positive = np.bincount(ties, weights=ordered * is_positive)
+        negative = np.bincount(ties, weights=ordered * (1 - is_positive))
+        below = np.cumsum(negative) - negative
+        total = positive.sum() * negative.sum()
+        return float((positive * (below + negative / 2)).sum() / total) if total else math.nan
+
+    return area
 
 
 def roc(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -317,7 +327,8 @@ def predict(
     by = rules().prediction
     horizon = by["main_horizon"] if horizon is None else horizon
     scores, labels, groups = scored_steps(runs, verdicts, signal, score=score, horizon=horizon)
-    low, high = bootstrap(lambda weights: auc(scores, labels, weights[groups]), len(runs), by["bootstrap"], by["level"])
+    area = _ranked(scores, labels)
+    low, high = bootstrap(lambda weights: area(weights[groups]), len(runs), by["bootstrap"], by["level"])
     ahead = round(horizon * runs[0].config.steps)
     return Prediction(
         signal,
