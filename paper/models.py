@@ -88,7 +88,7 @@ class ModelConfig:
 #: biases; the two Llamas as TinyLlama's ``tiny_LLaMA_120M`` and Llama 2 have them).
 MODELS = {
     "tiny": ModelConfig(),
-    "toy": ModelConfig(layers=2, hidden=32, heads=2, mlp=88, context=32),
+    "toy": ModelConfig(layers=1, hidden=32, heads=2, mlp=88, context=32),
     "gpt2-124m": ModelConfig(12, 768, 12, 3072, 1024, 50257, family="gpt2", tied=True),
     "llama-120m": ModelConfig(12, 768, 12, 2048, 2048, 32000, kv_heads=1, norm_epsilon=1e-5),
     "llama2-7b": ModelConfig(32, 4096, 32, 11008, 4096, 32000, norm_epsilon=1e-5),
