@@ -37,7 +37,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
-# Elements handled at a time, per thread: the temporaries then stay in the cache of a processor.
+# Elements per thread that are handled at a time.
 _CHUNK = 1 << 16
 
 
@@ -159,9 +159,14 @@ def measure(x: Tensor, rounded: Tensor, format: FloatFormat | None = None) -> St
     check_carrier(x.dtype, format)
     same = rounded is x
     x, rounded, times = _flat(x.detach(), rounded.detach())
-    size = _CHUNK * torch.get_num_threads() if x.device.type == "cpu" else max(x.numel(), 1)
+    size = piece_size(x.device)
     pieces = zip(x.split(size), x.split(size) if same else rounded.split(size), strict=True)
     return merge(_measure_piece(a, a if same else b, format) for a, b in pieces).repeated(times)
+
+
+def piece_size(device: torch.device) -> int:
+    """How many elements to handle at a time, so that temporaries stay in the caches of a processor."""
+    return _CHUNK * torch.get_num_threads() if device.type == "cpu" else 1 << 28
 
 
 def relative_error(error: float, reference: float) -> float:

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,19 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fpsim
-from fpsim.compile_backend import Gap, ProductStatistics, Profile, Profiler, SiteStatistics, Statistics, profile_page
+from fpsim.compile_backend import (
+    Gap,
+    ProductStatistics,
+    Profile,
+    Profiler,
+    Site,
+    SiteStatistics,
+    Statistics,
+    profile_page,
+)
 from fpsim.compile_backend.profiling import bars
 from fpsim.compile_backend.statistics import measure
 from fpsim.formats import parse_format
@@ -380,6 +390,21 @@ def test_a_loss_that_is_none_is_an_error(loss: Callable[[Tensor], Any]) -> None:
 def test_a_compiled_model_is_profiled_as_what_was_compiled(backend: str) -> None:
     layer, x = linear(), dyadic(5, 8, seed=3)
     assert fpsim.profile(torch.compile(layer, backend=backend), x) == fpsim.profile(layer, x)
+
+
+def test_the_sites_are_those_that_explain_lists() -> None:
+    """Of a transformer with grouped-query attention, in the same order; and each product has run once."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, use_cache=False, **sizes, **tokens))
+    x = torch.arange(32).view(2, 16)
+    plan = fpsim.explain(model, x, labels=x)
+    profile = fpsim.profile(model, x, labels=x)
+    names = [field.name for field in fields(Site)]
+    assert [Site(*(getattr(site, name) for name in names)) for site in profile.sites] == list(plan.sites)
+    assert len(profile.products) == 7 * 3 + 2 * 3 + 3 and {product.runs for product in profile.products} == {1}
+    assert [site.product for site in profile.sites] == [i for i in range(len(profile.products)) for _ in range(2)]
+    assert all(site.statistics.elements == math.prod(site.shape) for site in profile.sites)
 
 
 def test_activation_checkpointing_counts_nothing_twice() -> None:
