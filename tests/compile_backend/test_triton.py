@@ -60,6 +60,25 @@ def run_interpreted(*checks: str) -> None:
     assert done.stdout.splitlines() == [f"{check}: as it should be" for check in checks]
 
 
+@pytest.mark.skipif(
+    not torch.__version__.startswith("2.13."), reason="pretends that there is a GPU by torch's internals"
+)
+def test_inductors_code_for_gpus_rounds_as_eager_calls_do_and_contracts_nothing(tmp_path: Path) -> None:
+    """Generated for an H100 that is not there, compiled to PTX and read; then run in Triton's interpreter."""
+    program = str(PROGRAM.parent / "inductor_triton.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for mode, more in (("generate", {}), ("interpret", {"TRITON_INTERPRET": "1"})):
+        done = subprocess.run(
+            [sys.executable, program, mode, str(tmp_path)],
+            env=environment | more,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "29 kernels as they should be" in done.stdout
+
+
 # -- compiled, and read ------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +198,15 @@ def test_the_error_comes_out_of_a_kernel() -> None:
     with pytest.raises(CompilationError) as caught:
         ptx(products_rounded_and_added, 90, ("*fp32",) * 4, FORMAT="e4m3nf", BLOCK=256)
     assert "did you mean e4m3fn" in "".join(traceback.format_exception(caught.value))
+
+
+def test_without_a_gpu_the_proof_on_a_gpu_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: run python -m tests.gpu")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu"], cwd=PROGRAM.parents[2], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2 and "There is no CUDA device here" in done.stderr
 
 
 def test_the_kernels_for_cuda_are_registered_and_triton_is_not_imported_for_them() -> None:
