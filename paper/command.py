@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -161,6 +163,9 @@ def run(
 def experiment(
     number: Annotated[int, typer.Argument(help="1 to 8; fpsim study list shows them.")],
     size: Annotated[str, typer.Option(help="quick (minutes on 2 cores), full (hours) or paper (GPUs).")] = "quick",
+    conditions: Annotated[
+        list[str] | None, typer.Option(help="Only these, by name or glob ('*truncated').", show_default=False)
+    ] = None,
     model: Model = None,
     data: Data = None,
     seeds: Seeds = None,
@@ -195,7 +200,7 @@ def experiment(
         f"learning rates {', '.join(f'{rate:g}' for rate in setting.rates)}",
     }
     _compute(
-        chosen.plan(setting),
+        _only(chosen.plan(setting), conditions),
         out or Path(f"runs/experiment-{number}-{size}"),
         title=f"Experiment {number}: {chosen.title}",
         facts={"experiment": facts},
@@ -205,6 +210,19 @@ def experiment(
         resources={"num_cpus": cpus, "num_gpus": gpus or (1.0 if setting.base.device == "cuda" else 0.0)},
         retries=retries,
     )
+
+
+def _only(plan: list[Planned], globs: list[str] | None) -> list[Planned]:
+    """The runs of the conditions that one of ``globs`` matches."""
+    names = list(dict.fromkeys(planned.condition for planned in plan))
+    for glob in globs or []:
+        if not fnmatch.filter(names, glob):
+            near = difflib.get_close_matches(glob, names, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"no condition {glob!r}{hint}: there are {', '.join(map(repr, names))}")
+    return [
+        planned for planned in plan if not globs or any(fnmatch.fnmatchcase(planned.condition, glob) for glob in globs)
+    ]
 
 
 def _resized(

@@ -430,7 +430,9 @@ def _reproducible(config: RunConfig, index: int) -> Iterator[None]:
     try:
         torch.use_deterministic_algorithms(True)
         with (
-            torch._dynamo.config.patch(recompile_limit=256),  # all runs share the code object of forward
+            # All runs share the code object of forward. A graph is not split for the sake of DDP: policies name modules
+            # by their paths from the whole model.
+            torch._dynamo.config.patch(recompile_limit=256, optimize_ddp=False),
             torch.random.fork_rng(devices=devices),
         ):
             torch.manual_seed(int.from_bytes(digest[:7]))

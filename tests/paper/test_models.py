@@ -8,10 +8,11 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.nn import functional
 
 import fpsim
 from fpsim.paper import require
-from fpsim.paper.models import LanguageModel, ModelConfig, llama
+from fpsim.paper.models import MODELS, LanguageModel, LossAndLogits, ModelConfig, build, gpt2, llama, model_config
 
 CONFIG = ModelConfig(layers=2, hidden=16, heads=2, mlp=24, context=12, vocabulary=32)
 
@@ -86,3 +87,75 @@ def test_every_product_of_the_network_is_found_and_none_turns_positions():
     # Two operands of fprop, dgrad and wgrad; attention has two forward products with two gradients each.
     assert found == {name: 6 * CONFIG.layers for name in linears} | {"lm_head": 6, "self_attn": 12 * CONFIG.layers}
     assert not plan.gaps
+
+
+# -- other models ------------------------------------------------------------------------------------------------------
+
+
+def parameters(name: str) -> int:
+    """How many a named model has, without memory for them."""
+    with torch.device("meta"):
+        network = build(MODELS[name], seed=0)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_named_models_have_the_papers_sizes():
+    # GPT-2: 124 M in nanoGPT with biases and a tied head. TinyLlama's 120 M: multi-query attention, untied head.
+    assert parameters("gpt2-124m") == 124_439_808
+    attention, mlp, norms = 768 * 768 * 2 + 768 * 64 * 2, 3 * 768 * 2048, 2 * 768
+    assert parameters("llama-120m") == 12 * (attention + mlp + norms) + 768 + 2 * 32000 * 768 == 121_129_728
+    assert parameters("llama2-7b") == 6_738_415_616
+
+
+def test_gpt2_is_initialised_as_nanogpt_and_depends_on_its_seed_alone():
+    config = ModelConfig(layers=8, hidden=64, heads=2, mlp=256, context=32, family="gpt2", tied=True)
+    network = gpt2(config, seed=3)
+    weights = dict(network.named_parameters())
+    assert weights["transformer.h.0.attn.c_attn.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    assert weights["transformer.h.5.mlp.c_proj.weight"].std().item() == pytest.approx(0.02 / 16**0.5, rel=0.05)
+    assert network.lm_head.weight is network.transformer.wte.weight
+    again = gpt2(config, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
+    tokens = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(network(tokens).logits, network(tokens).logits)  # no dropout in training mode
+
+
+def test_a_model_may_be_the_users_own(tmp_path):
+    script = tmp_path / "own.py"
+    script.write_text(
+        "import torch\n"
+        "def build(vocabulary): return torch.nn.Embedding(vocabulary, vocabulary)\n"
+        "def both(**sizes): return torch.nn.Linear(sizes['context'], sizes['vocabulary'])\n"
+        "def wrong(): return 3\n"
+    )
+    config = ModelConfig(family="script", script=f"{script}:build", vocabulary=7, context=3)
+    network = build(config, seed=1)
+    assert network.weight.shape == (7, 7)
+    assert torch.equal(network.weight, build(config, seed=1).weight)
+    assert not torch.equal(network.weight, build(config, seed=2).weight)
+    inputs, targets = torch.tensor([[0, 1, 2]]), torch.tensor([[1, 2, 6]])
+    expected = functional.cross_entropy(network.weight[:3], targets[0])
+    assert LanguageModel(network)(inputs, targets).item() == pytest.approx(expected.item())
+    loss, logits = LossAndLogits(network)(inputs, targets)
+    assert loss.item() == pytest.approx(expected.item())
+    assert torch.equal(logits, network.weight[2:3])
+    assert not logits.requires_grad
+    assert build(model_config(f"{script}:both"), seed=0).weight.shape == (256, 128)
+
+
+def test_a_script_that_cannot_be_used_says_why(tmp_path):
+    script = tmp_path / "own.py"
+    script.write_text("def build_model(): return None\ndef other(): pass\n")
+    with pytest.raises(ValueError, match=r"no function 'build_modle' .did you mean 'build_model'.*build_model, other"):
+        build(model_config(f"{script}:build_modle"), seed=0)
+    with pytest.raises(TypeError, match=r"must return a torch.nn.Module, got NoneType"):
+        build(model_config(f"{script}:build_model"), seed=0)
+    with pytest.raises(FileNotFoundError, match="no script at"):
+        build(model_config(f"{tmp_path}/none.py:build"), seed=0)
+    with pytest.raises(ValueError, match=r"unknown model 'gpt2-124' .did you mean 'gpt2-124m'"):
+        model_config("gpt2-124")
+    with pytest.raises(ValueError, match="belong together"):
+        ModelConfig(family="script")
+    with pytest.raises(ValueError, match="multiple of kv_heads"):
+        ModelConfig(kv_heads=3)
