@@ -64,13 +64,13 @@ def comparison(product: Product, value: fx.Node, exact: bool) -> Comparison:
     Whatever the operator adds is in neither norm. ``exact``: never estimate.
     """
     multiply, mixing = _multiplication(product, value), _mixing(product, value)
-    beta = product.node.kwargs.get("beta", 1)
+    beta = cast(float, product.node.kwargs.get("beta", 1))
 
     def compare(got: Tensor, operands: Sequence[Tensor], others: Sequence[Tensor], seed: int) -> tuple[float, float]:
         addend = _addend(product, others)
         if addend is not None:
             addend = (beta * addend.double()).expand(got.shape)
-        if mixing is not None and not exact and got.shape[mixing.of_result] >= LARGE:
+        if mixing is not None and not exact and got.numel() and got.shape[mixing.of_result] >= LARGE:
             signs = _signs(got.shape[mixing.of_result], seed, got.device)
             mixed = list(operands)
             mixed[mixing.operand] = _mixed(operands[mixing.operand], mixing.of_operand, signs)
@@ -139,8 +139,8 @@ def _mixing(product: Product, value: fx.Node) -> _Mixing | None:
 
 def _signs(size: int, seed: int, device: torch.device) -> Tensor:
     """Random signs, of shape (``size``, `MIXTURES`)."""
-    generator = torch.Generator().manual_seed(seed)
-    return (2.0 * torch.randint(2, (size, MIXTURES), generator=generator) - 1).double().to(device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return (2.0 * torch.randint(2, (size, MIXTURES), generator=generator, device="cpu") - 1).double().to(device)
 
 
 def _rows(values: Tensor, dim: int) -> Tensor:
@@ -180,10 +180,11 @@ def _addend(product: Product, others: Sequence[Tensor]) -> Tensor | None:
 
 def _multiplication(product: Product, value: fx.Node) -> Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]:
     """The product in float64, as a function of its operands and of the other tensors that its operator takes."""
-    node, packet = product.node, _packet(product)
-    alpha = node.kwargs.get("alpha", 1)
-    if packet in _PLAIN or packet in (aten.addmm, aten.baddbmm):
-        return lambda operands, _: alpha * _times(*operands) if alpha != 1 else _times(*operands)
+    if _packet(product) in _PLAIN:
+        return lambda operands, _: _times(*operands)
+    if _packet(product) in (aten.addmm, aten.baddbmm):
+        alpha = cast(float, product.node.kwargs.get("alpha", 1))
+        return lambda operands, _: _times(*operands).mul_(alpha)
     of_wide = _wide_multiplication(product, value)
     return lambda operands, others: of_wide([operand.double() for operand in operands], others)
 
@@ -197,7 +198,7 @@ def _wide_multiplication(product: Product, value: fx.Node) -> Callable[[Sequence
     if packet is aten.convolution:
         return lambda operands, _: packet(*operands, None, *node.args[3:])
     if packet is aten.convolution_backward:
-        return partial(_convolution_gradient, node.args, value.args[1])
+        return partial(_convolution_gradient, node.args, cast(int, value.args[1]))
     if packet is aten._grouped_mm:
         return lambda operands, others: _grouped(*operands, *others[:1])
     if packet is aten.mul and value is not product.value:

@@ -216,10 +216,10 @@ def _overview(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         if row["cast"] is None:
             continue
-        value = top - 14 if row["sqnr"] == math.inf else y(max(row["sqnr"], low))
+        level = top - 14 if row["sqnr"] == math.inf else y(max(row["sqnr"], low))
         text = f"{row['path'] or '(root)'}: {row['kind']} {row['role']}, {decibel(row['sqnr'])} dB"
         marks.append(
-            f'<a href="#site-{row["number"]}"><circle cx="{x(row["number"]):.1f}" cy="{value:.1f}" r="3.5" '
+            f'<a href="#site-{row["number"]}"><circle cx="{x(row["number"]):.1f}" cy="{level:.1f}" r="3.5" '
             f'fill="{_COLOURS[row["role"]]}"><title>{escape(text)}</title></circle></a>'
         )
     present = dict.fromkeys(row["role"] for row in rows if row["cast"])

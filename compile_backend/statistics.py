@@ -275,7 +275,7 @@ def _read(x: Tensor) -> _Reading:
             histogram[value - 1 + unit] = histogram.get(value - 1 + unit, 0) + count
     infinity = ((1 << carrier.exponent_bits) - 1) << carrier.mantissa_bits
     finite = magnitude[magnitude < infinity] if by_field[-1] else magnitude
-    top = finite.max() if finite.numel() else torch.zeros((), dtype=integer)
+    top = finite.max() if finite.numel() else magnitude.new_zeros(())
     return _Reading(
         magnitude, infinity, tuple(sorted(histogram.items())), zeros, by_field[-1], float(top.view(x.dtype))
     )

@@ -261,6 +261,42 @@ def test_the_error_of_every_kind_of_product(name: str) -> None:
     assert errors == [close(e) for e in sorted(map(relative, both, exact))]
 
 
+def grouped_by_hand(a: Tensor, b: Tensor, ends: list[int] | None) -> Tensor:
+    """The product of each group, in float64."""
+    if ends is None:
+        return a @ b
+    groups = [slice(i, j) for i, j in zip([0, *ends], ends, strict=False)]
+    if a.dim() == b.dim():
+        return torch.stack([a[:, group] @ b[group] for group in groups])
+    if a.dim() == 2:
+        return torch.cat([a[group] @ matrix for group, matrix in zip(groups, b, strict=True)])
+    return torch.cat([matrix @ b[:, group] for group, matrix in zip(groups, a, strict=True)], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "ends"),
+    [
+        ((8, 16), (2, 16, 24), [3, 8]),
+        ((16, 8), (8, 16), [3, 8]),
+        ((2, 4, 16), (2, 16, 24), None),
+        ((2, 8, 16), (16, 24), [5, 24]),
+        ((8, 16), (2, 16, 128), [3, 8]),  # large
+    ],
+)
+def test_the_error_of_grouped_products(first: tuple, second: tuple, ends: list[int] | None) -> None:
+    """In bfloat16, the only dtype that has them everywhere: the rounding of the result is part of the error."""
+    a, b = dyadic(*first, seed=1).bfloat16(), dyadic(*second, seed=2).bfloat16()
+    offsets = {} if ends is None else {"offs": torch.tensor(ends, dtype=torch.int32)}
+
+    def grouped(a: Tensor, b: Tensor) -> Tensor:
+        return F.grouped_mm(a, b, **offsets)
+
+    (product,) = fpsim.profile(grouped, a, b, policy={"format": "e4m3fn"}).products
+    result = grouped(fpsim.round(a, "e4m3fn"), fpsim.round(b, "e4m3fn"))
+    expected = relative(result, grouped_by_hand(a.double(), b.double(), ends))
+    assert product.relative_error == (close(expected) if second[-1] < 128 else pytest.approx(expected, rel=0.1))
+
+
 def test_an_operand_that_is_expanded_counts_as_often_as_it_is_multiplied() -> None:
     """Grouped-query attention: one key for two queries."""
     q, k = dyadic(1, 4, 3, 8, seed=15), dyadic(1, 2, 3, 8, seed=16)
@@ -312,6 +348,11 @@ def test_estimates_of_several_runs_average_out() -> None:
     (product,) = profiler.take().products
     assert product.runs == 64
     assert product.error / 8 == pytest.approx(exact, rel=0.01)
+
+
+def test_a_product_without_elements() -> None:
+    (product,) = fpsim.profile(nn.Linear(8, 128), torch.zeros(0, 8), policy=HYBRID).products[:1]
+    assert (product.error, product.reference, product.relative_error) == (0, 0, 0)
 
 
 def test_what_is_no_number_is_never_estimated() -> None:
@@ -424,6 +465,33 @@ def test_what_is_not_rounded_is_a_gap() -> None:
     assert {site.path for site in profile.sites} == {"0"}
     assert Gap("1", "aten.addmm", "fprop left unrounded by the policy") in profile.gaps
     assert "3 gaps are not in this table" in str(profile) and "left unrounded" in page_of(profile)
+
+
+def test_the_graphs_of_a_model_that_breaks_stand_one_after_the_other() -> None:
+    first, second, x = linear(), linear(6, 4), dyadic(5, 8, seed=3)
+
+    def broken(x: Tensor) -> Tensor:
+        h = first(x)
+        torch._dynamo.graph_break()
+        return second(h)
+
+    profile = fpsim.profile(broken, x, policy=HYBRID)
+    assert [product.kind for product in profile.products] == ["fprop", "wgrad", "fprop", "dgrad", "wgrad"]
+    assert [site.product for site in profile.sites] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    h = F.linear(rounded(x, "e4m3fn"), rounded(first.weight, "e4m3fn"), first.bias.detach())
+    assert profile.sites[4].statistics == of(h, "e4m3fn")
+    assert [gap.operator for gap in profile.gaps] == ["(graph break)"]
+
+
+def test_under_autocast_the_carrier_is_the_dtype_of_the_product() -> None:
+    layer, x = linear(bias=False), dyadic(5, 8, seed=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        profile = fpsim.profile(layer, x, policy=HYBRID)
+    site = the(profile, kind="fprop", role="activation")
+    assert site.dtype == "bfloat16" and site.statistics == of(x.bfloat16(), "e4m3fn")
+    exact = x.bfloat16().double() @ layer.weight.detach().bfloat16().double().T
+    result = (rounded(x, "e4m3fn").double() @ rounded(layer.weight, "e4m3fn").double().T).bfloat16()
+    assert profile.products[0].relative_error == close(relative(result, exact))
 
 
 def test_what_is_not_compiled_is_a_gap() -> None:
