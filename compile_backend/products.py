@@ -77,6 +77,7 @@ _REMEDIES = {
     _ATTENTION.pattern: "Leave the choice of the kernel to torch.nn.functional.scaled_dot_product_attention",
     r"aten\._trilinear": "Write it as torch.einsum('bi,kij,bj->bk', x, weight, y)",
     r"aten\.(_euclidean_dist|_cdist|_pdist).*": "Write the distance out: (x[:, None] - y).square().sum(-1).sqrt()",
+    r"aten\._embedding_bag.*": "Write it as torch.einsum('bn,bnd->bd', per_sample_weights, embedding(indices))",
     r"transformers\.grouped_mm.*": "Set experts_implementation='batched_mm' in the model's configuration",
     r"higher_order\.flex_attention.*": "Use torch.nn.functional.scaled_dot_product_attention",
     r"higher_order\..*": "Write what it does as plain Python, which torch.compile traces",
@@ -188,7 +189,15 @@ def is_opaque(node: fx.Node) -> bool:
         return True
     if not isinstance(target, torch._ops.OpOverload) or is_product(node):
         return False
-    return target.namespace not in _TRANSPARENT_NAMESPACES or may_hold_products(operator_name(node))
+    hidden = may_hold_products(operator_name(node)) or _weighs_embeddings(node)
+    return target.namespace not in _TRANSPARENT_NAMESPACES or hidden
+
+
+def _weighs_embeddings(node: fx.Node) -> bool:
+    """Whether ``node`` is a bag of embeddings, or a derivative of one, that multiplies each by a weight of its sample."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return given.get("per_sample_weights") is not None
 
 
 def may_hold_products(operator: str) -> bool:

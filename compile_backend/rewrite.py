@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.node import map_arg
 from torch.utils.checkpoint import CheckpointPolicy
@@ -396,7 +396,9 @@ class _Inserter:
     def _is_at_hand_in_backward(self, value: fx.Node) -> bool:
         """Whether backward has ``value`` anyway, so that rounding it again beats keeping the rounded copy.
 
-        It has parameters, and whatever the derivative of an elementwise function uses (the result of a softmax).
+        It has parameters, and whatever the derivative of an elementwise function uses: the result of a softmax, or of a
+        relu, of which it needs to know where it is zero (a table of booleans in its place would be smaller, but
+        Inductor's C++ writes one a hundred times slower than numbers).
         """
         if self.sources.get(value, Source.NONE) == Source.PARAMETER:
             return True
@@ -404,9 +406,15 @@ class _Inserter:
             if is_view(user):
                 if self._is_at_hand_in_backward(user):
                     return True
-            elif not is_product(user) and self.sources.get(user, Source.NONE) & Source.TANGENT:
+            elif not is_product(user) and self._is_used_with_gradients(user):
                 return True
         return False
+
+    def _is_used_with_gradients(self, node: fx.Node) -> bool:
+        if self.sources.get(node, Source.NONE) & Source.TANGENT:
+            return True
+        is_condition = isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dtype == torch.bool
+        return is_condition and any(map(self._is_used_with_gradients, node.users))
 
 
 def _describe(node: fx.Node) -> None:

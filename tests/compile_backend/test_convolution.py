@@ -299,7 +299,7 @@ def test_a_backward_written_by_hand_is_rounded() -> None:
 
 def test_audit_counts_convolutions_as_covered() -> None:
     model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.ConvTranspose1d(3, 2, 3))
-    assert fpsim.audit(model, torch.randn(2, 2, 7)) == fpsim.compile_backend.Audit((), covered=5)
+    assert fpsim.audit(model, torch.randn(2, 2, 7)) == fpsim.compile_backend.Audit((), covered=4)
 
 
 # -- the graph ---------------------------------------------------------------------------------------------------------
@@ -320,8 +320,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
 
 
 def trained(options: Mapping, layer: nn.Module, *, needs_dx: bool = True) -> None:
-    x = torch.relu(torch.randn(2, 3, 6, 5, requires_grad=needs_dx))
-    torch.compile(lambda x: layer(torch.relu(x)), backend="fpsim_eager", options=options)(x).sum().backward()
+    x = torch.randn(2, 3, 6, 5, requires_grad=needs_dx)
+    torch.compile(lambda x: layer(torch.sin(x)), backend="fpsim_eager", options=options)(x).sum().backward()
 
 
 def backwards(graph: fx.Graph) -> list[fx.Node]:

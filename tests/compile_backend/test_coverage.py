@@ -534,6 +534,11 @@ REFUSALS: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
         "aten._euclidean_dist",
         ".square().sum(-1).sqrt()",
     ),
+    "weighted embeddings": (
+        lambda x: F.embedding_bag(torch.zeros(4, 4, dtype=torch.int64), x, per_sample_weights=x, mode="sum"),
+        "aten._embedding_bag",
+        "torch.einsum('bn,bnd->bd', per_sample_weights, embedding(indices))",
+    ),
     "cond": (
         lambda x: torch.cond(x.sum() > 0, lambda x: x @ x, lambda x: x + 1, (x,)),
         "higher_order.cond",
@@ -551,6 +556,22 @@ def test_what_cannot_be_rounded_is_refused_with_a_remedy(name: str) -> None:
     fn, operator, remedy = REFUSALS[name]
     message = refused(fn, X)
     assert message.startswith(operator) and remedy in message and "gaps=[" in message
+
+
+def test_weighted_embeddings_are_rounded_as_the_refusal_advises() -> None:
+    indices, shapes = torch.tensor([[0, 2, 2], [1, 0, 3]]), ((2, 3), (4, 2))
+    weights, table = (dyadic(*shape, seed=i, bits=2) for i, shape in enumerate(shapes))
+    assert_rounded(
+        lambda w, t: torch.einsum("bn,bnd->bd", w, F.embedding(indices, t)),
+        lambda w, t: product(w, F.embedding(indices, t), lambda w, e: torch.einsum("bn,bnd->bd", w, e)),
+        [weights, table],
+    )
+
+
+def test_embeddings_without_weights_are_only_added_up() -> None:
+    table = torch.randn(4, 2, requires_grad=True)
+    plan = fpsim.explain(lambda t: F.embedding_bag(torch.tensor([[0, 2], [1, 0]]), t, mode="sum"), table)
+    assert plan.sites == plan.gaps == ()
 
 
 def test_flex_attention_is_refused() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -323,6 +323,14 @@ def test_the_overflow_mode_in_the_graph_is_the_resolved_one():
     assert call.args[1:4] == ("e5m2", "nearest_even", resolve_overflow(parse_format("e5m2"), None))
 
 
+@pytest.fixture
+def subnormals_kept_after() -> Iterator[None]:
+    """Loading code compiled with unsafe mathematics lets the processor flush subnormals: not in the tests after it."""
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.usefixtures("subnormals_kept_after")
 @pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "e8m3"])
 def test_contraction_and_unsafe_mathematics_change_nothing(name: str) -> None:
     flags = {"cpp.enable_floating_point_contract_flag": "fast", "cpp.enable_unsafe_math_opt_flag": True}
