@@ -156,7 +156,8 @@ def refuse_other_policy(policy: Policy, what: str) -> None:
     """Refuse a policy that is not the one with which another rank has compiled the same thing.
 
     Not a collective: it waits for nobody. The first rank to come leaves its policy in the store through which the ranks
-    found each other, and the others compare theirs with it. Without other ranks nothing happens.
+    found each other, and the others compare theirs with it, the ``n``-th time they compile the same thing with what was
+    left the ``n``-th time. Without other ranks nothing happens.
 
     Args:
         policy: of what is being compiled.
@@ -169,7 +170,8 @@ def refuse_other_policy(policy: Policy, what: str) -> None:
         return
     store = dist.distributed_c10d._get_default_store()
     own = json.dumps({"rank": dist.get_rank(), "policy": policy.to_json()})
-    first = json.loads(store.compare_set(f"fpsim/policy/{what}", "", own))
+    times = store.add(f"fpsim/compiled/{what}/{dist.get_rank()}", 1)
+    first = json.loads(store.compare_set(f"fpsim/policy/{what}/{times}", "", own))
     firsts = Policy.from_json(first["policy"])
     if firsts != policy:
         raise ValueError(

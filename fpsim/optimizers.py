@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 import difflib
+import typing
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from fpsim.formats import FloatFormat, split_rounding
 from fpsim.policy import Cast, matches, parse_cast
 from fpsim.random_words import random_key
 from fpsim.rounding_op import KERNEL, check_carrier, round_op, round_stochastic_op
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 #: The names under which a state dict holds what is kept besides the optimizer's own state.
 MASTER, COMPENSATION, STEPS = "fpsim_master", "fpsim_compensation", "fpsim_steps"
@@ -336,7 +340,9 @@ def _states_after_a_step(optimizer: Optimizer) -> list[dict[str, Any]]:
         return loss.detach()
 
     closure()
-    type(twin).step(twin, closure)  # not twin.step, which a learning rate scheduler binds to the original
+    type(twin).step(
+        twin, typing.cast(Any, closure)
+    )  # not twin.step, which a learning rate scheduler binds to the original
     return list(twin.state.values())
 
 
@@ -556,24 +562,30 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
-    if not hasattr(parameter, "to_local"):
+    """``local`` as a `DTensor` laid out as ``parameter``; itself where that is none."""
+    sharded = _as_sharded(parameter)
+    if sharded is None:
         return local
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(
-        local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
-    )
+    mesh, placements = sharded.device_mesh, sharded.placements
+    return DTensor.from_local(local, mesh, placements, shape=sharded.shape, stride=sharded.stride())
 
 
 def _shard(parameter: Tensor) -> int:
     """Which shard of a `DTensor` is here; 0 for what is not sharded."""
-    number = 0
-    if hasattr(parameter, "to_local"):
-        mesh = parameter.device_mesh
-        for dimension, placement in enumerate(parameter.placements):
+    number, sharded = 0, _as_sharded(parameter)
+    if sharded is not None:
+        mesh = sharded.device_mesh
+        for dimension, placement in enumerate(sharded.placements):
             if placement.is_shard():
                 number = number * mesh.size(dimension) + mesh.get_local_rank(dimension)
     return number
+
+
+def _as_sharded(tensor: Tensor) -> DTensor | None:
+    """The tensor if it is a `DTensor`, whose module takes long to import where it is not used."""
+    return typing.cast("DTensor", tensor) if hasattr(tensor, "to_local") else None
 
 
 # -- rounding many tensors in place ------------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ def train(model: nn.Module, forward: Callable[[Tensor], Tensor], part: slice, *,
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25, momentum=0.5)
     fpsim.round_optimizer(optimizer, "e5m2", weights="e4m3fn", master="bf16")
     optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())  # whose master copies are sharded as the parameters are
     state = {name: whole(optimizer.state[p]["momentum_buffer"]) for name, p in model.named_parameters()}
     parameters = {name: whole(p.detach()) for name, p in model.named_parameters()}
     return {"outputs": torch.cat(outputs), "gradients": gradients, "state": state, "parameters": parameters}

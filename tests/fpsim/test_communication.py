@@ -78,6 +78,7 @@ def work(rank: int, address: str, folder: str) -> None:
     result["same"] = error_of(fpsim.check_same_policy, {"format": "e8m3"})
     result["gathered"] = error_of(fpsim.check_same_policy, own)
     result["stored"] = error_of(refuse_other_policy, fpsim.Policy(**own), "model")
+    result["stored again"] = error_of(refuse_other_policy, fpsim.Policy(format="e8m1"), "model")
     result["stored apart"] = error_of(refuse_other_policy, fpsim.Policy(**own), f"part {rank}")
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -166,7 +167,7 @@ def check_that_the_first_ranks_policy_is_left_for_the_others(ranks: list[dict[st
     assert sorted(error == "none" for error in errors) == [False, True]
     second = errors.index(max(errors, key=len))
     assert f"this is rank {second}, whose policy is not that of rank {1 - second}: format is" in errors[second]
-    assert all(rank["stored apart"] == "none" for rank in ranks)
+    assert all(rank["stored apart"] == rank["stored again"] == "none" for rank in ranks)
 
 
 def test_differences_of_policies() -> None:
