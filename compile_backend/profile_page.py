@@ -43,14 +43,17 @@ _COLUMNS = (
     (
         "exponents",
         "exponents",
-        "Binary exponents of the inputs (bars) and of the results (line); all rows on one axis.",
+        "Binary exponents of the inputs (bars) and of the results (line), all rows on one axis; shaded below the smallest "
+        "normal number of the format.",
     ),
     ("sqnr", "SQNR dB", "10 log10 of the energy of the inputs over that of their changes. 6 dB are one bit."),
     (
         "relative_error",
         "product error",
-        "Frobenius norm of the product less that of the unrounded operands in float64, over the norm of the latter.",
+        "Frobenius norm of the product less that of the unrounded operands in float64, over the norm of the latter; "
+        "of products with 128 columns or more an estimate, unless exact products were asked for.",
     ),
+    ("amax", "amax", "Largest magnitude of a finite input."),
     ("zeros", "zero", "Share of inputs that are zero."),
     ("underflows", "underflow", "Share of inputs other than zero that became zero."),
     ("subnormals", "subnormal", "Share of results that are subnormal numbers of the format."),
@@ -58,7 +61,6 @@ _COLUMNS = (
     ("overflows", "overflow", "Share of finite inputs that became an infinity or NaN."),
     ("infinities", "inf in", "Share of inputs that are infinite."),
     ("nans", "NaN in", "Share of inputs that are NaN."),
-    ("amax", "amax", "Largest magnitude of a finite input."),
 )
 #: Those of words, and the plot.
 _TEXTS = ("path", "operator", "kind", "role", "shape", "cast", "exponents")
