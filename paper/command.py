@@ -125,8 +125,8 @@ def run(
     from .sweeps import grid
 
     steps = steps or 300
-    sizes = {"context": context, "vocabulary": vocabulary}
-    chosen = replace(model_config(model or "tiny"), **{name: size for name, size in sizes.items() if size})
+    chosen = model_config(model or "tiny")
+    chosen = replace(chosen, context=context or chosen.context, vocabulary=vocabulary or chosen.vocabulary)
     base = RunConfig(
         model=chosen,
         data=DataConfig(data, quality=quality, level=level if quality != "clean" else 1.0),

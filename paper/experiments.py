@@ -84,7 +84,7 @@ def _linears(cast: str) -> dict[str, Any]:
     return {"format": cast, "products": "weights"}
 
 
-def _masked(bits: int, rounding: str = _TRUNCATED) -> Options:
+def _masked(bits: int, rounding: str = _TRUNCATED) -> dict[str, Any]:
     return _linears(f"e8m{bits}/{rounding}/sat_finite")
 
 
@@ -155,7 +155,7 @@ def _hybrid(_: Setting) -> Conditions:
 
 def _quality(setting: Setting) -> Conditions:
     formats = {"bf16": _linears("bf16"), "fp8 hybrid": {"products": "weights"}, "truncated": _masked(setting.low)}
-    spoiled = {
+    spoiled: dict[str, dict[str, Any]] = {
         "clean": {},
         "half shuffled": {"quality": "shuffled", "level": 0.5},
         "9/10 duplicated": {"quality": "duplicated", "level": 0.9},

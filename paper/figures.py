@@ -94,7 +94,7 @@ def heat_maps(judged: Judged) -> Figure:
         image = axes.imshow(losses, vmin=low, vmax=high, cmap="viridis_r", aspect="auto")
         axes.plot(*np.nonzero(diverged)[::-1], "x", color="#D55E00", markersize=6, markeredgewidth=2)
         axes.set_xticks(range(len(judged.rates)), [f"{rate:g}" for rate in judged.rates], fontsize=7)
-        axes.set_yticks(range(len(judged.seeds)), judged.seeds, fontsize=7)
+        axes.set_yticks(range(len(judged.seeds)), [str(seed) for seed in judged.seeds], fontsize=7)
         axes.set_title(name, fontsize=9)
         axes.grid(False)
     panels[0].set_ylabel("seed")

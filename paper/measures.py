@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,7 @@ class Ranges(TorchDispatchMode):
         """Dynamo may compile while this is active: it only looks."""
         return True
 
-    def __init__(self, parameters: list[Tensor], tangent: Tensor) -> None:
+    def __init__(self, parameters: Sequence[Tensor], tangent: Tensor) -> None:
         super().__init__()
         self._weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
         self._from_tangent = {tangent.untyped_storage().data_ptr()}

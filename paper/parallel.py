@@ -54,7 +54,7 @@ class Parallel:
         if self.world == 1:
             return loss_of
         if self.kind == "ddp":
-            return nn.parallel.DistributedDataParallel(loss_of)  # type: ignore[arg-type]
+            return nn.parallel.DistributedDataParallel(loss_of)
         from torch.distributed.fsdp import fully_shard
 
         unit = _Unit(loss_of)
