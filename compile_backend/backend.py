@@ -32,6 +32,8 @@ from fpsim.compile_backend.rewrite import Observer, RoundingPass
 from fpsim.policy import Policy
 from fpsim.rounding_op import draw_seed
 
+guards.look_into_recurrent_layers()
+
 #: What the profiler calls a run of a graph that fpsim rewrote, forward (`fpsim.audit` looks for it).
 GRAPH_EVENT = "fpsim: rewritten graph"
 

@@ -55,6 +55,15 @@ def fail_closed() -> None:
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, RECOMPILE_LIMIT)
 
 
+def look_into_recurrent_layers() -> None:
+    """Let Dynamo trace `nn.RNN`, `nn.GRU` and `nn.LSTM`, as a setting of the whole process.
+
+    By default it leaves the function that calls one uncompiled, with all that is beside it, so that no backend ever
+    hears of it. To be called when the backend is looked up, before anything is traced.
+    """
+    dynamo_config.allow_rnn = True
+
+
 def refuse_settings(policy: Policy) -> None:
     """Refuse settings of torch under which products would not be those that the policy describes."""
     if inductor_config.freezing and policy.is_stochastic:

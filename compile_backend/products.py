@@ -77,6 +77,8 @@ _REMEDIES = {
     _ATTENTION.pattern: "Leave the choice of the kernel to torch.nn.functional.scaled_dot_product_attention",
     r"aten\._trilinear": "Write it as torch.einsum('bi,kij,bj->bk', x, weight, y)",
     r"aten\.(_euclidean_dist|_cdist|_pdist).*": "Write the distance out: (x[:, None] - y).square().sum(-1).sqrt()",
+    r"aten\.mkldnn_rnn.*": "Let torch take the layer apart: torch.backends.mkldnn.enabled = False",
+    r"aten\._cudnn_rnn.*": "Let torch take the layer apart: torch.backends.cudnn.enabled = False",
     r"aten\._embedding_bag.*": "Write it as torch.einsum('bn,bnd->bd', per_sample_weights, embedding(indices))",
     r"transformers\.grouped_mm.*": "Set experts_implementation='batched_mm' in the model's configuration",
     r"higher_order\.flex_attention.*": "Use torch.nn.functional.scaled_dot_product_attention",
@@ -194,7 +196,7 @@ def is_opaque(node: fx.Node) -> bool:
 
 
 def _weighs_embeddings(node: fx.Node) -> bool:
-    """Whether ``node`` is a bag of embeddings, or a derivative of one, that multiplies each by a weight of its sample."""
+    """Whether ``node`` is a bag of embeddings, or its derivative, that multiplies each by a weight of its sample."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
     return given.get("per_sample_weights") is not None

@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._higher_order_ops.map import map as torch_map
 from torch._higher_order_ops.scan import scan
@@ -457,7 +456,7 @@ def test_gated_cells_in_inference() -> None:
         assert torch.equal(got, lstm_by_hand(lstm, x, h, c))
 
 
-def test_a_recurrent_network_that_dynamo_may_trace() -> None:
+def test_a_recurrent_layer() -> None:
     model = dyadic_(nn.RNN(4, 5, nonlinearity="relu", batch_first=True), bits=1)
 
     def by_hand(x: Tensor) -> Tensor:
@@ -469,8 +468,33 @@ def test_a_recurrent_network_that_dynamo_may_trace() -> None:
             states.append(h)
         return torch.stack(states, 1)
 
-    with dynamo_config.patch(allow_rnn=True):
-        assert_rounded(lambda x: model(x)[0], by_hand, [dyadic(2, 3, 4, seed=8, bits=2)], [*model.parameters()])
+    assert_rounded(lambda x: model(x)[0], by_hand, [dyadic(2, 3, 4, seed=8, bits=2)], [*model.parameters()])
+
+
+@pytest.mark.parametrize(("kind", "cell"), [(nn.GRU, nn.GRUCell), (nn.LSTM, nn.LSTMCell)])
+def test_a_layer_of_gated_cells_is_the_cell_step_by_step(
+    kind: type[nn.RNNBase], cell: type[nn.GRUCell | nn.LSTMCell]
+) -> None:
+    layer, one = dyadic_(kind(4, 5)), cell(4, 5)
+    one.load_state_dict({name.removesuffix("_l0"): value for name, value in layer.state_dict().items()})
+    x, h, c = dyadic(3, 2, 4, seed=7), torch.zeros(2, 5), torch.zeros(2, 5)
+    states = []
+    for step in x:
+        if kind is nn.GRU:
+            h = gru_by_hand(one, step, h)
+        else:
+            i, f, g, o = sum(gates(one, step, h)).chunk(4, 1)  # type: ignore[attr-defined]
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+        states.append(h)
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        got = torch.compile(layer, backend="fpsim_eager", options=OPTIONS)(x)[0]
+    assert_same([got], [torch.stack(states).detach()])
+
+
+def test_a_layer_that_one_operator_computes_is_refused() -> None:
+    message = refused(nn.LSTM(4, 5), torch.randn(3, 2, 4))
+    assert "aten.mkldnn_rnn_layer" in message and "torch.backends.mkldnn.enabled = False" in message
 
 
 # -- backward by hand --------------------------------------------------------------------------------------------------

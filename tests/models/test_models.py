@@ -14,12 +14,12 @@ from torch import nn
 import fpsim
 from fpsim.compile_backend import Gap, Plan
 
-from .__main__ import cells, is_clean, markdown, remarks
-from .architectures import ARCHITECTURES, CLASSES, FIRST, LAYERS, LINEAR, Architecture, images
+from .__main__ import cells, markdown
+from .architectures import ARCHITECTURES, CLASSES, FIRST, LAYERS, Architecture, images
 from .measure import Row, atens_kernels, first_step, largest_difference, measure, same_bits, step
 
 #: Quick ones that share little: disentangled attention, convolutions of every kind, a recurrence, linear layers only.
-SAMPLE = ("deberta-v2", "vit", "convnext", "resnet", "unet", "lstm-cell", "mixer")
+SAMPLE = ("deberta-v2", "vit", "convnext", "resnet", "unet", "lstm-cell", "lstm", "gru", "mixer")
 #: Those of them that run as well, interpreted and compiled.
 AUDITED = ("vit", "resnet", "unet", "mixer")
 COMPILED = ("unet", "mixer")
@@ -76,17 +76,6 @@ def test_a_model_is_the_same_at_every_build() -> None:
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
-
-
-def test_an_nn_lstm_is_no_clean_row() -> None:
-    """`torch.compile` does not look into `nn.LSTM`: its products run unrounded, and the table says so."""
-    model, inputs = ARCHITECTURES["lstm"].build()
-    audit = fpsim.audit(torch.compile(model, backend="fpsim_eager"), **inputs)
-    row = Row(ARCHITECTURES["lstm"], plan=explained("lstm"), audit=audit)
-    assert row.rounded == LINEAR and len(row.breaks) == 1 and row.escaped == 2
-    assert not is_clean(row)
-    (remark,) = remarks([row])
-    assert "graph break" in remark and "escaped: 1 x aten.lstm" in remark
 
 
 class Refused(nn.Module):
