@@ -36,6 +36,8 @@ COMPILE_FROM = 1 << 20
 
 # Tensors of fewer numbers are rounded together, since each call costs some microseconds.
 _SMALL = 1 << 14
+# Numbers in a tensor whose indices have 32 bits.
+_SHORT = 1 << 31
 
 CastLike = str | FloatFormat
 
@@ -640,7 +642,7 @@ def _wrap(number: int) -> int:
 
 
 def _round_tensor(x: Tensor, cast: Cast, compiled: bool, key: Tensor | None = None) -> None:
-    if compiled and x.is_contiguous():
+    if compiled and x.is_contiguous() and x.numel() < _SHORT:
         _compiled_rounding(cast, key is not None)(x.view(-1), key)
     else:
         _overwrite(x, key, *_arguments(cast))
@@ -654,6 +656,8 @@ def _overwrite(x: Tensor, key: Tensor | None, format: str, rounding: str, overfl
     if key is None:
         x.copy_(round_op(x, format, rounding, overflow, KERNEL))
     else:
+        if torch.compiler.is_compiling():
+            torch._check(x.numel() < _SHORT)  # so that indices of unknown tensors are taken for 32 bits, not 64
         x.copy_(round_stochastic_op(x, key, format, rounding, overflow, KERNEL))
 
 
