@@ -24,9 +24,12 @@ from fpsim.compile_backend.statistics import norm, piece_size
 
 aten = torch.ops.aten
 
-#: How many columns make a product large, and by how many random combinations of them it is compared.
-LARGE = 128
+#: How many random combinations of columns are compared.
 MIXTURES = 12
+#: Of how many columns on a product of matrices is large; of how many images or channels a convolution, which is slow in
+#: float64.
+LARGE = 128
+LARGE_CONVOLUTION = 32
 
 _SUMS = (aten.sum.dim_IntList, aten.sum.default)
 #: Products of matrices, or of batches of matrices, alone, and those that add their first argument.
@@ -70,7 +73,7 @@ def comparison(product: Product, value: fx.Node, exact: bool) -> Comparison:
         addend = _addend(product, others)
         if addend is not None:
             addend = (beta * addend.double()).expand(got.shape)
-        if mixing is not None and not exact and got.numel() and got.shape[mixing.of_result] >= LARGE:
+        if mixing is not None and not exact and got.numel() and got.shape[mixing.of_result] >= mixing.large:
             signs = _signs(got.shape[mixing.of_result], seed, got.device)
             mixed = list(operands)
             mixed[mixing.operand] = _mixed(operands[mixing.operand], mixing.of_operand, signs)
@@ -110,11 +113,15 @@ def _estimated(
 
 @dataclass(frozen=True)
 class _Mixing:
-    """A result is linear in its ``operand``: the same combinations along these two dimensions go with each other."""
+    """A result is linear in its ``operand``: the same combinations along these two dimensions go with each other.
+
+    ``large``: the size from which on combinations are cheaper.
+    """
 
     operand: int
     of_operand: int
     of_result: int
+    large: int = LARGE
 
 
 def _mixing(product: Product, value: fx.Node) -> _Mixing | None:
@@ -124,16 +131,13 @@ def _mixing(product: Product, value: fx.Node) -> _Mixing | None:
     if packet is aten._grouped_mm:
         dims = [argument.meta["val"].dim() for argument in node.args[:2]]  # type: ignore[union-attr]
         return None if dims == [3, 2] else _Mixing(1, -1, -1)
-    if packet is aten.convolution:
-        transposed, groups = node.args[6], node.args[8]
-        return _Mixing(1, 1 if transposed else 0, 1) if groups == 1 else None
-    if packet is aten.convolution_backward:
-        transposed, groups = node.args[7], node.args[9]
-        if groups != 1:
-            return None
+    if packet is aten.convolution:  # of fewer images: the unfolded image is what costs
+        return _Mixing(0, 0, 0, LARGE_CONVOLUTION)
+    if packet is aten.convolution_backward and node.args[9] == 1:
+        transposed = bool(node.args[7])
         if value.args[1] == convolution.INPUT:
-            return _Mixing(1, 0 if transposed else 1, 1)
-        return _Mixing(0, 1, 1 if transposed else 0)
+            return _Mixing(1, 0 if transposed else 1, 1, LARGE_CONVOLUTION)
+        return _Mixing(1, 1, 0 if transposed else 1, LARGE_CONVOLUTION)
     return None
 
 
@@ -225,7 +229,7 @@ def _convolution_gradient(
         tensors = gradient, operand.new_zeros(shape), operand
     else:
         if arguments[9] == 1:
-            shape[1 if transposed else 0] = gradient.shape[1]
+            shape[0 if transposed else 1] = operand.shape[1]
         tensors = gradient, operand, operand.new_zeros(shape)
     mask = [i == index for i in range(3)]
     return aten.convolution_backward(*tensors, None, *arguments[4:10], mask)[index]

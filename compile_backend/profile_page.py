@@ -43,15 +43,15 @@ _COLUMNS = (
     (
         "exponents",
         "exponents",
-        "Binary exponents of the inputs (bars) and of the results (line), all rows on one axis; shaded below the smallest "
-        "normal number of the format.",
+        "Binary exponents of the inputs (bars) and of the results (line), all rows on one axis; shaded below the "
+        "smallest normal number of the format.",
     ),
     ("sqnr", "SQNR dB", "10 log10 of the energy of the inputs over that of their changes. 6 dB are one bit."),
     (
         "relative_error",
         "product error",
         "Frobenius norm of the product less that of the unrounded operands in float64, over the norm of the latter; "
-        "of products with 128 columns or more an estimate, unless exact products were asked for.",
+        "of large products an estimate, unless exact products were asked for.",
     ),
     ("amax", "amax", "Largest magnitude of a finite input."),
     ("zeros", "zero", "Share of inputs that are zero."),

@@ -321,13 +321,14 @@ def errors_of(model: nn.Module, x: Tensor, **settings: Any) -> list[float]:
     return [product.relative_error for product in fpsim.profile(model, x, policy=HYBRID, **settings).products]
 
 
-@pytest.mark.parametrize("kind", ["linear", "convolution"])
+@pytest.mark.parametrize("kind", ["linear", "convolution", "transposed"])
 def test_the_errors_of_large_products_are_estimated_well(kind: str) -> None:
     torch.manual_seed(0)
     if kind == "linear":
         model, x = nn.Linear(160, 144), torch.randn(150, 160)
     else:
-        model, x = nn.Conv2d(130, 140, 2, padding=1), torch.randn(2, 130, 5, 5)
+        kind_of = nn.ConvTranspose2d if kind == "transposed" else nn.Conv2d
+        model, x = kind_of(40, 36, 2, padding=1), torch.randn(33, 40, 5, 5)
     x.requires_grad_()
     settings: dict[str, Any] = {"loss": lambda y: y.square().sum()}
     exact, estimated = errors_of(model, x, exact_products=True, **settings), errors_of(model, x, **settings)
