@@ -40,12 +40,16 @@ from fpsim.formats import full_rounding, parse_format, resolve_overflow
 from fpsim.rounding_op import KERNEL, random_key_op, round_op, round_stochastic_op
 
 COUNT = 5000
+ROUNDINGS = ("nearest_even", "nearest_away", "toward_zero", "up", "down", "to_odd", "stochastic")
 CASES = [
-    (format, rounding, overflow, dtype)
-    for dtype, formats in {"float32": ("e4m3fn", "e5m2", "e8m0fnu"), "bfloat16": ("e5m2",)}.items()
-    for format in formats
-    for rounding in ("nearest_even", "nearest_away", "toward_zero", "up", "down", "to_odd", "stochastic")
-    for overflow in ((None, "ovf_inf") if (format, rounding) == ("e4m3fn", "up") else (None,))
+    *(("e4m3fn", rounding, None, "float32") for rounding in ROUNDINGS),
+    ("e4m3fn", "up", "ovf_inf", "float32"),
+    *(
+        ("e5m2", rounding, None, dtype)
+        for dtype in ("float32", "bfloat16")
+        for rounding in ("nearest_even", "stochastic")
+    ),
+    *(("e8m0fnu", rounding, None, "float32") for rounding in ("nearest_even", "down")),
 ]
 
 
