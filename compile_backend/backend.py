@@ -85,6 +85,7 @@ def compile_with_rounding(
     observer: Observer | None = None,
     strict: bool = True,
     recorder: Recorder | None = None,
+    keep: Callable[[fx.GraphModule, Sequence[Any], Any], None] | None = None,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph with the rounding that ``policy`` asks for.
 
@@ -96,6 +97,7 @@ def compile_with_rounding(
             only with ``interpret``).
         strict: whether a gap that the policy does not allow is an error.
         recorder: gathers the statistics of the graph's sites when it runs; only with ``interpret``.
+        keep: told of every run of a graph, its inputs and its results; only with ``interpret``.
 
     Raises: as `fpsim`.
     """
@@ -127,7 +129,7 @@ def compile_with_rounding(
         if interpret:
             stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
             patches["fx_graph_cache"] = False
-        compiler: dict[str, Any] = {"inner_compile": _interpreter(recorder)} if interpret else {}
+        compiler: dict[str, Any] = {"inner_compile": _interpreter(recorder, keep)} if interpret else {}
         if policy.rounds_results:
             compiler["decompositions"] = decompositions()
         compiled = cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches, **compiler))
@@ -167,8 +169,13 @@ def _with_seed_input(gm: fx.GraphModule, device: torch.device) -> tuple[fx.Graph
     return copy, example
 
 
-def _interpreter(recorder: Recorder | None) -> Callable[..., Any]:
-    """In place of Inductor's compiler: the graph itself, called with a list that it empties; ``recorder`` observes."""
+def _interpreter(
+    recorder: Recorder | None, keep: Callable[[fx.GraphModule, Sequence[Any], Any], None] | None
+) -> Callable[..., Any]:
+    """In place of Inductor's compiler: the graph itself, called with a list that it empties.
+
+    ``recorder`` and ``keep``: as `compile_with_rounding` takes them.
+    """
 
     def interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         if recorder is not None:
@@ -177,7 +184,10 @@ def _interpreter(recorder: Recorder | None) -> Callable[..., Any]:
         def run(inputs: list[Any]) -> Any:
             arguments = list(inputs)
             inputs.clear()
-            return gm(*arguments)
+            results = gm(*arguments)
+            if keep is not None:
+                keep(gm, arguments, results)
+            return results
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run

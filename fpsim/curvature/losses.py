@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fpsim.policy import Policy
+
 #: Hugging Face's and torch's label for "no target here".
 IGNORED = -100
 
@@ -22,7 +24,11 @@ _NO_BATCH = object()
 
 
 def functional_loss(
-    model: nn.Module, loss: Callable[..., Tensor] | None = None, *, batch: Any = _NO_BATCH
+    model: nn.Module,
+    loss: Callable[..., Tensor] | None = None,
+    *,
+    batch: Any = _NO_BATCH,
+    policy: Policy | Mapping[str, Any] | str | None = None,
 ) -> Callable[..., Tensor]:
     """``loss(params, batch)`` of ``model``, or ``loss(params)`` if a ``batch`` is given here.
 
@@ -37,21 +43,25 @@ def functional_loss(
               ``model(*batch)``, which must be the loss itself;
             - anything else: ``loss(model(batch))``; without ``loss``, ``model(batch)``.
         batch: the one batch, if there is just one.
+        policy: round the model's forward products as backend ``"fpsim"`` does: a `fpsim.Policy`, a mapping of its
+            fields, or the name of a preset. Values are then those of the rounded model, derivatives those of its
+            straight-through surrogate (`fpsim.compile_backend.functional`), and a ``loss`` of yours stays unrounded.
+            None: nothing is rounded.
 
     Returns:
         A function of a mapping from parameter names to tensors, ``dict(model.named_parameters())`` or a part of it
         (the rest are the module's own values, as constants).
 
     Raises:
-        ValueError: a compiled module (torch.func would silently run it uncompiled, without what its backend does), or
-            a sharded one.
+        ValueError: a compiled module (torch.func would silently run it uncompiled, without what its backend does), a
+            sharded one, or a stochastic or otherwise bad policy.
 
     >>> linear = nn.Linear(2, 1)
     >>> value = functional_loss(linear, nn.functional.mse_loss, batch=(torch.ones(3, 2), torch.zeros(3, 1)))
     >>> value(dict(linear.named_parameters())).shape
     torch.Size([])
     """
-    call = _functional(model)
+    call = _functional(model, policy)
 
     def of_batch(params: Mapping[str, Tensor], batch: Any) -> Tensor:
         if isinstance(batch, Mapping):
@@ -69,17 +79,19 @@ def functional_loss(
     return of_batch if batch is _NO_BATCH else lambda params: of_batch(params, batch)
 
 
-def functional_outputs(model: nn.Module, *, batch: Any = _NO_BATCH) -> Callable[..., Tensor]:
+def functional_outputs(
+    model: nn.Module, *, batch: Any = _NO_BATCH, policy: Policy | Mapping[str, Any] | str | None = None
+) -> Callable[..., Tensor]:
     """``outputs(params, batch)`` of ``model``, or ``outputs(params)``: what `gauss_newton` differentiates.
 
-    The model's output tensor, or the ``.logits`` of a Hugging Face output. Batches as for `functional_loss`; of a
-    tuple only the first entry goes into the model, and a mapping goes without its ``labels``.
+    The model's output tensor, or the ``.logits`` of a Hugging Face output. Batches and ``policy`` as for
+    `functional_loss`; of a tuple only the first entry goes into the model, and a mapping goes without its ``labels``.
 
     Raises:
         ValueError: as `functional_loss`.
         TypeError: the model returns neither a tensor nor an object with ``logits``.
     """
-    call = _functional(model)
+    call = _functional(model, policy)
 
     def of_batch(params: Mapping[str, Tensor], batch: Any) -> Tensor:
         if isinstance(batch, Mapping):
@@ -196,7 +208,9 @@ def shifted_labels(batch: Mapping[str, Tensor], *, ignore_index: int = IGNORED) 
     return torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)], dim=-1)
 
 
-def _functional(model: nn.Module) -> Callable[[Mapping[str, Tensor], tuple[Any, ...], dict[str, Any]], Any]:
+def _functional(
+    model: nn.Module, policy: Policy | Mapping[str, Any] | str | None
+) -> Callable[[Mapping[str, Tensor], tuple[Any, ...], dict[str, Any]], Any]:
     """``model`` as a function of (parameters, arguments, keyword arguments)."""
     _refuse_compiled(model)
     wrapped = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
@@ -205,6 +219,7 @@ def _functional(model: nn.Module) -> Callable[[Mapping[str, Tensor], tuple[Any, 
     if type(module).__name__ in ("FullyShardedDataParallel",) or type(module).__name__.startswith("FSDP"):
         raise ValueError("the module's parameters are sharded (FSDP): gather them into a plain module first")
     own = dict(module.named_parameters(remove_duplicate=False))
+    rounded = None if policy is None else _rounded(module, policy)
 
     def call(params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = {name.removeprefix(prefix): value for name, value in params.items()}
@@ -219,9 +234,17 @@ def _functional(model: nn.Module) -> Callable[[Mapping[str, Tensor], tuple[Any, 
         state.update(given)
         if any(part.training for part in module.modules()):
             state.update((name, buffer.clone()) for name, buffer in module.named_buffers())
+        if rounded is not None:
+            return rounded(state, args, kwargs)
         return functional_call(module, state, args, kwargs, tie_weights=True)
 
     return call
+
+
+def _rounded(module: nn.Module, policy: Policy | Mapping[str, Any] | str) -> Callable[..., Any]:
+    from fpsim.compile_backend.functional import functional  # the compiler is slow to import, and not always needed
+
+    return functional(module, Policy.from_options({"policy": policy}))
 
 
 def _refuse_compiled(model: nn.Module) -> None:
@@ -229,7 +252,8 @@ def _refuse_compiled(model: nn.Module) -> None:
         if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
             raise ValueError(
                 f"the module{f' {name}' if name else ''} is compiled: torch.func would run it uncompiled without a "
-                "word, and a backend's rounding would be lost. Pass the module as it was (compiled._orig_mod)"
+                "word, and a backend's rounding would be lost. Pass the module as it was (compiled._orig_mod), and for "
+                "fpsim's rounding its policy"
             )
 
 

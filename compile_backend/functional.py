@@ -1,0 +1,143 @@
+"""A module under a policy as a pure function that `torch.func` can differentiate.
+
+`torch.func` runs a compiled module uncompiled. Here the forward graph that the backend rewrites is kept as a graph of
+aten operators, in which `fpsim.round` stands with its straight-through derivative, and called with other parameters.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo import config as dynamo_config
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from fpsim.compile_backend.backend import compile_with_rounding
+from fpsim.policy import Policy
+from fpsim.rounding import round
+from fpsim.rounding_op import round_op
+
+aten = torch.ops.aten
+
+#: Parameters and buffers by name, positional and keyword arguments, to what the module returns.
+Call = Callable[[Mapping[str, Tensor], tuple[Any, ...], Mapping[str, Any]], Any]
+
+
+def functional(module: nn.Module, policy: Policy) -> Call:
+    """``module`` as a function of its parameters, buffers and arguments, with its forward products rounded.
+
+    Values are those of the module compiled by backend ``"fpsim_eager"`` under ``policy``. Derivatives, of any order and
+    in both modes, are those of the straight-through surrogate: every rounding passes them as they are, and what
+    the policy says of backward products is not looked at.
+
+    Args:
+        module: any uncompiled module. It is traced for every new shape of its arguments.
+        policy: what is rounded where. Not stochastic: the surrogate of a random function is another at every call.
+
+    Raises:
+        ValueError: a stochastic policy; when called, a policy that does not fit the module, as the backend.
+        UnroundedError: when called, products that cannot be rounded, as the backend.
+    """
+    if policy.is_stochastic:
+        raise ValueError(
+            "a stochastically rounded loss is another function at every call and has no derivatives of its own: give a "
+            "policy with a deterministic rounding"
+        )
+    traced: dict[Any, _Traced] = {}
+
+    def call(state: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        given = (dict(state), tuple(args), dict(kwargs))
+        leaves, spec = pytree.tree_flatten(given)
+        key = (spec, tuple(map(_facts, leaves)), tuple(part.training for part in module.modules()))
+        if key not in traced:
+            traced[key] = _trace(module, policy, given)
+        return traced[key](leaves)
+
+    return call
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A graph, and how the leaves of arguments and results are its inputs and outputs.
+
+    Attributes:
+        graph: the rewritten graph.
+        inputs: for each input the position of a leaf, or a constant.
+        outputs: for each leaf of the result the position of an output, or a constant.
+        spec: the structure of the result.
+    """
+
+    graph: fx.GraphModule
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    spec: pytree.TreeSpec
+
+    def __call__(self, leaves: Sequence[Any]) -> Any:
+        results = self.graph(*(leaves[i.position] if isinstance(i, _Leaf) else i for i in self.inputs))
+        values = [results[o.position] if isinstance(o, _Leaf) else o for o in self.outputs]
+        return pytree.tree_unflatten(values, self.spec)
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    position: int
+
+
+def _facts(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
+
+
+def _trace(module: nn.Module, policy: Policy, given: tuple[Any, ...]) -> _Traced:
+    """The graph for arguments of these shapes, whatever transforms of `torch.func` are going on around."""
+    runs: list[tuple[fx.GraphModule, Sequence[Any], Any]] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compile_with_rounding(gm, example_inputs, policy, interpret=True, keep=lambda *run: runs.append(run))
+
+    def call(module: nn.Module, state: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return functional_call(module, state, args, kwargs, tie_weights=True)
+
+    logging_calls = {function for function in vars(logging.Logger).values() if callable(function)}
+    quiet = dynamo_config.patch(ignore_logger_methods=logging_calls)  # a warning is no reason not to trace a model
+    with temporarily_clear_interpreter_stack(), torch.no_grad(), quiet:
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        example = pytree.tree_map_only(Tensor, _example, given)
+        example[0].update((name, nn.Parameter(value)) for name, value in example[0].items() if name in parameters)
+        outcome = torch.compile(call, backend=backend, fullgraph=True, dynamic=False)(module, *example)
+    leaves, _ = pytree.tree_flatten(example)
+    values, spec = pytree.tree_flatten(outcome)
+    ((graph, inputs, outputs),) = runs
+    return _Traced(_differentiable(graph), _places(inputs, leaves), _places(values, outputs), spec)
+
+
+def _example(leaf: Tensor) -> Tensor:
+    """A tensor like ``leaf`` without the transforms around it."""
+    return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+
+
+def _places(values: Sequence[Any], among: Sequence[Any]) -> tuple[Any, ...]:
+    """Where each of ``values`` stands in ``among``, or itself where it is none of them."""
+    positions = {id(value): position for position, value in enumerate(among) if isinstance(value, Tensor)}
+    return tuple(_Leaf(positions[id(value)]) if id(value) in positions else value for value in values)
+
+
+def _differentiable(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph with differentiable rounding, and without the write of new values into buffers at its end."""
+    for node in list(gm.graph.nodes):
+        if node.target is round_op:
+            node.target = _rounded
+        elif node.target is aten.copy_.default and not node.users:
+            gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
+
+
+def _rounded(x: Tensor, format: str, rounding: str, overflow: str, kernel: str) -> Tensor:
+    return round(x, format, rounding=rounding, overflow=overflow)  # type: ignore[arg-type]

@@ -1,0 +1,159 @@
+"""A module under a policy as a pure function: values are the backend's, derivatives those of arithmetic by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.func import grad, jvp, vjp, vmap
+
+import fpsim
+from fpsim import Policy, curvature
+from fpsim.compile_backend.functional import functional
+
+State = Mapping[str, Tensor]
+
+
+def e4m3(x: Tensor) -> Tensor:
+    return fpsim.round(x, "e4m3fn")
+
+
+class Network(nn.Module):
+    """Two linear layers with a norm, a softmax and a product of activations between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.first(x))
+        return self.last(torch.softmax(h @ h.T, -1) @ h)
+
+
+def by_hand(state: State, x: Tensor, last: Callable[[Tensor], Tensor] = e4m3) -> Tensor:
+    h = e4m3(x) @ e4m3(state["first.weight"]).T + state["first.bias"]
+    h = F.layer_norm(h, (4,), state["norm.weight"], state["norm.bias"])
+    h = e4m3(torch.softmax(e4m3(h) @ e4m3(h).T, -1)) @ e4m3(h)
+    return last(h) @ last(state["last.weight"]).T + state["last.bias"]
+
+
+@pytest.fixture
+def network() -> Network:
+    torch.manual_seed(0)
+    return Network().double()
+
+
+@pytest.fixture
+def state(network: Network) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in network.named_parameters()}
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def assert_close(got: State, want: State) -> None:
+    torch.testing.assert_close(dict(got), dict(want), rtol=1e-12, atol=1e-12)
+
+
+def test_values_are_those_of_the_backend(network: Network, state: State) -> None:
+    call = functional(network, Policy(format="e4m3fn"))
+    compiled = torch.compile(network, backend="fpsim_eager", options={"format": "e4m3fn"})
+    for x in (drawn(5, 6), drawn(5, 6, seed=1), drawn(2, 6, seed=2)):  # the third has another shape
+        assert torch.equal(call(state, (x,), {}), compiled(x))
+        assert torch.equal(call(state, (), {"x": x}), compiled(x))
+    doubled = {name: 2 * value for name, value in state.items()}
+    with torch.no_grad():
+        for value in network.parameters():
+            value.mul_(2)
+    assert torch.equal(call(doubled, (drawn(5, 6),), {}), compiled(drawn(5, 6)))
+
+
+def test_derivatives_are_those_of_the_straight_through_surrogate(network: Network, state: State) -> None:
+    call, x = functional(network, Policy(format="e4m3fn")), drawn(5, 6)
+    direction = {name: drawn(*value.shape, seed=9) for name, value in state.items()}
+
+    def loss(state: State) -> Tensor:
+        return call(state, (x,), {}).square().sum()
+
+    def loss_by_hand(state: State) -> Tensor:
+        return by_hand(state, x).square().sum()
+
+    assert_close(grad(loss)(state), grad(loss_by_hand)(state))
+    product = jvp(grad(loss_by_hand), (state,), (direction,))[1]
+    assert_close(jvp(grad(loss), (state,), (direction,))[1], product)
+    assert_close(vjp(grad(loss), state)[1](direction)[0], product)
+
+
+def test_each_example_of_a_batch(network: Network, state: State) -> None:
+    call, xs = functional(network, Policy(format="e4m3fn")), drawn(3, 5, 6)
+    got = vmap(lambda x: grad(lambda s: call(s, (x,), {}).sum())(state))(xs)
+    want = [grad(lambda s, x=x: by_hand(s, x).sum())(state) for x in xs]
+    assert_close(got, {name: torch.stack([one[name] for one in want]) for name in state})
+
+
+def test_rules_for_modules_hold(network: Network, state: State) -> None:
+    call = functional(network, Policy(format="e4m3fn").with_modules({"last": "bf16"}))
+    want = by_hand(state, drawn(5, 6), lambda t: fpsim.round(t, "bf16"))
+    torch.testing.assert_close(call(state, (drawn(5, 6),), {}), want, rtol=1e-14, atol=1e-14)
+
+
+def test_buffers_are_given_and_left_as_they_are() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3))
+    state = dict(model.state_dict())
+    before = {name: value.clone() for name, value in state.items()}
+    x = torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(0))
+    got = functional(model, Policy(format="e4m3fn"))(state, (x,), {})
+    h = F.conv1d(e4m3(x), e4m3(state["0.weight"]), state["0.bias"])
+    torch.testing.assert_close(got, F.batch_norm(h, None, None, *(state[f"1.{n}"] for n in ("weight", "bias")), True))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_random_function_is_refused(network: Network) -> None:
+    with pytest.raises(ValueError, match="stochastically rounded loss is another function at every call"):
+        functional(network, Policy(format="e4m3fn/stochastic"))
+
+
+def test_a_policy_that_does_not_fit_is_refused(network: Network, state: State) -> None:
+    call = functional(network, Policy(format="e4m3fn", skip=("frist",)))
+    with pytest.raises(BackendCompilerFailed, match=r"'frist' matches no module(.|\n)*first"):
+        call(state, (drawn(5, 6),), {})
+
+
+# -- in curvature ------------------------------------------------------------------------------------------------------
+
+
+def test_curvature_of_a_model_under_a_policy(network: Network, state: State) -> None:
+    x, y = drawn(5, 6), drawn(5, 3, seed=1)
+    loss = curvature.functional_loss(network, F.mse_loss, batch=(x, y), policy={"format": "e4m3fn"})
+    hessian = curvature.hessian(loss, state)
+    want = curvature.hessian(lambda s: F.mse_loss(by_hand(s, x), y), state)
+    direction = drawn(hessian.size, seed=3)
+    torch.testing.assert_close(hessian.matvec(direction), want.matvec(direction), rtol=1e-10, atol=1e-10)
+    assert hessian.symmetry_error() < 1e-12
+    outputs = curvature.functional_outputs(network, batch=(x, y), policy="bf16")
+    compiled = torch.compile(network, backend="fpsim_eager", options={"policy": "bf16"})
+    assert torch.equal(outputs(state), compiled(x))
+
+
+def test_a_model_of_transformers_with_tied_weights() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 11, "n_positions": 8}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).eval()
+    tokens = torch.randint(0, 11, (2, 6))
+    batch = {"input_ids": tokens, "labels": tokens}
+    loss = curvature.functional_loss(model, batch=batch, policy={"format": "e4m3fn", "modules": {"lm_head": "bf16"}})
+    logits = torch.compile(
+        model, backend="fpsim_eager", options={"format": "e4m3fn", "modules": {"lm_head": "bf16"}}, fullgraph=True
+    )(input_ids=tokens).logits
+    want = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    params = dict(model.named_parameters())
+    torch.testing.assert_close(loss(params), want, rtol=1e-6, atol=0)
+    tied = grad(loss)({name: value.detach() for name, value in params.items()})["transformer.wte.weight"]
+    assert tied.count_nonzero() == tied.numel()  # through the head every row of the table has a gradient
