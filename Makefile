@@ -40,6 +40,9 @@ benchmarks: .venv/ready
 	$(BIN)/python -m tests.benchmarks.training
 	$(BIN)/python -m tests.benchmarks.sharpness
 	$(BIN)/python -m tests.benchmarks.curvature
+	$(BIN)/python -m tests.benchmarks.optimizer
+	$(BIN)/python -m tests.benchmarks.profiling
+	$(BIN)/python -m tests.benchmarks.study
 
 .venv/ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv

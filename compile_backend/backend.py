@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -24,6 +25,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import record_function
 
+from fpsim.communication import refuse_other_policy
 from fpsim.compile_backend import guards
 from fpsim.compile_backend.elementwise import decompositions
 from fpsim.compile_backend.observation import Recorder
@@ -53,8 +55,8 @@ def fpsim(
         mode: must be None or ``"default"``.
 
     Raises:
-        ValueError: an unknown option or value, a glob that matches no module or no operator, or options that have
-            changed since a model was compiled with them.
+        ValueError: an unknown option or value, a glob that matches no module or no operator, options that have
+            changed since a model was compiled with them, or a policy that is not that of the other ranks.
         UnroundedError: something that multiplies matrices cannot be rounded and is not listed in ``gaps``.
     """
     guards.check_options(options, mode)
@@ -107,6 +109,7 @@ def compile_with_rounding(
     if strict:
         guards.check_globs(gm, policy)
         guards.check_gaps(policy)
+        refuse_other_policy(policy, hashlib.sha256(gm.code.encode()).hexdigest())
     input_sources, identity = _input_sources(gm, example_inputs), list(_identity(gm, policy))
     seed_device = _device(example_inputs) if policy.is_stochastic else None
     seed_input = None

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parent))
 from two_ranks import CASES, OPTIONS, SAMPLES, Model, train
 
 
-def two_ranks(folder: Path) -> list[dict[str, dict[str, Any]]]:
+def two_ranks(folder: Path) -> list[dict[str, Any]]:
     """What each rank found in each case."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
@@ -42,7 +42,10 @@ def names_without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_two_ranks_compute_what_one_process_does(tmp_path: Path) -> None:
-    """Outputs, gradients, and what an optimizer rounded on each rank makes of them; every case in one `torchrun`."""
+    """Outputs, gradients, and what an optimizer rounded on each rank makes of them; every case in one `torchrun`.
+
+    Where the ranks have different policies, the later one is refused.
+    """
     ranks, want, unrounded = two_ranks(tmp_path), alone(OPTIONS), alone(None)
     assert not torch.equal(want["outputs"], unrounded["outputs"])
     assert not torch.equal(want["gradients"]["blocks.0.up.weight"], unrounded["gradients"]["blocks.0.up.weight"])
@@ -56,3 +59,5 @@ def test_two_ranks_compute_what_one_process_does(tmp_path: Path) -> None:
                 for name, tensor in got.items():
                     assert torch.equal(tensor, want[what][name]), (case, what, name)
     assert [rank["parallel"]["escaped"] for rank in ranks] == [0, 0]
+    (message,) = filter(None, (rank["refusal"] for rank in ranks))  # the first to compile knows of no other
+    assert "gradient is" in message and "whose policy is not that of rank" in message

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -120,6 +121,16 @@ def sharded_and_compiled_whole(part: slice) -> dict[str, Any]:
     return train(model, torch.compile(model, backend="fpsim_eager", options=OPTIONS), part)
 
 
+def refusal_of_another_policy() -> str:
+    """What compiling says where rank 1 has other options; empty on the rank that came first."""
+    options = {**OPTIONS, "gradient": ("e5m1", "e5m2")[dist.get_rank()]}
+    try:
+        torch.compile(Model(), backend="fpsim_eager", options=options)(batch()[0])
+    except BackendCompilerFailed as error:
+        return str(error.inner_exception)
+    return ""
+
+
 CASES = {
     f.__name__: f for f in (parallel, parallel_checkpointed, parallel_in_buckets, sharded, sharded_and_compiled_whole)
 }
@@ -130,10 +141,12 @@ def main(folder: str) -> None:
     dist.init_process_group("gloo")
     rank, each = dist.get_rank(), SAMPLES // dist.get_world_size()
     part = slice(rank * each, (rank + 1) * each)
-    found = {}
+    found: dict[str, Any] = {}
     for name, case in CASES.items():
         torch._dynamo.reset()
         found[name] = case(part)
+    torch._dynamo.reset()
+    found["refusal"] = refusal_of_another_policy()
     torch.save(found, os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
