@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
 from fpsim.compile_backend.backend import GRAPH_EVENT, compile_with_rounding
-from fpsim.compile_backend.guards import module_paths, unmatched_globs
+from fpsim.compile_backend.guards import module_paths, near_modules, unmatched_globs
 from fpsim.compile_backend.plan import Gap, Plan, render
 from fpsim.compile_backend.products import JOINT_PRODUCTS, PRODUCTS
 from fpsim.policy import Policy
@@ -49,7 +49,7 @@ _BACKWARD_EVENT = "autograd::engine::evaluate_function: "
 
 #: Keeps what `explain` compiles apart from what the user compiles (since torch 2.13), so that it counts against no
 #: limit there.
-_ISOLATED: dict[str, Any] = (
+ISOLATED: dict[str, Any] = (
     {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 )
 
@@ -114,7 +114,7 @@ def explain(
     Raises:
         ValueError: a bad policy, or a format that a dtype of the model cannot carry.
     """
-    policy = _as_policy(policy)
+    policy = as_policy(policy)
     plans: list[Plan] = []
     paths: set[str] = set()
 
@@ -123,20 +123,25 @@ def explain(
         return compile_with_rounding(gm, example_inputs, policy, interpret=True, observer=plans.append, strict=False)
 
     breaks_before = Counter(counters["graph_break"])
-    with _no_recompile_limit(), _state_kept(model, args, kwargs):
-        torch.compile(_uncompiled(model), backend=backend, **_ISOLATED)(*args, **kwargs)
+    with no_recompile_limit(), state_kept(model, args, kwargs):
+        torch.compile(uncompiled(model), backend=backend, **ISOLATED)(*args, **kwargs)
     sites = tuple(site for plan in plans for site in plan.sites)
     gaps = tuple(gap for plan in plans for gap in plan.gaps)
     breaks = Counter(counters["graph_break"]) - breaks_before
-    gaps += tuple(_break_gap(reason) for reason in breaks)
-    gaps += tuple(Gap("", f"(glob {glob!r})", "matches no module: an error") for glob in unmatched_globs(policy, paths))
-    return Plan(sites, gaps if plans else (*gaps, _NOTHING))
+    gaps += tuple(break_gap(reason) for reason in breaks)
+    gaps += tuple(_glob_gap(glob, paths) for glob in unmatched_globs(policy, paths))
+    return Plan(sites, gaps if plans else (*gaps, NOTHING))
 
 
-_NOTHING = Gap("", "(model)", "nothing was compiled: torch.compile found no graph, so nothing would be rounded")
+NOTHING = Gap("", "(model)", "nothing was compiled: torch.compile found no graph, so nothing would be rounded")
 
 
-def _break_gap(reason: str) -> Gap:
+def _glob_gap(glob: str, paths: Iterable[str]) -> Gap:
+    near = "".join(f", near {name!r}" for name in near_modules(glob, paths))
+    return Gap("", f"(glob {glob!r})", f"matches no module: an error{near}")
+
+
+def break_gap(reason: str) -> Gap:
     first_line = reason.strip().splitlines()[0]
     return Gap("", "(graph break)", f"{first_line}: code there runs uncompiled and unrounded; fpsim.audit tells what")
 
@@ -162,11 +167,11 @@ def audit(
     """
     compiled = model
     if not _is_compiled(model):
-        options: dict[str, Any] = {"policy": _as_policy(policy)}
+        options: dict[str, Any] = {"policy": as_policy(policy)}
         compiled = torch.compile(model, backend="fpsim", options=options)
     elif policy is not None:
         raise ValueError("the model is already compiled and keeps its policy: audit it without policy")
-    with _state_kept(model, args, kwargs):
+    with state_kept(model, args, kwargs):
         _warm_up(compiled, args, kwargs)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
             _step(compiled, args, kwargs)
@@ -199,12 +204,12 @@ def _step(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str,
     losses = [leaf.sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     if losses:
         loss = torch.stack([loss.float() for loss in losses]).sum()
-        with _gradients_kept(loss):
+        with gradients_kept(loss):
             loss.backward()
 
 
 @contextlib.contextmanager
-def _gradients_kept(loss: Tensor) -> Iterator[None]:
+def gradients_kept(loss: Tensor) -> Iterator[None]:
     """Restore the gradients that a backward pass from ``loss`` accumulates: of parameters and of inputs."""
     leaves = [node.variable for node in _autograd_nodes(loss) if hasattr(node, "variable")]
     gradients = [leaf.grad for leaf in leaves]
@@ -253,24 +258,24 @@ def _is_fused(name: str) -> bool:
     return all(name != f"aten::{op._opname}" for op in (*PRODUCTS, *JOINT_PRODUCTS))
 
 
-def _as_policy(policy: Policy | Mapping[str, Any] | str | None) -> Policy:
+def as_policy(policy: Policy | Mapping[str, Any] | str | None) -> Policy:
     return Policy.from_options(policy if policy is None else {"policy": policy})
 
 
-def _uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
+def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
 
 
 def _is_compiled(model: Callable[..., Any]) -> bool:
     """Whether ``model``, or a module in it, was compiled, by `torch.compile` or in place."""
     parts = model.modules() if isinstance(model, nn.Module) else [model]
-    return any(_uncompiled(part) is not part or getattr(part, "_compiled_call_impl", None) for part in parts)
+    return any(uncompiled(part) is not part or getattr(part, "_compiled_call_impl", None) for part in parts)
 
 
 def _modules(*values: Any) -> Iterator[nn.Module]:
     """The modules among ``values``, and those that functions among them close over, are bound to or refer to."""
     for value in pytree.tree_leaves(values):
-        value = _uncompiled(value)
+        value = uncompiled(value)
         if isinstance(value, nn.Module):
             yield value
         elif isinstance(value, functools.partial):
@@ -282,14 +287,14 @@ def _modules(*values: Any) -> Iterator[nn.Module]:
 
 
 @contextlib.contextmanager
-def _no_recompile_limit() -> Iterator[None]:
+def no_recompile_limit() -> Iterator[None]:
     """Every call of `explain` compiles anew: let none of them fall back to running uncompiled."""
     with dynamo_config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
         yield
 
 
 @contextlib.contextmanager
-def _state_kept(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+def state_kept(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
     """Restore what running a model forward changes: buffers and random state."""
     buffers = [buffer for module in _modules(model, args, dict(kwargs)) for buffer in module.buffers()]
     values = [buffer.clone() for buffer in buffers]

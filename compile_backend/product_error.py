@@ -19,7 +19,7 @@ from torch._ops import OpOverload
 
 from fpsim.compile_backend import convolution
 from fpsim.compile_backend.marks import mark
-from fpsim.compile_backend.products import Product, _is_of_product
+from fpsim.compile_backend.products import Product, is_of_product
 from fpsim.compile_backend.statistics import norm, piece_size
 
 aten = torch.ops.aten
@@ -46,7 +46,7 @@ def result_of(product: Product) -> fx.Node:
     node = product.value
     while product.value.target is aten.mul.Tensor and len(node.users) == 1:
         (node,) = node.users
-        if node.target in _SUMS and _is_of_product(node):
+        if node.target in _SUMS and is_of_product(node):
             return node
         if node.target not in (mark, torch.ops.prims.convert_element_type.default):
             break

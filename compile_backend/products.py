@@ -344,10 +344,10 @@ def _sum_of(node: fx.Node) -> fx.Node | None:
     (user,) = node.users
     if user.target is mark and len(user.users) == 1:
         (user,) = user.users
-    return user if user.target in (aten.sum.dim_IntList, aten.sum.default) and _is_of_product(user) else None
+    return user if user.target in (aten.sum.dim_IntList, aten.sum.default) and is_of_product(user) else None
 
 
-def _is_of_product(node: fx.Node) -> bool:
+def is_of_product(node: fx.Node) -> bool:
     """Whether ``node`` comes from an operator or a function that is a matrix product."""
     return _original(node) in _PRODUCT_NAMES or _source_function(node) in _PRODUCT_FUNCTIONS
 
@@ -364,7 +364,7 @@ def _operands(node: fx.Node) -> tuple[int, int] | None:
         return PRODUCTS[node.target] if _operator(node) is node.target else None
     if node.target is not aten.mul.Tensor or not all(_is_tensor(argument) for argument in node.args):
         return None
-    return (0, 1) if _is_of_product(node) else None
+    return (0, 1) if is_of_product(node) else None
 
 
 def _source_function(node: fx.Node) -> str | None:

@@ -28,14 +28,14 @@ from torch.utils import _pytree as pytree
 from fpsim.compile_backend import profile_page
 from fpsim.compile_backend.backend import compile_with_rounding
 from fpsim.compile_backend.inspect import (
-    _ISOLATED,
-    _NOTHING,
-    _as_policy,
-    _break_gap,
-    _gradients_kept,
-    _no_recompile_limit,
-    _state_kept,
-    _uncompiled,
+    ISOLATED,
+    NOTHING,
+    as_policy,
+    break_gap,
+    gradients_kept,
+    no_recompile_limit,
+    state_kept,
+    uncompiled,
 )
 from fpsim.compile_backend.observation import ProductStatistics, Recorder, SiteStatistics
 from fpsim.compile_backend.plan import Gap, Plan, Site, render
@@ -388,14 +388,14 @@ class Profiler:
         policy: Policy | Mapping[str, Any] | str | None = None,
         exact_products: bool = False,
     ) -> None:
-        self._policy = _as_policy(policy)
+        self._policy = as_policy(policy)
         self._exact_products = exact_products
         self._graphs: list[_Graph] = []
-        self._model = torch.compile(_uncompiled(model), backend=self._backend, dynamic=False, **_ISOLATED)
+        self._model = torch.compile(uncompiled(model), backend=self._backend, dynamic=False, **ISOLATED)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs."""
-        with _no_recompile_limit():
+        with no_recompile_limit():
             return self._model(*args, **kwargs)
 
     def take(self) -> Profile:
@@ -470,15 +470,15 @@ def profile(
     """
     profiler = Profiler(model, policy=policy, exact_products=exact_products)
     breaks_before = Counter(counters["graph_break"])
-    with _state_kept(model, args, kwargs):
+    with state_kept(model, args, kwargs):
         total = _loss(profiler(*args, **kwargs), loss)
         if total is not None:
-            with _gradients_kept(total):
+            with gradients_kept(total):
                 total.backward()
     breaks = Counter(counters["graph_break"]) - breaks_before
     result = profiler.take()
-    gaps = (*result.gaps, *map(_break_gap, breaks))
-    return replace(result, gaps=gaps if profiler.compiled_anything else (*gaps, _NOTHING))
+    gaps = (*result.gaps, *map(break_gap, breaks))
+    return replace(result, gaps=gaps if profiler.compiled_anything else (*gaps, NOTHING))
 
 
 def _loss(outputs: Any, given: Callable[[Any], Tensor] | None) -> Tensor | None:
