@@ -73,7 +73,10 @@ class Escape:
 
 @dataclass(frozen=True)
 class Audit:
-    """The matrix products of one real step that were not rounded; ``covered`` counts those in fpsim's graphs."""
+    """The matrix products of one real step that were not rounded; ``covered`` counts the calls in fpsim's graphs.
+
+    One call may compute several products: the backward pass of a convolution, two.
+    """
 
     escaped: tuple[Escape, ...]
     covered: int

@@ -43,7 +43,9 @@ def test_the_products_that_run_are_those_counted_by_hand_and_none_escapes(name: 
     model, inputs = ARCHITECTURES[name].build()
     audit = fpsim.audit(torch.compile(model, backend="fpsim_eager"), **inputs)
     assert audit.escaped == ()
-    assert audit.covered == ARCHITECTURES[name].operands // 2
+    sites = explained(name).sites
+    joint = sum(site.operator == "aten.convolution_backward" and site.kind == "dgrad" for site in sites) // 2
+    assert audit.covered == ARCHITECTURES[name].operands // 2 - joint  # one call computes dgrad and wgrad
 
 
 @pytest.mark.parametrize("name", COMPILED)
