@@ -869,7 +869,7 @@ def _cpu_name() -> str:
 @app.command()
 @_plain_errors
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps per run.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps per run.")] = 150,
     format: Annotated[
         list[str] | None,
         typer.Option(

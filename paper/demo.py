@@ -113,7 +113,7 @@ def parse_run(name: str) -> dict[str, str] | None:
 
 def demo(
     *,
-    steps: int = 100,
+    steps: int = 150,
     formats: Sequence[str] | None = None,
     text: Path | None = None,
     out: Path = Path("runs/demo"),
