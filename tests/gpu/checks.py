@@ -177,6 +177,23 @@ def check_max_autotune(setting: Setting) -> str:
     return "compiled, autotuned, interpreted, and interpreted on the CPU"
 
 
+def check_rounded_results(setting: Setting) -> str:
+    """A product's result is a number of its dtype before it is rounded, in templates too, where sums are wider."""
+    generator = torch.Generator().manual_seed(2)
+    a, b = (torch.randint(-7, 8, (256, 256), generator=generator).to(setting.device, torch.bfloat16) for _ in range(2))
+    exact = a.cpu().float() @ b.cpu().float()  # in any order: integers below 2**24
+    want = fpsim.round(exact.bfloat16(), "e8m3")
+    different = int((fpsim.round(exact, "e8m3").bfloat16() != want).sum())
+    assert different > 0, "a wide accumulator would not show in these numbers"
+    for autotune in (False, True):
+        torch._dynamo.reset()
+        with inductor_config.patch(max_autotune=autotune):
+            options = {"format": "bf16", "output": "e8m3"}
+            got = torch.compile(lambda a, b: a @ b, backend="fpsim", options=options)(a, b)
+        assert torch.equal(got.cpu(), want), f"{int((got.cpu() != want).sum())} of {want.numel()} differ"
+    return f"{want.numel():,} results, autotuned and not; a wide accumulator would change {different} of them"
+
+
 def check_cache(setting: Setting) -> str:
     """Fresh processes over one cache directory, each under its own policy, get their own bits."""
     policies = ["none", "e4m3fn", "e5m2", "e4m3fn", "none", "e5m2"]
@@ -236,6 +253,7 @@ CHECKS: dict[str, Callable[[Setting], str]] = {
     "subnormals, which GPUs may flush": check_subnormals,
     "no FMA between a product and its rounding": check_no_contraction,
     "max_autotune on and off": check_max_autotune,
+    "rounding of results": check_rounded_results,
     "the cache trap": check_cache,
     "audit": check_audit,
     "optimizer": check_optimizer,
