@@ -221,8 +221,14 @@ def fpsim_key_function(salt, kernel):  # type: ignore[no-untyped-def]
     return written.key_function(salt)
 
 
+# Defaults are constants of Triton's: before 3.7 it does not make them of text.
 @triton.jit
-def fpsim_round(x, format: tl.constexpr, rounding: tl.constexpr = "nearest_even", overflow: tl.constexpr = None):  # type: ignore[no-untyped-def]
+def fpsim_round(  # type: ignore[no-untyped-def]
+    x,
+    format: tl.constexpr,
+    rounding: tl.constexpr = tl.constexpr("nearest_even"),
+    overflow: tl.constexpr = None,
+):
     """``x`` rounded to ``format``, inside a Triton kernel: bit for bit what `fpsim.round` gives.
 
     Args:
@@ -239,7 +245,7 @@ def fpsim_round_stochastic(  # type: ignore[no-untyped-def]
     seed,
     index,
     format: tl.constexpr,
-    rounding: tl.constexpr = "stochastic",
+    rounding: tl.constexpr = tl.constexpr("stochastic"),
     overflow: tl.constexpr = None,
     salt: tl.constexpr = 0,
 ):
