@@ -226,7 +226,7 @@ def fpsim_key_function(salt, kernel):  # type: ignore[no-untyped-def]
 def fpsim_round(  # type: ignore[no-untyped-def]
     x,
     format: tl.constexpr,
-    rounding: tl.constexpr = tl.constexpr("nearest_even"),
+    rounding: tl.constexpr = tl.constexpr("nearest_even"),  # noqa: B008
     overflow: tl.constexpr = None,
 ):
     """``x`` rounded to ``format``, inside a Triton kernel: bit for bit what `fpsim.round` gives.
@@ -245,7 +245,7 @@ def fpsim_round_stochastic(  # type: ignore[no-untyped-def]
     seed,
     index,
     format: tl.constexpr,
-    rounding: tl.constexpr = tl.constexpr("stochastic"),
+    rounding: tl.constexpr = tl.constexpr("stochastic"),  # noqa: B008
     overflow: tl.constexpr = None,
     salt: tl.constexpr = 0,
 ):

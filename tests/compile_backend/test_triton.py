@@ -101,6 +101,12 @@ def rounded_at_random(x, out, seed, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + index, fpsim_round_stochastic(tl.load(x + index), seed, index, FORMAT))
 
 
+@triton.jit
+def rounded_as_usual(x, out, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + index, fpsim_round(tl.load(x + index), FORMAT))
+
+
 @functools.cache
 def ptx(kernel: Any, gpu: int, types: tuple[str, ...], **constants: Any) -> str:
     """What Triton compiles for a GPU; ``types``: of the arguments that are no constants, pointers aligned."""
@@ -158,6 +164,11 @@ def test_no_fma_reaches_across_a_rounding(gpu: int) -> None:
 def test_stochastic_rounding_is_integer_arithmetic_too() -> None:
     code = ptx(rounded_at_random, 90, ("*fp32", "*fp32", "i64"), FORMAT="e4m3fn", BLOCK=256)
     assert re.findall(FLOATING, code) == [] and "mul.lo.s32" in code
+
+
+def test_the_rounding_mode_may_be_left_out() -> None:
+    code = ptx(rounded_as_usual, 90, ("*fp32", "*fp32"), FORMAT="e4m3fn", BLOCK=256)
+    assert re.findall(FLOATING, code) == [] and "shr" in code
 
 
 def test_torch_compile_finds_all_that_a_users_kernel_needs() -> None:
