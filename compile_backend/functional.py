@@ -43,6 +43,7 @@ def functional(module: nn.Module, policy: Policy) -> Call:
     Raises:
         ValueError: a stochastic policy; when called, a policy that does not fit the module, as the backend.
         UnroundedError: when called, products that cannot be rounded, as the backend.
+        RuntimeError: when called, a result that is one of the arguments or a view of one.
     """
     if policy.is_stochastic:
         raise ValueError(
@@ -113,7 +114,27 @@ def _trace(module: nn.Module, policy: Policy, given: tuple[Any, ...]) -> _Traced
     leaves, _ = pytree.tree_flatten(example)
     values, spec = pytree.tree_flatten(outcome)
     ((graph, inputs, outputs),) = runs
+    _refuse_unknown(inputs, leaves, values, outputs)
     return _Traced(_differentiable(graph), _places(inputs, leaves), _places(values, outputs), spec)
+
+
+def _refuse_unknown(
+    inputs: Sequence[Any], leaves: Sequence[Any], values: Sequence[Any], outputs: Sequence[Any]
+) -> None:
+    """Refuse what would be kept as a constant although it depends on the arguments: here they are mere examples."""
+    known, returned = set(map(id, leaves)), set(map(id, outputs))
+    storages = {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
+    for value in inputs:
+        if isinstance(value, Tensor) and id(value) not in known and value.untyped_storage()._cdata in storages:
+            raise RuntimeError(
+                "torch.compile hands over another view of an argument: give the module contiguous copies"
+            )
+    for value in values:
+        if isinstance(value, Tensor) and id(value) not in returned:
+            raise RuntimeError(
+                f"the module returns a tensor of shape {tuple(value.shape)} that its graph does not compute, an "
+                "argument or a view of one: leave it out, or return a copy (.clone())"
+            )
 
 
 def _example(leaf: Tensor) -> Tensor:

@@ -124,6 +124,35 @@ def test_a_policy_that_does_not_fit_is_refused(network: Network, state: State) -
         call(state, (drawn(5, 6),), {})
 
 
+class Returning(nn.Linear):
+    """Returns an argument, or a view of it, beside its result."""
+
+    def __init__(self, passed: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(6, 2)
+        self.passed = passed
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), self.passed(x)
+
+
+@pytest.mark.parametrize("passed", [lambda x: x, lambda x: x[:1], lambda x: x.T])
+def test_a_returned_argument_is_no_constant(passed: Callable[[Tensor], Tensor]) -> None:
+    model = Returning(passed).double()
+    call = functional(model, Policy(format="e4m3fn"))
+    with pytest.raises(RuntimeError, match=r"its graph does not compute.*\.clone\(\)"):
+        call(dict(model.named_parameters()), (drawn(5, 6),), {})
+
+
+def test_a_copy_of_an_argument_and_two_views_of_a_result_are_computed() -> None:
+    model = Returning(lambda x: x.clone()).double()
+    x = drawn(5, 6)
+    result, copy = functional(model, Policy(format="e4m3fn"))(dict(model.named_parameters()), (x,), {})
+    assert torch.equal(copy, x) and torch.equal(result, e4m3(x) @ e4m3(model.weight).T + model.bias)
+    heads = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Unflatten(1, (2, 2))).double()
+    got = functional(heads, Policy(format="e4m3fn"))(dict(heads.named_parameters()), (x,), {})
+    assert torch.equal(got, (e4m3(x) @ e4m3(heads[0].weight).T).view(5, 2, 2))
+
+
 # -- in curvature ------------------------------------------------------------------------------------------------------
 
 
