@@ -90,7 +90,7 @@ def round(
     if gradient not in GRADIENTS:
         raise ValueError(f"unknown gradient {gradient!r}: use one of {', '.join(GRADIENTS)}")
     dtype = _dtype_of(x)
-    name, spelled, resolved, low, high = _resolve(format, rounding, overflow, dtype, random_bits)
+    name, spelled, resolved, low, high = _resolve(_spelled(format), rounding, overflow, dtype, random_bits)
     if ":" not in spelled:
         if seed is not None:
             raise ValueError(f"a seed has no meaning with rounding={rounding!r}: use rounding='stochastic'")
@@ -128,7 +128,7 @@ def encode(
     """
     draw: dict[str, Any] = {"seed": seed, "salt": salt, "random_bits": random_bits}
     values = round(x.detach(), format, rounding=rounding, overflow=overflow, gradient="zero", **draw)
-    return _encode_values(values, _resolve(format, "nearest_even", None, x.dtype)[0])
+    return _encode_values(values, _resolve(_spelled(format), "nearest_even", None, x.dtype)[0])
 
 
 @torch.compiler.allow_in_graph  # Dynamo cannot look into it, the tracer below it can
@@ -156,13 +156,13 @@ def decode(codes: Tensor, format: str | FloatFormat, dtype: torch.dtype = torch.
     >>> decode(torch.tensor([0x38, 0x7E, 0x80]), "e4m3fn")
     tensor([  1., 448.,  -0.])
     """
-    name = _resolve(format, "nearest_even", None, dtype)[0]
+    name = _resolve(_spelled(format), "nearest_even", None, dtype)[0]
     if not isinstance(codes, Tensor):
         raise TypeError(f"codes must be an integer tensor, got {type(codes).__name__}: use torch.tensor(codes)")
     if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
         raise TypeError(f"codes must be an integer tensor, got {codes.dtype}: did you mean fpsim.encode?")
     if not torch.compiler.is_compiling():
-        _check_codes(codes.to(torch.int64), parse_format(format))
+        _check_codes(codes.to(torch.int64), parse_format(name))
     return _decode_codes(codes, name, dtype)
 
 
@@ -194,9 +194,14 @@ def _dtype_of(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def _spelled(format: str | FloatFormat) -> str:
+    """A format's name: Dynamo of torch 2.11 hands no frozen dataclass to a function that it does not look into."""
+    return format.name if isinstance(format, FloatFormat) else format
+
+
 @torch._dynamo.assume_constant_result
 def _resolve(
-    format: str | FloatFormat, rounding: str, overflow: str | None, dtype: torch.dtype, random_bits: int | None = None
+    format: str, rounding: str, overflow: str | None, dtype: torch.dtype, random_bits: int | None = None
 ) -> tuple[str, str, str, float, float]:
     """What the operators need: name, rounding with its random bits, overflow mode, range of finite values."""
     fmt = parse_format(format)

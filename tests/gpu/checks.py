@@ -64,10 +64,7 @@ def check_compiled(setting: Setting) -> str:
             if overflow == "sat_propagate" or fmt.name not in setting.compiled:
                 continue
             torch._dynamo.reset()
-            name = fmt.name  # torch 2.11 compiles no function that is given the format as an object
-            compiled = torch.compile(
-                lambda x, f=name, r=rounding, o=overflow: fpsim.round(x, f, rounding=r, overflow=o)
-            )
+            compiled = torch.compile(lambda x, f=fmt, r=rounding, o=overflow: fpsim.round(x, f, rounding=r, overflow=o))
             same(compiled(x.to(setting.device)), fpsim.round(x, fmt, rounding=rounding, overflow=overflow))
             compared += x.numel()
     return f"{compared:,} results"
