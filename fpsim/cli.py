@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     import torch
 
     from fpsim.reference import Value
+    from fpsim.sharpness.command import Report
     from fpsim.verify import Mode, Verdict
 
 app = typer.Typer(
@@ -895,8 +896,17 @@ def demo(
 @app.command()
 @_plain_errors
 def sharpness(
-    model: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face causal model.")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL_OR_SCRIPT",
+            help="Folder of a Hugging Face causal model, or path/to/script.py:function that builds a module.",
+        ),
+    ],
     text: Annotated[Path, typer.Argument(metavar="TEXT", help="UTF-8 file to predict.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="State dict of the script's module. [default: as it is built]")
+    ] = None,
     format: Annotated[
         list[str] | None,
         typer.Option(help="Measure also with all operands rounded to it (e4m3fn, e8m3/toward_zero); several times."),
@@ -909,16 +919,31 @@ def sharpness(
     context: Annotated[int | None, typer.Option(min=2, help="Tokens in each. [default: the model's own]")] = None,
     gradients: Annotated[bool, typer.Option(help="Measure the norm of the gradient, too.")] = True,
 ) -> None:
-    """Measure the logit sharpness of a language model on a text, unrounded and under formats. Needs fpsim\\[paper]."""
-    from fpsim.sharpness.command import EPSILONS, measure_checkpoint
+    """Measure the logit sharpness of a language model on a text, unrounded and under formats.
 
+    A checkpoint is read with its tokenizer, and needs fpsim\\[paper]. A script's function returns a module from tokens
+    to logits and may take vocabulary and context; its tokens are bytes, unless the script has a function tokenize.
+    """
+    from fpsim.sharpness.command import EPSILONS
+    from fpsim.sharpness.scripts import is_script
+
+    measure: Callable[..., Report]
+    if is_script(str(model)):
+        from fpsim.sharpness.command import measure_script
+
+        measure = functools.partial(measure_script, str(model), weights=weights)
+    elif weights is not None:
+        raise ValueError(f"weights are for a script, and {model} holds its own: leave --weights out")
+    else:
+        from fpsim.sharpness.command import measure_checkpoint
+
+        measure = functools.partial(measure_checkpoint, model)
     with _progress_bar("windows") as progress:
-        report = measure_checkpoint(
-            model,
+        report = measure(
             text,
             formats=format or (),
             epsilons=epsilon or EPSILONS,
-            method=method,  # type: ignore[arg-type]  # checked there
+            method=method,
             windows=windows,
             context=context,
             gradients=gradients,

@@ -1,7 +1,8 @@
-"""The work of ``fpsim sharpness``: the logit sharpness of a Hugging Face checkpoint on a text, beside its baselines.
+"""The work of ``fpsim sharpness``: the logit sharpness of a language model on a text, beside its baselines.
 
-The checkpoint and its tokenizer are read from a folder; nothing is downloaded. Formats are simulated by the compiler
-backend, so that the same weights can be looked at under several precisions.
+The model is a Hugging Face checkpoint, read with its tokenizer from a folder (nothing is downloaded), or what a script
+of the user's builds. Formats are simulated by the compiler backend, so that the same weights can be looked at under
+several precisions.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from fpsim.curvature.losses import IGNORED
 from fpsim.policy import Policy
 from fpsim.sharpness.logits import ITERATIONS, LogitMetrics, Method, last_of, logit_metrics
-from fpsim.sharpness.streaming import Accumulator, LogitSummary, gradient_norm, predictions
+from fpsim.sharpness.scripts import BYTES, load_script, positions
+from fpsim.sharpness.streaming import Accumulator, LogitSummary, gradient_norm, logits_of, predictions
 
 #: Keskar's two boxes.
 EPSILONS = (5e-4, 1e-3)
@@ -50,16 +52,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of `measure_checkpoint`.
+    """The result of `measure_checkpoint` and `measure_script`.
 
     Attributes:
-        model, text: what was read.
+        model, text: what was read: a folder or a script with its function, and a file.
         windows, context: how many stretches of the text, of how many tokens each.
         method: how the box was searched.
         rows: one per precision, in the order asked for.
     """
 
-    model: Path
+    model: Path | str
     text: Path
     windows: int
     context: int
@@ -154,28 +156,112 @@ def measure_checkpoint(
         ModuleNotFoundError: transformers is not installed.
         ValueError: text that is not UTF-8 or too short, no tokenizer, an unknown format or choice.
     """
-    if not epsilons:
-        raise ValueError("epsilons is empty: give at least one, such as 5e-4")
-    if windows < 1:
-        raise ValueError(f"windows must be at least 1, got {windows}")
-    policies = {UNROUNDED: None, **{name: Policy(format=name) for name in formats}}
     network = _load(model, dtype).to(device)
-    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions(network)
     if context is None:
         context = min(limit or 1024, 1024)
-    if context < 1 or (limit and context > limit):
-        raise ValueError(f"context must be from 1 to {limit or 'any number'}, the model's positions, got {context}")
+    _check(windows, context, limit)
     tokens = _tokens(model, text, network.config.get_text_config().vocab_size, windows * context + 1)
     batches = [(inputs.to(device), targets.to(device)) for inputs, targets in _windows(tokens, context)]
+    rows = _rows(network, batches, formats, epsilons, method, iterations, gradients, backend, progress)
+    return Report(model, text, len(batches), context, method, rows)
+
+
+def measure_script(
+    script: str,
+    text: Path,
+    *,
+    weights: Path | None = None,
+    formats: Sequence[str] = (),
+    epsilons: Sequence[float] = EPSILONS,
+    method: Method = "exact",
+    iterations: int = ITERATIONS,
+    windows: int = 16,
+    context: int | None = None,
+    gradients: bool = True,
+    device: str | torch.device = "cpu",
+    backend: str = "fpsim_eager",
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """The same for a model of the user's own, in the dtypes that it is built in.
+
+    Args:
+        script: ``path/to/script.py:function``, as `fpsim.sharpness.scripts` describes it.
+        text: a UTF-8 file; its bytes are the tokens, unless the script has a function ``tokenize``.
+        weights: a file with the module's state dict; None: as the function built it.
+        context: tokens per window; None is what the script or its module has, or else 128.
+        formats, epsilons, method, iterations, windows, gradients, device, backend, progress: as for
+            `measure_checkpoint`.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: no such script, weights or text.
+        ValueError: a function that is not there or builds no module, weights that do not fit, a module that gives no
+            logits or takes no such tokens, text that is not UTF-8 or too short, an unknown format or choice.
+    """
+    own = load_script(script, context=context, weights=weights)
+    network = own.network.to(device)
+    _check(windows, own.context, positions(network))
+    tokens = _tokens_of_script(own.tokenize, text, windows * own.context + 1)
+    batches = [(inputs.to(device), targets.to(device)) for inputs, targets in _windows(tokens, own.context)]
+    _check_logits(script, network, batches[0][0], int(tokens.max()))
+    rows = _rows(network, batches, formats, epsilons, method, iterations, gradients, backend, progress)
+    return Report(script, text, len(batches), own.context, method, rows)
+
+
+def _check(windows: int, context: int, limit: int | None) -> None:
+    if windows < 1:
+        raise ValueError(f"windows must be at least 1, got {windows}")
+    if context < 1 or (limit and context > limit):
+        raise ValueError(f"context must be from 1 to {limit or 'any number'}, the model's positions, got {context}")
+
+
+def _check_logits(script: str, network: nn.Module, inputs: Tensor, highest: int) -> None:
+    """That ``network`` takes these tokens and gives a row of logits for each, by one run of it."""
+    with torch.no_grad():
+        try:
+            logits = logits_of(network(inputs))
+        except IndexError as error:
+            raise ValueError(
+                f"the module of {script} does not take tokens up to {highest} in windows of {inputs.shape[1]}: let it "
+                f"take vocabulary and context, or pass a context ({error})"
+            ) from error
+        except TypeError as error:
+            raise ValueError(f"{script}: {error}") from error
+    if not logits.is_floating_point() or logits.dim() != 3 or logits.shape[:2] != inputs.shape:
+        raise ValueError(
+            f"the module of {script} must map tokens of shape {tuple(inputs.shape)} to floating-point logits of shape "
+            f"(1, {inputs.shape[1]}, vocabulary), got {logits.dtype} of shape {tuple(logits.shape)}"
+        )
+    if highest >= logits.shape[-1]:
+        raise ValueError(
+            f"the module of {script} has logits of {logits.shape[-1]} words, and the text has token {highest}: let it "
+            "take vocabulary, or let the script tokenize"
+        )
+
+
+def _rows(
+    network: nn.Module,
+    batches: list[tuple[Tensor, Tensor]],
+    formats: Sequence[str],
+    epsilons: Sequence[float],
+    method: Method,
+    iterations: int,
+    gradients: bool,
+    backend: str,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Row, ...]:
+    if not epsilons:
+        raise ValueError("epsilons is empty: give at least one, such as 5e-4")
+    policies = {UNROUNDED: None, **{name: Policy(format=name) for name in formats}}
     total = len(policies) * len(batches)
 
-    def rows() -> Iterator[Row]:
+    def each() -> Iterator[Row]:
         for index, (name, policy) in enumerate(policies.items()):
             done = index * len(batches)
             tick = (lambda count, done=done: progress(done + count, total)) if progress is not None else None
             yield _row(name, _under(network, policy, backend), batches, epsilons, method, iterations, gradients, tick)
 
-    return Report(model, text, len(batches), context, method, tuple(rows()))
+    return tuple(each())
 
 
 def _row(
@@ -242,18 +328,41 @@ def _tokens(folder: Path, path: Path, vocabulary: int, count: int) -> Tensor:
 
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
-    elif vocabulary == 256:
-        tokens = torch.tensor(list(text.encode()), dtype=torch.int64)
+    elif vocabulary == BYTES:
+        tokens = _bytes(text)
     else:
         raise ValueError(
-            f"no tokenizer in {folder}, and its model has {vocabulary} words, not 256 for bytes: "
+            f"no tokenizer in {folder}, and its model has {vocabulary} words, not {BYTES} for bytes: "
             "add it with tokenizer.save_pretrained(folder)"
         )
+    if len(tokens) and int(tokens.max()) >= vocabulary:
+        raise ValueError(f"the tokenizer in {folder} made token {int(tokens.max())}, its model has {vocabulary} words")
+    return _enough(tokens, path)[:count]
+
+
+def _tokens_of_script(tokenize: Callable[[str], Sequence[int]] | None, path: Path, count: int) -> Tensor:
+    """The same by the script's own function, or bytes."""
+    if tokenize is None:
+        return _enough(_bytes(_text(path, count)), path)[:count]
+    made = tokenize(_text(path, count * _BYTES_PER_TOKEN))
+    try:
+        tokens = torch.as_tensor(made)
+    except (TypeError, ValueError, RuntimeError):
+        tokens = torch.zeros(())
+    whole = (tokens.dim() == 1 and not (tokens.is_floating_point() or tokens.is_complex())) or not tokens.numel()
+    if not whole or (tokens.numel() and int(tokens.min()) < 0):
+        raise ValueError(f"tokenize must return a sequence of integers from 0 on, got {str(made)[:60]!r}")
+    return _enough(tokens.to(torch.int64), path)[:count]
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.int64)
+
+
+def _enough(tokens: Tensor, path: Path) -> Tensor:
     if len(tokens) < 2:
         raise ValueError(f"{path} holds {len(tokens)} tokens: one to predict another from is the least")
-    if int(tokens.max()) >= vocabulary:
-        raise ValueError(f"the tokenizer in {folder} made token {int(tokens.max())}, its model has {vocabulary} words")
-    return tokens[:count]
+    return tokens
 
 
 def _text(path: Path, limit: int) -> str:

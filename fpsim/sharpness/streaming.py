@@ -215,7 +215,7 @@ def predictions(
     for batch in batches:
         inputs, keywords, targets = _arguments(batch, ignore_index)
         with torch.set_grad_enabled(gradients):
-            logits = _logits_of(model(*inputs, **keywords))
+            logits = logits_of(model(*inputs, **keywords))
         yield logits, targets
 
 
@@ -244,7 +244,12 @@ def _next_tokens(tokens: Tensor, ignore_index: int) -> Tensor:
     return torch.nn.functional.pad(tokens[..., 1:].to(torch.int64), (0, 1), value=ignore_index)
 
 
-def _logits_of(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returned: themselves, ``.logits``, the entry ``"logits"``, or the first of a tuple.
+
+    Raises:
+        TypeError: none of these.
+    """
     found = output
     if hasattr(output, "logits"):
         found = output.logits
