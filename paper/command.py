@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import functools
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
+from . import did_you_mean
+
 if TYPE_CHECKING:
     from .config import RunConfig
     from .experiments import Setting
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
+_WRONG_INPUT = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, ModuleNotFoundError, ConnectionError)
 
 
 def _plain_errors(command: _Command) -> _Command:
@@ -35,7 +37,7 @@ def _plain_errors(command: _Command) -> _Command:
     def wrapped(*args: object, **kwargs: object) -> None:
         try:
             command(*args, **kwargs)
-        except (ValueError, TypeError, FileNotFoundError, IsADirectoryError, ModuleNotFoundError) as error:
+        except _WRONG_INPUT as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
 
@@ -217,9 +219,9 @@ def _only(plan: list[Planned], globs: list[str] | None) -> list[Planned]:
     names = list(dict.fromkeys(planned.condition for planned in plan))
     for glob in globs or []:
         if not fnmatch.filter(names, glob):
-            near = difflib.get_close_matches(glob, names, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"no condition {glob!r}{hint}: there are {', '.join(map(repr, names))}")
+            raise ValueError(
+                f"no condition {glob!r}{did_you_mean(glob, names)}: there are {', '.join(map(repr, names))}"
+            )
     return [
         planned for planned in plan if not globs or any(fnmatch.fnmatchcase(planned.condition, glob) for glob in globs)
     ]

@@ -5,7 +5,6 @@ Everything that decides a single bit of a run is in `RunConfig`; where and by ho
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 from fpsim.policy import Policy
 
+from . import did_you_mean
 from .data import DataConfig, fingerprint
 from .models import ModelConfig
 
@@ -136,8 +136,7 @@ class RunConfig:
 def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
     if value in choices:
         return
-    near = difflib.get_close_matches(str(value), [choice for choice in choices if choice], n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    hint = did_you_mean(value, filter(None, choices))
     raise ValueError(f"unknown {name} {value!r}{hint}: use one of {', '.join(map(str, choices))}")
 
 
@@ -177,8 +176,7 @@ def _check_fields(kind: type, given: Mapping[str, Any]) -> None:
     valid = [entry.name for entry in fields(kind)]
     for name in given:
         if name not in valid:
-            near = difflib.get_close_matches(name, valid, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            hint = did_you_mean(name, valid)
             raise ValueError(f"unknown field {name!r} of {kind.__name__}{hint}: it has {', '.join(valid)}")
 
 

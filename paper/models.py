@@ -6,7 +6,6 @@ so that forward, loss and backward are one graph.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import inspect
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import require
+from . import did_you_mean, require
 from .data import VOCABULARY
 
 if TYPE_CHECKING:
@@ -108,10 +107,9 @@ def model_config(name: str) -> ModelConfig:
         return MODELS[name]
     if ".py:" in name:
         return ModelConfig(family="script", script=name)
-    near = difflib.get_close_matches(name, MODELS, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ValueError(
-        f"unknown model {name!r}{hint}: use one of {', '.join(MODELS)}, or path/to/script.py:function for your own"
+        f"unknown model {name!r}{did_you_mean(name, MODELS)}: "
+        f"use one of {', '.join(MODELS)}, or path/to/script.py:function for your own"
     )
 
 
@@ -161,9 +159,7 @@ def script_function(script: str) -> Callable[..., Any]:
     found = getattr(module, name, None)
     if not callable(found):
         own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        near = difflib.get_close_matches(name, own, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"{path} has no function {name!r}{hint}: it has {', '.join(own) or 'none'}")
+        raise ValueError(f"{path} has no function {name!r}{did_you_mean(name, own)}: it has {', '.join(own) or 'none'}")
     return found
 
 

@@ -25,7 +25,7 @@ from fpsim.policy import Policy
 
 from . import require
 from .config import Options, RunConfig, compile_key, from_dict, run_key, to_dict
-from .data import DataConfig
+from .data import DataConfig, fetch
 from .storage import Run, read_run, replace_file, versions
 from .workers import Job, Message, Pool, ProcessPool, RayPool, SerialPool
 
@@ -144,14 +144,17 @@ def sweep(
     Raises:
         ValueError: an empty plan, an unknown executor, or one configuration under two conditions.
         ModuleNotFoundError: Ray or pyarrow is not installed.
+        FileNotFoundError, ConnectionError: a text that is not there, or a Hub that is not reached.
     """
     start = time.perf_counter()
     require("pyarrow")
     if executor not in EXECUTORS:
         raise ValueError(f"unknown executor {executor!r}: use one of {', '.join(EXECUTORS)}")
     keyed = _keyed(plan)
-    _describe(folder, keyed, title, facts or {})
     missing = {key: planned for key, planned in keyed.items() if not _result(folder, key).exists()}
+    for text in {planned.config.data for planned in missing.values()}:
+        fetch(text)
+    _describe(folder, keyed, title, facts or {})
     jobs = [_job(folder, key, planned, threads, checkpoint_seconds) for key, planned in missing.items()]
     computed, retried, failures = 0, 0, []
     console = console or Console(stderr=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from itertools import islice
 
@@ -182,25 +181,6 @@ def test_a_broken_token_file_is_refused(tmp_path):
     (tmp_path / "odd.bin").write_bytes(b"abc")
     with pytest.raises(ValueError, match=r"odd\.bin holds 3 bytes: nanoGPT's token files hold two per token"):
         load(DataConfig(str(tmp_path / "odd.bin")), context=1)
-
-
-def test_a_hugging_face_dataset_is_its_texts(monkeypatch):
-    class Rows(dict):
-        column_names = ("text", "title")
-
-    class Datasets:
-        @staticmethod
-        def load_dataset(name, subset, split):
-            assert (name, subset, split) == ("owner/name", "part", "train")
-            return Rows(text=["one " * 20, "two " * 20], title=["a" * 50, "b" * 50])
-
-    monkeypatch.setitem(sys.modules, "datasets", Datasets)
-    whole = torch.cat(load(DataConfig("hf:owner/name:part"), context=4))
-    assert bytes(whole.tolist()) == b"one " * 20 + b"\n" + b"two " * 20
-    whole = torch.cat(load(DataConfig("hf:owner/name:part#title"), context=4))
-    assert bytes(whole.tolist()) == b"a" * 50 + b"\n" + b"b" * 50
-    with pytest.raises(ValueError, match=r"no column 'body'.*text, title"):
-        load(DataConfig("hf:owner/name:part#body"), context=4)
 
 
 # -- quality -----------------------------------------------------------------------------------------------------------
