@@ -1,6 +1,7 @@
 """Operators over several processes: each rank multiplies with its own data, the results are averaged.
 
-Every rank runs the same algorithm on the same vectors, so nothing but the products is communicated.
+Every rank runs the same algorithm on the same vectors, so nothing but the products is communicated. Every rank holds
+all parameters: sharded ones (FSDP) are refused, with the way to gather them.
 """
 
 from __future__ import annotations

@@ -15,10 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fpsim.curvature.vectors import GATHER, is_sharded
 from fpsim.policy import Policy
 
 #: Hugging Face's and torch's label for "no target here".
 IGNORED = -100
+
+#: Classes of modules under FSDP2 (`fully_shard`) and FSDP1.
+_SHARDING = {"FSDPModule", "FullyShardedDataParallel"}
 
 _NO_BATCH = object()
 
@@ -216,8 +220,7 @@ def _functional(
     wrapped = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
     module: nn.Module = model.module if wrapped else model  # type: ignore[assignment]
     prefix = "module." if wrapped else ""
-    if type(module).__name__ in ("FullyShardedDataParallel",) or type(module).__name__.startswith("FSDP"):
-        raise ValueError("the module's parameters are sharded (FSDP): gather them into a plain module first")
+    refuse_sharded(module)
     own = dict(module.named_parameters(remove_duplicate=False))
     rounded = None if policy is None else _rounded(module, policy)
 
@@ -245,6 +248,19 @@ def _rounded(module: nn.Module, policy: Policy | Mapping[str, Any] | str) -> Cal
     from fpsim.compile_backend.functional import functional  # the compiler is slow to import, and not always needed
 
     return functional(module, Policy.from_options({"policy": policy}))
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise a ValueError if a part of ``model`` has its parameters in pieces on several processes.
+
+    Their places in the module are filled in by hooks while it runs: what is substituted for them has no effect, and
+    they get no derivative from `torch.autograd.grad`, without a word.
+    """
+    for name, part in model.named_modules():
+        kinds = {kind.__name__ for kind in type(part).__mro__}
+        if kinds & _SHARDING or any(is_sharded(piece) for piece in part.parameters(recurse=False)):
+            where = f" {name}" if name else ""
+            raise ValueError(f"the parameters of the module{where} are sharded over processes (FSDP): {GATHER}")
 
 
 def _refuse_compiled(model: nn.Module) -> None:

@@ -21,6 +21,12 @@ from torch.utils import _pytree as pytree
 
 #: A pytree of parameters, usually ``dict(model.named_parameters())``.
 Params = Any
+#: What to do about parameters that lie in pieces on several processes.
+GATHER = (
+    "load them into a plain module on every process, plain.load_state_dict(torch.distributed.checkpoint.state_dict."
+    "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))), and average the operators of the "
+    "ranks' own data with fpsim.curvature.averaged"
+)
 #: Which leaves vary: a glob on their names, several (``!glob`` takes away), or a predicate; None is all of them.
 Select = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -153,7 +159,7 @@ def layout(
         device: of vectors; None is that of the first leaf that varies. ``"cpu"`` keeps a basis off the accelerator.
 
     Raises:
-        ValueError: nothing varies, a glob that names nothing, or another dtype.
+        ValueError: nothing varies, a glob that names nothing, another dtype, or a sharded leaf (a `DTensor`).
 
     >>> layout({"a": torch.ones(2), "b": torch.ones(3)}, select="b").size
     3
@@ -163,6 +169,8 @@ def layout(
     places: dict[int, list[int]] = {}
     names: dict[int, str] = {}
     for index, (path, leaf) in enumerate(flat):
+        if is_sharded(leaf):
+            raise ValueError(f"{_name(path)} is sharded over processes (a DTensor): {GATHER}")
         if _varies(leaf):
             places.setdefault(id(leaf), []).append(index)
             names.setdefault(id(leaf), _name(path))
@@ -261,6 +269,11 @@ def rademacher(size: int, dtype: torch.dtype, device: torch.device, generator: t
 
 def _offsets(values: Sequence[Tensor]) -> tuple[int, ...]:
     return (0, *accumulate(value.numel() for value in values))
+
+
+def is_sharded(leaf: object) -> bool:
+    """Whether ``leaf`` is a `torch.distributed.tensor.DTensor`, as under FSDP2 and tensor parallelism."""
+    return isinstance(leaf, Tensor) and hasattr(leaf, "full_tensor")
 
 
 def _varies(leaf: object) -> bool:

@@ -7,7 +7,7 @@ from fpsim.sharpness.critical_rate import CriticalResult, critical
 from fpsim.sharpness.logits import LogitMetrics, logit, logit_metrics
 from fpsim.sharpness.parameters import KeskarResult, SamResult, adaptive, keskar, sam
 from fpsim.sharpness.slices import Slice1D, Slice2D, slice_1d, slice_2d
-from fpsim.sharpness.streaming import LogitSummary, gradient_norm, logit_stream, summarize
+from fpsim.sharpness.streaming import LogitSummary, gradient_norm, logit_stream, summarize, summarize_over_ranks
 
 __all__ = [
     "CriticalResult",
@@ -28,4 +28,5 @@ __all__ = [
     "slice_1d",
     "slice_2d",
     "summarize",
+    "summarize_over_ranks",
 ]

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
-from fpsim.curvature.losses import IGNORED
+from fpsim.curvature.losses import IGNORED, refuse_sharded
 from fpsim.sharpness.logits import (
     EPSILON,
     ITERATIONS,
@@ -120,6 +121,35 @@ def summarize(metrics: Iterable[LogitMetrics]) -> LogitSummary:
     return summary.result()
 
 
+def summarize_over_ranks(metrics: Iterable[LogitMetrics], *, group: dist.ProcessGroup | None = None) -> LogitSummary:
+    """`summarize` of the tokens of all processes, each of which gives its own ``metrics``.
+
+    Every token counts the same, on whichever rank it lies; ranks may have different numbers of tokens and batches, or
+    none. A few numbers are exchanged once, at the end, and put together in the order of the ranks: all ranks get the
+    same bits. Models under `DistributedDataParallel` and FSDP2 are measured as they are (under FSDP all ranks must run
+    equally many batches, as they gather parameters together).
+
+    Args:
+        metrics: of this rank's batches, from `logit_stream`.
+        group: of processes; None is the default group.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised.
+        ValueError: no token counts on any rank; all ranks raise it.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError("summarize_over_ranks() needs a process group: call torch.distributed.init_process_group")
+    own = Accumulator()
+    for batch in metrics:
+        own.add(batch)
+    parts: list[Accumulator] = [own] * dist.get_world_size(group)
+    dist.all_gather_object(parts, own, group=group)
+    total = Accumulator()
+    for part in parts:
+        total.merge(part)
+    return total.result()
+
+
 class Accumulator:
     """`summarize` for whoever holds the batches: a few numbers, however many tokens are added."""
 
@@ -138,15 +168,25 @@ class Accumulator:
         count = values.shape[1]
         if not count:
             return
-        # Chan, Golub and LeVeque's update of a mean and a sum of squared deviations by those of a batch.
-        before, self._tokens = self._tokens, self._tokens + count
-        batch_mean = values.mean(1)
-        shift = batch_mean - self._mean
-        self._mean += shift * (count / self._tokens)
-        self._deviation += float((values[0] - batch_mean[0]).square().sum())
-        self._deviation += float(shift[0]) ** 2 * count * before / self._tokens
+        mean = values.mean(1)
+        self._join(count, mean, float((values[0] - mean[0]).square().sum()))
         self._max_sharpness = max(self._max_sharpness, float(values[0].max()))
         self._max_abs_logit = max(self._max_abs_logit, float(batch.max_abs_logit[finite].max()))
+
+    def merge(self, other: Accumulator) -> None:
+        """Take up all that was added to ``other``."""
+        self._nonfinite += other._nonfinite
+        if other._tokens:
+            self._join(other._tokens, other._mean, other._deviation)
+        self._max_sharpness = max(self._max_sharpness, other._max_sharpness)
+        self._max_abs_logit = max(self._max_abs_logit, other._max_abs_logit)
+
+    def _join(self, count: int, mean: Tensor, deviation: float) -> None:
+        """Chan, Golub and LeVeque's update of a mean and a sum of squared deviations by those of more tokens."""
+        before, self._tokens = self._tokens, self._tokens + count
+        shift = mean - self._mean
+        self._mean += shift * (count / self._tokens)
+        self._deviation += deviation + float(shift[0]) ** 2 * count * before / self._tokens
 
     def result(self) -> LogitSummary:
         """What has been added so far.
@@ -184,8 +224,15 @@ def gradient_norm(
     (the loss's gradient is made of them chunk by chunk), and the parameters twice. Where the model rounds, it is the
     gradient of the straight-through surrogate, with gradients rounded if the model does that.
 
-    Args and errors are those of `logit_stream`; parameters that do not require gradients are left out.
+    Args and errors are those of `logit_stream`; parameters that do not require gradients are left out. Under
+    `DistributedDataParallel` it is the gradient of this rank's batches.
+
+    Raises:
+        ValueError: also where no parameter requires a gradient, or parameters are sharded (FSDP), which get none here.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module  # whose gradients nobody averages: the wrapper would wait for a backward pass of its own
+    refuse_sharded(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("no parameter requires a gradient: call model.requires_grad_()")

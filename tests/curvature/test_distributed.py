@@ -1,8 +1,10 @@
-"""Two processes, each with half of the data: the averaged operator is that of all data."""
+"""Two processes, each with half of the data: the averaged operator is that of all data; sharded modules are refused."""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,41 @@ from small_models import case, relative, token_loss
 from torch import distributed as dist
 from torch import multiprocessing
 
-from fpsim.curvature import averaged, eigenpairs, functional_loss, hessian, label_count, trace
+from fpsim.curvature import averaged, eigenpairs, functional_loss, functional_outputs, hessian, label_count, trace
+from fpsim.sharpness import sam
+
+
+def sharded(part: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:
+    """What is refused of a module under FSDP2, and eigenvalues by the way that the refusal names."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    inside, whole = case("layer norm").model, case("layer norm").model
+    fully_shard(inside.head)
+    fully_shard(whole.head)
+    fully_shard(whole)
+    attempts: dict[str, Callable[[], Any]] = {
+        "whole": lambda: functional_loss(whole, token_loss, batch=part),
+        "inside": lambda: functional_outputs(inside, batch=part),
+        "hessian": lambda: hessian(lambda p: p["head.weight"].sum(), dict(whole.named_parameters())),
+        "sam": lambda: sam(lambda p: p["head.weight"].sum(), dict(inside.named_parameters())),
+    }
+    state = get_model_state_dict(whole, options=StateDictOptions(full_state_dict=True))
+    plain = case("layer norm").model
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.zero_()  # what is read comes from the shards
+    plain.load_state_dict(state)
+    local = hessian(functional_loss(plain, token_loss, batch=part), dict(plain.named_parameters()))
+    found = eigenpairs(averaged(local, weight=label_count(part)), 2, tol=1e-10)
+    return {"refused": {name: error_of(attempt) for name, attempt in attempts.items()}, "values": found.eigenvalues}
+
+
+def error_of(attempt: Callable[[], Any]) -> str:
+    try:
+        return repr(attempt())
+    except ValueError as error:
+        return str(error)
 
 
 def work(rank: int, address: str, folder: str) -> None:
@@ -25,12 +61,12 @@ def work(rank: int, address: str, folder: str) -> None:
     whole = averaged(local, weight=label_count(part))
     found = eigenpairs(whole, 2, tol=1e-10)
     differing = torch.full((local.size,), float(rank))
-    try:
-        whole.matvec(differing)
-        message = "none"
-    except ValueError as error:
-        message = str(error)
-    result = {"values": found.eigenvalues, "trace": trace(whole, tol=0, max_products=30).estimate, "error": message}
+    result = {
+        "values": found.eigenvalues,
+        "trace": trace(whole, tol=0, max_products=30).estimate,
+        "error": error_of(lambda: whole.matvec(differing)),
+        "sharded": sharded(part),
+    }
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -48,6 +84,13 @@ def test_two_ranks_average_their_products(tmp_path):
     assert abs(first["trace"] - trace(whole, tol=0, max_products=30).estimate) <= 1e-10
     for result in (first, second):
         assert "same seed" in result["error"]
+        assert relative(result["sharded"]["values"], first["values"]) <= 1e-12
+        refused = result["sharded"]["refused"]
+        assert refused["whole"].startswith("the parameters of the module are sharded over processes (FSDP): load them")
+        assert refused["inside"].startswith("the parameters of the module head are sharded")
+        assert "is sharded over processes (a DTensor): load them" in refused["hessian"]
+        assert refused["sam"].startswith("head.weight is sharded")
+        assert all("get_model_state_dict" in message for message in refused.values())
 
 
 def test_without_processes_it_is_an_error():
