@@ -1,0 +1,29 @@
+"""Differences between the versions of torch that fpsim supports, 2.11 and newer."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch._inductor import config as inductor_config
+from torch._inductor.codegen.cpp import CppKernel
+
+#: Major and minor version of torch.
+TORCH = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
+
+
+def keep_precision_casts_in_cpp() -> None:
+    """Let Inductor's C++ round 16-bit numbers between fused operations under ``emulate_precision_casts``, as 2.13 does.
+
+    Before, it remembers the float32 number that a 16-bit one was made of and goes on with that: sums of bfloat16 numbers
+    then have more bits than in the model.
+    """
+    if TORCH >= (2, 13):
+        return
+    remember = CppKernel.cache_dtype_convert
+
+    def unless_emulated(kernel: CppKernel, *conversion: object) -> None:
+        if not inductor_config.emulate_precision_casts:
+            remember(kernel, *conversion)
+
+    CppKernel.cache_dtype_convert = unless_emulated  # type: ignore[method-assign]
