@@ -22,6 +22,7 @@ from fpsim.compile_backend.backend import compile_with_rounding
 from fpsim.policy import Policy
 from fpsim.rounding import round
 from fpsim.rounding_op import round_op
+from fpsim.scaling import scale_op
 
 aten = torch.ops.aten
 
@@ -153,11 +154,17 @@ def _differentiable(gm: fx.GraphModule) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if node.target is round_op:
             node.target = _rounded
+        elif node.target is scale_op:
+            node.target = _scale
         elif node.target is aten.copy_.default and not node.users:
             gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
+
+
+def _scale(x: Tensor, maximum: float, source: str) -> Tensor:
+    return scale_op(x.detach(), maximum, source)
 
 
 def _rounded(x: Tensor, format: str, rounding: str, overflow: str, kernel: str) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -22,6 +22,7 @@ from fpsim.compile_backend.product_error import comparison, other_tensors, resul
 from fpsim.compile_backend.products import Product, base
 from fpsim.compile_backend.statistics import Statistics, measure, merge, relative_error
 from fpsim.policy import Cast
+from fpsim.scaling import power_of_two_scale
 
 _library = torch.library.Library("fpsim", "FRAGMENT")
 _library.define("observe(Tensor value, Tensor[] exact, Tensor[] rounded, Tensor[] others, int number) -> Tensor")
@@ -99,6 +100,19 @@ class _Observation:
     sites: tuple[Site, ...]
     casts: tuple[Cast | None, ...]
     keys: tuple[int, ...]
+
+
+def measure_cast(exact: Tensor, rounded: Tensor, by: Cast | None) -> Statistics:
+    """What the cast ``by`` did to ``exact``; None left it as it is.
+
+    Of a scaled cast, subnormals and saturations are those of the scaled numbers, and all else is of the numbers as
+    they come and go.
+    """
+    if by is None or by.scale is None:
+        return measure(exact, rounded, by.format if by is not None else None)
+    scale = power_of_two_scale(exact, by.format)
+    scaled = measure(exact * scale, rounded * scale, by.format)
+    return replace(measure(exact, rounded), subnormals=scaled.subnormals, saturations=scaled.saturations)
 
 
 class Recorder:
@@ -186,7 +200,7 @@ class Recorder:
             self._runs[number] += 1
             for i in own:
                 by = observation.casts[i]
-                statistics = measure(exact[i], rounded[i], by.format if by is not None else None)
+                statistics = measure_cast(exact[i], rounded[i], by)
                 self._statistics.setdefault(observation.keys[i], []).append(statistics)
             if compare is not None:
                 seed = (number << 32) + self._runs[number]  # other signs in every run: their errors average out

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -52,6 +53,13 @@ from fpsim.rounding_op import (
     round_op,
     round_stochastic_op,
 )
+from fpsim.scaling import SOURCE, check_scalable, scale_op
+
+aten = torch.ops.aten
+
+# What a rounding takes over from the value that is rounded, and from where it is needed.
+_COPIED = ("partitioner_tag", "recompute", "ac_graph_id", "seq_nr", "stack_trace")
+_PLACES = ("nn_module_stack", "fwd_nn_module_stack", "stack_trace")
 
 #: Told of every rewritten graph's plan.
 Observer = Callable[[Plan], None]
@@ -350,30 +358,38 @@ class _Inserter:
         return copy
 
     def _insert(self, value: fx.Node, cast: Cast, near: fx.Node) -> fx.Node:
-        check_carrier(value.meta["val"].dtype, cast.format)
+        """The node that holds ``value`` rounded, behind it or, if it is an input, behind all inputs."""
+        dtype = value.meta["val"].dtype
+        (check_carrier if cast.scale is None else check_scalable)(dtype, cast.format)
         last = value
         while last.op == "placeholder" and last.next.op == "placeholder":
             last = last.next
-        modes = (cast.format.name, cast.rounding, cast.overflow, KERNEL)
-        if split_rounding(cast.rounding)[1]:
-            key = self._random_key(value)
-            if last.op == "placeholder":
-                last = key
-            with self.graph.inserting_after(last):
-                node = self.graph.call_function(round_stochastic_op, (value, key, *modes))
-        else:
-            with self.graph.inserting_after(last):
-                node = self.graph.call_function(round_op, (value, *modes))
-        copied = ("partitioner_tag", "recompute", "ac_graph_id", "seq_nr", "stack_trace")
-        node.meta = {key: value.meta[key] for key in copied if key in value.meta}
-        for name in ("nn_module_stack", "fwd_nn_module_stack", "stack_trace"):
-            if name in near.meta:
-                node.meta[name] = near.meta[name]
-        _describe(node)
-        self.sources[node] = self.sources[value]
+        key = self._random_key(value) if split_rounding(cast.rounding)[1] else None
+        if key is not None and last.op == "placeholder":
+            last = key
+        meta = {key: value.meta[key] for key in _COPIED if key in value.meta}
+        meta |= {name: near.meta[name] for name in _PLACES if name in near.meta}
+        pointwise = dict(meta)
         if self._is_at_hand_in_backward(value):
-            node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
-        return node
+            pointwise.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
+
+        def call(target: Callable[..., Any], *arguments: Any, meta: Mapping[str, Any] = pointwise) -> fx.Node:
+            nonlocal last
+            with self.graph.inserting_after(last):
+                last = self.graph.call_function(target, arguments)
+            last.meta = dict(meta)
+            _describe(last)
+            self.sources[last] = self.sources[value]
+            return last
+
+        exact, inverse = value, None
+        if cast.scale is not None:
+            factors = call(scale_op, value, cast.format.max, SOURCE, meta=meta)
+            factor, inverse = (call(aten.select.int, factors, 0, half, meta=meta) for half in (0, 1))
+            exact = call(aten.mul.Tensor, value, factor)
+        modes = (cast.format.name, cast.rounding, cast.overflow, KERNEL)
+        rounded = call(round_op, exact, *modes) if key is None else call(round_stochastic_op, exact, key, *modes)
+        return rounded if inverse is None else call(aten.mul.Tensor, rounded, inverse)
 
     def _random_key(self, value: fx.Node) -> fx.Node:
         """A key of its own for the rounding of ``value``: the number of the rounding in the graph is the salt.

@@ -12,6 +12,7 @@ from fpsim.formats import FloatFormat, parse_format
 from fpsim.packing import pack, unpack
 from fpsim.policy import Policy
 from fpsim.rounding import decode, encode, round
+from fpsim.scaling import power_of_two_scale
 
 if TYPE_CHECKING:
     from fpsim import curvature, reference, sharpness, testing
@@ -31,6 +32,7 @@ __all__ = [
     "explain",
     "pack",
     "parse_format",
+    "power_of_two_scale",
     "profile",
     "reference",
     "round",

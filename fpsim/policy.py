@@ -25,6 +25,7 @@ from fpsim.formats import (
     parse_format,
     resolve_overflow,
 )
+from fpsim.scaling import SCALES, check_scale
 
 ROLES = ("activation", "weight", "gradient")
 KINDS = ("fprop", "dgrad", "wgrad")
@@ -61,21 +62,25 @@ JSON_VERSION = 1
 
 #: In place of a format: leave the operand as it is.
 NONE = "none"
+#: In an operand's cast: no scale, whatever the policy's.
+UNSCALED = "unscaled"
 
 
 @dataclass(frozen=True)
 class Cast:
-    """One way to round: a format with its rounding and overflow mode, all resolved.
+    """One way to round: a format with its rounding and overflow mode, all resolved, and for operands a scale.
 
-    Its string form is ``format/rounding/overflow``; in a policy the last two may be left out.
+    Its string form is ``format/rounding/overflow`` or ``format/rounding/overflow/scale``; in a policy all but the
+    format may be left out.
     """
 
     format: FloatFormat
     rounding: str
     overflow: str
+    scale: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.format.name}/{self.rounding}/{self.overflow}"
+        return "/".join([self.format.name, self.rounding, self.overflow, *([self.scale] if self.scale else [])])
 
     @property
     def label(self) -> str:
@@ -85,6 +90,8 @@ class Cast:
             parts.append(self.rounding)
         if self.overflow != resolve_overflow(self.format, None):
             parts.append(self.overflow)
+        if self.scale:
+            parts.append("scaled")
         return " ".join(parts)
 
 
@@ -115,12 +122,34 @@ def parse_cast(text: str | FloatFormat, rounding: str = "nearest_even", overflow
         elif mode in OVERFLOWS:
             overflow = mode
         else:
+            if mode in (*SCALES, UNSCALED):
+                raise ValueError(f"{text!r} has a scale, and only operands of matrix products are scaled: leave it out")
             raise ValueError(
                 f"unknown mode {mode!r} in cast {text!r}: after the format may come a rounding "
                 f"({', '.join([*ROUNDINGS, *STOCHASTIC_ROUNDINGS])}) and an overflow mode ({', '.join(OVERFLOWS)})"
             )
     fmt = parse_format(name)
     return Cast(fmt, full_rounding(rounding), resolve_overflow(fmt, overflow))
+
+
+def parse_operand_cast(
+    text: str | FloatFormat, rounding: str = "nearest_even", overflow: str | None = None, scale: str | None = None
+) -> Cast | None:
+    """The cast of an operand: `parse_cast`, and among the modes may be a scale (``power_of_two``, ``unscaled``).
+
+    Args, errors: as `parse_cast`; ``scale`` holds where ``text`` names none.
+
+    >>> str(parse_operand_cast("e4m3fn/power_of_two"))
+    'e4m3fn/nearest_even/sat_finite/power_of_two'
+    """
+    if isinstance(text, str):
+        name, *modes = text.split("/")
+        scales = [mode for mode in modes if mode in (*SCALES, UNSCALED)]
+        if scales:
+            scale = None if scales[-1] == UNSCALED else scales[-1]
+            text = "/".join([name, *(mode for mode in modes if mode not in scales)])
+    parsed = parse_cast(text, rounding, overflow)
+    return parsed and replace(parsed, scale=scale)
 
 
 @dataclass(frozen=True)
@@ -150,6 +179,10 @@ class Policy:
             ``stochastic:8`` with 8 random bits) draws its seed from torch's generator in every call of the model, so
             that `torch.manual_seed` reproduces a run; forward and backward see the same draw of the same rounding.
         overflow: where a cast names none. Default: each format's usual mode.
+        scale: of operands whose cast names none. ``power_of_two`` multiplies every operand, as it is rounded, by the
+            largest power of two that brings it into the format's range (`fpsim.power_of_two_scale`: one factor for a
+            tensor, from its own largest magnitude) and divides again after. Default: None, as operands are. In casts
+            ``"e5m2/power_of_two"`` or ``"e5m2/unscaled"`` may be said. Every rank of parallel training scales its own.
         skip: globs of module paths whose products stay unrounded; they are listed as gaps in the plan.
         modules: mapping from globs of module paths to the policy that holds there instead: a `Policy`, a mapping of
             its fields, a format, or ``"none"``. The first glob that matches decides; `skip` goes before.
@@ -181,6 +214,7 @@ class Policy:
     products: str = "all"
     rounding: str = "nearest_even"
     overflow: str | None = None
+    scale: str | None = None
     skip: tuple[str, ...] = ()
     modules: tuple[tuple[str, Policy | None], ...] = ()
     attention: str = "round"
@@ -190,6 +224,7 @@ class Policy:
         object.__setattr__(self, "rounding", full_rounding(self.rounding))
         if self.overflow is not None and self.overflow not in OVERFLOWS:
             raise ValueError(f"unknown overflow mode {self.overflow!r}: use one of {', '.join(OVERFLOWS)}, or None")
+        check_scale(self.scale)
         if self.attention not in ATTENTIONS:
             raise ValueError(f"unknown attention {self.attention!r}: use one of {', '.join(ATTENTIONS)}")
         if self.products not in PRODUCTS:
@@ -202,8 +237,9 @@ class Policy:
             set_(self, "overflow", self.overflow or "sat_finite")
             for role, usual in HYBRID.items():
                 set_(self, role, getattr(self, role) or usual)
-        for name in ("format", *ROLES, "output"):
-            set_(self, name, self._spelled(getattr(self, name)))
+        for name in ("format", *ROLES):
+            set_(self, name, self._spelled_operand(getattr(self, name)))
+        set_(self, "output", self._spelled(self.output))
         for kind in KINDS:
             set_(self, kind, self._casts(kind, ROLES, (*ROLES, "output"), "role"))
         set_(self, "elementwise", self._casts("elementwise", DIRECTIONS, DIRECTIONS, "direction"))
@@ -214,6 +250,14 @@ class Policy:
             return None
         return str(parse_cast(cast, self.rounding, self.overflow) or NONE)
 
+    def _spelled_operand(self, cast: Any) -> str | None:
+        """`_spelled` for a cast that may have a scale."""
+        if cast is None:
+            return None
+        parsed = parse_operand_cast(cast, self.rounding, self.overflow, self.scale)
+        is_exempt = parsed is not None and self.scale is not None and parsed.scale is None
+        return f"{parsed or NONE}" + (f"/{UNSCALED}" if is_exempt else "")
+
     def _casts(self, name: str, usual: Sequence[str], valid: Sequence[str], what: str) -> tuple[tuple[str, str], ...]:
         """The field ``name``, a mapping from ``valid`` keys to casts; a format alone means all ``usual`` keys."""
         given = getattr(self, name)
@@ -222,7 +266,8 @@ class Policy:
         casts = {key: cast for key, cast in _pairs(name, given) if cast is not None}
         if unknown := sorted(set(casts) - set(valid)):
             raise ValueError(f"unknown {what} {unknown[0]!r} in {name}: use {', '.join(valid)}")
-        return tuple((key, str(self._spelled(casts[key]))) for key in valid if key in casts)
+        spelled = {key: self._spelled_operand if key in ROLES else self._spelled for key in valid}
+        return tuple((key, str(spelled[key](casts[key]))) for key in valid if key in casts)
 
     def _module_rules(self) -> tuple[tuple[str, Policy | None], ...]:
         rules: dict[str, Policy | None] = {}
@@ -240,7 +285,7 @@ class Policy:
         if isinstance(given, str | FloatFormat):
             given = {"format": given}
         if isinstance(given, Mapping) and "policy" not in given:
-            given = {"rounding": self.rounding, "overflow": self.overflow, **given}
+            given = {"rounding": self.rounding, "overflow": self.overflow, "scale": self.scale, **given}
         return _check_module_policy(glob, given if isinstance(given, Policy) else Policy.from_options(given))
 
     # -- what it says ----------------------------------------------------------------------------------------
@@ -257,7 +302,7 @@ class Policy:
     def cast(self, kind: str, role: str) -> Cast | None:
         """How an operand in ``role`` of a product of ``kind`` is rounded; None where it is not."""
         text = dict(getattr(self, kind)).get(role) or getattr(self, role) or self.format
-        return parse_cast(text) if text else None
+        return parse_operand_cast(text) if text else None
 
     def operand_casts(self) -> list[Cast | None]:
         """How operands are rounded anywhere, in every role of every kind of product; None where they are not."""
@@ -362,7 +407,7 @@ class Policy:
 
     def _to_full_dict(self) -> dict[str, Any]:
         """`to_dict`, with the fields that a module's policy would inherit."""
-        return {"rounding": self.rounding, "overflow": self.overflow, **self.to_dict()}
+        return {"rounding": self.rounding, "overflow": self.overflow, "scale": self.scale, **self.to_dict()}
 
     def to_json(self) -> str:
         """The policy as JSON text; `from_json` gives an equal policy."""

@@ -7,6 +7,7 @@ exact in value and right under autograd, `torch.func` transforms and `torch.comp
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,7 @@ from fpsim.rounding_op import (
     round_stochastic_op,
     working_dtype,
 )
+from fpsim.scaling import SOURCE, check_scalable, check_scale, scale_op
 
 Gradient = Literal["straight_through", "clipped", "zero"]
 GRADIENTS: tuple[str, ...] = ("straight_through", "clipped", "zero")
@@ -47,6 +49,7 @@ def round(
     seed: int | Tensor | None = None,
     salt: int = 0,
     random_bits: int | None = None,
+    scale: str | None = None,
     gradient: Gradient = "straight_through",
 ) -> Tensor:
     """``x`` with every element rounded to ``format``.
@@ -65,8 +68,10 @@ def round(
         salt: tells roundings with the same seed apart: give every call site its own.
         random_bits: of the random numbers in stochastic rounding, 1 to 32 (31 for ``stochastic_b``, 30 for
             ``stochastic_c``); None means 23, as many as a float32 can drop. Hardware has fewer.
+        scale: ``power_of_two`` multiplies by `fpsim.power_of_two_scale` before rounding and divides again after; both
+            are exact, but for numbers that leave the range of the dtype. None: as it is.
         gradient: the derivative. ``straight_through``: 1 everywhere; ``clipped``: 1 within the format's finite
-            range, 0 beyond; ``zero``: 0.
+            range, 0 beyond (scaled, nothing is beyond); ``zero``: 0.
 
     Returns:
         A tensor of the shape, dtype and device of ``x``. NaN stays NaN where the format has one, and becomes the
@@ -78,8 +83,9 @@ def round(
         moves values of the format, and it is the same eager, compiled and recomputed, on every device.
 
     Raises:
-        ValueError: an unknown format or mode, a format with values that the dtype of ``x`` lacks, stochastic rounding
-            without a seed, a seed without stochastic rounding, or ``random_bits`` out of range.
+        ValueError: an unknown format, mode or scale, a format with values that the dtype of ``x`` lacks, a scale for
+            float16, stochastic rounding without a seed, a seed without stochastic rounding, or ``random_bits`` out of
+            range.
         TypeError: ``x`` is not a tensor of one of the four dtypes, or ``seed`` neither an int nor one int64.
 
     >>> round(torch.tensor([0.3, -500.0]), "e4m3fn")
@@ -90,14 +96,20 @@ def round(
     if gradient not in GRADIENTS:
         raise ValueError(f"unknown gradient {gradient!r}: use one of {', '.join(GRADIENTS)}")
     dtype = _dtype_of(x)
-    name, spelled, resolved, low, high = _resolve(_spelled(format), rounding, overflow, dtype, random_bits)
+    name, spelled, resolved, low, high = _resolve(_spelled(format), rounding, overflow, dtype, random_bits, scale)
+    exact, inverse = x.detach(), None
+    if scale is not None:
+        factor, inverse = scale_op(exact, high, SOURCE).unbind()
+        exact, low, high = exact * factor, -math.inf, math.inf
     if ":" not in spelled:
         if seed is not None:
             raise ValueError(f"a seed has no meaning with rounding={rounding!r}: use rounding='stochastic'")
-        value = round_op(x.detach(), name, spelled, resolved, KERNEL)
+        value = round_op(exact, name, spelled, resolved, KERNEL)
     else:
         key = random_key_op(_seed_tensor(seed, rounding, x.device), salt)
-        value = round_stochastic_op(x.detach(), key, name, spelled, resolved, KERNEL)
+        value = round_stochastic_op(exact, key, name, spelled, resolved, KERNEL)
+    if inverse is not None:
+        value = value * inverse
     if gradient == "zero" or not ((x.requires_grad and torch.is_grad_enabled()) or _transforms_active()):
         return value
     # Adds an exact zero whose derivative is that of `carrier`; where that is not finite, nothing. Subtracting +0
@@ -201,11 +213,19 @@ def _spelled(format: str | FloatFormat) -> str:
 
 @torch._dynamo.assume_constant_result
 def _resolve(
-    format: str, rounding: str, overflow: str | None, dtype: torch.dtype, random_bits: int | None = None
+    format: str,
+    rounding: str,
+    overflow: str | None,
+    dtype: torch.dtype,
+    random_bits: int | None = None,
+    scale: str | None = None,
 ) -> tuple[str, str, str, float, float]:
     """What the operators need: name, rounding with its random bits, overflow mode, range of finite values."""
     fmt = parse_format(format)
     check_carrier(dtype, fmt)
+    check_scale(scale)
+    if scale is not None:
+        check_scalable(dtype, fmt)
     name, bits = split_rounding(rounding)
     if random_bits is not None:
         if not bits:

@@ -29,6 +29,9 @@ POLICIES = {
     "forward only": {"fprop": "e4m1", "format": "none"},
     "weights only": {"weight": "e2m1fn"},
     "nothing": {"format": "none"},
+    "scaled": {"scale": "power_of_two"},
+    "scaled to fewer bits": {"scale": "power_of_two", "format": "e2m1fn", "gradient": "e4m1:bias=20/toward_zero"},
+    "one role scaled": {"activation": "e4m1", "weight": "e3m1", "gradient": "e2m1fn/power_of_two"},
 }
 
 
@@ -46,7 +49,9 @@ class Casts:
 
     def __call__(self, x: Tensor, kind: str, role: str) -> Tensor:
         cast = self.policy.cast(kind, role)
-        return x if cast is None else fpsim.round(x, cast.format, rounding=cast.rounding, overflow=cast.overflow)
+        if cast is None:
+            return x
+        return fpsim.round(x, cast.format, rounding=cast.rounding, overflow=cast.overflow, scale=cast.scale)
 
 
 def assert_same_bits(got: Tensor, want: Tensor, what: str) -> None:

@@ -197,6 +197,52 @@ def test_overflow_holds_where_a_cast_names_none() -> None:
     assert casts(Policy(overflow="ovf_inf")) == by_role(e4m3, e4m3, e5m2)
 
 
+def test_a_scale_holds_where_a_cast_of_an_operand_names_none() -> None:
+    policy = Policy(scale="power_of_two", gradient="e5m2/unscaled", output="bf16", wgrad={"activation": "e4m3/up"})
+    assert policy.activation is None and policy.cast("fprop", "activation") is None
+    assert str(policy.cast("wgrad", "activation")) == "e4m3/up/ovf_inf/power_of_two"
+    assert str(policy.cast("dgrad", "gradient")) == "e5m2/nearest_even/ovf_inf"
+    assert str(policy.output_cast("fprop")) == "e8m7/nearest_even/ovf_inf"
+    hybrid = Policy(scale="power_of_two")
+    assert str(hybrid.cast("fprop", "weight")) == "e4m3fn/nearest_even/sat_finite/power_of_two"
+    assert hybrid == Policy(
+        **{role: f"{HYBRID[role]}/power_of_two" for role in ROLES}, overflow="sat_finite", scale="power_of_two"
+    )
+
+
+def test_a_cast_may_be_scaled_alone() -> None:
+    policy = Policy(format="bf16", gradient="e5m2/power_of_two/toward_zero")
+    assert str(policy.cast("dgrad", "gradient")) == "e5m2/toward_zero/ovf_inf/power_of_two"
+    assert str(policy.cast("dgrad", "weight")) == "e8m7/nearest_even/ovf_inf"
+
+
+def test_a_policy_made_of_a_policy_keeps_what_is_scaled() -> None:
+    policy = Policy(scale="power_of_two", format="e4m3fn", gradient="e5m2/unscaled")
+    assert dataclasses.replace(policy) == policy
+    assert dataclasses.replace(policy, skip=("head",)).cast("dgrad", "gradient").scale is None
+    assert dataclasses.replace(policy, skip=("head",)).cast("dgrad", "weight").scale == "power_of_two"
+
+
+def test_modules_inherit_the_scale_and_may_be_without() -> None:
+    policy = Policy(
+        scale="power_of_two", modules={"a": "e5m2", "b": {"format": "e5m2", "scale": None}, "c": "e5m2/unscaled"}
+    )
+    scales = [policy.at(path).cast("fprop", "weight").scale for path in "abc"]
+    assert scales == ["power_of_two", None, None]
+    assert Policy.from_json(policy.to_json()) == policy
+
+
+@pytest.mark.parametrize("field", ["output", "elementwise"])
+def test_only_operands_are_scaled(field: str) -> None:
+    with pytest.raises(ValueError, match="only operands of matrix products are scaled: leave it out"):
+        Policy(**{field: "bf16/power_of_two"})
+
+
+def test_an_unknown_scale_names_those_there_are() -> None:
+    with pytest.raises(ValueError, match="unknown scale 'amax': use one of power_of_two, or None"):
+        Policy(scale="amax")
+
+
 def test_equal_meaning_is_an_equal_value_however_it_was_spelled() -> None:
     short = Policy(format="bf16", fprop={"weight": "e4m3fn"}, skip="head", gaps="aten.convolution*")
     full = Policy(
@@ -224,6 +270,7 @@ def test_equal_meaning_is_an_equal_value_however_it_was_spelled() -> None:
         ("products", "weights"),
         ("rounding", "up"),
         ("overflow", "ovf_inf"),
+        ("scale", "power_of_two"),
         ("skip", ["head"]),
         ("modules", {"head": "none"}),
         ("attention", "keep"),
@@ -440,15 +487,28 @@ def is_possible(name: str, overflow: str) -> bool:
         return False
 
 
+@st.composite
+def operand_texts(draw: st.DrawFn) -> str:
+    parts = [draw(cast_texts()), *draw(st.sampled_from([(), ("power_of_two",), ("unscaled",)]))]
+    return "/".join(parts)
+
+
 anything = st.one_of(cast_texts(), st.just("none"))
+of_operands = st.one_of(operand_texts(), st.just("none"))
+casts_by_role = st.dictionaries(st.sampled_from(ROLES), of_operands)
+casts_by_place = st.builds(
+    lambda roles, rest: {**roles, **rest}, casts_by_role, st.dictionaries(st.just("output"), anything)
+)
 globs = st.text(alphabet='ab.*[]é"\\ ', max_size=6)
 inner_fields = {
-    **dict.fromkeys(("format", "activation", "weight", "gradient", "output"), anything),
-    **dict.fromkeys(KINDS, st.one_of(anything, st.dictionaries(st.sampled_from([*ROLES, "output"]), anything))),
+    **dict.fromkeys(("format", "activation", "weight", "gradient"), of_operands),
+    "output": anything,
+    **dict.fromkeys(KINDS, st.one_of(of_operands, casts_by_place)),
     "elementwise": st.one_of(anything, st.dictionaries(st.sampled_from(DIRECTIONS), anything)),
     "products": st.sampled_from(PRODUCTS),
     "rounding": st.sampled_from(ROUNDINGS),
     "overflow": st.just("sat_finite"),  # the one mode that every format has
+    "scale": st.sampled_from([None, "power_of_two"]),
 }
 inner_policies = st.fixed_dictionaries({}, optional=inner_fields).map(lambda options: Policy(**options))
 policies = st.fixed_dictionaries(
