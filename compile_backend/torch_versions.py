@@ -15,8 +15,8 @@ TORCH = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2
 def keep_precision_casts_in_cpp() -> None:
     """Let Inductor's C++ round 16-bit numbers between fused operations under ``emulate_precision_casts``, as 2.13 does.
 
-    Before, it remembers the float32 number that a 16-bit one was made of and goes on with that: sums of bfloat16 numbers
-    then have more bits than in the model.
+    Before, it remembers the float32 number that a 16-bit one was made of and goes on with that: sums of bfloat16
+    numbers then have more bits than in the model.
     """
     if TORCH >= (2, 13):
         return

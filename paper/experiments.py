@@ -143,9 +143,12 @@ def _bf16_or_tf32(_: Setting) -> Conditions:
 
 def _hybrid(_: Setting) -> Conditions:
     hybrid: dict[str, Any] = {"products": "weights"}
+    per_tensor = {**hybrid, "scale": "power_of_two"}
     unscaled = {"loss_scale": 1.0}
     return {
         "bf16": {"options": _linears("bf16")},
+        "fp8 hybrid, scaled": {"options": per_tensor, **unscaled},
+        "fp8 hybrid, scaled, head bf16": {"options": {**per_tensor, "modules": {"*lm_head": "bf16"}}, **unscaled},
         "fp8 hybrid": {"options": hybrid},
         "fp8 hybrid, head bf16": {"options": {**hybrid, "modules": {"*lm_head": "bf16"}}},
         "fp8 hybrid, unscaled": {"options": hybrid, **unscaled},
@@ -321,12 +324,13 @@ EXPERIMENTS: dict[int, Experiment] = {
             "FP8 hybrid",
             "Does FP8 reach the loss of bf16, with the LM head in it and without?",
             "MS-AMP O1 does not reach BF16's loss, even with the LM head excluded.",
-            "e4m3fn forward and e5m2 gradients in linear layers with one constant scale on the loss (4096) instead of "
-            "MS-AMP's scale per tensor, which this version of fpsim does not simulate; unscaled runs stand beside.",
+            "e4m3fn forward and e5m2 gradients in linear layers, with MS-AMP's power of two per tensor, from the tensor "
+            "at hand instead of the last 16 steps. Weights and their gradients stay float32, which MS-AMP O1 keeps in "
+            "float16 and e4m3fn. Runs with one constant scale on the loss (4096) and unscaled ones stand beside.",
             "bf16",
             _hybrid,
             _settings((1e-2,), 3, paper=GPT2_124M, paper_rates=(6e-4,), loss_scale=4096.0, ranges_every=100),
-            (("fp8 hybrid", "bf16"), ("fp8 hybrid", "fp8 hybrid, head bf16")),
+            (("fp8 hybrid, scaled", "bf16"), ("fp8 hybrid", "bf16"), ("fp8 hybrid", "fp8 hybrid, head bf16")),
         ),
         Experiment(
             6,
