@@ -11,6 +11,7 @@ forward pass is rounded; `Operator.symmetry_error` tells.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,8 @@ def hessian(
             1e-9 in float64), for fused attention kernels and operators without second derivatives.
         keep: whether graphs are kept between products (``reverse`` and ``double_backward``): 2.2 instead of 3.4
             gradients per product, for the memory of a graph per batch. None: kept if there is one batch.
-        compile: ``forward`` only: through torch.compile; pays off after hundreds of products.
+        compile: ``forward`` only: through torch.compile, once per shape of a batch; pays off after hundreds of
+            products.
         step: ``finite_difference`` only: the Euclidean length of the step; None: chosen from the dtype.
         vector_dtype: float32 or float64; None is the widest dtype of the parameters, at least float32.
         vector_device: None is the parameters'. ``"cpu"`` keeps the vectors of an algorithm off the accelerator.
@@ -288,7 +290,11 @@ def _jacobian_operator(
 
 
 def _compiled(loss: Callable[..., Tensor], arranged: Layout) -> Linearise:
-    """`products.forward` through torch.compile; all data are arguments, so that one graph serves every batch."""
+    """`products.forward` through torch.compile; all data are arguments, so that one graph serves every batch.
+
+    Shapes are constants (``dynamic=False``): forward mode does not trace with symbolic ones (torch 2.13), which torch
+    would take up for the second shape that it sees.
+    """
 
     def product_of(values: Tensors, vector: Tensors, batch: Any) -> Tensors:
         def function(moved: Tensors) -> Tensor:
@@ -299,19 +305,32 @@ def _compiled(loss: Callable[..., Tensor], arranged: Layout) -> Linearise:
     def without_batch(values: Tensors, vector: Tensors) -> Tensors:
         return product_of(values, vector, NO_BATCH)
 
-    compiled = torch.compile(product_of, fullgraph=True)
-    compiled_without_batch = torch.compile(without_batch, fullgraph=True)
+    compiled = torch.compile(_with_its_own_code(product_of), fullgraph=True, dynamic=False)
+    compiled_without_batch = torch.compile(_with_its_own_code(without_batch), fullgraph=True, dynamic=False)
 
     def linearise(batch: Any) -> Product:
         def product(vector: Tensors) -> Tensors:
-            with products.differentiable("forward"), torch.no_grad():
-                if batch is NO_BATCH:
-                    return compiled_without_batch(arranged.values, vector)
-                return compiled(arranged.values, vector, batch)
+            with products.differentiable("forward"), products.PaddingIsConstant(), torch.no_grad():
+                try:
+                    if batch is NO_BATCH:
+                        return compiled_without_batch(arranged.values, vector)
+                    return compiled(arranged.values, vector, batch)
+                except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+                    raise products.CurvatureError(
+                        f"the batches have more than {torch._dynamo.config.recompile_limit} shapes, each compiled "
+                        "apart: pad them to a few, raise torch._dynamo.config.recompile_limit, or leave compile out"
+                    ) from error
 
         return product
 
     return linearise
+
+
+def _with_its_own_code(function: types.FunctionType) -> types.FunctionType:
+    """A copy that Dynamo, which counts compilations by code object, does not take for another operator's."""
+    return types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
+    )
 
 
 def _call(function: Callable[..., Tensor], argument: Any, batch: Any) -> Tensor:

@@ -63,7 +63,7 @@ def forward(function: Function, values: Tensors) -> Product:
     """``jvp(grad)``, anew for each product: keeps no graph."""
 
     def product(vector: Tensors) -> Tensors:
-        with differentiable("forward"), _PaddingIsConstant(), torch.no_grad():
+        with differentiable("forward"), PaddingIsConstant(), torch.no_grad():
             return jvp(grad(function), (values,), (vector,))[1]
 
     return product
@@ -109,7 +109,7 @@ def finite_difference(function: Function, values: Tensors, step: float | None = 
     def gradient(scale: float, vector: Tensors) -> Tensors:
         moved = tuple((v.detach() + scale * t).requires_grad_() for v, t in zip(values, vector, strict=True))
         fixed = list(zip(moved, values, strict=True))
-        with torch.enable_grad(), differentiable("finite_difference"), _PaddingIsConstant(fixed):
+        with torch.enable_grad(), differentiable("finite_difference"), PaddingIsConstant(fixed):
             return torch.autograd.grad(function(moved), moved, materialize_grads=True)
 
     def product(vector: Tensors) -> Tensors:
@@ -162,7 +162,7 @@ def gauss_newton_forward(
     """The same, with J v by forward mode, anew for each product."""
 
     def product(vector: Tensors) -> Tensors:
-        with differentiable("forward"), _PaddingIsConstant():
+        with differentiable("forward"), PaddingIsConstant():
             predictions, tangent = jvp(outputs, (values,), (vector,))
             middle = output_product(predictions.detach())
             _, pull = vjp(outputs, values)
@@ -187,7 +187,7 @@ def attention_kernel(mode: str) -> AbstractContextManager[Any]:
     return nullcontext() if mode == "finite_difference" else sdpa_kernel(SDPBackend.MATH)
 
 
-class _PaddingIsConstant(TorchFunctionMode):
+class PaddingIsConstant(TorchFunctionMode):
     """Makes rows that an embedding looks up at its ``padding_idx`` constants.
 
     Reverse mode gives them no gradient; forward mode (torch 2.13) lets their tangents through all the same, so that

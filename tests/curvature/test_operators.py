@@ -35,6 +35,31 @@ def test_hessian_is_the_dense_one(name, mode):
     assert relative(dense.T, dense) <= 1e-12
 
 
+def test_compiled_products_are_those_of_the_dense_one():
+    """Of one model after another: what torch learns of the shapes of the first must not disturb the next."""
+    for name in ("layer norm", "padding row", "padding row, tied", "batch norm, training", "grouped attention"):
+        small = case(name)
+        compiled = hessian(small.loss, small.params, mode="forward", compile=True)
+        vector = torch.randn(compiled.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        want = dense_hessian(small.loss, small.params) @ vector
+        assert relative(compiled @ vector, want) <= 1e-12, name
+
+
+def test_compiled_products_of_batches_of_few_shapes():
+    params = {"w": torch.arange(1.0, 4.0, dtype=torch.float64)}
+    batches = [torch.ones(length, 3, dtype=torch.float64) for length in (1, 2, 4)]
+
+    def operator(limit):
+        options = {"weight": len, "mode": "forward", "compile": True}
+        return hessian(lambda p, x: ((x @ p["w"]) ** 3).mean(), params, batches=batches[:limit], **options)
+
+    assert torch.equal(operator(3) @ torch.ones(3), torch.full((3,), 6 * 6 * 3.0, dtype=torch.float64))
+    with torch._dynamo.config.patch(recompile_limit=2):
+        operator(2) @ torch.ones(3)
+        with pytest.raises(CurvatureError, match="more than 2 shapes, each compiled apart: pad them"):
+            operator(3) @ torch.ones(3)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_finite_differences_come_close(name):
     small = case(name)
