@@ -324,8 +324,8 @@ EXPERIMENTS: dict[int, Experiment] = {
             "FP8 hybrid",
             "Does FP8 reach the loss of bf16, with the LM head in it and without?",
             "MS-AMP O1 does not reach BF16's loss, even with the LM head excluded.",
-            "e4m3fn forward and e5m2 gradients in linear layers, with MS-AMP's power of two per tensor, from the tensor "
-            "at hand instead of the last 16 steps. Weights and their gradients stay float32, which MS-AMP O1 keeps in "
+            "e4m3fn forward and e5m2 gradients in linear layers, with MS-AMP's power of two per tensor, but from the "
+            "tensor at hand instead of the last 16 steps, and with weights and their gradients in float32 instead of "
             "float16 and e4m3fn. Runs with one constant scale on the loss (4096) and unscaled ones stand beside.",
             "bf16",
             _hybrid,

@@ -35,6 +35,7 @@ from fpsim.paper.training import OpenAttention
 
 Compile = Callable[[nn.Module], Callable[..., Tensor]]
 STOCHASTIC = {"rounding": "stochastic"}
+SCALED = {"scale": "power_of_two"}
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def compiled_cases(workload: Workload, options: dict[str, Any]) -> dict[str, Com
         "plain Inductor, attention opened": plain(opened=workload.has_attention),
         "fpsim, everything rounded": with_fpsim(**options),
         "fpsim, everything rounded stochastically": with_fpsim(**options, **STOCHASTIC),
+        "fpsim, everything scaled and rounded": with_fpsim(**options, **SCALED),
     }
 
 

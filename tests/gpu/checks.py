@@ -112,6 +112,25 @@ def check_stochastic(setting: Setting) -> str:
     return f"{compared:,} results"
 
 
+def check_scaled(setting: Setting) -> str:
+    """Scaled rounding, eager and compiled: the scale of each tensor, and what is rounded with it."""
+    compared = 0
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(setting.count, generator=generator, dtype=torch.float64)
+        for name in ("e4m3fn", "e5m2", "e2m1fn"):
+            torch._dynamo.reset()
+            compiled = torch.compile(lambda x, f=name: fpsim.round(x, f, scale="power_of_two"))
+            for power in (-140, -126, -20, 0, 60):
+                x = (noise * 2.0**power).to(dtype)
+                there, want = x.to(setting.device), fpsim.round(x, name, scale="power_of_two")
+                same(fpsim.power_of_two_scale(there, name), fpsim.power_of_two_scale(x, name))
+                same(fpsim.round(there, name, scale="power_of_two"), want)
+                same(compiled(there), want)
+                compared += 2 * x.numel()
+    return f"{compared:,} results"
+
+
 def check_every_float32(setting: Setting) -> str:
     """All 2^32 float32 numbers in all roundings to e4m3fn and e8m3, where asked for; else every 4099th."""
     step = 1 if setting.exhaustive else 4099
@@ -249,6 +268,7 @@ CHECKS: dict[str, Callable[[Setting], str]] = {
     "Inductor's code, all roundings": check_compiled,
     "Triton kernels of one's own, all modes": check_user_kernels,
     "stochastic rounding": check_stochastic,
+    "scaled rounding": check_scaled,
     "float32 numbers throughout": check_every_float32,
     "subnormals, which GPUs may flush": check_subnormals,
     "no FMA between a product and its rounding": check_no_contraction,
