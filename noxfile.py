@@ -13,5 +13,5 @@ VERSIONS = ["2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0"]
 @nox.parametrize("torch", VERSIONS)
 def tests(session: nox.Session, torch: str) -> None:
     """The test suite of this folder, against fpsim installed in an environment of its own with this torch."""
-    session.install(f"torch=={torch}", ".[dev,paper]")
-    session.run("pytest", "-n", "2", "-m", "not exhaustive", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.install(f"torch=={torch}", "--editable", ".[dev,paper]")
+    session.run("python", "-m", "pytest", "-n", "2", "-m", "not exhaustive", *session.posargs, env={"OMP_NUM_THREADS": "1"})
