@@ -251,13 +251,15 @@ def _settings(
     paper: RunConfig = LLAMA_120M,
     paper_rates: tuple[float, ...] = (4e-4,),
     paper_seeds: int = 3,
-    quick_layers: int = 1,
+    layers: int = 1,
     **changes: Any,
 ) -> dict[str, Setting]:
-    quick = replace(QUICK, model=replace(QUICK.model, layers=quick_layers))
+    quick, full = (
+        replace(base, model=replace(base.model, layers=max(layers, base.model.layers))) for base in (QUICK, FULL)
+    )
     return {
         "quick": Setting(replace(quick, **changes), rates, seeds),
-        "full": Setting(replace(FULL, **changes), rates, 4 * seeds),
+        "full": Setting(replace(full, **changes), rates, 4 * seeds),
         "paper": Setting(replace(paper, **changes), paper_rates, paper_seeds, low=3),
     }
 
@@ -352,7 +354,7 @@ EXPERIMENTS: dict[int, Experiment] = {
             "the paper's models, E8M1 in small ones.",
             "high",
             _remedies,
-            _settings((4e-2, 8e-2), 2, quick_layers=2),
+            _settings((4e-2, 8e-2), 2, layers=3),  # of two, the head and both ends are all
             tuple(
                 ("low", name) for name in ("high, from 1/2 on low", "low, head high", "low, head and both ends high")
             ),

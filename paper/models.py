@@ -275,9 +275,9 @@ class LossAndLogits(LanguageModel):
     """
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """The loss, and logits of shape (batch, vocabulary) without derivative."""
+        """The loss, and logits of shape (batch, vocabulary) without derivative, in memory that backward never uses."""
         logits = self.logits(inputs)
-        return mean_cross_entropy(logits, targets), logits[:, -1].detach()
+        return mean_cross_entropy(logits, targets), logits[:, -1].detach().clone()
 
 
 def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

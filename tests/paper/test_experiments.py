@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from torch import nn
 
-from fpsim import reference
+from fpsim import parse_format, reference
 from fpsim.paper.config import run_key
 from fpsim.paper.data import DataConfig
 from fpsim.paper.experiments import EXPERIMENTS, SIZES, Setting, experiment
-from fpsim.paper.models import ModelConfig
+from fpsim.paper.models import ModelConfig, build
 from fpsim.paper.report import report
 from fpsim.paper.storage import read_records
 from fpsim.paper.sweeps import Planned, read_sweep, sweep
@@ -152,17 +153,24 @@ def test_the_ends_of_a_narrow_exponent_are_clipped_one_at_a_time(bits):
     assert rounded(2, both, smallest) == rounded(2, inner, smallest) == smallest
 
 
-def test_remedies_name_modules_that_exist():
-    from fpsim.paper.models import LanguageModel, build
-
-    for size in ("quick", "full"):
-        setting = experiment(7).settings[size]
-        model = LanguageModel(build(setting.base.model, seed=0))
-        paths = [name for name, _ in model.named_modules()]
-        for changes in experiment(7).conditions(setting).values():
-            policy = Policy.from_options(changes["options"])
-            for glob, _ in policy.modules:
-                assert any(policy.at(path) != policy for path in paths), glob
+@pytest.mark.parametrize("size", ["quick", "full"])
+def test_every_remedy_rounds_other_layers_or_at_other_times(size):
+    setting = experiment(7).settings[size]
+    network = build(setting.base.model, seed=0)
+    linears = [f"network.{name}" for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    casts = {}
+    for name, changes in experiment(7).conditions(setting).items():
+        policy = Policy.from_options(changes["options"])
+        high = [path for path in linears if policy.at(path).cast("fprop", "weight").format == parse_format("e8m7")]
+        casts[name] = (*high, *changes.get("stages", ()))
+    assert len(set(map(repr, casts.values()))) == len(casts) == 9
+    head, last = "network.lm_head", f"network.model.layers.{setting.base.model.layers - 1}."
+    assert casts["low"] == ()
+    assert casts["low, head high"] == (head,)
+    assert all(path.startswith("network.model.layers.0.") for path in casts["low, first layer high"])
+    assert all(path.startswith(last) for path in casts["low, last layer high"])
+    assert len(casts["low, first layer high"]) == len(casts["low, last layer high"]) == 7
+    assert len(casts["low, head and both ends high"]) == 15
 
 
 def test_the_paper_s_recipe_is_the_preset():
