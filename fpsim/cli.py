@@ -16,10 +16,8 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from decimal import Context, Decimal, Inexact
-from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich import box
@@ -37,14 +35,14 @@ from fpsim.formats import (
     full_rounding,
     parse_format,
     resolve_overflow,
-    split_rounding,
 )
+from fpsim.number_text import field_names, parse_number, show_bits, show_code, show_fields, show_number, show_power
 from fpsim.paper.command import app as study
+from fpsim.round_command import explain_number, explain_rounding, table_of_roundings
 
 if TYPE_CHECKING:
     import torch
 
-    from fpsim.reference import Value
     from fpsim.sharpness.command import Report
     from fpsim.verify import Mode, Verdict
 
@@ -129,7 +127,7 @@ def _facts(fmt: FloatFormat) -> Iterable[tuple[str, str]]:
 
     def coded(code: int) -> str:
         value = reference.decode(code, fmt)
-        return f"{' = '.join(dict.fromkeys([show_number(value), show_power(value)]))} ({_show_bits(code, fmt)})"
+        return f"{' = '.join(dict.fromkeys([show_number(value), show_power(value)]))} ({show_bits(code, fmt)})"
 
     widths = [(fmt.signed, "sign"), (fmt.exponent_bits, "exponent"), (fmt.mantissa_bits, "mantissa")]
     yield "bits", f"{fmt.bits} = {' + '.join(f'{width:d} {name}' for width, name in widths if width)}"
@@ -144,7 +142,7 @@ def _facts(fmt: FloatFormat) -> Iterable[tuple[str, str]]:
     else:
         yield "subnormals", "none: results below the smallest normal become zero" if fmt.zero else "none"
     yield "zeros", "0 and -0" if fmt.has_negative_zero else "0" if fmt.zero else "none"
-    infinity = "none" if fmt.infinity_code is None else _show_bits(fmt.infinity_code, fmt)
+    infinity = "none" if fmt.infinity_code is None else show_bits(fmt.infinity_code, fmt)
     yield "infinity", infinity + (" and its negative" if fmt.has_infinity and fmt.signed else "")
     yield "NaN", _show_nans(fmt)
     yield "finite values", f"{fmt.num_values:,}"
@@ -157,11 +155,9 @@ def _show_nans(fmt: FloatFormat) -> str:
     if fmt.nan_code is None:
         return "none: NaN becomes the largest finite value"
     if fmt.bits > 16:
-        return (
-            f"{_show_bits(fmt.nan_code, fmt)} and others" if fmt.specials == "ieee" else _show_bits(fmt.nan_code, fmt)
-        )
+        return f"{show_bits(fmt.nan_code, fmt)} and others" if fmt.specials == "ieee" else show_bits(fmt.nan_code, fmt)
     count = sum(map(fmt.is_nan_code, range(1 << fmt.bits)))
-    return _show_bits(fmt.nan_code, fmt) + ("" if count == 1 else f", the usual one of {count:,} codes")
+    return show_bits(fmt.nan_code, fmt) + ("" if count == 1 else f", the usual one of {count:,} codes")
 
 
 def _table_of_values(fmt: FloatFormat) -> Table:
@@ -169,19 +165,14 @@ def _table_of_values(fmt: FloatFormat) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("code")
-    table.add_column(_field_names(fmt))
+    table.add_column(field_names(fmt))
     table.add_column("exact value", justify="right")
     table.add_column("decimal", justify="right")
     for code in range(1 << fmt.bits):
         value = reference.decode(code, fmt)
         fields = show_fields(code, fmt, " | ")
-        table.add_row(_show_code(code, fmt), fields, show_power(value), show_number(value))
+        table.add_row(show_code(code, fmt), fields, show_power(value), show_number(value))
     return table
-
-
-def _field_names(fmt: FloatFormat) -> str:
-    widths = {"s": int(fmt.signed), "exponent": fmt.exponent_bits, "significand": fmt.mantissa_bits}
-    return " | ".join(name for name, width in widths.items() if width)
 
 
 def _format_row(fmt: FloatFormat) -> list[str]:
@@ -232,406 +223,12 @@ def round(
     for text, number in zip(values, numbers, strict=True):
         typer.echo()
         explained = (
-            _explain_rounding(text, number, fmt, roundings[0], mode) if plain else _explain_number(text, number, fmt)
+            explain_rounding(text, number, fmt, roundings[0], mode) if plain else explain_number(text, number, fmt)
         )
         for heading, content in explained:
             typer.echo(f"{heading:<11} {content}")
         if not plain:
-            _print(_table_of_roundings(number, fmt, roundings, mode))
-
-
-class Outcome(NamedTuple):
-    """One result that rounding a number may have.
-
-    Attributes:
-        rounding: the rounding, a stochastic one with its number of random bits.
-        result, code: the value, and its code.
-        probability: of this result; 1 unless the rounding is stochastic.
-    """
-
-    rounding: str
-    result: Value
-    code: int
-    probability: Fraction
-
-
-def outcomes(number: Value, fmt: FloatFormat, rounding: str, overflow: str | None = None) -> tuple[Outcome, ...]:
-    """What rounding ``number`` gives: one outcome, or of stochastic rounding the two candidates, the likelier first.
-
-    Probabilities are exact: the share of all random numbers for which `fpsim.reference.round` gives the result. It
-    depends on the random number monotonically, so a bisection counts them.
-
-    Args:
-        number: an exact value.
-        fmt: the format.
-        rounding, overflow: as in `fpsim.round`.
-
-    Raises:
-        ValueError: an unknown rounding or overflow mode.
-
-    >>> candidates = outcomes(Fraction(9, 8), parse_format("e2m1fn"), "stochastic:8")
-    >>> [(str(each.result), str(each.probability)) for each in candidates]
-    [('1', '3/4'), ('3/2', '1/4')]
-    """
-    from fpsim import reference
-
-    spelled = full_rounding(rounding)
-    bits = split_rounding(spelled)[1]
-
-    def result_of(random: int | None) -> Value:
-        return reference.round(number, fmt, spelled, overflow, random=random)
-
-    if not bits:
-        shares = {result_of(None): Fraction(1)}
-    else:
-        first, last = result_of(0), result_of((1 << bits) - 1)
-        low, high = 0, 1 << bits  # the number of random numbers that give `first` is more than low, at most high
-        while first != last and high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if result_of(middle) == first else (low, middle)
-        shares = {last: 1 - Fraction(high, 1 << bits)}
-        shares = {first: Fraction(high, 1 << bits)} | ({} if first == last else shares)
-    ranked = sorted(shares.items(), key=lambda share: -share[1])
-    usual = "sat_propagate" if fmt.has_infinity else "sat_finite"
-    return tuple(Outcome(spelled, value, _encode_value(value, fmt, usual), share) for value, share in ranked)
-
-
-def _encode_value(value: Value, fmt: FloatFormat, overflow: str) -> int:
-    from fpsim import reference
-
-    return reference.encode(value, fmt, overflow=overflow)
-
-
-def _table_of_roundings(number: Value, fmt: FloatFormat, roundings: Sequence[str], overflow: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("rounding")
-    table.add_column("result", justify="right", overflow="fold")
-    table.add_column("hexadecimal", justify="right", overflow="fold")
-    table.add_column("code")
-    table.add_column(_field_names(fmt), overflow="fold")
-    table.add_column("error in ulps", justify="right", overflow="fold")
-    stochastic = any(split_rounding(rounding)[1] for rounding in roundings)
-    if stochastic:
-        table.add_column("probability", justify="right", overflow="fold")
-    for rounding in roundings:
-        for each in outcomes(number, fmt, rounding, overflow):
-            probability = show_ratio(each.probability) if split_rounding(rounding)[1] else ""
-            table.add_row(
-                rounding,
-                show_number(each.result),
-                show_hex(each.result),
-                _show_code(each.code, fmt),
-                show_fields(each.code, fmt, " | "),
-                _show_ulps(number, each.result, fmt),
-                *([probability] if stochastic else []),
-            )
-    return table
-
-
-def _show_ulps(number: Value, result: Value, fmt: FloatFormat) -> str:
-    error = _error(number, result)
-    return "not finite" if error is None else show_ratio(error / _ulp_of(number, fmt)) if error else "0"
-
-
-def show_ratio(ratio: Fraction) -> str:
-    """A ratio exactly, after a fraction also approximately.
-
-    >>> show_ratio(Fraction(1, 5)), show_ratio(Fraction(-1, 3))
-    ('0.2', '-1/3 = -0.333333')
-    """
-    exact = show_number(ratio)
-    return f"{exact} = {show_approximately(ratio)}" if "/" in exact else exact
-
-
-def _explain_number(text: str, number: Value, fmt: FloatFormat) -> Iterable[tuple[str, str]]:
-    """What is to be said about a number whatever the rounding."""
-    exact = show_exactly(number)
-    yield "input", text if text == exact else f"{text} = {exact}"
-    below, above = bracket(number, fmt)
-    for side, code in (("below", below), ("above", above)):
-        yield side, "none" if code is None else f"{_show_value_of_bits(code, fmt)}"
-    if _is_finite(number):
-        size = _ulp_of(number, fmt)
-        yield "ulp", " = ".join(dict.fromkeys([show_number(size), show_power(size)]))
-
-
-def bracket(number: Value, fmt: FloatFormat) -> tuple[int | None, int | None]:
-    """The codes of the values of ``fmt`` next below and next above ``number``, which need not be a value of it.
-
-    Infinities count; the two zeros are one. None: there is no such value, or ``number`` is NaN.
-
-    >>> [hex(code) for code in bracket(Fraction(1, 10), parse_format("e4m3fn"))]
-    ['0x1c', '0x1d']
-    """
-    from fpsim import reference
-    from fpsim.reference.values import is_negative, order
-
-    if number is reference.NAN:
-        return None, None
-    outside = is_negative(number) and not fmt.signed  # where infinities are none of the format's
-    usual = "sat_propagate" if fmt.has_infinity and not outside else "sat_finite"
-    inner = reference.round(number, fmt, "toward_zero", usual)  # beyond the range, its end
-    code = _encode_value(inner, fmt, usual)
-    number, plain = (reference.as_value(0) if x is reference.NEGATIVE_ZERO else x for x in (number, inner))
-    below = code if order(plain) < order(number) else neighbour(inner, fmt, -1)
-    above = code if order(plain) > order(number) else neighbour(inner, fmt, 1)
-    return below, above
-
-
-def _explain_rounding(
-    text: str, number: Value, fmt: FloatFormat, rounding: str, overflow: str
-) -> Iterable[tuple[str, str]]:
-    from fpsim import reference
-
-    result = reference.round(number, fmt, rounding, overflow)
-    code = reference.encode(number, fmt, rounding, overflow)
-    exact = show_number(number)
-    yield "input", text if text == exact else f"{text} = {exact}"
-    yield "result", " = ".join(dict.fromkeys([show_number(result), show_hex(result)]))
-    yield "code", f"{_show_code(code, fmt)} = {show_fields(code, fmt)}"
-    yield "error", _show_error(number, result, fmt)
-    yield "neighbours", _show_neighbours(result, fmt)
-
-
-# Magnitudes, in lower case.
-_DECIMAL = re.compile(r"(\d+\.?\d*|\.\d+)(e(?P<exponent>[+-]?\d+))?", re.ASCII)
-_FRACTION = re.compile(r"\d+/\d+", re.ASCII)
-_HEXADECIMAL = re.compile(
-    r"0x(?=\.?[0-9a-f])(?P<whole>[0-9a-f]*)\.?(?P<part>[0-9a-f]*)(p(?P<exponent>[+-]?\d+))?", re.ASCII
-)
-#: The largest exponent that `parse_number` takes, lest a number fill the memory.
-MAX_EXPONENT = 4000
-
-
-def parse_number(text: str) -> Value:
-    """The exact value of a decimal (``-2.5e-3``), fraction (``1/3``), hexadecimal number (``0x1.8p3``), inf or nan.
-
-    Raises:
-        ValueError: ``text`` is none of these, or its exponent is beyond `MAX_EXPONENT`.
-
-    >>> parse_number("0.1"), parse_number("-0x.8p-1"), parse_number("-0")
-    (Fraction(1, 10), Fraction(-1, 4), NEGATIVE_ZERO)
-    """
-    from fpsim.reference.values import INFINITY, NAN, negate
-
-    plain = text.strip().lower()
-    negative, magnitude = plain.startswith("-"), plain.lstrip("+-")
-    if plain[1:] != magnitude and plain != magnitude:
-        raise _not_a_number(text)
-    if magnitude in ("inf", "infinity", "nan"):
-        value: Value = NAN if magnitude == "nan" else INFINITY
-    else:
-        value = _parse_magnitude(magnitude, text)
-    return negate(value) if negative else value
-
-
-def _parse_magnitude(magnitude: str, text: str) -> Fraction:
-    match = _DECIMAL.fullmatch(magnitude) or _HEXADECIMAL.fullmatch(magnitude)
-    if match is not None and abs(int(match["exponent"] or 0)) > MAX_EXPONENT:
-        raise ValueError(
-            f"the exponent of {text!r} is beyond {MAX_EXPONENT}, far outside of every format: use inf or 0"
-        )
-    if match is not None and match.re is _DECIMAL:
-        return Fraction(magnitude)
-    if match is not None:
-        digits = int(match["whole"] + match["part"], 16)
-        return digits * Fraction(2) ** (int(match["exponent"] or 0) - 4 * len(match["part"]))
-    if _FRACTION.fullmatch(magnitude):
-        numerator, denominator = map(int, magnitude.split("/"))
-        if denominator:
-            return Fraction(numerator, denominator)
-    raise _not_a_number(text)
-
-
-def _not_a_number(text: str) -> ValueError:
-    return ValueError(
-        f"cannot read {text!r} as a number: use a decimal (0.1, -2.5e-3), a fraction (1/3), a hexadecimal number "
-        "(0x1.8p3), inf or nan"
-    )
-
-
-def show_number(value: Value) -> str:
-    """``value`` in short, exactly if 20 digits suffice: a decimal, else a fraction, else with ``~`` before it.
-
-    >>> show_number(Fraction(13, 128)), show_number(Fraction(-1, 3)), show_number(Fraction(1, 3**50))
-    ('0.1015625', '-1/3', '~1.39296e-24')
-    """
-    if not isinstance(value, Fraction):
-        return str(value)
-    if value.denominator == 1 and abs(value.numerator) < 10**20:
-        return str(value.numerator)
-    context = Context(prec=20)
-    quotient = context.divide(Decimal(value.numerator), Decimal(value.denominator))
-    if not context.flags[Inexact]:
-        return _without_plus(quotient)
-    if value.numerator.bit_length() + value.denominator.bit_length() < 64:
-        return str(value)
-    return f"~{show_approximately(value)}"
-
-
-def show_exactly(value: Value) -> str:
-    """``value`` with all its digits, as far as there are 60: a decimal, else a fraction; else as `show_number`.
-
-    >>> show_exactly(Fraction(2) ** -30), show_exactly(Fraction(10**20, 3))
-    ('9.31322574615478515625e-10', '100000000000000000000/3')
-    """
-    if not isinstance(value, Fraction):
-        return str(value)
-    context = Context(prec=60)
-    quotient = context.divide(Decimal(value.numerator), Decimal(value.denominator))
-    if not context.flags[Inexact]:
-        shown = show_number(value)
-        return _without_plus(quotient, context) if shown.startswith("~") or "/" in shown else shown
-    return str(value) if value.numerator.bit_length() + value.denominator.bit_length() < 200 else show_number(value)
-
-
-def show_power(value: Value) -> str:
-    """A value of a format as an odd integer times a power of two, always exact.
-
-    >>> show_power(Fraction(13, 128)), show_power(Fraction(448)), show_power(Fraction(-1, 4)), show_power(Fraction(3))
-    ('13 * 2^-7', '7 * 2^6', '-2^-2', '3')
-    """
-    if not isinstance(value, Fraction) or not value:
-        return str(value)
-    numerator, exponent = value.numerator, 1 - value.denominator.bit_length()
-    zeros = (numerator & -numerator).bit_length() - 1
-    odd, exponent = numerator >> zeros, exponent + zeros
-    if exponent == 0:
-        return str(odd)
-    power = f"2^{exponent}"
-    return {1: power, -1: f"-{power}"}.get(odd, f"{odd} * {power}")
-
-
-def show_approximately(value: Fraction) -> str:
-    """``value`` as a decimal of 6 digits.
-
-    >>> show_approximately(Fraction(2, 3))
-    '0.666667'
-    """
-    return _without_plus(Context(prec=6).divide(Decimal(value.numerator), Decimal(value.denominator)))
-
-
-def _without_plus(number: Decimal, context: Context | None = None) -> str:
-    return f"{number.normalize(context):g}".replace("e+", "e")
-
-
-def show_hex(value: Value) -> str:
-    """A value of a format as a hexadecimal float, always exact.
-
-    >>> show_hex(Fraction(13, 128))
-    '0x1.ap-4'
-    """
-    from fpsim.reference import to_float
-
-    if not isinstance(value, Fraction):
-        return str(value)
-    return re.sub(r"\.?0+p", "p", to_float(value).hex()).replace("p+", "p") if value else "0"
-
-
-def _show_code(code: int, fmt: FloatFormat) -> str:
-    return f"{code:#0{-(-fmt.bits // 4) + 2}x}"
-
-
-def _show_bits(code: int, fmt: FloatFormat) -> str:
-    return f"{_show_code(code, fmt)} = {show_fields(code, fmt, ' | ')}"
-
-
-def show_fields(code: int, fmt: FloatFormat, separator: str = " ") -> str:
-    """The bits of ``code``, a blank or other separator between sign, exponent and mantissa fields.
-
-    >>> show_fields(0x1D, parse_format("e4m3fn"))
-    '0 0011 101'
-    """
-    digits = iter(f"{code:0{fmt.bits}b}")
-    widths = (int(fmt.signed), fmt.exponent_bits, fmt.mantissa_bits)
-    return separator.join("".join(itertools.islice(digits, width)) for width in widths if width)
-
-
-def _show_error(number: Value, result: Value, fmt: FloatFormat) -> str:
-    error = _error(number, result)
-    if error is None:
-        return "0 (exact)" if number == result else "not finite"
-    if not error:
-        return "0 (exact)"
-    return f"{show_number(error)} = {show_approximately(error / _ulp_of(number, fmt))} ulp"
-
-
-def _error(number: Value, result: Value) -> Fraction | None:
-    """``result - number``, 0 where they are the same, None where they are not and one is not finite."""
-    if number == result:
-        return Fraction(0)
-    return _number(result) - _number(number) if _is_finite(number) and _is_finite(result) else None
-
-
-def _ulp_of(number: Value, fmt: FloatFormat) -> Fraction:
-    return ulp(_number(number), fmt) if _is_finite(number) else Fraction(1)
-
-
-def _is_finite(value: Value) -> bool:
-    from fpsim import reference
-
-    return reference.is_finite(value)
-
-
-def _number(value: Value) -> Fraction:
-    """A finite value as a fraction: -0 becomes 0."""
-    return value if isinstance(value, Fraction) else Fraction(0)
-
-
-def ulp(number: Fraction, fmt: FloatFormat) -> Fraction:
-    """The distance between values of ``fmt`` in the binade of ``number``, the nearest binade that ``fmt`` has.
-
-    >>> ulp(Fraction(1), parse_format("e4m3fn")), ulp(Fraction(1000), parse_format("e4m3fn"))
-    (Fraction(1, 8), Fraction(32, 1))
-    """
-    from fpsim.reference.values import floor_log2
-
-    exponent = min(max(floor_log2(abs(number)), fmt.emin), fmt.max_exponent) if number else fmt.emin
-    return Fraction(2) ** (exponent - fmt.mantissa_bits)
-
-
-def _show_neighbours(result: Value, fmt: FloatFormat) -> str:
-    shown = []
-    for step, side in ((-1, "below"), (1, "above")):
-        code = neighbour(result, fmt, step)
-        shown.append(f"none {side}" if code is None else f"{_show_value_of(code, fmt)} {side}")
-    return ", ".join(shown)
-
-
-def _show_value_of(code: int, fmt: FloatFormat) -> str:
-    from fpsim import reference
-
-    return f"{show_number(reference.decode(code, fmt))} ({_show_code(code, fmt)})"
-
-
-def _show_value_of_bits(code: int, fmt: FloatFormat) -> str:
-    from fpsim import reference
-
-    value = reference.decode(code, fmt)
-    return f"{' = '.join(dict.fromkeys([show_number(value), show_hex(value)]))} ({_show_bits(code, fmt)})"
-
-
-def neighbour(value: Value, fmt: FloatFormat, step: int) -> int | None:
-    """The code of the next value of ``fmt`` after ``value``, upwards (``step`` 1) or downwards (-1).
-
-    Infinities count; the two zeros are one. None: there is no such value, or ``value`` is NaN.
-
-    >>> neighbour(Fraction(448), parse_format("e4m3fn"), -1)
-    125
-    """
-    from fpsim import reference
-
-    if value is reference.NAN:
-        return None
-    code = reference.encode(value, fmt, overflow="sat_propagate" if fmt.has_infinity else "sat_finite")
-    magnitude = code & ~fmt.sign_code
-    position = (-magnitude if code & fmt.sign_code else magnitude) + step
-    smallest = 1 << fmt.mantissa_bits  # the code of the smallest normal number
-    if fmt.zero and not fmt.subnormals and 0 < abs(position) < smallest:
-        position = smallest * step if position * step > 0 and not magnitude else 0
-    if abs(position) > fmt.max_code + fmt.has_infinity or (position < 0 and not fmt.signed):
-        return None
-    return abs(position) | (fmt.sign_code if position < 0 else 0)
+            _print(table_of_roundings(number, fmt, roundings, mode))
 
 
 # -- fpsim verify ----------------------------------------------------------------------------------------------

@@ -88,10 +88,10 @@ def round(
             range.
         TypeError: ``x`` is not a tensor of one of the four dtypes, or ``seed`` neither an int nor one int64.
 
-    >>> round(torch.tensor([0.3, -500.0]), "e4m3fn")
-    tensor([   0.3125, -448.0000])
+    >>> round(torch.tensor([0.3, -3.3]), "e4m3fn")
+    tensor([ 0.3125, -3.2500])
     >>> round(torch.full((6,), 1.25), "e2m1fn", rounding="stochastic", seed=0)
-    tensor([1.5000, 1.5000, 1.5000, 1.0000, 1.0000, 1.5000])
+    tensor([1.0000, 1.0000, 1.0000, 1.5000, 1.5000, 1.0000])
     """
     if gradient not in GRADIENTS:
         raise ValueError(f"unknown gradient {gradient!r}: use one of {', '.join(GRADIENTS)}")

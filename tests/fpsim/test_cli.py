@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 from typer.testing import CliRunner
 
-from fpsim import cli, reference, verify
+from fpsim import number_text, reference, round_command, verify
 from fpsim.cli import app
 from fpsim.formats import NAMED_FORMATS, parse_format
 from fpsim.rounding_op import KERNEL
@@ -65,7 +65,7 @@ def blocks(output: str) -> list[dict[str, str]]:
     ],
 )
 def test_numbers_are_read_exactly(text, value):
-    assert cli.parse_number(text) == value
+    assert number_text.parse_number(text) == value
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,13 @@ def test_numbers_are_read_exactly(text, value):
 )
 def test_what_is_no_number_is_an_error_that_shows_how_to_write_one(text):
     with pytest.raises(ValueError, match=r"cannot read .* as a number: use a decimal .*0x1\.8p3"):
-        cli.parse_number(text)
+        number_text.parse_number(text)
 
 
 @pytest.mark.parametrize("text", ["1e999999999", "0x1p-999999999", "1e-4001"])
 def test_an_exponent_that_would_fill_the_memory_is_an_error(text):
     with pytest.raises(ValueError, match="beyond 4000"):
-        cli.parse_number(text)
+        number_text.parse_number(text)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_an_exponent_that_would_fill_the_memory_is_an_error(text):
     ],
 )
 def test_numbers_are_shown_exactly_or_marked_as_not(value, shown):
-    assert cli.show_number(value) == shown
+    assert number_text.show_number(value) == shown
 
 
 # -- fpsim round -------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_neighbours_are_next_to_each_other_in_the_order_of_values(name):
     for below, above in zip([None, *values], [*values, None], strict=True):
         for start, step, end in ((below, 1, above), (above, -1, below)):
             if start is not None:
-                code = cli.neighbour(start, fmt, step)
+                code = round_command.neighbour(start, fmt, step)
                 reached = None if code is None else reference.decode(code, fmt)
                 assert reached == end or (reached, end) == (reference.NEGATIVE_ZERO, 0), (start, step)
 
@@ -228,7 +228,7 @@ def test_round_shows_the_candidates_of_one_stochastic_rounding():
 def test_probabilities_are_the_share_of_all_random_numbers(rounding, sixty_fourths):
     number, fmt = 1 + Fraction(sixty_fourths, 64) / 8, parse_format("e4m3fn")
     every = [reference.round(number, fmt, rounding, random=random) for random in range(16)]
-    shares = {outcome.result: outcome.probability for outcome in cli.outcomes(number, fmt, rounding)}
+    shares = {outcome.result: outcome.probability for outcome in round_command.outcomes(number, fmt, rounding)}
     assert shares == {value: Fraction(every.count(value), 16) for value in every}
 
 
@@ -252,7 +252,7 @@ def test_a_number_lies_between_the_values_that_bracket_it(name):
     for number in [*middles, *ends, *values]:
         left, right = bisect.bisect_left(keys, order(number)), bisect.bisect_right(keys, order(number))
         below, above = [None, *values][left], [*values, None][right]
-        assert tuple(map(value_of, cli.bracket(number, fmt))) == (below, above), number
+        assert tuple(map(value_of, round_command.bracket(number, fmt))) == (below, above), number
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_a_number_lies_between_the_values_that_bracket_it(name):
     ],
 )
 def test_the_input_is_shown_with_all_its_digits(value, shown):
-    assert cli.show_exactly(value) == shown
+    assert number_text.show_exactly(value) == shown
 
 
 # -- fpsim formats -----------------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def test_formats_shows_every_value_of_a_narrow_format(name):
     for code, (text, fields, exact, decimal) in enumerate(shown):
         value = reference.decode(code, fmt)
         assert int(text, 16) == code == int(re.sub(r"\D", "", fields), 2)
-        assert decimal == cli.show_number(value)
+        assert decimal == number_text.show_number(value)
         if isinstance(value, Fraction):
             odd, _, power = exact.removeprefix("-").replace("2^", "* 2^", "*" not in exact).rpartition("* 2^")
             magnitude = Fraction(odd.strip() or 1) * Fraction(2) ** int(power) if "^" in exact else Fraction(power)
