@@ -8,10 +8,18 @@ import pytest
 
 import fpsim
 
+#: Where an editable install has subpackages beside the folder of the package.
+FOLDERS = ("compile_backend", "paper", "reference")
+
 
 def modules_with_examples() -> list[str]:
-    names = [module.name for module in pkgutil.walk_packages(fpsim.__path__, "fpsim.")]
-    return [name for name in names if ">>> " in (importlib.util.find_spec(name).loader.get_source(name) or "")]
+    packages = [importlib.import_module(name) for name in ("fpsim", *(f"fpsim.{folder}" for folder in FOLDERS))]
+    names = {
+        module.name
+        for package in packages
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    }
+    return [name for name in sorted(names) if ">>> " in (importlib.util.find_spec(name).loader.get_source(name) or "")]
 
 
 @pytest.mark.parametrize("name", modules_with_examples())
