@@ -112,9 +112,9 @@ def _of_batch(loss: Callable[..., Tensor], arranged: Layout, batch: Any) -> tupl
     """The relative difference of two gradients, the reasons for it, and whether batch_norm is in training mode."""
     devices = list({value.device.index for value in arranged.values if value.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
+        first = _gradient(loss, arranged, batch)  # a loss under a policy traces itself here: not inside the mode
         with OperationsSeen() as seen:
-            first = _gradient(loss, arranged, batch)
-        second = _gradient(loss, arranged, batch)
+            second = _gradient(loss, arranged, batch)
         training = any(args[5] is True for name, args in seen.calls if len(args) > 5)
         difference = _difference(first, second)
         if difference == 0:

@@ -204,13 +204,18 @@ class PaddingIsConstant(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func is not functional.embedding:
+        if func is functional.embedding:
+            given = dict(zip(("input", "weight", "padding_idx"), args, strict=False)) | kwargs
+            indices, padding = given["input"], given.get("padding_idx")
+        elif func is torch.ops.aten.embedding.default:  # in a graph that was traced, as under a policy
+            given = dict(zip(("weight", "indices", "padding_idx"), args, strict=False)) | kwargs
+            indices, padding = given["indices"], given.get("padding_idx", -1)
+            padding = None if padding < 0 else padding
+        else:
             return result
-        padding = args[2] if len(args) > 2 else kwargs.get("padding_idx")
         if padding is None:
             return result
-        indices = args[0] if args else kwargs["input"]
-        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        weight = given["weight"]
         padding = padding % weight.shape[0]
         origin = next((origin for moved, origin in self.fixed if moved is weight), None)
         constant = result.detach() if origin is None else origin[padding]
@@ -234,8 +239,10 @@ class OperationsSeen(TorchDispatchMode):
 
 def operations(function: Function, values: Tensors) -> OperationsSeen:
     """The operators of one forward pass of ``function``."""
-    with OperationsSeen() as seen, torch.no_grad():
-        function(values)
+    with torch.no_grad():
+        function(values)  # what traces itself at its first call, as under a policy, cannot do so inside the mode
+        with OperationsSeen() as seen:
+            function(values)
     return seen
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 import fpsim
 from fpsim.curvature import (
+    check_determinism,
     check_symmetry,
     eigenpairs,
     functional_loss,
@@ -111,6 +112,30 @@ def test_finite_differences_are_refused():
     model, params, batch = network()
     with pytest.raises(ValueError, match=r"rounds \(fpsim::round.*mode='reverse'"):
         hessian(functional_loss(model, token_loss, batch=batch), params, mode="finite_difference")
+
+
+def test_finite_differences_are_refused_under_a_policy():
+    small = case("layer norm")
+    rounded = functional_loss(small.model, token_loss, batch=small.batch, policy={"format": "e4m3fn"})
+    with pytest.raises(ValueError, match=r"rounds \(fpsim::round.*mode='reverse'"):
+        hessian(rounded, small.params, mode="finite_difference")
+
+
+@pytest.mark.parametrize("name", ["padding row", "padding row, tied"])
+def test_rows_of_padding_are_constants_under_a_policy(name):
+    """What looks rows up there is a traced graph, not the module."""
+    small = case(name)
+    rounded = functional_loss(small.model, token_loss, batch=small.batch, policy={"format": "e4m3fn"})
+    reverse, forward = (hessian(rounded, small.params, mode=mode).to_dense() for mode in ("reverse", "forward"))
+    assert relative(forward, reverse) <= 1e-12
+    assert relative(forward.T, forward) <= 1e-12
+    assert relative(reverse, dense_hessian(small.loss, small.params)) > 1e-3
+
+
+def test_a_loss_under_a_policy_is_deterministic():
+    small = case("layer norm")
+    rounded = functional_loss(small.model, token_loss, batch=small.batch, policy={"format": "e4m3fn"})
+    assert check_determinism(rounded, small.params).deterministic
 
 
 def test_products_compile():
