@@ -12,11 +12,14 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def require(module: str) -> Any:
-    """The imported ``module`` (dotted name) of the optional extra ``paper``.
+def require(module: str, install: str = "'fpsim[paper]'") -> Any:
+    """The imported ``module`` (dotted name), which fpsim itself does without.
+
+    Args:
+        install: what ``pip install`` takes; by default the optional extra ``paper``.
 
     Raises:
-        ModuleNotFoundError: it is not installed; the message names the extra.
+        ModuleNotFoundError: it is not installed; the message names the command.
     """
     try:
         return importlib.import_module(module)
@@ -24,8 +27,9 @@ def require(module: str) -> Any:
         package = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != package:
             raise
+        what = "this needs" if install == package else "the demo and the study need"
         raise ModuleNotFoundError(
-            f"{package!r} is not installed; the demo and the study need it: pip install 'fpsim[paper]'", name=package
+            f"{package!r} is not installed; {what} it: pip install {install}", name=package
         ) from error
 
 

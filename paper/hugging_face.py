@@ -80,7 +80,7 @@ def rows(path: str) -> Any:
         ValueError: no such configuration, split or column, or a column that does not hold strings.
     """
     source = parse_source(path)
-    datasets = require("datasets")
+    datasets = require("datasets", install="datasets")
     try:
         found = _opened(datasets, source)
     except datasets.exceptions.DatasetNotFoundError as error:

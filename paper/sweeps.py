@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import sys
 import time
@@ -27,7 +26,7 @@ from . import require
 from .config import Options, RunConfig, compile_key, from_dict, run_key, to_dict
 from .data import DataConfig, fetch
 from .storage import Run, read_run, replace_file, versions
-from .workers import Job, Message, Pool, ProcessPool, RayPool, SerialPool
+from .workers import Job, Message, Pool, ProcessPool, RayPool, SerialPool, cores
 
 EXECUTORS = ("ray", "process", "serial")
 
@@ -133,7 +132,7 @@ def sweep(
     Args:
         title: of the report.
         executor: ``ray``, ``process`` (without Ray), or ``serial`` (in this process).
-        workers: runs at a time; None is one per core. Ignored by ``serial``.
+        workers: runs at a time; None is one per core, of the cluster where there is one. Ignored by ``serial``.
         address, resources: as for `fpsim.paper.workers.RayPool`.
         retries: how many times a run is tried again.
         threads: of torch in each worker; results have the same bits only for the same number.
@@ -159,7 +158,7 @@ def sweep(
     computed, retried, failures = 0, 0, []
     console = console or Console(stderr=True)
     if jobs:
-        pool = _pool(executor, min(workers or _cores(), len(jobs)), address, resources or {})
+        pool = _pool(executor, len(jobs), workers, address, resources or {})
         try:
             with _Board(console, jobs, {key: planned.condition for key, planned in keyed.items()}, pool) as board:
                 for event in _schedule(jobs, pool, retries, board):
@@ -176,14 +175,10 @@ def sweep(
     return Outcome(computed, len(keyed) - len(missing), tuple(failures), retried, time.perf_counter() - start)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _pool(executor: str, workers: int, address: str | None, resources: Mapping[str, float]) -> Pool:
+def _pool(executor: str, jobs: int, workers: int | None, address: str | None, resources: Mapping[str, float]) -> Pool:
     if executor == "ray":
-        return RayPool(workers, address=address, resources=resources)
-    return ProcessPool(workers) if executor == "process" else SerialPool()
+        return RayPool(jobs, workers=workers, address=address, resources=resources)
+    return ProcessPool(min(workers or cores(), jobs)) if executor == "process" else SerialPool()
 
 
 def _keyed(plan: Sequence[Planned]) -> dict[str, Planned]:

@@ -6,8 +6,10 @@ with workers that die, is decided in `fpsim.paper.sweeps`.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
+import socket
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -25,6 +27,11 @@ from .training import Checkpoint, records
 
 #: Seconds between two messages on the progress of a run.
 _PERIOD = 0.5
+#: Seconds in which a Ray cluster must answer.
+_REACHED = 10.0
+#: What Ray calls resources in the options of an actor, and elsewhere.
+_RAY_NAMES = {"num_cpus": "CPU", "num_gpus": "GPU"}
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,11 @@ class Compiled:
         if self._key not in (None, key):
             torch._dynamo.reset()
         self._key = key
+
+
+def cores() -> int:
+    """Of this machine, as far as this process may use them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Pool(Protocol):
@@ -210,24 +222,52 @@ class RayPool:
     disk that they share (results come back through Ray and need none).
 
     Args:
-        workers: how many actors.
+        jobs: how many there will be; there are no more workers than that.
+        workers: how many actors at most; None is as many as there is room for. There is room for those whose resources
+            are free now, or for one if it only has to wait: an actor that never starts would hold its job for ever.
         address: of a running cluster (``auto`` finds one); None starts Ray here and stops it in the end.
         resources: of one actor, as Ray's options have them: ``{"num_cpus": 1, "num_gpus": 1}``.
+
+    Raises:
+        ConnectionError: no cluster at ``address``.
+        ValueError: no machine of the cluster has the resources of one actor.
     """
 
-    def __init__(self, workers: int, *, address: str | None, resources: Mapping[str, float]) -> None:
+    def __init__(self, jobs: int, *, workers: int | None, address: str | None, resources: Mapping[str, float]) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self._ray = require("ray")
-        self.workers = workers
-        self._owns = not self._ray.is_initialized()
-        if self._owns:
-            here: dict[str, Any] = {"num_cpus": max(workers, 1), "object_store_memory": 256 * 2**20}
-            where: dict[str, Any] = {"address": address} if address else {"address": "local", **here}
-            quiet = {"include_dashboard": None if address else False, "log_to_driver": False}
-            self._ray.init(logging_level="ERROR", **quiet, **where)
-        self._actor = self._ray.remote(**{"num_cpus": 1, **resources})(_Actor)
         self._actors: dict[int, Any] = {}
         self._streams: dict[int, Any] = {}
+        needs = {"num_cpus": 1.0, **resources}
+        wanted = {_RAY_NAMES.get(name, name): amount for name, amount in needs.items() if amount}
+        self._owns = not self._ray.is_initialized()
+        if self._owns and address:
+            _connect(self._ray, address)
+        elif self._owns:
+            together = min(workers or jobs, jobs) * needs["num_cpus"]
+            here = {"num_cpus": math.ceil(together if workers else min(together, cores())), "include_dashboard": False}
+            self._ray.init(address="local", object_store_memory=256 * 2**20, **here, **_QUIET)
+        try:
+            room = self._room(wanted, others=bool(address) or not self._owns) if wanted else workers or cores()
+        except ValueError:
+            self.close()
+            raise
+        self.workers = min(workers or jobs, jobs, room)
+        self._actor = self._ray.remote(**needs)(_Actor)
+
+    def _room(self, wanted: Mapping[str, float], *, others: bool) -> int:
+        """How many actors there is room for, beside what ``others`` may be running on the cluster."""
+
+        def fitting(there: Mapping[str, float]) -> int:
+            return min(int(there.get(name, 0) / amount) for name, amount in wanted.items())
+
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        room = sum(map(fitting, nodes))
+        if not room:
+            asked = " and ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+            there = "; ".join(f"{node.get('CPU', 0):g} CPU and {node.get('GPU', 0):g} GPU" for node in nodes)
+            raise ValueError(f"a run asks Ray for {asked}, and no machine has that much: there are {there or 'none'}")
+        return max(1, min(room, fitting(self._ray.available_resources()))) if others else room
 
     def submit(self, worker: int, job: Job) -> None:
         if worker not in self._actors:
@@ -254,6 +294,21 @@ class RayPool:
         self._streams.clear()
         if self._owns:
             self._ray.shutdown()
+
+
+def _connect(ray: Any, address: str) -> None:
+    """Join the cluster at ``address``; that something listens there is seen at once, which Ray takes minutes to see."""
+    remedy = (
+        "start one with ray start --head, give the address that it prints, and set RAY_AUTH_MODE=token here too if it "
+        "asks for a token"
+    )
+    host, _, port = address.rpartition(":")
+    try:
+        if "://" not in address and host and port.isdigit():
+            socket.create_connection((host, int(port)), timeout=_REACHED).close()
+        ray.init(address=address, **_QUIET)
+    except OSError as error:
+        raise ConnectionError(f"no Ray cluster answers at {address} ({error}): {remedy}") from None
 
 
 class _Actor:
