@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -298,9 +299,15 @@ def no_recompile_limit() -> Iterator[None]:
 
 @contextlib.contextmanager
 def state_kept(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Restore what running a model forward changes: buffers and random state."""
-    buffers = [buffer for module in _modules(model, args, dict(kwargs)) for buffer in module.buffers()]
+    """Restore what running a model forward changes: buffers and random state.
+
+    Parameters are not copied: of one that the model itself writes in place a warning is given.
+    """
+    modules = list(_modules(model, args, dict(kwargs)))
+    buffers = [buffer for module in modules for buffer in module.buffers()]
     values = [buffer.clone() for buffer in buffers]
+    parameters = [named for module in modules for named in module.named_parameters() if not named[1].is_inference()]
+    versions = [parameter._version for _, parameter in parameters]
     try:
         with torch.random.fork_rng():
             yield
@@ -308,3 +315,11 @@ def state_kept(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
         with torch.no_grad():
             for buffer, value in zip(buffers, values, strict=True):
                 buffer.copy_(value)
+        pairs = zip(parameters, versions, strict=True)
+        changed = sorted({name for (name, parameter), version in pairs if parameter._version != version})
+        if changed:
+            warnings.warn(
+                f"the model's forward writes its own parameters {', '.join(changed)}, and this run has changed them "
+                "too: give a copy of the model if that matters",
+                stacklevel=4,
+            )

@@ -283,6 +283,19 @@ def test_looking_changes_no_buffer_of_a_module_that_is_an_argument(look: Callabl
     assert_same_state(before, state_of(model, x))
 
 
+@pytest.mark.parametrize("look", [fpsim.explain, fpsim.audit, fpsim.profile])
+def test_a_parameter_that_the_model_itself_writes_is_told_of(look: Callable[..., Any]) -> None:
+    class Decaying(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            with torch.no_grad():
+                self.bias.mul_(0.5)
+            return y
+
+    with pytest.warns(UserWarning, match="writes its own parameters bias, and this run has changed them too"):
+        look(Decaying(3, 2), torch.randn(4, 3))
+
+
 def test_gradients_of_what_a_function_closes_over_are_left_alone() -> None:
     layer, x = nn.Linear(8, 8), torch.randn(4, 8)
     assert fpsim.audit(lambda x: layer(x), x).covered == 2
