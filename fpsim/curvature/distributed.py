@@ -24,7 +24,7 @@ def averaged(operator: Operator, *, weight: float = 1.0, group: dist.ProcessGrou
 
     Args:
         operator: of this rank's data; same size on all ranks.
-        weight: how much this rank counts: its number of tokens or samples.
+        weight: how much this rank counts: its number of tokens or samples. With 0 its operator is not asked.
         group: of processes; None is the default group.
 
     Raises:
@@ -43,7 +43,7 @@ def averaged(operator: Operator, *, weight: float = 1.0, group: dist.ProcessGrou
 
     def multiply(vector: Tensor) -> Tensor:
         _check_agreement(vector, group)
-        result = operator.multiply(vector) * share
+        result = operator.multiply(vector) * share if share else torch.zeros_like(vector)
         dist.all_reduce(result, group=group)
         return result
 

@@ -44,7 +44,7 @@ def hessian(
     vector_dtype: torch.dtype | None = None,
     vector_device: torch.device | str | None = None,
 ) -> Operator:
-    """The Hessian of ``loss`` at ``params``.
+    """The Hessian of ``loss`` at ``params``; of one that rounds, that of its straight-through surrogate.
 
     Args:
         loss: ``loss(params) -> scalar tensor``, or ``loss(params, batch)`` if ``batches`` are given. A function of its
@@ -119,8 +119,9 @@ def gauss_newton(
 ) -> Operator:
     """The generalised Gauss-Newton matrix ``J^T H J`` of ``loss(outputs(params))``.
 
-    J is the Jacobian of the outputs, H the Hessian of the loss with respect to them (Schraudolph 2002, equation 4.1).
-    Positive semidefinite where the loss is convex in the outputs; for cross-entropy it is the Fisher matrix.
+    J is the Jacobian of the outputs, of a model that rounds that of its straight-through surrogate; H is the Hessian of
+    the loss with respect to them, at the rounded model's own outputs (Schraudolph 2002, equation 4.1). Positive
+    semidefinite where the loss is convex in the outputs; for cross-entropy it is the Fisher matrix.
 
     Args:
         outputs: ``outputs(params)`` or ``outputs(params, batch)``: a tensor, usually logits. `functional_outputs`
@@ -165,6 +166,8 @@ def empirical_fisher(
     vector_device: torch.device | str | None = None,
 ) -> Operator:
     """The mean outer product of per-sample gradients, ``(1/N) sum g_n g_n^T`` (Kunstner et al. 2019, equation 3).
+
+    Of losses that round, the gradients are those of the straight-through surrogate.
 
     Args:
         losses: ``losses(params)`` or ``losses(params, batch)``: the losses of the samples (or tokens), a tensor of

@@ -140,7 +140,7 @@ def sam(loss: Loss, params: PyTree, *, rho: float = 0.05, adaptive: bool = False
 
 
 def adaptive(loss: Loss, params: PyTree, *, rho: float = 0.5, eta: float = 0.01) -> SamResult:
-    """ASAM's sharpness: `sam` with ``adaptive=True``."""
+    """ASAM's sharpness: `sam` with ``adaptive=True``; under simulated precision, too, losses and steps are as there."""
     return sam(loss, params, rho=rho, adaptive=True, eta=eta)
 
 

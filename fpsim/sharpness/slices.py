@@ -100,7 +100,7 @@ def slice_1d(
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
 ) -> Slice1D:
-    """The loss along a line through ``params``.
+    """The loss along a line through ``params``; under simulated precision the rounded model's own.
 
     Args:
         loss: from a pytree like ``params`` to a scalar tensor.
@@ -142,7 +142,7 @@ def slice_2d(
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
 ) -> Slice2D:
-    """The loss on a plane through ``params``.
+    """The loss on a plane through ``params``; under simulated precision the rounded model's own.
 
     Args:
         directions: two of them, each as in `slice_1d`; None is two random ones.

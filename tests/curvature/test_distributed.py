@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import case, relative, token_loss
+from small_models import case, dense_hessian, relative, token_loss
 from torch import distributed as dist
 from torch import multiprocessing
 
@@ -60,11 +60,15 @@ def work(rank: int, address: str, folder: str) -> None:
     local = hessian(functional_loss(wrapped, token_loss, batch=part), dict(wrapped.named_parameters()))
     whole = averaged(local, weight=label_count(part))
     found = eigenpairs(whole, 2, tol=1e-10)
+    nothing = tokens[1:], torch.full_like(targets[1:], -100)  # whose loss is NaN
+    alone = hessian(functional_loss(wrapped, token_loss, batch=(part, nothing)[rank]), dict(wrapped.named_parameters()))
+    weighted = averaged(alone, weight=label_count((part, nothing)[rank]))
     differing = torch.full((local.size,), float(rank))
     result = {
         "values": found.eigenvalues,
         "trace": trace(whole, tol=0, max_products=30).estimate,
         "error": error_of(lambda: whole.matvec(differing)),
+        "alone": weighted.matvec(torch.ones(local.size)),
         "sharded": sharded(part),
     }
     torch.save(result, f"{folder}/{rank}.pt")
@@ -82,7 +86,11 @@ def test_two_ranks_average_their_products(tmp_path):
     whole = hessian(small.loss, small.params)
     assert relative(first["values"], eigenpairs(whole, 2, tol=1e-10).eigenvalues) <= 1e-10
     assert abs(first["trace"] - trace(whole, tol=0, max_products=30).estimate) <= 1e-10
+    tokens, targets = small.batch
+    alone = functional_loss(small.model, token_loss, batch=(tokens[:1], targets[:1]))
+    product = dense_hessian(alone, small.params) @ torch.ones(whole.size, dtype=torch.float64)
     for result in (first, second):
+        assert relative(result["alone"], product) <= 1e-12
         assert "same seed" in result["error"]
         assert relative(result["sharded"]["values"], first["values"]) <= 1e-12
         refused = result["sharded"]["refused"]
