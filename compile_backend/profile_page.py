@@ -14,7 +14,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from fpsim.compile_backend.statistics import COUNTS, severity
-from fpsim.policy import parse_operand_cast
+from fpsim.policy import parse_cast
 from fpsim.rounding_op import CARRIERS
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _cell(key: str, row: dict[str, Any], low: int, high: int) -> str:
     if key == "shape":
         return f'<td class="text" data-value="{row["elements"]}">{escape(" × ".join(map(str, value)) or "scalar")}</td>'
     if key == "cast":
-        label = parse_operand_cast(value).label if value else "unrounded"  # type: ignore[union-attr]
+        label = parse_cast(value).label if value else "unrounded"  # type: ignore[union-attr]
         return f'<td class="text{"" if value else " s1"}">{escape(label)}</td>'
     if key == "sqnr":
         return _number(key, value, decibel(value))
@@ -289,7 +289,7 @@ def _binned(histogram: Sequence[tuple[int, int]], low: int, high: int) -> list[i
 
 
 def _format_of(row: dict[str, Any]) -> Any:
-    by = parse_operand_cast(row["cast"]) if row["cast"] else None
+    by = parse_cast(row["cast"]) if row["cast"] else None
     return by.format if by else _CARRIERS[row["dtype"]]
 
 

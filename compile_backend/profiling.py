@@ -40,7 +40,7 @@ from fpsim.compile_backend.inspect import (
 from fpsim.compile_backend.observation import ProductStatistics, Recorder, SiteStatistics
 from fpsim.compile_backend.plan import Gap, Plan, Site, render
 from fpsim.compile_backend.statistics import COUNTS, Histogram, Statistics, merge, severity
-from fpsim.policy import Policy, parse_operand_cast
+from fpsim.policy import Policy, parse_cast
 
 if TYPE_CHECKING:
     import pandas
@@ -190,7 +190,7 @@ class Profile:
 
 def _cells(row: dict[str, Any]) -> list[Text]:
     words = [row["path"] or "(root)", row["operator"], row["kind"], row["role"]]
-    by = parse_operand_cast(row["cast"]) if row["cast"] else None
+    by = parse_cast(row["cast"]) if row["cast"] else None
     cast = Text(by.label, style="green") if by else Text("unrounded", style="yellow")
     shares = [
         _coloured(name, row[f"{name}_share"], profile_page.percent(row[f"{name}_share"]))

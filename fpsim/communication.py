@@ -18,7 +18,7 @@ from torch import distributed as dist
 
 from fpsim.formats import FloatFormat, split_rounding
 from fpsim.optimizers import Job, check_seed, draw_of_step, round_in_place
-from fpsim.policy import Cast, Policy, parse_cast
+from fpsim.policy import Cast, Policy, parse_unscaled
 from fpsim.rounding_op import check_carrier
 
 # -- gradients ---------------------------------------------------------------------------------------------------------
@@ -51,11 +51,11 @@ def round_gradients_hook(
         It counts the backward passes, which number the draws: make one for each model.
 
     Raises:
-        ValueError: an unknown format or mode, stochastic rounding without a seed or the reverse; in backward, a format
-            with values that the gradients' dtype lacks.
+        ValueError: an unknown format or mode, a scale, stochastic rounding without a seed or the reverse; in backward,
+            a format with values that the gradients' dtype lacks.
     """
-    sent = parse_cast(format, rounding, overflow)
-    received = None if result is None else parse_cast(result, rounding, overflow)
+    sent = parse_unscaled(format, rounding, overflow, "a bucket of gradients")
+    received = None if result is None else parse_unscaled(result, rounding, overflow, "a bucket of gradients")
     check_seed(seed, [cast for cast in (sent, received) if cast])
     passes = 0
 
@@ -93,7 +93,7 @@ def rounded_reduce_scatter(
     """
     from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
-    cast = parse_cast(format, rounding, overflow)
+    cast = parse_unscaled(format, rounding, overflow, "a bucket of gradients")
     check_seed(seed, [cast] if cast else [])
     calls = 0
 

@@ -11,7 +11,7 @@ import difflib
 import typing
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from fpsim.formats import FloatFormat, split_rounding
 from fpsim.policy import Cast, matches, parse_cast
 from fpsim.random_words import random_key
 from fpsim.rounding_op import KERNEL, check_carrier, round_op, round_stochastic_op
+from fpsim.scaling import SOURCE, check_scalable, scale_op
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -61,7 +62,7 @@ def round_parameters(
         format: of all parameters, or a mapping from globs of parameter names to formats (``{"*.weight": "e4m3fn",
             "lm_head": "none"}``): a glob matches a parameter, or a module with all its parameters; the first that
             matches decides, and what none matches stays unrounded. A format may be a cast,
-            ``format/rounding/overflow``.
+            ``format/rounding/overflow/scale``; every parameter, and every shard of one, has a scale of its own.
         rounding, overflow: where a cast names none.
         seed: for stochastic rounding, and only for it: parameter ``i`` is rounded as by ``fpsim.round(..., seed=s +
             i)``, where ``s`` is `draw_of_step` of the seed and 0.
@@ -81,7 +82,7 @@ def round_parameters(
         if (cast := chosen[name]) is not None
     ]
     for job in jobs:
-        check_carrier(job.tensor.dtype, job.cast.format)
+        _check_carrier(job.tensor.dtype, job.cast)
     round_in_place(jobs, None if seed is None else draw_of_step(seed, 0))
 
 
@@ -173,7 +174,8 @@ def round_optimizer(
     """Simulate an optimizer whose state, weights and master weights are kept in reduced precision.
 
     The optimizer's own arithmetic stays that of its dtype (float32, say); what it leaves behind is rounded, in place,
-    after every step, and once now. Wherever a format is asked for, a cast may stand: ``"e4m3fn/stochastic"``.
+    after every step, and once now. Wherever a format is asked for, a cast may stand: ``"e4m3fn/stochastic"``, or
+    ``"e4m3fn/power_of_two"``, with a scale of its own for every tensor (and shard) after every step.
 
     Args:
         optimizer: any of `torch.optim`, for-loop, foreach or fused, before or after its first step. Also others that
@@ -265,6 +267,11 @@ def _check_weights(weights: Cast | None, master: Cast | None, kahan: bool) -> No
             f"that {master.format.name} lacks: give master a format with at least as many exponent and mantissa bits, "
             "such as fp32"
         )
+    if weights is not None and master is not None and weights.scale is not None and master.format.exponent_bits < 8:
+        raise ValueError(
+            f"master weights in {master.format.name} cannot hold scaled weights, which have the exponents of float32: "
+            "give master a format with 8 exponent bits, such as bf16 or fp32"
+        )
 
 
 def check_seed(seed: int | None, casts: Sequence[Cast]) -> None:
@@ -276,6 +283,10 @@ def check_seed(seed: int | None, casts: Sequence[Cast]) -> None:
         raise ValueError(f"seed={seed} has no meaning without stochastic rounding: use rounding='stochastic'")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
         raise ValueError(f"a seed is an int of 64 bits, got {seed!r}")
+
+
+def _check_carrier(dtype: torch.dtype, cast: Cast) -> None:
+    (check_carrier if cast.scale is None else check_scalable)(dtype, cast.format)
 
 
 def _is_stochastic(cast: Cast) -> bool:
@@ -385,10 +396,10 @@ class Memory:
         for p in self.parameters:
             for cast in (self.weights, self.master):
                 if cast is not None:
-                    check_carrier(p.dtype, cast.format)
+                    _check_carrier(p.dtype, cast)
             for name, cast in self.state:
                 for tensor in _tensors(self.optimizer.state.get(p, {}).get(name)) or [p]:
-                    check_carrier(tensor.dtype, cast.format)
+                    _check_carrier(tensor.dtype, cast)
 
     def start(self) -> None:
         if self.master is not None:
@@ -453,7 +464,7 @@ class Memory:
         self._round(self._jobs(parameters, self.weights, len(self.state) + 1))
         if self.kahan:
             torch._foreach_sub_(lost, parameters)
-            nearest = Cast(self.weights.format, "nearest_even", self.weights.overflow)
+            nearest = replace(self.weights, rounding="nearest_even")
             self._round(self._jobs(lost, nearest, 0))
 
     def _jobs(self, tensors: Sequence[Tensor], cast: Cast, i: int) -> list[Job]:
@@ -626,7 +637,7 @@ def round_in_place(jobs: Sequence[Job], draw: int | None, compiled: bool | None 
     for job in jobs:
         if _is_stochastic(job.cast):
             continue
-        if job.tensor.numel() < _SMALL:
+        if job.tensor.numel() < _SMALL and job.cast.scale is None:
             together[job.cast, job.tensor.dtype, job.tensor.device].append(job.tensor)
         else:
             _round_tensor(job.tensor, job.cast, compiled)
@@ -648,23 +659,31 @@ def _round_tensor(x: Tensor, cast: Cast, compiled: bool, key: Tensor | None = No
         _overwrite(x, key, *_arguments(cast))
 
 
-def _arguments(cast: Cast) -> tuple[str, str, str]:
-    return cast.format.name, cast.rounding, cast.overflow
+def _arguments(cast: Cast) -> tuple[str, str, str, float | None]:
+    return cast.format.name, cast.rounding, cast.overflow, cast.format.max if cast.scale else None
 
 
-def _overwrite(x: Tensor, key: Tensor | None, format: str, rounding: str, overflow: str) -> None:
+def _overwrite(
+    x: Tensor, key: Tensor | None, format: str, rounding: str, overflow: str, scaled_to: float | None
+) -> None:
+    """Round ``x`` in place; ``scaled_to``: with its largest magnitude scaled to just below this number."""
+    exact, inverse = x, None
+    if scaled_to is not None:
+        factor, inverse = scale_op(x, scaled_to, SOURCE).unbind()
+        exact = x * factor
     if key is None:
-        x.copy_(round_op(x, format, rounding, overflow, KERNEL))
+        rounded = round_op(exact, format, rounding, overflow, KERNEL)
     else:
         if torch.compiler.is_compiling():
             torch._check(x.numel() < _SHORT)  # so that indices of unknown tensors are taken for 32 bits, not 64
-        x.copy_(round_stochastic_op(x, key, format, rounding, overflow, KERNEL))
+        rounded = round_stochastic_op(exact, key, format, rounding, overflow, KERNEL)
+    x.copy_(rounded if inverse is None else rounded * inverse)
 
 
 @cache
 def _compiled_rounding(cast: Cast, stochastic: bool) -> Callable[[Tensor, Tensor | None], None]:
     """`_overwrite` with ``cast``, compiled; a function of its own, so that casts do not add up to Dynamo's limit."""
-    name = "_".join(("round", *_arguments(cast)))
+    name = "_".join(("round", *map(str, _arguments(cast))))
     overwrite = FunctionType(_overwrite.__code__.replace(co_name=name), globals(), name)
     compiled = torch.compile(overwrite, dynamic=True)
     return lambda x, key: compiled(x, key, *_arguments(cast))

@@ -95,22 +95,26 @@ class Cast:
         return " ".join(parts)
 
 
-def parse_cast(text: str | FloatFormat, rounding: str = "nearest_even", overflow: str | None = None) -> Cast | None:
-    """The cast that ``text`` denotes: ``format[/rounding][/overflow]``, or ``none`` for None.
+def parse_cast(
+    text: str | FloatFormat, rounding: str = "nearest_even", overflow: str | None = None, scale: str | None = None
+) -> Cast | None:
+    """The cast that ``text`` denotes: ``format[/rounding][/overflow][/scale]``, or ``none`` for None.
 
     Args:
-        text: a format (name or `FloatFormat`), optionally followed by modes that override the next two.
+        text: a format (name or `FloatFormat`), optionally followed by modes that override the next three.
         rounding: the rounding where ``text`` names none.
         overflow: the overflow mode where ``text`` names none; None is the format's usual one.
+        scale: the scale where ``text`` names none; ``unscaled`` in it means None.
 
     Raises:
         ValueError: an unknown format or mode, named with its remedy.
 
-    >>> str(parse_cast("e8m3/toward_zero"))
-    'e8m3/toward_zero/ovf_inf'
+    >>> str(parse_cast("e8m3/toward_zero")), str(parse_cast("e4m3fn/power_of_two"))
+    ('e8m3/toward_zero/ovf_inf', 'e4m3fn/nearest_even/sat_finite/power_of_two')
     """
+    check_scale(scale)
     if isinstance(text, FloatFormat):
-        return Cast(text, full_rounding(rounding), resolve_overflow(text, overflow))
+        return Cast(text, full_rounding(rounding), resolve_overflow(text, overflow), scale)
     if not isinstance(text, str):
         raise TypeError(f"a cast is a string such as 'e4m3fn' or 'e8m3/toward_zero', got {text!r}")
     if text == NONE:
@@ -121,35 +125,28 @@ def parse_cast(text: str | FloatFormat, rounding: str = "nearest_even", overflow
             rounding = mode
         elif mode in OVERFLOWS:
             overflow = mode
+        elif mode in (*SCALES, UNSCALED):
+            scale = None if mode == UNSCALED else mode
         else:
-            if mode in (*SCALES, UNSCALED):
-                raise ValueError(f"{text!r} has a scale, and only operands of matrix products are scaled: leave it out")
             raise ValueError(
                 f"unknown mode {mode!r} in cast {text!r}: after the format may come a rounding "
-                f"({', '.join([*ROUNDINGS, *STOCHASTIC_ROUNDINGS])}) and an overflow mode ({', '.join(OVERFLOWS)})"
+                f"({', '.join([*ROUNDINGS, *STOCHASTIC_ROUNDINGS])}), an overflow mode ({', '.join(OVERFLOWS)}) and a "
+                f"scale ({', '.join([*SCALES, UNSCALED])})"
             )
     fmt = parse_format(name)
-    return Cast(fmt, full_rounding(rounding), resolve_overflow(fmt, overflow))
+    return Cast(fmt, full_rounding(rounding), resolve_overflow(fmt, overflow), scale)
 
 
-def parse_operand_cast(
-    text: str | FloatFormat, rounding: str = "nearest_even", overflow: str | None = None, scale: str | None = None
-) -> Cast | None:
-    """The cast of an operand: `parse_cast`, and among the modes may be a scale (``power_of_two``, ``unscaled``).
+def parse_unscaled(text: str | FloatFormat, rounding: str, overflow: str | None, what: str) -> Cast | None:
+    """`parse_cast` of what cannot be scaled, such as ``what``.
 
-    Args, errors: as `parse_cast`; ``scale`` holds where ``text`` names none.
-
-    >>> str(parse_operand_cast("e4m3fn/power_of_two"))
-    'e4m3fn/nearest_even/sat_finite/power_of_two'
+    Raises:
+        ValueError: as `parse_cast`, and a scale.
     """
-    if isinstance(text, str):
-        name, *modes = text.split("/")
-        scales = [mode for mode in modes if mode in (*SCALES, UNSCALED)]
-        if scales:
-            scale = None if scales[-1] == UNSCALED else scales[-1]
-            text = "/".join([name, *(mode for mode in modes if mode not in scales)])
     parsed = parse_cast(text, rounding, overflow)
-    return parsed and replace(parsed, scale=scale)
+    if parsed is not None and parsed.scale is not None:
+        raise ValueError(f"{what} cannot be scaled: leave {parsed.scale!r} out of {text!r}")
+    return parsed
 
 
 @dataclass(frozen=True)
@@ -248,13 +245,13 @@ class Policy:
         """A cast in its full string form, so that equal policies are equal values."""
         if cast is None:
             return None
-        return str(parse_cast(cast, self.rounding, self.overflow) or NONE)
+        return str(parse_unscaled(cast, self.rounding, self.overflow, "the result of an operation") or NONE)
 
     def _spelled_operand(self, cast: Any) -> str | None:
         """`_spelled` for a cast that may have a scale."""
         if cast is None:
             return None
-        parsed = parse_operand_cast(cast, self.rounding, self.overflow, self.scale)
+        parsed = parse_cast(cast, self.rounding, self.overflow, self.scale)
         is_exempt = parsed is not None and self.scale is not None and parsed.scale is None
         return f"{parsed or NONE}" + (f"/{UNSCALED}" if is_exempt else "")
 
@@ -302,7 +299,7 @@ class Policy:
     def cast(self, kind: str, role: str) -> Cast | None:
         """How an operand in ``role`` of a product of ``kind`` is rounded; None where it is not."""
         text = dict(getattr(self, kind)).get(role) or getattr(self, role) or self.format
-        return parse_operand_cast(text) if text else None
+        return parse_cast(text) if text else None
 
     def operand_casts(self) -> list[Cast | None]:
         """How operands are rounded anywhere, in every role of every kind of product; None where they are not."""

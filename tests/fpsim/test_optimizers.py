@@ -143,6 +143,65 @@ def test_adamw_with_a_format_for_each_moment_and_master_weights_by_hand() -> Non
     assert torch.equal(p.detach(), fpsim.round(master, "e4m3fn"))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_tensor_is_scaled_by_itself(compiled: bool) -> None:
+    """Second moments of 1e-12 survive in FP8, which unscaled they do not; SGD's momentum and weights by hand."""
+    sizes = [1e-6, 1.0, 1e6]
+    params = [nn.Parameter(torch.randn(20) * size) for size in sizes]
+    starts = [p.detach().clone() for p in params]
+    optimizer = torch.optim.SGD(params, lr=0.5, momentum=0.5)
+    fpsim.round_optimizer(
+        optimizer, state="e4m3fn/power_of_two", weights="e5m2/power_of_two/toward_zero", compiled=compiled
+    )
+
+    def q(x: Tensor) -> Tensor:
+        return fpsim.round(x, "e5m2", rounding="toward_zero", scale="power_of_two")
+
+    weights, momenta = [q(start) for start in starts], [torch.zeros(20)] * 3
+    for step in range(3):
+        for i, (p, size) in enumerate(zip(params, sizes, strict=True)):
+            p.grad = torch.randn(20, generator=torch.Generator().manual_seed(10 * step + i)) * size
+            assert_same_bits(p.detach(), weights[i])
+            momenta[i] = momenta[i].mul(0.5).add(p.grad)
+            weights[i] = q(weights[i].add(momenta[i], alpha=-0.5))
+            momenta[i] = fpsim.round(momenta[i], "e4m3fn", scale="power_of_two")
+        optimizer.step()
+        for p, momentum in zip(params, momenta, strict=True):
+            assert_same_bits(optimizer.state[p]["momentum_buffer"], momentum)
+            assert momentum.count_nonzero() == 20
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_scaled_stochastic_rounding_has_the_draws_of_the_definition(compiled: bool) -> None:
+    p = nn.Parameter(torch.randn(50) * 1e-5)
+    optimizer = torch.optim.SGD([p], lr=0.0)
+    want = fpsim.round(p.detach(), "e4m3fn", rounding="stochastic", seed=draw_of_step(3, 0) + 1, scale="power_of_two")
+    fpsim.round_optimizer(optimizer, weights="e4m3fn/stochastic/power_of_two", seed=3, compiled=compiled)
+    assert_same_bits(p.detach(), want)
+
+
+def test_what_cannot_be_scaled_is_refused() -> None:
+    p = nn.Parameter(torch.ones(4))
+    with pytest.raises(ValueError, match="master weights in e5m10 cannot hold scaled weights"):
+        fpsim.round_optimizer(torch.optim.SGD([p]), weights="e4m3fn/power_of_two", master="fp16")
+    half = nn.Parameter(torch.ones(4, dtype=torch.float16))
+    with pytest.raises(ValueError, match="scaled rounding of float16 tensors would overflow"):
+        fpsim.round_optimizer(torch.optim.SGD([half]), weights="e4m3fn/power_of_two")
+    with pytest.raises(ValueError, match="a bucket of gradients cannot be scaled: leave 'power_of_two' out"):
+        fpsim.round_gradients_hook("e5m2/power_of_two")
+
+
+def test_parameters_may_be_scaled() -> None:
+    layer = nn.Linear(5, 3)
+    want = [fpsim.round(p.detach() * 1e-7, "e2m1fn", scale="power_of_two") for p in layer.parameters()]
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.mul_(1e-7)
+    fpsim.round_parameters(layer, "e2m1fn/power_of_two")
+    for p, values in zip(layer.parameters(), want, strict=True):
+        assert_same_bits(p.detach(), values)
+
+
 def test_kahan_compensation_by_hand() -> None:
     """Updates far below the last place of bfloat16 add up: exact arithmetic, rounded where the definition says."""
     p, plain = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([1.0]))

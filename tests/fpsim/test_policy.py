@@ -234,7 +234,7 @@ def test_modules_inherit_the_scale_and_may_be_without() -> None:
 
 @pytest.mark.parametrize("field", ["output", "elementwise"])
 def test_only_operands_are_scaled(field: str) -> None:
-    with pytest.raises(ValueError, match="only operands of matrix products are scaled: leave it out"):
+    with pytest.raises(ValueError, match="the result of an operation cannot be scaled: leave 'power_of_two' out"):
         Policy(**{field: "bf16/power_of_two"})
 
 
