@@ -6,7 +6,8 @@ A run on one process goes through the same calls, which then do nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,13 +54,33 @@ class Parallel:
         """``loss_of``, a compiled module, with gradients averaged over all processes after backward."""
         if self.world == 1:
             return loss_of
+        unit = _Unit(loss_of)
         if self.kind == "ddp":
-            return nn.parallel.DistributedDataParallel(loss_of)
+            return nn.parallel.DistributedDataParallel(unit)
         from torch.distributed.fsdp import fully_shard
 
-        unit = _Unit(loss_of)
         fully_shard(unit)
         return unit
+
+    def exchange(self, wrapped: Any, loss_of: Callable[..., Any]) -> Callable[..., Any]:
+        """``wrapped``, as `wrap` returned it, with ``loss_of`` in it: the same parameters, compiled in another way."""
+        if self.world == 1:
+            return loss_of
+        unit = wrapped.module if self.kind == "ddp" else wrapped
+        unit.compiled = loss_of
+        return wrapped
+
+    @contextmanager
+    def whole_parameters(self, wrapped: Any) -> Iterator[None]:
+        """Within it the parameters of ``wrapped``, as `wrap` returned it, are whole on every process."""
+        sharded = self.world > 1 and self.kind == "fsdp2"
+        if sharded:
+            wrapped.unshard()
+        try:
+            yield
+        finally:
+            if sharded:
+                wrapped.reshard()
 
     def mean(self, value: float) -> float:
         """The mean over all processes."""
@@ -79,6 +100,8 @@ class Parallel:
             return signals
         names = sorted(signals)
         reduced = dict(zip(names, self._reduced([signals[name] for name in names]), strict=True))
+        if "max_abs_logit" not in signals:
+            return reduced
         largest = torch.tensor(signals["max_abs_logit"], device=self._device)
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
         return {**reduced, "max_abs_logit": float(largest)}
@@ -128,7 +151,10 @@ class Parallel:
 
 
 class _Unit(nn.Module):
-    """The compiled model as the one thing that is gathered and scattered: around the graph, not inside."""
+    """The compiled model as the one thing that is gathered, scattered or averaged: around the graph, not inside.
+
+    torch wraps parameters once, and a run may be compiled several times: what is compiled can be exchanged.
+    """
 
     def __init__(self, compiled: Any) -> None:
         super().__init__()

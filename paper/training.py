@@ -136,8 +136,6 @@ def records(
         ValueError: a checkpoint of another run, tokens that the model lacks, a batch that the processes cannot share.
     """
     parallel = parallel or Parallel()
-    if parallel.world > 1 and config.stages:
-        raise ValueError("stages need a single process: torch wraps a model for several processes once")
     data = load(config.data, context=config.model.context) if data is None else data
     check_vocabulary(data, config.model.vocabulary)
     trainer = _Trainer(config, compile, parallel)
@@ -269,10 +267,13 @@ class _Trainer:
         module: nn.Module = self.model
         if config.autocast:
             module = Autocast(module, getattr(torch, config.autocast), torch.device(config.device).type)
-        self.loss_of = self.parallel.wrap(self.compile(module, config.options_at(index)))
+        compiled = self.compile(module, config.options_at(index))
         self.stage = stage
-        if self.optimizer is None:  # sharding has replaced the parameters by now
-            self.optimizer = _adamw(self.model, config)
+        if self.optimizer is not None:
+            self.loss_of = self.parallel.exchange(self.loss_of, compiled)
+            return
+        self.loss_of = self.parallel.wrap(compiled)
+        self.optimizer = _adamw(self.model, config)  # sharding has replaced the parameters by now
 
     def step(
         self,
@@ -292,8 +293,9 @@ class _Trainer:
         )
         with _reproducible(config, index):
             self._enter(index)
-            parts = [self.parallel.share(part) for part in _micro_batches(batch, config.batch)]
-            measured = self._measure_before(index, parts[0])
+            micro_batches = _micro_batches(batch, config.batch)
+            parts = [self.parallel.share(part) for part in micro_batches]
+            measured = self._measure_before(index, micro_batches[0], parts[0])
             start = time.perf_counter()
             loss, norm, logits = self._update(parts, rate)
             seconds = time.perf_counter() - start
@@ -308,15 +310,21 @@ class _Trainer:
             index + 1, loss, norm, rate, validation, seconds, _smooth(smoothed, loss, index, config), **measured
         )
 
-    def _measure_before(self, index: int, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
-        config = self.config
+    def _measure_before(
+        self, index: int, batch: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor]
+    ) -> dict[str, float]:
+        """What is due before the update: the Hessian's eigenvalue of ``batch``, ranges of this process's ``part``."""
+        config, parallel, options = self.config, self.parallel, self.config.options_at(index)
         measured: dict[str, float] = {}
         if _due(index, config.hessian_every):
             loss = OpenAttention(LanguageModel(self.model.network))
-            measured["hessian_eigenvalue"] = hessian_eigenvalue(loss, batch, seed=config.seed)
-        if _due(index, config.ranges_every) and config.options_at(index) is not None:
-            interpreted = compile_loss(self.model, config.options_at(index), attention=config.attention, interpret=True)
-            measured |= range_shares(self.model, interpreted, batch, loss_scale=config.loss_scale)
+            with parallel.whole_parameters(self.loss_of):
+                measured["hessian_eigenvalue"] = hessian_eigenvalue(loss, batch, seed=config.seed)
+        if _due(index, config.ranges_every) and options is not None:
+            interpreted = compile_loss(self.model, options, attention=config.attention, interpret=True)
+            with parallel.whole_parameters(self.loss_of):
+                shares = range_shares(self.model, interpreted, part, loss_scale=config.loss_scale)
+            measured |= parallel.reduce_signals(shares)
         return measured
 
     def _update(self, parts: Sequence[tuple[Tensor, Tensor]], rate: float) -> tuple[float, float, list[Tensor] | None]:

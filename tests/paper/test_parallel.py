@@ -14,7 +14,7 @@ import torch
 from fpsim.paper.config import to_dict
 from fpsim.paper.data import DataConfig
 from fpsim.paper.parallel import Parallel
-from fpsim.paper.training import Record, records, run
+from fpsim.paper.training import Record, run
 
 _CHILD = """
 import json, sys
@@ -35,16 +35,20 @@ for kind in ("ddp", "fsdp2"):
     resumed = list(records(config, parallel=group, checkpoint=state))
     if group.is_first:
         assert part == whole[:4] and resumed == whole, (part, whole, resumed)
-        facts = [[r.loss, r.gradient_norm, r.validation_loss, r.sharpness_5e4, r.max_abs_logit] for r in whole]
-        (folder / f"{kind}.json").write_text(json.dumps(facts))
+        (folder / f"{kind}.json").write_text(json.dumps([[getattr(r, name) for name in sys.argv[3:]] for r in whole]))
 """
 
 
+FACTS = ["loss", "gradient_norm", "validation_loss", "sharpness_5e4", "max_abs_logit", "hessian_eigenvalue"]
+FACTS += ["saturated_activation", "underflowed_gradient"]
+
+
 def facts(history: list[Record]) -> list[list[float | None]]:
-    return [[r.loss, r.gradient_norm, r.validation_loss, r.sharpness_5e4, r.max_abs_logit] for r in history]
+    return [[getattr(record, name) for name in FACTS] for record in history]
 
 
-def test_two_processes_compute_what_one_does(config, text, tmp_path):
+@pytest.mark.parametrize("stages", [(), ((2, None), (3, {"format": "e8m1"}))])
+def test_two_processes_compute_what_one_does(config, text, tmp_path, stages):
     source = tmp_path / "times.txt"
     source.write_bytes(text)
     config = replace(
@@ -53,11 +57,14 @@ def test_two_processes_compute_what_one_does(config, text, tmp_path):
         options={"format": "e8m3", "modules": {"*lm_head": "bf16"}},
         backend="interpreted",
         measure_every=2,
+        hessian_every=3,
+        ranges_every=2,
         accumulate=2,
+        stages=stages,
     )
     (tmp_path / "child.py").write_text(_CHILD)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [str(tmp_path / "child.py"), json.dumps(to_dict(config)), str(tmp_path)]
+    arguments = [str(tmp_path / "child.py"), json.dumps(to_dict(config)), str(tmp_path), *FACTS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -73,18 +80,14 @@ def test_two_processes_compute_what_one_does(config, text, tmp_path):
 
 
 def test_each_process_takes_its_part_of_a_batch():
-
     inputs, targets = torch.arange(12).view(4, 3), torch.arange(12, 24).view(4, 3)
     parts = [Parallel("ddp", rank, 2).share((inputs, targets)) for rank in range(2)]
     assert torch.equal(torch.cat([part[0] for part in parts]), inputs)
     assert torch.equal(torch.cat([part[1] for part in parts]), targets)
 
 
-def test_what_processes_cannot_share_is_refused(config, data):
-
+def test_what_processes_cannot_share_is_refused():
     with pytest.raises(ValueError, match="multiple of the 3 processes, got 4"):
         Parallel("ddp", 0, 3).share((torch.zeros(4, 2), torch.zeros(4, 2)))
     with pytest.raises(ValueError, match="unknown kind of parallel training 'pipeline': use one of ddp, fsdp2"):
         Parallel("pipeline")
-    with pytest.raises(ValueError, match="stages need a single process"):
-        next(records(replace(config, stages=((2, None),)), data, parallel=Parallel("ddp", 0, 2)))
