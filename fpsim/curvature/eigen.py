@@ -79,7 +79,7 @@ def eigenpairs(
     def draw() -> Tensor:
         return gaussian(operator.size, operator.dtype, operator.device, generator)
 
-    starts = [draw() if start is None else start.to(dtype=operator.dtype, device=operator.device)]
+    starts = [] if start is None else [start.to(dtype=operator.dtype, device=operator.device)]
 
     def next_start() -> Tensor:
         return starts.pop() if starts else draw()
@@ -166,8 +166,13 @@ def _lobpcg(
 ) -> RitzPairs:
     sign = 1.0 if which == "largest" else -1.0
     block = k + (min(k, 2) if k > 1 and 3 * (k + 2) <= products.operator.size else 0)
-    start = torch.stack([draw() for _ in range(block)])
-    found = lobpcg(lambda v: sign * products(v), start, count=k, tol=tol, max_products=max_products)
+    found = lobpcg(
+        lambda v: sign * products(v),
+        lambda: torch.stack([draw() for _ in range(block)]),
+        count=k,
+        tol=tol,
+        max_products=max_products,
+    )
     return RitzPairs(sign * found.values, found.residuals, found.vectors, found.converged, found.asymmetry)
 
 

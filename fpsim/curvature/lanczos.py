@@ -34,13 +34,13 @@ class Basis:
     """Orthonormal vectors as rows, in blocks, so that memory grows with what is used."""
 
     def __init__(self, like: Tensor) -> None:
-        self.like = like
+        self.size, self.kind = like.numel(), like.new_empty(0)  # not the vector itself, which may go
         self.blocks: list[Tensor] = []
         self.count = 0
 
     def append(self, vector: Tensor) -> None:
         if self.count == _ROWS * len(self.blocks):
-            self.blocks.append(self.like.new_zeros(_ROWS, self.like.numel()))
+            self.blocks.append(self.kind.new_zeros(_ROWS, self.size))
         self.blocks[-1][self.count % _ROWS] = vector
         self.count += 1
 
@@ -63,7 +63,7 @@ class Basis:
         """``coefficients`` (float64, shape ``(count, k)``) times the basis: shape ``(k, size)``."""
         padded = torch.zeros(_ROWS * len(self.blocks), coefficients.shape[1], dtype=torch.float64)
         padded[: self.count] = coefficients
-        result = self.like.new_zeros(coefficients.shape[1], self.like.numel())
+        result = self.kind.new_zeros(coefficients.shape[1], self.size)
         for block, part in zip(self.blocks, padded.split(_ROWS), strict=True):
             result.addmm_(part.T.to(result), block)
         return result
@@ -171,6 +171,7 @@ def lanczos_eigenpairs(
     capacity = min(size, max_basis)
     basis = Basis(first)
     basis.append(first / norm(first))
+    del first
     matrix = torch.zeros(capacity + 1, capacity + 1, dtype=torch.float64)
     asymmetry, scale, products, settled = 0.0, 0.0, 0, torch.empty(0, dtype=torch.float64)
     in_a_row, since_stuck = 0, 0
@@ -208,6 +209,7 @@ def lanczos_eigenpairs(
         if stuck:
             remainder, _ = basis.orthogonalise(start())
         basis.append(remainder / norm(remainder))
+        del remainder  # not to be held during the next product
     return RitzPairs(
         values[chosen],
         residuals,
@@ -228,7 +230,7 @@ def _restart(
 ) -> tuple[Basis, Tensor]:
     """A basis of the best Ritz vectors; the next vector couples to all of them by ``beta`` times their last entries."""
     keep = _nearby(wanted(values), len(values), capacity)
-    smaller = Basis(basis.like)
+    smaller = Basis(basis[0])
     for vector in basis.combine(vectors[:, keep]):
         smaller.append(vector)
     projected = torch.zeros_like(matrix)

@@ -2,10 +2,13 @@
 
 Knyazev 2001, "Toward the optimal preconditioned eigensolver", without a preconditioner: each step minimises over the
 span of the current vectors, their residuals and the previous directions. As many products as Lanczos (measured), with
-memory that does not grow; and, being a block method, it finds repeated eigenvalues.
+memory that does not grow; and, being a block method, it finds repeated eigenvalues. While a product is made, which is
+when memory is short, only five of the six are held: nothing else is bound to a name there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,22 +21,23 @@ from fpsim.curvature.vectors import norm
 NEARLY_DEPENDENT = 0.05
 
 
-def lobpcg(matvec: Matvec, start: Tensor, *, count: int, tol: float, max_products: int) -> RitzPairs:
+def lobpcg(matvec: Matvec, start: Callable[[], Tensor], *, count: int, tol: float, max_products: int) -> RitzPairs:
     """The ``count`` largest eigenpairs, best first.
 
     Args:
         matvec: a symmetric linear map.
-        start: random vectors, shape ``(block, size)`` with ``count <= block <= size / 3``.
+        start: draws random vectors, shape ``(block, size)`` with ``count <= block <= size / 3``.
         tol: a residual is small enough at ``tol * |theta|``.
         max_products: when to give up.
     """
-    x = _orthonormal(start)
+    x = _orthonormal(start())
     ax = torch.stack([matvec(row) for row in x])
     products, scale, in_a_row = len(x), _longest(ax), 0
     p, ap = x[:0], x[:0]
     while True:
         values, rotation = _ritz(_gram(x, ax), _gram(x, x))
-        x, ax = rotation.T.to(x) @ x, rotation.T.to(x) @ ax
+        rotation = rotation.T.to(x)
+        x, ax = rotation @ x, rotation @ ax
         r = ax - values.to(x).unsqueeze(1) * x
         residuals = torch.tensor([norm(row) for row in r], dtype=torch.float64)
         small = residuals <= (tol * values.abs()).clamp(min=noise(x.dtype) * scale)
@@ -46,6 +50,7 @@ def lobpcg(matvec: Matvec, start: Tensor, *, count: int, tol: float, max_product
         if converged:  # to be confirmed: by all, for it may be one of those wanted that has yet to turn
             active = torch.arange(len(x))
         w = _orthonormal(r[active[: max_products - products]], x)
+        del r
         if len(w) == 0:
             break
         aw = torch.stack([matvec(row) for row in w])
@@ -57,14 +62,20 @@ def lobpcg(matvec: Matvec, start: Tensor, *, count: int, tol: float, max_product
                 break
             ax, p, ap = torch.stack([matvec(row) for row in x]), p[:0], ap[:0]
             products += len(x)
-        p, ap = _directions(p, ap, torch.cat([x, w]), torch.cat([ax, aw]))
-        s, a = torch.cat([x, w, p]), torch.cat([ax, aw, ap])
-        _, vectors = _ritz(_gram(s, a), _gram(s, s))
-        best = vectors[:, : len(x)].to(x)
-        directions = best.clone()
-        directions[: len(x)] = 0
-        x, ax, p, ap = best.T @ s, best.T @ a, directions.T @ s, directions.T @ a
+        x, ax, p, ap = _step(x, ax, w, aw, p, ap)
+        del w, aw
     return RitzPairs(values[:count], residuals[:count], x[:count], converged, float("nan"))
+
+
+def _step(x: Tensor, ax: Tensor, w: Tensor, aw: Tensor, p: Tensor, ap: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best vectors in the span of all three and their images; the part of them that is not x, and its images."""
+    p, ap = _directions(p, ap, torch.cat([x, w]), torch.cat([ax, aw]))
+    s, a = torch.cat([x, w, p]), torch.cat([ax, aw, ap])
+    _, vectors = _ritz(_gram(s, a), _gram(s, s))
+    best = vectors[:, : len(x)].to(x)
+    directions = best.clone()
+    directions[: len(x)] = 0
+    return best.T @ s, best.T @ a, directions.T @ s, directions.T @ a
 
 
 def _ritz(projected: Tensor, overlap: Tensor) -> tuple[Tensor, Tensor]:
