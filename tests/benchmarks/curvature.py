@@ -20,76 +20,104 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fpsim import curvature
 
-VOCABULARY, LENGTH, BATCH, WIDTH, LAYERS, HEADS = 256, 128, 8, 128, 4, 4
+
+@dataclass(frozen=True)
+class Size:
+    """Of the transformer and its data; heads are 32 wide in the notes, 6 in the small one."""
+
+    vocabulary: int = 256
+    length: int = 128
+    batch: int = 8
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+
+
+#: Of the chain's odds, by which the trained loss is that of the notes.
+TEMPERATURE = 1.5
+
+NOTES, SMALL = Size(), Size(vocabulary=32, length=32, width=12, layers=2, heads=2)
 
 
 class Block(nn.Module):
     """Attention written out, so that every peer can differentiate it twice, and a feed-forward layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.first, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.heads = heads
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        q, k, v = self.qkv(self.first(x)).view(batch, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        batch, length, width = x.shape
+        q, k, v = self.qkv(self.first(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
         hidden = torch.triu(torch.ones(length, length, dtype=torch.bool), 1)
         attended = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
-        x = x + self.out(attended.transpose(1, 2).reshape(batch, length, WIDTH))
+        x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
         return x + self.down(functional.gelu(self.up(self.second(x))))
 
 
 class Transformer(nn.Module):
-    """From tokens (batch, length) to logits (batch * length, vocabulary)."""
+    """From tokens (batch, length) to logits (batch * length, vocabulary); initialised as GPT-2."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: Size) -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.blocks = nn.Sequential(*[Block() for _ in range(LAYERS)])
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.tokens, self.positions = nn.Embedding(size.vocabulary, size.width), nn.Embedding(size.length, size.width)
+        self.blocks = nn.Sequential(*[Block(size.width, size.heads) for _ in range(size.layers)])
+        self.norm, self.head = nn.LayerNorm(size.width), nn.Linear(size.width, size.vocabulary, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         return self.head(self.norm(self.blocks(x))).flatten(0, 1)
 
 
-def chain(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Tokens and next tokens of a Markov chain, whose transitions are the same for every call."""
-    odds = torch.softmax(4 * torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(7)), -1)
-    state = torch.randint(0, VOCABULARY, (batch,), generator=generator)
-    states = [state]
-    for _ in range(LENGTH):
-        state = torch.multinomial(odds[state], 1, generator=generator).squeeze(1)
-        states.append(state)
+def transitions(words: int) -> Tensor:
+    """Of a Markov chain: each word has four successors, some much likelier than others. Shape (words, words)."""
+    generator = torch.Generator().manual_seed(7)
+    odds = torch.zeros(words, words)
+    for row in odds:
+        successors = torch.randperm(words, generator=generator)[:4]
+        row[successors] = torch.softmax(TEMPERATURE * torch.randn(4, generator=generator), -1)
+    return odds
+
+
+def chain(size: Size, odds: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A batch of tokens and next tokens."""
+    states = [torch.randint(0, size.vocabulary, (size.batch,), generator=generator)]
+    for _ in range(size.length):
+        states.append(torch.multinomial(odds[states[-1]], 1, generator=generator).squeeze(1))
     tokens = torch.stack(states, dim=1)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].flatten()
 
 
-def trained(steps: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+def trained(size: Size, steps: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
-    model, generator = Transformer(), torch.Generator().manual_seed(1)
+    model, odds, generator = Transformer(size), transitions(size.vocabulary), torch.Generator().manual_seed(1)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(steps):
-        tokens, targets = chain(BATCH, generator)
+        tokens, targets = chain(size, odds, generator)
         optimizer.zero_grad()
         functional.cross_entropy(model(tokens), targets).backward()
         optimizer.step()
     optimizer.zero_grad()
-    return model.eval(), chain(BATCH, generator)
+    return model.eval(), chain(size, odds, generator)
 
 
 # -- measuring -----------------------------------------------------------------------------------------------------
@@ -118,20 +146,31 @@ def _memory(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def report(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    table = Table(title=title)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console(width=110).print(table)
+def median_seconds(work: Callable[[], Any], repeats: int = 5) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
+    return statistics.median(times)
+
+
+class Printed:
+    """A table whose rows are shown as they are measured."""
+
+    def __init__(self, title: str, *columns: str) -> None:
+        print(f"\n{title}", flush=True)
+        self.row(*columns)
+
+    def row(self, first: str, *others: str) -> None:
+        print(f"{first:<42}" + "".join(f"{cell:>13}" for cell in others), flush=True)
 
 
 # -- one product ---------------------------------------------------------------------------------------------------
 
 
-def compare_products(loss: Callable[..., Tensor], params: dict[str, Tensor], compile: bool, repeats: int) -> float:
-    """Report one Hessian-vector product of each kind; returns the seconds of one gradient."""
+def compare_products(loss: Callable[..., Tensor], params: dict[str, Tensor], compile: bool, repeats: int) -> None:
+    """Report one Hessian-vector product of each kind, all kinds in turn, ``repeats`` times."""
     leaves = list(params.values())
     kinds: dict[str, dict[str, Any]] = {
         "reverse, kept": {},
@@ -150,158 +189,270 @@ def compare_products(loss: Callable[..., Tensor], params: dict[str, Tensor], com
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
-            start = time.process_time()
-            work()
-            times[name].append(time.process_time() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
+            times[name].append(median_seconds(work, 1))
     exact = first["double_backward, kept"][2]
-    rows = []
-    for name, seconds in medians.items():
+    title = f"One Hessian-vector product; medians of {repeats}, and quartiles of the ratio to the gradient beside it"
+    table = Printed(title, "kind", "ms", "gradients", "quartiles", "the first", "peak MiB", "rel. error")
+    for name, values in times.items():
+        ratios = [value / beside for value, beside in zip(values, times["gradient"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
         error = "" if name == "gradient" else f"{float((first[name][2] - exact).norm() / exact.norm()):.1e}"
-        ratio, start = seconds / medians["gradient"], first[name][0] / medians["gradient"]
-        rows.append([name, f"{1e3 * seconds:.0f}", f"{ratio:.2f}", f"{start:.1f}", f"{first[name][1]:.0f}", error])
-    report(
-        "One Hessian-vector product", ["kind", "ms", "gradients", "the first", "peak MiB, first", "rel. error"], rows
-    )
-    return medians["gradient"]
+        start = first[name][0] / statistics.median(times["gradient"])
+        cells = f"{1e3 * statistics.median(values):.0f}", f"{middle:.2f}", f"{low:.2f}-{high:.2f}", f"{start:.1f}"
+        table.row(name, *cells, f"{first[name][1]:.0f}", error)
 
 
 # -- quantities ----------------------------------------------------------------------------------------------------
 
-Case = Callable[[], tuple[float, int | None]]
+#: From a seed to an answer (a number, or nodes and weights of a density), and the products that it took if known.
+Case = Callable[[int], tuple[Any, int | None]]
+Batch = tuple[Tensor, Tensor]
+Loss = Callable[..., Tensor]
 
 
-def eigenvalue_cases(loss: Callable[..., Tensor], model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Case]:
-    """Name -> (top eigenvalue, products); each with all that it takes, from the model on."""
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def has(peer: str) -> bool:
+    return importlib.util.find_spec(peer) is not None
+
+
+def with_pyhessian(model: nn.Module, batch: Batch, work: Callable[[Any], tuple[Any, int | None]]) -> Case:
+    from pyhessian import hessian
+
+    def case(seed: int) -> tuple[Any, int | None]:
+        torch.manual_seed(seed)
+        try:
+            return work(hessian(model, functional.cross_entropy, data=batch, cuda=False))
+        finally:
+            model.zero_grad(set_to_none=True)  # or the next one's Hessian is twice as large
+
+    return case
+
+
+def eigenthings_operator(model: nn.Module, batch: Batch) -> Any:
+    from hessian_eigenthings import HessianOperator
+
+    return HessianOperator(model, [batch], lambda model, batch: functional.cross_entropy(model(batch[0]), batch[1]))
+
+
+def curvlinops_operator(model: nn.Module, batch: Batch, seed: int) -> Any:
+    from curvlinops import HessianLinearOperator
+
+    torch.manual_seed(seed)
+    return HessianLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), [batch])
+
+
+def eigenvalue_cases(loss: Loss, model: nn.Module, batch: Batch) -> dict[str, Case]:
+    """Name -> the top eigenvalue; each with all that it takes, from the model on."""
     params = dict(model.named_parameters())
 
     def ours(**options: Any) -> Case:
-        def work() -> tuple[float, int]:
-            result = curvature.eigenpairs(curvature.hessian(loss, params), **options)
+        def work(seed: int) -> tuple[float, int]:
+            result = curvature.eigenpairs(curvature.hessian(loss, params), generator=seeded(seed), **options)
             return float(result.eigenvalues[0]), result.products
 
         return work
 
-    seeds = {f"fpsim lanczos, seed {s}": ours(generator=torch.Generator().manual_seed(s)) for s in range(3)}
     cases: dict[str, Case] = {
-        **seeds,
+        "fpsim lanczos": ours(),
         "fpsim lanczos, tol 3e-3": ours(tol=3e-3),
         "fpsim lobpcg": ours(method="lobpcg"),
     }
-    if importlib.util.find_spec("pyhessian"):
-        from pyhessian import hessian as pyhessian
+    if has("pyhessian"):
 
         def power(**options: Any) -> Case:
-            def work() -> tuple[float, None]:
-                torch.manual_seed(0)
-                analysis = pyhessian(model, functional.cross_entropy, data=batch, cuda=False)
-                values, _ = analysis.eigenvalues(**options)
-                model.zero_grad(set_to_none=True)
-                return float(values[-1]), None
-
-            return work
+            return with_pyhessian(model, batch, lambda found: (found.eigenvalues(**options)[0][-1], None))
 
         cases["PyHessian, defaults"] = power()
         cases["PyHessian, tol 1e-5"] = power(tol=1e-5, maxIter=1000)
-    if importlib.util.find_spec("hessian_eigenthings"):
+    if has("hessian_eigenthings"):
         import hessian_eigenthings as eigenthings
 
         def lanczos(**options: Any) -> Case:
-            def work() -> tuple[float, int]:
-                operator = eigenthings.HessianOperator(model, [batch], _cross_entropy)
-                result = eigenthings.lanczos(operator, k=1, seed=0, **options)
+            def work(seed: int) -> tuple[float, int]:
+                result = eigenthings.lanczos(eigenthings_operator(model, batch), k=1, seed=seed, **options)
                 return float(result.eigenvalues[0]), int(result.iterations)
 
             return work
 
         cases["hessian-eigenthings lanczos, defaults"] = lanczos()
         cases["hessian-eigenthings lanczos, 20 steps"] = lanczos(max_iter=20)
-    if importlib.util.find_spec("curvlinops"):
-        from curvlinops import HessianLinearOperator
+    if has("curvlinops"):
         from scipy.sparse.linalg import eigsh
 
-        def arpack() -> tuple[float, None]:
-            operator = HessianLinearOperator(model, nn.CrossEntropyLoss(), list(params.values()), [batch])
-            values = eigsh(operator.to_scipy(), k=1, which="LA", tol=1e-3, return_eigenvectors=False)
-            return float(values[0]), None
+        def arpack(seed: int) -> tuple[float, None]:
+            operator = curvlinops_operator(model, batch, seed).to_scipy()
+            start = torch.randn(operator.shape[0], generator=seeded(seed)).numpy()
+            return float(eigsh(operator, k=1, which="LA", tol=1e-3, v0=start, return_eigenvectors=False)[0]), None
 
         cases["curvlinops, scipy eigsh, tol 1e-3"] = arpack
     return cases
 
 
-def trace_cases(loss: Callable[..., Tensor], model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Case]:
+def trace_cases(loss: Loss, model: nn.Module, batch: Batch) -> dict[str, Case]:
+    """Name -> the trace."""
     params = dict(model.named_parameters())
 
     def ours(**options: Any) -> Case:
-        def work() -> tuple[float, int]:
-            result = curvature.trace(curvature.hessian(loss, params), **options)
+        def work(seed: int) -> tuple[float, int]:
+            result = curvature.trace(curvature.hessian(loss, params), generator=seeded(seed), **options)
             return result.estimate, result.products
 
         return work
 
-    def spectrum() -> tuple[float, int]:
-        result = curvature.density(curvature.hessian(loss, params), steps=20, probes=4)
-        return result.moment(1) * result.size, result.products
-
     cases: dict[str, Case] = {
-        "fpsim hutch++, defaults": ours(),
         "fpsim hutch++, 60 products": ours(tol=0, max_products=60),
         "fpsim hutchinson, 60 products": ours(method="hutchinson", tol=0, max_products=60),
-        "fpsim density, 4 x 20 steps": spectrum,
+        "fpsim hutch++, defaults (5 %)": ours(),
     }
-    if importlib.util.find_spec("pyhessian"):
-        from pyhessian import hessian as pyhessian
+    if has("pyhessian"):
 
-        def hutchinson() -> tuple[float, int]:
-            torch.manual_seed(0)
-            samples = pyhessian(model, functional.cross_entropy, data=batch, cuda=False).trace()
-            model.zero_grad(set_to_none=True)
+        def hutchinson(analysis: Any) -> tuple[float, int]:
+            samples = analysis.trace()
             return statistics.mean(float(s) for s in samples), len(samples)
 
-        cases["PyHessian, defaults"] = hutchinson
-    if importlib.util.find_spec("hessian_eigenthings"):
+        cases["PyHessian, defaults"] = with_pyhessian(model, batch, hutchinson)
+    if has("hessian_eigenthings"):
         import hessian_eigenthings as eigenthings
 
-        def hutch() -> tuple[float, int]:
-            operator = eigenthings.HessianOperator(model, [batch], _cross_entropy)
-            return float(eigenthings.trace(operator, num_matvecs=60, seed=0).estimate), 60
-
-        def density() -> tuple[float, int]:
-            operator = eigenthings.HessianOperator(model, [batch], _cross_entropy)
-            result = eigenthings.spectral_density(operator, num_runs=4, lanczos_steps=20, seed=0)
-            mass = torch.trapezoid(result.grid * result.density, result.grid)
-            return float(mass) * operator.size, 80
+        def hutch(seed: int) -> tuple[float, int]:
+            operator = eigenthings_operator(model, batch)
+            return float(eigenthings.trace(operator, num_matvecs=60, seed=seed).estimate), 60
 
         cases["hessian-eigenthings hutch++, 60 products"] = hutch
-        cases["hessian-eigenthings density, 4 x 20 steps"] = density
-    if importlib.util.find_spec("curvlinops"):
-        from curvlinops import HessianLinearOperator, hutchpp_trace
+    if has("curvlinops"):
+        from curvlinops import hutchpp_trace
 
-        def hutchpp() -> tuple[float, int]:
-            torch.manual_seed(0)
-            operator = HessianLinearOperator(model, nn.CrossEntropyLoss(), list(params.values()), [batch])
-            return float(hutchpp_trace(operator, num_matvecs=60)), 60
+        def hutchpp(seed: int) -> tuple[float, int]:
+            return float(hutchpp_trace(curvlinops_operator(model, batch, seed), num_matvecs=60)), 60
 
         cases["curvlinops hutch++, 60 products"] = hutchpp
     return cases
 
 
-def _cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return functional.cross_entropy(model(batch[0]), batch[1])
+def density_cases(loss: Loss, model: nn.Module, batch: Batch) -> dict[str, Case]:
+    """Name -> nodes and weights of the density, before anybody smoothes it."""
+    params = dict(model.named_parameters())
+
+    def ours(**options: Any) -> Case:
+        def work(seed: int) -> tuple[tuple[Tensor, Tensor], int]:
+            result = curvature.density(curvature.hessian(loss, params), generator=seeded(seed), **options)
+            return (result.nodes, result.weights), result.products
+
+        return work
+
+    cases: dict[str, Case] = {
+        "fpsim, 4 x 20 steps": ours(steps=20, probes=4),
+        "fpsim, 4 x 20 steps, no basis kept": ours(steps=20, probes=4, reorthogonalise=False),
+    }
+    if has("pyhessian"):
+
+        def quadrature(analysis: Any) -> tuple[tuple[Tensor, Tensor], int]:
+            nodes, weights = analysis.density(iter=20, n_v=4)
+            return (torch.tensor(nodes), torch.tensor(weights)), 80
+
+        cases["PyHessian, 4 x 20 steps"] = with_pyhessian(model, batch, quadrature)
+    if has("hessian_eigenthings"):
+        import hessian_eigenthings as eigenthings
+
+        def density(seed: int) -> tuple[tuple[Tensor, Tensor], int]:
+            operator = eigenthings_operator(model, batch)
+            result = eigenthings.spectral_density(operator, num_runs=4, lanczos_steps=20, seed=4 * seed)
+            return (result.raw_eigenvalues, result.raw_weights), 80
+
+        cases["hessian-eigenthings, 4 x 20 steps"] = density
+    if has("curvlinops"):
+        from curvlinops.papyan2020traces.spectrum import fast_lanczos
+
+        def repeated(seed: int) -> tuple[tuple[Tensor, Tensor], int]:
+            operator = curvlinops_operator(model, batch, seed)
+            rows = [fast_lanczos(operator, 20) for _ in range(4)]
+            return (torch.cat([row[0] for row in rows]), torch.cat([row[1][0] ** 2 for row in rows])), 80
+
+        cases["curvlinops, 4 x 20 steps, bounds known"] = repeated
+    return cases
 
 
-def compare(title: str, cases: dict[str, Case], truth: float, gradient: float) -> None:
-    rows = []
+def distance(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> float:
+    """Between two distributions of eigenvalues (nodes and weights): the area between their distribution functions
+    (Wasserstein-1), relative to the width of the second one's support."""
+    (a, p), (b, q) = ((x.flatten().double(), w.flatten().double() / w.double().sum()) for x, w in (got, want))
+    points = torch.cat([a, b]).sort().values
+
+    def below(nodes: Tensor, weights: Tensor) -> Tensor:
+        order = nodes.argsort()
+        sums = torch.cat([weights.new_zeros(1), weights[order].cumsum(0)])
+        return sums[torch.searchsorted(nodes[order], points[:-1], right=True)]
+
+    area = ((below(a, p) - below(b, q)).abs() * points.diff()).sum()
+    return float(area / (b.max() - b.min()))
+
+
+def compare(
+    title: str,
+    cases: dict[str, Case],
+    error_of: Callable[[Any], float],
+    gradient: Callable[[], Any],
+    seeds: int,
+) -> None:
+    """Report each case over ``seeds`` seeds; the gradient is timed anew beside each."""
+    table = Printed(title, "way", "products", "gradients", "error, rms", "largest", "peak MiB")
     for name, case in cases.items():
+        found, costs = [], []
         try:
-            seconds, memory, (value, count) = measure(case)
+            for seed in range(seeds):
+                before = median_seconds(gradient)
+                found.append(measure(lambda case=case, seed=seed: case(seed)))
+                costs.append(2 * found[-1][0] / (before + median_seconds(gradient)))
         except Exception as error:  # a peer's failure is a result, too
-            rows.append([name, "", "", "", f"{type(error).__name__}: {error}"[:40], ""])
+            table.row(name, f"  {type(error).__name__}: {' '.join(str(error).split())}"[:60])
             continue
-        products = "" if count is None else str(count)
-        error = f"{value / truth - 1:+.1e}"
-        rows.append([name, products, f"{seconds / gradient:.0f}", f"{value:.5g}", error, f"{memory:.0f}"])
-    report(title, ["way", "products", "gradients", "value", "rel. error", "peak MiB"], rows)
+        errors = [error_of(answer) for _, _, (answer, _) in found]
+        known = [count for _, _, (_, count) in found if count is not None]
+        products = f"{statistics.mean(known):.0f}" if known else ""
+        rms = math.sqrt(statistics.mean(error**2 for error in errors))
+        largest = max(errors, key=abs)
+        memory = max(peak for _, peak, _ in found)
+        table.row(name, products, f"{statistics.mean(costs):.0f}", f"{rms:.1e}", f"{largest:+.1e}", f"{memory:.0f}")
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is compared with: of the small model all eigenvalues, of the other long runs."""
+
+    loss: Loss
+    params: dict[str, Tensor]
+    eigenvalues: Tensor | None
+
+    @classmethod
+    def of(cls, loss: Loss, params: dict[str, Tensor], exact: bool) -> Truth:
+        if not exact:
+            return cls(loss, params, None)
+        wide = {name: value.detach().double() for name, value in params.items()}
+        return cls(loss, params, torch.linalg.eigvalsh(curvature.hessian(loss, wide).to_dense()))
+
+    def top(self) -> tuple[float, float]:
+        if self.eigenvalues is not None:
+            return float(self.eigenvalues[-1]), float(self.eigenvalues[-2])
+        first, second = curvature.eigenpairs(curvature.hessian(self.loss, self.params), 2, tol=1e-5).eigenvalues
+        return float(first), float(second)
+
+    def trace(self) -> tuple[float, float]:
+        """And its standard error."""
+        if self.eigenvalues is not None:
+            return float(self.eigenvalues.sum()), 0.0
+        operator = curvature.hessian(self.loss, self.params)
+        known = curvature.trace(operator, tol=0, max_products=300, generator=seeded(99))
+        return known.estimate, known.stderr
+
+    def density(self) -> tuple[Tensor, Tensor]:
+        if self.eigenvalues is not None:
+            return self.eigenvalues, torch.ones_like(self.eigenvalues)
+        operator = curvature.hessian(self.loss, self.params)
+        known = curvature.density(operator, steps=60, probes=8, generator=seeded(99))
+        return known.nodes, known.weights
 
 
 # -- large vocabularies --------------------------------------------------------------------------------------------
@@ -331,44 +482,59 @@ def compare_heads(vocabulary: int, tokens: int = 256, width: int = 64) -> None:
         "Gauss-Newton, CrossEntropy": lambda: curvature.gauss_newton(outputs, curvature.CrossEntropy(targets), params),
     }
     size = tokens * vocabulary * 4 / 2**20
-    rows = []
+    title = f"One product with a head of {vocabulary} words, {tokens} tokens: logits of {size:.0f} MiB"
+    table = Printed(title, "operator", "peak MiB", "logits")
     for name, make in operators.items():
         _, memory, _ = measure(lambda make=make: make() @ vector)
-        rows.append([name, f"{memory:.0f}", f"{memory / size:.1f}"])
-    title = f"One product with a head of {vocabulary} words, {tokens} tokens: logits of {size:.0f} MiB"
-    report(title, ["operator", "peak MiB", "logits"], rows)
+        table.row(name, f"{memory:.0f}", f"{memory / size:.1f}")
+
+
+PARTS = ("products", "eigenvalue", "trace", "density", "heads")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
+    parser.add_argument("--small", action="store_true", help="a model of 4,944 parameters, whose truth is exact")
     parser.add_argument("--steps", type=int, default=300, help="of training")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=9, help="of each kind of product")
+    parser.add_argument("--seeds", type=int, help="of each way; default 10 if small, 3 for eigenvalues, else 1")
     parser.add_argument("--compile", action="store_true", help="also the compiled product (half a minute)")
-    parser.add_argument("--vocabulary", type=int, default=50_000)
-    parser.add_argument("--only", choices=("products", "eigenvalue", "trace", "heads"))
+    parser.add_argument("--vocabulary", type=int, default=50_000, help="of the heads")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    chosen = {options.only} if options.only else {"products", "eigenvalue", "trace", "heads"}
-    if chosen != {"heads"}:
-        model, batch = trained(options.steps)
+    if set(options.only) != {"heads"}:
+        model, batch = trained(SMALL if options.small else NOTES, options.steps)
         params = dict(model.named_parameters())
         loss = curvature.functional_loss(model, functional.cross_entropy, batch=batch)
         count = sum(p.numel() for p in params.values())
-        print(f"{count} parameters, loss {float(loss(params).detach()):.4f}, torch {torch.__version__}")
-        gradient = compare_products(loss, params, options.compile and "products" in chosen, options.repeats)
-    if "eigenvalue" in chosen:
-        top = curvature.eigenpairs(curvature.hessian(loss, params), 2, tol=1e-5)
-        first, second = top.eigenvalues.tolist()
-        title = f"Top eigenvalue: {first:.6g}, the next {1 - second / first:.1%} below"
-        compare(title, eigenvalue_cases(loss, model, batch), first, gradient)
-    if "trace" in chosen:
-        known = curvature.trace(
-            curvature.hessian(loss, params), tol=0, max_products=200, generator=torch.Generator().manual_seed(99)
-        )
-        title = f"Trace: {known.estimate:.5g}, standard error {known.stderr / known.estimate:.1%}"
-        compare(title, trace_cases(loss, model, batch), known.estimate, gradient)
-    if "heads" in chosen:
+        print(f"{count} parameters, loss {float(loss(params).detach()):.4f}, torch {torch.__version__}", flush=True)
+        truth = Truth.of(loss, params, options.small and set(options.only) != {"products"})
+        quantities = loss, model, batch
+
+        def gradient() -> Any:
+            return torch.autograd.grad(loss(params), list(params.values()))
+
+        def shown(title: str, cases: dict[str, Case], error_of: Callable[[Any], float], seeds: int) -> None:
+            compare(title, cases, error_of, gradient, options.seeds or (10 if options.small else seeds))
+
+    if "products" in options.only:
+        compare_products(loss, params, options.compile, options.repeats)
+    if "eigenvalue" in options.only:
+        first, second = truth.top()
+        title = f"Top eigenvalue: {first:.6g}, the next {1 - second / first:.1%} below; relative errors"
+        shown(title, eigenvalue_cases(*quantities), lambda value: value / first - 1, 3)
+    if "trace" in options.only:
+        known, stderr = truth.trace()
+        title = f"Trace: {known:.5g}, known to {stderr / known:.1%}; relative errors"
+        shown(title, trace_cases(*quantities), lambda value: value / known - 1, 1)
+    if "density" in options.only:
+        spectrum = truth.density()
+        known_by = "all eigenvalues" if options.small else "8 probes of 60 steps"
+        title = f"Spectral density: distance from that of {known_by}, relative to the spectrum's width"
+        shown(title, density_cases(*quantities), lambda found: distance(found, spectrum), 1)
+    if "heads" in options.only:
         compare_heads(options.vocabulary)
 
 
