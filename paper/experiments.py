@@ -279,7 +279,11 @@ EXPERIMENTS: dict[int, Experiment] = {
             "e8m7 nearest",
             _mantissa,
             _settings((4e-2, 8e-2), 2),
-            tuple((f"e8m{bits} truncated", f"e8m{bits} nearest") for bits in range(7, 0, -1)),
+            tuple(
+                (f"e8m{bits} truncated", f"e8m{bits} {other}")
+                for other in ("nearest", "stochastic")
+                for bits in range(7, 0, -1)
+            ),
         ),
         Experiment(
             2,
