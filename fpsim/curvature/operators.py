@@ -329,8 +329,9 @@ def _compiled(loss: Callable[..., Tensor], arranged: Layout) -> Linearise:
     return linearise
 
 
-def _with_its_own_code(function: types.FunctionType) -> types.FunctionType:
+def _with_its_own_code(function: Callable[..., Tensors]) -> Callable[..., Tensors]:
     """A copy that Dynamo, which counts compilations by code object, does not take for another operator's."""
+    assert isinstance(function, types.FunctionType)
     return types.FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
     )

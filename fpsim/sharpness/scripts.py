@@ -95,7 +95,7 @@ def load_script(script: str, *, context: int | None = None, weights: Path | None
 
 def positions(network: nn.Module) -> int | None:
     """How many tokens a Hugging Face model has positions for; None if it does not say, or is another module."""
-    config = getattr(network, "config", None)
+    config: Any = getattr(network, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "max_position_embeddings", None)
 
