@@ -71,7 +71,7 @@ def colours(names: Sequence[str]) -> dict[str, Any]:
 
 def loss_curves(judged: Judged) -> Figure:
     """Smoothed training loss over steps: mean over seeds, and the band from the lowest to the highest seed."""
-    figure, panels = _panels(len(judged.rates), sharey=True)
+    figure, panels = _panels(len(judged.rates), height=max(3.6, _legend_height(judged)), sharey=True)
     paint, styles = colours(judged.conditions), cycle(["-"] if len(judged.conditions) <= 8 else ["-", "--", ":"])
     style = {name: next(styles) for name in judged.conditions}
     for axes, rate in zip(panels, judged.rates, strict=True):
@@ -117,7 +117,8 @@ def _grid(judged: Judged, condition: str) -> tuple[np.ndarray, np.ndarray]:
 def sharpness_and_loss(judged: Judged) -> Figure:
     """Logit sharpness over steps above, loss below, one column per learning rate; a line where a run diverged."""
     rates = judged.rates
-    figure = require("matplotlib.figure").Figure(figsize=(3.6 * len(rates) + 2.4, 6.4), dpi=110, layout="constrained")
+    size = (3.6 * len(rates) + 2.4, max(6.4, _legend_height(judged)))
+    figure = require("matplotlib.figure").Figure(figsize=size, dpi=110, layout="constrained")
     panels = figure.subplots(2, len(rates), sharex="col", sharey="row", squeeze=False)
     paint = colours(judged.conditions)
     for column, rate in enumerate(rates):
@@ -157,6 +158,11 @@ def roc_curves(judged: Judged, predictions: Sequence[Prediction], horizon: float
         axes.set_xlabel("share of calm steps above the threshold")
     panels[0].set_ylabel("share of steps before divergence above it")
     return _finished(figure, panels)
+
+
+def _legend_height(judged: Judged) -> float:
+    """Inches that a legend with all conditions takes."""
+    return 0.3 + 0.18 * len(judged.conditions)
 
 
 def _panels(count: int, *, width: float = 3.4, height: float = 3.6, sharey: bool = False) -> tuple[Figure, list[Axes]]:

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import fields
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from fpsim.paper.config import RunConfig, run_key, to_dict
-from fpsim.paper.report import report
+from fpsim.paper.figures import loss_curves, sharpness_and_loss
+from fpsim.paper.report import judge_sweep, report
 from fpsim.paper.storage import to_parquet
+from fpsim.paper.sweeps import read_sweep
 from fpsim.paper.training import Record
 
 pytest.importorskip("pyarrow")
@@ -152,6 +154,18 @@ def test_the_figures_are_files_too_and_not_blank(folder, page):
     for name in names:
         pixels = image.imread(folder / "figures" / name)
         assert len(np.unique(pixels[..., :3] @ np.array([1.0, 1000.0, 1e6]))) > 50
+
+
+@pytest.mark.parametrize("draw", [loss_curves, sharpness_and_loss])
+def test_a_legend_of_many_conditions_is_shown_whole(folder, draw):
+    runs, _ = read_sweep(folder)
+    many = [replace(run, condition=f"condition {number}") for number in range(24) for run in runs[:1]]
+    figure = draw(judge_sweep(many, {"experiment": {"reference": "condition 0"}}))
+    figure.canvas.draw()
+    [legend] = figure.legends
+    assert len(legend.get_texts()) == 24
+    box, whole = legend.get_window_extent(), figure.bbox
+    assert box.y0 >= whole.y0 and box.y1 <= whole.y1 and box.x1 <= whole.x1
 
 
 def test_an_unfinished_sweep_can_be_reported(folder, page, tmp_path):
