@@ -125,11 +125,11 @@ def measure_sweep(count: int, executor: str, steps: int) -> None:
         outcome = sweep(plan, Path(folder), executor=executor, console=Console(stderr=True))
         watch.stop()
     driver = watch.samples.pop(os.getpid())
-    workers = list(watch.samples.values())
+    workers = [samples for samples in watch.samples.values() if len(samples) > 4]  # forks become compilers at once
     begin, end = min(samples[0].time for samples in workers), max(samples[-1].time for samples in workers)
     whole = (end - begin) * len(workers)
-    computed = sum(samples[-1].computed for samples in workers)
-    busy = sum(samples[-1].busy for samples in workers)
+    computed = sum(samples[-1].computed - samples[0].computed for samples in workers)
+    busy = sum(samples[-1].busy - samples[0].busy for samples in workers)
 
     table = Table(title=f"{count} runs of {steps} steps, executor {executor}, {len(workers)} workers")
     table.add_column("what")
