@@ -86,8 +86,9 @@ def histories(folder: Path) -> dict[str, list[Record]]:
     return {path.stem: read_records(path)[0] for path in sorted((folder / "runs").glob("*.parquet"))}
 
 
-def test_another_process_computes_the_same_bits(base, tmp_path, quiet):
-    plan = grid(base, formats=["e8m3/stochastic"], seeds=[0, 1])
+@pytest.mark.parametrize("backend", ["interpreted", "compiled"])
+def test_another_process_computes_the_same_bits(base, tmp_path, quiet, backend):
+    plan = grid(replace(base, backend=backend), formats=["e8m3/stochastic"], seeds=[0, 1])
     expected = {run_key(planned.config): run(planned.config) for planned in plan}
     outcome = sweep(plan, tmp_path / "sweep", executor="process", workers=1, console=quiet)
     assert (outcome.computed, outcome.reused, outcome.failures, outcome.retries) == (2, 0, (), 0)
