@@ -254,6 +254,7 @@ class _Trainer:
         )
         network = build(config.model, seed=config.seed).to(config.device, getattr(torch, config.dtype))
         self.model = (LossAndLogits if config.measure_every else LanguageModel)(network)
+        self.loss_of: Loss
         self.optimizer: torch.optim.Optimizer | None = None
         self.stage = 0
         self._enter(0)
