@@ -14,4 +14,5 @@ VERSIONS = ["2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0"]
 def tests(session: nox.Session, torch: str) -> None:
     """The test suite of this folder, against fpsim installed in an environment of its own with this torch."""
     session.install(f"torch=={torch}", "--editable", ".[dev,paper]")
-    session.run("python", "-m", "pytest", "-n", "2", "-m", "not exhaustive", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    command = ("python", "-m", "pytest", "-n", "2", "-m", "not exhaustive")
+    session.run(*command, *session.posargs, env={"OMP_NUM_THREADS": "1"})

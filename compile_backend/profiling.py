@@ -6,7 +6,6 @@ sums. A `Profiler` does the same for the steps of a training loop.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections import Counter
@@ -40,6 +39,7 @@ from fpsim.compile_backend.inspect import (
 from fpsim.compile_backend.observation import ProductStatistics, Recorder, SiteStatistics
 from fpsim.compile_backend.plan import Gap, Plan, Site, render
 from fpsim.compile_backend.statistics import COUNTS, Histogram, Statistics, merge, severity
+from fpsim.near_names import did_you_mean
 from fpsim.policy import Policy, parse_cast
 
 if TYPE_CHECKING:
@@ -240,8 +240,7 @@ def _sorted(rows: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
     """``rows`` with the worst first: the lowest ratios of signal to noise, or the highest of any other number."""
     numbers = [name for name, value in (rows[0] if rows else {by: 0}).items() if isinstance(value, int | float)]
     if by != "relative_error" and by not in numbers:
-        near = difflib.get_close_matches(by, numbers, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(by, numbers)
         raise ValueError(f"cannot sort by {by!r}{hint}: use one of {', '.join([*numbers, 'relative_error'])}")
     sign = 1 if by == "sqnr" else -1
     return sorted(rows, key=lambda row: math.inf if row[by] is None else sign * row[by])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy
 
 import fpsim.rounding_lowering  # the operator must have its lowering before Inductor meets it
@@ -144,6 +145,7 @@ def rewrite(
             list as a gap, or a product whose module is unknown while the policy has rules for modules.
         ValueError: a format with values that the dtype of an operand lacks.
     """
+    views = {node for node in graph.nodes if _is_alias(node)}
     gaps = [_opaque_gap(node, name, policy, strict) for node, name in find_opaque(graph)]
     sites: list[Site] = []
     sources = find_sources(graph, input_sources)
@@ -169,6 +171,7 @@ def rewrite(
     for node in find_marks(graph):
         replace_mark(node, node.args[0])  # type: ignore[arg-type]
     graph.eliminate_dead_code()
+    _update_aliases(graph, views)
     graph.lint()
     return Plan(tuple(sites), tuple(gap for gap in gaps if gap is not None))
 
@@ -353,7 +356,7 @@ class _Inserter:
                 map_arg(view.args, lambda node: source if node is view.args[0] else node),
                 view.kwargs,
             )
-        copy.meta = dict(view.meta)
+        copy.meta = {**view.meta, "val": _value(copy)}
         self.sources[copy] = self.sources[view]
         return copy
 
@@ -435,14 +438,42 @@ class _Inserter:
 
 def _describe(node: fx.Node) -> None:
     """Give a new node the metadata that passes after this one read: its value and where it comes from."""
-    arguments = map_arg(node.args, lambda argument: argument.meta["val"])
+    node.meta["val"] = _value(node)
+    node.meta["original_aten"] = node.target
+
+
+def _value(node: fx.Node) -> Any:
+    """What ``node`` computes, as a fake tensor."""
+    arguments, named = map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
     fakes = [argument for argument in arguments if isinstance(argument, torch._subclasses.FakeTensor)]
     mode = (
         fakes[0].fake_mode if fakes else torch._guards.detect_fake_mode([n.meta.get("val") for n in node.graph.nodes])
     )
     with mode or torch._subclasses.FakeTensorMode():
-        node.meta["val"] = node.target(*arguments)  # type: ignore[operator]
-    node.meta["original_aten"] = node.target
+        return node.target(*arguments, **named)  # type: ignore[operator]
+
+
+def _is_alias(node: fx.Node) -> bool:
+    """Whether the value of ``node`` lies in the memory of one of its inputs, by their metadata."""
+    if node.op != "call_function":
+        return False
+    return not _storages([node]).isdisjoint(_storages(node.all_input_nodes))
+
+
+def _storages(nodes: Iterable[fx.Node]) -> set[int]:
+    values = tree_leaves([node.meta.get("val") for node in nodes])
+    return {x.untyped_storage()._cdata for x in values if isinstance(x, Tensor) and x.layout == torch.strided}
+
+
+def _update_aliases(graph: fx.Graph, views: set[fx.Node]) -> None:
+    """Let views of what is rounded now be views of it in their metadata too.
+
+    AOTAutograd reads there which tensors saved for backward share memory with nothing that the user has, and Inductor
+    writes over these in backward.
+    """
+    for node in graph.nodes:
+        if node in views and not _is_alias(node):
+            node.meta["val"] = _value(node)
 
 
 def _is_exact(carrier: torch.dtype, cast: Cast) -> bool:

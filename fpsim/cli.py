@@ -521,8 +521,8 @@ def sharpness(
     A checkpoint is read with its tokenizer, and needs fpsim\\[paper]. A script's function returns a module from tokens
     to logits and may take vocabulary and context; its tokens are bytes, unless the script has a function tokenize.
     """
+    from fpsim.scripts import is_script
     from fpsim.sharpness.command import EPSILONS
-    from fpsim.sharpness.scripts import is_script
 
     measure: Callable[..., Report]
     if is_script(str(model)):

@@ -8,7 +8,6 @@ format, rounding and overflow mode by which that operand is rounded before it is
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +24,7 @@ from fpsim.formats import (
     parse_format,
     resolve_overflow,
 )
+from fpsim.near_names import did_you_mean
 from fpsim.scaling import SCALES, check_scale
 
 ROLES = ("activation", "weight", "gradient")
@@ -396,15 +396,18 @@ class Policy:
             if field.name in (*KINDS, "elementwise"):
                 value = dict(value)
             elif field.name == "modules":
-                value = {glob: policy._to_full_dict() if policy else NONE for glob, policy in value}
+                value = {glob: self._of_module(policy) for glob, policy in value}
             elif isinstance(value, tuple):
                 value = list(value)
             result[field.name] = value
         return result
 
-    def _to_full_dict(self) -> dict[str, Any]:
-        """`to_dict`, with the fields that a module's policy would inherit."""
-        return {"rounding": self.rounding, "overflow": self.overflow, "scale": self.scale, **self.to_dict()}
+    def _of_module(self, policy: Policy | None) -> str | dict[str, Any]:
+        """A module's policy, with the fields that it would inherit from this one."""
+        if policy is None:
+            return NONE
+        scale = {} if self.scale is None else {"scale": policy.scale}
+        return {"rounding": policy.rounding, "overflow": policy.overflow, **scale, **policy.to_dict()}
 
     def to_json(self) -> str:
         """The policy as JSON text; `from_json` gives an equal policy."""
@@ -453,8 +456,7 @@ class Policy:
         valid = [field.name for field in fields(Policy)]
         for key in options:
             if key not in valid:
-                near = difflib.get_close_matches(key, valid, n=1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                hint = did_you_mean(key, valid)
                 raise ValueError(f"unknown option {key!r}{hint}: fpsim's options are {', '.join(valid)}, or policy")
         return Policy(**options)
 

@@ -114,8 +114,9 @@ def round(
         return value
     # Adds an exact zero whose derivative is that of `carrier`; where that is not finite, nothing. Subtracting +0
     # leaves -0, infinities and NaN as they are.
-    carrier = x if gradient == "straight_through" else x.clamp(low, high)
-    detached = carrier.detach()
+    # (Of numbers at the ends of a clamp the derivative depends on the version of torch.)
+    detached = x.detach()
+    carrier = x if gradient == "straight_through" else torch.where((detached >= low) & (detached <= high), x, detached)
     return value - torch.where(torch.isfinite(detached), detached - carrier, 0.0)
 
 

@@ -6,9 +6,7 @@ Everything here stands on top of the backend; nothing below imports it. The libr
 
 from __future__ import annotations
 
-import difflib
 import importlib
-from collections.abc import Iterable
 from typing import Any
 
 
@@ -31,13 +29,3 @@ def require(module: str, install: str = "'fpsim[paper]'") -> Any:
         raise ModuleNotFoundError(
             f"{package!r} is not installed; {what} it: pip install {install}", name=package
         ) from error
-
-
-def did_you_mean(wrong: object, valid: Iterable[str]) -> str:
-    """What to add to the complaint about ``wrong``: the nearest of ``valid`` in words, or nothing where none is near.
-
-    >>> did_you_mean("shufled", ["shuffled", "noisy"])
-    " (did you mean 'shuffled'?)"
-    """
-    near = difflib.get_close_matches(str(wrong), list(valid), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""

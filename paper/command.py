@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
-from . import did_you_mean
+from fpsim.near_names import did_you_mean
 
 if TYPE_CHECKING:
     from .config import RunConfig

@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import did_you_mean, hugging_face, require
+from fpsim.near_names import did_you_mean
+
+from . import hugging_face, require
 
 #: Byte-level tokens: one per byte of the UTF-8 text.
 VOCABULARY = 256

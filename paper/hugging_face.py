@@ -9,7 +9,9 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import did_you_mean, require
+from fpsim.near_names import did_you_mean
+
+from . import require
 
 #: Before the name of a dataset.
 PREFIX = "hf:"

@@ -6,21 +6,18 @@ so that forward, loss and backward are one graph.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import inspect
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import did_you_mean, require
+from fpsim.near_names import did_you_mean
+from fpsim.scripts import built, script_function
+
+from . import require
 from .data import VOCABULARY
 
 if TYPE_CHECKING:
@@ -134,45 +131,12 @@ def from_script(config: ModelConfig, *, seed: int) -> nn.Module:
 
     Raises:
         FileNotFoundError: no such script.
-        ValueError: the script has no such function; those it has are listed.
-        TypeError: the function returns no `nn.Module`.
+        ValueError: the script has no such function (those it has are listed), it needs other arguments, or it returns
+            no `nn.Module` or a compiled one.
     """
-    function = script_function(config.script or "")
+    script = config.script or ""
     known = {"vocabulary": config.vocabulary, "context": config.context}
-    parameters = inspect.signature(function).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = function(**{name: value for name, value in known.items() if takes_all or name in parameters})
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{config.script} must return a torch.nn.Module, got {type(model).__name__}")
-    return model
-
-
-def script_function(script: str) -> Callable[..., Any]:
-    """The function ``path/to/script.py:function``; errors as `from_script`."""
-    path, _, name = script.rpartition(":")
-    place = Path(path)
-    if not place.is_file():
-        raise FileNotFoundError(f"no script at {path} (working directory {Path.cwd()}), asked for as {script!r}")
-    module = _executed(place)
-    found = getattr(module, name, None)
-    if not callable(found):
-        own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise ValueError(f"{path} has no function {name!r}{did_you_mean(name, own)}: it has {', '.join(own) or 'none'}")
-    return found
-
-
-def _executed(place: Path) -> ModuleType:
-    identity = hashlib.sha256(str(place.resolve()).encode() + place.read_bytes()).hexdigest()
-    name = f"fpsim_user_{place.stem}_{identity[:12]}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, place)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules[name] = module
-    return sys.modules[name]
+    return built(script, script_function(script)[1], known, seed)
 
 
 def llama(config: ModelConfig, *, seed: int) -> LlamaForCausalLM:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from fpsim.curvature.losses import IGNORED
 from fpsim.policy import Policy
+from fpsim.scripts import BYTES, load_script, positions
 from fpsim.sharpness.logits import ITERATIONS, LogitMetrics, Method, last_of, logit_metrics
-from fpsim.sharpness.scripts import BYTES, load_script, positions
 from fpsim.sharpness.streaming import Accumulator, LogitSummary, gradient_norm, logits_of, predictions
 
 #: Keskar's two boxes.
@@ -186,7 +186,7 @@ def measure_script(
     """The same for a model of the user's own, in the dtypes that it is built in.
 
     Args:
-        script: ``path/to/script.py:function``, as `fpsim.sharpness.scripts` describes it.
+        script: ``path/to/script.py:function``, as `fpsim.scripts` describes it.
         text: a UTF-8 file; its bytes are the tokens, unless the script has a function ``tokenize``.
         weights: a file with the module's state dict; None: as the function built it.
         context: tokens per window; None is what the script or its module has, or else 128.

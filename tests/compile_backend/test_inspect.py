@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import fpsim
 from fpsim.compile_backend import Audit, Escape, Gap, Plan, Site, UnroundedError
+from fpsim.compile_backend.torch_versions import TORCH
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 2, 16, 64, 256
 
@@ -575,12 +576,18 @@ HEAD = Counter(
 )
 
 
+#: Whether torch compiles what stands beside a layer that it leaves out, and layers of its own compiled in place.
+COMPILES_MORE = TORCH >= (2, 15)
+
+
 def escapes_of(model: nn.Module) -> Counter:
-    """Operator and shapes of all that escapes from a model that is not compiled at all, with their counts."""
+    """Operator and shapes of all that escapes where Dynamo leaves out recurrent layers, with their counts."""
     with dynamo_config.patch(allow_rnn=False):
         audit = fpsim.audit(model, torch.randn(3, 4, 8))
-    assert audit.covered == 0 and not any(escape.inside for escape in audit.escaped)
-    return Counter({(escape.operator, escape.shapes): escape.count for escape in audit.escaped})
+    assert audit.covered == (HEAD.total() if COMPILES_MORE else 0)
+    assert not any(escape.inside for escape in audit.escaped)
+    found = Counter({(escape.operator, escape.shapes): escape.count for escape in audit.escaped})
+    return found + HEAD if COMPILES_MORE else found
 
 
 def test_audit_finds_an_lstm_and_what_runs_beside_it() -> None:
@@ -612,8 +619,8 @@ def test_explain_says_where_a_graph_breaks(kind: type[Disabled]) -> None:
 def test_explain_says_where_nothing_is_compiled() -> None:
     with dynamo_config.patch(allow_rnn=False):
         plan = fpsim.explain(Recurrent(nn.LSTM), torch.randn(3, 4, 8))
-    assert plan.sites == ()
-    assert [gap.operator for gap in plan.gaps] == ["(model)"]
+    assert len(plan.sites) == (2 * HEAD.total() if COMPILES_MORE else 0)
+    assert [gap.operator for gap in plan.gaps] == ["(graph break)" if COMPILES_MORE else "(model)"]
 
 
 def test_audit_lists_fused_attention_as_inside() -> None:
@@ -720,11 +727,12 @@ def test_what_another_backend_compiled_has_escaped(compiled: Callable[[str], Cal
 
 
 def test_a_layer_of_torch_compiled_in_place_has_escaped() -> None:
-    """Torch compiles nothing there, and does not say so."""
+    """Torch 2.13 compiles nothing there, and does not say so."""
     model = nn.Linear(8, 8)
     model.compile(backend="fpsim")
     audit = fpsim.audit(model, torch.randn(4, 8))
-    assert audit.covered == 0 and [escape.operator for escape in audit.escaped] == ["aten.addmm", "aten.mm"]
+    escaped = [] if COMPILES_MORE else ["aten.addmm", "aten.mm"]
+    assert audit.covered == 2 - len(escaped) and [escape.operator for escape in audit.escaped] == escaped
 
 
 def test_layers_of_two_backends_are_told_apart() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,53 @@ def test_compiled_and_interpreted_give_the_same_bits(dtype: torch.dtype) -> None
     compiled = step(torch.compile(model, backend="fpsim", options=OPTIONS), x)
     same_bits(compiled, step(torch.compile(model, backend="fpsim_eager", options=OPTIONS), x))
     assert not torch.equal(compiled[0], step(model, x)[0])
+
+
+class Returning(nn.Module):
+    """Returns, beside its loss, views of what it has computed; what backward needs lies in the same memory."""
+
+    def __init__(self, forward: str) -> None:
+        super().__init__()
+        self.first, self.last, self.how = nn.Linear(16, 64), nn.Linear(64, 64), forward
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.how == "slices":
+            h = torch.tanh(self.first(x))
+            y = self.last(h)
+            return y.square().sum(), h[:, -1].detach(), y.T.detach()
+        if self.how == "flat":
+            h = F.relu(self.first(x))
+            y = torch.sigmoid(self.last(h))
+            return y.sum(), h.view(-1)[3:].detach(), y.unsqueeze(0).detach()
+        if self.how == "pieces":
+            h = torch.softmax(self.first(x), -1)
+            y = torch.exp(self.last(h)) * h
+            return y.sum(), h.split(32, 1)[0].detach(), y.permute(1, 0).detach()
+        h = self.first(x)
+        y = self.last(h * h)
+        return y.exp().sum(), h.reshape(4, -1).detach(), y[1:].detach()
+
+
+@pytest.mark.parametrize("forward", ["slices", "flat", "pieces", "products"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"format": "bf16"},
+        {"format": "bf16", "output": "bf16"},
+        {"format": "bf16", "elementwise": {"forward": "bf16"}},
+        {"format": "none", "elementwise": {"backward": "bf16"}},
+        {"format": "bf16", "output": "bf16", "elementwise": "bf16"},
+    ],
+    ids=str,
+)
+def test_backward_does_not_write_over_what_was_returned(forward: str, options: dict[str, Any]) -> None:
+    """Backward may reuse memory that nothing else has: a view of a rounded result must count as a view of it."""
+    torch.manual_seed(0)
+    model = torch.compile(Returning(forward), backend="fpsim", options=options)
+    loss, *returned = model(torch.randn(32, 16))
+    before = [tensor.clone() for tensor in returned]
+    loss.backward()
+    assert all(map(torch.equal, returned, before))
 
 
 def test_autocast_rounds_what_it_casts() -> None:

@@ -227,6 +227,7 @@ def test_modules_inherit_the_scale_and_may_be_without() -> None:
     policy = Policy(
         scale="power_of_two", modules={"a": "e5m2", "b": {"format": "e5m2", "scale": None}, "c": "e5m2/unscaled"}
     )
+    assert "scale" not in Policy(modules={"a": "e5m2"}).to_dict()["modules"]["a"]
     scales = [policy.at(path).cast("fprop", "weight").scale for path in "abc"]
     assert scales == ["power_of_two", None, None]
     assert Policy.from_json(policy.to_json()) == policy

@@ -149,7 +149,7 @@ def test_a_script_that_cannot_be_used_says_why(tmp_path):
     script.write_text("def build_model(): return None\ndef other(): pass\n")
     with pytest.raises(ValueError, match=r"no function 'build_modle' .did you mean 'build_model'.*build_model, other"):
         build(model_config(f"{script}:build_modle"), seed=0)
-    with pytest.raises(TypeError, match=r"must return a torch.nn.Module, got NoneType"):
+    with pytest.raises(ValueError, match=r"must return a torch.nn.Module, got NoneType"):
         build(model_config(f"{script}:build_model"), seed=0)
     with pytest.raises(FileNotFoundError, match="no script at"):
         build(model_config(f"{tmp_path}/none.py:build"), seed=0)

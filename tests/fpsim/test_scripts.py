@@ -13,8 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from fpsim.cli import app
+from fpsim.scripts import load_script
 from fpsim.sharpness.command import measure_script
-from fpsim.sharpness.scripts import load_script
 
 TEXT = "It was the best of times, it was the worst of times – naïve."
 CONTEXT = 8

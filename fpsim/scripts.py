@@ -3,13 +3,10 @@
 ``build`` returns a `torch.nn.Module` from tokens, int64 of shape (batch, context), to logits of shape (batch, context,
 vocabulary) or to an object with ``.logits``; it may take ``vocabulary`` and ``context``. Tokens are the bytes of a
 text, unless the script has a function ``tokenize`` from a string to integers.
-
-`fpsim.paper` has a loader of its own: this package may not import it (design, section 1).
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import inspect
@@ -23,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fpsim.near_names import did_you_mean
 
 #: Tokens where each is a byte.
 BYTES = 256
@@ -71,18 +70,12 @@ def load_script(script: str, *, context: int | None = None, weights: Path | None
         ValueError: no such function (those the script has are listed), one that needs other arguments, a result that
             is not a module or is a compiled one, weights that are not a state dict or do not fit.
     """
-    path, colon, name = script.rpartition(":")
-    if not colon or not name:
-        raise ValueError(f"{script!r} names no function: write path/to/script.py:function, {script.rstrip(':')}:build")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no script at {path} (working directory {Path.cwd()}), asked for as {script!r}")
-    module = executed(Path(path))
-    build = _function(module, path, name)
+    module, build = script_function(script)
     tokenize = getattr(module, "tokenize", None)
     own = inspect.signature(build).parameters
     default = own["context"].default if "context" in own else None
     given = (default if isinstance(default, int) else CONTEXT) if context is None else context
-    network = _built(script, build, {"context": given, **({} if tokenize else {"vocabulary": BYTES})}, seed)
+    network = built(script, build, {"context": given, **({} if tokenize else {"vocabulary": BYTES})}, seed)
     if weights is not None:
         _load_weights(script, network, weights)
     if hasattr(network, "config") and hasattr(network.config, "use_cache"):
@@ -100,7 +93,29 @@ def positions(network: nn.Module) -> int | None:
     return getattr(text, "max_position_embeddings", None)
 
 
-def executed(place: Path) -> ModuleType:
+def script_function(script: str) -> tuple[ModuleType, Callable[..., Any]]:
+    """The module and the function that ``path/to/script.py:function`` names.
+
+    The script is executed once per process and content.
+
+    Raises:
+        FileNotFoundError: no such script.
+        ValueError: no function is named, or the script has no such function; those it has are listed.
+    """
+    path, colon, name = script.rpartition(":")
+    if not colon or not name:
+        raise ValueError(f"{script!r} names no function: write path/to/script.py:function, {script.rstrip(':')}:build")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no script at {path} (working directory {Path.cwd()}), asked for as {script!r}")
+    module = _executed(Path(path))
+    found = getattr(module, name, None)
+    if not callable(found):
+        own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise ValueError(f"{path} has no function {name!r}{did_you_mean(name, own)}: it has {', '.join(own) or 'none'}")
+    return module, found
+
+
+def _executed(place: Path) -> ModuleType:
     """The script at ``place`` as a module, under a name of its own: Dynamo looks modules of functions up by name."""
     identity = hashlib.sha256(str(place.resolve()).encode() + place.read_bytes()).hexdigest()
     name = f"fpsim_user_{place.stem}_{identity[:12]}"
@@ -117,17 +132,14 @@ def executed(place: Path) -> ModuleType:
     return sys.modules[name]
 
 
-def _function(module: ModuleType, path: str, name: str) -> Callable[..., Any]:
-    found = getattr(module, name, None)
-    if not callable(found):
-        own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        near = difflib.get_close_matches(name, own, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"{path} has no function {name!r}{hint}: it has {', '.join(own) or 'none'}")
-    return found
+def built(script: str, build: Callable[..., Any], known: dict[str, int], seed: int) -> nn.Module:
+    """What ``build`` of ``script`` returns, called with those of ``known`` that it has parameters for.
 
+    ``seed``: of torch's generator while it runs.
 
-def _built(script: str, build: Callable[..., Any], known: dict[str, int], seed: int) -> nn.Module:
+    Raises:
+        ValueError: it needs other arguments, or returns no module or a compiled one.
+    """
     parameters = inspect.signature(build).parameters
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     for name, parameter in parameters.items():
