@@ -6,8 +6,9 @@ One thread. The attention is the same on both sides of each ratio: kept fused in
 times are medians over interleaved steps in one process; peak memory is the largest sum of live allocations
 during one step, parameters and optimizer left out on both sides; compile time is that of the first step, of Python
 and C++ compiler, without torch's caches. ``--peers`` adds eager emulations: an autograd.Function of usual torch
-operations patched into `torch.nn.functional` as microxcaling does, and, where it is installed, unit_scaling's
-``simulate_fp8``, which rounds stochastically and leaves convolutions and the inside of attention alone.
+operations patched into `torch.nn.functional` as microxcaling does, and, where they are installed, unit_scaling's
+``simulate_fp8``, which rounds stochastically, and torchao's emulated ``Float8Linear``, which scales by powers of two;
+both leave convolutions and the inside of attention alone.
 """
 
 from __future__ import annotations
@@ -170,6 +171,11 @@ def peer_cases() -> dict[str, Compile]:
         from unit_scaling.transforms import simulate_fp8
 
         cases["unit_scaling simulate_fp8"] = simulate_fp8
+    if importlib.util.find_spec("torchao"):
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        config = Float8LinearConfig(emulate=True, round_scales_to_power_of_2=True)
+        cases["torchao Float8Linear, emulated"] = lambda model: convert_to_float8_training(model, config=config)
     return cases
 
 

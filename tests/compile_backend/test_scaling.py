@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,25 @@ def test_a_linear_layer_is_torch_scaled_mm(backend: str) -> None:
     got = torch.compile(layer, backend=backend, options=SCALED)(x)
     assert torch.equal(got, want)
     assert not torch.equal(got, torch.compile(layer, backend=backend)(x))  # all saturated
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_layers_are_those_of_torchao(backend: str) -> None:
+    """torchao's Float8Linear with scales rounded to powers of two, emulated, forward and all gradients.
+
+    Skipped without torchao (0.18.0 was compared): transformers imports it wherever it is installed, which takes seconds.
+    """
+    float8 = pytest.importorskip("torchao.float8")
+    config = float8.Float8LinearConfig(emulate=True, round_scales_to_power_of_2=True)
+    for power in (-20, 0, 30):
+        model = nn.Sequential(nn.Linear(32, 64, bias=False), nn.Linear(64, 16, bias=False))
+        model[0].weight.data = integers(64, 32, seed=20) * 2.0**-power
+        model[1].weight.data = integers(16, 64, seed=21, top=31) * 2.0**-9
+        x, dy = integers(48, 32, seed=22, top=31) * 2.0**power, integers(48, 16, seed=23, top=100) * 2.0**-30
+        want = step(float8.convert_to_float8_training(deepcopy(model), config=config), x, dy)
+        got = step(torch.compile(model, backend=backend, options=SCALED), x, dy)
+        assert_same_bits({name.removeprefix("_orig_mod."): value for name, value in got.items()}, want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
