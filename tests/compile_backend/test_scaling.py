@@ -69,7 +69,7 @@ def test_a_linear_layer_is_torch_scaled_mm(backend: str) -> None:
 def test_linear_layers_are_those_of_torchao(backend: str) -> None:
     """torchao's Float8Linear with scales rounded to powers of two, emulated, forward and all gradients.
 
-    Skipped without torchao (0.18.0 was compared): transformers imports it wherever it is installed, which takes seconds.
+    Skipped without torchao (0.18.0 was compared): transformers imports it wherever it is installed, in seconds.
     """
     float8 = pytest.importorskip("torchao.float8")
     config = float8.Float8LinearConfig(emulate=True, round_scales_to_power_of_2=True)
