@@ -54,7 +54,7 @@ from fpsim.rounding_op import (
     round_op,
     round_stochastic_op,
 )
-from fpsim.scaling import SOURCE, check_scalable, scale_op
+from fpsim.scaling import SOURCE, check_scaled_carrier, scale_op
 
 aten = torch.ops.aten
 
@@ -362,8 +362,7 @@ class _Inserter:
 
     def _insert(self, value: fx.Node, cast: Cast, near: fx.Node) -> fx.Node:
         """The node that holds ``value`` rounded, behind it or, if it is an input, behind all inputs."""
-        dtype = value.meta["val"].dtype
-        (check_carrier if cast.scale is None else check_scalable)(dtype, cast.format)
+        check_scaled_carrier(value.meta["val"].dtype, cast.format, cast.scale)
         last = value
         while last.op == "placeholder" and last.next.op == "placeholder":
             last = last.next

@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 from fpsim.formats import FloatFormat, split_rounding
 from fpsim.policy import Cast, matches, parse_cast
 from fpsim.random_words import random_key
-from fpsim.rounding_op import KERNEL, check_carrier, round_op, round_stochastic_op
-from fpsim.scaling import SOURCE, check_scalable, scale_op
+from fpsim.rounding_op import KERNEL, round_op, round_stochastic_op
+from fpsim.scaling import SOURCE, check_scaled_carrier, scale_op
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -82,7 +82,7 @@ def round_parameters(
         if (cast := chosen[name]) is not None
     ]
     for job in jobs:
-        _check_carrier(job.tensor.dtype, job.cast)
+        check_scaled_carrier(job.tensor.dtype, job.cast.format, job.cast.scale)
     round_in_place(jobs, None if seed is None else draw_of_step(seed, 0))
 
 
@@ -285,10 +285,6 @@ def check_seed(seed: int | None, casts: Sequence[Cast]) -> None:
         raise ValueError(f"a seed is an int of 64 bits, got {seed!r}")
 
 
-def _check_carrier(dtype: torch.dtype, cast: Cast) -> None:
-    (check_carrier if cast.scale is None else check_scalable)(dtype, cast.format)
-
-
 def _is_stochastic(cast: Cast) -> bool:
     return split_rounding(cast.rounding)[1] > 0
 
@@ -396,10 +392,10 @@ class Memory:
         for p in self.parameters:
             for cast in (self.weights, self.master):
                 if cast is not None:
-                    _check_carrier(p.dtype, cast)
+                    check_scaled_carrier(p.dtype, cast.format, cast.scale)
             for name, cast in self.state:
                 for tensor in _tensors(self.optimizer.state.get(p, {}).get(name)) or [p]:
-                    _check_carrier(tensor.dtype, cast)
+                    check_scaled_carrier(tensor.dtype, cast.format, cast.scale)
 
     def start(self) -> None:
         if self.master is not None:

@@ -27,14 +27,13 @@ from fpsim.kernel import decode_code, encode_code
 from fpsim.rounding_op import (
     KERNEL,
     TorchOps,
-    check_carrier,
     grid_of,
     random_key_op,
     round_op,
     round_stochastic_op,
     working_dtype,
 )
-from fpsim.scaling import SOURCE, check_scalable, check_scale, scale_op
+from fpsim.scaling import SOURCE, check_scale, check_scaled_carrier, scale_op
 
 Gradient = Literal["straight_through", "clipped", "zero"]
 GRADIENTS: tuple[str, ...] = ("straight_through", "clipped", "zero")
@@ -223,10 +222,8 @@ def _resolve(
 ) -> tuple[str, str, str, float, float]:
     """What the operators need: name, rounding with its random bits, overflow mode, range of finite values."""
     fmt = parse_format(format)
-    check_carrier(dtype, fmt)
     check_scale(scale)
-    if scale is not None:
-        check_scalable(dtype, fmt)
+    check_scaled_carrier(dtype, fmt, scale)
     name, bits = split_rounding(rounding)
     if random_bits is not None:
         if not bits:

@@ -34,15 +34,15 @@ def check_scale(scale: str | None) -> None:
         raise ValueError(f"unknown scale {scale!r}: use one of {', '.join(SCALES)}, or None")
 
 
-def check_scalable(dtype: torch.dtype, fmt: FloatFormat) -> None:
-    """Refuse a dtype in which numbers cannot be scaled into the range of ``fmt`` and back.
+def check_scaled_carrier(dtype: torch.dtype, fmt: FloatFormat, scale: str | None = SCALES[0]) -> None:
+    """Refuse a dtype that cannot carry ``fmt``, or numbers scaled into its range and back; ``scale`` None: unscaled.
 
     Raises:
         TypeError, ValueError: as `fpsim.rounding_op.check_carrier`.
         ValueError: float16, whose exponents do not suffice: scaled numbers would overflow.
     """
     check_carrier(dtype, fmt)
-    if dtype == torch.float16:
+    if scale is not None and dtype == torch.float16:
         raise ValueError(
             "scaled rounding of float16 tensors would overflow: convert them to bfloat16 or float32, or leave out the "
             "scale and scale the loss"
@@ -68,13 +68,13 @@ def power_of_two_scale(x: Tensor, format: str | FloatFormat) -> Tensor:
     Raises:
         TypeError, ValueError: a format with values that the dtype of ``x`` lacks, or float16.
 
-    Source: arXiv 2310.18313 (FP8-LM) section 2.2 and its code, with the history of one step.
+    Source: the code of FP8-LM (arXiv 2310.18313), MS-AMP, with a history of one step.
 
     >>> power_of_two_scale(torch.tensor([0.3, -1.7]), "e4m3fn")
     tensor(256.)
     """
     fmt = parse_format(format)
-    check_scalable(x.dtype, fmt)
+    check_scaled_carrier(x.dtype, fmt)
     return scale_op(x.detach(), fmt.max, SOURCE)[0]
 
 
