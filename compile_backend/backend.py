@@ -31,12 +31,13 @@ from fpsim.compile_backend.elementwise import decompositions
 from fpsim.compile_backend.observation import Recorder
 from fpsim.compile_backend.products import Source
 from fpsim.compile_backend.rewrite import Observer, RoundingPass
-from fpsim.compile_backend.torch_versions import keep_precision_casts_in_cpp
+from fpsim.compile_backend.torch_versions import keep_dtype_rules, keep_precision_casts_in_cpp
 from fpsim.policy import Policy
 from fpsim.rounding_op import draw_seed
 
 guards.look_into_recurrent_layers()
 keep_precision_casts_in_cpp()
+keep_dtype_rules()
 
 #: What the profiler calls a run of a graph that fpsim rewrote, forward (`fpsim.audit` looks for it).
 GRAPH_EVENT = "fpsim: rewritten graph"

@@ -39,6 +39,8 @@ COMPILE_FROM = 1 << 20
 _SMALL = 1 << 14
 # Numbers in a tensor whose indices have 32 bits.
 _SHORT = 1 << 31
+# Tensors rounded by one call of compiled code, which costs as much as rounding 50,000 numbers.
+_BATCH = 4
 
 CastLike = str | FloatFormat
 
@@ -285,6 +287,7 @@ def check_seed(seed: int | None, casts: Sequence[Cast]) -> None:
         raise ValueError(f"a seed is an int of 64 bits, got {seed!r}")
 
 
+@cache
 def _is_stochastic(cast: Cast) -> bool:
     return split_rounding(cast.rounding)[1] > 0
 
@@ -470,7 +473,8 @@ class Memory:
         ]
 
     def _draw_index(self, j: int, parameter: Tensor, i: int) -> int:
-        return i + self.casts_per_parameter * (j + len(self.parameters) * _shard(parameter))
+        shard = _shard(parameter)
+        return i + self.casts_per_parameter * (j + (len(self.parameters) * shard if shard else 0))
 
     def _round(self, jobs: list[Job]) -> None:
         draw = None if self.seed is None else draw_of_step(self.seed, self.steps)
@@ -622,37 +626,42 @@ def round_in_place(jobs: Sequence[Job], draw: int | None, compiled: bool | None 
     """
     if compiled is None:
         compiled = sum(job.tensor.numel() for job in jobs if job.tensor.device.type == "cpu") >= COMPILE_FROM
-    drawn = [job for job in jobs if _is_stochastic(job.cast)]
-    if drawn:
-        seeds = torch.tensor([_wrap((draw or 0) + job.draw) for job in drawn])
-        key = random_key(seeds, 0)
-        keys = torch.stack([key, key >> 32], 1).to(torch.int32)
-        for job, each in zip(drawn, keys, strict=True):
-            _round_tensor(job.tensor, job.cast, compiled, each.to(job.tensor.device))
-    together = defaultdict(list)
-    for job in jobs:
-        if _is_stochastic(job.cast):
-            continue
-        if job.tensor.numel() < _SMALL and job.cast.scale is None:
-            together[job.cast, job.tensor.dtype, job.tensor.device].append(job.tensor)
+    small, large = defaultdict(list), defaultdict(list)
+    for job, key in zip(jobs, _keys(jobs, draw), strict=True):
+        x, cast = job.tensor, job.cast
+        if key is None and cast.scale is None and x.numel() < _SMALL:
+            small[cast, x.dtype, x.device].append(x)
+        elif compiled and x.is_contiguous() and 1 < x.numel() < _SHORT:
+            large[cast, x.dtype, x.device, key is not None].append((x.view(-1), key))
         else:
-            _round_tensor(job.tensor, job.cast, compiled)
-    for (cast, _, _), tensors in together.items():
-        joined = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        _round_tensor(joined, cast, compiled)
-        parts = joined.split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(tensors, [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)])
+            _overwrite(x, key, *_arguments(cast))
+
+    joined = {kind: torch.cat([x.reshape(-1) for x in tensors]) for kind, tensors in small.items()}
+    for (cast, dtype, device), x in joined.items():
+        if compiled and x.numel() > 1:
+            large[cast, dtype, device, False].append((x, None))
+        else:
+            _overwrite(x, None, *_arguments(cast))
+    for kind, pairs in large.items():
+        _compiled_rounding(*kind)(pairs)
+    for kind, tensors in small.items():
+        parts = joined[kind].split([x.numel() for x in tensors])
+        torch._foreach_copy_(tensors, [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)])
+
+
+def _keys(jobs: Sequence[Job], draw: int | None) -> Sequence[Tensor | None]:
+    """The key of each job's random numbers, int32 ``[2]``; None for deterministic rounding."""
+    drawn = [i for i, job in enumerate(jobs) if _is_stochastic(job.cast)]
+    keys: list[Tensor | None] = [None] * len(jobs)
+    if drawn:
+        key = random_key(torch.tensor([_wrap((draw or 0) + jobs[i].draw) for i in drawn]), 0)
+        for i, halves in zip(drawn, torch.stack([key, key >> 32], 1).to(torch.int32), strict=True):
+            keys[i] = halves.to(jobs[i].tensor.device)
+    return keys
 
 
 def _wrap(number: int) -> int:
     return (number + 2**63) % 2**64 - 2**63
-
-
-def _round_tensor(x: Tensor, cast: Cast, compiled: bool, key: Tensor | None = None) -> None:
-    if compiled and x.is_contiguous() and x.numel() < _SHORT:
-        _compiled_rounding(cast, key is not None)(x.view(-1), key)
-    else:
-        _overwrite(x, key, *_arguments(cast))
 
 
 def _arguments(cast: Cast) -> tuple[str, str, str, float | None]:
@@ -676,10 +685,30 @@ def _overwrite(
     x.copy_(rounded if inverse is None else rounded * inverse)
 
 
+def _overwrite_batch(xs: Sequence[Tensor], keys: Sequence[Tensor] | None, *arguments: Any) -> None:
+    for i, x in enumerate(xs):
+        _overwrite(x, None if keys is None else keys[i], *arguments)
+
+
 @cache
-def _compiled_rounding(cast: Cast, stochastic: bool) -> Callable[[Tensor, Tensor | None], None]:
-    """`_overwrite` with ``cast``, compiled; a function of its own, so that casts do not add up to Dynamo's limit."""
-    name = "_".join(("round", *map(str, _arguments(cast))))
-    overwrite = FunctionType(_overwrite.__code__.replace(co_name=name), globals(), name)
-    compiled = torch.compile(overwrite, dynamic=True)
-    return lambda x, key: compiled(x, key, *_arguments(cast))
+def _compiled_rounding(
+    cast: Cast, dtype: torch.dtype, device: torch.device, stochastic: bool
+) -> Callable[[Sequence[tuple[Tensor, Tensor | None]]], None]:
+    """`_overwrite` for tensors of one dimension, and their keys, compiled: a batch at a time."""
+    arguments = _arguments(cast)
+    # A function of its own, so that casts do not add up to Dynamo's limit.
+    name = "_".join(("round", *map(str, arguments)))
+    overwrite = torch.compile(
+        FunctionType(_overwrite_batch.__code__.replace(co_name=name), globals(), name), dynamic=True
+    )
+
+    def run(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        for start in range(0, len(pairs), _BATCH):
+            xs, keys = zip(*pairs[start : start + _BATCH], *fillers[len(pairs) - start :], strict=True)
+            overwrite(xs, torch.stack(keys) if stochastic else None, *arguments)
+
+    # Compiled for tensors of different lengths, or else code for equal lengths would be the result.
+    no_key = torch.zeros(2, dtype=torch.int32, device=device) if stochastic else None
+    fillers = [(torch.zeros(16 + i, dtype=dtype, device=device), no_key) for i in range(_BATCH)]
+    run(fillers)
+    return run

@@ -257,7 +257,7 @@ def test_every_tensor_in_every_step_has_the_draw_that_is_documented(master: str 
 def test_compiled_rounding_changes_no_bit() -> None:
     def trained(compiled: bool) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
-        shapes = [(130, 130), (17,), (3, 5), (1 << 14,)]
+        shapes = [*[(130, 130)] * 6, (17,), (3, 5), (), (1 << 14,)]  # more than are rounded by one call
         params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
         params.append(
             nn.Parameter(torch.randn(2, 16, 32, 32, generator=generator).to(memory_format=torch.channels_last))
@@ -269,6 +269,19 @@ def test_compiled_rounding_changes_no_bit() -> None:
         return tensors_of(optimizer, params)
 
     assert_same(trained(True), trained(False))
+
+
+def test_rounding_is_compiled_once_for_tensors_of_all_lengths() -> None:
+    lengths = [1 << 15, 1 << 15, (1 << 15) + 1, 1 << 16, 1 << 15, 40_000]
+    for cast in ("e3m2fn", "e3m2fn/stochastic", "e3m2fn/power_of_two"):
+        seed = 0 if "stochastic" in cast else None
+        torch._dynamo.utils.counters.clear()
+        for count in (1, 4, 6):
+            params = [nn.Parameter(torch.randn(n)) for n in lengths[:count]]
+            optimizer = torch.optim.SGD(params, momentum=0.9)
+            fpsim.round_optimizer(optimizer, cast, seed=seed, compiled=True)
+            run(optimizer, params, range(2))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, cast
 
 
 def test_lbfgs_evaluates_its_closure_at_rounded_weights() -> None:
