@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -385,13 +386,20 @@ class _Inserter:
             return last
 
         exact, inverse = value, None
+        order = _order_in_memory(value) if key is None else None  # the numbers drawn follow the order of dimensions
+        if order is not None:
+            exact = call(aten.permute.default, exact, order)
         if cast.scale is not None:
             factors = call(scale_op, value, cast.format.max, SOURCE, meta=meta)
             factor, inverse = (call(aten.select.int, factors, 0, half, meta=meta) for half in (0, 1))
-            exact = call(aten.mul.Tensor, value, factor)
+            exact = call(aten.mul.Tensor, exact, factor)
         modes = (cast.format.name, cast.rounding, cast.overflow, KERNEL)
         rounded = call(round_op, exact, *modes) if key is None else call(round_stochastic_op, exact, key, *modes)
-        return rounded if inverse is None else call(aten.mul.Tensor, rounded, inverse)
+        if inverse is not None:
+            rounded = call(aten.mul.Tensor, rounded, inverse)
+        if order is not None:
+            rounded = call(aten.permute.default, rounded, [order.index(i) for i in range(len(order))])
+        return rounded
 
     def _random_key(self, value: fx.Node) -> fx.Node:
         """A key of its own for the rounding of ``value``: the number of the rounding in the graph is the salt.
@@ -433,6 +441,19 @@ class _Inserter:
             return True
         is_condition = isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dtype == torch.bool
         return is_condition and any(map(self._is_used_with_gradients, node.users))
+
+
+def _order_in_memory(value: fx.Node) -> list[int] | None:
+    """The dimensions of what an opaque operator (attention) returns, as they lie in memory; None if in their own order.
+
+    Inductor lays out the result of a rounding in the order of its dimensions. What was a view of the operator's result
+    would be a copy then.
+    """
+    tensor = value.meta["val"]
+    if value.target is not operator.getitem or not all(isinstance(n, int) for n in (*tensor.shape, *tensor.stride())):
+        return None
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return order if not tensor.is_contiguous() and tensor.permute(order).is_contiguous() else None
 
 
 def _describe(node: fx.Node) -> None:

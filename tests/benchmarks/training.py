@@ -1,14 +1,15 @@
 """What rounding costs in a training step, every operand of every product rounded, beside plain Inductor and peers.
 
-    python -m tests.benchmarks.training [--model llama|resnet] [--steps N] [--format F] [--peers]
+    python -m tests.benchmarks.training [--model llama|resnet] [--steps N] [--compiles N] [--format F] [--peers]
 
 One thread. The attention is the same on both sides of each ratio: kept fused in both, or opened in both. Step
 times are medians over interleaved steps in one process; peak memory is the largest sum of live allocations
 during one step, parameters and optimizer left out on both sides; compile time is that of the first step, of Python
-and C++ compiler, without torch's caches. ``--peers`` adds eager emulations: an autograd.Function of usual torch
-operations patched into `torch.nn.functional` as microxcaling does, and, where they are installed, unit_scaling's
-``simulate_fp8``, which rounds stochastically, and torchao's emulated ``Float8Linear``, which scales by powers of two;
-both leave convolutions and the inside of attention alone.
+and C++ compiler, without torch's caches, the median over fresh processes in which something small was compiled before
+(by Inductor, so that plain cases are as in a process without fpsim's backend). ``--peers`` adds eager emulations: an
+autograd.Function of usual torch operations patched into `torch.nn.functional` as microxcaling does, and, where they
+are installed, unit_scaling's ``simulate_fp8``, which rounds stochastically, and torchao's emulated ``Float8Linear``,
+which scales by powers of two; both leave convolutions and the inside of attention alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -194,8 +197,8 @@ def peak_bytes(step: Callable[[], None]) -> int:
     return peak
 
 
-def stepper(workload: Workload, compile: Compile) -> tuple[Callable[[], None], float]:
-    """One step of forward and backward, and the seconds of the first, which compiles."""
+def stepper(workload: Workload, compile: Compile) -> Callable[[], None]:
+    """One step of forward and backward; the first compiles."""
     model = deepcopy(workload.model)
     compiled = compile(model)
 
@@ -203,18 +206,32 @@ def stepper(workload: Workload, compile: Compile) -> tuple[Callable[[], None], f
         model.zero_grad(set_to_none=True)
         compiled(*workload.inputs).backward()
 
+    return step
+
+
+def seconds_of_first_step(workload: Workload, compile: Compile) -> float:
+    """Of a step that compiles, after something small was."""
+    with fresh_cache():
+        torch.compile(nn.Linear(8, 8))(torch.randn(8, 8)).sum().backward()
+    step = stepper(workload, compile)
     with fresh_cache():
         start = time.perf_counter()
         step()
-        seconds = time.perf_counter() - start
-    step()
-    return step, seconds
+        return time.perf_counter() - start
+
+
+def in_a_fresh_process(case: str) -> float:
+    """`seconds_of_first_step` of a case, of this program with its own arguments."""
+    command = [sys.executable, "-m", "tests.benchmarks.training", *sys.argv[1:], "--first-step", case]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=WORKLOADS, default="llama")
     parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--compiles", type=int, default=1, help="in how many fresh processes each case is compiled")
+    parser.add_argument("--first-step", metavar="CASE", help=argparse.SUPPRESS)
     parser.add_argument("--format", help="of all operands; default: the FP8 hybrid")
     parser.add_argument("--peers", action="store_true", help="eager emulations beside them")
     arguments = parser.parse_args()
@@ -223,10 +240,20 @@ def main() -> None:
     compiles = compiled_cases(workload, {"format": arguments.format} if arguments.format else {})
     if arguments.peers:
         compiles |= peer_cases()
+    if arguments.first_step:
+        print(seconds_of_first_step(workload, compiles[arguments.first_step]))
+        return
 
-    steps, first = {}, {}
+    steps = {}
     for name, compile in track(compiles.items(), "compiling", transient=True):
-        steps[name], first[name] = stepper(workload, compile)
+        steps[name] = stepper(workload, compile)
+        for _ in range(2):
+            steps[name]()
+    rounds = [name for _ in range(arguments.compiles) for name in compiles]
+    compiling: dict[str, list[float]] = {name: [] for name in compiles}
+    for name in track(rounds, "compiling in fresh processes", transient=True):
+        compiling[name].append(in_a_fresh_process(name))
+    first = {name: statistics.median(values) for name, values in compiling.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in track(range(arguments.steps), "measuring", transient=True):
         for name, step in steps.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -29,6 +30,7 @@ from fpsim.compile_backend.triton_rounding import FPSIM_KERNEL, device_function
 from fpsim.rounding_op import KERNEL
 from fpsim.triton import fpsim_round, fpsim_round_stochastic
 
+ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "interpreted_triton.py"
 GPUS = (80, 90, 100)  #: compute capabilities: A100, H100, B200
 
@@ -77,6 +79,31 @@ def test_inductors_code_for_gpus_rounds_as_eager_calls_do_and_contracts_nothing(
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert "14 kernels and 2 templates as they should be" in done.stdout
+
+
+@pytest.mark.skipif(
+    not torch.__version__.startswith("2.13."), reason="pretends that there is a GPU by torch's internals"
+)
+def test_a_training_step_on_a_gpu_launches_a_kernel_more_for_each_weight_only() -> None:
+    """And one for the result of attention that is kept fused, and in backward for what norms hand to biases."""
+    program = """
+import json, torch
+from tests.gpu.benchmarks import Size
+from tests.gpu.traffic import steps
+codes = steps(Size(layers=1), torch.bfloat16)
+print(json.dumps([[code.launches for code in passes] for passes in codes.values()]))
+print(json.dumps([sum(code.bytes for code in passes) for passes in codes.values()]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=900, check=True
+    )
+    launched, moved = map(json.loads, done.stdout.splitlines())
+    weights = 5  # the embedding is one, as the head
+    for fused, plain, rounded in ((1, *launched[:2]), (0, *launched[2:])):
+        assert rounded[0] == plain[0] + weights + fused
+        assert rounded[1] <= plain[1] + weights + 2 + fused
+    for plain, rounded in (moved[:2], moved[2:]):
+        assert plain < rounded < 1.12 * plain
 
 
 # -- compiled, and read ------------------------------------------------------------------------------------------------
