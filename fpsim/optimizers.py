@@ -707,8 +707,8 @@ def _compiled_rounding(
             xs, keys = zip(*pairs[start : start + _BATCH], *fillers[len(pairs) - start :], strict=True)
             overwrite(xs, torch.stack(keys) if stochastic else None, *arguments)
 
-    # Compiled for tensors of different lengths, or else code for equal lengths would be the result.
     no_key = torch.zeros(2, dtype=torch.int32, device=device) if stochastic else None
-    fillers = [(torch.zeros(16 + i, dtype=dtype, device=device), no_key) for i in range(_BATCH)]
-    run(fillers)
+    fillers = [(torch.zeros(2, dtype=dtype, device=device), no_key) for _ in range(_BATCH)]
+    # For long tensors, or else the code keeps to one thread; of different lengths, or else it is for equal ones only.
+    run([(torch.zeros(COMPILE_FROM + i, dtype=dtype, device=device), no_key) for i in range(_BATCH)])
     return run
