@@ -39,9 +39,9 @@ def keep_dtype_rules() -> None:
     build = DtypePropagationOpsHandler.__init__
     built_from: dict[str, object] = {}
 
-    def build_once(handler: DtypePropagationOpsHandler) -> None:
+    def build_once(self: DtypePropagationOpsHandler) -> None:
         if built_from != op_dtype_propagation_rules:
-            build(handler)
+            build(self)
             built_from.clear()
             built_from.update(op_dtype_propagation_rules)
 

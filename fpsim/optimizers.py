@@ -642,8 +642,8 @@ def round_in_place(jobs: Sequence[Job], draw: int | None, compiled: bool | None 
             large[cast, dtype, device, False].append((x, None))
         else:
             _overwrite(x, None, *_arguments(cast))
-    for kind, pairs in large.items():
-        _compiled_rounding(*kind)(pairs)
+    for compilation, pairs in large.items():
+        _compiled_rounding(*compilation)(pairs)
     for kind, tensors in small.items():
         parts = joined[kind].split([x.numel() for x in tensors])
         torch._foreach_copy_(tensors, [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)])
