@@ -39,7 +39,7 @@ COMPILE_FROM = 1 << 20
 _SMALL = 1 << 14
 # Numbers in a tensor whose indices have 32 bits.
 _SHORT = 1 << 31
-# Tensors rounded by one call of compiled code, which costs as much as rounding 50,000 numbers.
+# Tensors rounded by one call of compiled code, which costs tens of microseconds.
 _BATCH = 4
 
 CastLike = str | FloatFormat
@@ -474,7 +474,8 @@ class Memory:
 
     def _draw_index(self, j: int, parameter: Tensor, i: int) -> int:
         shard = _shard(parameter)
-        return i + self.casts_per_parameter * (j + (len(self.parameters) * shard if shard else 0))
+        before = len(self.parameters) * shard if shard else 0  # counted only if needed: this is called for each of them
+        return i + self.casts_per_parameter * (j + before)
 
     def _round(self, jobs: list[Job]) -> None:
         draw = None if self.seed is None else draw_of_step(self.seed, self.steps)
