@@ -25,15 +25,15 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import record_function
 
-from fpsim.communication import refuse_other_policy
 from fpsim.compile_backend import guards
-from fpsim.compile_backend.elementwise import decompositions
-from fpsim.compile_backend.observation import Recorder
-from fpsim.compile_backend.products import Source
-from fpsim.compile_backend.rewrite import Observer, RoundingPass
+from fpsim.compile_backend.graph.operations import decompositions
+from fpsim.compile_backend.graph.products import Source
+from fpsim.compile_backend.observe.recorder import Recorder
+from fpsim.compile_backend.passes.rounding import Observer, RoundingPass
 from fpsim.compile_backend.torch_versions import keep_dtype_rules, keep_precision_casts_in_cpp
-from fpsim.policy import Policy
-from fpsim.rounding_op import draw_seed
+from fpsim.policy.policy import Policy
+from fpsim.rounding.ops import draw_seed
+from fpsim.training.gradients import refuse_other_policy
 
 guards.look_into_recurrent_layers()
 keep_precision_casts_in_cpp()

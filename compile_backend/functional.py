@@ -19,10 +19,10 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from fpsim.compile_backend.backend import compile_with_rounding
-from fpsim.policy import Policy
-from fpsim.rounding import round
-from fpsim.rounding_op import round_op
-from fpsim.scaling import scale_op
+from fpsim.policy.policy import Policy
+from fpsim.rounding.api import round
+from fpsim.rounding.ops import round_op
+from fpsim.scaling.ops import scale_op
 
 aten = torch.ops.aten
 

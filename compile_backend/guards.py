@@ -14,10 +14,10 @@ from torch._dynamo import config as dynamo_config
 from torch._inductor import config as inductor_config
 from torch.nn.parallel import DistributedDataParallel
 
-from fpsim.compile_backend.products import stack_path
-from fpsim.compile_backend.rewrite import UnroundedError
+from fpsim.compile_backend.graph.products import stack_path
+from fpsim.compile_backend.passes.rounding import UnroundedError
 from fpsim.formats import FloatFormat
-from fpsim.policy import Cast, Policy, matches
+from fpsim.policy.policy import Cast, Policy, matches
 
 #: How often Dynamo may compile one function anew (for other policies, shapes, modes) before it is an error.
 RECOMPILE_LIMIT = 128

@@ -7,18 +7,18 @@ what needs the compiler backend are imported on first use, because they are slow
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import fpsim.rounding_cuda  # noqa: F401  (registers the operators' kernels for CUDA)
+import fpsim.rounding.cuda  # noqa: F401  (registers the operators' kernels for CUDA)
 from fpsim.formats import FloatFormat, parse_format
-from fpsim.packing import pack, unpack
-from fpsim.policy import Policy
-from fpsim.rounding import decode, encode, round
-from fpsim.scaling import power_of_two_scale
+from fpsim.policy.policy import Policy
+from fpsim.rounding.api import decode, encode, round
+from fpsim.rounding.packing import pack, unpack
+from fpsim.scaling.ops import power_of_two_scale
 
 if TYPE_CHECKING:
     from fpsim import curvature, reference, sharpness, testing
-    from fpsim.communication import check_same_policy, round_gradients_hook
     from fpsim.compile_backend import Profiler, audit, explain, profile
-    from fpsim.optimizers import round_optimizer, round_parameters
+    from fpsim.training.gradients import check_same_policy, round_gradients_hook
+    from fpsim.training.optimizers import round_optimizer, round_parameters
 
 __all__ = [
     "FloatFormat",
@@ -48,12 +48,12 @@ _LAZY_MODULES = ("curvature", "reference", "sharpness", "testing")
 _LAZY = {
     "Profiler": "fpsim.compile_backend",
     "audit": "fpsim.compile_backend",
-    "check_same_policy": "fpsim.communication",
+    "check_same_policy": "fpsim.training.gradients",
     "explain": "fpsim.compile_backend",
     "profile": "fpsim.compile_backend",
-    "round_gradients_hook": "fpsim.communication",
-    "round_optimizer": "fpsim.optimizers",
-    "round_parameters": "fpsim.optimizers",
+    "round_gradients_hook": "fpsim.training.gradients",
+    "round_optimizer": "fpsim.training.optimizers",
+    "round_parameters": "fpsim.training.optimizers",
 }
 
 

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from fpsim.formats import FloatFormat, check_rounding, parse_format
-from fpsim.rounding_op import CARRIERS, check_carrier
-from fpsim.verify import Codes, Mode, code_of, codes_of, judge, mode_of, significand_grid, tensor_of
+from fpsim.rounding.ops import CARRIERS, check_carrier
+from fpsim.verify.run import Codes, Mode, code_of, codes_of, judge, mode_of, significand_grid, tensor_of
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -314,7 +314,7 @@ def assert_rounds(
 
 
 def _inputs(mode: Mode, dtype: torch.dtype, samples: int, rng: np.random.Generator) -> Codes:
-    from fpsim.verify import _random_codes
+    from fpsim.verify.run import _random_codes
 
     random = _random_codes([mode.format], dtype, samples, rng)
     if _has_quick_table(mode.format):

@@ -7,7 +7,7 @@
         index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         tl.store(out + index, fpsim_round(tl.load(x + index), "e4m3fn", "toward_zero"))
 
-The functions are those of `fpsim.compile_backend.triton_rounding`; Triton must be installed.
+The functions are those of `fpsim.rounding.triton_functions`; Triton must be installed.
 """
 
 try:
@@ -15,6 +15,6 @@ try:
 except ImportError as error:
     raise ImportError("fpsim.triton needs Triton: pip install 'fpsim[gpu]', or a build of torch for CUDA") from error
 
-from fpsim.compile_backend.triton_rounding import fpsim_round, fpsim_round_stochastic
+from fpsim.rounding.triton_functions import fpsim_round, fpsim_round_stochastic
 
 __all__ = ["fpsim_round", "fpsim_round_stochastic"]

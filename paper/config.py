@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fpsim.near_names import did_you_mean
-from fpsim.policy import Policy
+from fpsim.policy.policy import Policy
+from fpsim.suggestions import did_you_mean
 
 from .data import DataConfig, fingerprint
 from .models import ModelConfig

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fpsim.near_names import did_you_mean
+from fpsim.suggestions import did_you_mean
 
 from . import hugging_face, require
 

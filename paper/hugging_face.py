@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fpsim.near_names import did_you_mean
+from fpsim.suggestions import did_you_mean
 
 from . import require
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpsim import curvature, sharpness
 from fpsim.formats import parse_format
-from fpsim.policy import ROLES
+from fpsim.policy.policy import ROLES
 
 #: Keskar's two boxes; the paper gives no number.
 EPSILONS = (5e-4, 1e-3)

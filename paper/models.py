@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fpsim.near_names import did_you_mean
-from fpsim.scripts import built, script_function
+from fpsim.evaluate.load import built, script_function
+from fpsim.suggestions import did_you_mean
 
 from . import require
 from .data import VOCABULARY

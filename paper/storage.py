@@ -109,7 +109,7 @@ def replace_file(path: Path, content: bytes) -> None:
 @lru_cache(maxsize=1)
 def versions() -> dict[str, Any]:
     """What the results depend on beside the configuration: packages, source, git revision, kind of machine."""
-    from fpsim.compile_backend.rewrite import source_hash
+    from fpsim.source import source_hash
 
     installed = {}
     for package in _PACKAGES:

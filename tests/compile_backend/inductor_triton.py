@@ -36,9 +36,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fpsim
-import fpsim.rounding_lowering
+import fpsim.rounding.inductor
 from fpsim.formats import full_rounding, parse_format, resolve_overflow
-from fpsim.rounding_op import KERNEL, random_key_op, round_op, round_stochastic_op
+from fpsim.rounding.ops import SOURCE, random_key_op, round_op, round_stochastic_op
 
 COUNT = 5000
 ROUNDINGS = ("nearest_even", "nearest_away", "toward_zero", "up", "down", "to_odd", "stochastic")
@@ -71,7 +71,7 @@ def rounded(case: tuple[str, ...]) -> Callable[[Tensor, Tensor, Tensor, Tensor],
     """A product, rounded, and a sum: what a compiler would like to contract."""
     format, rounding, overflow, _ = case
     fmt = parse_format(format)
-    arguments = (fmt.name, full_rounding(rounding), resolve_overflow(fmt, overflow), KERNEL)
+    arguments = (fmt.name, full_rounding(rounding), resolve_overflow(fmt, overflow), SOURCE)
     if rounding == "stochastic":
         return lambda a, b, c, key: round_stochastic_op(a * b, key, *arguments) + c
     return lambda a, b, c, key: round_op(a * b, *arguments) + c
@@ -90,7 +90,7 @@ def inputs(case: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def product(template: tuple[str, ...]) -> Callable[[Tensor, Tensor], Tensor]:
     """A matrix product whose operands and result are rounded."""
     operand, result = (
-        (fmt.name, "nearest_even", resolve_overflow(fmt, None), KERNEL) for fmt in map(parse_format, template[:2])
+        (fmt.name, "nearest_even", resolve_overflow(fmt, None), SOURCE) for fmt in map(parse_format, template[:2])
     )
     return lambda a, b: round_op(round_op(a, *operand) @ round_op(b, *operand), *result)
 

@@ -31,9 +31,9 @@ from judge import (
 )
 
 import fpsim
-from fpsim.compile_backend.triton_rounding import round_dense, round_stochastic_dense
 from fpsim.formats import full_rounding, parse_format, resolve_overflow
-from fpsim.rounding_op import _words, random_key_op, round_with_torch_ops
+from fpsim.rounding.ops import _words, random_key_op, round_with_torch_ops
+from fpsim.rounding.triton_functions import round_dense, round_stochastic_dense
 from fpsim.triton import fpsim_round, fpsim_round_stochastic
 
 #: Each has something of its own in the algorithm: specials, subnormals, ties, signs, reach into tiny numbers.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import fpsim
-from fpsim.compile_backend.elementwise import operations
+from fpsim.compile_backend.graph.operations import operations
 
 aten = torch.ops.aten
 BACKENDS = ["fpsim_eager", "fpsim"]

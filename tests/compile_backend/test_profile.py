@@ -30,10 +30,10 @@ from fpsim.compile_backend import (
     Site,
     SiteStatistics,
     Statistics,
-    profile_page,
 )
-from fpsim.compile_backend.profiling import bars
-from fpsim.compile_backend.statistics import measure
+from fpsim.compile_backend.observe.statistics import measure
+from fpsim.compile_backend.report import page as profile_page
+from fpsim.compile_backend.report.profile import bars
 from fpsim.formats import parse_format
 
 HYBRID = {"activation": "e4m3fn", "weight": "e4m3fn", "gradient": "e5m2/sat_finite"}

@@ -25,9 +25,9 @@ from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitiv
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompilationError
 
-from fpsim.compile_backend import triton_rounding
-from fpsim.compile_backend.triton_rounding import FPSIM_KERNEL, device_function
-from fpsim.rounding_op import KERNEL
+from fpsim.rounding import triton_functions as triton_rounding
+from fpsim.rounding.ops import SOURCE
+from fpsim.rounding.triton_functions import FPSIM_SOURCE, device_function
 from fpsim.triton import fpsim_round, fpsim_round_stochastic
 
 ROOT = Path(__file__).parents[2]
@@ -202,15 +202,15 @@ def test_the_rounding_mode_may_be_left_out() -> None:
 def test_torch_compile_finds_all_that_a_users_kernel_needs() -> None:
     """The source that Inductor copies into its code for a user's kernel stands alone, and compiles to the same."""
     source = user_defined_triton_kernel_transitive_closure_source_code(products_rounded_and_added)
-    for name in ("fpsim_round", "fpsim_device_function", "FPSIM_KERNEL"):
+    for name in ("fpsim_round", "fpsim_device_function", "FPSIM_SOURCE"):
         assert re.search(rf"^(?:def )?{name}\b", source, re.MULTILINE), name
 
 
 def test_what_is_kept_compiled_is_known_by_fpsims_source() -> None:
     """Triton keys its cache by the source that it sees, which is not the algorithm's: a constant stands for that."""
     assert products_rounded_and_added.cache_key
-    assert "FPSIM_KERNEL" in {name for name, _ in products_rounded_and_added.used_global_vals}
-    assert KERNEL in FPSIM_KERNEL.value
+    assert "FPSIM_SOURCE" in {name for name, _ in products_rounded_and_added.used_global_vals}
+    assert SOURCE in FPSIM_SOURCE.value
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -13,10 +13,13 @@ import torch
 from rich.table import Table
 from typer.testing import CliRunner
 
-from fpsim import number_text, reference, round_command, verify
-from fpsim.cli import app
+from fpsim import reference
+from fpsim.cli import exact_numbers as number_text
+from fpsim.cli import explain_number as round_command
+from fpsim.cli.main import app
 from fpsim.formats import NAMED_FORMATS, parse_format
-from fpsim.rounding_op import KERNEL
+from fpsim.source import proven_hash
+from fpsim.verify import run as verify
 
 
 def run(*arguments: str, code: int = 0) -> str:
@@ -385,8 +388,8 @@ def test_verify_writes_json_to_a_file_or_to_standard_output(tmp_path):
     assert len(run(*arguments, "--json", str(file)).splitlines()) == 2
     written = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(each["rounding"], each["ok"], each["source"]) for each in written] == [
-        ("up", True, KERNEL),
-        ("stochastic:8", True, KERNEL),
+        ("up", True, proven_hash()),
+        ("stochastic:8", True, proven_hash()),
     ]
     for last in (["--json"], ["--json", "--seed", "0"]):
         shown = [json.loads(line) for line in run(*arguments, *last).splitlines()]
@@ -500,7 +503,7 @@ def test_help_names_every_command():
 
 def test_sharpness_hands_its_options_on_and_prints_the_table(monkeypatch, tmp_path):
     calls = []
-    module = types.ModuleType("fpsim.sharpness.command")
+    module = types.ModuleType("fpsim.evaluate.logit_sharpness")
 
     def measure_checkpoint(*arguments, progress, **options):
         progress(1, 2)
@@ -508,7 +511,7 @@ def test_sharpness_hands_its_options_on_and_prints_the_table(monkeypatch, tmp_pa
         return types.SimpleNamespace(table=lambda: Table("sharpness of this"))
 
     module.measure_checkpoint, module.EPSILONS = measure_checkpoint, (5e-4, 1e-3)
-    monkeypatch.setitem(sys.modules, "fpsim.sharpness.command", module)
+    monkeypatch.setitem(sys.modules, "fpsim.evaluate.logit_sharpness", module)
     model, text = tmp_path / "model", tmp_path / "text.txt"
     formats = ("--format", "e4m3fn", "--format", "e8m3/toward_zero")
     output = run("sharpness", str(model), str(text), *formats, "--windows", "3", "--context", "8", "--no-gradients")

@@ -14,8 +14,8 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import fpsim
-from fpsim.communication import differences, refuse_other_policy, rounded_reduce_scatter
-from fpsim.optimizers import draw_of_step
+from fpsim.training.gradients import differences, refuse_other_policy, rounded_reduce_scatter
+from fpsim.training.optimizers import draw_of_step
 
 HOOKS: dict[str, dict[str, Any]] = {
     "nearest": {"format": "e4m3fn"},

@@ -8,8 +8,8 @@ from torch import Tensor
 
 import fpsim
 from fpsim.formats import ROUNDINGS, FloatFormat, parse_format, resolve_overflow
-from fpsim.kernel import FLOAT32
-from fpsim.rounding_op import (
+from fpsim.rounding.kernel import FLOAT32
+from fpsim.rounding.ops import (
     _can_round_by_scaling,
     _has_one_unit,
     _has_subnormal,

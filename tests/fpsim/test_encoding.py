@@ -20,7 +20,7 @@ from judge import (
 import fpsim
 from fpsim import reference
 from fpsim.formats import NAMED_FORMATS, ROUNDINGS, FloatFormat, parse_format
-from fpsim.rounding import code_dtype
+from fpsim.rounding.api import code_dtype
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

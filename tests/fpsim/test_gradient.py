@@ -17,7 +17,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import fpsim
 from fpsim.formats import ROUNDINGS, parse_format
-from fpsim.rounding import GRADIENTS
+from fpsim.rounding.api import GRADIENTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,8 +1,8 @@
 """The text of the rounding algorithm, run on plain integers that check what compiled code may rely on.
 
-`fpsim.kernel` is one text for torch, Inductor and plain ints. Here the ints have a width, and they refuse what is
-undefined in C++: a shift by less than 0 or by the width or more, and a sum out of range. (That is no pedantry: g++ 12
-turned NaN into the smallest number of e5m0 once, because a sum that nobody looks at overflowed for NaN alone.)
+`fpsim.rounding.kernel` is one text for torch, Inductor and plain ints. Here the ints have a width, and they refuse
+what is undefined in C++: a shift by less than 0 or by the width or more, and a sum out of range. (That is no pedantry:
+g++ 12 turned NaN into the smallest number of e5m0 once, because a sum that nobody looks at overflowed for NaN alone.)
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from judge import CARRIERS, Inputs, assert_codes, by_reference, interesting, ove
 
 from fpsim import reference
 from fpsim.formats import NAMED_FORMATS, ROUNDINGS, FloatFormat, full_rounding, parse_format, split_rounding
-from fpsim.kernel import Grid, decode_code, encode_code, round_code
+from fpsim.rounding.kernel import Grid, decode_code, encode_code, round_code
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Word:
-    """A signed integer of a fixed width, as `fpsim.kernel` uses it."""
+    """A signed integer of a fixed width, as `fpsim.rounding.kernel` uses it."""
 
     def __init__(self, value: int, bits: int) -> None:
         assert -1 << (bits - 1) <= value < 1 << (bits - 1), f"{value} overflows {bits} bits"
@@ -91,7 +91,7 @@ class Truth:
 
 
 class WordOps:
-    """The kernel's executor on `Word` (`fpsim.kernel.Ops`)."""
+    """The kernel's executor on `Word` (`fpsim.rounding.kernel.Ops`)."""
 
     def __init__(self, carrier: FloatFormat) -> None:
         self.carrier = carrier

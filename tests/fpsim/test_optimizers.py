@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 import fpsim
 from fpsim import reference
-from fpsim.optimizers import draw_of_step, state_names
+from fpsim.training.optimizers import draw_of_step, state_names
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),

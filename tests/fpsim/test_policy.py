@@ -13,7 +13,7 @@ from hypothesis import given
 
 import fpsim
 from fpsim.formats import OVERFLOWS, ROUNDINGS, FloatFormat, parse_format, resolve_overflow
-from fpsim.policy import ATTENTIONS, DIRECTIONS, HYBRID, KINDS, PRODUCTS, ROLES, Cast, Policy, parse_cast
+from fpsim.policy.policy import ATTENTIONS, DIRECTIONS, HYBRID, KINDS, PRODUCTS, ROLES, Cast, Policy, parse_cast
 
 FIELDS = [field.name for field in dataclasses.fields(Policy)]
 PLACES = list(itertools.product(KINDS, ROLES))

@@ -12,9 +12,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fpsim.cli import app
-from fpsim.scripts import load_script
-from fpsim.sharpness.command import measure_script
+from fpsim.cli.main import app
+from fpsim.evaluate.load import load_script
+from fpsim.evaluate.logit_sharpness import measure_script
 
 TEXT = "It was the best of times, it was the worst of times – naïve."
 CONTEXT = 8

@@ -26,8 +26,8 @@ from fpsim.formats import (
     resolve_overflow,
     split_rounding,
 )
-from fpsim.rounding_op import _words, draw_seed, random_key_op, round_with_torch_ops, working_dtype
-from fpsim.verify import codes_of, tensor_of
+from fpsim.rounding.ops import _words, draw_seed, random_key_op, round_with_torch_ops, working_dtype
+from fpsim.verify.run import codes_of, tensor_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from fpsim import reference, verify
+from fpsim import reference
 from fpsim.formats import NAMED_FORMATS, OVERFLOWS, ROUNDINGS, parse_format, resolve_overflow
-from fpsim.rounding_op import CARRIERS, KERNEL
+from fpsim.rounding.ops import CARRIERS
+from fpsim.source import proven_hash
+from fpsim.verify import run as verify
 
 FLOAT32 = CARRIERS[torch.float32]
 DTYPES = list(CARRIERS)
@@ -382,7 +384,7 @@ def test_a_record_is_json_with_examples_as_bits_and_numbers(monkeypatch):
         ],
         "torch": torch.__version__,
         "fpsim": metadata.version("fpsim"),
-        "source": KERNEL,
+        "source": proven_hash(),
     }
     [found] = verdict.examples
     assert verdict.describe(found) == (

@@ -124,7 +124,7 @@ def facts() -> str:
     """Date, device and versions."""
     import triton
 
-    from fpsim.compile_backend.rewrite import source_hash
+    from fpsim.source import source_hash
 
     properties = torch.cuda.get_device_properties(0)
     device = f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor})"

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from fpsim.compile_backend.rewrite import source_hash
+from fpsim.source import source_hash
 
 from .architectures import ARCHITECTURES
 from .measure import Row, measure

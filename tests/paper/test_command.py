@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fpsim.cli import app
+from fpsim.cli.main import app
 from fpsim.paper.config import RunConfig, run_key, to_dict
 from fpsim.paper.data import DataConfig
 from fpsim.paper.models import ModelConfig
@@ -107,7 +107,7 @@ def test_one_run_from_its_configuration(own, tmp_path):
 
 
 def test_the_command_line_imports_nothing_slow():
-    program = "import sys, fpsim.cli; print({'ray', 'pyarrow', 'transformers', 'matplotlib'} & set(sys.modules))"
+    program = "import sys, fpsim.cli.main; print({'ray', 'pyarrow', 'transformers', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.strip() == "set()"
 

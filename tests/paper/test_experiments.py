@@ -19,7 +19,7 @@ from fpsim.paper.models import ModelConfig, build
 from fpsim.paper.report import report
 from fpsim.paper.storage import read_records
 from fpsim.paper.sweeps import Planned, read_sweep, sweep
-from fpsim.policy import Policy, parse_cast
+from fpsim.policy.policy import Policy, parse_cast
 
 SCRIPT = """
 import torch

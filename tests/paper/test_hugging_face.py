@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fpsim.cli import app
+from fpsim.cli.main import app
 from fpsim.paper.data import DataConfig, fingerprint, load
 from fpsim.paper.hugging_face import Source, parse_source, text
 

@@ -72,7 +72,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def study(*arguments: str, cluster: Cluster) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fpsim.paper.command", "run", "--address", cluster.address, *arguments]
+    command = [sys.executable, "-m", "fpsim.cli.study", "run", "--address", cluster.address, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=cluster.environment)
 
 

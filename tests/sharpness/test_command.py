@@ -9,8 +9,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from fpsim.evaluate.logit_sharpness import measure_checkpoint
 from fpsim.sharpness import gradient_norm, logit_stream, summarize
-from fpsim.sharpness.command import measure_checkpoint
 
 transformers = pytest.importorskip("transformers")
 

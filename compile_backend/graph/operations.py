@@ -1,0 +1,146 @@
+"""Where operations end: marks in the traced graph, for `Policy.elementwise` and `Policy.output`.
+
+An operation is one operator of aten as the model or autograd calls it, before anything is decomposed: one rounding
+after a softmax, a layer norm or a GELU, forward and backward, whatever elementary steps this version of torch makes of
+them. To know where such an operation ends, the decompositions that tracing applies are wrapped: each marks its results.
+The same for the matrix products that Inductor decomposes into a multiplication and a sum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import lru_cache, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.decomposition import select_decomp_table
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+
+from fpsim.compile_backend.graph.marks import mark
+from fpsim.compile_backend.graph.products import JOINT_PRODUCTS, PRODUCTS, may_hold_products
+
+aten = torch.ops.aten
+
+#: Operators that compute nothing: they copy, rearrange, pick or make numbers. (Views never reach a decomposition.)
+_MOVES = frozenset(
+    {
+        "_chunk_cat", "_conj_copy", "_copy_from", "_copy_from_and_resize", "_fw_primal_copy", "_index_put_impl",
+        "_lazy_clone", "_make_dual_copy", "_mkldnn_reshape", "_mkldnn_transpose", "_neg_view_copy", "_pin_memory",
+        "_reshape_alias_copy", "_reshape_copy", "_resize_output", "_stack", "_to_copy", "_unsafe_index",
+        "_unsafe_masked_index", "_unsafe_view", "adaptive_max_pool2d", "adaptive_max_pool3d", "alias_copy", "amax",
+        "amin", "aminmax", "as_strided_copy", "as_strided_scatter", "bernoulli", "block_diag", "cat", "cauchy",
+        "channel_shuffle", "clone", "constant_pad_nd", "copy", "cummax", "cummin", "detach_copy", "diag_embed",
+        "diagonal_backward", "diagonal_copy", "diagonal_scatter", "embedding", "empty_like", "expand_copy",
+        "exponential", "fill", "flip", "fmax", "fmin", "full_like", "gather", "geometric", "index", "index_copy",
+        "index_fill", "index_select", "kthvalue", "lift", "lift_fresh_copy", "log_normal", "masked_fill",
+        "masked_scatter", "masked_select", "max", "max_pool2d_with_indices", "max_pool3d_with_indices", "maximum",
+        "median", "min", "minimum", "mode", "nanmedian", "narrow_copy", "new_empty", "new_empty_strided", "new_full",
+        "new_ones", "new_zeros", "normal", "normal_functional", "ones_like", "permute_copy", "pixel_shuffle",
+        "pixel_unshuffle", "rand_like", "randint_like", "randn_like", "random", "reflection_pad1d",
+        "reflection_pad2d", "reflection_pad3d", "repeat", "repeat_interleave", "replication_pad1d",
+        "replication_pad2d", "replication_pad3d", "resize", "resize_as", "roll", "rot90", "select_backward",
+        "select_copy", "select_scatter", "set", "slice_backward", "slice_copy", "slice_scatter", "sort", "split_copy",
+        "split_with_sizes_copy", "squeeze_copy", "stack", "t_copy", "take", "topk", "transpose_copy", "tril", "triu",
+        "unbind_copy", "unfold_copy", "uniform", "unique_consecutive", "unsafe_split", "unsafe_split_with_sizes",
+        "unsqueeze_copy", "view_as_complex_copy", "view_as_real_copy", "view_copy", "where", "zero", "zeros_like",
+    }
+)  # fmt: skip
+
+#: Operators with results beside the first that are statistics for backward, kept within the unit that computes them.
+_ONE_RESULT = frozenset(
+    {
+        "_batch_norm_no_update", "_batch_norm_with_update_functional", "_fused_rms_norm", "_native_batch_norm_legit",
+        "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
+        "miopen_batch_norm", "native_batch_norm", "native_group_norm", "native_layer_norm", "nll_loss2d_forward",
+        "nll_loss_forward", "log_sigmoid_forward", "multilabel_margin_loss_forward", "rrelu_with_noise_functional",
+    }
+)  # fmt: skip
+
+_within: ContextVar[bool] = ContextVar("within an operation", default=False)
+
+
+def decompositions() -> dict[OpOverload, Callable[..., Any]]:
+    """Inductor's decompositions, extended to all operations, with marks at their results.
+
+    What is neither an operation nor a matrix product is wrapped too, so that no step of it passes for an operation.
+    """
+    table: dict[OpOverload, Callable[..., Any]] = dict(select_decomp_table())
+    return {op: _wrapped(op, table.get(op), op in operations()) for op in operations() | table.keys()}
+
+
+@lru_cache(maxsize=1)
+def operations() -> frozenset[OpOverload]:
+    """The operators of aten whose results count as computed: all functions of tensors but `_MOVES` and products."""
+    registered = sorted(
+        name.removeprefix("aten::") for name in torch._C._dispatch_get_all_op_names() if "aten::" in name
+    )
+    found = []
+    for name, _, overload in (name.partition(".") for name in registered):
+        if name not in _MOVES and not may_hold_products(f"aten.{name}"):
+            op = getattr(getattr(aten, name), overload or "default")
+            if op not in PRODUCTS and op not in JOINT_PRODUCTS and _is_function(op):
+                found.append(op)
+    return frozenset(found)
+
+
+def _is_function(op: OpOverload) -> bool:
+    """Whether ``op`` makes new tensors of tensors and is not itself composed of other operators."""
+    schema = op._schema
+    return (
+        not schema.is_mutable
+        and all(argument.alias_info is None for argument in (*schema.arguments, *schema.returns))
+        and any("Tensor" in str(result.type) for result in schema.returns)
+        and not _is_composed(op)
+    )
+
+
+def _is_composed(op: OpOverload) -> bool:
+    """Whether torch decomposes ``op`` of itself: it has a kernel made of other operators, and none for the CPU."""
+    return op.has_kernel_for_dispatch_key(
+        torch._C.DispatchKey.CompositeImplicitAutograd
+    ) and not op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CPU)
+
+
+def _wrapped(op: OpOverload, decomposition: Callable[..., Any] | None, is_operation: bool) -> Callable[..., Any]:
+    """``decomposition`` of ``op`` (None: it has none), with marks; within another one, as it is."""
+
+    @wraps(decomposition or op)
+    def decomposed(*args: Any, **kwargs: Any) -> Any:
+        if _within.get():
+            return decomposition(*args, **kwargs) if decomposition is not None else NotImplemented
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        with _one_operation():
+            result = decomposition(*args, **kwargs) if decomposition is not None else NotImplemented
+            is_whole = result is NotImplemented
+            if is_whole:
+                result = op(*args, **kwargs)
+        ends_here = is_operation or (op in PRODUCTS and not is_whole)
+        computes = ends_here and any(tensor.is_floating_point() for tensor in given)
+        return _with_marks(result, op, given) if computes else result
+
+    return decomposed
+
+
+@contextlib.contextmanager
+def _one_operation() -> Iterator[None]:
+    token = _within.set(True)
+    try:
+        yield
+    finally:
+        _within.reset(token)
+
+
+def _with_marks(result: Any, op: OpOverload, given: list[Tensor]) -> Any:
+    """``result`` with its new floating-point tensors marked: the first alone for operators of `_ONE_RESULT`."""
+
+    def marked(value: Any) -> Any:
+        new = isinstance(value, Tensor) and value.is_floating_point() and not any(value is tensor for tensor in given)
+        return mark(value, f"aten.{op._opname}") if new else value
+
+    values, structure = pytree.tree_flatten(result)
+    results = 1 if op._opname in _ONE_RESULT else len(values)
+    return pytree.tree_unflatten([*map(marked, values[:results]), *values[results:]], structure)

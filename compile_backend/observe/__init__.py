@@ -1,0 +1,1 @@
+"""Measuring what rounding does to numbers while a rewritten graph runs."""

@@ -1,0 +1,256 @@
+"""How far a matrix product of rounded operands is from that of the unrounded ones, computed in float64.
+
+Small products are computed wholly. Of large ones, where that would cost several times the product itself, random
+combinations of the columns are compared: for an error D and a vector g of random signs the mean of |Dg|^2 is |D|^2
+(Hutchinson, Communications in Statistics 19(2), 1990), and Dg costs two products of a matrix and a vector.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from fpsim.compile_backend.graph import convolution
+from fpsim.compile_backend.graph.marks import mark
+from fpsim.compile_backend.graph.products import Product, is_of_product
+from fpsim.compile_backend.observe.statistics import norm, piece_size
+
+aten = torch.ops.aten
+
+#: How many random combinations of columns are compared.
+MIXTURES = 12
+#: Of how many columns on a product of matrices is large; of how many images or channels a convolution, which is slow in
+#: float64.
+LARGE = 128
+LARGE_CONVOLUTION = 32
+
+_SUMS = (aten.sum.dim_IntList, aten.sum.default)
+#: Products of matrices, or of batches of matrices, alone, and those that add their first argument.
+_PLAIN = (aten.mm, aten.bmm)
+_WITH_ADDEND = (aten.addmm, aten.baddbmm, aten.addmv, aten.addbmm)
+
+#: What the operator gave, the unrounded operands, its other tensors and the seed of an estimate, to two norms: of the
+#: difference from the product of the unrounded operands, and of that product.
+Comparison = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], int], tuple[float, float]]
+
+
+def result_of(product: Product) -> fx.Node:
+    """The node that holds the product: of a multiplication that a sum completes, the sum."""
+    node = product.value
+    while product.value.target is aten.mul.Tensor and len(node.users) == 1:
+        (node,) = node.users
+        if node.target in _SUMS and is_of_product(node):
+            return node
+        if node.target not in (mark, torch.ops.prims.convert_element_type.default):
+            break
+    return product.value
+
+
+def other_tensors(product: Product | None) -> list[fx.Node]:
+    """The arguments of a product's operator beside its operands that are tensors, in their order."""
+    if product is None:
+        return []
+    arguments = enumerate(product.node.args)
+    return [node for i, node in arguments if isinstance(node, fx.Node) and i not in product.operands]
+
+
+def comparison(product: Product, value: fx.Node, exact: bool) -> Comparison:
+    """The function that compares a run of ``product``, whose result is ``value``, with the unrounded operands' product.
+
+    Whatever the operator adds is in neither norm. ``exact``: never estimate.
+    """
+    multiply, mixing = _multiplication(product, value), _mixing(product, value)
+    beta = cast(float, product.node.kwargs.get("beta", 1))
+
+    def compare(got: Tensor, operands: Sequence[Tensor], others: Sequence[Tensor], seed: int) -> tuple[float, float]:
+        addend = _addend(product, others)
+        if addend is not None:
+            addend = (beta * addend.double()).expand(got.shape)
+        if mixing is not None and not exact and got.numel() and got.shape[mixing.of_result] >= mixing.large:
+            signs = _signs(got.shape[mixing.of_result], seed, got.device)
+            mixed = list(operands)
+            mixed[mixing.operand] = _mixed(operands[mixing.operand], mixing.of_operand, signs)
+            estimate = _estimated(got, addend, mixing.of_result, signs, multiply(mixed, others))
+            if all(map(math.isfinite, estimate)):
+                return estimate
+        reference = multiply(operands, others)
+        got = got.double() if addend is None else got.double() - addend
+        return norm(got - reference), norm(reference)
+
+    return compare
+
+
+def _estimated(
+    got: Tensor, addend: Tensor | None, dim: int, signs: Tensor, mixed_reference: Tensor
+) -> tuple[float, float]:
+    """Estimates of the two norms from combinations along ``dim``: of the result itself, and of what it should be.
+
+    The norm of the result R is exact; that of the exact product R - D follows with the mean of (Rg)(Dg), which is the
+    inner product of R and D.
+    """
+    rows, less = _rows(got, dim), None if addend is None else _rows(addend, dim)
+    size = max(piece_size(got.device) // rows.shape[1], 1)
+    results, norms = [], []
+    for start in range(0, len(rows), size):
+        piece = rows[start : start + size].double()
+        if less is not None:
+            piece = piece - less[start : start + size]
+        results.append(piece @ signs)
+        norms.append(norm(piece))
+    result = torch.cat(results)
+    difference = result - _rows(mixed_reference, dim)
+    error = norm(difference) / math.sqrt(MIXTURES)
+    inner = float((result * difference).sum()) / MIXTURES
+    return error, math.sqrt(max(math.hypot(*norms) ** 2 - 2 * inner + error**2, 0.0))
+
+
+@dataclass(frozen=True)
+class _Mixing:
+    """A result is linear in its ``operand``: the same combinations along these two dimensions go with each other.
+
+    ``large``: the size from which on combinations are cheaper.
+    """
+
+    operand: int
+    of_operand: int
+    of_result: int
+    large: int = LARGE
+
+
+def _mixing(product: Product, value: fx.Node) -> _Mixing | None:
+    node, packet = product.node, _packet(product)
+    if packet in _PLAIN or packet in (aten.addmm, aten.baddbmm, aten.addbmm):
+        return _Mixing(1, -1, -1)
+    if packet is aten._grouped_mm:
+        dims = [argument.meta["val"].dim() for argument in node.args[:2]]  # type: ignore[union-attr]
+        return None if dims == [3, 2] else _Mixing(1, -1, -1)
+    if packet is aten.convolution:  # of fewer images: the unfolded image is what costs
+        return _Mixing(0, 0, 0, LARGE_CONVOLUTION)
+    if packet is aten.convolution_backward and node.args[9] == 1:
+        transposed = bool(node.args[7])
+        if value.args[1] == convolution.INPUT:
+            return _Mixing(1, 0 if transposed else 1, 1, LARGE_CONVOLUTION)
+        return _Mixing(1, 1, 0 if transposed else 1, LARGE_CONVOLUTION)
+    return None
+
+
+def _signs(size: int, seed: int, device: torch.device) -> Tensor:
+    """Random signs, of shape (``size``, `MIXTURES`)."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return (2.0 * torch.randint(2, (size, MIXTURES), generator=generator, device="cpu") - 1).double().to(device)
+
+
+def _rows(values: Tensor, dim: int) -> Tensor:
+    """``values`` as a matrix whose columns are along ``dim``."""
+    return values.movedim(dim, -1).reshape(-1, values.shape[dim])
+
+
+def _mixed(values: Tensor, dim: int, signs: Tensor) -> Tensor:
+    """Sums of ``values`` along ``dim`` in float64, one for each column of ``signs``."""
+    shape = values.movedim(dim, -1).shape[:-1]
+    return _times(_rows(values, dim), signs).reshape(*shape, -1).movedim(-1, dim)
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """The product of two matrices, or of batches of matrices, in float64; ``a`` is widened piece by piece."""
+    b = b.double()
+    size = max(a.shape[0] * piece_size(a.device) // max(a.numel(), 1), 1)
+    if a.dim() == 2 and a.stride(0) < a.stride(1):  # it lies in memory column by column
+        size = max(piece_size(a.device) // max(a.shape[0], 1), 1)
+        total = b.new_zeros(a.shape[0], b.shape[1])
+        for columns, rows in zip(a.split(size, 1), b.split(size), strict=True):
+            total.addmm_(columns.double(), rows)
+        return total
+    if a.dim() == 2:
+        return torch.cat([rows.double() @ b for rows in a.split(size)])
+    return torch.cat([x.double() @ y for x, y in zip(a.split(size), b.split(size), strict=True)])
+
+
+def _addend(product: Product, others: Sequence[Tensor]) -> Tensor | None:
+    """What the operator adds to the product, in a shape that fits."""
+    if _packet(product) in _WITH_ADDEND:
+        return others[0]
+    if _packet(product) is aten.convolution and others:
+        return others[0].view(-1, *[1] * len(product.node.args[3]))  # type: ignore[arg-type]
+    return None
+
+
+def _multiplication(product: Product, value: fx.Node) -> Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]:
+    """The product in float64, as a function of its operands and of the other tensors that its operator takes."""
+    if _packet(product) in _PLAIN:
+        return lambda operands, _: _times(*operands)
+    if _packet(product) in (aten.addmm, aten.baddbmm):
+        alpha = cast(float, product.node.kwargs.get("alpha", 1))
+        return lambda operands, _: _times(*operands).mul_(alpha)
+    of_wide = _wide_multiplication(product, value)
+    return lambda operands, others: of_wide([operand.double() for operand in operands], others)
+
+
+def _wide_multiplication(product: Product, value: fx.Node) -> Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]:
+    """The same of operands that are float64 already, for the rarer operators."""
+    node, packet = product.node, _packet(product)
+    if packet in _WITH_ADDEND:
+        alpha = node.kwargs.get("alpha", 1)
+        return lambda operands, _: packet(operands[0].new_zeros(1), *operands, beta=0, alpha=alpha)
+    if packet is aten.convolution:
+        return lambda operands, _: packet(*operands, None, *node.args[3:])
+    if packet is aten.convolution_backward:
+        return partial(_convolution_gradient, node.args, cast(int, value.args[1]))
+    if packet is aten._grouped_mm:
+        return lambda operands, others: _grouped(*operands, *others[:1])
+    if packet is aten.mul and value is not product.value:
+        return lambda operands, _: (operands[0] * operands[1]).sum(*value.args[1:])
+    return lambda operands, _: packet(*operands)
+
+
+def _packet(product: Product) -> Any:
+    return cast(OpOverload, product.node.target).overloadpacket
+
+
+def _convolution_gradient(
+    arguments: Sequence[Any], index: int, operands: Sequence[Tensor], others: Sequence[Tensor]
+) -> Tensor:
+    """The gradient number ``index`` that a call of `aten.convolution_backward` with ``arguments`` computes.
+
+    Of the argument that is no operand only the shape is used, and of that the channels are those of the operand.
+    """
+    gradient, operand = operands
+    shape, transposed = list(others[0].shape), arguments[7]
+    if index == convolution.INPUT:
+        if arguments[9] == 1:
+            shape[1] = operand.shape[0 if transposed else 1]
+        tensors = gradient, operand.new_zeros(shape), operand
+    else:
+        if arguments[9] == 1:
+            shape[0 if transposed else 1] = operand.shape[1]
+        tensors = gradient, operand, operand.new_zeros(shape)
+    mask = [i == index for i in range(3)]
+    return aten.convolution_backward(*tensors, None, *arguments[4:10], mask)[index]
+
+
+def _grouped(a: Tensor, b: Tensor, ends: Tensor | None = None) -> Tensor:
+    """The product of the groups of two matrices or batches, as in `torch.nn.functional.grouped_mm`; zero outside."""
+    if a.dim() == b.dim() == 3:
+        return a @ b
+    assert ends is not None
+    stops = ends.tolist()
+    starts = [0, *stops[:-1]]
+    groups = list(zip(starts, stops, strict=True))
+    if a.dim() == b.dim() == 2:
+        return torch.stack([a[:, i:j] @ b[i:j] for i, j in groups])
+    if a.dim() == 2:
+        result = a.new_zeros(a.shape[0], b.shape[-1])
+        for (i, j), matrix in zip(groups, b, strict=True):
+            result[i:j] = a[i:j] @ matrix
+        return result
+    result = a.new_zeros(a.shape[1], b.shape[1])
+    for (i, j), matrix in zip(groups, a, strict=True):
+        result[:, i:j] = matrix @ b[:, i:j]
+    return result

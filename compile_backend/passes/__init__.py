@@ -1,0 +1,1 @@
+"""Rewriting a traced graph: what is rounded where, as a policy says."""

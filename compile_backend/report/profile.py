@@ -1,0 +1,495 @@
+"""Seeing where a model's numbers go: `profile` runs one real step and counts, at every site, what rounding did.
+
+The step is interpreted, as by backend ``"fpsim_eager"``: its values are those of the compiled model up to the order of
+sums. A `Profiler` does the same for the steps of a training loop.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, fx
+from torch._dynamo.utils import counters
+from torch._guards import CompileContext
+from torch.utils import _pytree as pytree
+
+from fpsim.compile_backend.backend import compile_with_rounding
+from fpsim.compile_backend.observe.recorder import ProductStatistics, Recorder, SiteStatistics
+from fpsim.compile_backend.observe.statistics import COUNTS, Histogram, Statistics, merge, severity
+from fpsim.compile_backend.plan import Gap, Plan, Site, render
+from fpsim.compile_backend.report import page as profile_page
+from fpsim.compile_backend.report.explain import (
+    ISOLATED,
+    NOTHING,
+    as_policy,
+    break_gap,
+    gradients_kept,
+    no_recompile_limit,
+    state_kept,
+    uncompiled,
+)
+from fpsim.policy.policy import Policy, parse_cast
+from fpsim.suggestions import did_you_mean
+
+if TYPE_CHECKING:
+    import pandas
+
+#: Version of the JSON form.
+JSON_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What rounding did at every site of a model, in one step or several.
+
+    ``str(profile)`` and ``rich.print(profile)`` show a table, the worst sites first; `to_pandas`, `to_dict`, `to_json`
+    and `to_html` hand it on. Profiles of the same model under the same policy add up: ``sum(profiles)``.
+
+    Attributes:
+        sites: every operand of every matrix product that ran, rounded or not, and every other value that was rounded.
+        products: every matrix product that ran.
+        gaps: what multiplies matrices and is not rounded, as `fpsim.explain` lists it.
+    """
+
+    sites: tuple[SiteStatistics, ...]
+    products: tuple[ProductStatistics, ...]
+    gaps: tuple[Gap, ...] = ()
+
+    def relative_error(self, site: SiteStatistics) -> float | None:
+        """The relative error of the product whose operand ``site`` is; None if it is no operand."""
+        return None if site.product is None else self.products[site.product].relative_error
+
+    # -- several steps -----------------------------------------------------------------------------------------------
+
+    def __add__(self, other: Profile) -> Profile:
+        if not isinstance(other, Profile):
+            return NotImplemented
+        return Profile.merge([self, other])
+
+    def __radd__(self, other: object) -> Profile:
+        return self if other == 0 else NotImplemented  # sum() begins with 0
+
+    @classmethod
+    def merge(cls, profiles: Iterable[Profile]) -> Profile:
+        """The profile of all steps of ``profiles`` together.
+
+        Sizes that differ from step to step (a last batch that is smaller) are ``"*"`` in the shapes.
+
+        Raises:
+            ValueError: none are given, or two have different sites.
+        """
+        profiles = list(profiles)
+        if not profiles:
+            raise ValueError("there are no profiles to merge")
+        first = profiles[0]
+        for other in profiles[1:]:
+            _check_same_sites(first, other)
+        sites = tuple(_merged_sites(same) for same in zip(*(profile.sites for profile in profiles), strict=True))
+        products = tuple(
+            _merged_products(same) for same in zip(*(profile.products for profile in profiles), strict=True)
+        )
+        return cls(sites, products, tuple(dict.fromkeys(gap for profile in profiles for gap in profile.gaps)))
+
+    # -- handing on --------------------------------------------------------------------------------------------------
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat mapping per site: what it is, counts, shares (``zeros_share``), ``amax``, ``sqnr`` in dB,
+        ``relative_error`` of its product (None if it is no operand), and the two histograms as tuples of pairs.
+        """
+        return [self._row(site) for site in self.sites]
+
+    def _row(self, site: SiteStatistics) -> dict[str, Any]:
+        what = {field.name: getattr(site, field.name) for field in fields(Site)}
+        numbers = {field.name: getattr(site.statistics, field.name) for field in fields(Statistics)}
+        shares = {f"{name}_share": site.statistics.share(name) for name in COUNTS}
+        derived = {"sqnr": site.statistics.sqnr, "relative_error": self.relative_error(site)}
+        return what | {"product": site.product} | numbers | shares | derived
+
+    def to_dict(self) -> dict[str, Any]:
+        """``sites`` (`rows`), ``products`` and ``gaps`` as lists of mappings."""
+        products = [asdict(product) | {"relative_error": product.relative_error} for product in self.products]
+        return {"sites": self.rows(), "products": products, "gaps": [asdict(gap) for gap in self.gaps]}
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON; numbers that JSON lacks are the strings ``"inf"``, ``"-inf"`` and ``"nan"``."""
+        return json.dumps({"fpsim_profile": JSON_VERSION} | _spelled(self.to_dict()), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Profile:
+        """The profile that `to_json` wrote.
+
+        Raises:
+            ValueError: ``text`` is no such JSON.
+        """
+        return _profile_of(text)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """`rows` as a data frame.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(
+                "Profile.to_pandas needs pandas: pip install pandas, or use to_dict or to_json"
+            ) from error
+        return pandas.DataFrame(self.rows())
+
+    def to_html(self, path: str | Path, *, title: str = "fpsim profile") -> Path:
+        """Write a page to ``path`` that needs no network: a table to sort and filter, and plots. Returns the path."""
+        path = Path(path)
+        path.write_text(profile_page.page(self, title), encoding="utf-8")
+        return path
+
+    # -- showing -----------------------------------------------------------------------------------------------------
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.table()
+        if self.gaps:
+            yield Text(f"{len(self.gaps)} gaps are not in this table: fpsim.explain lists them", style="yellow")
+
+    def __str__(self) -> str:
+        return render(self, width=200)
+
+    def table(self, sort: str = "sqnr", limit: int | None = None) -> Table:
+        """A table for rich.
+
+        Args:
+            sort: by which of the `rows`' numbers, the worst first: ``sqnr``, ``relative_error``, ``amax``, a count
+                or its share.
+            limit: how many rows at most; None shows all.
+
+        Raises:
+            ValueError: ``sort`` is no such number.
+        """
+        rows = _sorted(self.rows(), sort)
+        table = Table(title=f"{len(rows)} sites, {len(self.products)} matrix products", title_justify="left")
+        table.add_column("module", overflow="fold", min_width=16)
+        for name in ("operator", "kind", "role", "cast"):
+            table.add_column(name, no_wrap=True)
+        for name in ("zero", "underflow", "subnormal", "saturated", "ovf/inf/NaN", "amax", "SQNR dB", "error"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("exponents", no_wrap=True)
+        for row in rows[:limit]:
+            table.add_row(*_cells(row))
+        return table
+
+
+def _cells(row: dict[str, Any]) -> list[Text]:
+    words = [row["path"] or "(root)", row["operator"], row["kind"], row["role"]]
+    by = parse_cast(row["cast"]) if row["cast"] else None
+    cast = Text(by.label, style="green") if by else Text("unrounded", style="yellow")
+    shares = [
+        _coloured(name, row[f"{name}_share"], profile_page.percent(row[f"{name}_share"]))
+        for name in ("zeros", "underflows", "subnormals")
+    ]
+    saturated = _coloured("saturations", row["saturations_share"], profile_page.percent(row["saturations_share"]))
+    specials = [f"{row[name]} {word}" for name, word in _SPECIALS.items() if row[name]]
+    error = row["relative_error"]
+    return [
+        *map(Text, words),
+        cast,
+        *shares,
+        saturated,
+        Text(" ".join(specials) or "-", style="bold red" if specials else ""),
+        Text(f"{row['amax']:.3g}"),
+        _coloured("sqnr", row["sqnr"], profile_page.decibel(row["sqnr"])),
+        Text("") if error is None else _coloured("relative_error", error, f"{error:.2g}"),
+        Text(bars(row["exponents"])),
+    ]
+
+
+_SPECIALS = {"overflows": "ovf", "infinities": "inf", "nans": "NaN"}
+_STYLES = ("", "yellow", "bold red")
+
+
+def _coloured(name: str, value: float, text: str) -> Text:
+    return Text(text, style=_STYLES[severity(name, value)])
+
+
+def bars(histogram: Histogram, width: int = 16) -> str:
+    """A histogram of exponents as one line: the least exponent, bars, the greatest."""
+    if not histogram:
+        return "-"
+    low, high = histogram[0][0], histogram[-1][0]
+    step = (high - low) // width + 1
+    heights = [0] * ((high - low) // step + 1)
+    for exponent, count in histogram:
+        heights[(exponent - low) // step] += count
+    top = max(heights)
+    return f"{low} {''.join(_BARS[math.ceil(8 * height / top)] for height in heights)} {high}"
+
+
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+def _sorted(rows: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
+    """``rows`` with the worst first: the lowest ratios of signal to noise, or the highest of any other number."""
+    numbers = [name for name, value in (rows[0] if rows else {by: 0}).items() if isinstance(value, int | float)]
+    if by != "relative_error" and by not in numbers:
+        hint = did_you_mean(by, numbers)
+        raise ValueError(f"cannot sort by {by!r}{hint}: use one of {', '.join([*numbers, 'relative_error'])}")
+    sign = 1 if by == "sqnr" else -1
+    return sorted(rows, key=lambda row: math.inf if row[by] is None else sign * row[by])
+
+
+# -- merging and reading -----------------------------------------------------------------------------------------------
+
+
+def _identity(site: SiteStatistics) -> tuple[Any, ...]:
+    """What two steps have in common at one site: everything but sizes and numbers."""
+    return site.path, site.operator, site.kind, site.role, len(site.shape), site.dtype, site.cast, site.product
+
+
+def _same_sites(a: Profile, b: Profile) -> bool:
+    return list(map(_identity, a.sites)) == list(map(_identity, b.sites))
+
+
+def _check_same_sites(a: Profile, b: Profile) -> None:
+    for one, other in zip_longest(a.sites, b.sites):
+        if one is None or other is None or _identity(one) != _identity(other):
+            raise ValueError(
+                f"profiles of different sites do not add up: one has {_words(one)} where another has {_words(other)}. "
+                "Merge profiles of the same model under the same policy, of whole steps"
+            )
+
+
+def _words(site: SiteStatistics | None) -> str:
+    if site is None:
+        return "nothing"
+    return f"{site.kind} {site.role} of {site.operator} in {site.path or '(root)'!r} cast to {site.cast}"
+
+
+def _merged_sites(sites: Sequence[SiteStatistics]) -> SiteStatistics:
+    statistics = merge(site.statistics for site in sites)
+    return replace(sites[0], shape=_common([site.shape for site in sites]), statistics=statistics)
+
+
+def _merged_products(products: Sequence[ProductStatistics]) -> ProductStatistics:
+    shapes = tuple(_common(pair) for pair in zip(*(product.shapes for product in products), strict=True))
+    runs = sum(product.runs for product in products)
+    error = math.hypot(*(product.error for product in products))
+    reference = math.hypot(*(product.reference for product in products))
+    return replace(products[0], shapes=shapes, runs=runs, error=error, reference=reference)
+
+
+def _common(shapes: Sequence[tuple[int | str, ...]]) -> tuple[int | str, ...]:
+    return tuple(sizes[0] if len(set(sizes)) == 1 else "*" for sizes in zip(*shapes, strict=True))
+
+
+def _together(profiles: Sequence[Profile]) -> Profile:
+    """The sites of different graphs one after the other."""
+    sites: list[SiteStatistics] = []
+    products: list[ProductStatistics] = []
+    for profile in profiles:
+        shift = len(products)
+        sites += [
+            site if site.product is None else replace(site, product=site.product + shift) for site in profile.sites
+        ]
+        products += profile.products
+    gaps = dict.fromkeys(gap for profile in profiles for gap in profile.gaps)
+    return Profile(tuple(sites), tuple(products), tuple(gaps))
+
+
+def _spelled(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _spelled(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spelled(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _profile_of(text: str) -> Profile:
+    try:
+        facts = json.loads(text)
+        if facts["fpsim_profile"] > JSON_VERSION:
+            raise ValueError(f"it was written by a newer version of fpsim (form {facts['fpsim_profile']})")
+        sites = [_site_of(row) for row in facts["sites"]]
+        products = [_product_of(row) for row in facts["products"]]
+        gaps = [Gap(**row) for row in facts["gaps"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"this is no profile that Profile.to_json wrote: {error}") from error
+    return Profile(tuple(sites), tuple(products), tuple(gaps))
+
+
+def _site_of(row: Mapping[str, Any]) -> SiteStatistics:
+    numbers: dict[str, Any] = {name: row[name] for name in ("elements", *COUNTS)}
+    numbers |= {name: float(row[name]) for name in ("amax", "signal", "noise")}
+    numbers |= {name: tuple(map(tuple, row[name])) for name in ("exponents", "rounded_exponents")}
+    what: dict[str, Any] = {field.name: row[field.name] for field in fields(Site)}
+    what["shape"] = tuple(what["shape"])
+    return SiteStatistics(**what, product=row["product"], statistics=Statistics(**numbers))
+
+
+def _product_of(row: Mapping[str, Any]) -> ProductStatistics:
+    what = {field.name: row[field.name] for field in fields(ProductStatistics)}
+    shapes = tuple(map(tuple, row["shapes"]))
+    return ProductStatistics(
+        **what | {"shapes": shapes, "error": float(row["error"]), "reference": float(row["reference"])}
+    )
+
+
+# -- running -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A graph that was traced: of which code, with which gaps, and what has been recorded of it."""
+
+    code: object
+    gaps: list[Gap]
+    recorder: Recorder
+
+    def take(self) -> Profile:
+        sites, products = self.recorder.results()
+        self.recorder.clear()
+        return Profile(tuple(sites), tuple(products), tuple(self.gaps))
+
+
+class Profiler:
+    """A model that is called as before, interpreted with rounding, and keeps statistics of every site.
+
+    For training loops: the steps are real ones, with the user's own loss and optimizer.
+
+    Args:
+        model: an `nn.Module` or a function; if it is compiled, what was compiled.
+        policy: a `Policy`, a mapping of its fields, the name of a preset, or None for the FP8 hybrid.
+
+        exact_products: compare large products wholly too; see `ProductStatistics`.
+
+    Raises: as backend ``"fpsim"``: when constructed for a bad policy, when called for what cannot be rounded.
+
+    >>> model = torch.nn.Linear(4, 2)
+    >>> profiler = Profiler(model, policy="bf16")
+    >>> for batch in torch.randn(3, 8, 4):
+    ...     profiler(batch).sum().backward()
+    >>> [product.runs for product in profiler.take().products]
+    [3, 3]
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        policy: Policy | Mapping[str, Any] | str | None = None,
+        exact_products: bool = False,
+    ) -> None:
+        self._policy = as_policy(policy)
+        self._exact_products = exact_products
+        self._graphs: list[_Graph] = []
+        self._model = torch.compile(uncompiled(model), backend=self._backend, dynamic=False, **ISOLATED)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's outputs."""
+        with no_recompile_limit():
+            return self._model(*args, **kwargs)
+
+    def take(self) -> Profile:
+        """The profile of everything that ran since the last call of `take`.
+
+        Graphs of the same code for inputs of other shapes are merged where they have the same sites.
+        """
+        profiles: list[tuple[object, Profile]] = []
+        for graph in self._graphs:
+            new = graph.take()
+            for i, (code, profile) in enumerate(profiles):
+                if new.sites and code == graph.code and _same_sites(profile, new):
+                    profiles[i] = code, profile + new
+                    break
+            else:
+                profiles.append((graph.code, new))
+        return _together([profile for _, profile in profiles])
+
+    @property
+    def compiled_anything(self) -> bool:
+        """Whether torch has found a graph in what ran so far."""
+        return bool(self._graphs)
+
+    def _backend(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        compile_id = CompileContext.current_compile_id()
+        graph = _Graph(getattr(compile_id, "frame_id", None), [], Recorder(self._exact_products))
+        self._graphs.append(graph)
+
+        def add_gaps(plan: Plan) -> None:
+            graph.gaps.extend(plan.gaps)
+
+        return compile_with_rounding(
+            gm, example_inputs, self._policy, interpret=True, observer=add_gaps, recorder=graph.recorder
+        )
+
+
+def profile(
+    model: Callable[..., Any],
+    /,
+    *args: Any,
+    policy: Policy | Mapping[str, Any] | str | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
+    exact_products: bool = False,
+    **kwargs: Any,
+) -> Profile:
+    """Run one real forward and backward, and count at every site what rounding did to the numbers there.
+
+    Parameters, buffers (also of modules that a function closes over or is given), gradients and random state are left
+    as they were; stochastic rounding draws what the next step would draw. Under ``torch.no_grad()``, or where no output
+    needs a gradient, the step is a forward pass.
+
+    Args:
+        model: an `nn.Module` or a function, compiled or not.
+        args, kwargs: its inputs.
+        policy: a `Policy`, a mapping of its fields, the name of a preset, or None for the FP8 hybrid.
+        loss: the function of the model's outputs to differentiate. None: the output named ``loss`` if there is one that
+            needs a gradient (as of Hugging Face's models called with labels), else the sum of all floating-point
+            outputs that need one.
+        exact_products: compare every product with that of the unrounded operands wholly. By default large ones are
+            compared by random combinations of their columns: see `ProductStatistics`.
+
+    Raises:
+        ValueError: a bad policy.
+        TypeError: ``loss`` gives no floating-point tensor that needs a gradient.
+        BackendCompilerFailed: torch's wrapper around the errors of backend ``"fpsim"``: a product that cannot be
+            rounded, a glob that matches no module, a format that a dtype of the model cannot carry.
+
+    >>> model = torch.nn.Linear(4, 2)
+    >>> first = profile(model, torch.full((8, 4), 0.3), policy={"format": "e4m3fn"}).sites[0]
+    >>> first.role, first.statistics.elements, first.statistics.amax
+    ('activation', 32, 0.30000001192092896)
+    """
+    profiler = Profiler(model, policy=policy, exact_products=exact_products)
+    breaks_before = Counter(counters["graph_break"])
+    with state_kept(model, args, kwargs):
+        total = _loss(profiler(*args, **kwargs), loss)
+        if total is not None:
+            with gradients_kept(total):
+                total.backward()
+    breaks = Counter(counters["graph_break"]) - breaks_before
+    result = profiler.take()
+    gaps = (*result.gaps, *map(break_gap, breaks))
+    return replace(result, gaps=gaps if profiler.compiled_anything else (*gaps, NOTHING))
+
+
+def _loss(outputs: Any, given: Callable[[Any], Tensor] | None) -> Tensor | None:
+    """What to differentiate; None if nothing needs a gradient."""
+    if given is not None:
+        value = given(outputs)
+        if not (isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad):
+            raise TypeError(f"loss must give a floating-point tensor that needs a gradient, got {value!r}")
+        return value.sum()
+    named = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if isinstance(named, Tensor) and named.requires_grad:
+        return named.sum()
+    leaves = pytree.tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
+    totals = [leaf.sum().double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return torch.stack(totals).sum() if totals else None

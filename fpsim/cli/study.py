@@ -1,0 +1,344 @@
+"""``fpsim study``: sweeps on the user's own model, the paper's experiments, and reports, from the command line."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperCommand
+
+from fpsim.suggestions import did_you_mean
+
+if TYPE_CHECKING:
+    from fpsim.paper.config import RunConfig
+    from fpsim.paper.experiments import Setting
+    from fpsim.paper.sweeps import Outcome, Planned
+
+app = typer.Typer(
+    help="Decide whether a format is safe to train in: sweeps, the paper's experiments, reports. Needs fpsim\\[paper].",
+    no_args_is_help=True,
+)
+
+_Command = TypeVar("_Command", bound=Callable[..., None])
+_WRONG_INPUT = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, ModuleNotFoundError, ConnectionError)
+
+
+def _plain_errors(command: _Command) -> _Command:
+    """Let the errors that wrong input causes end the program with one line and exit code 2."""
+
+    @functools.wraps(command)
+    def wrapped(*args: object, **kwargs: object) -> None:
+        try:
+            command(*args, **kwargs)
+        except _WRONG_INPUT as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+class _Lists(TyperCommand):
+    """Options that may be given several times also take several values at once: ``--formats bf16 e4m3fn e8m3``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        several = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
+        result: list[str] = []
+        current = ""
+        for arg in args:
+            if arg.startswith("--"):
+                current = arg if arg in several else ""
+                result.append(arg)
+            elif current and result[-1] != current:
+                result += [current, arg]
+            else:
+                result.append(arg)
+        return super().parse_args(ctx, result)
+
+
+Out = Annotated[Path | None, typer.Option(help="Folder of the sweep. [default: under runs/]", show_default=False)]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="UTF-8 file, folder of them, nanoGPT .bin file or folder, or hf:NAME. [default: Shakespeare]",
+        show_default=False,
+    ),
+]
+Seeds = Annotated[int | None, typer.Option(min=1, help="How many seeds, from 0.", show_default=False)]
+Steps = Annotated[int | None, typer.Option(min=2, help="Optimizer steps per run.", show_default=False)]
+Rates = Annotated[list[float] | None, typer.Option(help="Learning rates.", show_default=False)]
+Model = Annotated[
+    str | None,
+    typer.Option(help="tiny, toy, gpt2-124m, llama-120m, llama2-7b, or script.py:function.", show_default=False),
+]
+Executor = Annotated[str, typer.Option(help="ray, process (without Ray), or serial (in this process).")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Runs at a time. [default: one per core]", show_default=False)]
+Address = Annotated[str | None, typer.Option(help="Of a Ray cluster, or auto.", show_default=False)]
+Gpus = Annotated[float, typer.Option(min=0, help="GPUs per run, for Ray.")]
+Cpus = Annotated[float, typer.Option(min=0, help="Cores per run, for Ray.")]
+Retries = Annotated[int, typer.Option(min=0, help="How often a failed run is tried again.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default=False)]
+Interpret = Annotated[
+    bool, typer.Option("--interpret", help="Without a compiler: starts sooner, runs several times slower.")
+]
+
+
+@app.command(cls=_Lists)
+@_plain_errors
+def run(
+    model: Model = None,
+    data: Data = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(help="fp32, bf16, e8m3/toward_zero, e4m3fn+e5m2, paper:e8m3, fp8_hybrid, ... [default: a choice]"),
+    ] = None,
+    seeds: Seeds = 3,
+    learning_rates: Rates = None,
+    steps: Steps = 300,
+    batch: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 8,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens per window.", show_default=False)] = None,
+    vocabulary: Annotated[int | None, typer.Option(min=2, help="Of your own model.", show_default=False)] = None,
+    loss_scale: Annotated[float, typer.Option(help="Factor on the loss in the backward pass.")] = 1.0,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 is no clipping.")] = 1.0,
+    quality: Annotated[str, typer.Option(help="clean, shuffled, duplicated or noisy training text.")] = "clean",
+    level: Annotated[float, typer.Option(help="Share of the training text that is spoiled.")] = 0.5,
+    measure_every: Annotated[int, typer.Option(min=0, help="Steps between measurements of sharpness.")] = 10,
+    hessian_every: Annotated[int, typer.Option(min=0, help="Steps between Hessian eigenvalues; 0 is never.")] = 0,
+    device: Device = None,
+    interpret: Interpret = False,
+    out: Out = None,
+    executor: Executor = "ray",
+    workers: Workers = None,
+    address: Address = None,
+    gpus: Gpus = 0.0,
+    cpus: Cpus = 1.0,
+    retries: Retries = 2,
+) -> None:
+    """Train a model in several formats over seeds and learning rates, and write a report."""
+    from fpsim.paper.config import RunConfig
+    from fpsim.paper.data import DataConfig
+    from fpsim.paper.models import model_config
+    from fpsim.paper.sweeps import grid
+
+    steps = steps or 300
+    chosen = model_config(model or "tiny")
+    chosen = replace(chosen, context=context or chosen.context, vocabulary=vocabulary or chosen.vocabulary)
+    base = RunConfig(
+        model=chosen,
+        data=DataConfig(data, quality=quality, level=level if quality != "clean" else 1.0),
+        steps=steps,
+        batch=batch,
+        warmup=steps // 10,
+        clip=clip or None,
+        loss_scale=loss_scale,
+        validate_every=max(1, steps // 5),
+        measure_every=measure_every,
+        hessian_every=hessian_every,
+        ranges_every=max(1, steps // 4),
+        stop_nonfinite=10,
+        backend="interpreted" if interpret else "compiled",
+        device=device or "cpu",
+    )
+    names = list(dict.fromkeys(formats or ["fp32", "bf16", "e4m3fn", "e8m3"]))
+    plan = grid(base, formats=names, learning_rates=learning_rates, seeds=range(seeds or 3))
+    _compute(
+        plan,
+        out or Path("runs/study"),
+        title=f"{chosen.label} on {base.data.label}",
+        facts={},
+        executor=executor,
+        workers=workers,
+        address=address,
+        resources={"num_cpus": cpus, "num_gpus": gpus},
+        retries=retries,
+    )
+
+
+@app.command(cls=_Lists)
+@_plain_errors
+def experiment(
+    number: Annotated[int, typer.Argument(help="1 to 8; fpsim study list shows them.")],
+    size: Annotated[str, typer.Option(help="quick (minutes on 2 cores), full (hours) or paper (GPUs).")] = "quick",
+    conditions: Annotated[
+        list[str] | None, typer.Option(help="Only these, by name or glob ('*truncated').", show_default=False)
+    ] = None,
+    model: Model = None,
+    data: Data = None,
+    seeds: Seeds = None,
+    learning_rates: Rates = None,
+    steps: Steps = None,
+    device: Device = None,
+    interpret: Interpret = False,
+    out: Out = None,
+    executor: Executor = "ray",
+    workers: Workers = None,
+    address: Address = None,
+    gpus: Gpus = 0.0,
+    cpus: Cpus = 1.0,
+    retries: Retries = 2,
+) -> None:
+    """Run one of the paper's experiments, and write a report. What is computed already is not computed again."""
+    from fpsim.paper.experiments import SIZES
+    from fpsim.paper.experiments import experiment as find
+
+    chosen = find(number)
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}: use one of {', '.join(SIZES)}")
+    setting = _resized(chosen.settings[size], model, data, seeds, learning_rates, steps, device, interpret)
+    facts = {
+        "number": number,
+        "question": chosen.question,
+        "claim": chosen.claim,
+        "differs": chosen.differs,
+        "reference": chosen.reference,
+        "pairs": [list(pair) for pair in chosen.pairs],
+        "size": f"{size}: {setting.base.model.label}, {setting.base.steps} steps, {setting.seeds} seeds, "
+        f"learning rates {', '.join(f'{rate:g}' for rate in setting.rates)}",
+    }
+    _compute(
+        _only(chosen.plan(setting), conditions),
+        out or Path(f"runs/experiment-{number}-{size}"),
+        title=f"Experiment {number}: {chosen.title}",
+        facts={"experiment": facts},
+        executor=executor,
+        workers=workers,
+        address=address,
+        resources={"num_cpus": cpus, "num_gpus": gpus or (1.0 if setting.base.device == "cuda" else 0.0)},
+        retries=retries,
+    )
+
+
+def _only(plan: list[Planned], globs: list[str] | None) -> list[Planned]:
+    """The runs of the conditions that one of ``globs`` matches."""
+    names = list(dict.fromkeys(planned.condition for planned in plan))
+    for glob in globs or []:
+        if not fnmatch.filter(names, glob):
+            raise ValueError(
+                f"no condition {glob!r}{did_you_mean(glob, names)}: there are {', '.join(map(repr, names))}"
+            )
+    return [
+        planned for planned in plan if not globs or any(fnmatch.fnmatchcase(planned.condition, glob) for glob in globs)
+    ]
+
+
+def _resized(
+    setting: Setting,
+    model: str | None,
+    data: str | None,
+    seeds: int | None,
+    rates: list[float] | None,
+    steps: int | None,
+    device: str | None,
+    interpret: bool,
+) -> Setting:
+    from fpsim.paper.models import model_config
+
+    changes: dict[str, Any] = {}
+    if model:
+        changes["model"] = model_config(model)
+    if data:
+        changes["data"] = replace(setting.base.data, path=data)
+    if steps:
+        changes["steps"] = steps
+    if device:
+        changes["device"] = device
+    if interpret:
+        changes["backend"] = "interpreted"
+    base: RunConfig = replace(setting.base, **changes)
+    return replace(setting, base=base, rates=tuple(rates or setting.rates), seeds=seeds or setting.seeds)
+
+
+def _compute(plan: list[Planned], out: Path, *, title: str, facts: dict[str, Any], **how: Any) -> None:
+    from fpsim.paper.report import report as write
+    from fpsim.paper.sweeps import sweep
+
+    console = Console(stderr=True)
+    console.print(f"{title}: {len(plan)} runs, in {out}")
+    outcome = sweep(plan, out, title=title, facts=facts, console=console, **how)
+    _say(outcome, console)
+    if outcome.computed + outcome.reused > 0:
+        typer.echo(write(out))
+    if outcome.failures:
+        raise typer.Exit(1)
+
+
+def _say(outcome: Outcome, console: Console) -> None:
+    console.print(
+        f"{outcome.computed} runs computed, {outcome.reused} were there, {outcome.retries} tried again, "
+        f"{len(outcome.failures)} given up; {outcome.seconds:.0f} s"
+    )
+    for failure in outcome.failures:
+        last = failure.text.strip().splitlines()[-1] if failure.text.strip() else "no message"
+        console.print(f"{failure.condition}, run {failure.key}, {failure.tries} tries: {last}", style="red")
+
+
+@app.command()
+@_plain_errors
+def report(
+    folder: Annotated[Path, typer.Argument(help="Of a sweep.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write. [default: the same]", show_default=False)] = None,
+) -> None:
+    """Write the report on a sweep: report.html, figures/*.png and outcomes.json. An unfinished one may be reported."""
+    from fpsim.paper.report import report as write
+
+    typer.echo(write(folder, out))
+
+
+@app.command(name="list")
+@_plain_errors
+def list_experiments() -> None:
+    """Show the paper's experiments, and how many runs each size of them takes."""
+    from fpsim.paper.experiments import EXPERIMENTS, SIZES
+
+    table = Table("", "experiment", "question", "the paper says", *SIZES, title="Runs by size", show_lines=True)
+    for chosen in EXPERIMENTS.values():
+        counts = [str(len(chosen.plan(chosen.settings[size]))) for size in SIZES]
+        table.add_row(str(chosen.number), chosen.title, chosen.question, chosen.claim, *counts)
+    Console().print(table)
+
+
+@app.command()
+@_plain_errors
+def rules() -> None:
+    """Print the registered rules: what counts as diverged, as a spike, as trained, and how prediction is judged."""
+    from fpsim.paper.outcomes import preregistration
+
+    typer.echo(preregistration(), nl=False)
+
+
+@app.command()
+@_plain_errors
+def train(
+    config: Annotated[
+        Path, typer.Argument(help="A run's configuration as JSON: the field config of a run in sweep.json.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Parquet file of its records.")],
+    parallel: Annotated[str, typer.Option(help="Under torchrun: ddp or fsdp2.")] = "ddp",
+    checkpoint: Annotated[Path | None, typer.Option(help="File to leave the state in.", show_default=False)] = None,
+) -> None:
+    """Compute one run, here or under torchrun: torchrun --nproc-per-node 8 -m fpsim.cli.study train CONFIG OUT."""
+    import json
+
+    from fpsim.paper.config import from_dict, run_key, to_dict
+    from fpsim.paper.parallel import from_environment
+    from fpsim.paper.storage import replace_file, to_parquet, versions
+    from fpsim.paper.training import Checkpoint, records
+
+    chosen = from_dict(json.loads(config.read_text()))
+    group = from_environment(parallel, chosen.device)
+    state = Checkpoint(checkpoint) if checkpoint else None
+    history = list(records(chosen, checkpoint=state, parallel=group))
+    if group is None or group.is_first:
+        facts = {"key": run_key(chosen), "config": to_dict(chosen), "condition": config.stem, **versions()}
+        replace_file(out, to_parquet(history, {**facts, "processes": group.world if group else 1}))
+        typer.echo(out)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""Models from files and scripts, measured unrounded and under formats."""

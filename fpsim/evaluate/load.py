@@ -1,0 +1,178 @@
+"""Models of the user's own, from a Python script: ``path/to/script.py:build``, as the study takes them.
+
+``build`` returns a `torch.nn.Module` from tokens, int64 of shape (batch, context), to logits of shape (batch, context,
+vocabulary) or to an object with ``.logits``; it may take ``vocabulary`` and ``context``. Tokens are the bytes of a
+text, unless the script has a function ``tokenize`` from a string to integers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import pickle
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fpsim.suggestions import did_you_mean
+
+#: Tokens where each is a byte.
+BYTES = 256
+#: Tokens per window, where neither the caller nor the script says.
+CONTEXT = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Script:
+    """What a script brings.
+
+    Attributes:
+        network: the module, in evaluation mode, on the CPU unless the script put it elsewhere.
+        context: tokens per window, as asked for, or else as the script or its module has it.
+        tokenize: from a string to tokens; None where they are its bytes.
+    """
+
+    network: nn.Module
+    context: int
+    tokenize: Callable[[str], Sequence[int]] | None
+
+
+def is_script(name: str) -> bool:
+    """Whether ``name`` names a script rather than a folder.
+
+    >>> is_script("models/mine.py:build"), is_script("models/mine")
+    (True, False)
+    """
+    return ".py:" in name or name.endswith(".py")
+
+
+def load_script(script: str, *, context: int | None = None, weights: Path | None = None, seed: int = 0) -> Script:
+    """What ``path/to/script.py:function`` brings; the script is executed once per process and content.
+
+    Args:
+        script: the file and, after a colon, the function in it that builds the module. It is called with those of
+            ``vocabulary`` (256, unless the script has ``tokenize``) and ``context`` that it has parameters for.
+        context: tokens per window; None is the default of the function's own parameter, or else the positions of the
+            module (``.config.max_position_embeddings``, at most 1024), or else 128.
+        weights: a file with the state dict of the module, as ``torch.save(module.state_dict(), file)`` writes it; read
+            with ``weights_only=True``, so that it can hold tensors only. None: the weights that the function makes.
+        seed: of torch's generator while the function runs; its state is put back afterwards.
+
+    Raises:
+        FileNotFoundError: no such script, or no such weights.
+        ValueError: no such function (those the script has are listed), one that needs other arguments, a result that
+            is not a module or is a compiled one, weights that are not a state dict or do not fit.
+    """
+    module, build = script_function(script)
+    tokenize = getattr(module, "tokenize", None)
+    own = inspect.signature(build).parameters
+    default = own["context"].default if "context" in own else None
+    given = (default if isinstance(default, int) else CONTEXT) if context is None else context
+    network = built(script, build, {"context": given, **({} if tokenize else {"vocabulary": BYTES})}, seed)
+    if weights is not None:
+        _load_weights(script, network, weights)
+    if hasattr(network, "config") and hasattr(network.config, "use_cache"):
+        network.config.use_cache = False
+    if context is None and "context" not in own:
+        limit = positions(network)
+        given = min(limit, 1024) if limit else CONTEXT
+    return Script(network.eval(), given, tokenize)
+
+
+def positions(network: nn.Module) -> int | None:
+    """How many tokens a Hugging Face model has positions for; None if it does not say, or is another module."""
+    config: Any = getattr(network, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None)
+
+
+def script_function(script: str) -> tuple[ModuleType, Callable[..., Any]]:
+    """The module and the function that ``path/to/script.py:function`` names.
+
+    The script is executed once per process and content.
+
+    Raises:
+        FileNotFoundError: no such script.
+        ValueError: no function is named, or the script has no such function; those it has are listed.
+    """
+    path, colon, name = script.rpartition(":")
+    if not colon or not name:
+        raise ValueError(f"{script!r} names no function: write path/to/script.py:function, {script.rstrip(':')}:build")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no script at {path} (working directory {Path.cwd()}), asked for as {script!r}")
+    module = _executed(Path(path))
+    found = getattr(module, name, None)
+    if not callable(found):
+        own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise ValueError(f"{path} has no function {name!r}{did_you_mean(name, own)}: it has {', '.join(own) or 'none'}")
+    return module, found
+
+
+def _executed(place: Path) -> ModuleType:
+    """The script at ``place`` as a module, under a name of its own: Dynamo looks modules of functions up by name."""
+    identity = hashlib.sha256(str(place.resolve()).encode() + place.read_bytes()).hexdigest()
+    name = f"fpsim_user_{place.stem}_{identity[:12]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, place)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # before it runs: its data classes look their own module up
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def built(script: str, build: Callable[..., Any], known: dict[str, int], seed: int) -> nn.Module:
+    """What ``build`` of ``script`` returns, called with those of ``known`` that it has parameters for.
+
+    ``seed``: of torch's generator while it runs.
+
+    Raises:
+        ValueError: it needs other arguments, or returns no module or a compiled one.
+    """
+    parameters = inspect.signature(build).parameters
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and parameter.kind not in variadic and name not in known:
+            why = " where the script has its own tokenize" if name == "vocabulary" else ""
+            raise ValueError(
+                f"{script} needs {name!r}, and is given only {' and '.join(sorted(known))}{why}: give it a default"
+            )
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build(**{name: value for name, value in known.items() if takes_all or name in parameters})
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{script} must return a torch.nn.Module, got {type(network).__name__}")
+    if hasattr(network, "_orig_mod"):
+        raise ValueError(f"{script} returns a compiled module, which formats cannot be simulated in: leave it as it is")
+    return network
+
+
+def _load_weights(script: str, network: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path} (working directory {Path.cwd()})")
+    remedy = "write it with torch.save(module.state_dict(), file)"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a state dict: {remedy} ({reason})") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        held = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"{path} is not a state dict, it holds {held[:200]}: {remedy}")
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        found = " ".join(str(error).split())
+        raise ValueError(f"the weights in {path} do not fit the module of {script}: {found[:500]}") from None

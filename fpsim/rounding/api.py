@@ -1,0 +1,254 @@
+"""Rounding tensors to a floating-point format, and converting them to and from the format's codes.
+
+Values stay in the tensor's own dtype, the *carrier*; every result is a value of the format, bit for bit what
+`fpsim.reference` says. The derivative is built from arithmetic on detached values, the one form found to be
+exact in value and right under autograd, `torch.func` transforms and `torch.compile` of them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fpsim.formats import (
+    STOCHASTIC_ROUNDINGS,
+    FloatFormat,
+    Overflow,
+    full_rounding,
+    parse_format,
+    resolve_overflow,
+    split_rounding,
+)
+from fpsim.rounding.kernel import decode_code, encode_code
+from fpsim.rounding.ops import (
+    SOURCE,
+    TorchOps,
+    grid_of,
+    random_key_op,
+    round_op,
+    round_stochastic_op,
+    working_dtype,
+)
+from fpsim.scaling.ops import check_scale, check_scaled_carrier, scale_op
+
+Gradient = Literal["straight_through", "clipped", "zero"]
+GRADIENTS: tuple[str, ...] = ("straight_through", "clipped", "zero")
+
+
+def round(
+    x: Tensor,
+    format: str | FloatFormat,
+    *,
+    rounding: str = "nearest_even",
+    overflow: Overflow | None = None,
+    seed: int | Tensor | None = None,
+    salt: int = 0,
+    random_bits: int | None = None,
+    scale: str | None = None,
+    gradient: Gradient = "straight_through",
+) -> Tensor:
+    """``x`` with every element rounded to ``format``.
+
+    Args:
+        x: float64, float32, bfloat16 or float16, any shape, strides and device. ``format`` must be a subset of
+            its dtype's values.
+        format: a name (`fpsim.parse_format`) or a `FloatFormat`.
+        rounding: ``nearest_even`` (ties to the even code), ``nearest_away``, ``toward_zero``, ``up``, ``down``
+            (IEEE 754-2019 section 4.3), ``to_odd``, or a stochastic one: ``stochastic``, ``stochastic_b``,
+            ``stochastic_c`` (`fpsim.formats.split_rounding` defines them).
+        overflow: ``ovf_inf``, ``sat_finite``, ``sat_propagate`` (IEEE P3109; see
+            `fpsim.formats.resolve_overflow`), or None for the format's usual one.
+        seed: for stochastic rounding, and only for it: an int, or a tensor with one int64, on the device of ``x`` (a
+            compiled function takes a new number without compiling again only if it is a tensor).
+        salt: tells roundings with the same seed apart: give every call site its own.
+        random_bits: of the random numbers in stochastic rounding, 1 to 32 (31 for ``stochastic_b``, 30 for
+            ``stochastic_c``); None means 23, as many as a float32 can drop. Hardware has fewer.
+        scale: ``power_of_two`` multiplies by `fpsim.power_of_two_scale` before rounding and divides again after; both
+            are exact, but for numbers that leave the range of the dtype. None: as it is.
+        gradient: the derivative. ``straight_through``: 1 everywhere; ``clipped``: 1 within the format's finite
+            range, 0 beyond (scaled, nothing is beyond); ``zero``: 0.
+
+    Returns:
+        A tensor of the shape, dtype and device of ``x``. NaN stays NaN where the format has one, and becomes the
+        largest finite value where it has none (as NVIDIA's PTX conversions to e2m1, e2m3 and e3m2 do). -0 stays
+        -0, and negative numbers that round to zero become -0, where the format has it.
+
+        Stochastic rounding is a pure function: the random number of an element is a hash of the seed, the salt and the
+        element's index (in row-major order, whatever the strides; under `torch.vmap` in the whole batch). It never
+        moves values of the format, and it is the same eager, compiled and recomputed, on every device.
+
+    Raises:
+        ValueError: an unknown format, mode or scale, a format with values that the dtype of ``x`` lacks, a scale for
+            float16, stochastic rounding without a seed, a seed without stochastic rounding, or ``random_bits`` out of
+            range.
+        TypeError: ``x`` is not a tensor of one of the four dtypes, or ``seed`` neither an int nor one int64.
+
+    >>> round(torch.tensor([0.3, -3.3]), "e4m3fn")
+    tensor([ 0.3125, -3.2500])
+    >>> round(torch.full((6,), 1.25), "e2m1fn", rounding="stochastic", seed=0)
+    tensor([1.0000, 1.0000, 1.0000, 1.5000, 1.5000, 1.0000])
+    """
+    if gradient not in GRADIENTS:
+        raise ValueError(f"unknown gradient {gradient!r}: use one of {', '.join(GRADIENTS)}")
+    dtype = _dtype_of(x)
+    name, spelled, resolved, low, high = _resolve(_spelled(format), rounding, overflow, dtype, random_bits, scale)
+    exact, inverse = x.detach(), None
+    if scale is not None:
+        factor, inverse = scale_op(exact, high, SOURCE).unbind()
+        exact, low, high = exact * factor, -math.inf, math.inf
+    if ":" not in spelled:
+        if seed is not None:
+            raise ValueError(f"a seed has no meaning with rounding={rounding!r}: use rounding='stochastic'")
+        value = round_op(exact, name, spelled, resolved, SOURCE)
+    else:
+        key = random_key_op(_seed_tensor(seed, rounding, x.device), salt)
+        value = round_stochastic_op(exact, key, name, spelled, resolved, SOURCE)
+    if inverse is not None:
+        value = value * inverse
+    if gradient == "zero" or not ((x.requires_grad and torch.is_grad_enabled()) or _transforms_active()):
+        return value
+    # Adds an exact zero whose derivative is that of `carrier`; where that is not finite, nothing. Subtracting +0
+    # leaves -0, infinities and NaN as they are.
+    # (Of numbers at the ends of a clamp the derivative depends on the version of torch.)
+    detached = x.detach()
+    carrier = x if gradient == "straight_through" else torch.where((detached >= low) & (detached <= high), x, detached)
+    return value - torch.where(torch.isfinite(detached), detached - carrier, 0.0)
+
+
+def encode(
+    x: Tensor,
+    format: str | FloatFormat,
+    *,
+    rounding: str = "nearest_even",
+    overflow: Overflow | None = None,
+    seed: int | Tensor | None = None,
+    salt: int = 0,
+    random_bits: int | None = None,
+) -> Tensor:
+    """The integer codes of ``x`` rounded to ``format``: sign, exponent and mantissa fields from the top bit down.
+
+    Args and errors are those of `round`. Returns a tensor of the shape and device of ``x``: uint8 for formats of
+    up to 8 bits, int32 up to 31, else int64 (for 64-bit formats the code's two's complement). NaN has the code
+    `FloatFormat.nan_code`.
+
+    >>> encode(torch.tensor([1.0, -448.0, float("nan")]), "e4m3fn")
+    tensor([ 56, 254, 127], dtype=torch.uint8)
+    """
+    draw: dict[str, Any] = {"seed": seed, "salt": salt, "random_bits": random_bits}
+    values = round(x.detach(), format, rounding=rounding, overflow=overflow, gradient="zero", **draw)
+    return _encode_values(values, _resolve(_spelled(format), "nearest_even", None, x.dtype)[0])
+
+
+@torch.compiler.allow_in_graph  # Dynamo cannot look into it, the tracer below it can
+def _encode_values(values: Tensor, name: str) -> Tensor:
+    fmt, working = parse_format(name), working_dtype(values.dtype)
+    ops = TorchOps(working)
+    code = encode_code(values.to(working).view(ops.integer), grid_of(fmt, values.dtype), ops)
+    if fmt.bits == 32:
+        code = code.to(torch.int64) & 0xFFFFFFFF
+    return code.to(code_dtype(fmt))
+
+
+def decode(codes: Tensor, format: str | FloatFormat, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values of ``format``'s ``codes``, exactly.
+
+    Args:
+        codes: integers from 0 to ``2**bits - 1`` (64-bit formats: two's complement), any integer dtype and shape.
+        format: a name (`fpsim.parse_format`) or a `FloatFormat`.
+        dtype: of the result: a carrier of which ``format`` is a subset.
+
+    Raises:
+        ValueError: a code out of range (not checked inside `torch.compile`), or ``dtype`` lacks values of the format.
+        TypeError: ``codes`` is not an integer tensor, or ``dtype`` is not a carrier.
+
+    >>> decode(torch.tensor([0x38, 0x7E, 0x80]), "e4m3fn")
+    tensor([  1., 448.,  -0.])
+    """
+    name = _resolve(_spelled(format), "nearest_even", None, dtype)[0]
+    if not isinstance(codes, Tensor):
+        raise TypeError(f"codes must be an integer tensor, got {type(codes).__name__}: use torch.tensor(codes)")
+    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise TypeError(f"codes must be an integer tensor, got {codes.dtype}: did you mean fpsim.encode?")
+    if not torch.compiler.is_compiling():
+        _check_codes(codes.to(torch.int64), parse_format(name))
+    return _decode_codes(codes, name, dtype)
+
+
+@torch.compiler.allow_in_graph
+def _decode_codes(codes: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    fmt, working = parse_format(name), working_dtype(dtype)
+    ops = TorchOps(working)
+    wide = codes.to(torch.int64)
+    if fmt.bits == 32:  # the top bit becomes the sign of the working integer
+        wide = (wide ^ 0x80000000) - 0x80000000
+    return decode_code(wide.to(ops.integer), grid_of(fmt, dtype), ops).view(working).to(dtype)
+
+
+def code_dtype(format: str | FloatFormat) -> torch.dtype:
+    """The dtype of ``format``'s codes as `encode` returns them: uint8, int32 or int64."""
+    bits = parse_format(format).bits
+    return torch.uint8 if bits <= 8 else torch.int32 if bits <= 31 else torch.int64
+
+
+def _check_codes(codes: Tensor, fmt: FloatFormat) -> None:
+    wrong = codes[(codes < 0) | (codes > (1 << fmt.bits) - 1)] if fmt.bits < 64 else codes[:0]
+    if wrong.numel():
+        raise ValueError(f"code {int(wrong[0])} is not one of {fmt.name}: codes are 0 to {(1 << fmt.bits) - 1}")
+
+
+def _dtype_of(x: Tensor) -> torch.dtype:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}: use torch.tensor(x), or fpsim.reference")
+    return x.dtype
+
+
+def _spelled(format: str | FloatFormat) -> str:
+    """A format's name: Dynamo of torch 2.11 hands no frozen dataclass to a function that it does not look into."""
+    return format.name if isinstance(format, FloatFormat) else format
+
+
+@torch._dynamo.assume_constant_result
+def _resolve(
+    format: str,
+    rounding: str,
+    overflow: str | None,
+    dtype: torch.dtype,
+    random_bits: int | None = None,
+    scale: str | None = None,
+) -> tuple[str, str, str, float, float]:
+    """What the operators need: name, rounding with its random bits, overflow mode, range of finite values."""
+    fmt = parse_format(format)
+    check_scale(scale)
+    check_scaled_carrier(dtype, fmt, scale)
+    name, bits = split_rounding(rounding)
+    if random_bits is not None:
+        if not bits:
+            raise ValueError(f"random_bits={random_bits} has no meaning with rounding={rounding!r}: use 'stochastic'")
+        if type(random_bits) is not int:
+            raise TypeError(f"random_bits must be an int from 1 to {STOCHASTIC_ROUNDINGS[name]}, got {random_bits!r}")
+        rounding = f"{name}:{random_bits}"
+    return fmt.name, full_rounding(rounding), resolve_overflow(fmt, overflow), -fmt.max if fmt.signed else 0.0, fmt.max
+
+
+def _seed_tensor(seed: int | Tensor | None, rounding: str, device: torch.device) -> Tensor:
+    if seed is None:
+        raise ValueError(f"rounding={rounding!r} needs a seed: an int, or a tensor with one int64")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"a seed is an int or one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
+        return seed.to(device)
+    if isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt):
+        raise TypeError(f"a seed is an int or a tensor with one int64, got {seed!r} of type {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed {seed} is no 64-bit integer: use one from -2**63 to 2**63 - 1")
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+@torch._dynamo.assume_constant_result  # Dynamo enters the transforms while it traces, and guards on them
+def _transforms_active() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is going on."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

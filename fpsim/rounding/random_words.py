@@ -1,0 +1,62 @@
+"""Random words for stochastic rounding: a counter-based hash of (seed, salt, element index), without any state.
+
+Written once for every executor, as `fpsim.rounding.kernel` is: the same words come from torch tensors and from
+generated code on CPU and GPU, whatever the order in which elements are visited. A *key* is made of the seed and the
+salt once; a word is made of the key and an index.
+
+Both functions rely on products that wrap around, in every executor used here (a vector instruction, a Triton kernel, a
+torch operator; g++ draws no conclusion from a product of an unknown number). Only shifts, masks and exclusive-ors see
+the products.
+"""
+
+from __future__ import annotations
+
+from fpsim.rounding.kernel import Int
+
+#: Weyl increment of the salt: 2**64 divided by the golden ratio, odd, as a signed integer.
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+# The finalizer of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
+_FACTORS64 = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
+# Odd factors of a 32-bit finalizer (C. Wellons, hash-prospector, 2018: "triple32"), in fewer steps than there.
+_FACTORS32 = (0xED5AD4BB - (1 << 32), 0xAC4C1B51 - (1 << 32), 0x31848BAB)
+
+
+def random_key(seed: Int, salt: int) -> Int:
+    """The 64-bit key of one stream of random words.
+
+    Args:
+        seed: 64-bit signed integers.
+        salt: tells call sites with the same seed apart.
+    """
+    return _mix64(_mix64(seed ^ _GOLDEN) ^ _wrap(salt * _GOLDEN))
+
+
+def random_word(low_key: Int, high_key: Int, low_index: Int, high_index: Int | None = None) -> Int:
+    """A 32-bit random word, as signed integers.
+
+    For a fixed key the words of 2**32 consecutive indices are all different: a permutation, drawn without
+    replacement. The key enters twice, at the start and between products; entered once, two keys would give the same
+    words in another order.
+
+    Args:
+        low_key, high_key: the two halves of `random_key`, as 32-bit signed integers.
+        low_index, high_index: the two halves of the element's index; None where the high ones are all 0.
+    """
+    word = _fold((low_index ^ low_key) * _FACTORS32[0], 15, 32)
+    word = word ^ (high_key if high_index is None else high_key ^ high_index)
+    return _fold(_fold(word * _FACTORS32[1], 14, 32) * _FACTORS32[2], 17, 32)
+
+
+def _mix64(x: Int) -> Int:
+    x = _fold(x, 30, 64) * _FACTORS64[0]
+    return _fold(_fold(x, 27, 64) * _FACTORS64[1], 31, 64)
+
+
+def _fold(x: Int, shift: int, bits: int) -> Int:
+    """Exclusive-or with the unsigned right shift."""
+    return x ^ ((x >> shift) & ((1 << (bits - shift)) - 1))
+
+
+def _wrap(number: int) -> int:
+    """``number`` modulo 2**64, as a signed integer."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -1,0 +1,309 @@
+"""Rounding in Triton: device functions for people's own kernels, and the kernels behind eager calls on CUDA.
+
+The algorithm is that of `fpsim.rounding.kernel`, run once per format and mode on names instead of numbers: what it does
+to them, written down, is the body of a ``@triton.jit`` function. So Triton code holds the same integer operations as
+eager and compiled calls; floating-point contraction and flush-to-zero have nothing to act on.
+"""
+
+from __future__ import annotations
+
+import linecache
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fpsim.formats import parse_format, resolve_overflow, split_rounding
+from fpsim.rounding.kernel import round_code
+from fpsim.rounding.ops import SOURCE, grid_of, working_dtype
+from fpsim.rounding.random_words import random_key, random_word
+
+# -- writing the algorithm down ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Text:
+    """The lines of a function, each of which names one result."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def name(self, expression: str) -> Name:
+        self.lines.append(f"v{len(self.lines)} = {expression}")
+        return Name(f"v{len(self.lines) - 1}", self)
+
+
+@dataclass(frozen=True)
+class Name:
+    """A result by its name in the text, with the operators that `fpsim.rounding.kernel` uses. Masks are names too."""
+
+    name: str
+    text: Text
+
+    def __str__(self) -> str:
+        return self.name
+
+    def _of(self, expression: str) -> Name:
+        return self.text.name(expression)
+
+    def __add__(self, other: Name | int) -> Name:
+        return self._of(f"{self} + {other}")
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Name | int) -> Name:
+        return self._of(f"{self} - {other}")
+
+    def __rsub__(self, other: int) -> Name:
+        return self._of(f"{other} - {self}")
+
+    def __mul__(self, other: Name | int) -> Name:
+        return self._of(f"{self} * {other}")
+
+    def __and__(self, other: Name | int) -> Name:
+        return self._of(f"{self} & {other}")
+
+    def __or__(self, other: Name | int) -> Name:
+        return self._of(f"{self} | {other}")
+
+    def __xor__(self, other: Name | int) -> Name:
+        return self._of(f"{self} ^ {other}")
+
+    def __lshift__(self, other: Name | int) -> Name:
+        return self._of(f"{self} << {other}")
+
+    def __rlshift__(self, other: int) -> Name:
+        return self._of(f"{other} << {self}")
+
+    def __rshift__(self, other: Name | int) -> Name:
+        return self._of(f"{self} >> {other}")
+
+    def __invert__(self) -> Name:
+        return self._of(f"~{self}")
+
+    def __neg__(self) -> Name:
+        return self._of(f"0 - {self}")
+
+
+@dataclass(frozen=True)
+class NameOps:
+    """The kernel's executor on `Name` (`fpsim.rounding.kernel.Ops`); ``bits``: the width of the integers."""
+
+    bits: int
+
+    def clamp(self, a: Name, low: int | None, high: int | None) -> Name:
+        if low is not None:
+            a = a._of(f"tl.maximum({a}, {low})")
+        return a if high is None else a._of(f"tl.minimum({a}, {high})")
+
+    def larger(self, a: Name, b: Name) -> Name:
+        return a._of(f"tl.maximum({a}, {b})")
+
+    def less(self, a: Name, bound: Name | int) -> Name:
+        return a._of(f"{a} < {bound}")
+
+    def choose(self, mask: Name, a: Name | int, b: Name | int) -> Name:
+        if isinstance(a, int) and isinstance(b, int):
+            b = mask._of(f"tl.full([], {b}, tl.int{self.bits})")
+        return mask._of(f"tl.where({mask}, {a}, {b})")
+
+    def code_of_integer(self, a: Name) -> Name:
+        return a._of(f"{a}.to(tl.float{self.bits}).to(tl.int{self.bits}, bitcast=True)")
+
+
+def _function(name: str, arguments: str, text: Text, result: str) -> Any:
+    """The ``@triton.jit`` function with this body; Triton reads its source where Python's tracebacks do."""
+    source = "\n    ".join([f"def {name}({arguments}):", *text.lines, f"return {result}"]) + "\n"
+    filename = f"<fpsim {SOURCE[:12]} {name}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    scope: dict[str, Any] = {"tl": tl, "__name__": __name__}
+    exec(compile(source, filename, "exec"), scope)
+    return triton.jit(scope[name])
+
+
+# -- device functions --------------------------------------------------------------------------------------------------
+
+# By the dtype's name in Triton: the torch dtype, and how its working carrier's code is read and written. The 16-bit
+# values of a format are exact in float32 and back; bfloat16 is moved as bits, so that no conversion meets a subnormal.
+_CARRIERS: dict[str, tuple[torch.dtype, str, str]] = {
+    "fp64": (torch.float64, "x.to(tl.int64, bitcast=True)", "{}.to(tl.float64, bitcast=True)"),
+    "fp32": (torch.float32, "x.to(tl.int32, bitcast=True)", "{}.to(tl.float32, bitcast=True)"),
+    "fp16": (
+        torch.float16,
+        "x.to(tl.float32).to(tl.int32, bitcast=True)",
+        "{}.to(tl.float32, bitcast=True).to(tl.float16)",
+    ),
+    "bf16": (
+        torch.bfloat16,
+        "x.to(tl.int16, bitcast=True).to(tl.int32) << 16",
+        "({} >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)",
+    ),
+}
+
+
+@cache
+def device_function(format: str, rounding: str, overflow: str | None, dtype: str, index: str | None = None) -> Any:
+    """The ``@triton.jit`` function that rounds tensors of one dtype to one format in one mode.
+
+    Args:
+        format, rounding, overflow: as `fpsim.round` takes them, by name.
+        dtype: ``fp64``, ``fp32``, ``fp16`` or ``bf16``, as Triton calls them.
+        index: for stochastic rounding the dtype of the elements' indices, ``int32`` or ``int64``; else None.
+
+    Returns:
+        A function of ``x``, or for stochastic rounding of ``(x, low_key, high_key, index)``.
+
+    Raises:
+        ValueError: an unknown format, mode or dtype, a format with values that the dtype lacks, a stochastic rounding
+            without an index.
+    """
+    if dtype not in _CARRIERS:
+        raise ValueError(f"cannot round Triton's {dtype}: convert it to one of {', '.join(_CARRIERS)} first")
+    carrier, read, write = _CARRIERS[dtype]
+    fmt = parse_format(format)
+    grid, overflow = grid_of(fmt, carrier), resolve_overflow(fmt, overflow)
+    mode, random_bits = split_rounding(rounding)
+    if bool(random_bits) != (index is not None):
+        other = "fpsim_round_stochastic" if random_bits else "fpsim_round"
+        raise ValueError(f"rounding={rounding!r} is for {other}")
+    bits = 8 * working_dtype(carrier).itemsize
+    text = Text()
+    code, word = text.name(read), _word(text, index, bits) if index else 0
+    name = re.sub(r"\W", "_", f"fpsim_{fmt.name}_{mode}_{random_bits}_{overflow}_{dtype}_{index}")
+    result = round_code(code, grid, rounding, overflow, NameOps(bits), word)
+    return _function(name, "x, low_key, high_key, index" if index else "x", text, write.format(result))
+
+
+def _word(text: Text, index: str, bits: int) -> Name:
+    """The random word of every element, in the topmost bits of integers of the carrier's width."""
+    low_key, high_key, whole = (Name(name, text) for name in ("low_key", "high_key", "index"))
+    if index == "int32":
+        word = random_word(low_key, high_key, whole)
+    elif index == "int64":
+        low, high = text.name("index.to(tl.int32)"), text.name("(index >> 32).to(tl.int32)")
+        word = random_word(low_key, high_key, low, high)
+    else:
+        raise ValueError(f"the index of an element is an int32 or int64, got {index}")
+    return word if bits == 32 else text.name(f"{word}.to(tl.int64) << 32")
+
+
+@cache
+def key_function(salt: int) -> Any:
+    """The ``@triton.jit`` function from a seed, a scalar int64, to the two halves of its key."""
+    text = Text()
+    key = random_key(text.name("tl.full([], seed, tl.int64)"), salt)
+    name = f"fpsim_random_key_{salt}".replace("-", "minus_")
+    return _function(name, "seed", text, f"{key}.to(tl.int32), ({key} >> 32).to(tl.int32)")
+
+
+# Triton and Inductor know what they keep compiled by the source below, not by what is called while it is compiled: this
+# constant stands in for that.
+FPSIM_SOURCE = tl.constexpr(SOURCE)
+
+
+@triton.constexpr_function
+def fpsim_device_function(format, rounding, overflow, dtype, index, kernel):  # type: ignore[no-untyped-def]
+    import fpsim.rounding.triton_functions as written  # under a name that Triton does not find and look into
+
+    return written.device_function(format, rounding, overflow, str(dtype), None if index is None else str(index))
+
+
+@triton.constexpr_function
+def fpsim_key_function(salt, kernel):  # type: ignore[no-untyped-def]
+    import fpsim.rounding.triton_functions as written
+
+    return written.key_function(salt)
+
+
+# Defaults are constants of Triton's: before 3.7 it does not make them of text.
+@triton.jit
+def fpsim_round(  # type: ignore[no-untyped-def]
+    x,
+    format: tl.constexpr,
+    rounding: tl.constexpr = tl.constexpr("nearest_even"),  # noqa: B008
+    overflow: tl.constexpr = None,
+):
+    """``x`` rounded to ``format``, inside a Triton kernel: bit for bit what `fpsim.round` gives.
+
+    Args:
+        x: a float64, float32, bfloat16 or float16 tensor.
+        format, rounding, overflow: as for `fpsim.round`, by name, and constant. For stochastic rounding see
+            `fpsim_round_stochastic`.
+    """
+    return fpsim_device_function(format, rounding, overflow, x.dtype, None, FPSIM_SOURCE)(x)
+
+
+@triton.jit
+def fpsim_round_stochastic(  # type: ignore[no-untyped-def]
+    x,
+    seed,
+    index,
+    format: tl.constexpr,
+    rounding: tl.constexpr = tl.constexpr("stochastic"),  # noqa: B008
+    overflow: tl.constexpr = None,
+    salt: tl.constexpr = 0,
+):
+    """``x`` rounded stochastically to ``format``, inside a Triton kernel: bit for bit what `fpsim.round` gives.
+
+    Args:
+        x: a float64, float32, bfloat16 or float16 tensor.
+        seed: a scalar integer of up to 64 bits.
+        index: for each element of ``x`` its index in the whole tensor, in row-major order: int32 or int64.
+        format, rounding, overflow, salt: as for `fpsim.round`, and constant. The number of random bits goes with the
+            rounding: ``"stochastic:8"``.
+    """
+    low_key, high_key = fpsim_key_function(salt, FPSIM_SOURCE)(seed)
+    function: tl.constexpr = fpsim_device_function(format, rounding, overflow, x.dtype, index.dtype, FPSIM_SOURCE)
+    return function(x, low_key, high_key, index)
+
+
+# -- eager calls on CUDA -----------------------------------------------------------------------------------------------
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _round_kernel(  # type: ignore[no-untyped-def]
+    x, out, count, FORMAT: tl.constexpr, ROUNDING: tl.constexpr, OVERFLOW: tl.constexpr, BLOCK: tl.constexpr
+):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+    rounded = fpsim_round(tl.load(x + index, mask=inside, other=0.0), FORMAT, ROUNDING, OVERFLOW)
+    tl.store(out + index, rounded, mask=inside)
+
+
+@triton.jit
+def _round_stochastic_kernel(  # type: ignore[no-untyped-def]
+    x, key, out, count, FORMAT: tl.constexpr, ROUNDING: tl.constexpr, OVERFLOW: tl.constexpr, BLOCK: tl.constexpr
+):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+    values = tl.load(x + index, mask=inside, other=0.0)
+    function: tl.constexpr = fpsim_device_function(FORMAT, ROUNDING, OVERFLOW, values.dtype, index.dtype, FPSIM_SOURCE)
+    tl.store(out + index, function(values, tl.load(key), tl.load(key + 1), index), mask=inside)
+
+
+def round_dense(x: Tensor, format: str, rounding: str, overflow: str, *, block: int = _BLOCK) -> Tensor:
+    """``x`` rounded by one Triton kernel, as the operator ``fpsim::round`` says; ``block``: elements per program."""
+    out = torch.empty_like(x)
+    source = x if x.stride() == out.stride() else torch.empty_like(x).copy_(x)  # dense, in the order of `out`
+    if x.numel():
+        grid = (triton.cdiv(x.numel(), block),)
+        _round_kernel[grid](source, out, x.numel(), format, rounding, overflow, block)
+    return out
+
+
+def round_stochastic_dense(
+    x: Tensor, key: Tensor, format: str, rounding: str, overflow: str, *, block: int = _BLOCK
+) -> Tensor:
+    """``x`` rounded stochastically by one Triton kernel, as the operator ``fpsim::round_stochastic`` says."""
+    source = x.contiguous()  # an element's index is that in row-major order
+    rounded = torch.empty_like(source)
+    if x.numel():
+        grid = (triton.cdiv(x.numel(), block),)
+        _round_stochastic_kernel[grid](source, key, rounded, x.numel(), format, rounding, overflow, block)
+    return torch.empty_like(x).copy_(rounded) if source is not x else rounded

@@ -1,0 +1,1 @@
+"""Scales: factors that bring numbers into the range of a format before they are rounded."""

@@ -1,0 +1,71 @@
+"""Hashes of fpsim's own source: they tell compiled code and results of another version apart."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+#: The folders of fpsim. An editable installation keeps them side by side, a wheel keeps the others inside the first.
+PACKAGES = ("fpsim", "fpsim.reference", "fpsim.compile_backend", "fpsim.paper")
+
+#: The endings of the files that can decide a result.
+ENDINGS = (".py", ".cpp", ".h", ".cu")
+
+#: The files that decide every bit of a rounding on the CPU. The record of the exhaustive proofs names their hash: prove
+#: again (``make prove``) when it changes.
+PROVEN = (
+    "formats/float.py",
+    "rounding/kernel.py",
+    "rounding/random_words.py",
+    "rounding/ops.py",
+    "rounding/inductor.py",
+)
+
+
+@lru_cache(maxsize=1)
+def source_hash() -> str:
+    """The hash of all source files of fpsim, in all folders: 64 hexadecimal digits.
+
+    It is part of every cache key, so that code which another version compiled is never used.
+    """
+    return hash_of_folders({package: _folder(package) for package in PACKAGES})
+
+
+@lru_cache(maxsize=1)
+def proven_hash() -> str:
+    """The hash of the files in `PROVEN`: 12 hexadecimal digits."""
+    folder = _folder("fpsim")
+    return _digest((name, folder / name) for name in PROVEN)[:12]
+
+
+def hash_of_folders(folders: Mapping[str, Path]) -> str:
+    """The hash of the names and contents of all source files in ``folders`` and in the folders inside them.
+
+    Args:
+        folders: the folders, by names that do not depend on where they lie.
+    """
+    files = (
+        (f"{name}/{file.relative_to(folder).as_posix()}", file)
+        for name, folder in sorted(folders.items())
+        for file in sorted(folder.rglob("*"))
+        if file.suffix in ENDINGS
+    )
+    return _digest(files)
+
+
+def _digest(files: Iterable[tuple[str, Path]]) -> str:
+    digest = hashlib.sha256()
+    for name, file in files:
+        content = file.read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _folder(package: str) -> Path:
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"{package} is not installed: install fpsim again", name=package)
+    return Path(next(iter(spec.submodule_search_locations)))

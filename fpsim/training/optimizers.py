@@ -1,0 +1,715 @@
+"""Optimizers in simulated precision: their state, the weights they keep, and the master copies of the weights.
+
+Everything is done by the hooks that every `torch.optim.Optimizer` has, around its own arithmetic, which stays as it
+is. A tensor is rounded after the step that changes it, so that between steps each is a tensor of values of its format.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import typing
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fpsim.formats import FloatFormat, split_rounding
+from fpsim.policy.policy import Cast, matches, parse_cast
+from fpsim.rounding.ops import SOURCE, round_op, round_stochastic_op
+from fpsim.rounding.random_words import random_key
+from fpsim.scaling.ops import check_scaled_carrier, scale_op
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+#: The names under which a state dict holds what is kept besides the optimizer's own state.
+MASTER, COMPENSATION, STEPS = "fpsim_master", "fpsim_compensation", "fpsim_steps"
+
+#: Numbers rounded per step from which on the rounding is compiled, if nothing is said about it.
+COMPILE_FROM = 1 << 20
+
+# Tensors of fewer numbers are rounded together, since each call costs some microseconds.
+_SMALL = 1 << 14
+# Numbers in a tensor whose indices have 32 bits.
+_SHORT = 1 << 31
+# Tensors rounded by one call of compiled code, which costs tens of microseconds.
+_BATCH = 4
+
+CastLike = str | FloatFormat
+
+
+# -- parameters --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def round_parameters(
+    module: nn.Module,
+    format: CastLike | Mapping[str, CastLike],
+    *,
+    rounding: str = "nearest_even",
+    overflow: str | None = None,
+    seed: int | None = None,
+) -> None:
+    """Round the parameters of ``module`` in place, once. Buffers stay as they are.
+
+    Args:
+        module: its parameters are float64, float32, bfloat16 or float16 where they are rounded.
+        format: of all parameters, or a mapping from globs of parameter names to formats (``{"*.weight": "e4m3fn",
+            "lm_head": "none"}``): a glob matches a parameter, or a module with all its parameters; the first that
+            matches decides, and what none matches stays unrounded. A format may be a cast,
+            ``format/rounding/overflow/scale``; every parameter, and every shard of one, has a scale of its own.
+        rounding, overflow: where a cast names none.
+        seed: for stochastic rounding, and only for it: parameter ``i`` is rounded as by ``fpsim.round(..., seed=s +
+            i)``, where ``s`` is `draw_of_step` of the seed and 0.
+
+    Raises:
+        ValueError: an unknown format or mode, a glob that matches no parameter, a format with values that a parameter's
+            dtype lacks, stochastic rounding without a seed or a seed without it. Nothing has been rounded then.
+        TypeError: a parameter to be rounded that is not of one of the four dtypes.
+    """
+    parameters = dict(module.named_parameters())
+    casts = _casts_by_glob(format, rounding, overflow, list(parameters))
+    chosen = {name: next((cast for glob, cast in casts.items() if matches(glob, name)), None) for name in parameters}
+    check_seed(seed, [cast for cast in casts.values() if cast])
+    jobs = [
+        Job(_local(p), cast, i + len(parameters) * _shard(p))
+        for i, (name, p) in enumerate(parameters.items())
+        if (cast := chosen[name]) is not None
+    ]
+    for job in jobs:
+        check_scaled_carrier(job.tensor.dtype, job.cast.format, job.cast.scale)
+    round_in_place(jobs, None if seed is None else draw_of_step(seed, 0))
+
+
+def _casts_by_glob(
+    format: CastLike | Mapping[str, CastLike], rounding: str, overflow: str | None, names: Sequence[str]
+) -> dict[str, Cast | None]:
+    if not isinstance(format, Mapping):
+        return {"*": parse_cast(format, rounding, overflow)}
+    modules = {name.rpartition(".")[0] for name in names} - {""}
+    for glob in format:
+        if not any(matches(glob, name) for name in names):
+            raise ValueError(f"{glob!r} matches no parameter: {_near(glob, [*names, *sorted(modules)])}")
+    return {glob: parse_cast(text, rounding, overflow) for glob, text in format.items()}
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    """The names closest to ``name``, or else all (at most twenty) of them."""
+    near = difflib.get_close_matches(name, known, n=3)
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    return f"use one of {', '.join(map(repr, known[:20]))}{', ...' if len(known) > 20 else ''}"
+
+
+# -- optimizers --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RoundedOptimizer:
+    """An optimizer whose state and weights are rounded after each step, and how: see `round_optimizer`.
+
+    Attributes:
+        optimizer: it is used as before, through ``optimizer.step()``.
+        state: the cast of each kind of state that is rounded, by its name.
+        weights, master: the casts of the parameters and of their master copies; None where there is none.
+        kahan: whether what the weights' rounding loses is kept as compensation.
+        seed: of stochastic rounding, or None.
+    """
+
+    optimizer: Optimizer
+    state: tuple[tuple[str, Cast], ...]
+    weights: Cast | None
+    master: Cast | None
+    kahan: bool
+    seed: int | None
+    _memory: Memory = field(repr=False, compare=False)
+    _handles: tuple[Any, ...] = field(repr=False, compare=False)
+
+    @property
+    def steps(self) -> int:
+        """How many steps have been taken; they number the draws of stochastic rounding."""
+        return self._memory.steps
+
+    @property
+    def masters(self) -> dict[Tensor, Tensor]:
+        """The master copy of each parameter; empty if there are none. Tensors in use: clone what you keep."""
+        return dict(self._memory.masters)
+
+    @property
+    def compensations(self) -> dict[Tensor, Tensor]:
+        """What the rounding of each parameter lost, if ``kahan``. Tensors in use: clone what you keep."""
+        return dict(self._memory.compensations)
+
+    @torch.no_grad()
+    def remove(self) -> None:
+        """Stop rounding. Parameters get the values of their master copies, with ``kahan`` the compensation is added."""
+        for handle in self._handles:
+            handle.remove()
+        for parameter, master in self._memory.masters.items():
+            _local(parameter).copy_(master)
+        for parameter, compensation in self._memory.compensations.items():
+            _local(parameter).add_(compensation)
+        self._memory.masters.clear()
+        self._memory.compensations.clear()
+
+
+@torch.no_grad()
+def round_optimizer(
+    optimizer: Optimizer,
+    state: CastLike | Mapping[str, CastLike] | None = None,
+    *,
+    weights: CastLike | None = None,
+    master: CastLike | None = None,
+    kahan: bool = False,
+    rounding: str = "nearest_even",
+    overflow: str | None = None,
+    seed: int | None = None,
+    compiled: bool | None = None,
+) -> RoundedOptimizer:
+    """Simulate an optimizer whose state, weights and master weights are kept in reduced precision.
+
+    The optimizer's own arithmetic stays that of its dtype (float32, say); what it leaves behind is rounded, in place,
+    after every step, and once now. Wherever a format is asked for, a cast may stand: ``"e4m3fn/stochastic"``, or
+    ``"e4m3fn/power_of_two"``, with a scale of its own for every tensor (and shard) after every step.
+
+    Args:
+        optimizer: any of `torch.optim`, for-loop, foreach or fused, before or after its first step. Also others that
+            call the hooks of `torch.optim.Optimizer`.
+        state: the format of all its state, or of each kind by name: ``{"exp_avg": "e4m3fn", "exp_avg_sq": "bf16"}``.
+            Counters and other scalars (``step``) are not state in this sense.
+        weights: of the parameters. Alone, the update is applied to rounded weights: ``w = round(w + update)``.
+        master: of a master copy of the parameters, of which the weights are the rounding: ``m = round(m + update,
+            master)``, ``w = round(m, weights)`` (Micikevicius et al., Mixed Precision Training, ICLR 2018).
+        kahan: keep what rounding the weights loses, itself rounded (nearest-even) to the weights' format, and add it
+            to the weights before the next step: ``s = (w + c) + update``, ``w = round(s)``, ``c = round(s - w)``
+            (Kahan 1965; for training: Zamirai et al., Revisiting BFloat16 Training, 2020).
+        rounding, overflow: where a cast names none.
+        seed: for stochastic rounding, and only for it. Every tensor in every step has a draw of its own: with ``n``
+            casts per parameter, of the states in alphabetical order, the master copy and the weights, tensor ``i`` of
+            parameter ``j`` is rounded after step ``t`` (0 now) as by ``fpsim.round(..., seed=s + n * j + i)``, where
+            ``s`` is `draw_of_step(seed, t)`. Each shard of a sharded tensor draws for itself.
+        compiled: whether the rounding is compiled by Inductor, which changes no bit; None means, where over a million
+            numbers are rounded per step on the CPU.
+
+    Returns:
+        A frozen value that says what is rounded, and whose ``remove()`` ends it.
+
+    ``optimizer.state_dict()`` from now on holds the master copies, compensations and the number of steps as well, and
+    ``load_state_dict`` wants them. Closures given to ``step`` see rounded weights. `torch.amp.GradScaler` skips steps
+    without a trace.
+
+    Raises:
+        ValueError: an unknown format or mode; a state that the optimizer does not have; master weights whose format
+            lacks values of the weights'; ``master`` or ``kahan`` without ``weights``, or both; a format with values
+            that a tensor's dtype lacks; a seed without stochastic rounding or the reverse; an optimizer that is rounded
+            already. Nothing has been changed then.
+        TypeError: a tensor to be rounded that is not of a floating-point dtype.
+    """
+    casts = {"weights": _cast(weights, rounding, overflow), "master": _cast(master, rounding, overflow)}
+    state_casts = _state_casts(optimizer, state, rounding, overflow)
+    _check_weights(casts["weights"], casts["master"], kahan)
+    if not state_casts and casts["weights"] is None:
+        raise ValueError("nothing to round: give a format for state, weights, or both")
+    check_seed(seed, [cast for cast in (*state_casts.values(), *casts.values()) if cast])
+    _check_optimizer(optimizer)
+
+    state_items = tuple(sorted(state_casts.items()))
+    memory = Memory(optimizer, state_items, casts["weights"], casts["master"], kahan, seed, compiled)
+    memory.check_carriers()
+    memory.start()
+    handles = (
+        optimizer.register_step_pre_hook(memory.before_step),
+        optimizer.register_step_post_hook(memory.after_step),
+        optimizer.register_state_dict_post_hook(memory.add_to_state_dict),
+        optimizer.register_load_state_dict_pre_hook(memory.take_from_state_dict),
+        optimizer.register_load_state_dict_post_hook(memory.finish_loading),
+    )
+    return RoundedOptimizer(
+        optimizer, memory.state, memory.weights, memory.master, kahan, seed, _memory=memory, _handles=handles
+    )
+
+
+def _cast(text: CastLike | None, rounding: str, overflow: str | None) -> Cast | None:
+    return None if text is None else parse_cast(text, rounding, overflow)
+
+
+def _state_casts(
+    optimizer: Optimizer, state: CastLike | Mapping[str, CastLike] | None, rounding: str, overflow: str | None
+) -> dict[str, Cast]:
+    if state is None:
+        return {}
+    has = state_names(optimizer)
+    if not has:
+        raise ValueError(f"{type(optimizer).__name__} keeps no state as it is configured: leave state out")
+    if not isinstance(state, Mapping):
+        state = dict.fromkeys(has, state)
+    for name in state:
+        if name not in has:
+            known = ", ".join(has)
+            raise ValueError(f"{type(optimizer).__name__} has no state {name!r}: the states it has are {known}")
+    casts = {name: parse_cast(text, rounding, overflow) for name, text in state.items()}
+    return {name: cast for name, cast in casts.items() if cast is not None}
+
+
+def _check_weights(weights: Cast | None, master: Cast | None, kahan: bool) -> None:
+    if weights is None and (master is not None or kahan):
+        raise ValueError(f"{'kahan' if kahan else 'master'} is about rounded weights: give weights=... a format too")
+    if master is not None and kahan:
+        raise ValueError("kahan keeps what the weights lose, and so does a master copy: give one of the two")
+    if weights is not None and master is not None and not weights.format.is_subset_of(master.format):
+        raise ValueError(
+            f"master weights in {master.format.name} cannot hold weights in {weights.format.name}, which has values "
+            f"that {master.format.name} lacks: give master a format with at least as many exponent and mantissa bits, "
+            "such as fp32"
+        )
+    if weights is not None and master is not None and weights.scale is not None and master.format.exponent_bits < 8:
+        raise ValueError(
+            f"master weights in {master.format.name} cannot hold scaled weights, which have the exponents of float32: "
+            "give master a format with 8 exponent bits, such as bf16 or fp32"
+        )
+
+
+def check_seed(seed: int | None, casts: Sequence[Cast]) -> None:
+    """Refuse a seed where no cast is stochastic, and the reverse, and what is no seed."""
+    stochastic = [cast for cast in casts if _is_stochastic(cast)]
+    if stochastic and seed is None:
+        raise ValueError(f"the cast {stochastic[0]} is stochastic and needs a seed: an int")
+    if seed is not None and not stochastic:
+        raise ValueError(f"seed={seed} has no meaning without stochastic rounding: use rounding='stochastic'")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
+        raise ValueError(f"a seed is an int of 64 bits, got {seed!r}")
+
+
+@cache
+def _is_stochastic(cast: Cast) -> bool:
+    return split_rounding(cast.rounding)[1] > 0
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    hooks = optimizer._optimizer_step_post_hooks.values()
+    if any(isinstance(getattr(hook, "__self__", None), Memory) for hook in hooks):
+        raise ValueError("this optimizer is rounded already: call remove() of what round_optimizer returned first")
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError("an optimizer with differentiable=True cannot be rounded in place: set it to False")
+
+
+# -- which states there are --------------------------------------------------------------------------------------------
+
+
+def state_names(optimizer: Optimizer) -> list[str]:
+    """The kinds of state that an optimizer keeps for its parameters, as they may be given to `round_optimizer`.
+
+    Optimizers create their state in their first step, so one is taken on a copy with small parameters. Where that
+    fails, the state of a step that has been taken tells.
+
+    Raises:
+        ValueError: it fails, and no step has been taken.
+    """
+    try:
+        states = _states_after_a_step(optimizer)
+    except Exception as error:
+        states = list(optimizer.state.values())
+        if not states:
+            raise ValueError(
+                f"cannot tell what state {type(optimizer).__name__} keeps: a step on a small copy of it failed "
+                f"({error}). Take a step before you call round_optimizer"
+            ) from error
+    return sorted({name for each in states for name, value in each.items() if _is_state(value)})
+
+
+def _is_state(value: Any) -> bool:
+    """Whether it is a tensor (or a list of them) of as many numbers as the parameters have, not a counter."""
+    if isinstance(value, list):
+        return any(_is_state(item) for item in value)
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0
+
+
+def _states_after_a_step(optimizer: Optimizer) -> list[dict[str, Any]]:
+    twin = copy.copy(optimizer)
+    twin.__dict__ = {**vars(optimizer), **vars(twin)}
+    twin.state = defaultdict(dict)
+    for name in [name for name in vars(twin) if name.startswith("_optimizer_") and name.endswith("_hooks")]:
+        setattr(twin, name, OrderedDict())
+    twin.param_groups = [
+        {**group, "params": list(_small_parameters(group["params"]))} for group in optimizer.param_groups
+    ]
+    parameters = [p for group in twin.param_groups for p in group["params"]]
+    if isinstance(twin, torch.optim.LBFGS):  # it has its own list of the parameters, and their number
+        twin._params, twin._numel_cache = parameters, None
+
+    def closure() -> Tensor:
+        with torch.enable_grad():
+            loss = sum(((p - 3) ** 4).sum() for p in parameters)
+        for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            p.grad = gradient
+        return loss.detach()
+
+    closure()
+    type(twin).step(
+        twin, typing.cast(Any, closure)
+    )  # not twin.step, which a learning rate scheduler binds to the original
+    return list(twin.state.values())
+
+
+def _small_parameters(parameters: Iterable[Tensor]) -> Iterator[Tensor]:
+    """One small parameter for each number of dimensions, dtype and device: what state there is may depend on these."""
+    for ndim, dtype, device in dict.fromkeys((max(p.ndim, 1), p.dtype, p.device) for p in parameters):
+        yield torch.ones([2] * ndim, dtype=dtype, device=device, requires_grad=True)
+
+
+# -- what happens around a step ----------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Memory:
+    """What is kept between steps, and the hooks that keep it."""
+
+    optimizer: Optimizer
+    state: tuple[tuple[str, Cast], ...]
+    weights: Cast | None
+    master: Cast | None
+    kahan: bool
+    seed: int | None
+    compiled: bool | None = None
+    steps: int = 0
+    masters: dict[Tensor, Tensor] = field(default_factory=dict)
+    compensations: dict[Tensor, Tensor] = field(default_factory=dict)
+    loading: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def casts_per_parameter(self) -> int:
+        return len(self.state) + 2
+
+    def check_carriers(self) -> None:
+        for p in self.parameters:
+            for cast in (self.weights, self.master):
+                if cast is not None:
+                    check_scaled_carrier(p.dtype, cast.format, cast.scale)
+            for name, cast in self.state:
+                for tensor in _tensors(self.optimizer.state.get(p, {}).get(name)) or [p]:
+                    check_scaled_carrier(tensor.dtype, cast.format, cast.scale)
+
+    def start(self) -> None:
+        if self.master is not None:
+            self.masters = {p: _local(p).clone() for p in self.parameters}
+        if self.kahan:
+            self.compensations = {p: torch.zeros_like(_local(p)) for p in self.parameters}
+        self.round_state()
+        self.round_weights()
+
+    # The arithmetic below is that of the carrier; hooks run outside of any compiled step.
+
+    @torch._dynamo.disable
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        self._refuse_added_parameters()
+        self._widen()
+        if self.weights is None:
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            return None
+        wrapped = self._with_rounded_weights(closure)
+        return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
+
+    @torch._dynamo.disable
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.steps += 1
+        self.round_state()
+        self.round_weights()
+
+    def _widen(self) -> None:
+        """Put into the parameters what the step starts from."""
+        if self.masters:
+            torch._foreach_copy_([_local(p) for p in self.masters], list(self.masters.values()))
+        if self.compensations:
+            torch._foreach_add_([_local(p) for p in self.compensations], list(self.compensations.values()))
+
+    def round_state(self) -> None:
+        """Round the state that there is, in place."""
+        jobs = [
+            Job(_local(tensor), cast, self._draw_index(j, p, i))
+            for j, p in enumerate(self.parameters)
+            for i, (name, cast) in enumerate(self.state)
+            for tensor in _tensors(self.optimizer.state.get(p, {}).get(name))
+        ]
+        self._round(jobs)
+
+    def round_weights(self) -> None:
+        """From parameters in which a step has left its result: the master copies, the weights, what they lose."""
+        if self.weights is None:
+            return
+        parameters = [_local(p) for p in self.parameters]
+        masters = list(self.masters.values())
+        if self.master is not None:
+            torch._foreach_copy_(masters, parameters)
+            self._round(self._jobs(masters, self.master, len(self.state)))
+            torch._foreach_copy_(parameters, masters)
+        lost = list(self.compensations.values())
+        if self.kahan:
+            torch._foreach_copy_(lost, parameters)
+        self._round(self._jobs(parameters, self.weights, len(self.state) + 1))
+        if self.kahan:
+            torch._foreach_sub_(lost, parameters)
+            nearest = replace(self.weights, rounding="nearest_even")
+            self._round(self._jobs(lost, nearest, 0))
+
+    def _jobs(self, tensors: Sequence[Tensor], cast: Cast, i: int) -> list[Job]:
+        return [
+            Job(tensor, cast, self._draw_index(j, p, i))
+            for j, (p, tensor) in enumerate(zip(self.parameters, tensors, strict=True))
+        ]
+
+    def _draw_index(self, j: int, parameter: Tensor, i: int) -> int:
+        shard = _shard(parameter)
+        before = len(self.parameters) * shard if shard else 0  # counted only if needed: this is called for each of them
+        return i + self.casts_per_parameter * (j + before)
+
+    def _round(self, jobs: list[Job]) -> None:
+        draw = None if self.seed is None else draw_of_step(self.seed, self.steps)
+        round_in_place(jobs, draw, compiled=self.compiled)
+
+    def _with_rounded_weights(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """``closure``, evaluated at the rounded weights of what the parameters hold when it is called."""
+
+        def evaluate() -> Any:
+            with torch.no_grad():
+                parameters = [_local(p) for p in self.parameters]
+                exact = [p.clone() for p in parameters]
+                assert self.weights is not None
+                self._round(self._jobs(parameters, self.weights, len(self.state) + 1))
+            try:
+                with torch.enable_grad():
+                    return closure()
+            finally:
+                with torch.no_grad():
+                    torch._foreach_copy_(parameters, exact)
+
+        return evaluate
+
+    def _refuse_added_parameters(self) -> None:
+        kept = self.masters or self.compensations
+        if kept and len(self.parameters) != len(kept):
+            raise RuntimeError(
+                "parameters were added to the optimizer after round_optimizer, and have no master copies: call "
+                "remove() of what it returned, then add_param_group, then round_optimizer"
+            )
+
+    # State dicts: what is kept besides the optimizer's own state goes with it, under names of fpsim's.
+
+    def add_to_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        states = dict(state_dict["state"])
+        for name, kept in self._kept():
+            for j, (p, tensor) in enumerate(kept.items()):
+                states[j] = {**states.get(j, {}), name: _sharded_like(p, tensor)}
+        groups = [{**group, STEPS: self.steps} for group in state_dict["param_groups"]]
+        return {**state_dict, "state": states, "param_groups": groups}
+
+    def take_from_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state dict without what is fpsim's, which is put aside until the optimizer has taken the rest.
+
+        Raises:
+            ValueError: it is not of an optimizer rounded as this one.
+        """
+        self._check_state_dict(state_dict)
+        states, groups = state_dict["state"], state_dict["param_groups"]
+        indices = [index for group in groups for index in group["params"]]
+        self.loading = {name: [states[index][name] for index in indices] for name, kept in self._kept() if kept} | {
+            STEPS: max(group[STEPS] for group in groups)
+        }
+        names = (MASTER, COMPENSATION, STEPS)
+        own = {i: {key: value for key, value in state.items() if key not in names} for i, state in states.items()}
+        return {
+            **state_dict,
+            "state": {i: state for i, state in own.items() if state},  # an optimizer expects all its state, or none
+            "param_groups": [{key: value for key, value in group.items() if key not in names} for group in groups],
+        }
+
+    def _kept(self) -> list[tuple[str, dict[Tensor, Tensor]]]:
+        return [(MASTER, self.masters), (COMPENSATION, self.compensations)]
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if any(STEPS not in group for group in state_dict["param_groups"]):
+            raise ValueError(
+                "the state dict is of an optimizer that was not rounded: load it before you call round_optimizer"
+            )
+        for (name, kept), option in zip(self._kept(), ("master", "kahan"), strict=True):
+            count = sum(name in state for state in state_dict["state"].values())
+            if count != len(kept):
+                raise ValueError(
+                    f"the state dict holds {name!r} of {count} parameters, and this optimizer of {len(kept)}: call "
+                    f"round_optimizer with {option} as it was when the state dict was saved"
+                )
+
+    @torch.no_grad()
+    def finish_loading(self, optimizer: Optimizer) -> None:
+        for name, kept in self._kept():
+            for p, value in zip(list(kept), self.loading.get(name, []), strict=False):
+                kept[p] = _local(value).to(kept[p], copy=True)
+        self.steps = self.loading[STEPS]
+        self.loading = {}
+        self.round_state()
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, list):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return [value] if isinstance(value, Tensor) else []
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor that are here, sharing its memory: of a `DTensor` its shard."""
+    detached = tensor.detach()
+    return detached.to_local() if hasattr(detached, "to_local") else detached
+
+
+def _sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
+    """``local`` as a `DTensor` laid out as ``parameter``; itself where that is none."""
+    sharded = _as_sharded(parameter)
+    if sharded is None:
+        return local
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = sharded.device_mesh, sharded.placements
+    return DTensor.from_local(local, mesh, placements, shape=sharded.shape, stride=sharded.stride())
+
+
+def _shard(parameter: Tensor) -> int:
+    """Which shard of a `DTensor` is here; 0 for what is not sharded."""
+    number, sharded = 0, _as_sharded(parameter)
+    if sharded is not None:
+        mesh = sharded.device_mesh
+        for dimension, placement in enumerate(sharded.placements):
+            if placement.is_shard():
+                number = number * mesh.size(dimension) + mesh.get_local_rank(dimension)
+    return number
+
+
+def _as_sharded(tensor: Tensor) -> DTensor | None:
+    """The tensor if it is a `DTensor`, whose module takes long to import where it is not used."""
+    return typing.cast("DTensor", tensor) if hasattr(tensor, "to_local") else None
+
+
+# -- rounding many tensors in place ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A tensor to be rounded in place, how, and which draw of the step is its own."""
+
+    tensor: Tensor
+    cast: Cast
+    draw: int
+
+
+def draw_of_step(seed: int, step: int) -> int:
+    """The seed from which the draws of one step are counted: 64 bits of a hash of both."""
+    return int(random_key(torch.tensor(seed), step))
+
+
+def round_in_place(jobs: Sequence[Job], draw: int | None, compiled: bool | None = False) -> None:
+    """Round each tensor as by `fpsim.round`; stochastically with seed ``draw + job.draw`` (modulo 2**64).
+
+    ``compiled``: by code that Inductor compiles once for every cast; None: where there are over a million numbers in
+    all on the CPU.
+    """
+    if compiled is None:
+        compiled = sum(job.tensor.numel() for job in jobs if job.tensor.device.type == "cpu") >= COMPILE_FROM
+    small, large = defaultdict(list), defaultdict(list)
+    for job, key in zip(jobs, _keys(jobs, draw), strict=True):
+        x, cast = job.tensor, job.cast
+        if key is None and cast.scale is None and x.numel() < _SMALL:
+            small[cast, x.dtype, x.device].append(x)
+        elif compiled and x.is_contiguous() and 1 < x.numel() < _SHORT:
+            large[cast, x.dtype, x.device, key is not None].append((x.view(-1), key))
+        else:
+            _overwrite(x, key, *_arguments(cast))
+
+    joined = {kind: torch.cat([x.reshape(-1) for x in tensors]) for kind, tensors in small.items()}
+    for (cast, dtype, device), x in joined.items():
+        if compiled and x.numel() > 1:
+            large[cast, dtype, device, False].append((x, None))
+        else:
+            _overwrite(x, None, *_arguments(cast))
+    for compilation, pairs in large.items():
+        _compiled_rounding(*compilation)(pairs)
+    for kind, tensors in small.items():
+        parts = joined[kind].split([x.numel() for x in tensors])
+        torch._foreach_copy_(tensors, [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)])
+
+
+def _keys(jobs: Sequence[Job], draw: int | None) -> Sequence[Tensor | None]:
+    """The key of each job's random numbers, int32 ``[2]``; None for deterministic rounding."""
+    drawn = [i for i, job in enumerate(jobs) if _is_stochastic(job.cast)]
+    keys: list[Tensor | None] = [None] * len(jobs)
+    if drawn:
+        key = random_key(torch.tensor([_wrap((draw or 0) + jobs[i].draw) for i in drawn]), 0)
+        for i, halves in zip(drawn, torch.stack([key, key >> 32], 1).to(torch.int32), strict=True):
+            keys[i] = halves.to(jobs[i].tensor.device)
+    return keys
+
+
+def _wrap(number: int) -> int:
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def _arguments(cast: Cast) -> tuple[str, str, str, float | None]:
+    return cast.format.name, cast.rounding, cast.overflow, cast.format.max if cast.scale else None
+
+
+def _overwrite(
+    x: Tensor, key: Tensor | None, format: str, rounding: str, overflow: str, scaled_to: float | None
+) -> None:
+    """Round ``x`` in place; ``scaled_to``: with its largest magnitude scaled to just below this number."""
+    exact, inverse = x, None
+    if scaled_to is not None:
+        factor, inverse = scale_op(x, scaled_to, SOURCE).unbind()
+        exact = x * factor
+    if key is None:
+        rounded = round_op(exact, format, rounding, overflow, SOURCE)
+    else:
+        if torch.compiler.is_compiling():
+            torch._check(x.numel() < _SHORT)  # so that indices of unknown tensors are taken for 32 bits, not 64
+        rounded = round_stochastic_op(exact, key, format, rounding, overflow, SOURCE)
+    x.copy_(rounded if inverse is None else rounded * inverse)
+
+
+def _overwrite_batch(xs: Sequence[Tensor], keys: Sequence[Tensor] | None, *arguments: Any) -> None:
+    for i, x in enumerate(xs):
+        _overwrite(x, None if keys is None else keys[i], *arguments)
+
+
+@cache
+def _compiled_rounding(
+    cast: Cast, dtype: torch.dtype, device: torch.device, stochastic: bool
+) -> Callable[[Sequence[tuple[Tensor, Tensor | None]]], None]:
+    """`_overwrite` for tensors of one dimension, and their keys, compiled: a batch at a time."""
+    arguments = _arguments(cast)
+    # A function of its own, so that casts do not add up to Dynamo's limit.
+    name = "_".join(("round", *map(str, arguments)))
+    overwrite = torch.compile(
+        FunctionType(_overwrite_batch.__code__.replace(co_name=name), globals(), name), dynamic=True
+    )
+
+    def run(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        for start in range(0, len(pairs), _BATCH):
+            xs, keys = zip(*pairs[start : start + _BATCH], *fillers[len(pairs) - start :], strict=True)
+            overwrite(xs, torch.stack(keys) if stochastic else None, *arguments)
+
+    no_key = torch.zeros(2, dtype=torch.int32, device=device) if stochastic else None
+    fillers = [(torch.zeros(2, dtype=dtype, device=device), no_key) for _ in range(_BATCH)]
+    # For long tensors, or else the code keeps to one thread; of different lengths, or else it is for equal ones only.
+    run([(torch.zeros(COMPILE_FROM + i, dtype=dtype, device=device), no_key) for i in range(_BATCH)])
+    return run
