@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 # On a busy machine a slow example says nothing.
@@ -26,3 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Tell of failures in the one process that reports them."""
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(FailuresAtOnce(config))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch in one thread: on a busy machine the others wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

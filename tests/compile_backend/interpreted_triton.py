@@ -16,8 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[1] / "fpsim"))
-from judge import (
+sys.path.append(str(Path(__file__).parents[2]))  # it is run as a program
+import fpsim
+from fpsim.formats import full_rounding, parse_format, resolve_overflow
+from fpsim.rounding.ops import _words, random_key_op, round_with_torch_ops
+from fpsim.rounding.triton_functions import round_dense, round_stochastic_dense
+from fpsim.triton import fpsim_round, fpsim_round_stochastic
+from tests.shared.judge import (
     CARRIERS,
     Inputs,
     assert_codes,
@@ -29,12 +34,6 @@ from judge import (
     random_inputs,
     suits,
 )
-
-import fpsim
-from fpsim.formats import full_rounding, parse_format, resolve_overflow
-from fpsim.rounding.ops import _words, random_key_op, round_with_torch_ops
-from fpsim.rounding.triton_functions import round_dense, round_stochastic_dense
-from fpsim.triton import fpsim_round, fpsim_round_stochastic
 
 #: Each has something of its own in the algorithm: specials, subnormals, ties, signs, reach into tiny numbers.
 FORMATS = (

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parent))
-from two_ranks import CASES, OPTIONS, SAMPLES, Model, train
+from tests.compile_backend.two_ranks import CASES, OPTIONS, SAMPLES, Model, train
 
 
 def two_ranks(folder: Path) -> list[dict[str, Any]]:

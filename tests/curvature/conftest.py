@@ -1,14 +1,9 @@
-"""Lets the tests of this folder import their shared module (``from models import ...``)."""
+"""What the tests of this folder share."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-if (here := str(Path(__file__).parent)) not in sys.path:
-    sys.path.append(here)
 
 
 @pytest.fixture(autouse=True)

@@ -6,13 +6,13 @@ from itertools import count
 
 import pytest
 import torch
-from small_models import case, token_loss
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from fpsim.curvature import Operator, check_determinism, check_symmetry, functional_loss, hessian, label_count
+from tests.curvature.small_models import case, token_loss
 
 
 def only_reason(result):

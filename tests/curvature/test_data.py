@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import case, dense_hessian, relative, token_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from fpsim.curvature import CrossEntropy, functional_loss, functional_outputs, gauss_newton, hessian, label_count
+from tests.curvature.small_models import case, dense_hessian, relative, token_loss
 
 
 def cut(batch):

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import case, dense_hessian, relative, token_loss
 from torch import distributed as dist
 from torch import multiprocessing
 
 from fpsim.curvature import averaged, eigenpairs, functional_loss, functional_outputs, hessian, label_count, trace
 from fpsim.sharpness import sam
+from tests.curvature.small_models import case, dense_hessian, relative, token_loss
 
 
 def sharded(part: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:

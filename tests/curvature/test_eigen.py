@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import case, dense_hessian, network_spectrum, spectrum_matrix
 
 from fpsim.curvature import Operator, eigenpairs, hessian
 from fpsim.curvature.lanczos import lanczos
+from tests.curvature.small_models import case, dense_hessian, network_spectrum, spectrum_matrix
 
 VALUES = network_spectrum()
 MATRIX = spectrum_matrix(VALUES)

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.linalg import eigsh
-from small_models import network_spectrum, spectrum_matrix
 from torch import nn
 
 from fpsim.curvature import Operator, eigenpairs, hessian, layers, layout
+from tests.curvature.small_models import network_spectrum, spectrum_matrix
 
 MATRICES = st.tuples(st.integers(1, 6), st.integers(0, 10_000)).map(
     lambda t: torch.randn(t[0], t[0], dtype=torch.float64, generator=torch.Generator().manual_seed(t[1]))

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import case, dense_hessian, relative, token_loss
 from torch import nn
 from torch.nn import functional
 
@@ -20,6 +19,7 @@ from fpsim.curvature import (
     label_count,
     shifted_labels,
 )
+from tests.curvature.small_models import case, dense_hessian, relative, token_loss
 
 transformers = pytest.importorskip("transformers")
 

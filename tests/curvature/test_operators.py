@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import MODELS, case, dense_hessian, relative, token_loss
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -22,6 +21,7 @@ from fpsim.curvature import (
     hessian,
     layout,
 )
+from tests.curvature.small_models import MODELS, case, dense_hessian, relative, token_loss
 
 EXACT = ("reverse", "forward", "double_backward")
 

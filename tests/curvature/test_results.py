@@ -6,9 +6,9 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
-from small_models import network_spectrum, spectrum_matrix
 
 from fpsim.curvature import density, eigenpairs, function_trace, trace
+from tests.curvature.small_models import network_spectrum, spectrum_matrix
 
 MATRIX = spectrum_matrix(network_spectrum(50)).float()
 

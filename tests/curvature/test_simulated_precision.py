@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import case, dense_hessian, relative, token_loss
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -20,6 +19,7 @@ from fpsim.curvature import (
     hessian,
     layout,
 )
+from tests.curvature.small_models import case, dense_hessian, relative, token_loss
 
 
 class RoundedLinear(nn.Linear):

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from small_models import network_spectrum, spectrum_matrix
 
 from fpsim.curvature import density, trace
+from tests.curvature.small_models import network_spectrum, spectrum_matrix
 
 VALUES = network_spectrum(300)
 MATRIX = spectrum_matrix(VALUES)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import case, dense_hessian, network_spectrum, spectrum_matrix
 
 from fpsim.curvature import Operator, function_trace, hessian, log_determinant, trace
+from tests.curvature.small_models import case, dense_hessian, network_spectrum, spectrum_matrix
 
 VALUES = network_spectrum(120)
 MATRIX = spectrum_matrix(VALUES)

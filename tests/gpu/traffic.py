@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -41,10 +39,7 @@ from torch.utils._triton import has_triton
 
 from fpsim.compile_backend import backend
 from fpsim.paper.training import OpenAttention
-
-sys.path.append(str(Path(__file__).parents[1] / "compile_backend"))
-from inductor_triton import kernels_of, pretended_gpu
-
+from tests.compile_backend.inductor_triton import kernels_of, pretended_gpu
 from tests.gpu.benchmarks import GPT2, Size
 
 GPU = torch.device("cuda", 0)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from judge import assert_same_bits
 from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -16,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fpsim
 from fpsim.training.gradients import differences, refuse_other_policy, rounded_reduce_scatter
 from fpsim.training.optimizers import draw_of_step
+from tests.shared.judge import assert_same_bits
 
 HOOKS: dict[str, dict[str, Any]] = {
     "nearest": {"format": "e4m3fn"},

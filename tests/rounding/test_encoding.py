@@ -4,7 +4,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from judge import (
+
+import fpsim
+from fpsim import reference
+from fpsim.formats import NAMED_FORMATS, ROUNDINGS, FloatFormat, parse_format
+from fpsim.rounding.api import code_dtype
+from tests.shared.judge import (
     CARRIERS,
     assert_codes,
     assert_same_bits,
@@ -16,11 +21,6 @@ from judge import (
     specials,
     suits,
 )
-
-import fpsim
-from fpsim import reference
-from fpsim.formats import NAMED_FORMATS, ROUNDINGS, FloatFormat, parse_format
-from fpsim.rounding.api import code_dtype
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

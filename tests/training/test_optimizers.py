@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from judge import assert_same_bits
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import fpsim
 from fpsim import reference
 from fpsim.training.optimizers import draw_of_step, state_names
+from tests.shared.judge import assert_same_bits
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),

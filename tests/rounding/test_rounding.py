@@ -11,7 +11,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from judge import (
+
+import fpsim
+from fpsim.formats import NAMED_FORMATS, OVERFLOWS, ROUNDINGS, SPECIALS, FloatFormat, parse_format, resolve_overflow
+from tests.shared.judge import (
     CARRIERS,
     TABLE_BITS,
     Inputs,
@@ -30,9 +33,6 @@ from judge import (
     specials,
     suits,
 )
-
-import fpsim
-from fpsim.formats import NAMED_FORMATS, OVERFLOWS, ROUNDINGS, SPECIALS, FloatFormat, parse_format, resolve_overflow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,7 +8,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from judge import (
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+import fpsim
+from fpsim.formats import NAMED_FORMATS, ROUNDINGS, parse_format, resolve_overflow
+from tests.shared.judge import (
     CARRIERS,
     Inputs,
     assert_result,
@@ -19,11 +24,6 @@ from judge import (
     specials,
     suits,
 )
-from torch import Tensor
-from torch._inductor.utils import run_and_get_code
-
-import fpsim
-from fpsim.formats import NAMED_FORMATS, ROUNDINGS, parse_format, resolve_overflow
 
 Mode = tuple[str, str, str | None]  # format, rounding, overflow
 

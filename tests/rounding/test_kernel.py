@@ -9,11 +9,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from judge import CARRIERS, Inputs, assert_codes, by_reference, interesting, overflows, random_inputs, suits
 
 from fpsim import reference
 from fpsim.formats import NAMED_FORMATS, ROUNDINGS, FloatFormat, full_rounding, parse_format, split_rounding
 from fpsim.rounding.kernel import Grid, decode_code, encode_code, round_code
+from tests.shared.judge import (
+    CARRIERS,
+    Inputs,
+    assert_codes,
+    by_reference,
+    interesting,
+    overflows,
+    random_inputs,
+    suits,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from judge import CARRIERS, suits
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
@@ -28,6 +27,7 @@ from fpsim.formats import (
 )
 from fpsim.rounding.ops import _words, draw_seed, random_key_op, round_with_torch_ops, working_dtype
 from fpsim.verify.run import codes_of, tensor_of
+from tests.shared.judge import CARRIERS, suits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from judge import CARRIERS, assert_result, assert_same_bits, interesting, suits
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
@@ -18,6 +17,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 import fpsim
 from fpsim.formats import ROUNDINGS, parse_format
 from fpsim.rounding.api import GRADIENTS
+from tests.shared.judge import CARRIERS, assert_result, assert_same_bits, interesting, suits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

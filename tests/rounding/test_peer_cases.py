@@ -11,7 +11,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from judge import (
+
+import fpsim
+from fpsim.formats import ROUNDINGS, parse_format
+from tests.shared.judge import (
     CARRIERS,
     assert_codes,
     assert_result,
@@ -23,9 +26,6 @@ from judge import (
     suits,
     tensor_of,
 )
-
-import fpsim
-from fpsim.formats import ROUNDINGS, parse_format
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,0 +1,41 @@
+"""A run small enough for a test, and a compiler that does not compile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+from torch import nn
+
+from fpsim.paper.data import Data, split, tokenize
+from fpsim.paper.models import ModelConfig
+from fpsim.paper.training import Loss, RunConfig
+
+TEXT = b"".join(b"It was the best of times, it was the worst of times, line %d.\n" % line for line in range(60))
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    model = ModelConfig(layers=1, hidden=16, heads=2, mlp=24, context=12)
+    return replace(RunConfig(), model=model, steps=6, batch=4, warmup=2, validate_every=4, validation_batches=2)
+
+
+@pytest.fixture
+def data(config: RunConfig) -> Data:
+    return split(tokenize(TEXT), context=config.model.context)
+
+
+@pytest.fixture
+def text() -> bytes:
+    return TEXT
+
+
+@pytest.fixture
+def eager():
+    """In place of `fpsim.paper.training.compile_loss`: the module itself, whatever the options."""
+
+    def leave(module: nn.Module, options: Mapping[str, object] | None) -> Loss:
+        return module
+
+    return leave
