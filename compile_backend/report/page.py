@@ -68,7 +68,9 @@ _TEXTS = ("path", "operator", "kind", "role", "shape", "cast", "exponents")
 
 def page(profile: Profile, title: str) -> str:
     """The page for ``profile``, as HTML."""
-    rows = [row | {"number": number} for number, row in enumerate(profile.rows())]
+    rows = [
+        row | {"number": number, "kind": row["kind"] or row["direction"]} for number, row in enumerate(profile.rows())
+    ]
     low, high = _axis([row["exponents"] for row in rows])
     body = "\n".join(_table_row(row, low, high) for row in rows)
     return _PAGE.substitute(

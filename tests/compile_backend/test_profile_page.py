@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from fpsim.casts import parse_cast
 from fpsim.compile_backend import Gap, ProductStatistics, Profile, SiteStatistics, Statistics
+from fpsim.policy.policy import KINDS
 
 #: A name that would be markup, a script or a placeholder if it were not escaped.
 WEIRD = "a.</script><b onclick='x'>$title"
@@ -20,8 +22,19 @@ WEIRD = "a.</script><b onclick='x'>$title"
 
 def site(path: str, kind: str, role: str, product: int | None, **numbers: object) -> SiteStatistics:
     statistics = Statistics(elements=100, signal=10.0, **numbers)  # type: ignore[arg-type]
+    is_product = kind in KINDS
     return SiteStatistics(
-        path, "aten.mm", kind, role, (10, 10), "float32", "e4m3fn/nearest_even/sat_finite", product, statistics
+        path=path,
+        operator="aten.mm",
+        kind=kind if is_product else None,
+        direction="forward" if kind in ("fprop", "forward") else "backward",
+        role=role,
+        shape=(10, 10),
+        dtype="float32",
+        cast=parse_cast("e4m3fn"),
+        contracted=(1,) if is_product else (),
+        product=product,
+        statistics=statistics,
     )
 
 
