@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fpsim.curvature.data import NO_BATCH, Data, Weight, call
 from fpsim.curvature.linear import Operator
-from fpsim.curvature.operators import NO_BATCH, Data, Weight
 from fpsim.curvature.products import OperationsSeen
 from fpsim.curvature.vectors import Layout, Params, Select, layout
 
@@ -161,8 +161,7 @@ def _why_otherwise(difference: float) -> str:
 
 def _gradient(loss: Callable[..., Tensor], arranged: Layout, batch: Any) -> Tensor:
     variables = [value.detach().requires_grad_() for value in arranged.values]
-    tree = arranged.substitute(variables)
-    value = loss(tree) if batch is NO_BATCH else loss(tree, batch)
+    value = call(loss, arranged.substitute(variables), batch)
     pieces = torch.autograd.grad(value, variables, materialize_grads=True)
     return torch.cat([value.detach().reshape(1).to(arranged.dtype), arranged.join(pieces).to(value.device)])
 

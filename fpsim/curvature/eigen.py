@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fpsim.curvature.counting import Products, as_operator, products_of
-from fpsim.curvature.lanczos import AT_LEAST, IN_A_ROW, RitzPairs, lanczos_eigenpairs, noise
+from fpsim.curvature.lanczos import CONFIRMATIONS, MIN_PRODUCTS, RitzPairs, lanczos_eigenpairs, rounding_noise
 from fpsim.curvature.linear import Operator
 from fpsim.curvature.lobpcg import lobpcg
 from fpsim.curvature.results import EigenResult
@@ -141,9 +141,9 @@ def power_iteration(
             theta, length = dot(x, inside), norm(inside)
             scale = max(scale, length)
             residual = norm(inside - theta * x)
-            floor = noise(x.dtype) * scale
+            floor = rounding_noise(x.dtype) * scale
             in_a_row = in_a_row + 1 if residual <= inner * abs(theta) else 0
-            done = residual <= floor or (in_a_row >= IN_A_ROW and own >= AT_LEAST)
+            done = residual <= floor or (in_a_row >= CONFIRMATIONS and own >= MIN_PRODUCTS)
             if products >= max_products or done:
                 break
             x = inside / length
@@ -156,7 +156,7 @@ def power_iteration(
     values, rotation = values[order], rotation[:, order].T.to(basis)
     basis, mapped = rotation @ basis, rotation @ mapped
     residuals = torch.tensor([norm(row) for row in mapped - values.to(basis).unsqueeze(1) * basis], dtype=torch.float64)
-    floor = noise(basis.dtype) * scale
+    floor = rounding_noise(basis.dtype) * scale
     converged = len(values) == count and bool((residuals <= (tol * values.abs()).clamp(min=floor)).all())
     return RitzPairs(values, residuals, basis, converged, float("nan"))
 

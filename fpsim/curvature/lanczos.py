@@ -21,31 +21,31 @@ Matvec = Callable[[Tensor], Tensor]
 #: How many products in a row must meet the tolerance. While a combination of two close eigenvectors turns into the
 #: leading one, its residual is small for a moment. On spectra like a network's with 4 % between the first two, out of
 #: 300 random starts one product in a row stops at the second in 6 %, two in 3 %, three in 1.3 % (one product each).
-IN_A_ROW = 2
+CONFIRMATIONS = 2
 
 #: At least so many products, as a random start says little about the top of the spectrum.
-AT_LEAST = 5
+MIN_PRODUCTS = 5
 
 #: How many vectors the basis grows by at a time.
-_ROWS = 8
+_BLOCK_ROWS = 8
 
 
 class Basis:
     """Orthonormal vectors as rows, in blocks, so that memory grows with what is used."""
 
     def __init__(self, like: Tensor) -> None:
-        self.size, self.kind = like.numel(), like.new_empty(0)  # not the vector itself, which may go
+        self.size, self.empty = like.numel(), like.new_empty(0)  # not the vector itself, which may go
         self.blocks: list[Tensor] = []
         self.count = 0
 
     def append(self, vector: Tensor) -> None:
-        if self.count == _ROWS * len(self.blocks):
-            self.blocks.append(self.kind.new_zeros(_ROWS, self.size))
-        self.blocks[-1][self.count % _ROWS] = vector
+        if self.count == _BLOCK_ROWS * len(self.blocks):
+            self.blocks.append(self.empty.new_zeros(_BLOCK_ROWS, self.size))
+        self.blocks[-1][self.count % _BLOCK_ROWS] = vector
         self.count += 1
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.blocks[index // _ROWS][index % _ROWS]
+        return self.blocks[index // _BLOCK_ROWS][index % _BLOCK_ROWS]
 
     def orthogonalise(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """``vector`` less its projection on the basis, and the coefficients of that, float64, shape ``(count,)``."""
@@ -55,16 +55,16 @@ class Basis:
             for index, block in enumerate(self.blocks):  # rows not in use are zero
                 coefficients = block @ vector
                 vector.addmv_(block.T, coefficients, alpha=-1)
-                rows = slice(index * _ROWS, min(self.count, (index + 1) * _ROWS))
+                rows = slice(index * _BLOCK_ROWS, min(self.count, (index + 1) * _BLOCK_ROWS))
                 total[rows] += coefficients[: rows.stop - rows.start].to("cpu", torch.float64)
         return vector, total
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """``coefficients`` (float64, shape ``(count, k)``) times the basis: shape ``(k, size)``."""
-        padded = torch.zeros(_ROWS * len(self.blocks), coefficients.shape[1], dtype=torch.float64)
+        padded = torch.zeros(_BLOCK_ROWS * len(self.blocks), coefficients.shape[1], dtype=torch.float64)
         padded[: self.count] = coefficients
-        result = self.kind.new_zeros(coefficients.shape[1], self.size)
-        for block, part in zip(self.blocks, padded.split(_ROWS), strict=True):
+        result = self.empty.new_zeros(coefficients.shape[1], self.size)
+        for block, part in zip(self.blocks, padded.split(_BLOCK_ROWS), strict=True):
             result.addmm_(part.T.to(result), block)
         return result
 
@@ -120,13 +120,13 @@ def lanczos(matvec: Matvec, start: Tensor, steps: int, *, reorthogonalise: bool 
         beta = norm(remainder)
         diagonal.append(alpha)
         off_diagonal.append(beta)
-        if beta <= noise(start.dtype) * max(map(abs, diagonal + off_diagonal)):
+        if beta <= rounding_noise(start.dtype) * max(map(abs, diagonal + off_diagonal)):
             break  # the vectors so far span an invariant subspace
         previous, current = current, remainder / beta
     return Tridiagonal(torch.tensor(diagonal, dtype=torch.float64), torch.tensor(off_diagonal, dtype=torch.float64))
 
 
-def noise(dtype: torch.dtype) -> float:
+def rounding_noise(dtype: torch.dtype) -> float:
     """What is left of a product, relative to the operator's scale, may be rounding error if it is below this."""
     return 200 * torch.finfo(dtype).eps
 
@@ -184,19 +184,19 @@ def lanczos_eigenpairs(
         beta = norm(remainder)
         scale = max(scale, float(column.abs().max()), beta)
         complete = basis.count == size
-        stuck = complete or beta <= noise(dtype) * scale
+        stuck = complete or beta <= rounding_noise(dtype) * scale
         projected = matrix[: last + 1, : last + 1]
         values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
         chosen = wanted(values)
         residuals = beta * vectors[-1, chosen].abs()
-        limit = (tol * values[chosen].abs()).clamp(min=noise(dtype) * scale)
+        limit = (tol * values[chosen].abs()).clamp(min=rounding_noise(dtype) * scale)
         enough = len(chosen) == count and bool((residuals <= limit).all())
         in_a_row, since_stuck = in_a_row + 1 if enough else 0, since_stuck + 1
-        stop = in_a_row >= IN_A_ROW and since_stuck >= max(AT_LEAST, count + 1)
+        stop = in_a_row >= CONFIRMATIONS and since_stuck >= max(MIN_PRODUCTS, count + 1)
         if stuck and not complete:
             # A subspace is exhausted. A repeated eigenvalue shows once in each: go on until one brings nothing new.
             found = values[chosen]
-            close = max(1e-3 * tol, noise(dtype)) * scale
+            close = max(1e-3 * tol, rounding_noise(dtype)) * scale
             same = len(found) == len(settled) and bool(((found - settled).abs() <= close).all())
             stop, settled, since_stuck = enough and (same or count == 1), found, 0
         if complete or stop or products >= max_products:

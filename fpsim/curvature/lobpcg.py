@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fpsim.curvature.lanczos import AT_LEAST, IN_A_ROW, Matvec, RitzPairs, noise
+from fpsim.curvature.lanczos import CONFIRMATIONS, MIN_PRODUCTS, Matvec, RitzPairs, rounding_noise
 from fpsim.curvature.vectors import norm
 
 #: A direction of which the other vectors leave less than this is dropped: dividing by it would blow up the rounding
@@ -40,11 +40,11 @@ def lobpcg(matvec: Matvec, start: Callable[[], Tensor], *, count: int, tol: floa
         x, ax = rotation @ x, rotation @ ax
         r = ax - values.to(x).unsqueeze(1) * x
         residuals = torch.tensor([norm(row) for row in r], dtype=torch.float64)
-        small = residuals <= (tol * values.abs()).clamp(min=noise(x.dtype) * scale)
+        small = residuals <= (tol * values.abs()).clamp(min=rounding_noise(x.dtype) * scale)
         converged = bool(small[:count].all())
         in_a_row = in_a_row + 1 if converged else 0
-        done = in_a_row >= IN_A_ROW and products >= AT_LEAST
-        if done or products >= max_products or bool((residuals <= noise(x.dtype) * scale).all()):
+        done = in_a_row >= CONFIRMATIONS and products >= MIN_PRODUCTS
+        if done or products >= max_products or bool((residuals <= rounding_noise(x.dtype) * scale).all()):
             break
         active = (~small).nonzero().flatten()
         if converged:  # to be confirmed: by all, for it may be one of those wanted that has yet to turn
@@ -56,7 +56,7 @@ def lobpcg(matvec: Matvec, start: Callable[[], Tensor], *, count: int, tol: floa
         aw = torch.stack([matvec(row) for row in w])
         products += len(w)
         scale = max(scale, _longest(aw))
-        if float((_gram(w, ax) - _gram(aw, x)).abs().max()) > 10 * noise(x.dtype) * scale:
+        if float((_gram(w, ax) - _gram(aw, x)).abs().max()) > 10 * rounding_noise(x.dtype) * scale:
             # The images, combined from step to step, have drifted from the vectors: an error that would grow.
             if products + len(x) > max_products:
                 break
@@ -112,7 +112,7 @@ def _orthonormal(rows: Tensor, against: Tensor | None = None) -> Tensor:
                 row = row - (other @ row) * other
             length = norm(row)
             left *= length
-            if left <= noise(row.dtype):
+            if left <= rounding_noise(row.dtype):
                 break
             row = row / length
         else:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fpsim.curvature.vectors import GATHER, is_sharded
+from fpsim.curvature.data import NO_BATCH
+from fpsim.curvature.products import OutputProduct
+from fpsim.curvature.vectors import HOW_TO_GATHER, is_sharded
 from fpsim.policy.policy import Policy
 
 #: Hugging Face's and torch's label for "no target here".
@@ -24,14 +26,12 @@ IGNORED = -100
 #: Classes of modules under FSDP2 (`fully_shard`) and FSDP1.
 _SHARDING = {"FSDPModule", "FullyShardedDataParallel"}
 
-_NO_BATCH = object()
-
 
 def functional_loss(
     model: nn.Module,
     loss: Callable[..., Tensor] | None = None,
     *,
-    batch: Any = _NO_BATCH,
+    batch: Any = NO_BATCH,
     policy: Policy | Mapping[str, Any] | str | None = None,
 ) -> Callable[..., Tensor]:
     """``loss(params, batch)`` of ``model``, or ``loss(params)`` if a ``batch`` is given here.
@@ -80,11 +80,11 @@ def functional_loss(
         outputs = call(params, (batch,), {})
         return loss(outputs) if loss is not None else _own_loss(outputs)
 
-    return of_batch if batch is _NO_BATCH else lambda params: of_batch(params, batch)
+    return of_batch if batch is NO_BATCH else lambda params: of_batch(params, batch)
 
 
 def functional_outputs(
-    model: nn.Module, *, batch: Any = _NO_BATCH, policy: Policy | Mapping[str, Any] | str | None = None
+    model: nn.Module, *, batch: Any = NO_BATCH, policy: Policy | Mapping[str, Any] | str | None = None
 ) -> Callable[..., Tensor]:
     """``outputs(params, batch)`` of ``model``, or ``outputs(params)``: what `gauss_newton` differentiates.
 
@@ -109,7 +109,7 @@ def functional_outputs(
             )
         return outputs
 
-    return of_batch if batch is _NO_BATCH else lambda params: of_batch(params, batch)
+    return of_batch if batch is NO_BATCH else lambda params: of_batch(params, batch)
 
 
 def label_count(batch: Any, *, ignore_index: int = IGNORED) -> int:
@@ -174,7 +174,7 @@ class CrossEntropy:
     def __call__(self, logits: Tensor, batch: Any = None) -> Tensor:
         return cross_entropy(logits, self._targets(batch), ignore_index=self.ignore_index)
 
-    def output_product(self, batch: Any) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
+    def output_product(self, batch: Any) -> OutputProduct:
         """At given logits, the map ``u -> H u``; it overwrites u."""
         targets = self._targets(batch)
 
@@ -210,6 +210,20 @@ def shifted_labels(batch: Mapping[str, Tensor], *, ignore_index: int = IGNORED) 
     """The next token's label at each position of a causal language model's ``batch``, ignored at the last one."""
     labels = batch["labels"]
     return torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)], dim=-1)
+
+
+def scalar_loss(value: object) -> Tensor:
+    """``value``, the result of a loss, as a tensor of shape ``()``.
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: it has more or fewer elements than one.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"the loss must be a tensor, got {type(value).__name__}: return outputs.loss, or a sum")
+    if value.numel() != 1:
+        raise ValueError(f"the loss must be one number, got a tensor of shape {tuple(value.shape)}: take its mean")
+    return value.reshape(())
 
 
 def _functional(
@@ -260,7 +274,7 @@ def refuse_sharded(model: nn.Module) -> None:
         kinds = {kind.__name__ for kind in type(part).__mro__}
         if kinds & _SHARDING or any(is_sharded(piece) for piece in part.parameters(recurse=False)):
             where = f" {name}" if name else ""
-            raise ValueError(f"the parameters of the module{where} are sharded over processes (FSDP): {GATHER}")
+            raise ValueError(f"the parameters of the module{where} are sharded over processes (FSDP): {HOW_TO_GATHER}")
 
 
 def _refuse_compiled(model: nn.Module) -> None:

@@ -12,20 +12,20 @@ forward pass is rounded; `Operator.symmetry_error` tells.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fpsim.curvature import products
+from fpsim.curvature.data import NO_BATCH, Data, Weight, call
 from fpsim.curvature.linear import Operator
-from fpsim.curvature.products import MODES, Function, Mode, Product, Tensors
+from fpsim.curvature.losses import scalar_loss
+from fpsim.curvature.products import MODES, Function, Mode, OutputProduct, Product, Tensors
 from fpsim.curvature.vectors import Layout, Params, Select, layout
 
-#: How much each batch counts: a function of a batch, numbers in the order of the batches, or "equal".
-Weight = Callable[[Any], float | Tensor] | Sequence[float] | str | None
 #: From the data of one batch to its product map.
 Linearise = Callable[[Any], Product]
 
@@ -86,7 +86,7 @@ def hessian(
     data = Data.of(batches, weight)
 
     def function(batch: Any) -> Function:
-        return lambda values: _scalar(_call(loss, arranged.substitute(values), batch))
+        return lambda values: scalar_loss(call(loss, arranged.substitute(values), batch))
 
     if mode == "finite_difference":
         _refuse_rounding(function(data.first()), arranged.values)
@@ -136,21 +136,26 @@ def gauss_newton(
         ValueError, CurvatureError: as `hessian`.
     """
 
-    def output_product(batch: Any) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
-        if loss == "squared":
-            return lambda predictions: lambda tangent: tangent / max(1, predictions[..., 0].numel())
-        if isinstance(loss, str):
-            raise ValueError(f"unknown loss {loss!r}: pass a function of the outputs, or 'squared'")
-        closed_form = getattr(loss, "output_product", None)
-        if closed_form is not None:
-            return closed_form(batch)
-        return products.hessian_of_output(lambda z: _scalar(_call(loss, z, batch)))
-
-    if isinstance(loss, str):
-        output_product(None)
+    if isinstance(loss, str) and loss != "squared":
+        raise ValueError(f"unknown loss {loss!r}: pass a function of the outputs, or 'squared'")
+    if mode not in ("reverse", "forward"):
+        raise ValueError(f"Gauss-Newton and Fisher products have the modes 'reverse' and 'forward', got {mode!r}")
     arranged = layout(params, select=select, dtype=vector_dtype, device=vector_device)
     data = Data.of(batches, weight)
-    return _jacobian_operator(outputs, output_product, arranged, data, mode, keep, "Gauss-Newton")
+    build = products.gauss_newton_reverse if mode == "reverse" else products.gauss_newton_forward
+    closed_form = _squared_error if loss == "squared" else getattr(loss, "output_product", None)
+
+    def linearise(batch: Any) -> Product:
+        def function(values: Tensors) -> Tensor:
+            return call(outputs, arranged.substitute(values), batch)
+
+        if closed_form is not None:
+            output_product = closed_form(batch)
+        else:
+            output_product = products.hessian_of_output(lambda z: scalar_loss(call(loss, z, batch)))
+        return build(function, output_product, arranged.values)
+
+    return operator_of(linearise, arranged, data, keep=_keeps(mode, keep, data), name="Gauss-Newton")
 
 
 def empirical_fisher(
@@ -177,68 +182,19 @@ def empirical_fisher(
             number of samples.
     """
 
-    def mean(batch: Any) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
-        return lambda terms: lambda tangent: tangent / max(1, terms.numel())
-
-    arranged = layout(params, select=select, dtype=vector_dtype, device=vector_device)
-    data = Data.of(batches, weight)
-    return _jacobian_operator(losses, mean, arranged, data, mode, keep, "empirical Fisher")
-
-
-@dataclass(frozen=True, eq=False)
-class Data:
-    """Batches and what each counts; without data, one batch that is `NO_BATCH`."""
-
-    batches: Iterable[Any]
-    weight: Callable[[Any], float | Tensor] | Sequence[float] | None
-    count: int | None
-
-    @classmethod
-    def of(cls, batches: Iterable[Any] | None, weight: Weight) -> Data:
-        if batches is None:
-            if weight is not None:
-                raise ValueError("weight is for batches: pass batches as well, or leave it out")
-            return cls((NO_BATCH,), None, 1)
-        if isinstance(batches, Iterator):
-            raise ValueError(
-                f"batches is a {type(batches).__name__}, which can be read only once, and every product reads them "
-                "all: pass list(batches), or a loader"
-            )
-        if isinstance(batches, Mapping | Tensor | str):
-            raise ValueError(f"batches is one batch (a {type(batches).__name__}): pass it in a list, [batch]")
-        count = _length(batches)
-        if count == 0:
-            raise ValueError("batches is empty")
-        if weight is None and count != 1:
-            raise ValueError(
-                "several batches need a weight each: weight=label_count (a language model's tokens), "
-                "weight=lambda batch: len(batch[0]) (samples), or weight='equal'"
-            )
-        if isinstance(weight, str):
-            if weight != "equal":
-                raise ValueError(f"unknown weight {weight!r}: use 'equal', a function of a batch, or numbers")
-            weight = None
-        return cls(batches, weight, count)
-
-    def first(self) -> Any:
-        return next(iter(self.batches))
-
-    def __iter__(self) -> Iterator[tuple[Any, float]]:
-        weights = None if self.weight is None or callable(self.weight) else iter(self.weight)
-        for batch in self.batches:
-            if callable(self.weight):
-                value = float(self.weight(batch))
-            else:
-                value = 1.0 if weights is None else float(_next_weight(weights))
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"a batch has the weight {value}: weights are finite and not negative")
-            yield batch, value
-        if weights is not None and next(weights, None) is not None:
-            raise ValueError("there are more weights than batches")
-
-
-#: Stands for "no batch": the loss is a function of the parameters alone.
-NO_BATCH = object()
+    operator = gauss_newton(
+        losses,
+        _MeanOfTerms(),
+        params,
+        batches=batches,
+        weight=weight,
+        select=select,
+        mode=mode,
+        keep=keep,
+        vector_dtype=vector_dtype,
+        vector_device=vector_device,
+    )
+    return replace(operator, name="empirical Fisher")
 
 
 def operator_of(linearise: Linearise, arranged: Layout, data: Data, *, keep: bool, name: str) -> Operator:
@@ -270,26 +226,19 @@ def operator_of(linearise: Linearise, arranged: Layout, data: Data, *, keep: boo
     return Operator(arranged.size, multiply, arranged.dtype, arranged.device, arranged, name)
 
 
-def _jacobian_operator(
-    outputs: Callable[..., Tensor],
-    output_product: Callable[[Any], Callable[[Tensor], Callable[[Tensor], Tensor]]],
-    arranged: Layout,
-    data: Data,
-    mode: str,
-    keep: bool | None,
-    name: str,
-) -> Operator:
-    if mode not in ("reverse", "forward"):
-        raise ValueError(f"{name} products have the modes 'reverse' and 'forward', got {mode!r}")
-    build = products.gauss_newton_reverse if mode == "reverse" else products.gauss_newton_forward
+def _squared_error(batch: Any) -> OutputProduct:
+    """The Hessian of half the mean squared error: the identity over the number of rows."""
+    return lambda predictions: lambda tangent: tangent / max(1, predictions[..., 0].numel())
 
-    def linearise(batch: Any) -> Product:
-        def function(values: Tensors) -> Tensor:
-            return _call(outputs, arranged.substitute(values), batch)
 
-        return build(function, output_product(batch), arranged.values)
+class _MeanOfTerms:
+    """In place of a loss of `gauss_newton`: weighs all outputs alike, as `empirical_fisher` does."""
 
-    return operator_of(linearise, arranged, data, keep=_keeps(mode, keep, data), name=name)
+    def __call__(self, terms: Tensor, batch: Any = None) -> Tensor:
+        return terms.mean()
+
+    def output_product(self, batch: Any) -> OutputProduct:
+        return lambda terms: lambda tangent: tangent / max(1, terms.numel())
 
 
 def _compiled(loss: Callable[..., Tensor], arranged: Layout) -> Linearise:
@@ -301,7 +250,7 @@ def _compiled(loss: Callable[..., Tensor], arranged: Layout) -> Linearise:
 
     def product_of(values: Tensors, vector: Tensors, batch: Any) -> Tensors:
         def function(moved: Tensors) -> Tensor:
-            return _call(loss, arranged.substitute(moved), batch)
+            return call(loss, arranged.substitute(moved), batch)
 
         return products.jvp(torch.func.grad(function), (values,), (vector,))[1]
 
@@ -337,18 +286,6 @@ def _with_its_own_code(function: Callable[..., Tensors]) -> Callable[..., Tensor
     )
 
 
-def _call(function: Callable[..., Tensor], argument: Any, batch: Any) -> Tensor:
-    return function(argument) if batch is NO_BATCH else function(argument, batch)
-
-
-def _scalar(value: Tensor) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"the loss must be a tensor, got {type(value).__name__}: return outputs.loss, or a sum")
-    if value.numel() != 1:
-        raise ValueError(f"the loss must be one number, got a tensor of shape {tuple(value.shape)}: take its mean")
-    return value.reshape(())
-
-
 def _check_options(mode: str, compile: bool, keep: bool | None, step: float | None) -> None:
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}: use one of {', '.join(MODES)}")
@@ -373,18 +310,3 @@ def _refuse_rounding(function: Function, values: Tensors) -> None:
             f"the loss rounds ({', '.join(rounding)}), so finite differences see its steps and not its slope: "
             "use mode='reverse', which differentiates the straight-through surrogate"
         )
-
-
-def _length(batches: Iterable[Any]) -> int | None:
-    """How many batches there are, if they know."""
-    try:
-        return len(batches)  # type: ignore[arg-type]
-    except TypeError:  # also a loader over a stream, which has a length in name only
-        return None
-
-
-def _next_weight(weights: Iterator[float]) -> float:
-    value = next(weights, None)
-    if value is None:
-        raise ValueError("there are fewer weights than batches")
-    return value

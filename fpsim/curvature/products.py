@@ -27,6 +27,9 @@ Function = Callable[[Tensors], Tensor]
 #: A linear map between tuples of tensors of the parameters' shapes.
 Product = Callable[[Tensors], Tensors]
 
+#: From outputs to the map ``u -> B u``, where B acts on tensors of the outputs' shape.
+OutputProduct = Callable[[Tensor], Callable[[Tensor], Tensor]]
+
 Mode = Literal["reverse", "forward", "double_backward", "finite_difference"]
 MODES: tuple[str, ...] = ("reverse", "forward", "double_backward", "finite_difference")
 
@@ -128,7 +131,7 @@ def _length(tensors: Tensors) -> float:
 
 def gauss_newton_reverse(
     outputs: Callable[[Tensors], Tensor],
-    output_product: Callable[[Tensor], Callable[[Tensor], Tensor]],
+    output_product: OutputProduct,
     values: Tensors,
 ) -> Product:
     """``v -> J^T B J v`` with kept graphs, where J is the Jacobian of ``outputs`` and B acts on outputs.
@@ -156,7 +159,7 @@ def gauss_newton_reverse(
 
 def gauss_newton_forward(
     outputs: Callable[[Tensors], Tensor],
-    output_product: Callable[[Tensor], Callable[[Tensor], Tensor]],
+    output_product: OutputProduct,
     values: Tensors,
 ) -> Product:
     """The same, with J v by forward mode, anew for each product."""
@@ -171,7 +174,7 @@ def gauss_newton_forward(
     return product
 
 
-def hessian_of_output(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
+def hessian_of_output(loss: Callable[[Tensor], Tensor]) -> OutputProduct:
     """``output_product`` for B the Hessian of ``loss`` with respect to the outputs."""
 
     def at(predictions: Tensor) -> Callable[[Tensor], Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fpsim.curvature.counting import as_operator, products_of
 from fpsim.curvature.linear import Operator
 from fpsim.curvature.results import DensityResult
-from fpsim.curvature.traces import PROBES, Probe, probe_spectrum
+from fpsim.curvature.traces import Probe, check_probes, probe_spectrum
 from fpsim.curvature.vectors import seeded
 
 
@@ -52,8 +52,7 @@ def density(
     """
     operator = as_operator(operator)
     most = probes if max_probes is None else max_probes
-    if probe not in PROBES:
-        raise ValueError(f"unknown probe {probe!r}: use one of {', '.join(PROBES)}")
+    check_probes(probe, tol)
     if steps < 1 or probes < 2 or most < probes:
         raise ValueError(f"need steps >= 1 and 2 <= probes <= max_probes, got {steps}, {probes}, {most}")
     if sigma is not None and not sigma > 0:

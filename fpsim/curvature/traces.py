@@ -60,7 +60,7 @@ def trace(
     operator = as_operator(operator)
     if method not in ("hutchinson", "hutch++"):
         raise ValueError(f"unknown method {method!r}: use 'hutchinson' or 'hutch++'")
-    _check_probes(probe, tol)
+    check_probes(probe, tol)
     if sketch is None:
         sketch = max(1, max_products // 3 if tol == 0 else min(20, max_products // 6))
     sketch = 0 if method == "hutchinson" else min(sketch, operator.size)
@@ -70,15 +70,15 @@ def trace(
     generator = seeded(generator)
     draw = PROBES[probe]
     with products_of(operator, f"trace of the {operator.name}", max_products, progress) as products:
-        known, basis = _sketched(products, sketch, lambda: draw(*_kind(operator), generator))
+        known, basis = _sketched(products, sketch, lambda: draw(*_vectors_of(operator), generator))
         samples: list[float] = []
         exact = sketch == operator.size
         while not exact and products.count < max_products:
-            z = draw(*_kind(operator), generator)
+            z = draw(*_vectors_of(operator), generator)
             if basis is not None:
                 z = z - basis @ (basis.T @ z)
             samples.append(known + dot(z, products(z)))
-            if len(samples) >= MIN_PROBES and _met(torch.tensor(samples, dtype=torch.float64), tol):
+            if _accurate(samples, tol):
                 break
     values = torch.tensor(samples or [known], dtype=torch.float64)
     error = 0.0 if exact else standard_error(values)
@@ -116,7 +116,7 @@ def function_trace(
     True
     """
     operator = as_operator(operator)
-    _check_probes(probe, tol)
+    check_probes(probe, tol)
     if steps < 1 or max_probes < 1:
         raise ValueError(f"steps and max_probes must be at least 1, got {steps} and {max_probes}")
     generator = seeded(generator)
@@ -129,7 +129,7 @@ def function_trace(
             shorter.append(square * _quadrature(found, function, len(found.diagonal) - (steps + 3) // 4))
             if len(found.diagonal) < steps:  # the space was exhausted: exact for this probe
                 shorter[-1] = samples[-1]
-            if len(samples) >= MIN_PROBES and _met(torch.tensor(samples, dtype=torch.float64), tol):
+            if _accurate(samples, tol):
                 break
     values, short = (torch.tensor(x, dtype=torch.float64) for x in (samples, shorter))
     estimate, error = float(values.mean()), standard_error(values)
@@ -182,7 +182,7 @@ def probe_spectrum(
     products: Products, steps: int, probe: str, generator: torch.Generator, *, reorthogonalise: bool = True
 ) -> tuple[Tridiagonal, float]:
     """Lanczos from one random probe, and the probe's squared norm."""
-    start = PROBES[probe](*_kind(products.operator), generator)
+    start = PROBES[probe](*_vectors_of(products.operator), generator)
     return lanczos(products, start, steps, reorthogonalise=reorthogonalise), dot(start, start)
 
 
@@ -207,16 +207,21 @@ def _quadrature(found: Tridiagonal, function: Callable[[Tensor], Tensor], steps:
     return float((weights * values).sum())
 
 
-def _kind(operator: Operator) -> tuple[int, torch.dtype, torch.device]:
+def _vectors_of(operator: Operator) -> tuple[int, torch.dtype, torch.device]:
+    """Size, dtype and device of the operator's vectors."""
     return operator.size, operator.dtype, operator.device
 
 
-def _met(samples: Tensor, tol: float) -> bool:
-    """Whether the standard error is within the tolerance; with ``tol=0`` only a probe's absence would be."""
-    return tol > 0 and standard_error(samples) <= tol * abs(float(samples.mean()))
+def _accurate(samples: list[float], tol: float) -> bool:
+    """Whether the probes suffice: the relative standard error is at most ``tol``; never if ``tol`` is zero."""
+    if tol == 0 or len(samples) < MIN_PROBES:
+        return False
+    values = torch.tensor(samples, dtype=torch.float64)
+    return standard_error(values) <= tol * abs(float(values.mean()))
 
 
-def _check_probes(probe: str, tol: float) -> None:
+def check_probes(probe: str, tol: float) -> None:
+    """Raise a ValueError if the distribution of the probes is unknown, or the tolerance is negative."""
     if probe not in PROBES:
         raise ValueError(f"unknown probe {probe!r}: use one of {', '.join(PROBES)}")
     if not tol >= 0:

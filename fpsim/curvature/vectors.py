@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 #: A pytree of parameters, usually ``dict(model.named_parameters())``.
 Params = Any
 #: What to do about parameters that lie in pieces on several processes.
-GATHER = (
+HOW_TO_GATHER = (
     "load them into a plain module on every process, plain.load_state_dict(torch.distributed.checkpoint.state_dict."
     "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))), and average the operators of the "
     "ranks' own data with fpsim.curvature.averaged"
@@ -170,7 +170,7 @@ def layout(
     names: dict[int, str] = {}
     for index, (path, leaf) in enumerate(flat):
         if is_sharded(leaf):
-            raise ValueError(f"{_name(path)} is sharded over processes (a DTensor): {GATHER}")
+            raise ValueError(f"{_name(path)} is sharded over processes (a DTensor): {HOW_TO_GATHER}")
         if _varies(leaf):
             places.setdefault(id(leaf), []).append(index)
             names.setdefault(id(leaf), _name(path))
