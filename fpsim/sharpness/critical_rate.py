@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from fpsim.curvature.vectors import layout
-from fpsim.sharpness.steps import Loss, PyTree, evaluate, match, moved, value_and_gradient
+from fpsim.sharpness.steps import Loss, PyTree, direction_pieces, evaluate, moved, value_and_gradient
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ def critical(
         raise ValueError(f"tolerance must lie between 0 and 1, got {tolerance}: the paper uses 1/16")
     if max_evaluations < 3:
         raise ValueError(f"max_evaluations must be at least 3, got {max_evaluations}")
-    place = layout(params)
+    arranged = layout(params)
     if direction is None:
-        start, along = value_and_gradient(loss, place, place.values)
+        start, along = value_and_gradient(loss, arranged, arranged.values)
     else:
-        start, along = evaluate(loss, place, place.values), match(place, direction, "direction")
+        start, along = evaluate(loss, arranged, arranged.values), direction_pieces(arranged, direction, "direction")
     if not math.isfinite(start):
         raise ValueError(f"the loss at params is {start}: there is no rate at which it begins to rise")
     if not any(bool(part.any()) for part in along):
@@ -97,7 +97,7 @@ def critical(
     def at(rate: float) -> float:
         nonlocal evaluations
         evaluations += 1
-        return evaluate(loss, place, moved(place.values, along, -rate))
+        return evaluate(loss, arranged, moved(arranged.values, along, -rate))
 
     lower, upper, lower_loss, rate = 0.0, math.inf, start, initial
     while evaluations < max_evaluations and 1 - lower / upper > tolerance:

@@ -27,24 +27,20 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, minimize
 from torch import Tensor
 
 from fpsim.curvature.losses import IGNORED
+from fpsim.sharpness.box import EPSILON, ITERATIONS, check_search, lbfgsb
 
 Method = Literal["exact", "lbfgsb"]
 Tokens = Literal["all", "last"]
 METHODS: tuple[str, ...] = ("exact", "lbfgsb")
 TOKENS: tuple[str, ...] = ("all", "last")
 
-#: Keskar's smaller box; the paper gives no number.
-EPSILON = 5e-4
-#: Iterations of Keskar's L-BFGS-B.
-ITERATIONS = 10
-#: Numbers that are in work at once, by device type: some five times as many in float64 are the workspace. On a CPU
-#: they stay in its cache; elsewhere there are enough of them to keep a GPU busy.
-_CHUNK = {"cpu": 1 << 17}
-_CHUNK_ELSEWHERE = 1 << 23
+#: How many logits are processed at once, by device type; the workspace is about five times as many float64 numbers.
+#: On a CPU they stay in its cache; on other devices there are enough to keep a GPU busy.
+CHUNK = {"cpu": 1 << 17}
+CHUNK_ELSEWHERE = 1 << 23
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +166,7 @@ class CountedTokens:
         """
         places = self._counted.nonzero(as_tuple=True) if self._counted.dim() else ()
         count = len(places[0]) if places else int(self._counted)
-        step = max(1, _CHUNK.get(self._logits.device.type, _CHUNK_ELSEWHERE) // self._logits.shape[-1])
+        step = max(1, CHUNK.get(self._logits.device.type, CHUNK_ELSEWHERE) // self._logits.shape[-1])
         for start in range(0, count, step):
             chunk = tuple(place[start : start + step] for place in places)
             z, target = (self._logits[chunk], self._targets[chunk]) if chunk else (self._logits, self._targets)
@@ -227,12 +223,7 @@ def _check(logits: Tensor, targets: Tensor, mask: Tensor | None) -> None:
 
 
 def _sharpness(epsilon: float, method: str, iterations: int) -> _Measure:
-    if not 0 < epsilon < math.inf:
-        raise ValueError(f"epsilon must be a positive number, got {epsilon}: Keskar uses 5e-4 and 1e-3")
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
+    check_search(epsilon, iterations, method, METHODS)
 
     def measure(z: Tensor, target: Tensor) -> tuple[Tensor]:
         rise = exact_rise(z, target, epsilon) if method == "exact" else _lbfgsb_rises(z, target, epsilon, iterations)
@@ -283,7 +274,7 @@ def _lbfgsb_rise(z: np.ndarray, target: int, epsilon: float, iterations: int) ->
     p = np.exp(log_p)
     best = 0.0
 
-    def fall(y: np.ndarray) -> tuple[float, np.ndarray]:
+    def negative_rise(y: np.ndarray) -> tuple[float, np.ndarray]:
         """-(f(z + y) - f(z)) and its gradient; the rise is log(1 + sum of p[i] (exp(y[i] - y[t]) - 1))."""
         nonlocal best
         relative = y - y[t]
@@ -297,10 +288,7 @@ def _lbfgsb_rise(z: np.ndarray, target: int, epsilon: float, iterations: int) ->
         gradient[t] -= 1
         return -rise, -gradient
 
-    bound = epsilon * (np.abs(z) + 1)
-    # No tolerances: a confident token's loss and slopes are small, which is no reason to stop.
-    options = {"maxiter": iterations, "ftol": 0.0, "gtol": 0.0}
-    minimize(fall, np.zeros_like(z), jac=True, method="L-BFGS-B", bounds=Bounds(-bound, bound), options=options)
+    lbfgsb(negative_rise, np.zeros_like(z), epsilon * (np.abs(z) + 1), iterations)
     return best
 
 

@@ -18,25 +18,26 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, minimize
 from torch import Tensor
 
 from fpsim.curvature.vectors import Layout, layout
+from fpsim.sharpness.box import EPSILON, ITERATIONS, check_search, lbfgsb
 from fpsim.sharpness.steps import (
     Loss,
     PyTree,
+    accumulation_dtype,
+    direction_pieces,
     evaluate,
-    match,
     moved,
-    norm,
     normal_like,
+    total_norm,
     value_and_gradient,
-    wide,
 )
 
 Search = Literal["lbfgsb", "pga"]
 SEARCHES: tuple[str, ...] = ("lbfgsb", "pga")
 
+_AT_CORNER = "the slope points out of the box in every coordinate"
 _STATIONARY = "the gradient is zero at the best point seen: pass random_start=True, or another generator"
 
 
@@ -113,20 +114,20 @@ def sam(loss: Loss, params: PyTree, *, rho: float = 0.05, adaptive: bool = False
         raise ValueError(f"rho must be a positive number, got {rho}: SAM uses 0.05")
     if not 0 <= eta < math.inf:
         raise ValueError(f"eta must not be negative, got {eta}: ASAM uses 0.01")
-    place = layout(params)
-    value, gradient = value_and_gradient(loss, place, place.values)
-    gradient_norm = norm(gradient)
-    gradient = [part.to(wide(part.dtype)) for part in gradient]
+    arranged = layout(params)
+    value, gradient = value_and_gradient(loss, arranged, arranged.values)
+    gradient_norm = total_norm(gradient)
+    gradient = [part.to(accumulation_dtype(part.dtype)) for part in gradient]
     if adaptive:
-        scales = [tensor.abs().to(part.dtype) + eta for tensor, part in zip(place.values, gradient, strict=True)]
+        scales = [tensor.abs().to(part.dtype) + eta for tensor, part in zip(arranged.values, gradient, strict=True)]
         gradient = [part * scale for part, scale in zip(gradient, scales, strict=True)]
-        length = norm(gradient)
+        length = total_norm(gradient)
         gradient = [part * scale for part, scale in zip(gradient, scales, strict=True)]
     else:
         length = gradient_norm
     taken = 0 < length < math.inf
     step = [part * (rho / length) if taken else torch.zeros_like(part) for part in gradient]
-    perturbed = evaluate(loss, place, moved(place.values, step, 1.0))
+    perturbed = evaluate(loss, arranged, moved(arranged.values, step, 1.0))
     return SamResult(
         sharpness=perturbed - value,
         loss=value,
@@ -135,7 +136,7 @@ def sam(loss: Loss, params: PyTree, *, rho: float = 0.05, adaptive: bool = False
         gradient_norm=gradient_norm,
         evaluations=2,
         converged=taken,
-        perturbation=place.unflatten(place.join(step)),
+        perturbation=arranged.unflatten(arranged.join(step)),
     )
 
 
@@ -148,10 +149,10 @@ def keskar(
     loss: Loss,
     params: PyTree,
     *,
-    epsilon: float = 5e-4,
+    epsilon: float = EPSILON,
     method: Search = "lbfgsb",
     subspace: int | Sequence[PyTree] | None = None,
-    iterations: int = 10,
+    iterations: int = ITERATIONS,
     random_start: bool = False,
     generator: torch.Generator | None = None,
 ) -> KeskarResult:
@@ -185,24 +186,19 @@ def keskar(
     >>> f"{result.sharpness:.3f}", result.converged
     ('22.500', True)
     """
-    if not 0 < epsilon < math.inf:
-        raise ValueError(f"epsilon must be a positive number, got {epsilon}: Keskar uses 5e-4 and 1e-3")
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}: Keskar takes 10")
-    if method not in SEARCHES:
-        raise ValueError(f"unknown method {method!r}: use one of {', '.join(SEARCHES)}")
-    place = layout(params)
-    space = _FullSpace(place) if subspace is None else _Subspace(place, _columns(place, subspace, generator))
+    check_search(epsilon, iterations, method, SEARCHES)
+    arranged = layout(params)
+    space = _FullSpace(arranged) if subspace is None else _Subspace(arranged, _columns(arranged, subspace, generator))
     bounds = [epsilon * (centre.abs() + 1) for centre in space.centre]
     start = [torch.zeros_like(bound) for bound in bounds]
-    search = _Climb(loss, place, space, start)
+    search = _Climb(loss, arranged, space, start)
     if random_start:
         start = [
             (2 * torch.special.ndtr(part) - 1) * b
             for part, b in zip(normal_like(start, generator), bounds, strict=True)
         ]
         search.at(start)
-    converged, message = (_ascend if method == "pga" else _lbfgsb)(search, bounds, iterations)
+    converged, message = (_ascend if method == "pga" else _lbfgsb_search)(search, bounds, iterations)
     return KeskarResult(
         sharpness=100 * (search.best - search.initial) / (1 + search.initial),
         loss=search.initial,
@@ -210,15 +206,15 @@ def keskar(
         evaluations=search.evaluations,
         converged=converged,
         message=message,
-        perturbation=place.unflatten(place.join(space.step(search.best_y))),
+        perturbation=arranged.unflatten(arranged.join(space.step(search.best_y))),
     )
 
 
 class _FullSpace:
     """Every parameter is a coordinate."""
 
-    def __init__(self, place: Layout) -> None:
-        self.centre = [tensor.to(wide(tensor.dtype)) for tensor in place.values]
+    def __init__(self, arranged: Layout) -> None:
+        self.centre = [tensor.to(accumulation_dtype(tensor.dtype)) for tensor in arranged.values]
 
     def step(self, y: Sequence[Tensor]) -> list[Tensor]:
         return list(y)
@@ -230,12 +226,12 @@ class _FullSpace:
 class _Subspace:
     """One float64 vector of coordinates, of steps along given directions (the columns of A)."""
 
-    def __init__(self, place: Layout, columns: list[Tensor]) -> None:
-        self._shapes = [tensor.shape for tensor in place.values]
+    def __init__(self, arranged: Layout, columns: list[Tensor]) -> None:
+        self._shapes = [tensor.shape for tensor in arranged.values]
         self._columns = [column.flatten(1) for column in columns]
-        device = place.values[0].device
+        device = arranged.values[0].device
         gram = sum((c := column.double()).mm(c.T).to(device) for column in self._columns)
-        self.centre = [torch.linalg.pinv(gram, hermitian=True) @ self.pull(place.values)[0]]
+        self.centre = [torch.linalg.pinv(gram, hermitian=True) @ self.pull(arranged.values)[0]]
 
     def step(self, y: Sequence[Tensor]) -> list[Tensor]:
         return [
@@ -251,24 +247,29 @@ class _Subspace:
         return [torch.stack(parts).sum(0)]
 
 
-def _columns(place: Layout, subspace: int | Sequence[PyTree], generator: torch.Generator | None) -> list[Tensor]:
+def _columns(arranged: Layout, subspace: int | Sequence[PyTree], generator: torch.Generator | None) -> list[Tensor]:
     """The columns of A, for each leaf stacked along a new first dimension."""
     if isinstance(subspace, int):
         if subspace < 1:
             raise ValueError(f"subspace must be a number of directions, got {subspace}: Keskar takes 100")
-        stacks = normal_like(place.values, generator, count=subspace)
-        return [stack.to(wide(value.dtype)) for stack, value in zip(stacks, place.values, strict=True)]
-    directions = [match(place, direction, f"subspace[{index}]") for index, direction in enumerate(subspace)]
+        stacks = normal_like(arranged.values, generator, count=subspace)
+        return [stack.to(accumulation_dtype(value.dtype)) for stack, value in zip(stacks, arranged.values, strict=True)]
+    directions = [
+        direction_pieces(arranged, direction, f"subspace[{index}]") for index, direction in enumerate(subspace)
+    ]
     if not directions:
         raise ValueError("subspace holds no direction: give a number, or at least one direction")
-    return [torch.stack(parts).to(wide(value.dtype)) for value, *parts in zip(place.values, *directions, strict=True)]
+    return [
+        torch.stack(parts).to(accumulation_dtype(value.dtype))
+        for value, *parts in zip(arranged.values, *directions, strict=True)
+    ]
 
 
 class _Climb:
     """The loss over the coordinates of the box, with the best point that was seen."""
 
-    def __init__(self, loss: Loss, place: Layout, space: _FullSpace | _Subspace, origin: list[Tensor]) -> None:
-        self._loss, self._place, self._space = loss, place, space
+    def __init__(self, loss: Loss, arranged: Layout, space: _FullSpace | _Subspace, origin: list[Tensor]) -> None:
+        self._loss, self._arranged, self._space = loss, arranged, space
         self.evaluations = 0
         self.best = -math.inf
         self.initial, _ = self.at(origin)
@@ -279,8 +280,8 @@ class _Climb:
 
     def at(self, y: list[Tensor]) -> tuple[float, list[Tensor]]:
         """The loss and its slope along the coordinates."""
-        point = moved(self._place.values, self._space.step(y), 1.0)
-        value, gradient = value_and_gradient(self._loss, self._place, point)
+        point = moved(self._arranged.values, self._space.step(y), 1.0)
+        value, gradient = value_and_gradient(self._loss, self._arranged, point)
         slope = self._space.pull(gradient)
         self.evaluations += 1
         if value > self.best:
@@ -317,16 +318,16 @@ def _ascend(search: _Climb, bounds: list[Tensor], iterations: int) -> tuple[bool
         if not all(bool(part.isfinite().all()) for part in search.best_slope):
             return False, "the gradient is not finite"
         if search.at_corner(bounds):
-            return True, "the slope points out of the box in every coordinate"
+            return True, _AT_CORNER
         before = search.best
         search.at(_projected(search.best_y, search.best_slope, bounds, step))
         step = min(2 * step, 2.0) if search.best > before else step / 2
     if search.at_corner(bounds):
-        return True, "the slope points out of the box in every coordinate"
+        return True, _AT_CORNER
     return False, f"{iterations} iterations"
 
 
-def _lbfgsb(search: _Climb, bounds: list[Tensor], iterations: int) -> tuple[bool, str]:
+def _lbfgsb_search(search: _Climb, bounds: list[Tensor], iterations: int) -> tuple[bool, str]:
     """scipy's L-BFGS-B from the best point."""
     if search.stationary:
         return False, _STATIONARY
@@ -334,19 +335,14 @@ def _lbfgsb(search: _Climb, bounds: list[Tensor], iterations: int) -> tuple[bool
     def flat(tensors: Sequence[Tensor]) -> np.ndarray:
         return torch.cat([tensor.flatten().to("cpu", torch.float64) for tensor in tensors]).numpy()
 
-    def fall(vector: np.ndarray) -> tuple[float, np.ndarray]:
+    def negative_rise(vector: np.ndarray) -> tuple[float, np.ndarray]:
         parts = torch.from_numpy(vector.copy()).split([bound.numel() for bound in bounds])
         y = [part.view(bound.shape).to(bound) for part, bound in zip(parts, bounds, strict=True)]
         # The tensors may be narrower than float64: back into the box that they span.
         value, slope = search.at([torch.clamp(part, -b, b) for part, b in zip(y, bounds, strict=True)])
         return -value, -flat(slope)
 
-    bound = flat(bounds)
-    # No tolerances: how far to search is for `iterations` to say.
-    options = {"maxiter": iterations, "ftol": 0.0, "gtol": 0.0}
-    found = minimize(
-        fall, flat(search.best_y), jac=True, method="L-BFGS-B", bounds=Bounds(-bound, bound), options=options
-    )
+    found = lbfgsb(negative_rise, flat(search.best_y), flat(bounds), iterations)
     if search.at_corner(bounds):
-        return True, "the slope points out of the box in every coordinate"
+        return True, _AT_CORNER
     return found.status == 0, str(found.message)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fpsim.curvature.results import new_axes
 from fpsim.curvature.vectors import Layout, layout
-from fpsim.sharpness.steps import Loss, PyTree, evaluate, match, moved, normal_like, wide
+from fpsim.sharpness.steps import Loss, PyTree, accumulation_dtype, direction_pieces, evaluate, moved, normal_like
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,11 +124,11 @@ def slice_1d(
     >>> slice_1d(lambda p: (p**2).sum(), torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]), x=[-1, 0, 1]).losses
     tensor([1., 1., 5.], dtype=torch.float64)
     """
-    place = layout(params)
-    along = _direction(place, direction, "direction", normalize, generator)
+    arranged = layout(params)
+    along = _direction(arranged, direction, "direction", normalize, generator)
     steps = _steps(x, "x", 41)
-    losses = _losses(loss, place, [along], steps.unsqueeze(1), progress)
-    return Slice1D(steps, losses, place.unflatten(place.join(along)))
+    losses = _losses(loss, arranged, [along], steps.unsqueeze(1), progress)
+    return Slice1D(steps, losses, arranged.unflatten(arranged.join(along)))
 
 
 def slice_2d(
@@ -155,17 +155,17 @@ def slice_2d(
     tensor([[ 0.,  1.],
             [10., 11.]], dtype=torch.float64)
     """
-    place = layout(params)
+    arranged = layout(params)
     if directions is not None and len(directions) != 2:
         raise ValueError(f"directions must be two, got {len(directions)}")
     first, second = [
-        _direction(place, given, f"directions[{index}]", normalize, generator)
+        _direction(arranged, given, f"directions[{index}]", normalize, generator)
         for index, given in enumerate(directions or (None, None))
     ]
     columns, rows = _steps(x, "x", 21), _steps(y, "y", 21)
     grid = torch.cartesian_prod(rows, columns).flip(-1)
-    losses = _losses(loss, place, [first, second], grid, progress)
-    trees = tuple(place.unflatten(place.join(along)) for along in (first, second))
+    losses = _losses(loss, arranged, [first, second], grid, progress)
+    trees = tuple(arranged.unflatten(arranged.join(along)) for along in (first, second))
     return Slice2D(columns, rows, losses.view(len(rows), len(columns)), (trees[0], trees[1]))
 
 
@@ -179,16 +179,16 @@ def _steps(given: Tensor | Sequence[float] | None, name: str, points: int) -> Te
 
 
 def _direction(
-    place: Layout, given: PyTree | None, name: str, normalize: str | None, generator: torch.Generator | None
+    arranged: Layout, given: PyTree | None, name: str, normalize: str | None, generator: torch.Generator | None
 ) -> list[Tensor]:
     if normalize is None:
         normalize = "filter" if given is None else "none"
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"unknown normalization {normalize!r}: use one of {', '.join(NORMALIZATIONS)}")
-    pieces = normal_like(place.values, generator) if given is None else match(place, given, name)
+    pieces = normal_like(arranged.values, generator) if given is None else direction_pieces(arranged, given, name)
     if normalize == "none":
         return pieces
-    return [_normalized(piece, value, normalize) for piece, value in zip(pieces, place.values, strict=True)]
+    return [_normalized(piece, value, normalize) for piece, value in zip(pieces, arranged.values, strict=True)]
 
 
 def _normalized(piece: Tensor, value: Tensor, normalize: str) -> Tensor:
@@ -196,7 +196,7 @@ def _normalized(piece: Tensor, value: Tensor, normalize: str) -> Tensor:
     if normalize == "filter" and value.dim() < 2:
         return torch.zeros_like(piece)
     dims = tuple(range(1 if normalize == "filter" else 0, value.dim()))
-    piece, value = piece.to(wide(piece.dtype)), value.to(wide(value.dtype))
+    piece, value = piece.to(accumulation_dtype(piece.dtype)), value.to(accumulation_dtype(value.dtype))
     length, wanted = (_norms(tensor, dims) for tensor in (piece, value))
     return piece * torch.where(length > 0, wanted / length, 0.0)
 
@@ -206,7 +206,7 @@ def _norms(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _losses(
-    loss: Loss, place: Layout, directions: list[list[Tensor]], steps: Tensor, progress: Progress | None
+    loss: Loss, arranged: Layout, directions: list[list[Tensor]], steps: Tensor, progress: Progress | None
 ) -> Tensor:
     """The losses at the rows of ``steps``, float64 of shape (points,)."""
     losses = []
@@ -214,11 +214,12 @@ def _losses(
         # Summed before they are added, so that a narrow parameter is rounded once.
         along = [
             sum(
-                (step * part.to(wide(part.dtype)) for step, part in zip(row, parts, strict=True)), start=torch.zeros(())
+                (step * part.to(accumulation_dtype(part.dtype)) for step, part in zip(row, parts, strict=True)),
+                start=torch.zeros(()),
             )
             for parts in zip(*directions, strict=True)
         ]
-        losses.append(evaluate(loss, place, moved(place.values, along, 1.0)))
+        losses.append(evaluate(loss, arranged, moved(arranged.values, along, 1.0)))
         if progress is not None:
             progress(len(losses), len(steps))
     return torch.tensor(losses, dtype=torch.float64)

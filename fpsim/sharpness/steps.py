@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fpsim.curvature.losses import scalar_loss
 from fpsim.curvature.vectors import Layout
 
 #: Any nesting of dicts, lists and tuples with tensors at its leaves.
@@ -25,14 +26,14 @@ Loss = Callable[[PyTree], Tensor]
 def evaluate(loss: Loss, layout: Layout, point: Sequence[Tensor]) -> float:
     """The loss at ``point``, without a graph."""
     with torch.no_grad():
-        return _scalar(loss(layout.substitute(point))).item()
+        return scalar_loss(loss(layout.substitute(point))).item()
 
 
 def value_and_gradient(loss: Loss, layout: Layout, point: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
     """The loss at ``point`` and its gradient; zeros for tensors that the loss does not use."""
     variables = [piece.detach().requires_grad_() for piece in point]
     with torch.enable_grad():
-        value = _scalar(loss(layout.substitute(variables)))
+        value = scalar_loss(loss(layout.substitute(variables)))
         if not value.requires_grad:
             raise ValueError(
                 "the loss has no gradient: compute it from the params that it is given "
@@ -42,15 +43,7 @@ def value_and_gradient(loss: Loss, layout: Layout, point: Sequence[Tensor]) -> t
     return value.item(), list(gradient)
 
 
-def _scalar(value: object) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"loss must return a scalar tensor, got {type(value).__name__}: return torch's result itself")
-    if value.numel() != 1:
-        raise ValueError(f"loss must return a scalar tensor, got shape {tuple(value.shape)}: take .mean() or .sum()")
-    return value
-
-
-def match(layout: Layout, direction: PyTree, name: str) -> list[Tensor]:
+def direction_pieces(layout: Layout, direction: PyTree, name: str) -> list[Tensor]:
     """The pieces of ``direction``: a pytree like the parameters, or one flat vector of ``layout.size`` numbers.
 
     Raises:
@@ -76,16 +69,16 @@ def moved(point: Sequence[Tensor], direction: Sequence[Tensor], step: float) -> 
     return [
         torch.add(piece.to(dtype), part.to(dtype), alpha=step).to(piece.dtype)
         for piece, part in zip(point, direction, strict=True)
-        for dtype in [wide(piece.dtype)]
+        for dtype in [accumulation_dtype(piece.dtype)]
     ]
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in: float64 for itself, float32 for everything narrower."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def norm(pieces: Sequence[Tensor]) -> float:
+def total_norm(pieces: Sequence[Tensor]) -> float:
     """The Euclidean norm of all ``pieces`` together, summed in float64."""
     return math.hypot(*[torch.linalg.vector_norm(piece, dtype=torch.float64).item() for piece in pieces])
 

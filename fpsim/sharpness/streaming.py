@@ -26,7 +26,7 @@ from fpsim.sharpness.logits import (
     cross_entropy_gradient,
     logit_metrics,
 )
-from fpsim.sharpness.steps import norm, wide
+from fpsim.sharpness.steps import accumulation_dtype, total_norm
 
 _NOTHING_COUNTS = "no token counts: check the labels, the mask, and that sequences hold two tokens or more"
 
@@ -236,7 +236,7 @@ def gradient_norm(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("no parameter requires a gradient: call model.requires_grad_()")
-    sums = [torch.zeros_like(parameter, dtype=wide(parameter.dtype)) for parameter in parameters]
+    sums = [torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype)) for parameter in parameters]
     count = 0
     for logits, targets in predictions(model, batches, ignore_index=ignore_index, gradients=True):
         cotangent = torch.zeros_like(logits)
@@ -250,7 +250,7 @@ def gradient_norm(
                 total += part
     if not count:
         raise ValueError(_NOTHING_COUNTS)
-    return norm(sums) / count
+    return total_norm(sums) / count
 
 
 def predictions(

@@ -222,7 +222,7 @@ def test_last_of_marks_one_or_none():
 def test_strides_and_chunks_change_nothing(generator, monkeypatch):
     z, target = random_batch(generator, 3, 8, 11)
     want = logit_metrics(z, target)
-    monkeypatch.setitem(logits._CHUNK, "cpu", 25)
+    monkeypatch.setitem(logits.CHUNK, "cpu", 25)
     strided = torch.stack([z, z], dim=1)[:, 0].transpose(0, 2).contiguous().transpose(0, 2)
     assert not strided.is_contiguous()
     for got in (logit_metrics(z, target), logit_metrics(strided, target.int())):

@@ -313,7 +313,7 @@ def test_bfloat16_parameters_are_moved_in_their_own_dtype(generator):
         (lambda f, x: keskar(f, x, subspace=[x, x[1:]]), r"subspace\[1\] must .* the shapes of params, got \(2,\)"),
         (lambda f, x: keskar(f, {"x": x}, subspace=[[x]]), r"subspace\[0\] must be a pytree like params"),
         (lambda f, x: keskar(lambda x: f(x) - 9, x), "the loss must be above -1 and finite, got -6"),
-        (lambda f, x: keskar(lambda x: x, x), r"loss must return a scalar tensor, got shape \(3,\)"),
+        (lambda f, x: keskar(lambda x: x, x), r"the loss must be one number, got a tensor of shape \(3,\)"),
         (lambda f, x: sam(lambda x: torch.zeros(()), x), "the loss has no gradient: compute it from the params"),
     ],
 )
@@ -323,5 +323,5 @@ def test_errors_name_the_value_and_the_remedy(call, message):
 
 
 def test_a_loss_that_is_no_tensor_is_a_type_error():
-    with pytest.raises(TypeError, match="loss must return a scalar tensor, got float"):
+    with pytest.raises(TypeError, match="the loss must be a tensor, got float"):
         sam(lambda x: x.sum().item(), torch.ones(3))
