@@ -10,8 +10,6 @@ the state once. ``--eager`` measures rounding that is not compiled as well.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 import fpsim
+from tests.benchmarks.timing import interleaved_medians
 
 WIDTH = 384
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
@@ -85,13 +84,7 @@ def main() -> None:
                 made = optimizer(arguments.layers, implementation, {**options, "compiled": compiled})
                 steps[name, rounding + suffix] = made.step
 
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
-    for _ in track(range(arguments.steps), "measuring", transient=True):
-        for key, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[key].append(time.perf_counter() - start)
-    seconds = {key: statistics.median(values) for key, values in times.items()}
+    seconds = interleaved_medians(steps, arguments.steps)
 
     title = f"AdamW, {count / 1e6:.1f} M parameters, {arguments.threads} thread(s), torch {torch.__version__}"
     table = Table(title=title)

@@ -19,7 +19,6 @@ import importlib.util
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fpsim.paper.models import LanguageModel, ModelConfig, llama
 from fpsim.paper.training import OpenAttention
+from tests.benchmarks import timing
 
 Compile = Callable[[nn.Module], Callable[..., Tensor]]
 STOCHASTIC = {"rounding": "stochastic"}
@@ -215,9 +215,7 @@ def seconds_of_first_step(workload: Workload, compile: Compile) -> float:
         torch.compile(nn.Linear(8, 8))(torch.randn(8, 8)).sum().backward()
     step = stepper(workload, compile)
     with fresh_cache():
-        start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
+        return timing.seconds(step)
 
 
 def in_a_fresh_process(case: str) -> float:
@@ -254,13 +252,7 @@ def main() -> None:
     for name in track(rounds, "compiling in fresh processes", transient=True):
         compiling[name].append(in_a_fresh_process(name))
     first = {name: statistics.median(values) for name, values in compiling.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in track(range(arguments.steps), "measuring", transient=True):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
-    seconds = {name: statistics.median(values) for name, values in times.items()}
+    seconds = timing.interleaved_medians(steps, arguments.steps)
     peaks = {name: peak_bytes(step) for name, step in steps.items()}
 
     table = Table(title=f"forward and backward, {arguments.model}, 1 thread, torch {torch.__version__}")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch._inductor.fx_passes import fuse_attention
 
 import fpsim
 from fpsim.paper.training import OpenAttention
+from tests.benchmarks.timing import interleaved_medians
 from tests.benchmarks.training import peer_cases
 
 Row = tuple[str, ...]
@@ -47,24 +47,18 @@ REHEARSAL = Size(1 << 16, layers=1, width=32, heads=2, context=16, vocabulary=64
 
 
 def seconds(functions: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Medians over interleaved calls."""
-    for function in functions.values():
-        function()
-        function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            _wait(device)
-            start = time.perf_counter()
-            function()
-            _wait(device)
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    """Median seconds over interleaved calls, each until the device has finished."""
 
+    def finished(function: Callable[[], Any]) -> None:
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    calls = {name: partial(finished, function) for name, function in functions.items()}
+    for call in calls.values():
+        call()
+        call()
+    return interleaved_medians(calls, repeats)
 
 
 # -- rounding against a copy -------------------------------------------------------------------------------------------

@@ -48,36 +48,33 @@ class Setting:
 def check_eager(setting: Setting) -> str:
     """Every format, rounding, overflow mode and carrier: the Triton kernels behind eager calls."""
     compared = 0
-    for x in inputs(setting):
-        for fmt, rounding, overflow in modes(x.dtype):
-            want = fpsim.round(x, fmt, rounding=rounding, overflow=overflow)
-            same(fpsim.round(x.to(setting.device), fmt, rounding=rounding, overflow=overflow), want)
-            compared += x.numel()
+    for x, fmt, rounding, overflow in cases(setting):
+        want = fpsim.round(x, fmt, rounding=rounding, overflow=overflow)
+        same(fpsim.round(x.to(setting.device), fmt, rounding=rounding, overflow=overflow), want)
+        compared += x.numel()
     return f"{compared:,} results"
 
 
 def check_compiled(setting: Setting) -> str:
     """The same in code that Inductor generates, for every rounding."""
     compared = 0
-    for x in inputs(setting):
-        for fmt, rounding, overflow in modes(x.dtype):
-            if overflow == "sat_propagate" or fmt.name not in setting.compiled:
-                continue
-            torch._dynamo.reset()
-            compiled = torch.compile(lambda x, f=fmt, r=rounding, o=overflow: fpsim.round(x, f, rounding=r, overflow=o))
-            same(compiled(x.to(setting.device)), fpsim.round(x, fmt, rounding=rounding, overflow=overflow))
-            compared += x.numel()
+    for x, fmt, rounding, overflow in cases(setting):
+        if overflow == "sat_propagate" or fmt.name not in setting.compiled:
+            continue
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x, f=fmt, r=rounding, o=overflow: fpsim.round(x, f, rounding=r, overflow=o))
+        same(compiled(x.to(setting.device)), fpsim.round(x, fmt, rounding=rounding, overflow=overflow))
+        compared += x.numel()
     return f"{compared:,} results"
 
 
 def check_user_kernels(setting: Setting) -> str:
     """`fpsim.triton` inside kernels of one's own, launched directly and from compiled code."""
     compared = 0
-    for x in inputs(setting):
-        for fmt, rounding, overflow in modes(x.dtype):
-            got = rounded_in_a_kernel(x.to(setting.device), fmt.name, rounding, overflow)
-            same(got, fpsim.round(x, fmt, rounding=rounding, overflow=overflow))
-            compared += x.numel()
+    for x, fmt, rounding, overflow in cases(setting):
+        got = rounded_in_a_kernel(x.to(setting.device), fmt.name, rounding, overflow)
+        same(got, fpsim.round(x, fmt, rounding=rounding, overflow=overflow))
+        compared += x.numel()
     x = torch.randn(37, 16, generator=torch.Generator().manual_seed(0)) * 100
     out = torch.empty_like(x, device=setting.device)
     scaled_and_rounded[(5,)](x.to(setting.device), out, 37, 16, 3.0, "e5m2", 8)
@@ -294,12 +291,14 @@ def inputs(setting: Setting) -> Iterator[Tensor]:
         yield torch.cat([codes.view(dtype), near])
 
 
-def modes(dtype: torch.dtype) -> Iterator[tuple[FloatFormat, str, str]]:
-    for fmt in map(parse_format, FORMATS):
-        if fmt.is_subset_of(CARRIERS[dtype]):
-            for rounding in ROUNDINGS:
-                for overflow in OVERFLOWS if fmt.has_infinity or fmt.has_nan else ("sat_finite",):
-                    yield fmt, rounding, overflow
+def cases(setting: Setting) -> Iterator[tuple[Tensor, FloatFormat, str, str]]:
+    """The inputs of every carrier with each format that it carries, each rounding and each overflow mode."""
+    for x in inputs(setting):
+        for fmt in map(parse_format, FORMATS):
+            if fmt.is_subset_of(CARRIERS[x.dtype]):
+                for rounding in ROUNDINGS:
+                    for overflow in OVERFLOWS if fmt.has_infinity or fmt.has_nan else ("sat_finite",):
+                        yield x, fmt, rounding, overflow
 
 
 def same(got: Tensor, want: Tensor) -> None:
