@@ -43,12 +43,12 @@ class Data:
         """
         if batches is None:
             if weight is not None:
-                raise ValueError("weight is for batches: pass batches as well, or leave it out")
+                raise ValueError("weight is for batches: pass batches as well, or omit weight")
             return cls((NO_BATCH,), None, 1)
         if isinstance(batches, Iterator):
             raise ValueError(
-                f"batches is a {type(batches).__name__}, which can be read only once, and every product reads them "
-                "all: pass list(batches), or a loader"
+                f"batches is a {type(batches).__name__}, which can be read only once, but every product reads all "
+                "batches: pass list(batches), or a loader"
             )
         if isinstance(batches, Mapping | Tensor | str):
             raise ValueError(f"batches is one batch (a {type(batches).__name__}): pass it in a list, [batch]")
@@ -88,7 +88,7 @@ def _length(batches: Iterable[Any]) -> int | None:
     """How many batches there are, or None if they have no length."""
     try:
         return len(batches)  # type: ignore[arg-type]
-    except TypeError:  # also a loader over a stream, which has a length in name only
+    except TypeError:  # no length, or a loader over a stream, whose length raises
         return None
 
 

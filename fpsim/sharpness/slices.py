@@ -1,7 +1,6 @@
 """Loss-landscape slices: the loss along one or two directions in parameter space, as data and as pictures.
 
-Only values of the loss are used: under simulated precision a slice shows the rounded model's own loss, its steps
-included.
+A slice uses only values of the loss. Under simulated precision it shows the loss of the rounded model, with its steps.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 Normalize = Literal["filter", "layer", "none"]
 NORMALIZATIONS: tuple[str, ...] = ("filter", "layer", "none")
-#: Told how many of how many points are done.
+#: A function of (points done, points).
 Progress = Callable[[int, int], None]
 
 
@@ -33,7 +32,7 @@ class Slice1D:
     Attributes:
         x: float64, shape (points,).
         losses: float64, shape (points,).
-        direction: as it was used, normalised: a pytree like the parameters.
+        direction: the normalised direction, a pytree like the parameters.
     """
 
     x: Tensor
@@ -42,11 +41,11 @@ class Slice1D:
 
     @property
     def evaluations(self) -> int:
-        """How often the loss was computed."""
+        """The number of evaluations of the loss."""
         return self.losses.numel()
 
     def plot(self, axes: Axes | None = None, **style: Any) -> Axes:
-        """Draw the loss over x on matplotlib's ``axes`` (default: new ones), and return them.
+        """Draw the loss over x on matplotlib's ``axes`` (default: new axes), and return the axes.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
@@ -64,7 +63,7 @@ class Slice2D:
     Attributes:
         x, y: float64, shapes (columns,) and (rows,).
         losses: float64, shape (rows, columns): ``losses[i, j]`` is the loss at ``x[j]``, ``y[i]``.
-        directions: as they were used, normalised: two pytrees like the parameters.
+        directions: the two normalised directions, pytrees like the parameters.
     """
 
     x: Tensor
@@ -74,11 +73,11 @@ class Slice2D:
 
     @property
     def evaluations(self) -> int:
-        """How often the loss was computed."""
+        """The number of evaluations of the loss."""
         return self.losses.numel()
 
     def plot(self, axes: Axes | None = None, *, levels: int = 20, **style: Any) -> Axes:
-        """Draw contours of the loss on matplotlib's ``axes`` (default: new ones), and return them.
+        """Draw contours of the loss on matplotlib's ``axes`` (default: new axes), and return the axes.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
@@ -100,24 +99,24 @@ def slice_1d(
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
 ) -> Slice1D:
-    """The loss along a line through ``params``; under simulated precision the rounded model's own.
+    """The loss along a line through ``params``; under simulated precision, the loss of the rounded model.
 
     Args:
         loss: from a pytree like ``params`` to a scalar tensor.
-        params: a pytree of tensors, usually ``dict(model.named_parameters())``; frozen ones stay where they are.
+        params: a pytree of tensors, usually ``dict(model.named_parameters())``; frozen parameters do not move.
         direction: a pytree like ``params`` or a flat vector (an eigenvector, or the difference of two models); None
-            is a random one, of independent standard normal numbers.
-        x: steps along it; None is 41 of them from -1 to 1.
-        normalize: ``filter``: each filter of the direction (each index of a tensor's first dimension) is given the
-            norm of the parameters' filter, and tensors of less than two dimensions, biases and gains, stay where
-            they are; ``layer``: the same with whole tensors, of any dimension; ``none``: as it is. The default is
+            is a random direction with independent standard normal entries.
+        x: the steps along the direction; None is 41 steps from -1 to 1.
+        normalize: ``filter`` gives each filter of the direction (each index of a tensor's first dimension) the norm of
+            the parameters' filter; tensors of less than two dimensions (biases and gains) do not move. ``layer`` does
+            the same with whole tensors of any dimension. ``none`` leaves the direction unchanged. The default is
             ``filter`` for random directions and ``none`` for given ones.
-        generator: of random directions.
-        progress: called with (points done, points) after each.
+        generator: the source of random directions.
+        progress: called with (points done, points) after each point.
 
     Raises:
-        ValueError: an unknown normalisation, a direction that does not fit, x that is not one row of numbers, or a
-            random direction without a generator.
+        ValueError: the normalisation is unknown, the direction does not fit, x is not one row of numbers, or a random
+            direction has no generator.
 
     Source: arXiv 1712.09913, section 4.
 
@@ -142,11 +141,11 @@ def slice_2d(
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
 ) -> Slice2D:
-    """The loss on a plane through ``params``; under simulated precision the rounded model's own.
+    """The loss on a plane through ``params``; under simulated precision, the loss of the rounded model.
 
     Args:
-        directions: two of them, each as in `slice_1d`; None is two random ones.
-        x, y: steps along the first and the second; None is 21 from -1 to 1.
+        directions: two directions, each as in `slice_1d`; None is two random directions.
+        x, y: the steps along the first and the second direction; None is 21 steps from -1 to 1.
 
     The other arguments and the errors are those of `slice_1d`.
 
@@ -192,7 +191,7 @@ def _direction(
 
 
 def _normalized(piece: Tensor, value: Tensor, normalize: str) -> Tensor:
-    """``piece`` with the norms of ``value``, filter by filter or in whole; zero where it is zero."""
+    """``piece`` with the norm of each filter of ``value``, or with its total norm; a zero norm stays zero."""
     if normalize == "filter" and value.dim() < 2:
         return torch.zeros_like(piece)
     dims = tuple(range(1 if normalize == "filter" else 0, value.dim()))
@@ -211,7 +210,7 @@ def _losses(
     """The losses at the rows of ``steps``, float64 of shape (points,)."""
     losses = []
     for row in steps.tolist():
-        # Summed before they are added, so that a narrow parameter is rounded once.
+        # The steps are summed first, so that a narrow parameter is rounded once.
         along = [
             sum(
                 (step * part.to(accumulation_dtype(part.dtype)) for step, part in zip(row, parts, strict=True)),

@@ -1,10 +1,10 @@
-"""What rounding an optimizer's state costs, beside the plain step: AdamW as a loop, foreach and fused, on the CPU.
+"""The cost of rounding an optimizer's state, relative to the plain step of AdamW as a loop, foreach and fused (CPU).
 
     python -m tests.benchmarks.optimizer [--steps N] [--layers N] [--threads N] [--eager]
 
 The parameters are those of GPT-2's layers at half its width. Times are medians over interleaved steps in one process.
-Beside the ratio of the rounded to the plain step stands what the least would be that can be done after a step: copying
-the state once. ``--eager`` measures rounding that is not compiled as well.
+The table compares the ratio of the rounded to the plain step with a lower bound of such a ratio: the plain step and one
+copy of the state. ``--eager`` also measures rounding that is not compiled.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=11)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--eager", action="store_true", help="rounding that is not compiled, too")
+    parser.add_argument("--eager", action="store_true", help="also measure rounding that is not compiled")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     count = sum(p.numel() for p in parameters(arguments.layers))

@@ -1,10 +1,10 @@
-"""What seeing the numbers costs: a profiled training step beside the steps that it replaces.
+"""The cost of a profiled training step, relative to the steps that it replaces.
 
     python -m tests.benchmarks.profiling [--width N] [--layers N] [--batch N] [--steps N] [--threads N]
 
-A GPT-2 with 128 tokens per sequence, forward and backward under the OCP FP8 hybrid. Medians over interleaved steps in
-one process; the goal is 3 times the interpreted step, which a profiled one replaces. The second table is what one call
-of `fpsim.profile` costs, tracing included, beside the first steps of the backends (without torch's caches).
+A GPT-2 with 128 tokens per sequence, forward and backward under the OCP FP8 hybrid. Times are medians over interleaved
+steps in one process. The goal is 3 times the interpreted step, which a profiled step replaces. The second table
+compares one call of `fpsim.profile`, with tracing, with the first steps of the backends (without torch's caches).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def steps_table(model: nn.Module, x: Tensor, steps: int, console: Console) -> Ta
 
 
 def first_table(model: nn.Module, x: Tensor) -> Table:
-    """The first step of each, tracing and compiling included."""
+    """The first step of each, with tracing and compiling."""
     with fresh_cache():
         cases = {
             "fpsim, compiled": lambda: train(torch.compile(deepcopy(model), backend="fpsim", dynamic=False), model, x),

@@ -1,8 +1,8 @@
-"""How fast rounding is, beside a memory copy and beside its peers, and whether they agree.
+"""The speed of rounding, relative to a memory copy and to other libraries, and whether these agree with fpsim.
 
     python -m tests.benchmarks.rounding [--elements N] [--repeats N]
 
-One thread, float32, medians of interleaved runs in one process. Peers that are not installed are left out.
+One thread, float32, medians of interleaved runs in one process. Libraries that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def ours() -> dict[str, tuple[str, Function]]:
 
 
 def peers() -> dict[str, tuple[str, Function]]:
-    """The peers at hand, rounding to nearest-even by their own rules."""
+    """The installed other libraries, rounding to nearest-even by their own rules."""
     cases: dict[str, tuple[str, Function]] = {
         "torch cast and back, e4m3fn": ("e4m3fn", lambda x: x.to(torch.float8_e4m3fn).float()),
         "torch cast and back, e5m2": ("e5m2", lambda x: x.to(torch.float8_e5m2).float()),

@@ -1,4 +1,4 @@
-"""The fixture of the tests of curvature."""
+"""Fixtures of the tests of curvature."""
 
 import pytest
 

@@ -15,7 +15,7 @@ from tests.shared.ranks import error_of, results_of_two_ranks
 
 
 def sharded(part: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:
-    """What is refused of a module under FSDP2, and eigenvalues by the way that the refusal names."""
+    """The messages that refuse a module under FSDP2, and eigenvalues found in the way that they recommend."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
@@ -33,7 +33,7 @@ def sharded(part: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:
     plain = case("layer norm").model
     with torch.no_grad():
         for parameter in plain.parameters():
-            parameter.zero_()  # what is read comes from the shards
+            parameter.zero_()  # so that the values come from the shards
     plain.load_state_dict(state)
     local = hessian(functional_loss(plain, token_loss, batch=part), dict(plain.named_parameters()))
     found = eigenpairs(averaged(local, weight=label_count(part)), 2, tol=1e-10)

@@ -1,4 +1,4 @@
-"""Two processes, each with tokens of its own: the summary over ranks is that of one process with all of them."""
+"""Two processes with different tokens: the summary over ranks is that of one process with all tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Overflowing(nn.Module):
 
 
 def batches(rank: int) -> list[Tensor]:
-    """Of uneven sizes, more on the first rank."""
+    """Batches of uneven sizes, more of them on the first rank."""
     generator = torch.Generator().manual_seed(rank)
     shapes = [(3, 9), (1, 4), (2, 7)] if rank == 0 else [(2, 5)]
     return [torch.randint(0, VOCABULARY, shape, generator=generator) for shape in shapes]
@@ -69,7 +69,7 @@ def ranks(tmp_path_factory) -> list[dict[str, Any]]:
 
 
 def whole(case: str) -> Any:
-    """The same in this one process."""
+    """The same summary computed in this process alone."""
     both = [*batches(0), *batches(1)]
     if case == "overflowing":
         return summarize(logit_stream(Overflowing().eval(), both))
