@@ -235,7 +235,7 @@ def compare_products(loss: Callable[..., Tensor], params: dict[str, Tensor], com
         for name, work in works.items():
             times[name].append(median_seconds(work, 1))
     exact = first["double_backward, kept"][2]
-    title = f"One Hessian-vector product; medians of {repeats}; quartiles of the ratio to the gradient of the same round"
+    title = f"One Hessian-vector product; medians of {repeats}; quartiles of the ratio to the round's gradient"
     table = Printed(title, "kind", "ms", "gradients", "quartiles", "the first", "peak MiB", "rel. error")
     for name, values in times.items():
         ratios = [value / beside for value, beside in zip(values, times["gradient"], strict=True)]

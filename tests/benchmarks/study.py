@@ -132,9 +132,7 @@ def measure_sweep(count: int, executor: str, steps: int) -> None:
         outcome = sweep(plan, Path(folder), executor=executor, console=Console(stderr=True))
         watch.stop()
     driver = watch.samples.pop(os.getpid())
-    workers = [
-        samples for samples in watch.samples.values() if len(samples) > 4
-    ]  # forks for compilers end sooner
+    workers = [samples for samples in watch.samples.values() if len(samples) > 4]  # forks for compilers end sooner
     begin, end = min(samples[0].time for samples in workers), max(samples[-1].time for samples in workers)
     whole = (end - begin) * len(workers)
     computed = sum(samples[-1].computed - samples[0].computed for samples in workers)

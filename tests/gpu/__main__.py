@@ -4,8 +4,8 @@
     TRITON_INTERPRET=1 python -m tests.gpu --rehearse
 
 Every check and benchmark is a row of the results, even if it fails; the exit status is 1 if any of them fails. A
-rehearsal runs the same code on the CPU with interpreted Triton, few numbers and small models. It shows that this program
-works, proves nothing about GPUs, and writes no results.
+rehearsal runs the same code on the CPU with interpreted Triton, few numbers and small models. It shows that this
+program works, proves nothing about GPUs, and writes no results.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ GOALS = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--exhaustive", action="store_true", help="all 2^32 float32 numbers instead of every 4099th"
-    )
+    parser.add_argument("--exhaustive", action="store_true", help="all 2^32 float32 numbers instead of every 4099th")
     parser.add_argument("--only", choices=("checks", "benchmarks"))
     parser.add_argument("--markdown", type=Path, default=Path(__file__).parent / "results.md")
     parser.add_argument("--rehearse", action="store_true", help="run a small version on the CPU, without results")
