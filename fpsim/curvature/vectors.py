@@ -136,9 +136,9 @@ class Layout:
 
     def _check(self, vector: Tensor) -> None:
         if not isinstance(vector, Tensor) or vector.shape != (self.size,):
-            what = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
+            got = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
             raise ValueError(
-                f"a vector of this layout is a tensor of shape ({self.size},), got {what}: "
+                f"a vector of this layout is a tensor of shape ({self.size},), got {got}: "
                 "use Layout.flatten to make one of a pytree"
             )
 

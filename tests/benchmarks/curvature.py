@@ -238,7 +238,7 @@ def compare_products(loss: Callable[..., Tensor], params: dict[str, Tensor], com
     title = f"One Hessian-vector product; medians of {repeats}; quartiles of the ratio to the round's gradient"
     table = Printed(title, "kind", "ms", "gradients", "quartiles", "the first", "peak MiB", "rel. error")
     for name, values in times.items():
-        ratios = [value / beside for value, beside in zip(values, times["gradient"], strict=True)]
+        ratios = [value / gradient for value, gradient in zip(values, times["gradient"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         error = "" if name == "gradient" else f"{float((first[name][2] - exact).norm() / exact.norm()):.1e}"
         start = first[name][0] / statistics.median(times["gradient"])
@@ -441,7 +441,7 @@ def compare(
     gradient: Callable[[], Any],
     seeds: int,
 ) -> None:
-    """Report each case over ``seeds`` seeds; the gradient is timed anew beside each."""
+    """Report each case over ``seeds`` seeds; the gradient is timed again before and after each run."""
     table = Printed(title, "case", "products", "gradients", "error, rms", "largest", "peak MiB")
     for name, case in cases.items():
         found, costs = [], []

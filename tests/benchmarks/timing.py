@@ -28,8 +28,8 @@ def interleaved_medians(
     Args:
         calls: by name.
         repeats: how often each is timed.
-        warm_up: run each call once untimed before it is timed, so that what the case before it left in caches and
-            allocator does not count.
+        warm_up: run each call once untimed before it is timed, so that the previous case's contents of
+            caches and allocator do not count.
         console: where the bar is shown; None is rich's own.
     """
     times: dict[Key, list[float]] = {name: [] for name in calls}

@@ -87,14 +87,14 @@ class Report:
     def check(self, name: str, run: Callable[[], str]) -> None:
         start = time.perf_counter()
         try:
-            verdict, what = "holds", run()
+            verdict, found = "holds", run()
         except Exception as error:
             self.failed = True
             traceback.print_exc()
             lines = f"{type(error).__name__}: {error}".splitlines()
-            verdict, what = "**FAILS**", lines[0].replace("|", "/")
-        self.checks.append((name, verdict, what))
-        self.console.print(f"{name}: {verdict}, {what} ({time.perf_counter() - start:.0f} s)", markup=False)
+            verdict, found = "**FAILS**", lines[0].replace("|", "/")
+        self.checks.append((name, verdict, found))
+        self.console.print(f"{name}: {verdict}, {found} ({time.perf_counter() - start:.0f} s)", markup=False)
 
     def benchmark(self, name: str, run: Callable[[], tuple[str, tuple[str, ...], list[tuple[str, ...]]]]) -> None:
         try:

@@ -126,7 +126,7 @@ def remarks(rows: list[Row]) -> Iterator[str]:
 
 def _facts(row: Row) -> Iterator[str]:
     for error in dict.fromkeys(row.errors.values()):
-        yield f"{' and '.join(what for what in row.errors if row.errors[what] == error)}: {error}"
+        yield f"{' and '.join(name for name in row.errors if row.errors[name] == error)}: {error}"
     for (operator, reason), count in row.gaps.items():
         yield f"{count} x {operator}: {reason}"
     for reason in row.breaks:

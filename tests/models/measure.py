@@ -79,12 +79,12 @@ class Row:
         return len(self.losses) == STEPS and all(map(math.isfinite, self.losses)) and self.losses[-1] < self.losses[0]
 
     @contextlib.contextmanager
-    def attempt(self, what: str) -> Iterator[None]:
+    def attempt(self, name: str) -> Iterator[None]:
         """Record an error of the block in `errors`, and go on."""
         try:
             yield
         except Exception as error:  # every error of a model or a compiler is a row of the table
-            self.errors[what] = first_line(error)
+            self.errors[name] = first_line(error)
 
 
 def first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Two processes with a process group, for tests of what ranks compute together."""
+"""Two processes with a process group, for tests of computations over ranks."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def test_along_the_gradient_it_is_the_weighted_mean_of_eigenvalues(quadratic):
 
 @pytest.mark.parametrize("initial", [1e-6, 0.1, 1.0, 1e5])
 @pytest.mark.parametrize("tolerance", [1 / 16, 1e-3])
-def test_the_bracket_holds_the_answer_from_wherever_it_starts(quadratic, generator, initial, tolerance):
+def test_the_bracket_holds_the_answer_from_every_start(quadratic, generator, initial, tolerance):
     loss, x, a = quadratic
     direction = a @ x + 0.1 * torch.randn(7, generator=generator, dtype=torch.float64)
     want = (direction @ a @ direction / (direction @ a @ x)).item()

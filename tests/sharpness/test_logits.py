@@ -161,7 +161,7 @@ def test_narrow_logits_are_measured_exactly(generator, dtype):
     assert torch.equal(logit(z.to(dtype), target), logit(z.to(dtype).double(), target))
 
 
-def test_rounded_logits_are_measured_as_they_are_without_a_derivative(generator):
+def test_rounded_logits_are_measured_without_a_derivative(generator):
     z, target = random_batch(generator, 5, 6)
     rounded = fpsim.round(z.float().requires_grad_(), "e4m3fn")
     found = logit(rounded, target)
