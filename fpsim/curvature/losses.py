@@ -18,7 +18,7 @@ from torch.func import functional_call
 from fpsim.curvature.data import NO_BATCH
 from fpsim.curvature.products import OutputProduct
 from fpsim.curvature.vectors import HOW_TO_GATHER, is_sharded
-from fpsim.policy.policy import Policy
+from fpsim.policy import Policy
 
 #: The label of Hugging Face and torch for a token without a target.
 IGNORED = -100

@@ -141,25 +141,18 @@ def gauss_newton(
     Raises:
         ValueError, CurvatureError: as `hessian`.
     """
-
-    if isinstance(loss, str) and loss != "squared":
-        raise ValueError(f"unknown loss {loss!r}: pass a function of the outputs, or 'squared'")
+    output_product = _output_product(loss)
     if mode not in ("reverse", "forward"):
         raise ValueError(f"Gauss-Newton and Fisher products have the modes 'reverse' and 'forward', got {mode!r}")
+    build = products.gauss_newton_reverse if mode == "reverse" else products.gauss_newton_forward
     arranged = layout(params, select=select, dtype=vector_dtype, device=vector_device)
     data = Data.of(batches, weight)
-    build = products.gauss_newton_reverse if mode == "reverse" else products.gauss_newton_forward
-    closed_form = _squared_error if loss == "squared" else getattr(loss, "output_product", None)
 
     def linearise(batch: Any) -> Product:
         def function(values: Tensors) -> Tensor:
             return call(outputs, arranged.substitute(values), batch)
 
-        if closed_form is not None:
-            output_product = closed_form(batch)
-        else:
-            output_product = products.hessian_of_output(lambda z: scalar_loss(call(loss, z, batch)))
-        return build(function, output_product, arranged.values)
+        return build(function, output_product(batch), arranged.values)
 
     return operator_of(linearise, arranged, data, keep=_keeps(mode, keep, data), name="Gauss-Newton")
 
@@ -235,9 +228,16 @@ def operator_of(linearise: Linearise, arranged: Layout, data: Data, *, keep: boo
     return Operator(arranged.size, multiply, arranged.dtype, arranged.device, arranged, name)
 
 
-def _squared_error(batch: Any) -> OutputProduct:
-    """The Hessian of half the mean squared error: the identity over the number of rows."""
-    return lambda predictions: lambda tangent: tangent / max(1, predictions[..., 0].numel())
+def _output_product(loss: Callable[..., Tensor] | str) -> Callable[[Any], OutputProduct]:
+    """From a batch to the product with the Hessian of ``loss`` with respect to the outputs."""
+    if isinstance(loss, str):
+        if loss != "squared":
+            raise ValueError(f"unknown loss {loss!r}: pass a function of the outputs, or 'squared'")
+        return lambda batch: lambda predictions: lambda tangent: tangent / max(1, predictions[..., 0].numel())
+    closed_form = getattr(loss, "output_product", None)
+    if closed_form is not None:
+        return closed_form
+    return lambda batch: products.hessian_of_output(lambda outputs: scalar_loss(call(loss, outputs, batch)))
 
 
 class _MeanOfTerms:
