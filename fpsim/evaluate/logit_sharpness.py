@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from fpsim.curvature.losses import IGNORED
 from fpsim.evaluate.load import BYTES, load_script, positions
 from fpsim.policy import Policy
-from fpsim.sharpness.logits import ITERATIONS, LogitMetrics, Method, last_of, logit_metrics
+from fpsim.sharpness.box import ITERATIONS
+from fpsim.sharpness.logits import LogitMetrics, Method, last_of, logit_metrics
 from fpsim.sharpness.streaming import Accumulator, LogitSummary, gradient_norm, logits_of, predictions
 
 #: Keskar's two boxes.
