@@ -28,7 +28,6 @@ from fpsim.compile_backend.backend import compile_with_rounding
 from fpsim.compile_backend.observe.recorder import ProductStatistics, Recorder, SiteStatistics
 from fpsim.compile_backend.observe.statistics import COUNTS, Histogram, Statistics, merge, severity
 from fpsim.compile_backend.plan import Gap, Plan, Site, render
-from fpsim.compile_backend.report import page as profile_page
 from fpsim.compile_backend.report.explain import (
     ISOLATED,
     NOTHING,
@@ -39,6 +38,8 @@ from fpsim.compile_backend.report.explain import (
     state_kept,
     uncompiled,
 )
+from fpsim.compile_backend.report.numbers import decibel, percent
+from fpsim.compile_backend.report.page import page
 from fpsim.policy.policy import Policy, parse_cast
 from fpsim.suggestions import did_you_mean
 
@@ -151,7 +152,7 @@ class Profile:
     def to_html(self, path: str | Path, *, title: str = "fpsim profile") -> Path:
         """Write a page to ``path`` that needs no network: a table to sort and filter, and plots. Returns the path."""
         path = Path(path)
-        path.write_text(profile_page.page(self, title), encoding="utf-8")
+        path.write_text(page(self.rows(), self.products, self.gaps, title), encoding="utf-8")
         return path
 
     # -- showing -----------------------------------------------------------------------------------------------------
@@ -193,10 +194,10 @@ def _cells(row: dict[str, Any]) -> list[Text]:
     by = parse_cast(row["cast"]) if row["cast"] else None
     cast = Text(by.label, style="green") if by else Text("unrounded", style="yellow")
     shares = [
-        _coloured(name, row[f"{name}_share"], profile_page.percent(row[f"{name}_share"]))
+        _coloured(name, row[f"{name}_share"], percent(row[f"{name}_share"]))
         for name in ("zeros", "underflows", "subnormals")
     ]
-    saturated = _coloured("saturations", row["saturations_share"], profile_page.percent(row["saturations_share"]))
+    saturated = _coloured("saturations", row["saturations_share"], percent(row["saturations_share"]))
     specials = [f"{row[name]} {word}" for name, word in _SPECIALS.items() if row[name]]
     error = row["relative_error"]
     return [
@@ -206,7 +207,7 @@ def _cells(row: dict[str, Any]) -> list[Text]:
         saturated,
         Text(" ".join(specials) or "-", style="bold red" if specials else ""),
         Text(f"{row['amax']:.3g}"),
-        _coloured("sqnr", row["sqnr"], profile_page.decibel(row["sqnr"])),
+        _coloured("sqnr", row["sqnr"], decibel(row["sqnr"])),
         Text("") if error is None else _coloured("relative_error", error, f"{error:.2g}"),
         Text(bars(row["exponents"])),
     ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
 import shutil
 import subprocess
+import tomllib
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -78,6 +81,15 @@ def test_the_page_needs_no_network(page: Path) -> None:
     text = page.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
     assert "default-src 'none'" in text
     assert not re.search(r"https?:|//\w|src=|@import|url\(", text)
+
+
+def test_the_files_of_the_page_are_installed_with_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    installed = project["tool"]["setuptools"]["package-data"]["fpsim.compile_backend.report"]
+    folder = resources.files("fpsim.compile_backend.report")
+    for name in ("page.html.jinja", "page.css", "page.js"):
+        assert folder.joinpath(name).is_file()
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in installed), name
 
 
 # -- in a browser ------------------------------------------------------------------------------------------------------
