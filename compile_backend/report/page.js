@@ -13,7 +13,7 @@ function compare(a, b) {
   if (Number.isNaN(a) || Number.isNaN(b)) return Number.isNaN(a) - Number.isNaN(b);
   return a < b ? -1 : a > b ? 1 : 0;
 }
-// The worst first at the first click: text, the number and the ratio ascending, all else descending.
+// The first click puts the worst first: text, number and SQNR ascend, all other columns descend.
 function sortBy(column, descending) {
   closeAll();
   const order = descending ? 'descending' : 'ascending';
@@ -52,7 +52,7 @@ function element(parent, name, attributes, text) {
   parent.append(made);
   return made;
 }
-// Shares by exponent, on a logarithmic scale, with what the format can hold.
+// Shares by exponent, on a logarithmic scale; the zones beyond the range of the format and of subnormals are coloured.
 function draw(site) {
   const all = site.before.concat(site.after), width = 900, height = 220, left = 60, bottom = 34, top = 16;
   const exponents = all.map(pair => pair[0]).concat([site.emax]);

@@ -1,4 +1,4 @@
-"""``fpsim formats``: the facts and the values of formats."""
+"""``fpsim formats``: the named formats, or any others, side by side or one in detail."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from rich import box
 from rich.table import Table
 
 from fpsim.cli.errors import plain_errors
-from fpsim.cli.exact_numbers import field_names, show_bits, show_code, show_fields, show_number, show_power
 from fpsim.cli.output import familiar_name, print_table
-from fpsim.formats import NAMED_FORMATS, FloatFormat, parse_format, resolve_overflow
+from fpsim.formats import NAMED_FORMATS, FloatFormat, parse_format
 
 
 @plain_errors
@@ -29,11 +28,13 @@ def formats(
     chosen = [parse_format(name) for name in names or NAMED_FORMATS]
     print_table(_table_of_formats(chosen))
     if names and len(chosen) == 1:
+        from fpsim.cli.explain_format import explain_format, table_of_values
+
         [fmt] = chosen
-        for heading, content in _facts(fmt):
+        for heading, content in explain_format(fmt):
             typer.echo(f"{heading:<19} {content}")
         if fmt.bits <= 8:
-            print_table(_table_of_values(fmt))
+            print_table(table_of_values(fmt))
 
 
 def _table_of_formats(chosen: Iterable[FloatFormat]) -> Table:
@@ -56,60 +57,4 @@ def _table_of_formats(chosen: Iterable[FloatFormat]) -> Table:
             "yes" if fmt.has_nan else "-",
             f"{fmt.num_values:,}" if fmt.num_values < 10**12 else f"~{fmt.num_values:.3g}",
         )
-    return table
-
-
-def _facts(fmt: FloatFormat) -> Iterable[tuple[str, str]]:
-    """Headings and contents."""
-    from fpsim import reference
-    from fpsim.reference.values import scale_b
-    from fpsim.rounding.ops import CARRIERS
-
-    def coded(code: int) -> str:
-        value = reference.decode(code, fmt)
-        return f"{' = '.join(dict.fromkeys([show_number(value), show_power(value)]))} ({show_bits(code, fmt)})"
-
-    widths = [(fmt.signed, "sign"), (fmt.exponent_bits, "exponent"), (fmt.mantissa_bits, "mantissa")]
-    yield "bits", f"{fmt.bits} = {' + '.join(f'{width:d} {name}' for width, name in widths if width)}"
-    yield "precision", f"{fmt.precision} significant bits"
-    yield "exponents", f"{fmt.emin} to {fmt.max_exponent}, bias {fmt.bias}"
-    yield "largest", coded(fmt.max_code)
-    smallest = reference.encode(scale_b(1, fmt.emin), fmt)
-    if reference.decode(smallest, fmt) == scale_b(1, fmt.emin):  # else all finite values are subnormal
-        yield "smallest normal", coded(smallest)
-    if fmt.subnormals and fmt.mantissa_bits:
-        yield "smallest subnormal", coded(1)
-    else:
-        yield "subnormals", "none: results below the smallest normal become zero" if fmt.zero else "none"
-    yield "zeros", "0 and -0" if fmt.has_negative_zero else "0" if fmt.zero else "none"
-    infinity = "none" if fmt.infinity_code is None else show_bits(fmt.infinity_code, fmt)
-    yield "infinity", infinity + (" and its negative" if fmt.has_infinity and fmt.signed else "")
-    yield "NaN", _show_nans(fmt)
-    yield "finite values", f"{fmt.num_values:,}"
-    yield "usual overflow mode", resolve_overflow(fmt, None)
-    carriers = [str(dtype).removeprefix("torch.") for dtype, carrier in CARRIERS.items() if fmt.is_subset_of(carrier)]
-    yield "carriers", ", ".join(carriers) or "none"
-
-
-def _show_nans(fmt: FloatFormat) -> str:
-    if fmt.nan_code is None:
-        return "none: NaN becomes the largest finite value"
-    if fmt.bits > 16:
-        return f"{show_bits(fmt.nan_code, fmt)} and others" if fmt.specials == "ieee" else show_bits(fmt.nan_code, fmt)
-    count = sum(map(fmt.is_nan_code, range(1 << fmt.bits)))
-    return show_bits(fmt.nan_code, fmt) + ("" if count == 1 else f", the usual one of {count:,} codes")
-
-
-def _table_of_values(fmt: FloatFormat) -> Table:
-    from fpsim import reference
-
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("code")
-    table.add_column(field_names(fmt))
-    table.add_column("exact value", justify="right")
-    table.add_column("decimal", justify="right")
-    for code in range(1 << fmt.bits):
-        value = reference.decode(code, fmt)
-        fields = show_fields(code, fmt, " | ")
-        table.add_row(show_code(code, fmt), fields, show_power(value), show_number(value))
     return table

@@ -7,8 +7,6 @@ from typing import Annotated
 import typer
 
 from fpsim.cli.errors import plain_errors
-from fpsim.cli.exact_numbers import parse_number
-from fpsim.cli.explain_number import explain_number, explain_rounding, table_of_roundings
 from fpsim.cli.options import ROUNDINGS_HELP, OverflowOption
 from fpsim.cli.output import familiar_name, print_table
 from fpsim.formats import ROUNDINGS, full_rounding, parse_format, resolve_overflow
@@ -25,6 +23,9 @@ def round(
 
     Stochastic rounding has two candidates, each with its probability.
     """
+    from fpsim.cli.exact_numbers import parse_number
+    from fpsim.cli.explain_number import explain_number, explain_rounding, table_of_roundings
+
     fmt = parse_format(format)
     mode = resolve_overflow(fmt, overflow)
     roundings = [*ROUNDINGS, "stochastic"] if rounding is None else [rounding]

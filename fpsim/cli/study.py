@@ -224,7 +224,7 @@ def _resized(
 ) -> Setting:
     from fpsim.paper.models import model_config
 
-    changes = {
+    changes: dict[str, Any] = {
         "model": model and model_config(model),
         "data": data and replace(setting.base.data, path=data),
         "steps": steps,

@@ -1,4 +1,4 @@
-"""Exact numbers as text: what is read has its exact value, and what is shown is exact or marked as not."""
+"""Numbers are read exactly, and shown exactly or marked as approximate."""
 
 from fractions import Fraction
 

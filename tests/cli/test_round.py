@@ -8,7 +8,7 @@ NEAREST = ("--rounding", "nearest_even")
 
 
 def blocks(output: str) -> list[dict[str, str]]:
-    """What ``fpsim round`` shows of each number in one rounding, by heading."""
+    """The facts that ``fpsim round`` shows of each number in one rounding, by heading."""
     return [dict(line.split(maxsplit=1) for line in block.splitlines()) for block in output.split("\n\n")[1:]]
 
 

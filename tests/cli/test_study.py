@@ -1,4 +1,4 @@
-"""``fpsim study`` does what the Python functions do, and says plainly what is wrong."""
+"""``fpsim study`` does the same as the Python functions, and ends with one plain line after wrong input."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ FLAGS = [
     "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr", "--v=0",
 ]  # fmt: skip
 
-#: Clicks and types as a person would, and writes down which rows stand where.
+#: Clicks and types as a reader does, and writes the order of the rows into the page.
 SCRIPT = """{
 const seen = {}, table = document.getElementById('sites');
 const order = () => [...table.tBodies[0].rows].filter(row => !row.hidden).map(row => row.id);
