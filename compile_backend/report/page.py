@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import jinja2
 from jinja2.utils import htmlsafe_json_dumps
 
+from fpsim.casts import Cast, parse_cast
 from fpsim.compile_backend.observe.recorder import ProductStatistics
 from fpsim.compile_backend.observe.statistics import COUNTS, Histogram, severity
 from fpsim.compile_backend.plan import Gap
 from fpsim.compile_backend.report.numbers import decibel, percent
 from fpsim.formats import FloatFormat
-from fpsim.policy.policy import Cast, parse_cast
-from fpsim.rounding.ops import CARRIERS
+from fpsim.rounding.carriers import CARRIERS
 
 #: One site as `Profile.rows` gives it, and its ``number``.
 _Row = dict[str, Any]

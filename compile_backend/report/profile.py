@@ -24,6 +24,7 @@ from torch._dynamo.utils import counters
 from torch._guards import CompileContext
 from torch.utils import _pytree as pytree
 
+from fpsim.casts import parse_cast
 from fpsim.compile_backend.backend import compile_with_rounding
 from fpsim.compile_backend.observe.recorder import ProductStatistics, Recorder, SiteStatistics
 from fpsim.compile_backend.observe.statistics import COUNTS, Histogram, Statistics, merge, severity
@@ -40,7 +41,7 @@ from fpsim.compile_backend.report.explain import (
 )
 from fpsim.compile_backend.report.numbers import decibel, percent
 from fpsim.compile_backend.report.page import page
-from fpsim.policy.policy import Policy, parse_cast
+from fpsim.policy import Policy
 from fpsim.suggestions import did_you_mean
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from fpsim import reference
 from fpsim.cli.exact_numbers import field_names, show_bits, show_code, show_fields, show_number, show_power
 from fpsim.formats import FloatFormat, resolve_overflow
 from fpsim.reference.values import scale_b
-from fpsim.rounding.ops import CARRIERS
+from fpsim.rounding.carriers import CARRIERS
 
 
 def explain_format(fmt: FloatFormat) -> Iterable[tuple[str, str]]:

@@ -92,7 +92,7 @@ def verify(
     ] = None,
 ) -> None:
     """Compare the rounding of tensors with the exact reference, bit for bit. Exit code 1 means a mismatch."""
-    from fpsim.rounding.ops import CARRIERS
+    from fpsim.rounding.carriers import CARRIERS
     from fpsim.verify import PATHS, CompilationError, mode_of, plan
 
     known = {str(dtype).removeprefix("torch."): dtype for dtype in CARRIERS}
