@@ -1,6 +1,7 @@
 """``fpsim --help`` is quick and complete."""
 
 import re
+import resource
 import subprocess
 import sys
 
@@ -77,3 +78,11 @@ def test_the_command_line_imports_neither_torch_nor_the_study() -> None:
 def test_help_imports_neither_torch_nor_the_study(arguments: str) -> None:
     called = "from fpsim.cli.main import app\ntry: app()\nexcept SystemExit as end: assert end.code == 0"
     assert imported_by(called, arguments) & SLOW == set()
+
+
+def test_help_takes_less_than_a_second_of_processor_time() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    called = "from fpsim.cli.main import app; app()"
+    subprocess.run([sys.executable, "-c", called, "--help"], capture_output=True, check=True, timeout=300)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
