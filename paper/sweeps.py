@@ -21,12 +21,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from fpsim.policy import Policy
+from fpsim.processors import usable_cores
 
 from . import require
 from .config import Options, RunConfig, compile_key, from_dict, run_key, to_dict
 from .data import DataConfig, fetch
 from .storage import Run, read_run, replace_file, versions
-from .workers import Job, Message, Pool, ProcessPool, RayPool, SerialPool, cores
+from .workers import Job, Message, Pool, ProcessPool, RayPool, SerialPool
 
 EXECUTORS = ("ray", "process", "serial")
 
@@ -178,7 +179,7 @@ def sweep(
 def _pool(executor: str, jobs: int, workers: int | None, address: str | None, resources: Mapping[str, float]) -> Pool:
     if executor == "ray":
         return RayPool(jobs, workers=workers, address=address, resources=resources)
-    return ProcessPool(min(workers or cores(), jobs)) if executor == "process" else SerialPool()
+    return ProcessPool(min(workers or usable_cores(), jobs)) if executor == "process" else SerialPool()
 
 
 def _keyed(plan: Sequence[Planned]) -> dict[str, Planned]:

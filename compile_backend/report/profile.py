@@ -29,8 +29,9 @@ from fpsim.compile_backend.compiling import compile_with_rounding
 from fpsim.compile_backend.observe.recorder import ProductStatistics, Recorder, SiteStatistics
 from fpsim.compile_backend.observe.statistics import COUNTS, Histogram, Statistics, merge, severity
 from fpsim.compile_backend.plan import Gap, Plan, Site, render
-from fpsim.compile_backend.report import page as profile_page
 from fpsim.compile_backend.report.explain import NOTHING, break_gap
+from fpsim.compile_backend.report.numbers import decibel, percent
+from fpsim.compile_backend.report.page import page
 from fpsim.compile_backend.report.running import (
     ISOLATED,
     as_policy,
@@ -106,8 +107,11 @@ class Profile:
     # -- handing on --------------------------------------------------------------------------------------------------
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat mapping per site: what it is (``label`` is the cast in short), counts, shares (``zeros_share``), ``amax``, ``sqnr`` in dB,
-        ``relative_error`` of its product (None if it is no operand), and the two histograms as tuples of pairs.
+        """One flat mapping per site.
+
+        It holds the fields of the `Site` (``cast`` as text, and in short as ``label``), counts, shares
+        (``zeros_share``), ``amax``, ``sqnr`` in dB, the ``relative_error`` of its product (None if it is no operand),
+        and the two histograms as tuples of pairs.
         """
         return [self._row(site) for site in self.sites]
 
@@ -155,7 +159,7 @@ class Profile:
     def to_html(self, path: str | Path, *, title: str = "fpsim profile") -> Path:
         """Write a page to ``path`` that needs no network: a table to sort and filter, and plots. Returns the path."""
         path = Path(path)
-        path.write_text(profile_page.page(self, title), encoding="utf-8")
+        path.write_text(page(self.rows(), self.sites, self.products, self.gaps, title), encoding="utf-8")
         return path
 
     # -- showing -----------------------------------------------------------------------------------------------------
@@ -196,10 +200,10 @@ def _cells(row: dict[str, Any]) -> list[Text]:
     words = [row["path"] or "(root)", row["operator"], row["kind"] or row["direction"], row["role"]]
     cast = Text(row["label"], style="green" if row["cast"] else "yellow")
     shares = [
-        _coloured(name, row[f"{name}_share"], profile_page.percent(row[f"{name}_share"]))
+        _coloured(name, row[f"{name}_share"], percent(row[f"{name}_share"]))
         for name in ("zeros", "underflows", "subnormals")
     ]
-    saturated = _coloured("saturations", row["saturations_share"], profile_page.percent(row["saturations_share"]))
+    saturated = _coloured("saturations", row["saturations_share"], percent(row["saturations_share"]))
     specials = [f"{row[name]} {word}" for name, word in _SPECIALS.items() if row[name]]
     error = row["relative_error"]
     return [
@@ -209,7 +213,7 @@ def _cells(row: dict[str, Any]) -> list[Text]:
         saturated,
         Text(" ".join(specials) or "-", style="bold red" if specials else ""),
         Text(f"{row['amax']:.3g}"),
-        _coloured("sqnr", row["sqnr"], profile_page.decibel(row["sqnr"])),
+        _coloured("sqnr", row["sqnr"], decibel(row["sqnr"])),
         Text("") if error is None else _coloured("relative_error", error, f"{error:.2g}"),
         Text(bars(row["exponents"])),
     ]

@@ -33,7 +33,7 @@ from fpsim.compile_backend import (
     Statistics,
 )
 from fpsim.compile_backend.observe.statistics import measure
-from fpsim.compile_backend.report import page as profile_page
+from fpsim.compile_backend.report.page import page
 from fpsim.compile_backend.report.profile import bars
 from fpsim.formats import parse_format
 
@@ -504,7 +504,7 @@ def test_what_is_not_compiled_is_a_gap() -> None:
 
 
 def page_of(profile: Profile) -> str:
-    return profile_page.page(profile, "a model")
+    return page(profile.rows(), profile.products, profile.gaps, "a model")
 
 
 @pytest.mark.parametrize(

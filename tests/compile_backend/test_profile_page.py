@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
 import shutil
 import subprocess
+import tomllib
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -93,6 +96,15 @@ def test_the_page_needs_no_network(page: Path) -> None:
     assert not re.search(r"https?:|//\w|src=|@import|url\(", text)
 
 
+def test_the_files_of_the_page_are_installed_with_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    installed = project["tool"]["setuptools"]["package-data"]["fpsim.compile_backend.report"]
+    folder = resources.files("fpsim.compile_backend.report")
+    for name in ("page.html.jinja", "page.css", "page.js"):
+        assert folder.joinpath(name).is_file()
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in installed), name
+
+
 # -- in a browser ------------------------------------------------------------------------------------------------------
 
 FLAGS = [
@@ -100,7 +112,7 @@ FLAGS = [
     "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr", "--v=0",
 ]  # fmt: skip
 
-#: Clicks and types as a person would, and writes down which rows stand where.
+#: Clicks and types as a reader does, and writes the order of the rows into the page.
 SCRIPT = """{
 const seen = {}, table = document.getElementById('sites');
 const order = () => [...table.tBodies[0].rows].filter(row => !row.hidden).map(row => row.id);
