@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from fpsim.formats import FloatFormat, parse_format, resolve_overflow
 
-from . import limits
+from . import substitutes
 from .decoding import decode, largest
 from .encoding import encode
 from .outcomes import target
@@ -226,7 +226,7 @@ def _away(value: Value, fmt: FloatFormat, negative: bool) -> Value:
     """The neighbour of a finite ``value`` further from zero; from a zero, on the negative side if so asked."""
     size = magnitude(value)
     if size == largest(fmt):
-        return limits.for_infinity(fmt, resolve_overflow(fmt, None), negative=negative)
+        return substitutes.for_infinity(fmt, resolve_overflow(fmt, None), negative=negative)
     lowest = 1 if fmt.subnormals or not fmt.zero else 1 << fmt.mantissa_bits
     above = decode(max(encode(size, fmt) + 1, lowest), fmt)
     return negate(above) if negative else above

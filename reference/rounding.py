@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from fpsim.formats import FloatFormat, Overflow, parse_format, resolve_overflow, split_rounding
 
-from . import limits
+from . import substitutes
 from .decoding import largest, smallest
 from .values import NAN, Number, Special, Value, as_value, floor_log2, is_negative, magnitude, negate, scale_b
 
@@ -68,13 +68,13 @@ def round(
     mode = resolve_overflow(fmt, overflow)
     value = as_value(value)
     if value is NAN:
-        return limits.for_nan(fmt)
+        return substitutes.for_nan(fmt)
     negative = is_negative(value)
     if value in (Special.INFINITY, Special.NEGATIVE_INFINITY):
-        return limits.for_infinity(fmt, mode, negative=negative)
+        return substitutes.for_infinity(fmt, mode, negative=negative)
     exact = magnitude(value)
     if exact == 0:
-        return limits.for_zero(fmt, mode, negative=negative)
+        return substitutes.for_zero(fmt, mode, negative=negative)
     return into_range(flush(to_precision(exact, fmt, name, negative, draw), fmt), fmt, name, mode, negative)
 
 
@@ -156,9 +156,9 @@ def flush(rounded: Fraction, fmt: FloatFormat) -> Fraction:
 def into_range(rounded: Fraction, fmt: FloatFormat, rounding: str, overflow: Overflow, negative: bool) -> Value:
     """Step 3: the magnitude ``rounded``, with its sign, or what the format has in its place."""
     if rounded == 0:
-        return limits.for_zero(fmt, overflow, negative=negative)
+        return substitutes.for_zero(fmt, overflow, negative=negative)
     if negative and not fmt.signed:
-        return limits.for_negative(fmt, overflow)
+        return substitutes.for_negative(fmt, overflow)
     if rounded > largest(fmt):
-        return limits.for_overflow(fmt, rounding, overflow, negative=negative)
+        return substitutes.for_overflow(fmt, rounding, overflow, negative=negative)
     return negate(rounded) if negative else rounded

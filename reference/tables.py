@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from fpsim.formats import FloatFormat, Overflow, Rounding, check_rounding, parse_format, resolve_overflow
 
-from . import limits
+from . import substitutes
 from .decoding import decode, normal
 from .values import INFINITY, NAN, Number, Value, as_value, magnitude, negate, order
 
@@ -118,14 +118,14 @@ def table(format: str | FloatFormat, rounding: str = "nearest_even", overflow: s
         )
     negative = [half.negated_inputs() for half in _half(fmt, direction, mode, negative=True)]
     positive = _half(fmt, direction, mode, negative=False)
-    return Table(fmt, direction, mode, (*reversed(negative), *positive), limits.for_nan(fmt))
+    return Table(fmt, direction, mode, (*reversed(negative), *positive), substitutes.for_nan(fmt))
 
 
 def _half(fmt: FloatFormat, rounding: Rounding, overflow: Overflow, *, negative: bool) -> Iterator[Interval]:
     """The intervals of the inputs of one sign, by increasing magnitude, their ends written as magnitudes."""
     neighbours = _neighbours(fmt, rounding, overflow, negative=negative)
     lower, closed = Fraction(0), True
-    at_zero, last = limits.for_zero(fmt, overflow, negative=negative), neighbours[0].result
+    at_zero, last = substitutes.for_zero(fmt, overflow, negative=negative), neighbours[0].result
     if at_zero != last:
         yield Interval(lower, True, lower, True, at_zero)
         closed = False
@@ -134,7 +134,7 @@ def _half(fmt: FloatFormat, rounding: Rounding, overflow: Overflow, *, negative:
             boundary, belongs_above = _boundary(below, above, rounding, negative)
             yield Interval(lower, closed, boundary, not belongs_above, below.result)
             lower, closed = boundary, belongs_above
-    result, at_infinity = neighbours[-1].result, limits.for_infinity(fmt, overflow, negative=negative)
+    result, at_infinity = neighbours[-1].result, substitutes.for_infinity(fmt, overflow, negative=negative)
     yield Interval(lower, closed, INFINITY, result == at_infinity, result)
     if result != at_infinity:
         yield Interval(INFINITY, True, INFINITY, True, at_infinity)
@@ -158,14 +158,14 @@ def _neighbours(fmt: FloatFormat, rounding: Rounding, overflow: Overflow, *, neg
     first, top = 0, fmt.max_code + 1
     results: dict[int, Value] = {}
     if negative and not fmt.signed:
-        results = dict.fromkeys(range(top + 1), limits.for_negative(fmt, overflow))
+        results = dict.fromkeys(range(top + 1), substitutes.for_negative(fmt, overflow))
     else:
         sign = fmt.sign_code if negative else 0
         results = {code: decode(sign | code, fmt) for code in range(top)}
-        results[top] = limits.for_overflow(fmt, rounding, overflow, negative=negative)
+        results[top] = substitutes.for_overflow(fmt, rounding, overflow, negative=negative)
     if fmt.zero:
         first = 0 if fmt.subnormals else (1 << fmt.mantissa_bits) - 1
-        results[first] = limits.for_zero(fmt, overflow, negative=negative)
+        results[first] = substitutes.for_zero(fmt, overflow, negative=negative)
     return [_Neighbour(_on_grid(code, fmt), code % 2 == 1, results[code]) for code in range(first, top + 1)]
 
 
