@@ -17,10 +17,12 @@ from .encoding import encode
 from .outcomes import target
 from .rounding import round
 from .values import (
+    INFINITIES,
     INFINITY,
     NAN,
     NEGATIVE_INFINITY,
     NEGATIVE_ZERO,
+    ZEROS,
     Number,
     Value,
     as_value,
@@ -28,7 +30,9 @@ from .values import (
     is_negative,
     magnitude,
     negate,
+    rational,
     scale_b,
+    with_sign,
 )
 
 
@@ -82,7 +86,7 @@ def is_nan(value: Number) -> bool:
 
 def is_infinite(value: Number) -> bool:
     """Whether ``value`` is an infinity."""
-    return as_value(value) in (INFINITY, NEGATIVE_INFINITY)
+    return as_value(value) in INFINITIES
 
 
 def is_finite(value: Number) -> bool:
@@ -92,7 +96,7 @@ def is_finite(value: Number) -> bool:
 
 def is_zero(value: Number) -> bool:
     """Whether ``value`` is a zero of either sign."""
-    return as_value(value) in (0, NEGATIVE_ZERO)
+    return as_value(value) in ZEROS
 
 
 def is_normal(value: Number, format: str | FloatFormat) -> bool:
@@ -205,14 +209,14 @@ def scaleb(
     """
     if not isinstance(exponent, int):
         raise TypeError(f"the exponent is an int, got {exponent!r} of type {type(exponent)}")
-    where, exact = target(format, rounding, overflow, random), as_value(value)
+    where, exact = target(format, rounding, overflow, random=random), as_value(value)
     if not is_finite(exact) or is_zero(exact):
         return round(exact, format, rounding, overflow, random=random)
     # An exponent far out of range gives what one a little out of range does, without a number of as many bits.
     leading = floor_log2(magnitude(exact))
     low, high = where.negligible - leading, where.format.max_exponent + 3 - leading
     scale = scale_b(1, min(max(exponent, low), high))
-    return round(Fraction(exact) * scale, format, rounding, overflow, random=random)  # type: ignore[arg-type]  # finite
+    return round(rational(exact) * scale, format, rounding, overflow, random=random)
 
 
 def _value_of(value: Number, fmt: FloatFormat) -> Value:
@@ -229,7 +233,7 @@ def _away(value: Value, fmt: FloatFormat, negative: bool) -> Value:
         return substitutes.for_infinity(fmt, resolve_overflow(fmt, None), negative=negative)
     lowest = 1 if fmt.subnormals or not fmt.zero else 1 << fmt.mantissa_bits
     above = decode(max(encode(size, fmt) + 1, lowest), fmt)
-    return negate(above) if negative else above
+    return with_sign(above, negative)
 
 
 def _toward_zero(value: Value, fmt: FloatFormat) -> Value:

@@ -12,7 +12,7 @@ from functools import cache
 
 from fpsim.formats import FloatFormat, parse_format
 
-from .values import INFINITY, NAN, Value, negate, scale_b
+from .values import INFINITY, NAN, Value, negate, rational, scale_b
 
 
 def decode(code: int, format: str | FloatFormat) -> Value:
@@ -66,10 +66,10 @@ def normal(code: int, fmt: FloatFormat) -> Fraction:
 @cache
 def largest(fmt: FloatFormat) -> Fraction:
     """The largest finite value of ``fmt``."""
-    return Fraction(decode(fmt.max_code, fmt))  # type: ignore[arg-type]  # the code of a finite value
+    return rational(decode(fmt.max_code, fmt))
 
 
 @cache
 def smallest(fmt: FloatFormat) -> Fraction:
     """The finite value of ``fmt`` nearest to zero: zero itself where the format has it."""
-    return Fraction(decode(0, fmt))  # type: ignore[arg-type]  # the code of a finite value
+    return rational(decode(0, fmt))

@@ -5,18 +5,7 @@ from __future__ import annotations
 from fpsim.formats import FloatFormat, parse_format
 
 from .rounding import round
-from .values import (
-    INFINITY,
-    NAN,
-    NEGATIVE_INFINITY,
-    NEGATIVE_ZERO,
-    Number,
-    Value,
-    floor_log2,
-    is_negative,
-    magnitude,
-    scale_b,
-)
+from .values import INFINITIES, NAN, ZEROS, Number, Value, floor_log2, is_negative, magnitude, scale_b
 
 
 def encode(
@@ -54,10 +43,10 @@ def _code_of(value: Value, fmt: FloatFormat) -> int:
     if value is NAN:
         assert fmt.nan_code is not None, "rounding gives NaN only where the format has one"
         return fmt.nan_code
-    if value in (INFINITY, NEGATIVE_INFINITY):
+    if value in INFINITIES:
         assert fmt.infinity_code is not None, "rounding gives infinity only where the format has one"
         return sign | fmt.infinity_code
-    if value in (0, NEGATIVE_ZERO):
+    if value in ZEROS:
         return sign
     finite = magnitude(value)
     exponent = max(floor_log2(finite), fmt.emin)

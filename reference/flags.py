@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Final
 
 from fpsim.formats import FloatFormat
 
 from . import arithmetic, elementary, sums
-from .outcomes import Exact, Result, finish, target
+from .outcomes import Exact, Result, check_tininess, rounded_result, target
 from .values import Number, Value
 
-#: Every operation of one rounding, and the function that finds its exact result.
+#: Every operation of one rounding, and the function that finds its exact outcome.
 _EXACT: Final[dict[Callable[..., Value], Exact]] = {
-    arithmetic.convert: arithmetic.exact_convert,
-    arithmetic.add: arithmetic.exact_add,
-    arithmetic.sub: arithmetic.exact_sub,
-    arithmetic.mul: arithmetic.exact_mul,
-    arithmetic.div: arithmetic.exact_div,
-    arithmetic.fma: arithmetic.exact_fma,
-    arithmetic.sqrt: arithmetic.exact_sqrt,
-    arithmetic.remainder: arithmetic.exact_remainder,
-    elementary.exp: elementary.exact_exp,
-    elementary.exp2: elementary.exact_exp2,
-    elementary.log: elementary.exact_log,
-    elementary.log2: elementary.exact_log2,
-    elementary.sin: elementary.exact_sin,
-    elementary.cos: elementary.exact_cos,
-    elementary.tanh: elementary.exact_tanh,
-    elementary.erf: elementary.exact_erf,
-    elementary.gelu: elementary.exact_gelu,
-    elementary.sigmoid: elementary.exact_sigmoid,
-    elementary.rsqrt: elementary.exact_rsqrt,
-    elementary.pow: elementary.exact_pow,
+    function: function.exact
+    for module in (arithmetic, elementary)
+    for function in vars(module).values()
+    if hasattr(function, "exact")
 }
 #: Every operation of many roundings, and the function that gives its flags too.
 _SUMS: Final[dict[Callable[..., Value], Callable[..., Result]]] = {
@@ -91,13 +76,14 @@ def with_flags(
     Result(value=Fraction(0, 1), flags=<Flags.OVERFLOW|INEXACT: 20>)
     """
     if operation in _SUMS:
-        modes = {"rounding": rounding, "overflow": overflow, "tininess": tininess, "random": random}
-        return _SUMS[operation](*operands, format=format, **modes, **options)
+        modes = sums.Modes(rounding, overflow, random, tininess)  # type: ignore[arg-type]  # `sum` checks random
+        return _SUMS[operation](*operands, format=format, modes=modes, **options)
     exact = _EXACT.get(operation)
     if exact is None:
         names = ", ".join(f.__name__ for f in (*_EXACT, *_SUMS))
         raise ValueError(f"no operation {operation!r}: use one of {names}")
     if options:
         raise TypeError(f"{operation.__name__} has no option {', '.join(options)}: only sum and dot have some")
-    where = target(format, rounding, overflow, random, tininess=tininess)  # type: ignore[arg-type]  # `round` checks it
-    return finish(exact, operands, where)  # type: ignore[arg-type]  # and as_value checks these
+    where = target(format, rounding, overflow, random=random)  # type: ignore[arg-type]  # `round` checks random
+    where = replace(where, tininess=check_tininess(tininess))
+    return rounded_result(exact, operands, where)  # type: ignore[arg-type]  # and as_value checks the operands

@@ -11,29 +11,16 @@ An irrational result has no fraction. Another number stands for it, from which n
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import cache
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, cast, get_args
 
 from fpsim.formats import FloatFormat, Overflow, parse_format, resolve_overflow, split_rounding
 
 from .decoding import largest
 from .rounding import drawn, flush, round, to_precision
-from .values import (
-    INFINITY,
-    NAN,
-    NEGATIVE_INFINITY,
-    NEGATIVE_ZERO,
-    Number,
-    Value,
-    as_value,
-    floor_log2,
-    is_negative,
-    magnitude,
-    scale_b,
-)
+from .values import INFINITIES, NAN, ZEROS, Number, Value, as_value, is_negative, magnitude, scale_b
 
 Tininess = Literal["after", "before"]
 #: When a result counts as tiny (IEEE 754-2019 clause 7.5): see `Target`.
@@ -112,29 +99,37 @@ def target(
     format: str | FloatFormat,
     rounding: str = "nearest_even",
     overflow: str | None = None,
-    random: int | None = None,
     *,
-    tininess: str = "after",
+    random: int | None = None,
 ) -> Target:
-    """The `Target` that the arguments of an operation name. Whether ``random`` suits is for `round` to say.
+    """The `Target` that the arguments of an operation name. `round` checks ``random``.
 
     Raises:
-        ValueError: no such format, rounding, overflow mode or tininess, or a mode that the format cannot take.
+        ValueError: no such format, rounding or overflow mode, or an overflow mode that the format cannot take.
         TypeError: ``format`` is neither a name nor a `FloatFormat`.
     """
     fmt = parse_format(format)
-    if tininess not in TININESS:
-        raise ValueError(f"unknown tininess {tininess!r}: use one of {', '.join(TININESS)}")
     split_rounding(rounding)
-    return Target(fmt, rounding, resolve_overflow(fmt, overflow), tininess, random)  # type: ignore[arg-type]
+    return Target(fmt, rounding, resolve_overflow(fmt, overflow), random=random)
 
 
-def deliver(exact: Exact, operands: tuple[Number, ...], where: Target) -> Value:
+def check_tininess(name: str) -> Tininess:
+    """``name``, if it is one of `TININESS`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if name not in TININESS:
+        raise ValueError(f"unknown tininess {name!r}: use one of {', '.join(TININESS)}")
+    return cast(Tininess, name)
+
+
+def rounded_value(exact: Exact, operands: Sequence[Number], where: Target) -> Value:
     """The value of an operation: the outcome of ``exact`` for ``operands``, rounded once."""
     return _rounded(exact(where, *map(as_value, operands)).value, where)
 
 
-def finish(exact: Exact, operands: tuple[Number, ...], where: Target) -> Result:
+def rounded_result(exact: Exact, operands: Sequence[Number], where: Target) -> Result:
     """As `deliver`, with the flags."""
     outcome = exact(where, *map(as_value, operands))
     value = _rounded(outcome.value, where)
@@ -155,9 +150,9 @@ def _raised_by_rounding(exact: Value, delivered: Value, where: Target) -> Flags:
     fmt = where.format
     if exact is NAN:
         return Flags.NONE if fmt.has_nan else Flags.INVALID
-    if exact in (INFINITY, NEGATIVE_INFINITY):
+    if exact in INFINITIES:
         return Flags.NONE if delivered == exact else Flags.OVERFLOW | Flags.INEXACT
-    if exact in (0, NEGATIVE_ZERO):
+    if exact in ZEROS:
         return Flags.NONE if fmt.zero else Flags.OVERFLOW | Flags.INEXACT
     negative, size = is_negative(exact), magnitude(exact)
     rounding, draw = drawn(where.rounding, where.random)
@@ -175,25 +170,3 @@ def _raised_by_rounding(exact: Value, delivered: Value, where: Target) -> Flags:
 def _without_lower_bound(fmt: FloatFormat) -> FloatFormat:
     """The format in which `to_precision` keeps full precision however small the number."""
     return replace(fmt, subnormals=False)
-
-
-def stand_in(lower: Fraction, upper: Fraction, where: Target) -> Fraction | None:
-    """A number that rounds to ``where`` as every number strictly between ``lower`` and ``upper`` does; None if unknown.
-
-    Roundings change, and results are exact, only at numbers of at most b significant bits, b being
-    `Target.boundary_bits`. Of the numbers of b + 1 bits these are the even ones. If the whole interval lies between two
-    neighbours of b + 1 bits, the odd one of the two stands for it. (This is rounding to odd; that it is harmless before
-    a second rounding is theorem 1 of S. Boldo, G. Melquiond, "Emulation of FMA and correctly rounded sums", IEEE
-    Transactions on Computers 57 (2008). Subnormals and the end of the range only take boundaries away.)
-
-    >>> stand_in(Fraction(141421, 100000), Fraction(141422, 100000), target("e4m3fn"))
-    Fraction(45, 32)
-    """
-    if upper < 0:
-        mirrored = stand_in(-upper, -lower, where)
-        return None if mirrored is None else -mirrored
-    if lower <= 0:
-        return None
-    quantum = scale_b(1, floor_log2(lower) - where.boundary_bits)
-    below = lower // quantum
-    return (below | 1) * quantum if upper <= (below + 1) * quantum else None

@@ -15,7 +15,18 @@ from fpsim.formats import FloatFormat, Overflow, parse_format, resolve_overflow,
 
 from . import substitutes
 from .decoding import largest, smallest
-from .values import NAN, Number, Special, Value, as_value, floor_log2, is_negative, magnitude, negate, scale_b
+from .values import (
+    INFINITIES,
+    NAN,
+    Number,
+    Value,
+    as_value,
+    floor_log2,
+    is_negative,
+    magnitude,
+    scale_b,
+    with_sign,
+)
 
 
 def round(
@@ -70,7 +81,7 @@ def round(
     if value is NAN:
         return substitutes.for_nan(fmt)
     negative = is_negative(value)
-    if value in (Special.INFINITY, Special.NEGATIVE_INFINITY):
+    if value in INFINITIES:
         return substitutes.for_infinity(fmt, mode, negative=negative)
     exact = magnitude(value)
     if exact == 0:
@@ -161,4 +172,4 @@ def into_range(rounded: Fraction, fmt: FloatFormat, rounding: str, overflow: Ove
         return substitutes.for_negative(fmt, overflow)
     if rounded > largest(fmt):
         return substitutes.for_overflow(fmt, rounding, overflow, negative=negative)
-    return negate(rounded) if negative else rounded
+    return with_sign(rounded, negative)

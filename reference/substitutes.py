@@ -11,7 +11,7 @@ from fractions import Fraction
 from fpsim.formats import STOCHASTIC_ROUNDINGS, FloatFormat, Overflow
 
 from .decoding import largest, smallest
-from .values import INFINITY, NAN, NEGATIVE_ZERO, Value, negate
+from .values import INFINITY, NAN, NEGATIVE_ZERO, Value, with_sign
 
 
 def for_nan(fmt: FloatFormat) -> Value:
@@ -28,8 +28,8 @@ def for_infinity(fmt: FloatFormat, overflow: Overflow, *, negative: bool) -> Val
     if negative and not fmt.signed:
         return smallest(fmt) if overflow == "sat_finite" else for_nan(fmt)
     if overflow == "sat_finite":
-        return _signed(largest(fmt), negative)
-    return _signed(INFINITY, negative) if fmt.has_infinity else for_nan(fmt)
+        return with_sign(largest(fmt), negative)
+    return with_sign(INFINITY, negative) if fmt.has_infinity else for_nan(fmt)
 
 
 def for_overflow(fmt: FloatFormat, rounding: str, overflow: Overflow, *, negative: bool) -> Value:
@@ -42,7 +42,7 @@ def for_overflow(fmt: FloatFormat, rounding: str, overflow: Overflow, *, negativ
     away |= dict.fromkeys(STOCHASTIC_ROUNDINGS, True)
     if overflow == "ovf_inf" and away.get(rounding, False):
         return for_infinity(fmt, overflow, negative=negative)
-    return _signed(largest(fmt), negative)
+    return with_sign(largest(fmt), negative)
 
 
 def for_negative(fmt: FloatFormat, overflow: Overflow) -> Value:
@@ -55,7 +55,3 @@ def for_zero(fmt: FloatFormat, overflow: Overflow, *, negative: bool) -> Value:
     if not fmt.zero:
         return for_nan(fmt) if overflow == "ovf_inf" else smallest(fmt)
     return NEGATIVE_ZERO if negative and fmt.has_negative_zero else Fraction(0)
-
-
-def _signed(magnitude: Value, negative: bool) -> Value:
-    return negate(magnitude) if negative else magnitude

@@ -33,6 +33,9 @@ INFINITY: Final = Special.INFINITY
 NEGATIVE_INFINITY: Final = Special.NEGATIVE_INFINITY
 NAN: Final = Special.NAN
 
+INFINITIES: Final = (INFINITY, NEGATIVE_INFINITY)
+ZEROS: Final = (Fraction(0), NEGATIVE_ZERO)
+
 #: What every function of the reference returns.
 Value: TypeAlias = Fraction | Special
 #: What every function of the reference accepts: see `as_value`.
@@ -117,17 +120,31 @@ def is_negative(value: Value) -> bool:
     return value < 0
 
 
-def magnitude(value: Value) -> Fraction:
-    """The magnitude of a finite ``value``, a zero of either sign included.
+def with_sign(size: Value, negative: bool) -> Value:
+    """``size``, whose sign is plus, with the sign that is asked for."""
+    return negate(size) if negative else size
+
+
+def rational(value: Value) -> Fraction:
+    """The number that a finite ``value`` is, 0 for both zeros.
 
     Raises:
         ValueError: an infinity or NaN.
     """
     if isinstance(value, Fraction):
-        return abs(value)
+        return value
     if value is NEGATIVE_ZERO:
         return Fraction(0)
     raise ValueError(f"{value!r} is not finite")
+
+
+def magnitude(value: Value) -> Fraction:
+    """The absolute value of the number that a finite ``value`` is, 0 for both zeros.
+
+    Raises:
+        ValueError: an infinity or NaN.
+    """
+    return abs(rational(value))
 
 
 def order(value: Value) -> tuple[int, Fraction, bool]:
@@ -138,7 +155,7 @@ def order(value: Value) -> tuple[int, Fraction, bool]:
     """
     if value is NAN:
         raise ValueError("NaN has no place in the order of values")
-    if value in (INFINITY, NEGATIVE_INFINITY):
+    if value in INFINITIES:
         return (1 if value is INFINITY else -1), Fraction(0), False
     finite = magnitude(value)
     return 0, -finite if is_negative(value) else finite, value is not NEGATIVE_ZERO

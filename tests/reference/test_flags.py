@@ -239,7 +239,7 @@ def test_errors():
         with_flags(max, 1, 2, format="fp16")
     with pytest.raises(ValueError, match="unknown tininess 'never': use one of after, before"):
         with_flags(add, 1, 2, format="fp16", tininess="never")
-    with pytest.raises(TypeError, match="exact_add"):
+    with pytest.raises(TypeError, match=r"add\(\) missing 1 required positional argument: 'b'"):
         with_flags(add, 1, format="fp16")
     with pytest.raises(TypeError, match="add has no option accumulator, order: only sum and dot have some"):
         with_flags(add, 1, 2, format="fp16", accumulator="fp16", order="kahan")
