@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpsim import reference
-from fpsim.formats import FloatFormat, parse_format
+from fpsim.formats import ROUNDINGS, FloatFormat, parse_format
 from fpsim.reference import (
     INFINITY,
     NAN,
@@ -41,54 +41,16 @@ from fpsim.reference import (
     tanh,
     with_flags,
 )
+from tests.shared.formats import operand_count
+from tests.shared.peers import MPFR_FUNCTIONS, MPFR_MODES, mpfr_like, to_mpfr
 
-DIRECTIONS = ("nearest_even", "nearest_away", "toward_zero", "up", "down", "to_odd")
 UNARY = ("exp", "exp2", "log", "log2", "sin", "cos", "tanh", "erf", "gelu", "sigmoid", "rsqrt")
 TINY = Fraction(1, 2**200)
 
 
-def is_zero(value) -> bool:
-    return value is NEGATIVE_ZERO or value == 0
-
-
 # -- MPFR --------------------------------------------------------------------------------------------------------------
 
-MPFR_DIRECTIONS = {
-    "nearest_even": gmpy2.RoundToNearest,
-    "toward_zero": gmpy2.RoundToZero,
-    "up": gmpy2.RoundUp,
-    "down": gmpy2.RoundDown,
-}
-MPFR = {
-    "exp": gmpy2.exp,
-    "exp2": gmpy2.exp2,
-    "log": gmpy2.log,
-    "log2": gmpy2.log2,
-    "sin": gmpy2.sin,
-    "cos": gmpy2.cos,
-    "tanh": gmpy2.tanh,
-    "erf": gmpy2.erf,
-    "rsqrt": gmpy2.rec_sqrt,
-    "pow": lambda x, y: x**y,
-}
-
-
-def mpfr_like(fmt: FloatFormat, rounding: str) -> gmpy2.context:
-    """MPFR with the precision, range and subnormals of ``fmt``; its exponents are one more than ours."""
-    return gmpy2.context(
-        precision=fmt.precision,
-        emin=fmt.emin - fmt.mantissa_bits + 1,
-        emax=fmt.max_exponent + 1,
-        subnormalize=True,
-        round=MPFR_DIRECTIONS[rounding],
-    )
-
-
-def to_mpfr(value) -> gmpy2.mpfr:
-    with gmpy2.context(precision=2000):
-        if isinstance(value, Fraction):
-            return gmpy2.mpfr(gmpy2.mpq(value.numerator, value.denominator))
-        return gmpy2.mpfr(str(value))
+MPFR = MPFR_FUNCTIONS | {"rsqrt": gmpy2.rec_sqrt, "pow": lambda x, y: x**y}
 
 
 @st.composite
@@ -101,11 +63,11 @@ def values_of(draw, fmt: FloatFormat):
 
 
 @settings(max_examples=1000)
-@given(st.data(), st.sampled_from(list(MPFR)), st.sampled_from(list(MPFR_DIRECTIONS)))
+@given(st.data(), st.sampled_from(list(MPFR)), st.sampled_from(list(MPFR_MODES)))
 def test_results_are_those_of_mpfr(data, name, rounding):
     """In formats from e3m1 to e11m52, with overflow and underflow. (Of -0, MPFR takes another reciprocal root.)"""
     fmt = parse_format(f"e{data.draw(st.integers(3, 11))}m{data.draw(st.integers(1, 52))}")
-    operands = [data.draw(values_of(fmt)) for _ in range(2 if name == "pow" else 1)]
+    operands = [data.draw(values_of(fmt)) for _ in range(operand_count(name))]
     numbers = list(map(to_mpfr, operands))
     with mpfr_like(fmt, rounding):
         expected = as_value(float(MPFR[name](*numbers)))
@@ -181,13 +143,13 @@ def test_all_codes_of_a_format_in_every_direction(fmt, name):
         if not isinstance(x, Fraction) or exact_case(name, x) or (x <= 0 and name in ("log", "log2", "rsqrt")):
             continue
         expected = by_mpmath(name, x)
-        for rounding in DIRECTIONS:
+        for rounding in ROUNDINGS:
             got = getattr(reference, name)(x, fmt, rounding)
             assert got == round(expected, fmt, rounding), (hex(code), rounding)
 
 
 @settings(max_examples=400)
-@given(st.fractions(-30, 30, max_denominator=10**6), st.sampled_from(UNARY), st.sampled_from(DIRECTIONS), st.data())
+@given(st.fractions(-30, 30, max_denominator=10**6), st.sampled_from(UNARY), st.sampled_from(ROUNDINGS), st.data())
 def test_arguments_need_not_be_of_any_format(x, name, rounding, data):
     """Nor of finite length in binary: they are enclosed then, and the result is right all the same."""
     if name in ("log", "log2", "rsqrt"):
@@ -225,7 +187,7 @@ def test_results_beside_a_boundary(name, bits):
         for argument in (x, x * (1 + Fraction(1, 2**bits)), x * (1 - Fraction(1, 2**bits))):
             value = by_mpmath(name, argument, 4 * bits + 200)
             assert value != boundary
-            for rounding, fmt in product(DIRECTIONS, ("e4m3", "e4m4")):
+            for rounding, fmt in product(ROUNDINGS, ("e4m3", "e4m4")):
                 assert getattr(reference, name)(argument, fmt, rounding) == round(value, fmt, rounding)
 
 
@@ -235,7 +197,7 @@ def test_powers_beside_a_boundary(sign):
     for k in (20, 100, 300):
         x = 1 + sign * Fraction(1, 2**k)
         almost = (Fraction(9, 8) ** 4) * x
-        for rounding in DIRECTIONS:
+        for rounding in ROUNDINGS:
             side = Fraction(9, 8) * (1 + sign * TINY)
             assert pow(almost, 0.25, "e4m3", rounding) == round(side, "e4m3", rounding)
             assert pow(x, 2**k, "e4m3", rounding) == exp(sign, "e4m3", rounding)
@@ -244,7 +206,7 @@ def test_powers_beside_a_boundary(sign):
 # -- exact cases -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rounding", DIRECTIONS)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_exact_results_stay_exact_in_every_direction(rounding):
     half = Fraction(1, 2)
     cases = [
@@ -278,7 +240,7 @@ def test_integer_powers_are_products():
 def test_a_power_of_a_half_is_the_square_root():
     for code in range(1, 0x7F):
         x = decode(code, "e4m3fn")
-        for rounding in DIRECTIONS:
+        for rounding in ROUNDINGS:
             assert pow(x, 0.5, "fp16", rounding) == reference.sqrt(x, "fp16", rounding)
             assert pow(x, -0.5, "fp16", rounding) == rsqrt(x, "fp16", rounding)
             assert pow(2, x, "fp16", rounding) == exp2(x, "fp16", rounding)
@@ -415,7 +377,7 @@ def test_sines_and_cosines_beside_their_zeros(multiple):
                 far(mpmath.sin(mpmath.mpf(x.numerator) / x.denominator)),
                 far(mpmath.cos(mpmath.mpf((x / 2).numerator) / (x / 2).denominator)),
             )
-        for rounding in DIRECTIONS:
+        for rounding in ROUNDINGS:
             assert sin(x, "fp64", rounding) == round(exact_sin, "fp64", rounding)
             assert cos(x / 2, "fp64", rounding) == round(exact_cos, "fp64", rounding)
 

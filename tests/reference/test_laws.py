@@ -7,19 +7,18 @@ from hypothesis import strategies as st
 
 from fpsim.formats import OVERFLOWS, ROUNDINGS, SPECIALS, FloatFormat
 from fpsim.reference import (
-    INFINITY,
     NAN,
-    NEGATIVE_INFINITY,
     NEGATIVE_ZERO,
     Special,
     as_value,
     decode,
     encode,
+    is_finite,
     round,
 )
-from fpsim.reference.values import magnitude, negate, order
+from fpsim.reference.values import INFINITIES, magnitude, negate, order, rational
+from tests.shared.formats import overflows
 
-INFINITIES = (INFINITY, NEGATIVE_INFINITY)
 few = settings(max_examples=150)
 
 
@@ -58,16 +57,7 @@ def numbers_near(draw, fmt: FloatFormat) -> Fraction:
 def cases(draw, **facts):
     """A format, a finite number, a rounding and an overflow mode that the format can take."""
     fmt = draw(formats(**facts))
-    usable = OVERFLOWS if fmt.has_infinity or fmt.has_nan else ("sat_finite",)
-    return fmt, draw(numbers_near(fmt)), draw(st.sampled_from(ROUNDINGS)), draw(st.sampled_from(usable))
-
-
-def is_finite(value) -> bool:
-    return value not in (*INFINITIES, NAN)
-
-
-def plain(value) -> Fraction:
-    return Fraction(0) if value is NEGATIVE_ZERO else value
+    return fmt, draw(numbers_near(fmt)), draw(st.sampled_from(ROUNDINGS)), draw(st.sampled_from(overflows(fmt)))
 
 
 @few
@@ -118,9 +108,9 @@ def test_up_mirrors_down_and_the_other_directions_mirror_themselves(case, specia
 def test_a_result_is_one_of_the_two_neighbours(case):
     fmt, x, rounding, overflow = case
     assume(abs(x) <= fmt.max and (fmt.signed or x >= 0))
-    below, above = plain(round(x, fmt, "down", overflow)), plain(round(x, fmt, "up", overflow))
+    below, above = rational(round(x, fmt, "down", overflow)), rational(round(x, fmt, "up", overflow))
     assert below <= x <= above and (below == above) == (below == x)
-    result = plain(round(x, fmt, rounding, overflow))
+    result = rational(round(x, fmt, rounding, overflow))
     assert result in (below, above)
     if rounding.startswith("nearest"):
         assert abs(x - result) == min(x - below, above - x)

@@ -17,8 +17,7 @@ import pytest
 
 from fpsim.formats import FloatFormat, parse_format
 from fpsim.reference import INFINITY, NAN, NEGATIVE_INFINITY, NEGATIVE_ZERO, as_value, decode, round, to_float
-
-ML_DTYPES = sorted(name for name in vars(ml_dtypes) if "float" in name)
+from tests.shared.peers import GFLOAT_FORMATS, GFLOAT_MODES, ML_DTYPES
 
 
 @cache
@@ -181,25 +180,6 @@ def test_results_are_those_of_mpfr(name, rounding):
 
 # -- gfloat ------------------------------------------------------------------------------------------------------------
 
-GFLOAT = {
-    "fp32": gfloat.formats.format_info_binary32,
-    "fp16": gfloat.formats.format_info_binary16,
-    "bf16": gfloat.formats.format_info_bfloat16,
-    "e5m2": gfloat.formats.format_info_ocp_e5m2,
-    "e4m3fn": gfloat.formats.format_info_ocp_e4m3,
-    "e3m2fn": gfloat.formats.format_info_ocp_e3m2,
-    "e2m3fn": gfloat.formats.format_info_ocp_e2m3,
-    "e2m1fn": gfloat.formats.format_info_ocp_e2m1,
-    "e8m0fnu": gfloat.formats.format_info_ocp_e8m0,
-}
-GFLOAT_MODES = {
-    "nearest_even": gfloat.RoundMode.TiesToEven,
-    "nearest_away": gfloat.RoundMode.TiesToAway,
-    "toward_zero": gfloat.RoundMode.TowardZero,
-    "up": gfloat.RoundMode.TowardPositive,
-    "down": gfloat.RoundMode.TowardNegative,
-}
-
 
 def gfloat_info(fmt: FloatFormat) -> gfloat.FormatInfo:
     """A format of ours, with subnormals and a mantissa, described to gfloat."""
@@ -219,7 +199,7 @@ def gfloat_info(fmt: FloatFormat) -> gfloat.FormatInfo:
 
 @pytest.mark.parametrize("rounding", GFLOAT_MODES)
 @pytest.mark.parametrize(
-    "name", [*GFLOAT, "e4m3fnuz", "e5m2fnuz", "e4m3b11fnuz", "e4m3", "e5m0", "e3m0fn", "e4m2:bias=-3"]
+    "name", [*GFLOAT_FORMATS, "e4m3fnuz", "e5m2fnuz", "e4m3b11fnuz", "e4m3", "e5m0", "e3m0fn", "e4m2:bias=-3"]
 )
 def test_results_are_those_of_gfloat(name, rounding):
     """Both of its overflow modes: sat=False is ovf_inf, sat=True sat_finite (which clamps infinities too).
@@ -229,7 +209,7 @@ def test_results_are_those_of_gfloat(name, rounding):
     By mistake it turns away some float64 (see the next test): all inputs here are of float32, but those of fp32.
     """
     fmt = parse_format(name)
-    info = GFLOAT.get(name) or gfloat_info(fmt)
+    info = GFLOAT_FORMATS.get(name) or gfloat_info(fmt)
     inputs = interesting(name, np.float64 if name == "fp32" else np.float32)[:: {"fp32": 23, "bf16": 7}.get(name, 1)]
     if fmt.zero:
         inputs += [-x for x in inputs] + [Fraction(0), NEGATIVE_ZERO, NEGATIVE_INFINITY]
@@ -245,15 +225,16 @@ def test_results_are_those_of_gfloat(name, rounding):
 def test_gfloat_computes_in_float64():
     """Its mistakes: ``delta + 0.5`` rounds to 1 just below a tie, and the least float64 vanishes when scaled."""
     below_tie = Fraction(float(np.nextafter(2.0**-10, 0)))
-    assert gfloat.round_float(GFLOAT["e4m3fn"], float(below_tie), GFLOAT_MODES["nearest_away"]) == 2.0**-9
+    assert gfloat.round_float(GFLOAT_FORMATS["e4m3fn"], float(below_tie), GFLOAT_MODES["nearest_away"]) == 2.0**-9
     assert round(below_tie, "e4m3fn", "nearest_away") == 0
     wide = parse_format("e4m2:bias=-3")
     assert gfloat.round_float(gfloat_info(wide), 2.0**-1074, GFLOAT_MODES["up"]) == 0
     assert round(2.0**-1074, wide, "up") == wide.smallest_subnormal == 4
 
 
-@pytest.mark.parametrize("name", GFLOAT)
+@pytest.mark.parametrize("name", GFLOAT_FORMATS)
 def test_the_codes_of_gfloat_are_ours(name):
     if parse_format(name).bits <= 16:
         for code in range(0, 1 << parse_format(name).bits, 1 if parse_format(name).bits <= 8 else 97):
-            assert decode(code, name) == as_value(float(gfloat.decode_float(GFLOAT[name], code).fval)), hex(code)
+            other = gfloat.decode_float(GFLOAT_FORMATS[name], code).fval
+            assert decode(code, name) == as_value(float(other)), hex(code)
