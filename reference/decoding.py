@@ -1,7 +1,7 @@
 """From codes to values: what each code of a format stands for.
 
-The fields are those of IEEE 754-2019 clause 3.4 (sign, biased exponent, trailing significand); which codes are
-infinities and NaNs is the convention of the format: IEEE 754, the OCP FP8 and MX specifications, or ml_dtypes' fnuz.
+The fields are those of IEEE 754-2019 clause 3.4: sign, biased exponent, trailing significand. The convention of the
+format says which codes are infinities and NaNs: IEEE 754, the OCP FP8 and MX specifications, or ml_dtypes' fnuz.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def _decode_magnitude(code: int, fmt: FloatFormat) -> Value:
 
 
 def normal(code: int, fmt: FloatFormat) -> Fraction:
-    """The value that a magnitude ``code`` has if it is read as a normal number, whatever its exponent field is.
+    """The value of a magnitude ``code`` read as a normal number, whatever its exponent field is.
 
-    The field may exceed the format's, or be zero or negative: this is the format with an exponent range that has
-    no end, in which results are rounded before their range is looked at.
+    The field may exceed that of the format, or be zero or negative: the exponent range of this reading is unbounded. A
+    result is rounded with such an exponent before its range is checked.
     """
     field, mantissa = divmod(code, 1 << fmt.mantissa_bits)
     return scale_b((1 << fmt.mantissa_bits) + mantissa, field - fmt.bias - fmt.mantissa_bits)

@@ -18,8 +18,8 @@ def encode(
 ) -> int:
     """The code of ``value`` in ``format``, rounded first as `round` does it.
 
-    NaN gets the format's canonical code (`FloatFormat.nan_code`). ``encode(decode(code))`` is ``code`` except for
-    the other NaNs, and for zeros with mantissa bits in a format without subnormals.
+    NaN gets the canonical code of the format (`FloatFormat.nan_code`). ``encode(decode(code))`` is ``code``, except for
+    other codes of NaN, and for zeros with mantissa bits in a format without subnormals.
 
     Arguments:
         value: an int, Fraction, float (taken exactly) or `Special`.
@@ -51,5 +51,5 @@ def _code_of(value: Value, fmt: FloatFormat) -> int:
     finite = magnitude(value)
     exponent = max(floor_log2(finite), fmt.emin)
     significand = finite / scale_b(1, exponent - fmt.mantissa_bits)
-    # A subnormal has the exponent of field 1 and lacks the leading bit, which takes field and code down to 0.
+    # A subnormal has the exponent of field 1 but no leading bit; the subtraction then makes its field 0.
     return sign | ((exponent + fmt.bias) << fmt.mantissa_bits) + int(significand) - (1 << fmt.mantissa_bits)

@@ -40,16 +40,17 @@ def with_flags(
 
     - invalid and divide-by-zero: as the operation says. Also invalid: a NaN result in a format without NaN.
     - overflow: the result, rounded as if exponents had no upper bound, is beyond the largest finite value. Formats
-      that saturate raise it all the same. So does an infinity that the format or the overflow mode replaces, a
+      that saturate raise it too. So do an infinity that the format or the overflow mode replaces, a
       result below zero in an unsigned format, and a zero in a format without zero.
     - underflow: the result is tiny (see below) and inexact; an exact subnormal does not raise it (default handling).
       A format without subnormals raises it whenever it flushes a number.
     - inexact: the delivered value is not the exact one.
 
-    `sum` and `dot` raise what their roundings raise, all together, as flags stay up until they are lowered (clause
-    7.1): every rounding to the format it rounds to, with the exact products of `dot`, of which zero times infinity is
-    invalid. The value may be exact all the same, or finite after an overflow. A sum without an accumulator raises the
-    flags of its only rounding. Infinities of opposite sign in one exact sum are invalid, unless NaN is there as well.
+    `sum` and `dot` raise the flags of all their roundings together, since flags stay raised until they are lowered
+    (clause 7.1). Each rounding raises flags for its own format. The exact products of `dot` raise flags too: zero times
+    infinity is invalid. So the value may be exact although inexact is raised, or finite after an overflow. A sum
+    without an accumulator raises the flags of its only rounding. Infinities of opposite sign in one exact sum are
+    invalid, unless one of the terms is NaN.
 
     Arguments:
         operation: a function of `fpsim.reference.arithmetic` or `fpsim.reference.elementary`, or `sum` or `dot`.
@@ -58,8 +59,8 @@ def with_flags(
         tininess: when a nonzero result below the smallest normal number counts as tiny. IEEE 754 leaves it open:
             ``"after"``: rounded to the format's precision, with an unbounded exponent, it is still below;
             ``"before"``: the exact result is below.
-            In stochastic rounding both roundings, with bounded and unbounded exponent, have the same random number.
-        options: what `sum` and `dot` take besides: ``accumulator``, ``order`` and ``product``.
+            In stochastic rounding, the roundings with bounded and unbounded exponent use the same random number.
+        options: the other arguments of `sum` and `dot`: ``accumulator``, ``order`` and ``product``.
 
     Raises:
         ValueError, TypeError: as ``operation``, or if that is none of the operations, or takes more or fewer operands

@@ -22,7 +22,7 @@ ORDERS_WITH_LENGTH = ("blocked", "interleaved", "chunked")
 
 
 class Step(NamedTuple):
-    """An operation on numbers, rounded to ``where``; None for an exact product, which needs to know nothing of it."""
+    """An operation on numbers, rounded to ``where``, or exact if ``where`` is None."""
 
     operation: Exact
     operands: tuple[Value, ...]
@@ -69,7 +69,7 @@ def _lanes(terms: Sequence[Value], length: int) -> list[Sequence[Value]]:
 
 
 def _chunked(rows: Iterable[Sequence[Value]], where: Target) -> Steps:
-    """Row after row added to the total, with one rounding each; +0 if there are none."""
+    """The rows added to the total one after the other, with one rounding each; +0 if there are none."""
     total: tuple[Value, ...] = ()
     for row in rows:
         total = ((yield Step(exact_sum, (*total, *row), where)),)
@@ -81,7 +81,7 @@ def _sequential(terms: Sequence[Value], where: Target) -> Steps:
 
 
 def _in_parts(parts: Iterable[Sequence[Value]], where: Target) -> Steps:
-    """The parts summed, and then their sums."""
+    """The sequential sum of the sequential sums of the parts."""
     sums = []
     for part in parts:
         sums.append((yield from _sequential(part, where)))

@@ -1,11 +1,11 @@
 """From the exact result of an operation to what a format delivers, and the five flags of IEEE 754-2019 clause 7.
 
-Every operation of the reference has two halves. The first finds an `Outcome`: what the operation would give with
-unbounded precision and range, and whether it is invalid or divides by zero. The second, `finish`, is the same for
-all of them: one rounding, and the flags that rounding raises.
+Every operation of the reference has two halves. The first finds an `Outcome`: the result with unbounded precision and
+range, and whether the operation is invalid or divides by zero. The second is the same for all operations:
+`rounded_value` rounds once, and `rounded_result` adds the flags that this rounding raises.
 
-An irrational result has no fraction. Another number stands for it, from which no rounding can tell it apart: see
-`stand_in`.
+An irrational result is no fraction. Another number stands for it, from which no rounding can tell it apart: see
+`fpsim.reference.irrational`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Flags(enum.Flag):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What an operation delivers: a ``value`` of the format, and the ``flags`` it raises."""
+    """The ``value`` that an operation delivers, which is one of the format, and the ``flags`` that it raises."""
 
     value: Value
     flags: Flags
@@ -48,7 +48,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a result goes, and how.
+    """The format that a result is rounded to, and the modes of that rounding.
 
     Attributes:
         format: the format of the result.
@@ -67,11 +67,11 @@ class Target:
 
     @property
     def boundary_bits(self) -> int:
-        """The most significant bits that a number has at which the result changes, or is exact.
+        """The most significant bits that a rounding boundary has: a number at which the result changes or is exact.
 
-        With precision p they are the values of the format and the middles between two: p + 1 bits. Stochastic
-        rounding with N random bits changes at 2**N-th parts of the way between two values, or half-way between these
-        (`fpsim.formats.split_rounding`): p + N + 1 bits.
+        With precision p the boundaries are the values of the format and the middles between two: p + 1 bits. With N
+        random bits, stochastic rounding also changes at multiples of 2**-N of the way between two values, or half-way
+        between these (`fpsim.formats.split_rounding`): p + N + 1 bits.
         """
         return self.format.precision + split_rounding(self.rounding)[1] + 1
 
@@ -88,8 +88,8 @@ class Outcome(NamedTuple):
     flags: Flags = Flags.NONE
 
 
-#: The first half of an operation: exact operands to an outcome. It sees the target for the sign of an exact zero,
-#: which depends on the rounding direction, and to find a number that stands for an irrational result.
+#: The first half of an operation: from the target and exact operands to an outcome. It needs the target for the sign of
+#: an exact zero, which depends on the rounding direction, and for a number that stands for an irrational result.
 Exact: TypeAlias = Callable[..., Outcome]
 
 INVALID = Outcome(NAN, Flags.INVALID)
@@ -130,7 +130,7 @@ def rounded_value(exact: Exact, operands: Sequence[Number], where: Target) -> Va
 
 
 def rounded_result(exact: Exact, operands: Sequence[Number], where: Target) -> Result:
-    """As `deliver`, with the flags."""
+    """As `rounded_value`, with the flags."""
     outcome = exact(where, *map(as_value, operands))
     value = _rounded(outcome.value, where)
     return Result(value, outcome.flags | _raised_by_rounding(outcome.value, value, where))
@@ -141,11 +141,11 @@ def _rounded(exact: Value, where: Target) -> Value:
 
 
 def _raised_by_rounding(exact: Value, delivered: Value, where: Target) -> Flags:
-    """The flags of clauses 7.4 to 7.6, and those for a result that the format has nothing to stand for.
+    """The flags of clauses 7.4 to 7.6, and those for a result that the format cannot represent.
 
-    A saturated result raises what the unsaturated one would: overflow and inexact. So do the results that formats
-    of IEEE 754 never meet: an infinity that is replaced, a number below zero in an unsigned format, a zero in a
-    format without. A NaN that has no code is invalid, as it is in a conversion to integer (clause 7.2 i).
+    A saturated result raises the same flags as an unsaturated one: overflow and inexact. So do three results that do
+    not occur in formats of IEEE 754: an infinity that is replaced, a number below zero in an unsigned format, and a
+    zero in a format without zero. A NaN that has no code is invalid, as in a conversion to integer (clause 7.2 i).
     """
     fmt = where.format
     if exact is NAN:
@@ -168,5 +168,5 @@ def _raised_by_rounding(exact: Value, delivered: Value, where: Target) -> Flags:
 
 @cache
 def _without_lower_bound(fmt: FloatFormat) -> FloatFormat:
-    """The format in which `to_precision` keeps full precision however small the number."""
+    """The format without subnormals, to which `to_precision` keeps full precision for numbers of any size."""
     return replace(fmt, subnormals=False)

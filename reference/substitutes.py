@@ -1,7 +1,8 @@
-"""What a format gives in place of a result that it has no code for.
+"""The values that a format delivers in place of results that it cannot represent.
 
-Such are results beyond the largest finite value, infinities, NaN, and zeros or negative numbers in formats without
-them. `fpsim.formats.resolve_overflow` states the same rules in words; their names are those of IEEE P3109.
+Such results are numbers beyond the largest finite value, and infinities, NaN, zeros or negative numbers in formats
+without them. `fpsim.formats.resolve_overflow` states the same rules in words. The names of the modes are those of IEEE
+P3109.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from .values import INFINITY, NAN, NEGATIVE_ZERO, Value, with_sign
 
 
 def for_nan(fmt: FloatFormat) -> Value:
-    """NaN; where ``fmt`` has none, the largest finite value.
+    """NaN, or the largest finite value where ``fmt`` has no NaN.
 
-    OCP MX 1.0 section 5.3 leaves the second case to the implementation. The rule is that of NVIDIA's PTX ``cvt``
-    to e2m1, e2m3 and e3m2, which turns NaN into the positive value of largest magnitude.
+    OCP MX 1.0 section 5.3 leaves the second case to the implementation. This rule is that of NVIDIA's PTX ``cvt`` to
+    e2m1, e2m3 and e3m2, which turns NaN into the positive value of largest magnitude.
     """
     return NAN if fmt.has_nan else largest(fmt)
 
 
 def for_infinity(fmt: FloatFormat, overflow: Overflow, *, negative: bool) -> Value:
-    """What an infinite input becomes, in every rounding direction."""
+    """The value for an infinite input, in every rounding direction."""
     if negative and not fmt.signed:
         return smallest(fmt) if overflow == "sat_finite" else for_nan(fmt)
     if overflow == "sat_finite":
@@ -33,7 +34,7 @@ def for_infinity(fmt: FloatFormat, overflow: Overflow, *, negative: bool) -> Val
 
 
 def for_overflow(fmt: FloatFormat, rounding: str, overflow: Overflow, *, negative: bool) -> Value:
-    """What a finite result beyond the largest finite value becomes (IEEE 754-2019 clause 7.4).
+    """The value for a finite result beyond the largest finite value (IEEE 754-2019 clause 7.4).
 
     ``to_odd`` is not in the standard. Like ``toward_zero`` it stays finite: an infinity would look exact to the
     second rounding that rounding to odd prepares for.
@@ -46,12 +47,12 @@ def for_overflow(fmt: FloatFormat, rounding: str, overflow: Overflow, *, negativ
 
 
 def for_negative(fmt: FloatFormat, overflow: Overflow) -> Value:
-    """What a finite result below zero becomes in an unsigned format."""
+    """The value for a finite result below zero in an unsigned format."""
     return for_nan(fmt) if overflow == "ovf_inf" else smallest(fmt)
 
 
 def for_zero(fmt: FloatFormat, overflow: Overflow, *, negative: bool) -> Value:
-    """What a zero becomes: itself, +0 where ``fmt`` has no -0; in a format without zero, NaN or the smallest value."""
+    """The value for a zero: itself; +0 where ``fmt`` has no -0; NaN or the smallest value where it has no zero."""
     if not fmt.zero:
         return for_nan(fmt) if overflow == "ovf_inf" else smallest(fmt)
     return NEGATIVE_ZERO if negative and fmt.has_negative_zero else Fraction(0)

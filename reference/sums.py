@@ -1,10 +1,10 @@
 """Sums and inner products: exact with one rounding, or every step rounded, in any order.
 
 IEEE 754-2019 clause 9.4 leaves the order and the intermediate precision of reductions to the implementation. Here both
-are arguments, so that what a processor, a loop or a matrix unit computes can be written down.
+are arguments, so that the sum of a processor, a loop or a matrix unit can be written down.
 
-The roundings of a sum are taken one by one: `_run` rounds, draws random numbers and collects flags. The order of the
-additions is the business of `fpsim.reference.orders`.
+`fpsim.reference.orders` yields the steps of a sum one by one. `_run` takes them: it rounds, draws random numbers and
+collects flags.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ def sum(
     addition that rounds to the accumulator and x1 to xn for the values:
 
     - ``"sequential"``: ``(((x1 + x2) + x3) + ...) + xn``, beginning with x1 rounded to the accumulator.
-    - ``"pairwise"``: neighbours are added, ``x1 + x2``, ``x3 + x4``, ...; a last one that is left over goes on as it
-      is. So also the sums of the pairs, until one is left, which is rounded to the accumulator.
-    - ``("blocked", n)``: every n values in a row (the last block may have fewer) are summed sequentially, then their
-      sums are, in order.
+    - ``"pairwise"``: neighbours are added, ``x1 + x2``, ``x3 + x4``, ...; a value without a neighbour stays as it is.
+      The sums are added in the same way, until one is left; it is rounded to the accumulator.
+    - ``("blocked", n)``: every n values in a row (the last block may have fewer) are summed sequentially. Then their
+      sums are summed sequentially.
     - ``("interleaved", n)``: n lanes as in a vector unit: lane i sums x_i, x_(i+n), x_(i+2n), ... sequentially; then
       the lanes' sums are summed sequentially.
-    - ``("chunked", n)``: the exact sum of every n values in a row is one addition: ``(c1 + c2) + ...``, with the c's
-      exact and c1 rounded first. So do matrix units that add n products at once. ``("chunked", 1)`` is sequential.
-    - ``"kahan"``: W. Kahan's compensated summation ("Further remarks on reducing truncation errors", Communications
-      of the ACM 8 (1965)), every operation rounded to the accumulator: from s = x1 rounded and c = 0, for every x in
-      order y = x - c, t = s + y, c = (t - s) - y, s = t; the sum is s.
+    - ``("chunked", n)``: the exact sum of every n values in a row is one addition: ``(c1 + c2) + ...``, where each c is
+      exact and c1 is rounded first. Matrix units that add n products at once do this. ``("chunked", 1)`` is sequential.
+    - ``"kahan"``: W. Kahan's compensated summation ("Further remarks on reducing truncation errors", Communications of
+      the ACM 8 (1965)), every operation rounded to the accumulator. It begins with s = x1 rounded and c = 0, and takes
+      for every further x in order: y = x - c, t = s + y, c = (t - s) - y, s = t. The sum is s.
 
-    An exact sum of zero is signed as in `add`: -0 if all values are -0, or for rounding ``down`` if not all are +0. The
-    sum of nothing is +0. (Hardware that begins with +0 and not with x1 differs in one case: it never gives -0, unless
-    rounding ``down``.)
+    An exact sum of zero has its sign as in `add`: it is -0 if all values are -0, or if ``rounding`` is ``down`` and not
+    all values are +0. The sum of no values is +0. (Hardware that begins with +0 instead of x1 differs in one case: it
+    gives -0 only if it rounds ``down``.)
 
-    In stochastic rounding every rounding has a random number of its own. They are counted from 0 in the order written
-    above: pairwise sums level by level, blocks and lanes one after the other and then their sums, of Kahan's method y,
-    t, t - s and c; last the rounding to ``format``. A rounding that turns out to be exact counts too, so that what a
-    random number is for does not depend on the values.
+    In stochastic rounding every rounding has its own random number. The roundings are counted from 0 in the order
+    written above: pairwise sums level by level; blocks and lanes one after the other and then their sums; y, t, t - s
+    and c of Kahan's method; the rounding to ``format`` last. An exact rounding counts too, so that the count does not
+    depend on the values.
 
     Arguments:
         values: numbers, each an int, Fraction, float (taken exactly) or `Special`.
@@ -72,8 +72,8 @@ def sum(
         rounding, overflow: as in `round`; for the additions too.
         accumulator: the format to which every addition rounds; None for an exact sum.
         order: one of the above.
-        random: of stochastic rounding, and only of it: the random numbers as in `round`, a sequence of exactly as
-            many as there are roundings, or a function from the index of a rounding to its number.
+        random: the random numbers of stochastic rounding, each as in `round`: a sequence with one number for each
+            rounding, or a function from the index of a rounding to its number. Other roundings take none.
 
     Raises:
         ValueError: no such format, rounding, overflow mode or order, or an overflow mode that ``format`` or
@@ -115,7 +115,7 @@ def dot(
     In stochastic rounding, the roundings of products come first, in order; those of the sum follow.
 
     Arguments:
-        xs, ys: numbers as in `sum`, as many of both.
+        xs, ys: numbers as in `sum`, of equal length.
         format, rounding, overflow, accumulator, order, random: as in `sum`.
         product: the format to which every product is rounded; None for exact products.
 
@@ -135,7 +135,7 @@ def dot(
 
 @dataclass(frozen=True, slots=True)
 class Modes:
-    """What all roundings of a sum have in common, whatever format they go to: see `sum` and `with_flags`."""
+    """The modes that all roundings of a sum share, whatever their format: see `sum` and `with_flags`."""
 
     rounding: str
     overflow: str | None
@@ -226,7 +226,7 @@ def _run(steps: Callable[[], Steps], modes: Modes) -> Result:
 
 
 def _drive(steps: Steps, take: Callable[[Step], Value]) -> Value:
-    """What ``steps`` return when ``take`` gives their values."""
+    """The value that ``steps`` return if ``take`` gives the value of each step."""
     step = next(steps)
     while True:
         value = take(step)
@@ -237,7 +237,7 @@ def _drive(steps: Steps, take: Callable[[Step], Value]) -> Value:
 
 
 def _numbers(random: RandomNumbers | None, rounding: str, steps: Callable[[], Steps]) -> Iterator[int | None]:
-    """The random numbers of the roundings, one after the other; None for each if they are deterministic."""
+    """The random numbers of the roundings in order; None for each if rounding is deterministic."""
     if not split_rounding(rounding)[1]:
         if random is not None:
             raise ValueError(f"random={random!r} has no meaning with rounding={rounding!r}: use 'stochastic:BITS'")
@@ -254,7 +254,7 @@ def _numbers(random: RandomNumbers | None, rounding: str, steps: Callable[[], St
 
 
 def _roundings(steps: Steps) -> int:
-    """How many of the steps round, which does not depend on the values."""
+    """How many of the steps round. This does not depend on the values."""
     taken: list[Step] = []
 
     def take(step: Step) -> Value:

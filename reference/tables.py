@@ -1,7 +1,7 @@
 """Rounding as a table: every value of a format, with the exact interval of inputs that round to it.
 
-The table is built from what the codes stand for and from where each rounding direction puts the boundary between
-two neighbours; it never rounds anything. With it, all inputs of a type are checked at the price of a comparison.
+The table is built from the values of the codes, and from the boundary that each rounding direction puts between two
+neighbours. It never rounds anything. With it, checking an input costs one comparison.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ class Interval:
 
 @dataclass(frozen=True)
 class Table:
-    """What every input other than NaN becomes in ``format``: intervals from -infinity to +infinity, without gap.
+    """The result for every input other than NaN in ``format``: intervals from -infinity to +infinity, without gaps.
 
-    Two neighbours share their end, and it belongs to one of them; only in the middle one ends with -0 and the next
-    begins with +0, both included, so that no interval holds inputs of both signs. Neighbours differ in ``result``,
-    except perhaps those two. A result may return: NaN stands at both ends where there is no infinity.
+    Two neighbours share an end, which belongs to one of them. Only in the middle, one interval ends with -0 and the
+    next begins with +0, both included, so that no interval holds inputs of both signs. Neighbours differ in ``result``,
+    except perhaps these two. A result may occur twice: NaN stands at both ends where there is no infinity.
 
     Attributes:
-        format, rounding, overflow: what the table is for; ``overflow`` is the mode in force, never None.
+        format, rounding, overflow: the format and modes of the table; ``overflow`` is the mode in force, never None.
         intervals: in increasing order of inputs.
-        nan: what NaN becomes.
+        nan: the result for NaN.
     """
 
     format: FloatFormat
@@ -86,7 +86,7 @@ class Table:
 
     @cached_property
     def _starts(self) -> list[tuple[tuple[int, Fraction, bool], bool]]:
-        # An interval without its lower end starts just after it.
+        # An open interval starts just after its lower end.
         return [(order(interval.lower), not interval.lower_closed) for interval in self.intervals]
 
 
@@ -141,7 +141,7 @@ def _half(fmt: FloatFormat, rounding: Rounding, overflow: Overflow, *, negative:
 
 
 class _Neighbour(NamedTuple):
-    """A point of the rounding grid: its magnitude, whether its code is odd, and what a result there becomes."""
+    """A point of the rounding grid: its magnitude, whether its code is odd, and the value delivered for it."""
 
     magnitude: Fraction
     odd: bool
@@ -152,7 +152,7 @@ def _neighbours(fmt: FloatFormat, rounding: Rounding, overflow: Overflow, *, neg
     """The rounding grid of one sign, by increasing magnitude.
 
     Its points are the values of the format, and one more at the top, beyond the largest finite value. Below the
-    smallest normal number a format without subnormals has one more too: whatever rounds to it or further down is
+    smallest normal number, a format without subnormals has one more point: numbers that round to it or below are
     flushed.
     """
     first, top = 0, fmt.max_code + 1
@@ -176,7 +176,7 @@ def _on_grid(code: int, fmt: FloatFormat) -> Fraction:
 
 
 def _boundary(below: _Neighbour, above: _Neighbour, rounding: Rounding, negative: bool) -> tuple[Fraction, bool]:
-    """Where the magnitudes that round to ``below`` end and those of ``above`` begin, and if ``above`` has that one."""
+    """The boundary between the magnitudes that round to ``below`` and ``above``, and whether it rounds to ``above``."""
     match rounding:
         case "nearest_even":
             return (below.magnitude + above.magnitude) / 2, below.odd
@@ -188,5 +188,5 @@ def _boundary(below: _Neighbour, above: _Neighbour, rounding: Rounding, negative
             toward_zero = True
         case "up" | "down":
             toward_zero = negative == (rounding == "up")
-    # Between two neighbours everything goes the same way: only the neighbour itself starts, or ends, its interval.
+    # All magnitudes strictly between two neighbours round the same way, so the boundary is one of the neighbours.
     return (above.magnitude, True) if toward_zero else (below.magnitude, False)
