@@ -1,4 +1,4 @@
-"""Arithmetic against others' (ml_dtypes, MPFR, numpy, gfloat, Python), and the special cases of IEEE 754 one by one."""
+"""Arithmetic against ml_dtypes, MPFR, numpy, gfloat and Python, and the special cases of IEEE 754 one by one."""
 
 import math
 import operator
@@ -65,7 +65,7 @@ def cases_of_all_pairs():
 
 @pytest.mark.parametrize(("name", "operation"), list(cases_of_all_pairs()))
 def test_all_pairs_of_codes_give_what_ml_dtypes_gives(name, operation):
-    """In a format without NaN, where ml_dtypes gives zeros for it, nothing is claimed of invalid operations."""
+    """In a format without NaN, ml_dtypes gives zeros for invalid operations: these are not compared."""
     fmt = parse_format(name)
     values = [decode(code, fmt) for code in range(1 << fmt.bits)]
     numbers = np.array([to_float(v) for v in values]).astype(getattr(ml_dtypes, name))
@@ -86,7 +86,7 @@ def test_all_pairs_of_codes_give_what_ml_dtypes_gives(name, operation):
 
 @st.composite
 def ieee_formats(draw) -> FloatFormat:
-    """Formats with infinities and subnormals, and operations on a few values of each."""
+    """Formats with infinities and subnormals."""
     return parse_format(f"e{draw(st.integers(2, 11))}m{draw(st.integers(1, 24))}")
 
 
@@ -99,7 +99,7 @@ def operations(draw, names=tuple(MPFR_ARITHMETIC)):
 @settings(max_examples=600)
 @given(operations(), st.sampled_from(list(MPFR_MODES)))
 def test_results_are_those_of_mpfr(case, rounding):
-    """With MPFR's own subnormals, range and signs of zero. But 0 * inf + NaN is NaN for both."""
+    """With the subnormals, the range and the signs of zero of MPFR itself."""
     fmt, name, operands = case
     numbers = list(map(to_mpfr, operands))
     with mpfr_like(fmt, rounding):
@@ -110,7 +110,7 @@ def test_results_are_those_of_mpfr(case, rounding):
 @settings(max_examples=400)
 @given(operations(), st.data(), st.sampled_from(ROUNDINGS))
 def test_results_of_mixed_formats_are_those_of_mpfr_cut_off_and_then_rounded(case, data, rounding):
-    """Two bits more than needed, cut off, and a little more where that was inexact: then any rounding is one."""
+    """MPFR truncates to two bits more than needed; if that is inexact, a little more rounds as the exact result."""
     into, name, operands = case
     formats = ("fp64", "fp16", "bf16", "e4m3fn", "e8m0fnu", "e2m1fn")
     operands[0] = data.draw(values_near_the_ends(parse_format(data.draw(st.sampled_from(formats)))))
@@ -157,7 +157,7 @@ def test_fma_of_fp32_is_the_exact_result_rounded(a, b, c, rounding):
 @pytest.mark.parametrize("rounding", GFLOAT_MODES)
 @pytest.mark.parametrize("name", ["e5m2", "e4m3fn", "e2m3fn"])
 def test_sums_and_products_are_those_of_gfloat(name, rounding):
-    """gfloat has no arithmetic; but sums and products of so small numbers are exact in float64, and it rounds these."""
+    """gfloat has no arithmetic, but it rounds sums and products that are exact in float64."""
     random, fmt = Random(5), parse_format(name)
     finite = [v for v in (decode(code, fmt) for code in range(1 << fmt.bits)) if v == 0 or isinstance(v, Fraction)]
     for _ in range(300):
@@ -177,7 +177,7 @@ def test_remainder_is_that_of_python(a, b):
 
 
 def test_remainders_are_exact_and_at_most_half_the_divisor():
-    """IEEE 754-2019 clause 5.3.1: of every two values of a format the remainder is one too, in every direction."""
+    """IEEE 754-2019 clause 5.3.1: the remainder of two values of a format is a value of it, in every direction."""
     values = finite_values("e3m2")
     for a in (*values, NEGATIVE_ZERO):
         for b in filter(None, values):
@@ -192,7 +192,7 @@ def test_remainders_are_exact_and_at_most_half_the_divisor():
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "e3m0fn", "e2m1fn", "e5m2:nosubnormals", "e8m0fnu"])
 def test_square_roots_are_those_of_gmp(name, rounding):
-    """For every positive value of the format: its root to 200 bits by GMP, and a little more where that is inexact."""
+    """For every positive value of the format: its root to 200 bits by GMP, and a little more if that is inexact."""
     for a in (v for v in finite_values(name) if v > 0):
         below = Fraction(int(gmpy2.isqrt(gmpy2.mpz(int(a * 4**200)))), 2**200)
         exact = below if below**2 == a else below + Fraction(1, 2**201)
@@ -253,7 +253,7 @@ INVALID = [
 
 @pytest.mark.parametrize(("operation", "operands"), [(case[0], case[1:]) for case in INVALID])
 def test_invalid_operations_give_nan_or_what_stands_for_it(operation, operands):
-    """Clause 7.2. OCP's six-bit and four-bit formats have no NaN: there it is the largest value."""
+    """Clause 7.2. The six-bit and four-bit formats of OCP have no NaN: the largest value stands for it."""
     assert operation(*operands, "fp16") is NAN
     assert operation(*operands, "e4m3fn") is NAN
     assert operation(*operands, "e2m1fn") == 6

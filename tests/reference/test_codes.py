@@ -1,4 +1,4 @@
-"""decode and encode: judged by ml_dtypes and numpy, code by code, and by each other."""
+"""decode and encode against ml_dtypes and numpy, code by code, and against each other."""
 
 from fractions import Fraction
 from itertools import pairwise
@@ -16,7 +16,7 @@ SMALL = formats_of_every_kind([(1, 0, None), (1, 3, None), (2, 0, None), (2, 1, 
 
 
 def datums(name: str) -> tuple[np.ndarray, list]:
-    """All codes of a type of ml_dtypes or numpy, and what they stand for according to it."""
+    """All codes of a type of ml_dtypes or numpy, and their values according to it."""
     dtype = np.dtype(getattr(ml_dtypes, name, name))
     codes = np.arange(1 << parse_format(name).bits, dtype=f"u{dtype.itemsize}")
     with np.errstate(invalid="ignore"):  # numpy warns of signalling NaNs

@@ -88,7 +88,7 @@ def test_total_order_is_total():
 
 
 def test_minima_and_maxima_are_those_of_numpy():
-    """Apart from zeros, which numpy does not tell apart."""
+    """Except zeros, which numpy does not distinguish."""
     with np.errstate(all="ignore"):
         for a, b in product(FLOATS, repeat=2):
             if a != 0 or b != 0:
@@ -149,7 +149,7 @@ def test_only_values_of_the_format_have_a_class():
 
 @pytest.mark.parametrize("name", EIGHT_BITS + OTHERS)
 def test_neighbours_are_neighbours_in_the_order_of_values(name):
-    """-0 and +0 have the same neighbours; the ends stay, or are infinite."""
+    """-0 and +0 have the same neighbours. The ends of the range have themselves or an infinity as neighbour."""
     fmt, values = parse_format(name), values_in_order(name)
     lower = [v for v in values if not (v == 0 and NEGATIVE_ZERO in values)]  # -0 stands for both, from below
     upper = [v for v in values if v is not NEGATIVE_ZERO]
@@ -165,7 +165,7 @@ def test_neighbours_are_neighbours_in_the_order_of_values(name):
 
 @pytest.mark.parametrize("name", EIGHT_BITS)
 def test_neighbours_are_those_of_ml_dtypes(name):
-    """Inside the range: at its ends, without infinity, ml_dtypes goes on to NaN."""
+    """Only inside the range: in formats without infinity, ml_dtypes gives NaN after the largest value."""
     dtype = getattr(ml_dtypes, f"float8_{name}")
     for code in range(256):
         value = decode(code, name)

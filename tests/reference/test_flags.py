@@ -1,4 +1,4 @@
-"""The five flags: against MPFR's and the processor's, and IEEE 754's clause 7 case by case."""
+"""The five flags: against MPFR, against the processor, and clause 7 of IEEE 754 case by case."""
 
 import platform
 from fractions import Fraction
@@ -50,7 +50,7 @@ MPFR = MPFR_ARITHMETIC | {name: MPFR_FUNCTIONS[name] for name in ("exp", "log", 
 @settings(max_examples=500)
 @given(st.data(), st.sampled_from(list(MPFR)), st.sampled_from(list(MPFR_MODES)))
 def test_flags_are_those_of_mpfr(data, name, rounding):
-    """All but underflow, which MPFR defines for its own exponent range, before it makes a result subnormal."""
+    """All flags but underflow, which MPFR defines for its own exponent range, before it makes a result subnormal."""
     fmt = parse_format(f"e{data.draw(st.integers(2, 8))}m{data.draw(st.integers(1, 12))}")
     operands = [data.draw(values_near_the_ends(fmt)) for _ in range(operand_count(name))]
     numbers = list(map(to_mpfr, operands))
@@ -78,7 +78,7 @@ def sum_of(raised: list[bool]) -> Flags:
 @settings(max_examples=300)
 @given(st.data())
 def test_flags_are_those_of_the_processor(name, dtype, data):
-    """As numpy reports them, which is all but inexact. x86 detects tininess after rounding, Arm before."""
+    """All flags that numpy reports: all but inexact. x86 detects tininess after rounding, Arm before."""
     fmt = parse_format(name)
     values = values_near_the_ends(fmt).filter(lambda v: v is not NAN)
     operation = data.draw(st.sampled_from(("add", "sub", "mul", "div")))
@@ -125,7 +125,7 @@ def test_invalid(operation, operands):
 
 @pytest.mark.parametrize("operands", [(1, 0), (-1, NEGATIVE_ZERO)])
 def test_divide_by_zero(operands):
-    """Clauses 7.3 and 9.2.1. Where infinity saturates, the result is out of range besides."""
+    """Clauses 7.3 and 9.2.1. If infinity saturates, the result is out of range too."""
     assert flags(div, *operands) == DIVIDE_BY_ZERO
     assert flags(div, *operands, format="e4m3fn") == DIVIDE_BY_ZERO | OVERFLOW
     assert flags(div, INFINITY, 0) == NONE
@@ -143,7 +143,7 @@ def test_exact_results_raise_nothing():
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_overflow_in_every_direction(rounding):
-    """Clause 7.4: the flag depends on the result rounded as if there were no end, not on what is delivered."""
+    """Clause 7.4: the flag depends on the result rounded with unbounded exponent, not on the delivered value."""
     for beyond in (65536, 10**9, -(10**9)):
         assert flags(convert, beyond, rounding=rounding) == OVERFLOW
         assert flags(convert, beyond, rounding=rounding, overflow="sat_finite") == OVERFLOW
@@ -153,7 +153,7 @@ def test_overflow_in_every_direction(rounding):
 
 
 def test_what_has_no_code():
-    """Formats that IEEE 754 does not know."""
+    """In formats that are not in IEEE 754."""
     assert flags(convert, NAN, format="e2m1fn") == INVALID
     assert flags(convert, INFINITY, format="e4m3fn") == OVERFLOW
     assert flags(convert, INFINITY, format="e4m3fn", overflow="sat_propagate") == OVERFLOW, "it becomes NaN"
@@ -174,7 +174,7 @@ def test_exact_subnormals_do_not_underflow():
 
 
 def test_underflow_by_tininess_after_and_before_rounding():
-    """Between two subnormals' quarter and the smallest normal number the two definitions differ."""
+    """The two definitions differ only within a quarter of a quantum below the smallest normal number."""
     just_below = SMALLEST_NORMAL - QUANTUM / 8  # half a quantum with 11 bits is QUANTUM / 4
     for tininess, expected in (("after", INEXACT), ("before", UNDERFLOW)):
         result = with_flags(convert, just_below, format="fp16", tininess=tininess)

@@ -1,4 +1,4 @@
-"""Laws that rounding obeys for every format, drawn at random: all conventions, biases, switches and directions."""
+"""Laws that rounding obeys in every format: formats of all conventions and biases, and all directions, at random."""
 
 from fractions import Fraction
 
@@ -43,7 +43,7 @@ def formats(draw, signed=None, subnormals=None) -> FloatFormat:
 
 @st.composite
 def numbers_near(draw, fmt: FloatFormat) -> Fraction:
-    """Numbers where something happens: at and beside values and middles, below and above the range, and anywhere."""
+    """Numbers at and next to values and middles, below and above the range, and anywhere."""
     value = decode(draw(st.integers(0, fmt.max_code)), fmt)
     quantum = Fraction(2) ** (fmt.emin - fmt.mantissa_bits)
     near_value = value + draw(st.sampled_from((-1, 0, 1))) * quantum / 2**90
@@ -125,7 +125,7 @@ def test_a_result_is_one_of_the_two_neighbours(case):
 @given(cases())
 @example((FloatFormat(1, 3, subnormals=False), Fraction(31, 16), "nearest_even", "ovf_inf"))
 def test_rounding_is_rounding_to_precision_then_flushing_then_the_range_check(case):
-    """The first step by a format whose exponents have hardly a bound, and the same parity of the exponent field."""
+    """The first step rounds to a format with a far larger exponent range, and the same parity of the exponent field."""
     fmt, x, rounding, overflow = case
     assume(x > 0 or (fmt.signed and x < 0))
     assume(not fmt.subnormals or abs(x) >= fmt.smallest_normal)

@@ -1,4 +1,4 @@
-"""round, case by case: the definitions of the directions, ties, overflow, and the corners where others failed."""
+"""round, case by case: the definitions of the directions, ties, overflow, and cases in which others failed."""
 
 import itertools
 from bisect import bisect_left, bisect_right

@@ -57,13 +57,13 @@ few = settings(max_examples=100)
 
 @cache
 def grid(fmt: FloatFormat) -> list[Fraction]:
-    """The magnitudes among which a format rounds; without subnormals there are more below, which are flushed."""
+    """The magnitudes among which a format rounds. A format without subnormals has smaller ones, which are flushed."""
     with_subnormals = [decode(code, fmt) for code in range(fmt.max_code + 1)]
     return [v for v in with_subnormals if isinstance(v, Fraction) and (v or fmt.subnormals)]
 
 
 def count_away(reaches: Callable[[Fraction], bool], variant: str, bits: int, below: Fraction, gap: Fraction) -> int:
-    """How many of the 2**bits random numbers round to ``below + gap`` a number that ``reaches`` is an order to."""
+    """How many of the 2**bits random numbers round to ``below + gap``; ``reaches(x)`` says if the number is >= x."""
     full = 1 << bits
     if variant == "stochastic":
         return len([k for k in range(1, full + 1) if reaches(below + gap * Fraction(k, full))])
@@ -75,18 +75,18 @@ def count_away(reaches: Callable[[Fraction], bool], variant: str, bits: int, bel
 
 
 def is_tie(reaches: Callable[[Fraction], bool], number: Fraction) -> bool:
-    """Whether the number is ``number``: it reaches it and nothing above. The judges have far fewer than 400 bits."""
+    """Whether the number that ``reaches`` compares is ``number``. The judges have far fewer than 400 bits."""
     return reaches(number) and not reaches(number * (1 + Fraction(1, 2**400)))
 
 
 def in_range(reaches: Callable[[Fraction], bool], fmt: str) -> bool:
-    """Whether the number that ``reaches`` orders is between two of the grid."""
+    """Whether the number that ``reaches`` compares is between two of the grid."""
     magnitudes = grid(parse_format(fmt))
     return (magnitudes[0] == 0 or reaches(magnitudes[0])) and not reaches(magnitudes[-1])
 
 
 def check(run, reaches, fmt: str, variant: str, bits: int, negative: bool = False) -> None:
-    """``run`` rounds the number that ``reaches`` orders, with every random number, as the definition says."""
+    """Assert that ``run`` rounds the number that ``reaches`` compares by the definition, with every random number."""
     magnitudes = grid(parse_format(fmt))
     below = max(v for v in magnitudes if v == 0 or reaches(v))
     above = magnitudes[bisect_right(magnitudes, below)]
@@ -114,7 +114,7 @@ numbers = st.fractions(-20, 20, max_denominator=97) | st.integers(-640, 640).map
 @settings(max_examples=500)
 @given(st.data(), st.sampled_from(list(RATIONAL)), st.sampled_from(VARIANTS), st.integers(1, 6))
 def test_exactly_as_many_random_numbers_round_away_as_the_fraction_says(data, name, variant, bits):
-    """In formats of all widths and kinds. Overflow is another test's."""
+    """In formats of all widths and kinds. Another test covers overflow."""
     kind = data.draw(st.sampled_from(("", "fn", "fnuz", "finite")))
     random_format = f"e{data.draw(st.integers(2, 5))}m{data.draw(st.integers(1, 4))}{kind}"
     fmt = data.draw(st.sampled_from((*FORMATS, random_format)))
@@ -250,7 +250,7 @@ def results(operation, x, fmt: str, rounding: str, bits: int) -> list:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_extreme_arguments(variant):
-    """Next to a value all random numbers agree but the least of variant A; far below the smallest all give zero."""
+    """Next to a value, all random numbers agree but the least of variant A. Far below all values, all give zero."""
     tiny, one, below = Fraction(1, 2**1000), Fraction(1), Fraction(2047, 2048)
     for operation in (exp, exp2):
         assert results(operation, tiny, "fp16", variant, 4) == [one] * 16

@@ -1,4 +1,4 @@
-"""Sums and inner products: every order written out again in the arithmetic of numpy, and what is known of errors."""
+"""Sums and inner products: every order written out in the arithmetic of numpy, and known error bounds."""
 
 import math
 from fractions import Fraction
@@ -38,7 +38,7 @@ few = settings(max_examples=60)
 @settings(max_examples=150)
 @given(st.lists(st.floats(-1e300, 1e300)))
 def test_an_exact_sum_is_that_of_fsum(numbers):
-    """Python's, which is correctly rounded to float64; of zeros it gives +0 always."""
+    """fsum of Python is correctly rounded to float64, but its zero is always +0."""
     expected = as_value(math.fsum(numbers))
     got = sum(numbers, "fp64")
     assert got == expected or (got is NEGATIVE_ZERO and expected == 0 and set(map(str, numbers)) == {"-0.0"})
@@ -47,7 +47,7 @@ def test_an_exact_sum_is_that_of_fsum(numbers):
 @few
 @given(st.lists(st.integers(0, 255).map(lambda code: decode(code, "e5m2")), max_size=4), st.sampled_from(ROUNDINGS))
 def test_an_exact_sum_does_not_depend_on_the_order(values, rounding):
-    """With infinities, NaN and both zeros among them."""
+    """With infinities, NaN and both zeros among the values."""
     assert len({sum(order, "e5m2", rounding) for order in permutations(values)}) == 1
     assert {sum(values, "e5m2", rounding, order=order) for order in ORDERS} == {sum(values, "e5m2", rounding)}
 

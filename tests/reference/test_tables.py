@@ -1,4 +1,4 @@
-"""The table of a format: it has no gap, and is what round says at, and on both sides of, every boundary."""
+"""The table of a format has no gap, and agrees with round at every boundary and on both sides of it."""
 
 from fractions import Fraction
 from itertools import pairwise
@@ -128,7 +128,7 @@ def test_a_format_without_zero_has_its_zero_in_an_interval_of_its_own():
 
 
 def test_a_table_gives_the_results_for_all_inputs_of_a_type_as_runs():
-    """What tables are for: one pass over all float16 in order, judged by ml_dtypes."""
+    """The use of tables: one pass over all float16 in order, judged by ml_dtypes."""
     codes = np.arange(1 << 16, dtype=np.uint16)
     floats = codes.view(np.float16)
     floats = floats[~np.isnan(floats)]

@@ -38,7 +38,7 @@ some = settings(max_examples=150)
 
 @st.composite
 def values_of(draw, fmt: str | FloatFormat) -> Fraction:
-    """A finite value: of any magnitude, or of a middling one, so that two have something to do with each other."""
+    """A finite value, of any magnitude or near 1, so that two values often have similar magnitudes."""
     fmt = parse_format(fmt)
     middling = (
         st.integers(-3, 3).map(lambda field: fmt.bias + field << fmt.mantissa_bits) if fmt.bias > 3 else st.just(0)
@@ -57,7 +57,7 @@ BITS_BEYOND_TWICE = {"add": 1, "sub": 1, "mul": 0, "div": 0, "sqrt": 2}
 
 
 def twice_rounded(operation: str, narrow: FloatFormat, bits: int) -> list:
-    """The operands for which rounding first to ``bits`` bits, of larger range, makes a difference."""
+    """The operands for which rounding first to ``bits`` bits, with a larger range, changes the result."""
     wide, run = FloatFormat(8, bits - 1), getattr(reference, operation)
     values = [v for v in finite_values(narrow.name) if v > 0]
     operands = product(values, repeat=operand_count(operation))
@@ -77,7 +77,7 @@ def test_double_rounding_is_innocuous_from_figueroas_bound_on_and_not_before(ope
 @some
 @given(st.data(), st.sampled_from(list(BITS_BEYOND_TWICE)))
 def test_float32_arithmetic_serves_every_format_of_up_to_eleven_bits(data, operation):
-    """Which is why fp16 and fp8 may be computed in float32 and then rounded, subnormals included."""
+    """So fp16 and fp8 may be computed in float32 and then rounded, subnormals included."""
     narrow = FloatFormat(data.draw(st.integers(2, 6)), data.draw(st.integers(0, 10)))
     operands = [data.draw(values_of(narrow)) for _ in range(operand_count(operation))]
     run = getattr(reference, operation)
@@ -85,7 +85,7 @@ def test_float32_arithmetic_serves_every_format_of_up_to_eleven_bits(data, opera
 
 
 def test_a_fused_multiply_add_is_not_among_them():
-    """The exact result is 2**-31 below a tie of fp16; float32 has not the bits for that, and the tie goes up."""
+    """The exact result is 2**-31 below a tie of fp16. float32 has too few bits for that, and the tie rounds up."""
     a, b, c = Fraction(1025, 2**15), Fraction(1023, 2**16), 1 + Fraction(1, 2**10)
     assert a * b + c == c + Fraction(1, 2**11) - Fraction(1, 2**31)
     assert fma(a, b, c, "fp16") == c
@@ -104,7 +104,7 @@ def test_subnormals_of_the_wider_format_break_it():
 @some
 @given(st.data(), st.sampled_from(("add", "sub", "mul", "div", "sqrt", "fma")), st.sampled_from(ROUNDINGS))
 def test_rounding_to_odd_first_is_innocuous_for_every_operation(data, operation, rounding):
-    """With two bits more and the range for it: Boldo and Melquiond 2008, theorem 1; fused multiply-add included."""
+    """With two bits more and enough range: Boldo and Melquiond 2008, theorem 1; also for fused multiply-add."""
     narrow = FloatFormat(data.draw(st.integers(2, 5)), data.draw(st.integers(0, 8)))
     wide = FloatFormat(9, narrow.mantissa_bits + 2)
     operands = [
@@ -153,7 +153,7 @@ def two_sum(a, b, fmt):
 
 
 def fast_two_sum(a, b, fmt):
-    """T. Dekker 1971: the same in three, if ``a`` is not smaller than ``b``."""
+    """T. Dekker 1971: the same in three operations, if ``a`` is not smaller than ``b``."""
     total = add(a, b, fmt)
     return total, sub(b, sub(total, a, fmt), fmt)
 
@@ -215,7 +215,7 @@ def test_a_quotient_times_its_divisor_may_miss_but_x_by_x_is_one():
 @some
 @given(st.data(), st.sampled_from(("fp16", "e4m3fn", "e5m2:nosubnormals")), st.sampled_from(ROUNDINGS))
 def test_laws(data, name, rounding):
-    """Commutative; mirrored by signs, with the direction; and exact neutral elements."""
+    """Operations are commutative, symmetric under change of signs and direction, and have exact neutral elements."""
     a, b, c = (data.draw(values_of(name)) for _ in range(3))
     assert add(a, b, name, rounding) == add(b, a, name, rounding)
     assert mul(a, b, name, rounding) == mul(b, a, name, rounding)
