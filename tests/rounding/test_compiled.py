@@ -13,13 +13,13 @@ from torch._inductor.utils import run_and_get_code
 
 import fpsim
 from fpsim.formats import NAMED_FORMATS, ROUNDINGS, parse_format, resolve_overflow
+from tests.shared.formats import overflows
 from tests.shared.judge import (
     CARRIERS,
     Inputs,
     assert_result,
     assert_same_bits,
     interesting,
-    overflows,
     random_inputs,
     specials,
     suits,

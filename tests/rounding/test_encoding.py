@@ -9,6 +9,7 @@ import fpsim
 from fpsim import reference
 from fpsim.formats import NAMED_FORMATS, ROUNDINGS, FloatFormat, parse_format
 from fpsim.functions import code_dtype
+from tests.shared.formats import overflows
 from tests.shared.judge import (
     CARRIERS,
     assert_codes,
@@ -16,7 +17,6 @@ from tests.shared.judge import (
     canonical,
     codes_of,
     interesting,
-    overflows,
     random_inputs,
     specials,
     suits,

@@ -13,13 +13,13 @@ import pytest
 from fpsim import reference
 from fpsim.formats import NAMED_FORMATS, ROUNDINGS, FloatFormat, full_rounding, parse_format, split_rounding
 from fpsim.rounding.kernel import Grid, decode_code, encode_code, round_code
+from tests.shared.formats import overflows
 from tests.shared.judge import (
     CARRIERS,
     Inputs,
     assert_codes,
     by_reference,
     interesting,
-    overflows,
     random_inputs,
     suits,
 )

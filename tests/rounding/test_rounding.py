@@ -4,7 +4,6 @@ import itertools
 from random import Random
 
 import gfloat
-import gfloat.formats
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 import fpsim
 from fpsim.formats import NAMED_FORMATS, OVERFLOWS, ROUNDINGS, SPECIALS, FloatFormat, parse_format, resolve_overflow
+from tests.shared.formats import overflows
 from tests.shared.judge import (
     CARRIERS,
     TABLE_BITS,
@@ -28,11 +28,11 @@ from tests.shared.judge import (
     canonical,
     codes_of,
     interesting,
-    overflows,
     random_inputs,
     specials,
     suits,
 )
+from tests.shared.peers import GFLOAT_FORMATS, GFLOAT_MODES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -330,32 +330,17 @@ def test_nearest_even_of_float64_is_that_of_numpy():
         assert_codes(*(canonical(codes_of(y), torch.float64) for y in (got, want)), inputs.codes, name)
 
 
-GFLOAT_ROUNDING = {
-    "nearest_even": gfloat.RoundMode.TiesToEven,
-    "nearest_away": gfloat.RoundMode.TiesToAway,
-    "toward_zero": gfloat.RoundMode.TowardZero,
-    "up": gfloat.RoundMode.TowardPositive,
-    "down": gfloat.RoundMode.TowardNegative,
-}
-GFLOAT = {
-    "e5m2": gfloat.formats.format_info_ocp_e5m2,
-    "e4m3fn": gfloat.formats.format_info_ocp_e4m3,
-    "e3m2fn": gfloat.formats.format_info_ocp_e3m2,
-    "e2m3fn": gfloat.formats.format_info_ocp_e2m3,
-    "e2m1fn": gfloat.formats.format_info_ocp_e2m1,
-    "fp16": gfloat.formats.format_info_binary16,
-    "bf16": gfloat.formats.format_info_bfloat16,
-}
+GFLOAT = ("e5m2", "e4m3fn", "e3m2fn", "e2m3fn", "e2m1fn", "fp16", "bf16")
 
 
-@pytest.mark.parametrize("rounding", GFLOAT_ROUNDING)
+@pytest.mark.parametrize("rounding", GFLOAT_MODES)
 @pytest.mark.parametrize("name", GFLOAT)
 def test_all_roundings_are_those_of_gfloat(name, rounding):
     """Of finite numbers that do not overflow: there the rules of gfloat differ with the format."""
     inputs = interesting(parse_format(name), torch.float32) | random_inputs(parse_format(name), torch.float32, 50_000)
     finite = inputs.tensor.abs() <= parse_format(name).max
     inputs = Inputs(inputs.codes[finite.numpy()], torch.float32)
-    want = gfloat.round_ndarray(GFLOAT[name], inputs.values, GFLOAT_ROUNDING[rounding], sat=True)
+    want = gfloat.round_ndarray(GFLOAT_FORMATS[name], inputs.values, GFLOAT_MODES[rounding], sat=True)
     got = fpsim.round(inputs.tensor, name, rounding=rounding)
     assert_codes(codes_of(got.double()), codes_of(torch.from_numpy(want)), inputs.codes, name)
 

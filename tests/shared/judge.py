@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fpsim
 from fpsim import reference
-from fpsim.formats import OVERFLOWS, FloatFormat, parse_format, resolve_overflow
+from fpsim.formats import FloatFormat, parse_format, resolve_overflow
 from fpsim.verify.run import codes_of, judge, tensor_of
 
 CARRIERS = {
@@ -29,11 +29,6 @@ UNSIGNED = {64: np.uint64, 32: np.uint32, 16: np.uint16}
 
 #: Formats of up to so many exponent and mantissa bits are judged by their table.
 TABLE_BITS = 8
-
-
-def overflows(fmt: FloatFormat) -> tuple[str, ...]:
-    """The overflow modes that the format takes."""
-    return OVERFLOWS if fmt.has_infinity or fmt.has_nan else ("sat_finite",)
 
 
 def suits(fmt: FloatFormat, dtype: torch.dtype) -> bool:
