@@ -12,10 +12,8 @@ from fpsim.verify.assertions import (
     assert_bitwise_equal,
     assert_rounds,
     classify_differences,
-    formats,
-    tensors,
-    values_near_boundaries,
 )
+from fpsim.verify.strategies import formats, tensors, values_near_boundaries
 
 __all__ = [
     "DIFFERENCES",

@@ -26,7 +26,7 @@ from fpsim.formats import (
     split_rounding,
 )
 from fpsim.rounding.ops import _words, draw_seed, random_key_op, round_with_torch_ops, working_dtype
-from fpsim.verify.run import codes_of, tensor_of
+from fpsim.verify.codes import codes_of, tensor_of
 from tests.shared.judge import CARRIERS, suits
 
 pytestmark = pytest.mark.usefixtures("one_thread")

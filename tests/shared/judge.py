@@ -17,7 +17,8 @@ from torch import Tensor
 import fpsim
 from fpsim import reference
 from fpsim.formats import OVERFLOWS, FloatFormat, parse_format, resolve_overflow
-from fpsim.verify.run import codes_of, judge, tensor_of
+from fpsim.verify.codes import codes_of, tensor_of
+from fpsim.verify.judges import judge
 
 CARRIERS = {
     torch.float64: parse_format("fp64"),
