@@ -1,8 +1,8 @@
-"""The text of the rounding algorithm, run on plain integers that check what compiled code may rely on.
+"""The rounding algorithm, run on plain integers that refuse operations with undefined behaviour in C++.
 
-`fpsim.rounding.kernel` is one text for torch, Inductor and plain ints. Here the ints have a width, and they refuse
-what is undefined in C++: a shift by less than 0 or by the width or more, and a sum out of range. (That is no pedantry:
-g++ 12 turned NaN into the smallest number of e5m0 once, because a sum that nobody looks at overflowed for NaN alone.)
+`fpsim.rounding.kernel` is one text for torch, Inductor and plain ints. Here the ints have a width. They refuse a shift
+by less than 0 or by the width or more, and a sum out of range. This matters: g++ 12 once turned NaN into the smallest
+number of e5m0, because a sum whose result is not used overflowed for NaN alone.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def number(word: Word | int) -> int:
 
 
 class Truth:
-    """A mask, with only the operators that masks have."""
+    """A mask. It has only the operators that masks have."""
 
     def __init__(self, value: bool) -> None:
         self.value = value

@@ -1,7 +1,7 @@
-"""Stochastic rounding: exact probabilities, judged by the reference; random words judged by numpy, and good ones.
+"""Stochastic rounding: results judged by the reference, random words judged by numpy and by statistics.
 
-The reference rounds with a given random number. Where a word decides, all numbers of few bits are enumerated, and of
-many bits the two on either side of where the result changes.
+The reference rounds with a given random number. Random numbers of few bits are enumerated. Random numbers of many bits
+are tried on either side of the threshold where the result changes.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def test_every_random_number_of_few_bits_gives_the_reference_result(name: str, d
     "stochastic_c:8", "stochastic_c:22", "stochastic_c", "stochastic_c:24", "stochastic_c:30",
 ])  # fmt: skip
 def test_the_result_changes_at_the_right_random_number_of_many_bits(name: str, rounding: str) -> None:
-    """The numbers just below and at the threshold, and the extremes."""
+    """The random numbers just below and at the threshold, and the extremes."""
     fmt, bits = parse_format(name), split_rounding(rounding)[1]
     dtype = torch.float32 if suits(fmt, torch.float32) else torch.float64
     narrow = as_carried(values_of(fmt), dtype)
@@ -366,7 +366,7 @@ def test_a_new_seed_in_a_tensor_does_not_compile_again() -> None:
 
 
 def test_two_call_sites_do_not_share_a_draw() -> None:
-    """The trap: a compiler merges two calls that look the same. With salts they are two, even in one graph."""
+    """A compiler merges two equal calls. Different salts keep them apart, even in one graph."""
     x = numbers(4096)
 
     def function(x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
@@ -427,7 +427,7 @@ def test_a_seed_is_drawn_from_torchs_generator() -> None:
 
 
 def test_working_carriers_of_half_precision_round_once() -> None:
-    """A bfloat16 is rounded in float32: nothing may be rounded on the way there and back."""
+    """A bfloat16 is rounded in float32; the conversions there and back must be exact."""
     x = numbers(1000, dtype=torch.bfloat16)
     got = fpsim.round(x, "e4m3fn", rounding="stochastic", seed=5)
     assert working_dtype(x.dtype) == torch.float32

@@ -78,7 +78,7 @@ def test_without_a_usable_magnitude_the_scale_is_one(bad: float) -> None:
         same(fpsim.round(x, "e5m2", scale="power_of_two"), fpsim.round(x, "e5m2"))
 
 
-def test_of_nothing_the_scale_is_one() -> None:
+def test_the_scale_of_an_empty_tensor_is_one() -> None:
     for shape in ((0,), (3, 0), (0, 4)):
         assert float(fpsim.power_of_two_scale(torch.empty(shape), "e4m3fn")) == 1
         assert fpsim.round(torch.empty(shape), "e4m3fn", scale="power_of_two").shape == shape

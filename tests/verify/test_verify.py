@@ -1,4 +1,4 @@
-"""The judge of the proof: it says what the reference says, and no planted error escapes it."""
+"""The proof: its judge agrees with the reference, and it finds every planted error."""
 
 import json
 from fractions import Fraction
@@ -87,7 +87,7 @@ def test_values_beyond_the_carrier_have_the_code_of_its_largest():
     + [("e4m3fn", torch.float64), ("e9m2", torch.float64), ("e5m2", torch.float16), ("e4m3", torch.bfloat16)],
     ids=str,
 )
-def test_the_judge_says_what_the_reference_rounds_to(name, dtype, rounding):
+def test_the_judge_agrees_with_the_reference(name, dtype, rounding):
     fmt = parse_format(name)
     for overflow in OVERFLOWS:
         if overflow != "sat_finite" and not (fmt.has_infinity or fmt.has_nan):
@@ -231,7 +231,7 @@ def test_an_error_of_compiled_code_alone_is_found(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rounding", ["stochastic", "stochastic:1", "stochastic_b:5", "stochastic_c:12"])
-def test_stochastic_rounding_is_what_the_reference_decides_from_the_same_number(rounding, dtype):
+def test_stochastic_rounding_agrees_with_the_reference_for_the_same_random_number(rounding, dtype):
     verdict = verify("e4m3fn", rounding=rounding, dtype=dtype, samples=2000, seed=5, paths=EAGER)
     assert verdict.ok, (str(verdict), verdict.examples)
     assert verdict.rounding == {"stochastic": "stochastic:23"}.get(rounding, rounding)
