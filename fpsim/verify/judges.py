@@ -164,7 +164,7 @@ def results_one_by_one(
     """
     carrier = CARRIERS[dtype]
     values = tensor_of(codes, dtype).double().tolist()
-    draws = [None] * len(values) if random_numbers is None else random_numbers
+    draws: Iterable[int | None] = [None] * len(values) if random_numbers is None else random_numbers
     results = (
         reference.round(value, fmt, rounding, overflow, random=draw) for value, draw in zip(values, draws, strict=True)
     )

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FORMATS = [
     "e4m3fn", "e5m2", "e2m1fn", "e3m2fn", "e8m3", "bf16", "fp16", "e4m3fnuz", "e8m0fnu", "e4m0", "e1m3",
-    "e4m3:nosubnormals", "e5m2:bias=126", "e5m2:bias=140", "e4m3:unsigned", "e8m22", "e8m23", "e11m30",
+    "e4m3:nosubnormals", "e5m2:bias=126", "e5m2:bias=140", "e4m3:unsigned", "e7m23", "e8m22", "e8m23", "e11m30",
 ]  # fmt: skip
 MODES = [f"{name}:{bits}" for name in STOCHASTIC_ROUNDINGS for bits in (1, 3)]
 
@@ -122,6 +122,48 @@ def test_the_result_changes_at_the_right_random_number_of_many_bits(name: str, r
             assert_rounds(x, fmt, full_rounding(rounding), resolve_overflow(fmt, None), numbers)
         for number in (0, (1 << bits) - 1):
             assert_rounds(x, fmt, full_rounding(rounding), resolve_overflow(fmt, None), [number] * len(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "e2m1fn", "e8m0", "e8m3", "e5m2:bias=126", "e5m2:bias=140"])
+def test_stochastic_c_rounds_the_fraction_with_ties_to_even(name: str, dtype: torch.dtype) -> None:
+    """Fractions d where d * 2**bits is k + 1/2, and their neighbours; below the smallest subnormal too."""
+    fmt = parse_format(name)
+    for bits in (1, 3, 8):
+        ties = [Fraction(2 * k + 1, 2 ** (bits + 1)) for k in sorted({0, 1, 2**bits - 2, 2**bits - 1})]
+        values = [0.0, fmt.smallest_subnormal, fmt.smallest_normal, 4 * fmt.smallest_normal]
+        exact = [(v := Fraction(value)) + tie * quantum(v, fmt) for value in values for tie in ties]
+        exact = [value for value in exact if value >= Fraction(2) ** (-130 if dtype == torch.float32 else -900)]
+        centres = torch.tensor([float(value) for value in exact], dtype=torch.float64).to(dtype)
+        assert [Fraction(value) for value in centres.tolist()] == exact
+        codes = codes_of(centres)
+        steps = np.array([-1, 0, 1], np.int64).astype(codes.dtype)
+        x = tensor_of((codes[:, None] + steps).ravel(), dtype)
+        for value in x.tolist():
+            unit = quantum(Fraction(value), fmt)
+            lower = Fraction(value) // unit * unit
+            rounded = round((Fraction(value) - lower) / unit * 2**bits)  # of a Fraction: ties to even
+            for number, want in ((2**bits - rounded - 1, lower), (2**bits - rounded, lower + unit)):
+                if 0 <= number < 2**bits:
+                    word = torch.tensor([number << (32 - bits)]).to(torch.int32)
+                    one = torch.tensor([value], dtype=dtype)
+                    got = round_with_torch_ops(one, fmt, f"stochastic_c:{bits}", "sat_finite", word)
+                    assert Fraction(got.item()) == want, (value.hex(), bits, number)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["e4m3fn", "e8m0", "e7m23", "e5m2:bias=126", "e5m2:bias=140", "e4m3:nosubnormals"])
+def test_the_neighbours_of_values_round_either_way(name: str, dtype: torch.dtype) -> None:
+    """The numbers just before and after a value of the format, with the extreme random numbers."""
+    fmt = parse_format(name)
+    values = [fmt.smallest_subnormal, 2 * fmt.smallest_subnormal, fmt.smallest_normal, 4 * fmt.smallest_normal, fmt.max]
+    codes = codes_of(torch.tensor(values, dtype=torch.float64).to(dtype))
+    steps = np.array([-2, -1, 1, 2], np.int64).astype(codes.dtype)
+    x = tensor_of((codes[:, None] + steps).ravel(), dtype)
+    for rounding in (*MODES, "stochastic:24", "stochastic:32", "stochastic_b:24", "stochastic_b:31", "stochastic_c:30"):
+        top = (1 << split_rounding(rounding)[1]) - 1
+        for number in {0, 1, top - 1, top}:
+            assert_rounds(x, fmt, rounding, resolve_overflow(fmt, None), [number] * len(x))
 
 
 def quantum(value: Fraction, fmt: FloatFormat) -> Fraction:
