@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fpsim.formats import FloatFormat, check_rounding, parse_format
-from fpsim.rounding.ops import CARRIERS, check_carrier
+from fpsim.rounding.carriers import CARRIERS, check_carrier
 from fpsim.verify.codes import Codes, codes_of, name_of, tensor_of
 from fpsim.verify.inputs import random_codes, significand_grid, special_codes
 from fpsim.verify.judges import has_table, judge, results_one_by_one

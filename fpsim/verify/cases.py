@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from fpsim.formats import ROUNDINGS, split_rounding
 from fpsim.reference.tables import MAX_BITS
-from fpsim.rounding.ops import CARRIERS, random_key_op
-from fpsim.rounding.ops import _words as words_of
+from fpsim.rounding.carriers import CARRIERS
+from fpsim.rounding.definitions import random_words_at
+from fpsim.rounding.ops import random_key_op
 from fpsim.verify.codes import Codes
 from fpsim.verify.inputs import random_codes, significand_grid
 from fpsim.verify.judges import has_table, judge, results_one_by_one
@@ -162,5 +163,5 @@ def random_numbers(seed: int, count: int, bits: int, salt: int = 0) -> NDArray[n
     >>> np.array_equal(rounded == 1.5, random_numbers(0, 1000, 1) == 1)
     True
     """
-    words = words_of(random_key_op(torch.tensor(seed), salt), 0, count).numpy().view(np.uint32)
+    words = random_words_at(random_key_op(torch.tensor(seed), salt), 0, count).numpy().view(np.uint32)
     return words.astype(np.int64) >> (32 - bits)

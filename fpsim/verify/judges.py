@@ -18,7 +18,7 @@ import torch
 from fpsim import reference
 from fpsim.formats import ROUNDINGS, FloatFormat, Overflow, Rounding, parse_format, resolve_overflow
 from fpsim.reference.values import is_negative, negate
-from fpsim.rounding.ops import CARRIERS, check_carrier
+from fpsim.rounding.carriers import CARRIERS, check_carrier
 from fpsim.verify.codes import Codes, code_of, exact_code_of, tensor_of, unsigned_of
 
 

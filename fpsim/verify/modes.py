@@ -17,7 +17,7 @@ from fpsim.formats import (
     parse_format,
     resolve_overflow,
 )
-from fpsim.rounding.ops import CARRIERS
+from fpsim.rounding.carriers import CARRIERS
 from fpsim.verify.codes import name_of
 
 #: The ways to run `fpsim.round` that `verify` checks.

@@ -15,7 +15,7 @@ import torch
 
 from fpsim import reference
 from fpsim.formats import NAMED_FORMATS, SPECIALS, FloatFormat, parse_format
-from fpsim.rounding.ops import CARRIERS, check_carrier
+from fpsim.rounding.carriers import CARRIERS, check_carrier
 from fpsim.verify.codes import code_of, name_of, tensor_of, unsigned_of
 from fpsim.verify.judges import judge
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fpsim.rounding.ops import CARRIERS
+from fpsim.rounding.carriers import CARRIERS
 from fpsim.source import proven_hash
 from fpsim.verify.codes import name_of, tensor_of, unsigned_of
 
