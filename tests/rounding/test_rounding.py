@@ -151,7 +151,7 @@ def test_formats_beyond_float32(name):
 @pytest.mark.parametrize(
     "name",
     ["e7m23", "e7m23:nosubnormals", "e7m23:unsigned", "e8m23:nosubnormals", "e8m23:unsigned", "e8m23fn", "e10m52",
-     "e10m52:nosubnormals", "e11m52:nosubnormals", "e11m52:unsigned"],
+     "e10m52:nosubnormals", "e11m52:nosubnormals", "e11m52:unsigned", "e7m22:bias=128"],
 )  # fmt: skip
 def test_formats_with_all_mantissa_bits_of_the_carrier(name):
     """There one code of the carrier is a unit of the format: the ends of the range are one code wide."""
@@ -159,7 +159,7 @@ def test_formats_with_all_mantissa_bits_of_the_carrier(name):
     dtype = torch.float32 if suits(fmt, torch.float32) else torch.float64
     carrier = CARRIERS[dtype]
     centres = [reference.encode(value, carrier) for value in (fmt.smallest_subnormal, fmt.smallest_normal, fmt.max)]
-    magnitudes = {code + step for code in (0, *centres) for step in range(-3, 4)}
+    magnitudes = {code + step for code in (0, 1 << carrier.mantissa_bits, *centres) for step in range(-3, 4)}
     codes = [sign | code for code in magnitudes if 0 <= code < carrier.sign_code for sign in (0, carrier.sign_code)]
     for rounding, overflow in modes(fmt):
         assert_rounds(Inputs(codes, dtype), fmt, rounding, overflow, by_reference)

@@ -169,6 +169,28 @@ def test_the_neighbours_of_values_round_either_way(name: str, dtype: torch.dtype
             assert_rounds(x, fmt, rounding, resolve_overflow(fmt, None), [number] * len(x))
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("e5m2:bias=120", torch.float32), ("e5m2:bias=94", torch.float32), ("e5m2:bias=1014", torch.float64)],
+    ids=str,
+)
+def test_subnormals_of_the_carrier_below_the_smallest_value(name: str, dtype: torch.dtype) -> None:
+    """The extremes and the random numbers at the threshold; with bias 94 a single one of 2**32 rounds up."""
+    fmt, m = parse_format(name), CARRIERS[dtype].mantissa_bits
+    normal = 1 << m
+    codes = [*(1 << k for k in range(m)), 3 << (m - 2), 5 << (m - 3), normal - 2, normal - 1, normal, normal + 1]
+    x = tensor_of(np.array(codes, f"u{dtype.itemsize}"), dtype)
+    fractions = [Fraction(value) / Fraction(fmt.smallest_subnormal) for value in x.tolist()]
+    for rounding in ("stochastic:8", "stochastic:22", "stochastic:32", "stochastic_b:31", "stochastic_c:8",
+                     "stochastic_c:30"):  # fmt: skip
+        count = 1 << split_rounding(rounding)[1]
+        for offset in (-1, 0, 1):
+            numbers = [min(max(count - int(fraction * count) + offset, 0), count - 1) for fraction in fractions]
+            assert_rounds(x, fmt, rounding, resolve_overflow(fmt, None), numbers)
+        for number in (0, count - 1):
+            assert_rounds(x, fmt, rounding, resolve_overflow(fmt, None), [number] * len(x))
+
+
 def quantum(value: Fraction, fmt: FloatFormat) -> Fraction:
     exponent = fmt.emin
     while value >= Fraction(2) ** (exponent + 1):
