@@ -184,7 +184,8 @@ def test_results_and_other_operations() -> None:
     assert of_product.statistics == of(y, "e4m3fn")
     result = the(profile, operator="aten.tanh", role="result")
     h = torch.tanh(rounded(y, "e4m3fn"))
-    assert result.kind == "forward" and result.statistics == measure(h, fpsim.round(h, "bf16"), parse_format("bf16"))
+    assert (result.kind, result.direction) == (None, "forward")
+    assert result.statistics == measure(h, fpsim.round(h, "bf16"), parse_format("bf16"))
     assert profile.products[0].relative_error == 0  # of the operands; the result is a site of its own
 
 
