@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import require
-from .outcomes import SIGNALS, Prediction, Verdict, roc, scored_steps
 from .storage import Run
+from .verdicts import SIGNALS, Prediction, Verdict, roc, scored_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,8 @@ import numpy as np
 from . import figures, require
 from .config import RunConfig, to_dict
 from .figures import Judged
-from .outcomes import (
+from .sweeps import read_sweep
+from .verdicts import (
     SIGNALS,
     Prediction,
     compare,
@@ -30,7 +31,6 @@ from .outcomes import (
     trained,
     warn,
 )
-from .sweeps import read_sweep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

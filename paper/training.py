@@ -27,7 +27,7 @@ from fpsim.policy.policy import Policy
 
 from .config import RunConfig, run_key
 from .data import Data, batches, check_vocabulary, load, validation_batches
-from .measures import hessian_eigenvalue, logit_signals, range_shares
+from .measurements import hessian_eigenvalue, logit_signals, range_shares
 from .models import LanguageModel, LossAndLogits, build
 from .parallel import Parallel
 

@@ -307,7 +307,7 @@ def list_experiments() -> None:
 @_plain_errors
 def rules() -> None:
     """Print the registered rules: what counts as diverged, as a spike, as trained, and how prediction is judged."""
-    from fpsim.paper.outcomes import preregistration
+    from fpsim.paper.verdicts import preregistration
 
     typer.echo(preregistration(), nl=False)
 

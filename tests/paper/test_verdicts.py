@@ -12,7 +12,9 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from fpsim.paper.config import RunConfig
-from fpsim.paper.outcomes import (
+from fpsim.paper.storage import Run
+from fpsim.paper.training import Record
+from fpsim.paper.verdicts import (
     auc,
     bootstrap,
     compare,
@@ -29,8 +31,6 @@ from fpsim.paper.outcomes import (
     trained,
     warn,
 )
-from fpsim.paper.storage import Run
-from fpsim.paper.training import Record
 
 STEPS = 600
 

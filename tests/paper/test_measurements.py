@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 from torch import nn
 
 from fpsim.paper.data import batches
-from fpsim.paper.measures import hessian_eigenvalue, logit_signals, range_shares
+from fpsim.paper.measurements import hessian_eigenvalue, logit_signals, range_shares
 from fpsim.paper.models import LanguageModel, LossAndLogits, llama
 from fpsim.paper.training import run, smoothing_span
 
