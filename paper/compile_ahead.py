@@ -14,8 +14,9 @@ from contextlib import contextmanager
 
 import torch
 
+from .config import RunConfig
 from .data import Data
-from .training import RunConfig, records
+from .training import records
 
 
 class Ahead:

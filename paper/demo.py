@@ -25,8 +25,11 @@ from fpsim.policy.policy import parse_cast
 
 from . import require
 from .compile_ahead import compile_ahead
+from .compiled_loss import Compile
+from .config import RunConfig
 from .data import Data, read_text, split, tokenize
-from .training import Compile, Record, RunConfig, records, step_seconds
+from .record import Record, step_seconds
+from .training import records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,23 +1,17 @@
-"""What a run tells of itself beside its loss: signals that may warn of divergence, and how formats fit its values."""
+"""Measurements of a run beside its loss: signals that may warn of divergence, and how its operands fit a format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpsim import curvature, sharpness
-from fpsim.formats import parse_format
+from fpsim.compile_backend.observe.statistics import merge
+from fpsim.compile_backend.report.profile import Profiler
 from fpsim.policy.policy import ROLES
+from fpsim.sharpness.logits import EPSILONS
 
-#: Keskar's two boxes; the paper gives no number.
-EPSILONS = (5e-4, 1e-3)
-#: Products with the Hessian per estimate, at most, and its relative residual.
+#: The most products with the Hessian per estimate, and the relative residual at which an estimate ends.
 HESSIAN_PRODUCTS, HESSIAN_TOLERANCE = 40, 0.05
 
 
@@ -27,10 +21,10 @@ def logit_signals(logits: Tensor, targets: Tensor, *, lbfgsb: bool = False) -> d
     Args:
         logits: shape (tokens, vocabulary).
         targets: int64, shape (tokens,).
-        lbfgsb: search the boxes too, as the paper did (milliseconds per token).
+        lbfgsb: also search the boxes by L-BFGS-B, as the paper did (milliseconds per token).
 
     Returns:
-        By the names of `fpsim.paper.training.Record`. Where no token has a finite loss, all are NaN.
+        The values by the names of `fpsim.paper.record.Record`; all are NaN where no token has a finite loss.
     """
     small, large = EPSILONS
     found = sharpness.logit_metrics(logits, targets, epsilon=small)
@@ -52,11 +46,13 @@ def hessian_eigenvalue(loss: nn.Module, batch: tuple[Tensor, Tensor], *, seed: i
     """The largest eigenvalue of the Hessian of ``loss`` with respect to its parameters, on one batch.
 
     Args:
-        loss: inputs and targets to the loss, neither compiled nor with fused attention (it has no second derivative).
-        seed: of the first vector.
+        loss: from inputs and targets to the loss, neither compiled nor with fused attention (which has no second
+            derivative).
+        seed: of the first vector of the Lanczos iteration, which takes at most 40 products.
 
     Returns:
-        By Lanczos, with at most 40 products; NaN where the loss has no finite derivatives.
+        The eigenvalue, to a relative residual of 0.05 if 40 products reach it; NaN where the loss has no finite
+        derivatives.
     """
     operator = curvature.hessian(curvature.functional_loss(loss, batch=batch), dict(loss.named_parameters()))
     try:
@@ -71,85 +67,37 @@ def hessian_eigenvalue(loss: nn.Module, batch: tuple[Tensor, Tensor], *, seed: i
     return float(found.eigenvalues[0])
 
 
-@dataclass
-class _Count:
-    values: int = 0
-    saturated: int = 0
-    underflowed: int = 0
-
-
-class Ranges(TorchDispatchMode):
-    """Counts, by role, the operands that saturate or underflow while a model of the ``fpsim_eager`` backend runs.
-
-    An operand is a weight if it lies in the memory of a parameter, a gradient if it was computed from ``tangent``, the
-    gradient that the backward pass begins with, and an activation otherwise. Saturated: beyond the largest finite value
-    of the format. Underflowed: not zero, and rounded to zero.
-    """
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Dynamo may compile while this is active: it only looks."""
-        return True
-
-    def __init__(self, parameters: Sequence[Tensor], tangent: Tensor) -> None:
-        super().__init__()
-        self._weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-        self._from_tangent = {tangent.untyped_storage().data_ptr()}
-        self._kept: list[Tensor] = [tangent]  # so that no address is used again
-        self._counts = {role: _Count() for role in ROLES}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        sources = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if any(source.untyped_storage().data_ptr() in self._from_tangent for source in sources):
-            for leaf in pytree.tree_leaves(result):
-                if isinstance(leaf, Tensor):
-                    self._kept.append(leaf)
-                    self._from_tangent.add(leaf.untyped_storage().data_ptr())
-        if func in (torch.ops.fpsim.round.default, torch.ops.fpsim.round_stochastic.default):
-            fmt = args[1] if func is torch.ops.fpsim.round.default else args[2]
-            self._add(self._counts[self._role(args[0])], args[0], result, fmt)
-        return result
-
-    def _role(self, value: Tensor) -> str:
-        place = value.untyped_storage().data_ptr()
-        if place in self._weights:
-            return "weight"
-        return "gradient" if place in self._from_tangent else "activation"
-
-    @staticmethod
-    def _add(count: _Count, value: Tensor, rounded: Tensor, fmt: str) -> None:
-        count.values += value.numel()
-        count.saturated += int((value.abs() > float(parse_format(fmt).max)).sum())
-        count.underflowed += int(((value != 0) & (rounded == 0)).sum())
-
-    def shares(self) -> dict[str, float]:
-        """``saturated_ROLE`` and ``underflowed_ROLE``, as shares of all values rounded in that role."""
-        return {
-            f"{what}_{role}": getattr(count, what) / count.values
-            for role, count in self._counts.items()
-            if count.values
-            for what in ("saturated", "underflowed")
-        }
-
-
 def range_shares(
-    model: nn.Module,
-    loss_of: Callable[..., Any],
-    batch: tuple[Tensor, Tensor],
-    *,
-    loss_scale: float,
+    model: nn.Module, profiler: Profiler, batch: tuple[Tensor, Tensor], *, loss_scale: float
 ) -> dict[str, float]:
-    """`Ranges` over one forward and backward pass of ``loss_of``, which ``fpsim_eager`` compiled from ``model``.
+    """The shares of operands that saturate and underflow in one interpreted forward and backward pass, by role.
 
-    Gradients that the parameters hold stay as they are.
+    The counts are those of `fpsim.profile`: an operand counts once for every matrix product that reads it, and only
+    where a cast rounds it. Gradients that the parameters hold and random state stay as they are.
+
+    Args:
+        model: the parameters to differentiate with respect to.
+        profiler: of ``model``, under the policy in question; nothing has run since its last `take`.
+        batch: inputs and targets of ``model``, which returns the loss, or a tuple that begins with it.
+        loss_scale: the gradient with which the backward pass begins.
+
+    Returns:
+        ``saturated_ROLE``: the share of finite operands beyond the largest finite value of the format, scaled as the
+        cast scales them, that were rounded to a finite value. ``underflowed_ROLE``: the share that is not zero and was
+        rounded to zero. Roles without a rounded operand are missing.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    tangent = torch.tensor(loss_scale, device=parameters[0].device)
-    with Ranges(parameters, tangent) as ranges:
-        outputs = loss_of(*batch)
+    device = parameters[0].device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        outputs = profiler(*batch)
         loss = outputs[0] if isinstance(outputs, tuple) else outputs
-        torch.autograd.grad(loss, parameters, tangent, allow_unused=True)
-    return ranges.shares()
+        torch.autograd.grad(loss, parameters, torch.full_like(loss, loss_scale), allow_unused=True)
+    rounded = [site for site in profiler.take().sites if site.cast is not None]
+    by_role = {role: merge(site.statistics for site in rounded if site.role == role) for role in ROLES}
+    counts = {"saturated": "saturations", "underflowed": "underflows"}
+    return {
+        f"{what}_{role}": statistics.share(count)
+        for role, statistics in by_role.items()
+        if statistics.elements
+        for what, count in counts.items()
+    }

@@ -12,7 +12,8 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from importlib import metadata
@@ -23,7 +24,7 @@ import numpy as np
 
 from . import require
 from .config import RunConfig, from_dict
-from .training import Record
+from .record import Record
 
 _METADATA = b"fpsim"
 _PACKAGES = ("fpsim", "torch", "transformers", "numpy", "scipy", "ray", "pyarrow")
@@ -100,9 +101,19 @@ def _read(source: Path | bytes) -> tuple[Any, dict[str, Any]]:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write ``path`` in one piece: readers see the old content or the new."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to in a ``with`` block; the file there takes the place of ``path`` at the end of the block.
+
+    The folder of ``path`` is made if it is missing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
+    yield partial
     os.replace(partial, path)
 
 

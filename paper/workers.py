@@ -21,9 +21,10 @@ from typing import Any, Protocol
 import torch
 
 from . import require
+from .checkpoint import Checkpoint
 from .config import compile_key, from_dict
 from .storage import to_parquet, versions
-from .training import Checkpoint, records
+from .training import records
 
 #: Seconds between two messages on the progress of a run.
 _PERIOD = 0.5

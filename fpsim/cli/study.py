@@ -325,10 +325,11 @@ def train(
     """Compute one run, here or under torchrun: torchrun --nproc-per-node 8 -m fpsim.cli.study train CONFIG OUT."""
     import json
 
+    from fpsim.paper.checkpoint import Checkpoint
     from fpsim.paper.config import from_dict, run_key, to_dict
     from fpsim.paper.parallel import from_environment
     from fpsim.paper.storage import replace_file, to_parquet, versions
-    from fpsim.paper.training import Checkpoint, records
+    from fpsim.paper.training import records
 
     chosen = from_dict(json.loads(config.read_text()))
     group = from_environment(parallel, chosen.device)

@@ -20,11 +20,9 @@ from torch import Tensor, nn
 from fpsim.curvature.losses import IGNORED
 from fpsim.evaluate.load import BYTES, load_script, positions
 from fpsim.policy.policy import Policy
-from fpsim.sharpness.logits import ITERATIONS, LogitMetrics, Method, last_of, logit_metrics
+from fpsim.sharpness.logits import EPSILONS, ITERATIONS, LogitMetrics, Method, last_of, logit_metrics
 from fpsim.sharpness.streaming import Accumulator, LogitSummary, gradient_norm, logits_of, predictions
 
-#: Keskar's two boxes.
-EPSILONS = (5e-4, 1e-3)
 #: Name of the row in which nothing is rounded.
 UNROUNDED = "none"
 

@@ -37,8 +37,10 @@ Tokens = Literal["all", "last"]
 METHODS: tuple[str, ...] = ("exact", "lbfgsb")
 TOKENS: tuple[str, ...] = ("all", "last")
 
-#: Keskar's smaller box; the paper gives no number.
-EPSILON = 5e-4
+#: The half-widths of Keskar's two boxes, relative to |z| + 1; the paper gives no number.
+EPSILONS = (5e-4, 1e-3)
+#: The smaller of them.
+EPSILON = EPSILONS[0]
 #: Iterations of Keskar's L-BFGS-B.
 ITERATIONS = 10
 #: Numbers that are in work at once, by device type: some five times as many in float64 are the workspace. On a CPU

@@ -34,8 +34,9 @@ from rich.table import Table
 from fpsim.paper.config import RunConfig
 from fpsim.paper.data import load
 from fpsim.paper.models import MODELS
+from fpsim.paper.record import Record, step_seconds
 from fpsim.paper.sweeps import condition_options, grid, sweep
-from fpsim.paper.training import Record, records, step_seconds
+from fpsim.paper.training import records
 
 _EVERY = 10
 

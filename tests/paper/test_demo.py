@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from fpsim.paper.demo import DEFAULT_FORMATS, Result, _smooth, demo, parse_run
-from fpsim.paper.training import Record, run
+from fpsim.paper.record import Record
+from fpsim.paper.training import run
 from fpsim.policy.policy import Policy
 
 

@@ -15,9 +15,10 @@ from rich.console import Console
 from fpsim.paper.config import RunConfig, compile_key, from_dict, run_key, to_dict
 from fpsim.paper.data import DataConfig
 from fpsim.paper.models import ModelConfig
+from fpsim.paper.record import Record
 from fpsim.paper.storage import read_records, read_run, to_parquet
 from fpsim.paper.sweeps import Planned, condition_options, grid, read_sweep, sweep
-from fpsim.paper.training import Record, run
+from fpsim.paper.training import run
 from fpsim.policy.policy import Policy
 
 pytest.importorskip("pyarrow")

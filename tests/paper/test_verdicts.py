@@ -12,8 +12,8 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from fpsim.paper.config import RunConfig
+from fpsim.paper.record import Record
 from fpsim.paper.storage import Run
-from fpsim.paper.training import Record
 from fpsim.paper.verdicts import (
     auc,
     bootstrap,
