@@ -18,29 +18,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fpsim.policy.policy import parse_cast
+from fpsim.policy.shorthand import UNSIMULATED, parse_shorthand
 
 from . import require
 from .compile_ahead import compile_ahead
 from .compiled_loss import Compile
 from .config import RunConfig
 from .data import Data, read_text, split, tokenize
+from .figures import COLOURS
+from .progress import progress_bars
 from .record import Record, step_seconds
+from .storage import plain_number
 from .training import records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: The run without simulation: plain Inductor, attention opened as in the simulated runs.
-BASELINE = "fp32"
-#: Runs of the demo beside the baseline, as `parse_run` reads them.
+#: The run without simulation: plain Inductor, with attention opened as in the simulated runs.
+BASELINE = UNSIMULATED
+#: Runs of the demo beside the baseline, as `fpsim.policy.shorthand.parse_shorthand` reads them.
 DEFAULT_FORMATS = ("bf16", "e4m3fn+e5m2", "e8m3", "e8m3/toward_zero")
-
-# Okabe and Ito's palette, in an order that keeps neighbours apart for colour-blind readers.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D31")
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Result:
     """One finished run.
 
     Attributes:
-        name: as `parse_run` reads it.
+        name: as `fpsim.policy.shorthand.parse_shorthand` reads it.
         config: what was run.
         records: one per step.
     """
@@ -82,38 +81,6 @@ class Result:
         return step_seconds(self.records) / step_seconds(baseline.records)
 
 
-def parse_run(name: str) -> dict[str, str] | None:
-    """The options of ``torch.compile(backend="fpsim")`` that a run's name stands for; None for ``fp32``, the baseline.
-
-    A name is one cast for all operands of all matrix products (``bf16``, ``e8m3/toward_zero``), or two joined by
-    ``+``, one for activations and weights and one for gradients (``e4m3fn+e5m2``). A cast is spelled as in
-    `fpsim.Policy`: a format, then optionally ``/`` and a rounding direction, ``/`` and an overflow mode.
-
-    Raises:
-        ValueError: a part of the name has no meaning; the message names it.
-
-    >>> parse_run("e4m3fn+e5m2/toward_zero")
-    {'activation': 'e4m3fn', 'weight': 'e4m3fn', 'gradient': 'e5m2/toward_zero'}
-    """
-    if name.strip().lower() == BASELINE:
-        return None
-    casts = [part.strip().lower() for part in name.split("+")]
-    try:
-        if len(casts) > 2:
-            raise ValueError(f"{len(casts)} casts joined by '+'")
-        for cast in casts:
-            parse_cast(cast)
-    except ValueError as error:
-        raise ValueError(
-            f"cannot read the run {name!r}: {error}. A run is a cast for all operands, such as bf16 or "
-            "e8m3/toward_zero, or one for activations and weights and one for gradients, such as e4m3fn+e5m2"
-        ) from None
-    if len(casts) == 1:
-        return {"format": casts[0]}
-    forward, gradient = casts
-    return {"activation": forward, "weight": forward, "gradient": gradient}
-
-
 def demo(
     *,
     steps: int = 150,
@@ -132,7 +99,8 @@ def demo(
 
     Args:
         steps: optimizer steps per run.
-        formats: runs beside the baseline ``fp32``, as `parse_run` reads them; None or empty means `DEFAULT_FORMATS`.
+        formats: runs beside the baseline ``fp32``, as `parse_shorthand` reads them; None or empty means
+            `DEFAULT_FORMATS`.
         text: file to train on; None means all plays of Shakespeare (`fpsim.paper.data.shakespeare`).
         loss_scale: `RunConfig.loss_scale` of all runs. The default keeps gradients of e5m2 above underflow, as training
             in FP8 does; 1 shows what happens without. It leaves the bits of bf16, e8m3 and fp32 runs as they are.
@@ -145,7 +113,8 @@ def demo(
         The runs in the order of the table, the baseline first.
 
     Raises:
-        ValueError: a name that `parse_run` cannot read, a text too short, ``steps`` or ``loss_scale`` not positive.
+        ValueError: a name that `parse_shorthand` cannot read, a text that is too short, ``steps`` or ``loss_scale``
+            not positive.
         FileNotFoundError, IsADirectoryError: ``text`` is not a file.
         ModuleNotFoundError: the optional extra ``paper`` is not installed.
     """
@@ -156,7 +125,7 @@ def demo(
         config or RunConfig(), steps=steps, warmup=steps // 10, validate_every=max(1, steps // 8), loss_scale=loss_scale
     )
     names = dict.fromkeys([BASELINE, *(formats or DEFAULT_FORMATS)])
-    configs = {name: replace(shared, options=parse_run(name)) for name in names}
+    configs = {name: replace(shared, options=parse_shorthand(name)) for name in names}
     content = read_text(text)
     data = split(tokenize(content), context=shared.model.context)
     source = "all plays of Shakespeare" if text is None else text.name
@@ -203,7 +172,7 @@ def plot(results: Sequence[Result], path: Path, *, title: str) -> None:
     figure = require("matplotlib.figure").Figure(figsize=(10, 7), dpi=150, layout="constrained")
     losses, gaps = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for index, result in enumerate(results):
-        _draw(losses, gaps, result, results[0], _COLOURS[index % len(_COLOURS)])
+        _draw(losses, gaps, result, results[0], COLOURS[index % len(COLOURS)])
     losses.set_title(title, loc="left")
     losses.set_title("lines: training, smoothed; dots: validation", loc="right", fontsize=9, color="0.4")
     losses.set_ylabel("loss (nats per byte)")
@@ -227,8 +196,7 @@ def _heading(config: RunConfig, source: str) -> str:
 def _train(configs: Mapping[str, RunConfig], data: Data, console: Console, compile: Compile | None) -> list[Result]:
     """All runs in lockstep, with one progress bar each."""
     histories: dict[str, list[Record]] = {name: [] for name in configs}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    progress = Progress(*columns, TextColumn("{task.fields[state]}"), console=console)
+    progress = progress_bars(console)
     # The last two of five: the other process starts later, and what it compiles must still be loaded here.
     elsewhere = list(configs)[math.ceil(len(configs) * 0.6) :] if compile is None else []
     with progress, compile_ahead({name: configs[name] for name in elsewhere}) as ahead:
@@ -286,12 +254,12 @@ def _write_summary(results: Sequence[Result], path: Path, source: str, size: int
         {
             "name": result.name,
             "options": result.config.options,
-            "final_validation_loss": _finite(result.final_loss),
-            "best_validation_loss": _finite(result.best_loss),
-            "final_minus_baseline": _finite(result.final_loss - baseline.final_loss),
+            "final_validation_loss": plain_number(result.final_loss),
+            "best_validation_loss": plain_number(result.best_loss),
+            "final_minus_baseline": plain_number(result.final_loss - baseline.final_loss),
             "diverged": not all(math.isfinite(record.loss) for record in result.records),
-            "steps_per_second": _finite(result.steps_per_second),
-            "overhead": _finite(result.overhead(baseline)),
+            "steps_per_second": plain_number(result.steps_per_second),
+            "overhead": plain_number(result.overhead(baseline)),
         }
         for result in results
     ]
@@ -303,8 +271,3 @@ def _write_summary(results: Sequence[Result], path: Path, source: str, size: int
         "runs": rows,
     }
     path.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None

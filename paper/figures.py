@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, for few conditions; more of them are shades of one scale.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D31")
+#: Okabe and Ito's palette, in an order that keeps neighbours apart for colour-blind readers.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D31")
 #: Columns of small multiples.
 _ACROSS = 4
 
@@ -63,8 +63,8 @@ class Judged:
 
 def colours(names: Sequence[str]) -> dict[str, Any]:
     """A colour per name."""
-    if len(names) <= len(_COLOURS):
-        return dict(zip(names, _COLOURS, strict=False))
+    if len(names) <= len(COLOURS):
+        return dict(zip(names, COLOURS, strict=False))
     scale = require("matplotlib").colormaps["turbo"]
     return {name: scale(0.05 + 0.9 * index / (len(names) - 1)) for index, name in enumerate(names)}
 

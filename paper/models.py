@@ -153,7 +153,7 @@ def llama(config: ModelConfig, *, seed: int) -> LlamaForCausalLM:
     """
     transformers = require("transformers")
     sizes = transformers.LlamaConfig(
-        vocab_size=config.vocabulary,
+        **_shared(config, "rms_norm_eps"),
         hidden_size=config.hidden,
         intermediate_size=config.mlp,
         num_hidden_layers=config.layers,
@@ -161,14 +161,7 @@ def llama(config: ModelConfig, *, seed: int) -> LlamaForCausalLM:
         num_key_value_heads=config.kv_heads or config.heads,
         max_position_embeddings=config.context,
         attention_dropout=0.0,
-        tie_word_embeddings=config.tied,
-        use_cache=False,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
     )
-    if config.norm_epsilon is not None:
-        sizes.rms_norm_eps = config.norm_epsilon
     return _initialised(transformers.LlamaForCausalLM, sizes, seed)
 
 
@@ -183,7 +176,7 @@ def gpt2(config: ModelConfig, *, seed: int) -> GPT2LMHeadModel:
     """
     transformers = require("transformers")
     sizes = transformers.GPT2Config(
-        vocab_size=config.vocabulary,
+        **_shared(config, "layer_norm_epsilon"),
         n_embd=config.hidden,
         n_inner=config.mlp,
         n_layer=config.layers,
@@ -192,15 +185,21 @@ def gpt2(config: ModelConfig, *, seed: int) -> GPT2LMHeadModel:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        tie_word_embeddings=config.tied,
-        use_cache=False,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
     )
-    if config.norm_epsilon is not None:
-        sizes.layer_norm_epsilon = config.norm_epsilon
     return _initialised(transformers.GPT2LMHeadModel, sizes, seed)
+
+
+def _shared(config: ModelConfig, epsilon: str) -> dict[str, Any]:
+    """What a configuration of transformers takes for every family; ``epsilon`` is the family's name of that field."""
+    shared: dict[str, Any] = {
+        "vocab_size": config.vocabulary,
+        "tie_word_embeddings": config.tied,
+        "use_cache": False,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return shared if config.norm_epsilon is None else {**shared, epsilon: config.norm_epsilon}
 
 
 def _initialised(kind: Any, sizes: Any, seed: int) -> Any:

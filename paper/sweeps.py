@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID
 
-from fpsim.policy.policy import Policy
+from fpsim.policy.shorthand import parse_shorthand
 
 from . import require
-from .config import Options, RunConfig, compile_key, from_dict, run_key, to_dict
+from .config import RunConfig, compile_key, from_dict, run_key, to_dict
 from .data import DataConfig, fetch
+from .progress import progress_bars
 from .storage import Run, read_run, replace_file, versions
 from .workers import Job, Message, Pool, ProcessPool, RayPool, SerialPool, cores
 
@@ -65,23 +66,6 @@ class Outcome:
     seconds: float
 
 
-def condition_options(name: str) -> Options:
-    """The policy that the name of a condition stands for; None for ``fp32``.
-
-    A name is a preset (``paper:e8m3``, ``fp8_hybrid``), one cast (``bf16``, ``e8m3/toward_zero``), or two joined by
-    ``+`` (``e4m3fn+e5m2``), as `fpsim.paper.demo.parse_run` reads them. ``bf16`` and ``fp16`` mean casts of operands
-    only, so that they compare with ``e8m6``.
-
-    Raises:
-        ValueError: none of these.
-    """
-    from .demo import parse_run
-
-    if name.startswith("paper:") or name == "fp8_hybrid":
-        return Policy.preset(name).to_dict()
-    return parse_run(name)
-
-
 def grid(
     base: RunConfig,
     *,
@@ -94,15 +78,15 @@ def grid(
 
     Args:
         base: all that does not vary.
-        formats: as `condition_options` reads them.
+        formats: as `fpsim.policy.shorthand.parse_shorthand` reads them.
         learning_rates, data: None means those of ``base``.
 
     Raises:
-        ValueError: a format that means nothing.
+        ValueError: a format that `parse_shorthand` cannot read.
     """
     texts = list(data or [base.data])
     rates = list(learning_rates or [base.learning_rate])
-    options = {name: condition_options(name) for name in formats}
+    options = {name: parse_shorthand(name) for name in formats}
     return [
         Planned(
             name if len(texts) == 1 else f"{name}, {text.label}",
@@ -330,8 +314,7 @@ class _Board:
     """The live table: a bar for all runs, and one for what each worker is doing."""
 
     def __init__(self, console: Console, jobs: Sequence[Job], conditions: Mapping[str, str], pool: Pool) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, TextColumn("{task.fields[state]}"), console=console)
+        self._progress = progress_bars(console, width=24)
         self._conditions = conditions
         self._all = self._progress.add_task("runs", total=len(jobs), state="")
         self._workers: dict[int, TaskID] = {

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fpsim.curvature.losses import IGNORED
 from fpsim.evaluate.load import BYTES, load_script, positions
 from fpsim.policy.policy import Policy
+from fpsim.policy.shorthand import UNSIMULATED, parse_shorthand
 from fpsim.sharpness.logits import EPSILONS, ITERATIONS, LogitMetrics, Method, last_of, logit_metrics
 from fpsim.sharpness.streaming import Accumulator, LogitSummary, gradient_norm, logits_of, predictions
 
@@ -36,7 +37,7 @@ class Row:
     """What was measured under one precision.
 
     Attributes:
-        format: what all operands of all matrix products were rounded to, or ``none``.
+        format: the policy as `fpsim.policy.shorthand.parse_shorthand` reads it, or ``none``.
         every: of all tokens, by epsilon.
         last: of the last token of every window alone, as in the paper, by epsilon.
         gradient_norm: of the mean loss with respect to the parameters; None if it was not asked for.
@@ -139,7 +140,9 @@ def measure_checkpoint(
     Args:
         model: folder of a Hugging Face checkpoint, with its tokenizer; models over bytes (256 words) need none.
         text: a UTF-8 file. No special tokens are added to it.
-        formats: casts of all operands of all matrix products, as in `fpsim.Policy`: ``e4m3fn``, ``e8m3/toward_zero``.
+        formats: policies as `fpsim.policy.shorthand.parse_shorthand` reads them: a cast of all operands of all matrix
+            products (``e4m3fn``, ``e8m3/toward_zero``), two casts (``e4m3fn+e5m2``) or a preset (``paper:e8m3``).
+            Here ``fp32`` rounds operands to float32.
         epsilons, method, iterations: as for `fpsim.sharpness.logit`.
         windows: how many at most.
         context: tokens per window; None is the model's own, at most 1024.
@@ -250,7 +253,7 @@ def _rows(
 ) -> tuple[Row, ...]:
     if not epsilons:
         raise ValueError("epsilons is empty: give at least one, such as 5e-4")
-    policies = {UNROUNDED: None, **{name: Policy(format=name) for name in formats}}
+    policies = {UNROUNDED: None, **{name: _policy(name) for name in formats}}
     total = len(policies) * len(batches)
 
     def each() -> Iterator[Row]:
@@ -260,6 +263,11 @@ def _rows(
             yield _row(name, _under(network, policy, backend), batches, epsilons, method, iterations, gradients, tick)
 
     return tuple(each())
+
+
+def _policy(name: str) -> Policy:
+    """The policy that ``name`` stands for; ``fp32`` rounds operands to it, which changes those of a wider dtype."""
+    return Policy.from_options(parse_shorthand(name) or {"format": UNSIMULATED})
 
 
 def _row(

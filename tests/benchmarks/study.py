@@ -35,15 +35,16 @@ from fpsim.paper.config import RunConfig
 from fpsim.paper.data import load
 from fpsim.paper.models import MODELS
 from fpsim.paper.record import Record, step_seconds
-from fpsim.paper.sweeps import condition_options, grid, sweep
+from fpsim.paper.sweeps import grid, sweep
 from fpsim.paper.training import records
+from fpsim.policy.shorthand import parse_shorthand
 
 _EVERY = 10
 
 
 def cases(base: RunConfig, name: str) -> dict[str, RunConfig]:
     """The runs that are compared, plain Inductor of each attention before what is simulated with it."""
-    options = dict(condition_options(name) or {})
+    options = dict(parse_shorthand(name) or {})
     fused = {**options, "attention": "keep"}
     return {
         "plain Inductor, attention opened": base,
