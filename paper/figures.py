@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import require
+from .prediction import SIGNALS, Prediction, roc, scored_steps
 from .storage import Run
-from .verdicts import SIGNALS, Prediction, Verdict, roc, scored_steps
+from .verdicts import Verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

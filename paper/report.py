@@ -17,20 +17,10 @@ import numpy as np
 from . import figures, require
 from .config import RunConfig, to_dict
 from .figures import Judged
+from .intervals import compare, share
+from .prediction import SIGNALS, Prediction, predict, signal_values, warn
 from .sweeps import read_sweep
-from .verdicts import (
-    SIGNALS,
-    Prediction,
-    compare,
-    judge,
-    predict,
-    preregistration,
-    rules,
-    share,
-    signal_values,
-    trained,
-    warn,
-)
+from .verdicts import judge, preregistration, rules, trained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
