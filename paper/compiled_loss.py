@@ -26,11 +26,11 @@ def compile_loss(
 ) -> Loss:
     """``model`` compiled by the fpsim backend under the policy ``options``, or by plain Inductor if they are None.
 
-    The simulated default opens attention (its inner products are rounded), so plain Inductor gets the same attention,
-    opened: otherwise the two would differ in more than rounding.
+    The default policy opens attention, so that its inner products are rounded. Plain Inductor gets the same opened
+    attention: otherwise the two would differ in more than rounding.
 
     Args:
-        attention: ``opened`` or ``fused``, whatever the policy says; None leaves it to the policy.
+        attention: ``opened`` or ``fused`` overrides the policy; None leaves the choice to the policy.
         interpret: run operator by operator, without a compiler.
     """
     if options is None:
@@ -51,8 +51,8 @@ def with_attention(options: Mapping[str, object], attention: str | None) -> dict
 class OpenAttention(nn.Module):
     """``module`` with scaled_dot_product_attention as products and a softmax, not as one fused kernel.
 
-    The choice is made inside ``forward`` so that it is part of the compiled graph: made around the call it is missing
-    from the key of torch's compile cache, which then hands back code compiled with fused attention (torch 2.13).
+    The choice is made inside ``forward``, so that it is part of the compiled graph. A choice made around the call is
+    missing from the key of torch's compile cache, which then returns code compiled with fused attention (torch 2.13).
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -60,19 +60,19 @@ class OpenAttention(nn.Module):
         self.module = module
 
     def forward(self, *args: Tensor) -> Tensor:
-        """What ``module`` returns."""
+        """The result of ``module``."""
         with sdpa_kernel(SDPBackend.MATH):
             return self.module(*args)
 
 
 class Autocast(nn.Module):
-    """``module`` under PyTorch's own mixed precision; inside the graph, as `OpenAttention`."""
+    """``module`` under PyTorch's own mixed precision, chosen inside the graph as in `OpenAttention`."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         self.module, self.dtype, self.device = module, dtype, device
 
     def forward(self, *args: Tensor) -> Any:
-        """What ``module`` returns."""
+        """The result of ``module``."""
         with torch.autocast(self.device, self.dtype):
             return self.module(*args)

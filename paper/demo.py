@@ -1,7 +1,7 @@
-"""The demo: one small Llama trained under several formats side by side, a table and a picture of what they cost.
+"""The demo: one small Llama trained under several formats side by side, with a table and a plot of the results.
 
-All runs start from the same weights and see the same batches; they advance in lockstep, one step each in turn, so that
-a disturbance of the machine falls on all of them and the ratios of their speeds stay honest.
+All runs start from the same weights and see the same batches. They take one step each in turn, so that a disturbance of
+the machine slows all of them and the ratios of their speeds stay right.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Result:
 
     Attributes:
         name: as `fpsim.policy.shorthand.parse_shorthand` reads it.
-        config: what was run.
+        config: its configuration.
         records: one per step.
     """
 
@@ -77,7 +77,7 @@ class Result:
         return 1 / step_seconds(self.records)
 
     def overhead(self, baseline: Result) -> float:
-        """Median step time over that of ``baseline``."""
+        """The ratio of the median step time to that of ``baseline``."""
         return step_seconds(self.records) / step_seconds(baseline.records)
 
 
@@ -92,7 +92,7 @@ def demo(
     config: RunConfig | None = None,
     compile: Compile | None = None,
 ) -> list[Result]:
-    """Train the baseline and one run per format, print a table, and write what was measured to the folder ``out``.
+    """Train the baseline and one run per format, print a table, and write the measurements to the folder ``out``.
 
     Files: ``loss.png`` (loss curves), ``records.csv`` (one line per run and step), ``summary.json`` (the table, the
     configuration, versions, and the text's name and size).
@@ -104,7 +104,7 @@ def demo(
         text: file to train on; None means all plays of Shakespeare (`fpsim.paper.data.shakespeare`).
         loss_scale: `RunConfig.loss_scale` of all runs. The default keeps gradients of e5m2 above underflow, as training
             in FP8 does; 1 shows what happens without. It leaves the bits of bf16, e8m3 and fp32 runs as they are.
-        console: where everything is printed; None means the progress bars on standard error, the rest on output.
+        console: the console for all output; None prints progress bars on standard error, the rest on standard output.
         config: sizes and recipe; the demo itself sets ``options``, ``steps``, ``warmup``, ``validate_every`` and
             ``loss_scale``.
         compile: passed to `fpsim.paper.training.records`.
@@ -166,8 +166,9 @@ def table(results: Sequence[Result]) -> Table:
 def plot(results: Sequence[Result], path: Path, *, title: str) -> None:
     """Draw the loss curves of ``results`` (the first is the baseline) to the PNG file ``path``, 1500 x 1050 pixels.
 
-    Above, the training loss of every step (faint), smoothed (line), and the validation losses (dots); below, the
-    last two minus the baseline's. The network sees the same batches in all runs, so that small gaps show.
+    The upper panel has the training loss of every step (faint), the smoothed one (line) and the validation losses
+    (dots); the lower panel has the last two minus those of the baseline. All runs see the same batches, so that small
+    gaps show.
     """
     figure = require("matplotlib.figure").Figure(figsize=(10, 7), dpi=150, layout="constrained")
     losses, gaps = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -233,7 +234,7 @@ def _draw(losses: Axes, gaps: Axes, result: Result, baseline: Result, colour: st
 
 
 def _smooth(values: Sequence[float]) -> np.ndarray:
-    """Gaussian average over a fiftieth of the run to either side, renormalised at the ends; it does not lag."""
+    """Gaussian average with a standard deviation of a fiftieth of the run, renormalised at the ends, without lag."""
     width = max(1.0, len(values) / 50)
     reach = min(math.ceil(3 * width), len(values) - 1)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)

@@ -26,7 +26,7 @@ class Share:
 
 
 def share(flags: Sequence[bool], level: float | None = None) -> Share:
-    """How many of ``flags`` are true, with an interval of the registered level.
+    """The share of true ``flags``, with an interval of the registered level, or another ``level``.
 
     >>> str(share([True] * 18 + [False] * 170))
     '18/188 [0.06, 0.15]'
@@ -38,7 +38,7 @@ def share(flags: Sequence[bool], level: float | None = None) -> Share:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Fisher's exact test between two conditions: one-sided (the first more often), two-sided, and the odds ratio."""
+    """Fisher's exact test between two conditions: one-sided (true more often in the first), two-sided, odds ratio."""
 
     first: Share
     second: Share
@@ -48,7 +48,7 @@ class Comparison:
 
 
 def compare(first: Sequence[bool], second: Sequence[bool]) -> Comparison:
-    """Fisher's exact test of how often ``first`` and ``second`` are true.
+    """Compare how often ``first`` and ``second`` are true by Fisher's exact test.
 
     >>> round(compare([True] * 18 + [False] * 170, [False] * 70).p_greater, 4)
     0.0027
@@ -62,7 +62,7 @@ def compare(first: Sequence[bool], second: Sequence[bool]) -> Comparison:
 def bootstrap(
     statistic: Callable[[np.ndarray], float], count: int, resamples: int, level: float, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of ``statistic``, a function of how often each of ``count`` units was drawn."""
+    """Percentile interval of ``statistic``, a function of how many times each of ``count`` units was drawn."""
     generator = np.random.default_rng(seed)
     drawn = (np.bincount(generator.integers(count, size=count), minlength=count) for _ in range(resamples))
     values = np.array([statistic(weights.astype(float)) for weights in drawn])

@@ -12,7 +12,7 @@ from .intervals import Share, bootstrap, share
 from .storage import Run
 from .verdicts import Verdict, rules
 
-#: Signals that may warn of divergence: name, and what they are called.
+#: Signals that may warn of divergence, with their names in tables.
 SIGNALS = {
     "sharpness_5e4": "logit sharpness, ε = 5e-4",
     "sharpness_1e3": "logit sharpness, ε = 1e-3",
@@ -27,13 +27,13 @@ SIGNALS = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """How well a signal tells, step by step, whether a run diverges within the next steps.
+    """How well the value of a signal at one step predicts that the run diverges within the next steps.
 
     Attributes:
         signal: one of `SIGNALS`.
         score: ``value``, or ``rise`` over its own median so far.
-        horizon: steps.
-        auc: area under the ROC curve; 0.5 is chance; NaN where there is nothing to tell apart.
+        horizon: the number of next steps.
+        auc: area under the ROC curve; 0.5 is chance; NaN without both positive and negative steps.
         low, high: bootstrap interval over runs.
         positives, negatives: steps with and without divergence ahead.
         runs: diverging runs that contribute a positive step.
@@ -51,7 +51,7 @@ class Prediction:
 
 
 def auc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """The probability that a positive scores above a negative, ties counted half; NaN without both.
+    """The probability that a positive scores above a negative, where a tie counts half; NaN without both.
 
     Args:
         scores: float64, shape (n,), no NaN.
@@ -87,7 +87,7 @@ def roc(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def signal_values(run: Run, signal: str) -> np.ndarray:
-    """``signal`` at every step, NaN where it was not measured."""
+    """The values of ``signal`` at every step: float64, shape (steps,), NaN where it was not measured."""
     if signal != "loss_variance":
         return run[signal]
     window = int(rules().prediction["variance_window"])
@@ -103,13 +103,14 @@ def scored_steps(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All steps at which ``signal`` was measured, after the warmup and before divergence.
 
-    All signals are looked at in the same steps: those with a measurement of the logits, where there are any.
+    All signals are scored at the same steps: those with a measurement of the logits, if there are any.
 
     Args:
-        horizon: share of the run within which it diverges, or not.
+        score: ``value``, or ``rise`` over the median of the run's own past.
+        horizon: a share of the run; a step is labelled true if the run diverges within it.
 
     Returns:
-        Scores (larger: more alarming), labels, and the index of the run, each of shape (steps,).
+        Scores (larger is more alarming), labels, and indices of runs, each of shape (steps,).
     """
     scores, labels, groups = [], [], []
     for index, (run, verdict) in enumerate(zip(runs, verdicts, strict=True)):
@@ -164,7 +165,7 @@ class Warning:
         signal: one of `SIGNALS`.
         threshold: the registered quantile of its values in runs that do not diverge.
         warned: diverging runs with an alarm before they diverge.
-        false_alarms: other runs with an alarm at any step.
+        false_alarms: runs that do not diverge, with an alarm at any step.
         lead: median steps between the first alarm and divergence, over the runs that were warned.
     """
 
@@ -176,7 +177,7 @@ class Warning:
 
 
 def warn(runs: Sequence[Run], verdicts: Sequence[Verdict], signal: str) -> Warning | None:
-    """The `Warning` of ``signal``; None where no run diverged, all did, or it was never measured."""
+    """The `Warning` of ``signal``; None if no run diverged, if all did, or if the signal was never measured."""
     calm, leads, warned, false_alarms = [], [], [], []
     pairs = [
         (np.where(run["step"] > run.config.warmup, signal_values(run, signal), math.nan), run, verdict)

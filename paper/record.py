@@ -13,27 +13,29 @@ SMOOTHING_SHARE, SMOOTHING_LEAST = 0.01, 10
 
 @dataclass(frozen=True)
 class Record:
-    """What one step left behind. Losses are nats per token; a diverged run has non-finite ones.
+    """The numbers of one step. Losses are in nats per token; those of a diverged run are not finite.
 
-    What was not measured at a step is None. Logits are those of the last token of each window of the batch.
+    A field that was not measured at the step is None. Logits are those of the last token of each window of the batch.
 
     Attributes:
         step: updates made so far, from 1.
         loss: training loss of this step's batch, before its update.
         gradient_norm: 2-norm of the whole gradient, before clipping.
-        learning_rate: of this update.
+        learning_rate: that of this update.
         validation_loss: after this update; None at steps without validation.
-        seconds: of forward, backward and update, without data and validation. Not part of equality.
+        seconds: the time of forward, backward and update, without data and validation. Not part of equality.
         smoothed_loss: exponential moving average of the losses so far, over 1 % of the run's steps and at least ten.
         sharpness_5e4, sharpness_1e3: logit sharpness in boxes of half-width 5e-4 and 1e-3, exact, mean over tokens.
-        lbfgsb_5e4, lbfgsb_1e3: the same by ten iterations of L-BFGS-B.
-        max_abs_logit: largest |z| of all.
+        lbfgsb_5e4, lbfgsb_1e3: the same, found by ten iterations of L-BFGS-B.
+        max_abs_logit: largest |z| over all logits z.
         mean_logit: mean of z.
-        hessian_eigenvalue: the largest one, before this update.
-        saturated_activation, saturated_weight, saturated_gradient: share of the values rounded in that role that lie
-            beyond the format's largest finite value.
-        underflowed_activation, underflowed_weight, underflowed_gradient: share that is not zero and is rounded to it.
-        sharpness_seconds: of measuring the logits. Not part of equality.
+        hessian_eigenvalue: the largest eigenvalue of the Hessian, before this update.
+        saturated_activation, saturated_weight, saturated_gradient: share of the operands rounded in that role that are
+            finite, exceed the format's largest finite value as their cast scales them, and became finite. An operand
+            counts once for every matrix product that reads it.
+        underflowed_activation, underflowed_weight, underflowed_gradient: share of the same operands that are not zero
+            and became zero.
+        sharpness_seconds: the time of measuring the logits. Not part of equality.
     """
 
     step: int
@@ -60,7 +62,7 @@ class Record:
 
 
 def step_seconds(history: Sequence[Record]) -> float:
-    """Median seconds of a step, the first (it compiles) left out; NaN if there is no other."""
+    """Median seconds of a step without the first, which compiles; NaN if there is no other."""
     return median(record.seconds for record in history[1:]) if len(history) > 1 else math.nan
 
 

@@ -1,8 +1,8 @@
-"""Results on disk: one Parquet file per run, which says what it holds, and one JSON file per sweep.
+"""Results on disk: one Parquet file per run with its metadata, and one JSON file per sweep.
 
-A sweep's folder holds ``sweep.json`` (the plan, and under which versions it was run), ``runs/KEY.parquet`` (the records
-of one run; its configuration and versions are in the file's metadata under ``fpsim``), ``failures/KEY.json``,
-``checkpoints/`` while runs go on, and ``scripts/`` with the users' own models.
+A sweep's folder holds ``sweep.json`` (the plan, and the versions of every start), ``runs/KEY.parquet`` (the records of
+one run; its configuration and versions are in the file's metadata under ``fpsim``), ``failures/KEY.json``,
+``checkpoints/`` of unfinished runs, and ``scripts/`` with the users' own models.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Run:
     Attributes:
         key: its name (`fpsim.paper.config.run_key`).
         condition: the label under which it is compared with others.
-        config: what was run.
+        config: its configuration.
         columns: one array per field of `Record`, float64 (``step``: int64), NaN where nothing was measured.
         facts: versions, git revision and seconds.
     """
@@ -72,7 +72,7 @@ def to_parquet(history: Sequence[Record], facts: Mapping[str, Any]) -> bytes:
 
 
 def read_records(source: Path | bytes) -> tuple[list[Record], dict[str, Any]]:
-    """What `to_parquet` was given."""
+    """The records and facts that `to_parquet` wrote to ``source``."""
     table, facts = _read(source)
     known = [entry.name for entry in fields(Record) if entry.name in table.column_names]
     return [Record(**row) for row in table.select(known).to_pylist()], facts
@@ -82,7 +82,7 @@ def read_run(path: Path, condition: str) -> Run:
     """The run stored at ``path``.
 
     Raises:
-        ValueError: no file of this kind.
+        ValueError: a Parquet file that `to_parquet` did not write.
     """
     table, facts = _read(path)
     columns = {
@@ -119,7 +119,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @lru_cache(maxsize=1)
 def versions() -> dict[str, Any]:
-    """What the results depend on beside the configuration: packages, source, git revision, kind of machine."""
+    """The facts beside the configuration that results depend on: packages, source, git revision, machine."""
     from fpsim.source import source_hash
 
     installed = {}
@@ -153,5 +153,5 @@ def _git_revision() -> str | None:
 
 
 def plain_number(value: float) -> float | None:
-    """``value`` for JSON, which has neither NaN nor infinity."""
+    """``value``, or None for NaN and infinity, which JSON lacks."""
     return value if math.isfinite(value) else None

@@ -1,6 +1,6 @@
-"""Sweeps: many runs, computed where there is room, kept in one folder, and computed once.
+"""Sweeps: many runs, distributed over workers, each computed once and kept in one folder.
 
-A run that the folder holds already is reused; one that was interrupted goes on from its checkpoint; one that fails, or
+A run that the folder holds already is reused. An interrupted run continues from its checkpoint. A run that fails, or
 whose worker dies, is tried again and reported.
 """
 
@@ -37,8 +37,8 @@ class Planned:
     """A run and the label under which it is compared with others.
 
     Attributes:
-        condition: what is compared: the format, say, and not the seed or the learning rate.
-        config: what is run.
+        condition: the label of the comparison: the format, for example, but not the seed or the learning rate.
+        config: its configuration.
     """
 
     condition: str
@@ -47,7 +47,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that was given up: its key, condition, tries, and what happened last."""
+    """A run that was given up: its key, condition, number of tries, and the text of its last error."""
 
     key: str
     condition: str
@@ -57,7 +57,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `sweep` did: runs computed, runs that were there already, and runs given up; seconds in all."""
+    """The result of `sweep`: numbers of runs computed and reused, runs given up, retries, and seconds in all."""
 
     computed: int
     reused: int
@@ -77,7 +77,7 @@ def grid(
     """Every format with every learning rate, seed and text; seeds vary slowest, so that a sweep is balanced early.
 
     Args:
-        base: all that does not vary.
+        base: the fields that do not vary.
         formats: as `fpsim.policy.shorthand.parse_shorthand` reads them.
         learning_rates, data: None means those of ``base``.
 
@@ -114,20 +114,20 @@ def sweep(
     """Compute every run of ``plan`` that ``folder`` does not hold yet.
 
     Args:
-        title: of the report.
+        title: the title of the report.
         executor: ``ray``, ``process`` (without Ray), or ``serial`` (in this process).
         workers: runs at a time; None is one per core, of the cluster where there is one. Ignored by ``serial``.
         address, resources: as for `fpsim.paper.workers.RayPool`.
-        retries: how many times a run is tried again.
-        threads: of torch in each worker; results have the same bits only for the same number.
+        retries: how many times a failed run is tried again.
+        threads: the number of torch's threads in each worker; only the same number gives the same bits.
         checkpoint_seconds: the least time between two writes of a run's state.
         facts: JSON types to keep in ``sweep.json``, such as the reference condition of an experiment.
-        console: where progress is shown; None is standard error.
+        console: the console for progress bars; None is standard error.
 
     Raises:
         ValueError: an empty plan, an unknown executor, or one configuration under two conditions.
         ModuleNotFoundError: Ray or pyarrow is not installed.
-        FileNotFoundError, ConnectionError: a text that is not there, or a Hub that is not reached.
+        FileNotFoundError, ConnectionError: a text that does not exist, or a Hub that does not answer.
     """
     start = time.perf_counter()
     require("pyarrow")
@@ -252,7 +252,7 @@ def read_sweep(folder: Path) -> tuple[list[Run], dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Told:
-    """A job is done, or is to be tried again."""
+    """A job is done, or will be tried again."""
 
     job: Job
     message: Message
@@ -300,7 +300,7 @@ def _schedule(jobs: Sequence[Job], pool: Pool, retries: int, board: _Board) -> I
 
 
 def _next_job(waiting: Sequence[Job], codes: Mapping[str, str], last: Mapping[int, str], worker: int) -> Job:
-    """One that needs the code that ``worker`` has compiled; else code that nobody has; else the most frequent code."""
+    """A job for ``worker``: one whose code it has compiled, else one whose code nobody has, else the most frequent."""
     own = [job for job in waiting if codes[job.key] == last.get(worker)]
     others = {code for number, code in last.items() if number != worker}
     fresh = [job for job in waiting if codes[job.key] not in others]
@@ -311,7 +311,7 @@ def _next_job(waiting: Sequence[Job], codes: Mapping[str, str], last: Mapping[in
 
 
 class _Board:
-    """The live table: a bar for all runs, and one for what each worker is doing."""
+    """The live table: a bar for all runs, and one for the current run of each worker."""
 
     def __init__(self, console: Console, jobs: Sequence[Job], conditions: Mapping[str, str], pool: Pool) -> None:
         self._progress = progress_bars(console, width=24)

@@ -29,7 +29,7 @@ class Rules:
 
 
 def preregistration() -> str:
-    """The text of the file that fixes what counts as what."""
+    """The text of the file with the registered rules."""
     return resources.files(__package__).joinpath("preregistration.toml").read_text()
 
 
@@ -41,12 +41,12 @@ def rules() -> Rules:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one run.
+    """The verdict on one run.
 
     Attributes:
         diverged_at: the step at which it diverged, or None.
         spikes: the first step of every spike.
-        final_loss: smoothed training loss at the end, nats per token; NaN or infinite where it is.
+        final_loss: smoothed training loss at the end, nats per token; it may be NaN or infinite.
         final_validation_loss: the last one; NaN if there is none.
     """
 
@@ -67,7 +67,7 @@ class Verdict:
 
 
 def judge(run: Run, by: Rules | None = None) -> Verdict:
-    """What became of ``run``."""
+    """The verdict on ``run`` by the registered rules, or others."""
     by = by or rules()
     steps, warmup = run.config.steps, run.config.warmup
     validation = run["validation_loss"][~np.isnan(run["validation_loss"])]
@@ -86,7 +86,7 @@ def divergence(
 
     Args:
         loss, smoothed, gradient_norm: one value per step, float64.
-        steps: of the whole run, which may have ended early.
+        steps: the planned steps of the run, which may have ended early.
     """
     onsets = []
     broken = ~(np.isfinite(loss) & np.isfinite(gradient_norm))
@@ -103,7 +103,7 @@ def divergence(
 
 
 def spikes(loss: np.ndarray, smoothed: np.ndarray, *, warmup: int, by: Rules) -> tuple[int, ...]:
-    """The steps (from 1) at which the loss spiked: the first of neighbouring ones."""
+    """The steps (from 1) at which the loss spiked: the first step of every spike."""
     found: list[int] = []
     last = -math.inf
     square = math.nan
@@ -114,7 +114,7 @@ def spikes(loss: np.ndarray, smoothed: np.ndarray, *, warmup: int, by: Rules) ->
             if index - last > by.spiked["apart"]:
                 found.append(index + 1)
             last = index
-        elif math.isfinite(excess):  # a spike does not widen what counts as noise
+        elif math.isfinite(excess):  # a spike does not widen the deviation that counts as noise
             weight = max(0.02, 1 / index)
             square = excess * excess if math.isnan(square) else square + weight * (excess * excess - square)
     return tuple(found)
@@ -127,7 +127,7 @@ def _stretches(flags: np.ndarray) -> list[tuple[int, int]]:
 
 
 def trained(runs: Sequence[Run], verdicts: Sequence[Verdict], reference: str, by: Rules | None = None) -> list[bool]:
-    """Which runs trained: not diverged, and not far above the condition ``reference`` at their learning rate."""
+    """Whether each run trained: it did not diverge, and is not far above the condition ``reference`` at its rate."""
     by = by or rules()
     levels = _reference_levels(runs, verdicts, reference)
     best = min(levels.values(), default=math.nan)
