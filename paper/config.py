@@ -15,6 +15,7 @@ from typing import Any
 from fpsim.policy.policy import Policy
 from fpsim.suggestions import did_you_mean
 
+from .choices import check_choice
 from .data import DataConfig, fingerprint
 from .models import ModelConfig
 
@@ -119,7 +120,7 @@ class RunConfig:
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip must be above 0, or None for no clipping, got {self.clip}")
         for name, choices in _CHOICES.items():
-            _check_choice(name, getattr(self, name), choices)
+            check_choice(name, getattr(self, name), choices)
         if self.lbfgsb_every and (not self.measure_every or self.lbfgsb_every % self.measure_every):
             raise ValueError(
                 f"lbfgsb_every must be a multiple of measure_every, got {self.lbfgsb_every} and {self.measure_every}"
@@ -131,13 +132,6 @@ class RunConfig:
     def options_at(self, index: int) -> Options:
         """The options of the step with ``index`` updates before it."""
         return [self.options, *(options for start, options in self.stages if start <= index)][-1]
-
-
-def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
-    if value in choices:
-        return
-    hint = did_you_mean(value, filter(None, choices))
-    raise ValueError(f"unknown {name} {value!r}{hint}: use one of {', '.join(map(str, choices))}")
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fpsim.suggestions import did_you_mean
-
 from . import hugging_face, require
+from .choices import check_choice
 
 #: Byte-level tokens: one per byte of the UTF-8 text.
 VOCABULARY = 256
@@ -59,9 +58,7 @@ class DataConfig:
     validation: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.quality not in QUALITIES:
-            hint = did_you_mean(self.quality, QUALITIES)
-            raise ValueError(f"unknown quality {self.quality!r}{hint}: use one of {', '.join(QUALITIES)}")
+        check_choice("quality", self.quality, QUALITIES)
         if not 0 <= self.level <= 1:
             raise ValueError(f"level is a share from 0 to 1, got {self.level}")
 

@@ -18,6 +18,7 @@ from fpsim.evaluate.load import built, script_function
 from fpsim.suggestions import did_you_mean
 
 from . import require
+from .choices import check_choice
 from .data import VOCABULARY
 
 if TYPE_CHECKING:
@@ -60,8 +61,7 @@ class ModelConfig:
         for name, value in vars(self).items():
             if isinstance(value, int | float) and not isinstance(value, bool) and name != "norm_epsilon" and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.family not in FAMILIES:
-            raise ValueError(f"unknown family {self.family!r}: use one of {', '.join(FAMILIES)}")
+        check_choice("family", self.family, FAMILIES)
         if (self.script is None) == (self.family == "script"):
             raise ValueError("family 'script' and a script belong together: give both or neither")
         if self.hidden % (2 * self.heads):

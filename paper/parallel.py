@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .choices import check_choice
 from .compiled_loss import Compile, Loss
 from .config import RunConfig
 from .trainer import Batch, Trainer, Update
@@ -39,8 +40,7 @@ class Parallel:
     world: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"unknown kind of parallel training {self.kind!r}: use one of {', '.join(KINDS)}")
+        check_choice("kind of parallel training", self.kind, KINDS)
 
     @property
     def is_first(self) -> bool:

@@ -23,6 +23,7 @@ from rich.progress import TaskID
 from fpsim.policy.shorthand import parse_shorthand
 
 from . import require
+from .choices import check_choice
 from .config import RunConfig, compile_key, from_dict, run_key, to_dict
 from .data import DataConfig, fetch
 from .progress import progress_bars
@@ -131,8 +132,7 @@ def sweep(
     """
     start = time.perf_counter()
     require("pyarrow")
-    if executor not in EXECUTORS:
-        raise ValueError(f"unknown executor {executor!r}: use one of {', '.join(EXECUTORS)}")
+    check_choice("executor", executor, EXECUTORS)
     keyed = _keyed(plan)
     missing = {key: planned for key, planned in keyed.items() if not _result(folder, key).exists()}
     for text in {planned.config.data for planned in missing.values()}:

@@ -1,8 +1,8 @@
 """Models from a Hugging Face checkpoint, or from the user's own Python script: ``path/to/script.py:build``.
 
 The script's ``build`` returns a `torch.nn.Module` from tokens, int64 of shape (batch, context), to logits of shape
-(batch, context, vocabulary) or to an object with ``.logits``; it may take ``vocabulary`` and ``context``. Tokens are the
-bytes of a text, unless the script has a function ``tokenize`` from a string to integers.
+(batch, context, vocabulary) or to an object with ``.logits``; it may take ``vocabulary`` and ``context``. Tokens are
+the bytes of a text, unless the script has a function ``tokenize`` from a string to integers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``fpsim sharpness path/to/script.py:build``: the numbers are those of plain numpy on the same table of logits."""
+"""``fpsim sharpness path/to/script.py:build`` gives the numbers of plain numpy on the same table of logits."""
 
 from __future__ import annotations
 

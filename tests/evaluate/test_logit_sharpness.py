@@ -1,4 +1,4 @@
-"""``fpsim sharpness``: what is measured of a checkpoint is what the library measures of its model."""
+"""``fpsim sharpness`` measures for a checkpoint what the library measures for its model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo trains what it was asked to, and its table, picture and files say what happened."""
+"""The demo trains the runs that were asked for, and its table, plot and files agree with their records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured beside the loss is what an independent computation finds."""
+"""Measurements beside the loss agree with an independent computation."""
 
 from __future__ import annotations
 

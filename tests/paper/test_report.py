@@ -1,4 +1,4 @@
-"""The report says what the runs are, needs nothing beside it, and opens in a browser without an error."""
+"""The report agrees with the runs, needs no other file, and opens in a browser without an error."""
 
 from __future__ import annotations
 

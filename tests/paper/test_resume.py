@@ -1,4 +1,4 @@
-"""A run that is interrupted anywhere and goes on gives the bits of a run that is not."""
+"""A run that is interrupted at any step and resumed has the bits of an uninterrupted run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep computes each run once, with the same bits wherever it runs, and loses nothing when workers die."""
+"""A sweep computes each run once, with the same bits on any executor, and loses nothing when workers die."""
 
 from __future__ import annotations
 
