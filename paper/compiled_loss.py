@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fpsim.policy.policy import Policy
+from fpsim.policy import Policy
 
 #: Inputs and targets to the loss, or to the loss and the logits of last tokens.
 Loss = Callable[..., Any]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fpsim.policy.policy import Policy, parse_cast
+from fpsim.casts import parse_cast
+from fpsim.policy.policy import Policy
 
 #: The word for no simulation.
 UNSIMULATED = "fp32"

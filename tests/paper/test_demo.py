@@ -15,7 +15,7 @@ from rich.console import Console
 from fpsim.paper.demo import DEFAULT_FORMATS, Result, _smooth, demo
 from fpsim.paper.record import Record
 from fpsim.paper.training import run
-from fpsim.policy.policy import Policy
+from fpsim.policy import Policy
 from fpsim.policy.shorthand import parse_shorthand
 
 

@@ -19,7 +19,7 @@ from fpsim.paper.record import Record
 from fpsim.paper.storage import read_records, read_run, to_parquet
 from fpsim.paper.sweeps import Planned, grid, read_sweep, sweep
 from fpsim.paper.training import run
-from fpsim.policy.policy import Policy
+from fpsim.policy import Policy
 from fpsim.policy.shorthand import parse_shorthand
 
 pytest.importorskip("pyarrow")

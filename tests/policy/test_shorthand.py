@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fpsim.policy.policy import Policy
+from fpsim.policy import Policy
 from fpsim.policy.shorthand import parse_shorthand
 
 
