@@ -9,7 +9,7 @@ from fpsim import curvature, sharpness
 from fpsim.compile_backend.observe.statistics import merge
 from fpsim.compile_backend.report.profile import Profiler
 from fpsim.policy.policy import ROLES
-from fpsim.sharpness.logits import EPSILONS
+from fpsim.sharpness.box import EPSILONS
 
 #: The most products with the Hessian per estimate, and the relative residual at which an estimate ends.
 HESSIAN_PRODUCTS, HESSIAN_TOLERANCE = 40, 0.05

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from fpsim.policy.shorthand import parse_shorthand
+from fpsim.processors import usable_cores
 
 from . import require
 from .choices import check_choice
@@ -28,7 +29,7 @@ from .config import RunConfig, compile_key, from_dict, run_key, to_dict
 from .data import DataConfig, fetch
 from .progress import progress_bars
 from .storage import Run, read_run, replace_file, versions
-from .workers import Job, Message, Pool, ProcessPool, RayPool, SerialPool, cores
+from .workers import Job, Message, Pool, ProcessPool, RayPool, SerialPool
 
 EXECUTORS = ("ray", "process", "serial")
 
@@ -162,7 +163,7 @@ def sweep(
 def _pool(executor: str, jobs: int, workers: int | None, address: str | None, resources: Mapping[str, float]) -> Pool:
     if executor == "ray":
         return RayPool(jobs, workers=workers, address=address, resources=resources)
-    return ProcessPool(min(workers or cores(), jobs)) if executor == "process" else SerialPool()
+    return ProcessPool(min(workers or usable_cores(), jobs)) if executor == "process" else SerialPool()
 
 
 def _keyed(plan: Sequence[Planned]) -> dict[str, Planned]:

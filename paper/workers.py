@@ -20,6 +20,8 @@ from typing import Any, Protocol
 
 import torch
 
+from fpsim.processors import usable_cores
+
 from . import require
 from .checkpoint import Checkpoint
 from .config import compile_key, from_dict
@@ -113,11 +115,6 @@ class Compiled:
         if self._key not in (None, key):
             torch._dynamo.reset()
         self._key = key
-
-
-def cores() -> int:
-    """Of this machine, as far as this process may use them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Pool(Protocol):
@@ -246,10 +243,13 @@ class RayPool:
             _connect(self._ray, address)
         elif self._owns:
             together = min(workers or jobs, jobs) * needs["num_cpus"]
-            here = {"num_cpus": math.ceil(together if workers else min(together, cores())), "include_dashboard": False}
+            here = {
+                "num_cpus": math.ceil(together if workers else min(together, usable_cores())),
+                "include_dashboard": False,
+            }
             self._ray.init(address="local", object_store_memory=256 * 2**20, **here, **_QUIET)
         try:
-            room = self._room(wanted, others=bool(address) or not self._owns) if wanted else workers or cores()
+            room = self._room(wanted, others=bool(address) or not self._owns) if wanted else workers or usable_cores()
         except ValueError:
             self.close()
             raise

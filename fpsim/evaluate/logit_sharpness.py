@@ -21,7 +21,8 @@ from fpsim.curvature.losses import IGNORED
 from fpsim.evaluate.load import BYTES, load_checkpoint, load_script, positions
 from fpsim.policy import Policy
 from fpsim.policy.shorthand import UNSIMULATED, parse_shorthand
-from fpsim.sharpness.logits import EPSILONS, ITERATIONS, LogitMetrics, Method, last_of, logit_metrics
+from fpsim.sharpness.box import EPSILONS, ITERATIONS
+from fpsim.sharpness.logits import LogitMetrics, Method, last_of, logit_metrics
 from fpsim.sharpness.streaming import Accumulator, LogitSummary, gradient_norm, logits_of, predictions
 
 #: Name of the row in which nothing is rounded.

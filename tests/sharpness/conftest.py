@@ -1,16 +1,12 @@
-"""What the tests of this folder share."""
+"""Fixtures of the tests of sharpness."""
 
 import pytest
 import torch
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """torch in one thread: on a busy machine the others wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def always_one_thread(one_thread: None) -> None:
+    """Every test of this folder runs torch in one thread."""
 
 
 @pytest.fixture
