@@ -43,6 +43,7 @@ types: .venv/ready
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/site build/wheel/*.whl
 	cd build/site && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fpsim
+	cd build/site && ../../$(BIN)/mypy --config-file ../../pyproject.toml ../../tests/policy/typed_caller.py
 
 benchmarks: .venv/ready
 	$(BIN)/python -m tests.benchmarks.rounding

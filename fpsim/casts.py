@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from fpsim.scaling.scale import SCALES, Scale, parse_scale
 aten = torch.ops.aten
 
 #: In place of a format: leave the operand as it is.
-NONE = "none"
+NONE: Literal["none"] = "none"
 #: In an operand's cast: no scale, whatever scale the policy has.
 UNSCALED = "unscaled"
 

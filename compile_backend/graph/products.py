@@ -313,7 +313,7 @@ def product_operator(target: object) -> ProductOperator | None:
 
 def is_product_packet(packet: object) -> bool:
     """Whether an operator, ``torch.ops.aten.mm``, is a product that graphs contain."""
-    return packet in _BY_PACKET and bool(_BY_PACKET[packet].overloads)  # type: ignore[index]
+    return packet in _BY_PACKET and bool(_BY_PACKET[packet].overloads)
 
 
 def is_product_function(name: str | None) -> bool:
