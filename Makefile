@@ -24,16 +24,21 @@ test: .venv/ready
 test-exhaustive: .venv/ready
 	$(PYTEST) -m exhaustive --timeout 0 $(TESTS)
 
-lint: .venv/ready
+lint: .venv/ready build/site/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	cd build/site && ../../$(BIN)/lint-imports --no-logo --no-cache ../../pyproject.toml
 
-# mypy reads the built wheel: the sources stand in four folders and become one package only there.
-types: .venv/ready
-	rm -rf build/wheel build/site
+types: .venv/ready build/site/ready
+	cd build/site && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fpsim
+
+# import-linter and mypy read the built wheel: the sources stand in four folders and become one package only there.
+# A build starts from nothing, or setuptools would put files into the wheel that have been removed since.
+build/site/ready: pyproject.toml $(shell find fpsim reference compile_backend paper -name __pycache__ -prune -o -print)
+	rm -rf build
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/site build/wheel/*.whl
-	cd build/site && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fpsim
+	touch $@
 
 benchmarks: .venv/ready
 	$(BIN)/python -m tests.benchmarks.rounding
