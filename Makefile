@@ -6,16 +6,22 @@ CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-exhaustive lint types benchmarks clean
+.PHONY: demo quick test test-exhaustive lint types benchmarks clean
 
 # Threads that wait without spinning: beside other load, spinning makes every parallel region several times slower.
-demo test test-exhaustive: export OMP_WAIT_POLICY = passive
+demo quick test test-exhaustive: export OMP_WAIT_POLICY = passive
 
 demo: .venv/ready
 	$(BIN)/fpsim demo $(DEMO)
 
 # Two processes of one thread each: most tests compile or compute small things, and threads would wait for each other.
-test: export OMP_NUM_THREADS = 1
+quick test: export OMP_NUM_THREADS = 1
+
+# A few tests of each promise (tests/promises.py), in less than three minutes.
+quick: .venv/ready
+	$(PYTEST) -n 2 -m "promise and not exhaustive"
+
+# Everything but the slow proofs, in less than fifteen minutes.
 test: .venv/ready
 	$(PYTEST) -n 2 -m "not exhaustive" $(TESTS)
 	$(BIN)/fpsim verify --all

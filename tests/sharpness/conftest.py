@@ -1,16 +1,12 @@
-"""What the tests of this folder share."""
+"""The tests of this folder compute in one thread: their matrices are small."""
 
 import pytest
 import torch
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """torch in one thread: on a busy machine the others wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def small_matrices(one_thread: None) -> None:
+    """Each test takes the fixture of all tests."""
 
 
 @pytest.fixture
