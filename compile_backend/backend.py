@@ -31,9 +31,9 @@ from fpsim.compile_backend.graph.products import Source
 from fpsim.compile_backend.observe.recorder import Recorder
 from fpsim.compile_backend.passes.rounding import Observer, RoundingPass
 from fpsim.compile_backend.torch_versions import keep_dtype_rules, keep_precision_casts_in_cpp
-from fpsim.policy.policy import Policy
+from fpsim.policy import Policy
 from fpsim.rounding.ops import draw_seed
-from fpsim.training.gradients import refuse_other_policy
+from fpsim.training.ranks import refuse_other_policy
 
 guards.look_into_recurrent_layers()
 keep_precision_casts_in_cpp()

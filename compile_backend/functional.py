@@ -19,8 +19,8 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from fpsim.compile_backend.backend import compile_with_rounding
-from fpsim.policy.policy import Policy
-from fpsim.rounding.api import round
+from fpsim.functions import round
+from fpsim.policy import Policy
 from fpsim.rounding.ops import round_op
 from fpsim.scaling.ops import scale_op
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,10 +13,13 @@ from torch._dynamo import config as dynamo_config
 from torch._inductor import config as inductor_config
 from torch.nn.parallel import DistributedDataParallel
 
+from fpsim.casts import Cast
 from fpsim.compile_backend.graph.products import stack_path
 from fpsim.compile_backend.passes.rounding import UnroundedError
 from fpsim.formats import FloatFormat
-from fpsim.policy.policy import Cast, Policy, matches
+from fpsim.policy import Policy
+from fpsim.policy.globs import matches
+from fpsim.suggestions import near_names, suggest
 
 #: How often Dynamo may compile one function anew (for other policies, shapes, modes) before it is an error.
 RECOMPILE_LIMIT = 128
@@ -105,7 +107,7 @@ def check_globs(gm: fx.GraphModule, policy: Policy) -> None:
     paths = module_paths(gm)
     for glob in unmatched_globs(policy, paths):
         raise ValueError(
-            f"{glob!r} matches no module that computes anything in this graph{_did_you_mean(near_modules(glob, paths))}"
+            f"{glob!r} matches no module that computes anything in this graph{suggest(near_modules(glob, paths))}"
             f", whose modules are {_listed(sorted(paths - {''}))}. If it is right for the whole model, this is a part "
             "compiled on its own (after a graph break, or by layer.compile()): compile the whole model with "
             "fullgraph=True"
@@ -117,15 +119,15 @@ def check_gaps(policy: Policy) -> None:
 
     One of a library whose operators are not registered (yet) is let be.
     """
-    known = operator_names() if policy.gaps else frozenset()
-    for glob in policy.gaps:
+    known = operator_names() if policy.all_gaps else frozenset()
+    for glob in policy.all_gaps:
         namespace, dot, _ = glob.partition(".")
         is_open = dot and namespace not in {name.partition(".")[0] for name in known}
         if not is_open and not any(fnmatch.fnmatchcase(name, glob) for name in known):
             written_out = glob if dot else f"aten.{glob}"
-            near = difflib.get_close_matches(written_out, known, n=3, cutoff=0.7)
+            near = near_names(written_out, known, cutoff=0.7)
             raise ValueError(
-                f"gaps has {glob!r}, which matches no operator{_did_you_mean(near)}: operators are named with their "
+                f"gaps has {glob!r}, which matches no operator{suggest(near)}: operators are named with their "
                 "namespace, such as 'aten._cdist_forward'; globs such as 'aten._cdist*' match several"
             )
 
@@ -139,15 +141,11 @@ def operator_names() -> frozenset[str]:
 def near_modules(glob: str, paths: Iterable[str]) -> list[str]:
     """Up to three paths, or globs of the last part of paths, that ``glob`` may be a slip of."""
     paths = sorted(set(paths) - {""})
-    near = difflib.get_close_matches(glob, paths, n=3, cutoff=0.7)
+    near = near_names(glob, paths, cutoff=0.7)
     names = {path.rpartition(".")[2]: path for path in paths}
-    for name in difflib.get_close_matches(glob.rpartition(".")[2], names, n=3, cutoff=0.7):
+    for name in near_names(glob.rpartition(".")[2], names, cutoff=0.7):
         near.append(f"*.{name}" if "." in names[name] else name)
     return list(dict.fromkeys(near))[:3]
-
-
-def _did_you_mean(near: Sequence[str]) -> str:
-    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
 
 
 def _listed(names: Sequence[str], most: int = 30) -> str:
@@ -159,8 +157,7 @@ def _listed(names: Sequence[str], most: int = 30) -> str:
 
 def unmatched_globs(policy: Policy, paths: set[str]) -> list[str]:
     """The globs of ``skip`` and ``modules`` that match none of ``paths``."""
-    globs = [*policy.skip, *(glob for glob, _ in policy.modules)]
-    return [glob for glob in globs if not any(matches(glob, path) for path in paths)]
+    return [glob for glob in policy.globs if not any(matches(glob, path) for path in paths)]
 
 
 def module_paths(gm: fx.GraphModule) -> set[str]:

@@ -1,24 +1,50 @@
 """Simulate any reduced-precision floating-point format in any PyTorch model, exactly.
 
-This module only hands names on. ``fpsim.reference``, ``fpsim.curvature``, ``fpsim.sharpness``, ``fpsim.testing`` and
-what needs the compiler backend are imported on first use, because they are slow to import.
+This module only hands names on. Each public name is imported from the file that holds it when it is first used, so that
+``import fpsim`` changes nothing in torch and does not even import it.
 """
+
+from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import fpsim.rounding.cuda  # noqa: F401  (registers the operators' kernels for CUDA)
-from fpsim.formats import FloatFormat, parse_format
-from fpsim.policy.policy import Policy
-from fpsim.rounding.api import decode, encode, round
-from fpsim.rounding.packing import pack, unpack
-from fpsim.scaling.ops import power_of_two_scale
-
 if TYPE_CHECKING:
     from fpsim import curvature, reference, sharpness, testing
     from fpsim.compile_backend import Profiler, audit, explain, profile
-    from fpsim.training.gradients import check_same_policy, round_gradients_hook
-    from fpsim.training.optimizers import round_optimizer, round_parameters
+    from fpsim.formats import FloatFormat, parse_format
+    from fpsim.functions import decode, encode, round
+    from fpsim.policy import Policy
+    from fpsim.rounding.packing import pack, unpack
+    from fpsim.scaling.ops import power_of_two_scale
+    from fpsim.training.gradients import round_gradients_hook
+    from fpsim.training.optimizers import round_optimizer
+    from fpsim.training.parameters import round_parameters
+    from fpsim.training.ranks import check_same_policy
+
+#: The public modules.
+_MODULES = ("curvature", "reference", "sharpness", "testing")
+
+#: The other public names, and the module that holds each.
+_HOMES = {
+    "FloatFormat": "fpsim.formats",
+    "Policy": "fpsim.policy",
+    "Profiler": "fpsim.compile_backend",
+    "audit": "fpsim.compile_backend",
+    "check_same_policy": "fpsim.training.ranks",
+    "decode": "fpsim.functions",
+    "encode": "fpsim.functions",
+    "explain": "fpsim.compile_backend",
+    "pack": "fpsim.rounding.packing",
+    "parse_format": "fpsim.formats",
+    "power_of_two_scale": "fpsim.scaling.ops",
+    "profile": "fpsim.compile_backend",
+    "round": "fpsim.functions",
+    "round_gradients_hook": "fpsim.training.gradients",
+    "round_optimizer": "fpsim.training.optimizers",
+    "round_parameters": "fpsim.training.parameters",
+    "unpack": "fpsim.rounding.packing",
+}
 
 __all__ = [
     "FloatFormat",
@@ -44,22 +70,16 @@ __all__ = [
     "unpack",
 ]
 
-_LAZY_MODULES = ("curvature", "reference", "sharpness", "testing")
-_LAZY = {
-    "Profiler": "fpsim.compile_backend",
-    "audit": "fpsim.compile_backend",
-    "check_same_policy": "fpsim.training.gradients",
-    "explain": "fpsim.compile_backend",
-    "profile": "fpsim.compile_backend",
-    "round_gradients_hook": "fpsim.training.gradients",
-    "round_optimizer": "fpsim.training.optimizers",
-    "round_parameters": "fpsim.training.optimizers",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY_MODULES:
+    if name in _MODULES:
         return importlib.import_module(f"fpsim.{name}")
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module 'fpsim' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

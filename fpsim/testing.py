@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from fpsim.formats import FloatFormat, check_rounding, parse_format
-from fpsim.rounding.ops import CARRIERS, check_carrier
+from fpsim.rounding.carriers import CARRIERS, check_carrier
 from fpsim.verify.run import Codes, Mode, code_of, codes_of, judge, mode_of, significand_grid, tensor_of
 
 if TYPE_CHECKING:

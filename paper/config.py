@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fpsim.policy.policy import Policy
+from fpsim.policy import Policy
 from fpsim.suggestions import did_you_mean
 
 from .data import DataConfig, fingerprint

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fpsim.policy.policy import parse_cast
+from fpsim.casts import parse_cast
 
 from . import require
 from .compile_ahead import compile_ahead

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from fpsim.policy.policy import Policy
+from fpsim.policy import Policy
 
 from . import require
 from .config import Options, RunConfig, compile_key, from_dict, run_key, to_dict

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fpsim.policy.policy import Policy
+from fpsim.policy import Policy
 
 from .config import RunConfig, run_key
 from .data import Data, batches, check_vocabulary, load, validation_batches

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from fpsim.casts import Cast, in_range_of_format
 from fpsim.compile_backend.graph.products import Product, base
 from fpsim.compile_backend.observe.product_error import comparison, other_tensors, result_of
 from fpsim.compile_backend.observe.statistics import Statistics, measure, merge, relative_error
 from fpsim.compile_backend.plan import Site
-from fpsim.policy.policy import Cast
-from fpsim.scaling.ops import power_of_two_scale
 
 _library = torch.library.Library("fpsim", "FRAGMENT")
 _library.define("observe(Tensor value, Tensor[] exact, Tensor[] rounded, Tensor[] others, int number) -> Tensor")
@@ -110,8 +109,7 @@ def measure_cast(exact: Tensor, rounded: Tensor, by: Cast | None) -> Statistics:
     """
     if by is None or by.scale is None:
         return measure(exact, rounded, by.format if by is not None else None)
-    scale = power_of_two_scale(exact, by.format)
-    scaled = measure(exact * scale, rounded * scale, by.format)
+    scaled = measure(*in_range_of_format(exact, rounded, by), by.format)
     return replace(measure(exact, rounded), subnormals=scaled.subnormals, saturations=scaled.saturations)
 
 

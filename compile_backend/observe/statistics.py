@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fpsim.formats import FloatFormat
-from fpsim.rounding.ops import CARRIERS, check_carrier
+from fpsim.rounding.carriers import CARRIERS, check_carrier
 
 #: Numbers of elements by exponent, ascending: of a number x, not zero, floor(log2(abs(x))).
 Histogram = tuple[tuple[int, int], ...]

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy
 
 import fpsim.rounding.inductor  # noqa: F401  (the operator must have its lowering before Inductor meets it)
+from fpsim.casts import Cast, apply_cast, check_cast
 from fpsim.compile_backend.graph import convolution
 from fpsim.compile_backend.graph.marks import find_marks, replace_mark
 from fpsim.compile_backend.graph.products import (
@@ -43,17 +44,10 @@ from fpsim.compile_backend.graph.products import (
 )
 from fpsim.compile_backend.observe.recorder import Recorder
 from fpsim.compile_backend.plan import Gap, Plan, Site
-from fpsim.formats import split_rounding
-from fpsim.policy.policy import Cast, Policy
-from fpsim.rounding.ops import (
-    CARRIERS,
-    SOURCE,
-    check_carrier,
-    random_key_op,
-    round_op,
-    round_stochastic_op,
-)
-from fpsim.scaling.ops import check_scaled_carrier, scale_op
+from fpsim.policy import Policy
+from fpsim.rounding.carriers import CARRIERS
+from fpsim.rounding.ops import random_key_op
+from fpsim.scaling.ops import scale_op
 from fpsim.source import source_hash
 
 aten = torch.ops.aten
@@ -61,6 +55,9 @@ aten = torch.ops.aten
 # What a rounding takes over from the value that is rounded, and from where it is needed.
 _COPIED = ("partitioner_tag", "recompute", "ac_graph_id", "seq_nr", "stack_trace")
 _PLACES = ("nn_module_stack", "fwd_nn_module_stack", "stack_trace")
+
+# The operators of a cast that do not go element by element: backward keeps their small results.
+_OF_WHOLE_TENSORS = (scale_op, aten.select.int)
 
 #: Told of every rewritten graph's plan.
 Observer = Callable[[Plan], None]
@@ -112,7 +109,7 @@ class RoundingPass(CustomGraphPass):
     def uuid(self) -> str:
         """The key under which compiled code is cached: all that decides what the pass does."""
         sources = [source.value for source in self.input_sources]
-        facts = [source_hash(), self.policy.to_json(), sources, self.identity, self.seed_input]
+        facts = [source_hash(), self.policy.canonical(), sources, self.identity, self.seed_input]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -329,7 +326,7 @@ class _Inserter:
 
     def round_result(self, node: fx.Node, cast: Cast, site: Site) -> None:
         """Let every user of ``node`` see it rounded."""
-        check_carrier(node.meta["val"].dtype, cast.format)
+        check_cast(node.meta["val"].dtype, cast)
         users = list(node.users)
         result = self._insert(node, cast, node)
         for user in users:
@@ -351,11 +348,11 @@ class _Inserter:
 
     def _insert(self, value: fx.Node, cast: Cast, near: fx.Node) -> fx.Node:
         """The node that holds ``value`` rounded, behind it or, if it is an input, behind all inputs."""
-        check_scaled_carrier(value.meta["val"].dtype, cast.format, cast.scale)
+        check_cast(value.meta["val"].dtype, cast)
         last = value
         while last.op == "placeholder" and last.next.op == "placeholder":
             last = last.next
-        key = self._random_key(value) if split_rounding(cast.rounding)[1] else None
+        key = self._random_key(value) if cast.is_stochastic else None
         if key is not None and last.op == "placeholder":
             last = key
         meta = {key: value.meta[key] for key in _COPIED if key in value.meta}
@@ -364,27 +361,20 @@ class _Inserter:
         if self._is_at_hand_in_backward(value):
             pointwise.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
 
-        def call(target: Callable[..., Any], *arguments: Any, meta: Mapping[str, Any] = pointwise) -> fx.Node:
+        def call(target: Callable[..., Any], *arguments: Any) -> fx.Node:
             nonlocal last
             with self.graph.inserting_after(last):
                 last = self.graph.call_function(target, arguments)
-            last.meta = dict(meta)
+            last.meta = dict(meta if target in _OF_WHOLE_TENSORS else pointwise)
             _describe(last)
             self.sources[last] = self.sources[value]
             return last
 
-        exact, inverse = value, None
+        exact = value
         order = _order_in_memory(value) if key is None else None  # the numbers drawn follow the order of dimensions
         if order is not None:
             exact = call(aten.permute.default, exact, order)
-        if cast.scale is not None:
-            factors = call(scale_op, value, cast.format.max, SOURCE, meta=meta)
-            factor, inverse = (call(aten.select.int, factors, 0, half, meta=meta) for half in (0, 1))
-            exact = call(aten.mul.Tensor, exact, factor)
-        modes = (cast.format.name, cast.rounding, cast.overflow, SOURCE)
-        rounded = call(round_op, exact, *modes) if key is None else call(round_stochastic_op, exact, key, *modes)
-        if inverse is not None:
-            rounded = call(aten.mul.Tensor, rounded, inverse)
+        rounded = apply_cast(exact, cast, key=key, call=call)
         if order is not None:
             rounded = call(aten.permute.default, rounded, [order.index(i) for i in range(len(order))])
         return rounded

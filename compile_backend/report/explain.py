@@ -25,7 +25,7 @@ from fpsim.compile_backend.backend import GRAPH_EVENT, compile_with_rounding
 from fpsim.compile_backend.graph.products import JOINT_PRODUCTS, PRODUCTS
 from fpsim.compile_backend.guards import module_paths, near_modules, unmatched_globs
 from fpsim.compile_backend.plan import Gap, Plan, render
-from fpsim.policy.policy import Policy
+from fpsim.policy import Policy
 
 #: Names under which the profiler reports matrix products.
 _PRODUCT_EVENTS = frozenset(

@@ -13,9 +13,9 @@ from html import escape
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from fpsim.casts import parse_cast
 from fpsim.compile_backend.observe.statistics import COUNTS, severity
-from fpsim.policy.policy import parse_cast
-from fpsim.rounding.ops import CARRIERS
+from fpsim.rounding.carriers import CARRIERS
 
 if TYPE_CHECKING:
     from fpsim.compile_backend.report.profile import Profile

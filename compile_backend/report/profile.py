@@ -24,6 +24,7 @@ from torch._dynamo.utils import counters
 from torch._guards import CompileContext
 from torch.utils import _pytree as pytree
 
+from fpsim.casts import parse_cast
 from fpsim.compile_backend.backend import compile_with_rounding
 from fpsim.compile_backend.observe.recorder import ProductStatistics, Recorder, SiteStatistics
 from fpsim.compile_backend.observe.statistics import COUNTS, Histogram, Statistics, merge, severity
@@ -39,7 +40,7 @@ from fpsim.compile_backend.report.explain import (
     state_kept,
     uncompiled,
 )
-from fpsim.policy.policy import Policy, parse_cast
+from fpsim.policy import Policy
 from fpsim.suggestions import did_you_mean
 
 if TYPE_CHECKING:

@@ -131,7 +131,7 @@ def _print(table: Table) -> None:
 def _facts(fmt: FloatFormat) -> Iterable[tuple[str, str]]:
     from fpsim import reference
     from fpsim.reference.values import scale_b
-    from fpsim.rounding.ops import CARRIERS
+    from fpsim.rounding.carriers import CARRIERS
 
     def coded(code: int) -> str:
         value = reference.decode(code, fmt)
@@ -304,7 +304,7 @@ def verify(
     ] = None,
 ) -> None:
     """Compare the rounding of tensors with the exact reference, bit for bit. Exit code 1: it was wrong."""
-    from fpsim.rounding.ops import CARRIERS
+    from fpsim.rounding.carriers import CARRIERS
     from fpsim.verify import PATHS, mode_of
 
     known = {str(dtype).removeprefix("torch."): dtype for dtype in CARRIERS}

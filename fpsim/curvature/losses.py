@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fpsim.curvature.vectors import GATHER, is_sharded
-from fpsim.policy.policy import Policy
+from fpsim.policy import Policy
 
 #: Hugging Face's and torch's label for "no target here".
 IGNORED = -100

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fpsim.curvature.losses import IGNORED
 from fpsim.evaluate.load import BYTES, load_script, positions
-from fpsim.policy.policy import Policy
+from fpsim.policy import Policy
 from fpsim.sharpness.logits import ITERATIONS, LogitMetrics, Method, last_of, logit_metrics
 from fpsim.sharpness.streaming import Accumulator, LogitSummary, gradient_norm, logits_of, predictions
 

@@ -1,20 +1,18 @@
 """Number formats as frozen values, their names, and the words for rounding and overflow."""
 
-from fpsim.formats.float import (
-    NAMED_FORMATS,
+from fpsim.formats.float import SPECIALS, FloatFormat
+from fpsim.formats.modes import (
     OVERFLOWS,
     ROUNDINGS,
-    SPECIALS,
     STOCHASTIC_ROUNDINGS,
-    FloatFormat,
     Overflow,
     Rounding,
     check_rounding,
     full_rounding,
-    parse_format,
     resolve_overflow,
     split_rounding,
 )
+from fpsim.formats.names import NAMED_FORMATS, parse_format
 
 __all__ = [
     "NAMED_FORMATS",

@@ -1,33 +1,19 @@
-"""Floating-point formats as frozen values, and the vocabulary of rounding.
+"""Floating-point formats as frozen values.
 
-A format is described by a handful of primitive facts (field widths, bias, what the reserved codes
-mean); every other number is a documented property derived from them. Nothing here depends on torch:
-the exact reference and the tensor code both read the same description. Terms follow IEEE 754, the OCP
-FP8 and MX specifications, IEEE P3109 and ml_dtypes.
+A handful of primitive facts describes a format: the widths of its fields, its bias, the meaning of its reserved codes.
+Every other number is a documented property, derived from these facts. Nothing here depends on torch: the exact
+reference and the tensor code read the same description. Terms follow IEEE 754, the OCP FP8 and MX specifications,
+IEEE P3109 and ml_dtypes.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 Specials = Literal["ieee", "fn", "fnuz", "finite", "p3109"]
-Rounding = Literal["nearest_even", "nearest_away", "toward_zero", "up", "down", "to_odd"]
-Overflow = Literal["ovf_inf", "sat_finite", "sat_propagate"]
 
 SPECIALS: tuple[str, ...] = get_args(Specials)
-#: Rounding directions, in the senses of IEEE 754-2019 section 4.3 and IEEE P3109; ``to_odd`` is Boldo and
-#: Melquiond's rounding to odd: an inexact result goes to the neighbour whose code is odd.
-ROUNDINGS: tuple[str, ...] = get_args(Rounding)
-#: Stochastic roundings, and the most random bits that each takes: see `split_rounding`.
-STOCHASTIC_ROUNDINGS: dict[str, int] = {"stochastic": 32, "stochastic_b": 31, "stochastic_c": 30}
-#: Random bits where none are named: as many as a float32 can drop.
-USUAL_RANDOM_BITS = 23
-#: What happens to results beyond the largest finite value (IEEE P3109's names): see `resolve_overflow`.
-OVERFLOWS: tuple[str, ...] = get_args(Overflow)
 
 
 @dataclass(frozen=True)
@@ -230,21 +216,21 @@ class FloatFormat:
     @property
     def name(self) -> str:
         """The canonical name: ``parse_format(f.name) == f`` for every format ``f``."""
-        return _NAMES.get(self) or self._p3109_name() or self._systematic_name()
+        return _STANDARD_NAMES.get(self) or self._p3109_name() or self._systematic_name()
 
     def _p3109_name(self) -> str | None:
         """``binary8p3se`` and its kin, for IEEE P3109's formats with infinities; its others have older names."""
         usual = self.bias == self.default_bias and self.subnormals and self.zero
-        if self.specials != "p3109" or not usual or self.bits not in _P3109_BITS:
+        if self.specials != "p3109" or not usual or self.bits not in P3109_BITS:
             return None
         return f"binary{self.bits}p{self.precision}{'s' if self.signed else 'u'}e"
 
     def _systematic_name(self) -> str:
         stem = f"e{self.exponent_bits}m{self.mantissa_bits}"
-        if stem + self.specials in _NAMED:  # e2m1fn and its kin: the plain suffix means something else there
+        if stem + self.specials in STANDARD_FORMATS:  # e2m1fn and its kin: the plain suffix means something else there
             stem += f":{self.specials}"
         else:
-            stem += _SUFFIX_OF[self.specials]
+            stem += SUFFIX_OF[self.specials]
         if self.bias != self.default_bias:
             stem += f":bias={self.bias}"
         if not self.subnormals:
@@ -259,208 +245,18 @@ class FloatFormat:
         return self.name
 
 
-_SUFFIX_OF = {"ieee": "", "fn": "fn", "fnuz": "fnuz", "finite": "finite", "p3109": ":p3109"}
-_SPECIALS_OF = {suffix: specials for specials, suffix in _SUFFIX_OF.items()}
+#: The suffix by which a name tells the reserved codes (`FloatFormat.specials`).
+SUFFIX_OF = {"ieee": "", "fn": "fn", "fnuz": "fnuz", "finite": "finite", "p3109": ":p3109"}
 
 #: Names whose meaning is fixed by a standard or by ml_dtypes and does not follow from the eXmY pattern.
-_NAMED = {
+STANDARD_FORMATS = {
     "e4m3b11fnuz": FloatFormat(4, 3, bias=11, specials="fnuz"),
     "e8m0fnu": FloatFormat(8, 0, specials="fn", subnormals=False, signed=False, zero=False, bias=127),
     "e2m3fn": FloatFormat(2, 3, specials="finite"),
     "e3m2fn": FloatFormat(3, 2, specials="finite"),
     "e2m1fn": FloatFormat(2, 1, specials="finite"),
 }
-_NAMES = {fmt: name for name, fmt in _NAMED.items()}
+_STANDARD_NAMES = {fmt: name for name, fmt in STANDARD_FORMATS.items()}
 
-_ALIASES = {
-    "bf16": "e8m7", "bfloat16": "e8m7",
-    "fp16": "e5m10", "float16": "e5m10", "half": "e5m10",
-    "tf32": "e8m10", "tfloat32": "e8m10",
-    "fp32": "e8m23", "float32": "e8m23", "float": "e8m23",
-    "fp64": "e11m52", "float64": "e11m52", "double": "e11m52",
-}  # fmt: skip
-
-#: The formats shown by ``fpsim formats`` and covered by name in the tests: all of ml_dtypes and torch,
-#: and two of IEEE P3109.
-NAMED_FORMATS: tuple[str, ...] = (
-    "fp64", "fp32", "tf32", "bf16", "fp16",
-    "e5m2", "e5m2fnuz", "e4m3fn", "e4m3", "e4m3fnuz", "e4m3b11fnuz", "e3m4", "e8m0fnu",
-    "e3m2fn", "e2m3fn", "e2m1fn", "binary8p3se", "binary8p4se",
-)  # fmt: skip
-
-_PATTERN = re.compile(r"e(?P<e>\d+)m(?P<m>\d+)(?P<suffix>fnuz|fn|finite)?")
-_P3109_BITS = range(3, 16)
-_P3109_PATTERN = re.compile(r"binary(?P<k>\d+)p(?P<p>\d+)(?P<sign>[su])(?P<domain>[ef])")
-_LIBRARY_PREFIX = re.compile(r"^(torch\.|ml_dtypes\.|jnp\.|np\.)?(float\d+_(?=e\d))?")
-
-
-@lru_cache(maxsize=4096)
-def _parse(name: str) -> FloatFormat:
-    head, *options = name.strip().lower().split(":")
-    head = _LIBRARY_PREFIX.sub("", head).removesuffix("_x2")
-    head = _ALIASES.get(head, head)
-    named = _NAMED.get(head)
-    match = _PATTERN.fullmatch(head)
-    p3109 = _P3109_PATTERN.fullmatch(head)
-    if named is None and match is None and p3109 is None:
-        known = list(dict.fromkeys([*NAMED_FORMATS, *_ALIASES]))
-        near = difflib.get_close_matches(head, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(
-            f"unknown format {name!r}: {hint}A format is one of {', '.join(NAMED_FORMATS)}, or eXmY "
-            "(1 <= X <= 11 exponent bits, 0 <= Y <= 52 mantissa bits) with an optional suffix fn, fnuz or finite, "
-            "or IEEE P3109's binaryKpP[su][ef] such as binary8p3se, "
-            "and options :bias=N, :nosubnormals, :unsigned, :nozero"
-        )
-    facts: dict[str, object] = {}
-    for option in options:
-        if option in SPECIALS:
-            facts["specials"] = option
-        elif re.fullmatch(r"bias=-?\d+", option):
-            facts["bias"] = int(option.removeprefix("bias="))
-        elif option in ("nosubnormals", "unsigned", "nozero"):
-            facts[{"nosubnormals": "subnormals", "unsigned": "signed", "nozero": "zero"}[option]] = False
-        else:
-            raise ValueError(
-                f"unknown option {option!r} in format {name!r}: options are bias=N, {', '.join(SPECIALS)}, "
-                "nosubnormals, unsigned, nozero"
-            )
-    try:
-        if named is not None:
-            return replace(named, **facts)  # type: ignore[arg-type]
-        if p3109 is not None:
-            fmt = _p3109(int(p3109["k"]), int(p3109["p"]), p3109["sign"] == "s", p3109["domain"] == "e")
-            return replace(fmt, **facts)  # type: ignore[arg-type]
-        assert match is not None
-        facts.setdefault("specials", _SPECIALS_OF[match["suffix"] or ""])
-        return FloatFormat(int(match["e"]), int(match["m"]), **facts)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ValueError(f"no such format {name!r}: {error}") from None
-
-
-def _p3109(k: int, p: int, signed: bool, extended: bool) -> FloatFormat:
-    """The format of IEEE P3109 (draft) with ``k`` bits in all and ``p`` bits of precision."""
-    exponent_bits = k - p + (not signed)
-    if k not in _P3109_BITS or p < 1 or exponent_bits < 1:
-        raise ValueError(
-            f"IEEE P3109 formats here have 3 to 15 bits, and 1 to {'K - 1' if signed else 'K'} bits of precision"
-        )
-    if extended:
-        return FloatFormat(exponent_bits, p - 1, specials="p3109", signed=signed)
-    if signed:
-        return FloatFormat(exponent_bits, p - 1, specials="fnuz")
-    return FloatFormat(exponent_bits, p - 1, bias=1 << (exponent_bits - 1), specials="fn", signed=False)
-
-
-def parse_format(name: str | FloatFormat) -> FloatFormat:
-    """The format that ``name`` denotes; a `FloatFormat` is returned as it is.
-
-    Names are those of ml_dtypes and torch, with or without their prefix (``e4m3fn``, ``float8_e4m3fn``,
-    ``torch.bfloat16``, ``fp16``, ``tf32``), and ``eXmY`` with an optional suffix ``fn``, ``fnuz`` or ``finite``
-    (`FloatFormat.specials`; none means ``ieee``), then options ``:bias=N``, ``:nosubnormals``, ``:unsigned``,
-    ``:nozero``. As in ml_dtypes and OCP MX, ``e2m1fn``, ``e2m3fn`` and ``e3m2fn`` have no NaN either: they are
-    ``finite``. ``binary8p3se`` and its kin are the formats of IEEE P3109 (draft): 3 to 15 bits, precision, ``s``igned
-    or ``u``nsigned, ``e``xtended (with infinities) or ``f``inite.
-
-    Raises:
-        ValueError: no such format; the message lists near matches.
-        TypeError: neither a string nor a `FloatFormat`.
-
-    >>> parse_format("float8_e4m3fn") == FloatFormat(4, 3, specials="fn")
-    True
-    >>> parse_format("e5m2:bias=16:nosubnormals").smallest_normal
-    3.0517578125e-05
-    """
-    if isinstance(name, FloatFormat):
-        return name
-    if not isinstance(name, str):
-        raise TypeError(f"a format is a name such as 'e4m3fn' or a FloatFormat, got {name!r} of type {type(name)}")
-    return _parse(name)
-
-
-def check_rounding(rounding: str) -> Rounding:
-    """``rounding`` itself if it is one of `ROUNDINGS`, the deterministic ones.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if rounding not in ROUNDINGS:
-        hint = ""
-        if str(rounding).partition(":")[0] in STOCHASTIC_ROUNDINGS:
-            hint = " (stochastic rounding depends on a random number, which is not taken here)"
-        raise ValueError(f"unknown rounding {rounding!r}: use one of {', '.join(ROUNDINGS)}{hint}")
-    return rounding  # type: ignore[return-value]
-
-
-def split_rounding(rounding: str) -> tuple[str, int]:
-    """The name of any rounding, and its number of random bits: 0 for the deterministic ones.
-
-    Stochastic rounding of an inexact x, at the fraction d (0 < d < 1) of the way from its neighbour toward zero to the
-    one away from zero, with N random bits R (an integer, 0 <= R < 2**N), goes away from zero where
-
-    - ``stochastic``: floor(d * 2**N) + R >= 2**N, with probability floor(d * 2**N) / 2**N;
-    - ``stochastic_b``: d * 2**N + R + 1/2 >= 2**N, with probability floor(d * 2**N + 1/2) / 2**N;
-    - ``stochastic_c``: D + R >= 2**N, D being d * 2**N rounded to an integer, ties to even.
-
-    These are StochasticA, B and C of IEEE P3109 (draft); gfloat calls them StochasticFastest, StochasticFast and
-    Stochastic. Their names may be followed by the number of random bits, ``stochastic:8``: 1 to 32, 31 and 30.
-    Without it there are 23, as many as a float32 can drop.
-
-    Raises:
-        ValueError: an unknown rounding, or a number of random bits that it does not take.
-
-    >>> split_rounding("stochastic:8"), split_rounding("up")
-    (('stochastic', 8), ('up', 0))
-    """
-    name, colon, bits = str(rounding).partition(":")
-    if name not in STOCHASTIC_ROUNDINGS:
-        if rounding not in ROUNDINGS:
-            known = ", ".join([*ROUNDINGS, *STOCHASTIC_ROUNDINGS])
-            raise ValueError(f"unknown rounding {rounding!r}: use one of {known} (the last three also with :BITS)")
-        return rounding, 0
-    if not colon:
-        return name, USUAL_RANDOM_BITS
-    if not re.fullmatch(r"[0-9]+", bits) or not 1 <= int(bits) <= STOCHASTIC_ROUNDINGS[name]:
-        raise ValueError(f"rounding {rounding!r}: random bits are 1 to {STOCHASTIC_ROUNDINGS[name]}, got {bits!r}")
-    return name, int(bits)
-
-
-def full_rounding(rounding: str) -> str:
-    """Any rounding spelled out: ``stochastic`` with its number of random bits, the deterministic ones as they are.
-
-    Raises:
-        ValueError: as `split_rounding`.
-    """
-    name, bits = split_rounding(rounding)
-    return f"{name}:{bits}" if bits else name
-
-
-def resolve_overflow(fmt: FloatFormat, overflow: str | None) -> Overflow:
-    """The overflow mode in force for ``fmt``: ``overflow``, or where it is None the format's usual one.
-
-    A result overflows when, rounded to the format's precision as if the exponent had no upper bound, it is
-    beyond the largest finite value. Then, in the names of IEEE P3109:
-
-    - ``ovf_inf``: as the rounding direction says (IEEE 754-2019 section 7.4): the nearest and the stochastic modes
-      give infinity,
-      ``toward_zero`` and ``to_odd`` the largest finite value, ``up`` and ``down`` one or the other by sign.
-      Where the format has no infinity, NaN stands for it.
-    - ``sat_finite``: the largest finite value, for infinities too.
-    - ``sat_propagate``: the largest finite value for finite inputs; infinities stay (NaN where there are none).
-
-    None means ``ovf_inf`` for formats with infinities, else ``sat_finite``. In an unsigned format a result
-    below zero is an overflow as well: NaN under ``ovf_inf``, else the smallest value (but -inf under
-    ``sat_propagate`` is NaN); in a format without zero the same holds for an input of zero.
-
-    Raises:
-        ValueError: an unknown mode, or one that needs an infinity or a NaN where ``fmt`` has neither.
-    """
-    if overflow is None:
-        return "ovf_inf" if fmt.has_infinity else "sat_finite"
-    if overflow not in OVERFLOWS:
-        raise ValueError(f"unknown overflow mode {overflow!r}: use one of {', '.join(OVERFLOWS)}, or None")
-    if overflow != "sat_finite" and not (fmt.has_infinity or fmt.has_nan):
-        raise ValueError(
-            f"overflow={overflow!r} needs an infinity or a NaN and {fmt.name} has neither: use overflow='sat_finite'"
-        )
-    return overflow  # type: ignore[return-value]
+#: The widths in bits of the formats of IEEE P3109 that fpsim names.
+P3109_BITS = range(3, 16)

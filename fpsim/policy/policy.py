@@ -12,19 +12,12 @@ import fnmatch
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, cast
 
-from fpsim.formats import (
-    OVERFLOWS,
-    ROUNDINGS,
-    STOCHASTIC_ROUNDINGS,
-    FloatFormat,
-    full_rounding,
-    parse_format,
-    resolve_overflow,
-)
-from fpsim.scaling.ops import SCALES, check_scale
+from fpsim.casts import NONE, UNSCALED, Cast, CastLike, parse_cast, parse_unscaled
+from fpsim.formats import OVERFLOWS, FloatFormat, full_rounding, parse_format
+from fpsim.policy.globs import matches
+from fpsim.scaling.scale import Scale, parse_scale
 from fpsim.suggestions import did_you_mean
 
 ROLES = ("activation", "weight", "gradient")
@@ -57,96 +50,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 #: Before a format: the preset of the paper's recipe in it.
 _PAPER = "paper:"
 
+#: The fields that a rule for modules takes over from the policy that holds it, unless the rule is a whole policy.
+_INHERITED = ("rounding", "overflow", "scale", "attention")
+
 #: Version of the JSON form, raised when an older fpsim could misread a newer file.
 JSON_VERSION = 1
 
-#: In place of a format: leave the operand as it is.
-NONE = "none"
-#: In an operand's cast: no scale, whatever the policy's.
-UNSCALED = "unscaled"
+#: What a caller gives for the casts of several roles, or of both directions: one for all, or a mapping.
+CastsLike = CastLike | Mapping[str, CastLike | None] | Sequence[tuple[str, CastLike | None]]
 
-
-@dataclass(frozen=True)
-class Cast:
-    """One way to round: a format with its rounding and overflow mode, all resolved, and for operands a scale.
-
-    Its string form is ``format/rounding/overflow`` or ``format/rounding/overflow/scale``; in a policy all but the
-    format may be left out.
-    """
-
-    format: FloatFormat
-    rounding: str
-    overflow: str
-    scale: str | None = None
-
-    def __str__(self) -> str:
-        return "/".join([self.format.name, self.rounding, self.overflow, *([self.scale] if self.scale else [])])
-
-    @property
-    def label(self) -> str:
-        """Short form for tables: what differs from nearest-even and the format's usual overflow mode."""
-        parts = [self.format.name]
-        if self.rounding != "nearest_even":
-            parts.append(self.rounding)
-        if self.overflow != resolve_overflow(self.format, None):
-            parts.append(self.overflow)
-        if self.scale:
-            parts.append("scaled")
-        return " ".join(parts)
-
-
-def parse_cast(
-    text: str | FloatFormat, rounding: str = "nearest_even", overflow: str | None = None, scale: str | None = None
-) -> Cast | None:
-    """The cast that ``text`` denotes: ``format[/rounding][/overflow][/scale]``, or ``none`` for None.
-
-    Args:
-        text: a format (name or `FloatFormat`), optionally followed by modes that override the next three.
-        rounding: the rounding where ``text`` names none.
-        overflow: the overflow mode where ``text`` names none; None is the format's usual one.
-        scale: the scale where ``text`` names none; ``unscaled`` in it means None.
-
-    Raises:
-        ValueError: an unknown format or mode, named with its remedy.
-
-    >>> str(parse_cast("e8m3/toward_zero")), str(parse_cast("e4m3fn/power_of_two"))
-    ('e8m3/toward_zero/ovf_inf', 'e4m3fn/nearest_even/sat_finite/power_of_two')
-    """
-    check_scale(scale)
-    if isinstance(text, FloatFormat):
-        return Cast(text, full_rounding(rounding), resolve_overflow(text, overflow), scale)
-    if not isinstance(text, str):
-        raise TypeError(f"a cast is a string such as 'e4m3fn' or 'e8m3/toward_zero', got {text!r}")
-    if text == NONE:
-        return None
-    name, *modes = text.split("/")
-    for mode in modes:
-        if mode in ROUNDINGS or mode.partition(":")[0] in STOCHASTIC_ROUNDINGS:
-            rounding = mode
-        elif mode in OVERFLOWS:
-            overflow = mode
-        elif mode in (*SCALES, UNSCALED):
-            scale = None if mode == UNSCALED else mode
-        else:
-            raise ValueError(
-                f"unknown mode {mode!r} in cast {text!r}: after the format may come a rounding "
-                f"({', '.join([*ROUNDINGS, *STOCHASTIC_ROUNDINGS])}), an overflow mode ({', '.join(OVERFLOWS)}) and a "
-                f"scale ({', '.join([*SCALES, UNSCALED])})"
-            )
-    fmt = parse_format(name)
-    return Cast(fmt, full_rounding(rounding), resolve_overflow(fmt, overflow), scale)
-
-
-def parse_unscaled(text: str | FloatFormat, rounding: str, overflow: str | None, what: str) -> Cast | None:
-    """`parse_cast` of what cannot be scaled, such as ``what``.
-
-    Raises:
-        ValueError: as `parse_cast`, and a scale.
-    """
-    parsed = parse_cast(text, rounding, overflow)
-    if parsed is not None and parsed.scale is not None:
-        raise ValueError(f"{what} cannot be scaled: leave {parsed.scale!r} out of {text!r}")
-    return parsed
+#: A cast as a policy keeps it: "none" leaves values unrounded, None says nothing.
+_Kept = Cast | Literal["none"] | None
 
 
 @dataclass(frozen=True)
@@ -199,34 +113,36 @@ class Policy:
         TypeError: a value of the wrong type.
     """
 
-    format: str | None = None
-    activation: str | None = None
-    weight: str | None = None
-    gradient: str | None = None
-    output: str | None = None
-    fprop: tuple[tuple[str, str], ...] = ()
-    dgrad: tuple[tuple[str, str], ...] = ()
-    wgrad: tuple[tuple[str, str], ...] = ()
-    elementwise: tuple[tuple[str, str], ...] = ()
+    # The annotations are what a caller passes. Kept are values: a `Cast` or "none" for each cast, a `Scale`, and tuples
+    # for mappings and lists.
+    format: CastLike | None = None
+    activation: CastLike | None = None
+    weight: CastLike | None = None
+    gradient: CastLike | None = None
+    output: CastLike | None = None
+    fprop: CastsLike = ()
+    dgrad: CastsLike = ()
+    wgrad: CastsLike = ()
+    elementwise: CastsLike = ()
     products: str = "all"
     rounding: str = "nearest_even"
     overflow: str | None = None
-    scale: str | None = None
-    skip: tuple[str, ...] = ()
-    modules: tuple[tuple[str, Policy | None], ...] = ()
+    scale: str | Scale | None = None
+    skip: str | Iterable[str] = ()
+    modules: Mapping[str, ModuleRule] | Sequence[tuple[str, ModuleRule]] = ()
     attention: str = "round"
-    gaps: tuple[str, ...] = ()
+    gaps: str | Iterable[str] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rounding", full_rounding(self.rounding))
         if self.overflow is not None and self.overflow not in OVERFLOWS:
             raise ValueError(f"unknown overflow mode {self.overflow!r}: use one of {', '.join(OVERFLOWS)}, or None")
-        check_scale(self.scale)
         if self.attention not in ATTENTIONS:
             raise ValueError(f"unknown attention {self.attention!r}: use one of {', '.join(ATTENTIONS)}")
         if self.products not in PRODUCTS:
             raise ValueError(f"unknown products {self.products!r}: use one of {', '.join(PRODUCTS)}")
         set_ = object.__setattr__
+        set_(self, "scale", parse_scale(self.scale))
         set_(self, "skip", _strings("skip", self.skip))
         set_(self, "gaps", _strings("gaps", self.gaps))
         set_(self, "modules", self._module_rules())
@@ -235,55 +151,62 @@ class Policy:
             for role, usual in HYBRID.items():
                 set_(self, role, getattr(self, role) or usual)
         for name in ("format", *ROLES):
-            set_(self, name, self._spelled_operand(getattr(self, name)))
-        set_(self, "output", self._spelled(self.output))
+            set_(self, name, self._operand(getattr(self, name)))
+        set_(self, "output", self._result(self.output))
         for kind in KINDS:
             set_(self, kind, self._casts(kind, ROLES, (*ROLES, "output"), "role"))
         set_(self, "elementwise", self._casts("elementwise", DIRECTIONS, DIRECTIONS, "direction"))
 
-    def _spelled(self, cast: Any) -> str | None:
-        """A cast in its full string form, so that equal policies are equal values."""
-        if cast is None:
+    def _operand(self, given: CastLike | None) -> _Kept:
+        """The cast of an operand, with this policy's modes where it names none."""
+        if given is None:
             return None
-        return str(parse_unscaled(cast, self.rounding, self.overflow, "the result of an operation") or NONE)
+        return parse_cast(given, self.rounding, self.overflow, self.scale) or NONE
 
-    def _spelled_operand(self, cast: Any) -> str | None:
-        """`_spelled` for a cast that may have a scale."""
-        if cast is None:
+    def _result(self, given: CastLike | None) -> _Kept:
+        """`_operand` for the result of an operation, which cannot be scaled."""
+        if given is None:
             return None
-        parsed = parse_cast(cast, self.rounding, self.overflow, self.scale)
-        is_exempt = parsed is not None and self.scale is not None and parsed.scale is None
-        return f"{parsed or NONE}" + (f"/{UNSCALED}" if is_exempt else "")
+        return parse_unscaled(given, self.rounding, self.overflow, "the result of an operation") or NONE
 
-    def _casts(self, name: str, usual: Sequence[str], valid: Sequence[str], what: str) -> tuple[tuple[str, str], ...]:
-        """The field ``name``, a mapping from ``valid`` keys to casts; a format alone means all ``usual`` keys."""
+    def _casts(self, name: str, usual: Sequence[str], valid: Sequence[str], what: str) -> tuple[tuple[str, _Kept], ...]:
+        """The field ``name``, a mapping from ``valid`` keys to casts; one cast alone means all ``usual`` keys."""
         given = getattr(self, name)
-        if isinstance(given, str | FloatFormat):
+        if isinstance(given, str | FloatFormat | Cast):
             given = dict.fromkeys(usual, given)
         casts = {key: cast for key, cast in _pairs(name, given) if cast is not None}
         if unknown := sorted(set(casts) - set(valid)):
             raise ValueError(f"unknown {what} {unknown[0]!r} in {name}: use {', '.join(valid)}")
-        spelled = {key: self._spelled_operand if key in ROLES else self._spelled for key in valid}
-        return tuple((key, str(spelled[key](casts[key]))) for key in valid if key in casts)
+        parsers = {key: self._operand if key in ROLES else self._result for key in valid}
+        return tuple((key, parsers[key](casts[key])) for key in valid if key in casts)
 
     def _module_rules(self) -> tuple[tuple[str, Policy | None], ...]:
         rules: dict[str, Policy | None] = {}
         for glob, given in _pairs("modules", self.modules):
-            policy = self._module_policy(glob, given)
+            policy = self._module_policy(given)
             if rules.setdefault(glob, policy) != policy:
                 raise ValueError(f"two rules for modules {glob!r} contradict each other: {rules[glob]} and {policy}")
             if policy is not None and glob in self.skip:
                 raise ValueError(f"{glob!r} is in skip and has a policy in modules: take it out of one of them")
         return tuple(rules.items())
 
-    def _module_policy(self, glob: str, given: Any) -> Policy | None:
+    def _module_policy(self, given: ModuleRule) -> Policy | None:
+        """The policy of a rule for modules; None where nothing is rounded.
+
+        A mapping of fields and a cast inherit the modes and `attention` of this policy. A preset and a `Policy` stand
+        for themselves.
+        """
         if given is None or given == NONE:
             return None
-        if isinstance(given, str | FloatFormat):
+        if isinstance(given, Policy):
+            return given
+        if isinstance(given, str) and is_preset(given) and not _is_format(given):
+            return Policy.preset(given)
+        if isinstance(given, str | FloatFormat | Cast):
             given = {"format": given}
         if isinstance(given, Mapping) and "policy" not in given:
-            given = {"rounding": self.rounding, "overflow": self.overflow, "scale": self.scale, **given}
-        return _check_module_policy(glob, given if isinstance(given, Policy) else Policy.from_options(given))
+            given = {**{name: getattr(self, name) for name in _INHERITED}, **given}
+        return Policy.from_options(given)
 
     # -- what it says ----------------------------------------------------------------------------------------
 
@@ -291,52 +214,70 @@ class Policy:
         """The policy for the module ``path``; None where nothing is rounded."""
         if any(matches(glob, path) for glob in self.skip):
             return None
-        for glob, policy in self.modules:
+        for glob, policy in self._rules:
             if matches(glob, path):
-                return policy
+                return None if policy is None else policy.at(path)
         return self
 
     def cast(self, kind: str, role: str) -> Cast | None:
         """How an operand in ``role`` of a product of ``kind`` is rounded; None where it is not."""
-        text = dict(getattr(self, kind)).get(role) or getattr(self, role) or self.format
-        return parse_cast(text) if text else None
+        return _rounding_cast(_kept(self, kind).get(role) or getattr(self, role) or self.format)
 
     def operand_casts(self) -> list[Cast | None]:
-        """How operands are rounded anywhere, in every role of every kind of product; None where they are not."""
+        """The casts of all operands: every role of every kind of product; None where they are not rounded."""
         own = [self.cast(kind, role) for kind in KINDS for role in ROLES if (kind, role) in OPERANDS]
-        return own + [cast for policy in self._of_modules for cast in policy.operand_casts()]
+        return own + [cast for policy in self._policies_of_modules for cast in policy.operand_casts()]
 
     def output_cast(self, kind: str) -> Cast | None:
         """How the result of a product of ``kind`` is rounded; None where it is not."""
-        text = dict(getattr(self, kind)).get("output", self.output)
-        return parse_cast(text) if text else None
+        return _rounding_cast(_kept(self, kind).get("output", cast(_Kept, self.output)))
 
     def elementwise_cast(self, direction: str) -> Cast | None:
         """How the results of operations other than products are rounded, ``forward`` or ``backward``."""
-        text = dict(self.elementwise).get(direction)
-        return parse_cast(text) if text else None
+        return _rounding_cast(_kept(self, "elementwise").get(direction))
 
     @property
     def rounds_results(self) -> bool:
         """Whether anything but operands is rounded anywhere: results of products or of other operations."""
         own = bool(self.elementwise) or any(self.output_cast(kind) for kind in KINDS)
-        return own or any(policy.rounds_results for policy in self._of_modules)
+        return own or any(policy.rounds_results for policy in self._policies_of_modules)
 
     @property
     def uses_paths(self) -> bool:
-        """Whether any rule depends on where in the model a product is."""
+        """Whether any rule depends on the module in which a product is."""
         return bool(self.skip or self.modules)
 
     @property
     def is_stochastic(self) -> bool:
         """Whether any rounding draws random numbers."""
-        pairs = [cast for field in (*KINDS, "elementwise") for _, cast in getattr(self, field)]
-        casts = [self.format, self.output, *(getattr(self, role) for role in ROLES), *pairs]
-        return any("/stochastic" in cast for cast in casts if cast) or any(p.is_stochastic for p in self._of_modules)
+        kept = [getattr(self, name) for name in ("format", *ROLES, "output")]
+        kept += [cast for name in (*KINDS, "elementwise") for cast in _kept(self, name).values()]
+        own = any(isinstance(each, Cast) and each.is_stochastic for each in kept)
+        return own or any(policy.is_stochastic for policy in self._policies_of_modules)
 
     @property
-    def _of_modules(self) -> list[Policy]:
-        return [policy for _, policy in self.modules if policy is not None]
+    def attentions(self) -> frozenset[str]:
+        """The values that `attention` has here and in the rules for modules."""
+        return frozenset({self.attention}.union(*(policy.attentions for policy in self._policies_of_modules)))
+
+    @property
+    def globs(self) -> tuple[str, ...]:
+        """The globs of modules in `skip` and `modules`, and in the policies of the rules for modules."""
+        nested = (glob for policy in self._policies_of_modules for glob in policy.globs)
+        return (*self.skip, *(glob for glob, _ in self._rules), *nested)
+
+    @property
+    def all_gaps(self) -> tuple[str, ...]:
+        """`gaps`, and those of the policies of the rules for modules."""
+        return (*self.gaps, *(glob for policy in self._policies_of_modules for glob in policy.all_gaps))
+
+    @property
+    def _rules(self) -> tuple[tuple[str, Policy | None], ...]:
+        return cast(tuple[tuple[str, Policy | None], ...], self.modules)
+
+    @property
+    def _policies_of_modules(self) -> list[Policy]:
+        return [policy for _, policy in self._rules if policy is not None]
 
     def allows_gap(self, operator: str) -> bool:
         """Whether `gaps` lets ``operator`` (such as ``aten.convolution``) stay unrounded."""
@@ -344,7 +285,7 @@ class Policy:
 
     # -- making others ---------------------------------------------------------------------------------------
 
-    def with_modules(self, modules: Any) -> Policy:
+    def with_modules(self, modules: Mapping[str, ModuleRule] | Sequence[tuple[str, ModuleRule]]) -> Policy:
         """This policy with more rules for modules, which go before its own and replace those of the same glob.
 
         Args:
@@ -357,7 +298,7 @@ class Policy:
         """
         first = _pairs("modules", modules)
         globs = {glob for glob, _ in first}
-        rest = [(glob, policy) for glob, policy in self.modules if glob not in globs]
+        rest = [(glob, policy) for glob, policy in self._rules if glob not in globs]
         return replace(self, skip=tuple(glob for glob in self.skip if glob not in globs), modules=(*first, *rest))
 
     @staticmethod
@@ -387,27 +328,47 @@ class Policy:
     # -- conversions -----------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, as JSON types."""
+        """The fields that differ from their defaults, as JSON types; formats in the spelling of the caller."""
+        return self._fields(spelled=True)
+
+    def canonical(self) -> str:
+        """JSON text that equal policies have in common, however their formats were spelled."""
+        return json.dumps(self._fields(spelled=False))
+
+    def _fields(self, spelled: bool) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if value == field.default:
                 continue
             if field.name in (*KINDS, "elementwise"):
-                value = dict(value)
+                value = {key: self._text(cast, spelled) if isinstance(cast, Cast) else cast for key, cast in value}
             elif field.name == "modules":
-                value = {glob: self._of_module(policy) for glob, policy in value}
+                value = {glob: self._rule_fields(policy, spelled) for glob, policy in self._rules}
+            elif isinstance(value, Cast):
+                value = self._text(value, spelled)
+            elif isinstance(value, Scale):
+                value = str(value)
             elif isinstance(value, tuple):
                 value = list(value)
             result[field.name] = value
         return result
 
-    def _of_module(self, policy: Policy | None) -> str | dict[str, Any]:
-        """A module's policy, with the fields that it would inherit from this one."""
+    def _rule_fields(self, policy: Policy | None, spelled: bool) -> str | dict[str, Any]:
+        """A module's policy, with the fields that it would otherwise inherit from this one."""
         if policy is None:
             return NONE
-        scale = {} if self.scale is None else {"scale": policy.scale}
-        return {"rounding": policy.rounding, "overflow": policy.overflow, **scale, **policy.to_dict()}
+        inherited = {"rounding": policy.rounding, "overflow": policy.overflow}
+        if policy.scale != self.scale:
+            inherited["scale"] = None if policy.scale is None else str(policy.scale)
+        if policy.attention != self.attention:
+            inherited["attention"] = policy.attention
+        return {**inherited, **policy._fields(spelled)}
+
+    def _text(self, cast: Cast, spelled: bool) -> str:
+        """A cast as text that this policy reads as the same cast."""
+        text = cast.written if spelled else str(cast)
+        return f"{text}/{UNSCALED}" if self.scale is not None and cast.scale is None else text
 
     def to_json(self) -> str:
         """The policy as JSON text; `from_json` gives an equal policy."""
@@ -461,6 +422,23 @@ class Policy:
         return Policy(**options)
 
 
+#: What a caller gives as the rule for the modules that a glob matches.
+ModuleRule = Policy | Mapping[str, Any] | CastLike | None
+
+
+def is_preset(name: str) -> bool:
+    """Whether `Policy.preset` knows ``name``."""
+    return name in PRESETS or name.startswith(_PAPER)
+
+
+def _is_format(name: str) -> bool:
+    try:
+        parse_format(name)
+    except ValueError:
+        return False
+    return True
+
+
 def _strings(name: str, given: Any) -> tuple[str, ...]:
     items = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
     if not all(isinstance(item, str) for item in items):
@@ -476,18 +454,10 @@ def _pairs(name: str, given: Any) -> list[tuple[str, Any]]:
     return [(str(key), value) for key, value in pairs]
 
 
-def _check_module_policy(glob: str, policy: Policy) -> Policy:
-    if policy.uses_paths:
-        raise ValueError(f"the policy for modules {glob!r} has skip or modules of its own: put all globs at the top")
-    if policy.attention != "round" or policy.gaps:
-        raise ValueError(
-            f"the policy for modules {glob!r} has attention or gaps, which hold everywhere: put them at the top"
-        )
-    return policy
+def _kept(policy: Policy, name: str) -> dict[str, _Kept]:
+    """The field ``name`` of a policy, which maps roles or directions to casts."""
+    return dict(getattr(policy, name))
 
 
-@lru_cache(maxsize=65536)
-def matches(glob: str, path: str) -> bool:
-    """Whether ``glob`` matches ``path`` or a module that contains it."""
-    parts = path.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[:n]), glob) for n in range(1, len(parts) + 1))
+def _rounding_cast(kept: Any) -> Cast | None:
+    return kept if isinstance(kept, Cast) else None

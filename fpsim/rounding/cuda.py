@@ -13,13 +13,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fpsim.rounding.ops import _checked, _checked_stochastic, _round_stochastic, round_with_torch_ops
+from fpsim.rounding.definitions import check_arguments, check_stochastic_arguments, round_generally, round_stochastic
 
 _library = torch.library.Library("fpsim", "IMPL")
 
 
 @lru_cache(maxsize=1)
-def _triton_rounding() -> ModuleType | None:
+def _triton_functions() -> ModuleType | None:
     if importlib.util.find_spec("triton") is None:
         return None
     return importlib.import_module("fpsim.rounding.triton_functions")
@@ -27,19 +27,19 @@ def _triton_rounding() -> ModuleType | None:
 
 @torch.library.impl(_library, "round", "CUDA")
 def _round_cuda(x: Tensor, format: str, rounding: str, overflow: str, source: str = "") -> Tensor:
-    fmt = _checked(x, format, rounding, overflow)
-    written = _triton_rounding()
+    check_arguments(x, format, rounding, overflow)
+    written = _triton_functions()
     if written is None:
-        return torch.empty_like(x).copy_(round_with_torch_ops(x, fmt, rounding, overflow))
+        return round_generally(x, format, rounding, overflow, source)
     with torch.cuda.device_of(x):
         return written.round_dense(x, format, rounding, overflow)
 
 
 @torch.library.impl(_library, "round_stochastic", "CUDA")
 def _round_stochastic_cuda(x: Tensor, key: Tensor, format: str, rounding: str, overflow: str, source: str) -> Tensor:
-    _checked_stochastic(x, format, rounding, overflow)
-    written = _triton_rounding()
+    check_stochastic_arguments(x, format, rounding, overflow)
+    written = _triton_functions()
     if written is None:
-        return _round_stochastic(x, key, format, rounding, overflow, source)
+        return round_stochastic(x, key, format, rounding, overflow, source)
     with torch.cuda.device_of(x):
         return written.round_stochastic_dense(x, key, format, rounding, overflow)

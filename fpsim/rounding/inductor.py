@@ -18,9 +18,10 @@ from torch._inductor.utils import sympy_product
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
+import fpsim.rounding.definitions  # noqa: F401  (registers the operators)
 from fpsim.formats import parse_format
+from fpsim.rounding.carriers import CARRIERS, INTEGER_OF, grid_of, working_dtype
 from fpsim.rounding.kernel import Grid, round_code
-from fpsim.rounding.ops import CARRIERS, INTEGER_OF, grid_of, working_dtype
 from fpsim.rounding.random_words import random_key, random_word
 
 

@@ -28,7 +28,7 @@ def random_key(seed: Int, salt: int) -> Int:
         seed: 64-bit signed integers.
         salt: tells call sites with the same seed apart.
     """
-    return _mix64(_mix64(seed ^ _GOLDEN) ^ _wrap(salt * _GOLDEN))
+    return _mix64(_mix64(seed ^ _GOLDEN) ^ to_signed(salt * _GOLDEN))
 
 
 def random_word(low_key: Int, high_key: Int, low_index: Int, high_index: Int | None = None) -> Int:
@@ -57,6 +57,6 @@ def _fold(x: Int, shift: int, bits: int) -> Int:
     return x ^ ((x >> shift) & ((1 << (bits - shift)) - 1))
 
 
-def _wrap(number: int) -> int:
+def to_signed(number: int) -> int:
     """``number`` modulo 2**64, as a signed integer."""
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fpsim.formats import parse_format, resolve_overflow, split_rounding
+from fpsim.rounding.carriers import grid_of, working_dtype
 from fpsim.rounding.kernel import round_code
-from fpsim.rounding.ops import SOURCE, grid_of, working_dtype
+from fpsim.rounding.ops import SOURCE
 from fpsim.rounding.random_words import random_key, random_word
 
 # -- writing the algorithm down ----------------------------------------------------------------------------------------

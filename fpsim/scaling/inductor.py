@@ -9,9 +9,10 @@ import torch
 from torch._inductor import ir, lowering
 from torch._inductor.virtualized import ops
 
+import fpsim.scaling.definitions  # noqa: F401  (registers the operator)
+from fpsim.rounding.carriers import CARRIERS, working_dtype
 from fpsim.rounding.inductor import LaneOps, Lanes
-from fpsim.rounding.ops import CARRIERS, working_dtype
-from fpsim.scaling.ops import factor_codes
+from fpsim.scaling.rules import factor_codes
 
 aten = torch.ops.aten
 

@@ -1,13 +1,7 @@
-"""Scaling by powers of two: one factor for a tensor, chosen from its largest magnitude as it is rounded.
-
-What FP8 training does before it rounds an operand ("current" or "just-in-time" scaling). The factor is a power of two,
-so that multiplying by it and dividing again are exact, and the product of operands that were divided again is what
-hardware gets that scales the product of the codes. Any other factor would be rounded along the way, in another place.
-"""
+"""The operator that computes scales, complete, and `fpsim.power_of_two_scale`."""
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,32 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fpsim.scaling.definitions  # noqa: F401  (registers the operator)
 from fpsim.formats import FloatFormat, parse_format
-from fpsim.rounding.kernel import Int, Ops
-from fpsim.rounding.ops import CARRIERS, SOURCE, TorchOps, check_carrier, working_dtype
+from fpsim.rounding.carriers import check_carrier
+from fpsim.rounding.ops import SOURCE
 
-SCALES = ("power_of_two",)
+#: The scale of a tensor and its reciprocal, of shape (2,), for a format with this largest value. The last argument is
+#: `fpsim.rounding.ops.SOURCE`.
+scale_op: Callable[[Tensor, float, str], Tensor] = torch.ops.fpsim.power_of_two_scale.default
 
-
-def check_scale(scale: str | None) -> None:
-    """Refuse what is no way to scale.
-
-    Raises:
-        ValueError: ``scale`` is neither None nor one of `SCALES`.
-    """
-    if scale is not None and scale not in SCALES:
-        raise ValueError(f"unknown scale {scale!r}: use one of {', '.join(SCALES)}, or None")
+_library = torch.library.Library("fpsim", "FRAGMENT")
 
 
-def check_scaled_carrier(dtype: torch.dtype, fmt: FloatFormat, scale: str | None = SCALES[0]) -> None:
-    """Refuse a dtype that cannot carry ``fmt``, or numbers scaled into its range and back; ``scale`` None: unscaled.
+def check_scaled_carrier(dtype: torch.dtype, fmt: FloatFormat) -> None:
+    """Refuse a dtype that cannot carry ``fmt``, or numbers that are scaled into its range and back.
 
     Raises:
-        TypeError, ValueError: as `fpsim.rounding.ops.check_carrier`.
+        TypeError, ValueError: as `fpsim.rounding.carriers.check_carrier`.
         ValueError: float16, whose exponents do not suffice: scaled numbers would overflow.
     """
     check_carrier(dtype, fmt)
-    if scale is not None and dtype == torch.float16:
+    if dtype == torch.float16:
         raise ValueError(
             "scaled rounding of float16 tensors would overflow: convert them to bfloat16 or float32, or leave out the "
             "scale and scale the loss"
@@ -76,19 +65,6 @@ def power_of_two_scale(x: Tensor, format: str | FloatFormat) -> Tensor:
     return scale_op(x.detach(), fmt.max, SOURCE)[0]
 
 
-# -- the operator ------------------------------------------------------------------------------------------------------
-
-_library = torch.library.Library("fpsim", "FRAGMENT")
-_library.define("power_of_two_scale(Tensor x, float maximum, str source) -> Tensor")
-
-
-@torch.library.impl(_library, "power_of_two_scale", "CompositeExplicitAutograd")
-def _scale(x: Tensor, maximum: float, source: str) -> Tensor:
-    if x.numel() == 0:
-        return x.new_ones(2)
-    return _factors(x.abs().amax(), maximum)
-
-
 @torch.library.register_fake("fpsim::power_of_two_scale", lib=_library)
 def _scale_fake(x: Tensor, maximum: float, source: str) -> Tensor:
     if "torch._inductor.lowering" in sys.modules:  # something is being compiled
@@ -102,36 +78,3 @@ def _scale_vmap(
 ) -> tuple[Tensor, int]:
     xs = x.movedim(in_dims[0] or 0, 0)
     return torch.stack([scale_op(each, maximum, source) for each in xs]), 0
-
-
-def _factors(amax: Tensor, maximum: float) -> Tensor:
-    """The scale and its reciprocal, from the largest magnitude of a tensor and the largest value of a format."""
-    working = working_dtype(amax.dtype)
-    ops = TorchOps(working)
-    codes = factor_codes(amax.to(working).view(ops.integer), maximum, CARRIERS[working], ops)
-    return torch.stack([code.view(working).to(amax.dtype) for code in codes])
-
-
-def factor_codes(amax: Int, maximum: float, carrier: FloatFormat, ops: Ops) -> tuple[Int, Int]:
-    """The codes of the scale and of its reciprocal.
-
-    Args:
-        amax: the code of the largest magnitude, in the terms of `fpsim.rounding.kernel`.
-        maximum: the largest finite value of the format.
-        carrier: float32 or float64.
-        ops: does the arithmetic.
-    """
-    width, bias = carrier.mantissa_bits, carrier.bias
-    fraction, exponent = math.frexp(maximum)
-    mantissa = int((2 * fraction - 1) * (1 << width))
-    # A subnormal number is an integer number of units, its code; as a number of its own that integer is normal.
-    subnormal = ops.less(amax, 1 << width)
-    normal = ops.choose(subnormal, ops.code_of_integer(amax), amax)
-    power = exponent - 1 + bias - (normal >> width) - ops.choose(subnormal, carrier.emin - width, 0)
-    power = power - ops.choose(ops.less((normal & ((1 << width) - 1)), mantissa + 1), 0, 1)
-    usable = ops.less(amax, ((1 << carrier.exponent_bits) - 1) << width) & ~ops.less(amax, 1)
-    power = ops.choose(usable, ops.clamp(power, 1 - bias, bias - 1), 0)
-    return (bias + power) << width, (bias - power) << width
-
-
-scale_op: Callable[[Tensor, float, str], Tensor] = torch.ops.fpsim.power_of_two_scale.default

@@ -1,4 +1,4 @@
-"""Training in several processes: gradients rounded before they are exchanged, and one policy for all.
+"""Gradients that are rounded before processes exchange them.
 
 Rounding happens on each rank, in the tensors that are then exchanged; the sum is that of the exchange itself, in the
 gradients' own dtype. The hooks are those that torch offers: `DistributedDataParallel.register_comm_hook`, and
@@ -7,27 +7,21 @@ gradients' own dtype. The hooks are those that torch offers: `DistributedDataPar
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fpsim.formats import FloatFormat, split_rounding
-from fpsim.policy.policy import Cast, Policy, parse_unscaled
-from fpsim.rounding.ops import check_carrier
-from fpsim.training.optimizers import Job, check_seed, draw_of_step, round_in_place
-
-# -- gradients ---------------------------------------------------------------------------------------------------------
+from fpsim.casts import Cast, CastLike, check_cast, parse_unscaled
+from fpsim.training.in_place import Job, check_seed, draw_of_step, round_in_place
 
 
 def round_gradients_hook(
-    format: str | FloatFormat,
+    format: CastLike,
     *,
-    result: str | FloatFormat | None = None,
+    result: CastLike | None = None,
     rounding: str = "nearest_even",
     overflow: str | None = None,
     seed: int | None = None,
@@ -80,7 +74,7 @@ def round_gradients_hook(
 
 
 def rounded_reduce_scatter(
-    format: str | FloatFormat, *, rounding: str = "nearest_even", overflow: str | None = None, seed: int | None = None
+    format: CastLike, *, rounding: str = "nearest_even", overflow: str | None = None, seed: int | None = None
 ) -> Any:
     """The same for FSDP2: gradients are rounded on each rank before `fully_shard` sums and scatters them.
 
@@ -113,74 +107,5 @@ def rounded_reduce_scatter(
 @torch.no_grad()
 def _round(tensor: Tensor, cast: Cast | None, draw: int | None, number: int) -> None:
     if cast is not None:
-        check_carrier(tensor.dtype, cast.format)
-        stochastic = split_rounding(cast.rounding)[1] > 0
-        round_in_place([Job(tensor, cast, number)], draw if stochastic else None, compiled=None)
-
-
-# -- one policy for all ------------------------------------------------------------------------------------------------
-
-
-def check_same_policy(
-    policy: Policy | Mapping[str, Any] | None = None, group: dist.ProcessGroup | None = None
-) -> Policy:
-    """Make sure that every rank has the policy of rank 0. All ranks must call it, as any collective.
-
-    Args:
-        policy: a `Policy`, or the ``options`` of `torch.compile`.
-        group: the ranks; None means all.
-
-    Returns:
-        The policy.
-
-    Raises:
-        ValueError: on every rank, if they differ: which ranks differ from rank 0, and in what. Or ``policy`` is none.
-        RuntimeError: `torch.distributed` is not initialised.
-
-    >>> check_same_policy({"format": "e4m3fn"})  # doctest: +SKIP
-    """
-    own = policy if isinstance(policy, Policy) else Policy.from_options(policy)
-    if not dist.is_initialized():
-        raise RuntimeError("there are no other ranks: call torch.distributed.init_process_group first")
-    texts: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(texts, own.to_json(), group=group)
-    first, *others = map(Policy.from_json, texts)
-    differing = {rank: differences(first, other) for rank, other in enumerate(others, 1) if other != first}
-    if differing:
-        lines = "; ".join(f"rank {rank}: {what}" for rank, what in differing.items())
-        raise ValueError(f"the policies of these ranks are not that of rank 0: {lines}. Give all the same options")
-    return own
-
-
-def refuse_other_policy(policy: Policy, what: str) -> None:
-    """Refuse a policy that is not the one with which another rank has compiled the same thing.
-
-    Not a collective: it waits for nobody. The first rank to come leaves its policy in the store through which the ranks
-    found each other, and the others compare theirs with it, the ``n``-th time they compile the same thing with what was
-    left the ``n``-th time. Without other ranks nothing happens.
-
-    Args:
-        policy: of what is being compiled.
-        what: names what is being compiled, on every rank in the same way.
-
-    Raises:
-        ValueError: another rank has another policy.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    store = dist.distributed_c10d._get_default_store()
-    own = json.dumps({"rank": dist.get_rank(), "policy": policy.to_json()})
-    times = store.add(f"fpsim/compiled/{what}/{dist.get_rank()}", 1)
-    first = json.loads(store.compare_set(f"fpsim/policy/{what}/{times}", "", own))
-    firsts = Policy.from_json(first["policy"])
-    if firsts != policy:
-        raise ValueError(
-            f"this is rank {dist.get_rank()}, whose policy is not that of rank {first['rank']}: "
-            f"{differences(firsts, policy)}. Give all ranks the same options"
-        )
-
-
-def differences(first: Policy, other: Policy) -> str:
-    """Where two policies differ: ``field is this, not that`` for each field, ``that`` being the first's."""
-    pairs = {each.name: (getattr(first, each.name), getattr(other, each.name)) for each in fields(Policy)}
-    return ", ".join(f"{name} is {this!r}, not {that!r}" for name, (that, this) in pairs.items() if this != that)
+        check_cast(tensor.dtype, cast)
+        round_in_place([Job(tensor, cast, number)], draw if cast.is_stochastic else None, compiled=None)

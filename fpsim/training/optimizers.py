@@ -6,106 +6,21 @@ is. A tensor is rounded after the step that changes it, so that between steps ea
 
 from __future__ import annotations
 
-import copy
-import difflib
-import typing
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from fpsim.formats import FloatFormat, split_rounding
-from fpsim.policy.policy import Cast, matches, parse_cast
-from fpsim.rounding.ops import SOURCE, round_op, round_stochastic_op
-from fpsim.rounding.random_words import random_key
-from fpsim.scaling.ops import check_scaled_carrier, scale_op
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+from fpsim.casts import Cast, CastLike, check_cast, parse_cast
+from fpsim.training.in_place import Job, check_seed, draw_of_step, round_in_place
+from fpsim.training.optimizer_state import state_names
+from fpsim.training.shards import local, shard_number, sharded_like
 
 #: The names under which a state dict holds what is kept besides the optimizer's own state.
 MASTER, COMPENSATION, STEPS = "fpsim_master", "fpsim_compensation", "fpsim_steps"
-
-#: Numbers rounded per step from which on the rounding is compiled, if nothing is said about it.
-COMPILE_FROM = 1 << 20
-
-# Tensors of fewer numbers are rounded together, since each call costs some microseconds.
-_SMALL = 1 << 14
-# Numbers in a tensor whose indices have 32 bits.
-_SHORT = 1 << 31
-# Tensors rounded by one call of compiled code, which costs tens of microseconds.
-_BATCH = 4
-
-CastLike = str | FloatFormat
-
-
-# -- parameters --------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def round_parameters(
-    module: nn.Module,
-    format: CastLike | Mapping[str, CastLike],
-    *,
-    rounding: str = "nearest_even",
-    overflow: str | None = None,
-    seed: int | None = None,
-) -> None:
-    """Round the parameters of ``module`` in place, once. Buffers stay as they are.
-
-    Args:
-        module: its parameters are float64, float32, bfloat16 or float16 where they are rounded.
-        format: of all parameters, or a mapping from globs of parameter names to formats (``{"*.weight": "e4m3fn",
-            "lm_head": "none"}``): a glob matches a parameter, or a module with all its parameters; the first that
-            matches decides, and what none matches stays unrounded. A format may be a cast,
-            ``format/rounding/overflow/scale``; every parameter, and every shard of one, has a scale of its own.
-        rounding, overflow: where a cast names none.
-        seed: for stochastic rounding, and only for it: parameter ``i`` is rounded as by ``fpsim.round(..., seed=s +
-            i)``, where ``s`` is `draw_of_step` of the seed and 0.
-
-    Raises:
-        ValueError: an unknown format or mode, a glob that matches no parameter, a format with values that a parameter's
-            dtype lacks, stochastic rounding without a seed or a seed without it. Nothing has been rounded then.
-        TypeError: a parameter to be rounded that is not of one of the four dtypes.
-    """
-    parameters = dict(module.named_parameters())
-    casts = _casts_by_glob(format, rounding, overflow, list(parameters))
-    chosen = {name: next((cast for glob, cast in casts.items() if matches(glob, name)), None) for name in parameters}
-    check_seed(seed, [cast for cast in casts.values() if cast])
-    jobs = [
-        Job(_local(p), cast, i + len(parameters) * _shard(p))
-        for i, (name, p) in enumerate(parameters.items())
-        if (cast := chosen[name]) is not None
-    ]
-    for job in jobs:
-        check_scaled_carrier(job.tensor.dtype, job.cast.format, job.cast.scale)
-    round_in_place(jobs, None if seed is None else draw_of_step(seed, 0))
-
-
-def _casts_by_glob(
-    format: CastLike | Mapping[str, CastLike], rounding: str, overflow: str | None, names: Sequence[str]
-) -> dict[str, Cast | None]:
-    if not isinstance(format, Mapping):
-        return {"*": parse_cast(format, rounding, overflow)}
-    modules = {name.rpartition(".")[0] for name in names} - {""}
-    for glob in format:
-        if not any(matches(glob, name) for name in names):
-            raise ValueError(f"{glob!r} matches no parameter: {_near(glob, [*names, *sorted(modules)])}")
-    return {glob: parse_cast(text, rounding, overflow) for glob, text in format.items()}
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    """The names closest to ``name``, or else all (at most twenty) of them."""
-    near = difflib.get_close_matches(name, known, n=3)
-    if near:
-        return f"did you mean {' or '.join(map(repr, near))}?"
-    return f"use one of {', '.join(map(repr, known[:20]))}{', ...' if len(known) > 20 else ''}"
 
 
 # -- optimizers --------------------------------------------------------------------------------------------------------
@@ -153,9 +68,9 @@ class RoundedOptimizer:
         for handle in self._handles:
             handle.remove()
         for parameter, master in self._memory.masters.items():
-            _local(parameter).copy_(master)
+            local(parameter).copy_(master)
         for parameter, compensation in self._memory.compensations.items():
-            _local(parameter).add_(compensation)
+            local(parameter).add_(compensation)
         self._memory.masters.clear()
         self._memory.compensations.clear()
 
@@ -276,92 +191,12 @@ def _check_weights(weights: Cast | None, master: Cast | None, kahan: bool) -> No
         )
 
 
-def check_seed(seed: int | None, casts: Sequence[Cast]) -> None:
-    """Refuse a seed where no cast is stochastic, and the reverse, and what is no seed."""
-    stochastic = [cast for cast in casts if _is_stochastic(cast)]
-    if stochastic and seed is None:
-        raise ValueError(f"the cast {stochastic[0]} is stochastic and needs a seed: an int")
-    if seed is not None and not stochastic:
-        raise ValueError(f"seed={seed} has no meaning without stochastic rounding: use rounding='stochastic'")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
-        raise ValueError(f"a seed is an int of 64 bits, got {seed!r}")
-
-
-@cache
-def _is_stochastic(cast: Cast) -> bool:
-    return split_rounding(cast.rounding)[1] > 0
-
-
 def _check_optimizer(optimizer: Optimizer) -> None:
     hooks = optimizer._optimizer_step_post_hooks.values()
     if any(isinstance(getattr(hook, "__self__", None), Memory) for hook in hooks):
         raise ValueError("this optimizer is rounded already: call remove() of what round_optimizer returned first")
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError("an optimizer with differentiable=True cannot be rounded in place: set it to False")
-
-
-# -- which states there are --------------------------------------------------------------------------------------------
-
-
-def state_names(optimizer: Optimizer) -> list[str]:
-    """The kinds of state that an optimizer keeps for its parameters, as they may be given to `round_optimizer`.
-
-    Optimizers create their state in their first step, so one is taken on a copy with small parameters. Where that
-    fails, the state of a step that has been taken tells.
-
-    Raises:
-        ValueError: it fails, and no step has been taken.
-    """
-    try:
-        states = _states_after_a_step(optimizer)
-    except Exception as error:
-        states = list(optimizer.state.values())
-        if not states:
-            raise ValueError(
-                f"cannot tell what state {type(optimizer).__name__} keeps: a step on a small copy of it failed "
-                f"({error}). Take a step before you call round_optimizer"
-            ) from error
-    return sorted({name for each in states for name, value in each.items() if _is_state(value)})
-
-
-def _is_state(value: Any) -> bool:
-    """Whether it is a tensor (or a list of them) of as many numbers as the parameters have, not a counter."""
-    if isinstance(value, list):
-        return any(_is_state(item) for item in value)
-    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0
-
-
-def _states_after_a_step(optimizer: Optimizer) -> list[dict[str, Any]]:
-    twin = copy.copy(optimizer)
-    twin.__dict__ = {**vars(optimizer), **vars(twin)}
-    twin.state = defaultdict(dict)
-    for name in [name for name in vars(twin) if name.startswith("_optimizer_") and name.endswith("_hooks")]:
-        setattr(twin, name, OrderedDict())
-    twin.param_groups = [
-        {**group, "params": list(_small_parameters(group["params"]))} for group in optimizer.param_groups
-    ]
-    parameters = [p for group in twin.param_groups for p in group["params"]]
-    if isinstance(twin, torch.optim.LBFGS):  # it has its own list of the parameters, and their number
-        twin._params, twin._numel_cache = parameters, None
-
-    def closure() -> Tensor:
-        with torch.enable_grad():
-            loss = sum(((p - 3) ** 4).sum() for p in parameters)
-        for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            p.grad = gradient
-        return loss.detach()
-
-    closure()
-    type(twin).step(
-        twin, typing.cast(Any, closure)
-    )  # not twin.step, which a learning rate scheduler binds to the original
-    return list(twin.state.values())
-
-
-def _small_parameters(parameters: Iterable[Tensor]) -> Iterator[Tensor]:
-    """One small parameter for each number of dimensions, dtype and device: what state there is may depend on these."""
-    for ndim, dtype, device in dict.fromkeys((max(p.ndim, 1), p.dtype, p.device) for p in parameters):
-        yield torch.ones([2] * ndim, dtype=dtype, device=device, requires_grad=True)
 
 
 # -- what happens around a step ----------------------------------------------------------------------------------------
@@ -395,16 +230,16 @@ class Memory:
         for p in self.parameters:
             for cast in (self.weights, self.master):
                 if cast is not None:
-                    check_scaled_carrier(p.dtype, cast.format, cast.scale)
+                    check_cast(p.dtype, cast)
             for name, cast in self.state:
                 for tensor in _tensors(self.optimizer.state.get(p, {}).get(name)) or [p]:
-                    check_scaled_carrier(tensor.dtype, cast.format, cast.scale)
+                    check_cast(tensor.dtype, cast)
 
     def start(self) -> None:
         if self.master is not None:
-            self.masters = {p: _local(p).clone() for p in self.parameters}
+            self.masters = {p: local(p).clone() for p in self.parameters}
         if self.kahan:
-            self.compensations = {p: torch.zeros_like(_local(p)) for p in self.parameters}
+            self.compensations = {p: torch.zeros_like(local(p)) for p in self.parameters}
         self.round_state()
         self.round_weights()
 
@@ -433,14 +268,14 @@ class Memory:
     def _widen(self) -> None:
         """Put into the parameters what the step starts from."""
         if self.masters:
-            torch._foreach_copy_([_local(p) for p in self.masters], list(self.masters.values()))
+            torch._foreach_copy_([local(p) for p in self.masters], list(self.masters.values()))
         if self.compensations:
-            torch._foreach_add_([_local(p) for p in self.compensations], list(self.compensations.values()))
+            torch._foreach_add_([local(p) for p in self.compensations], list(self.compensations.values()))
 
     def round_state(self) -> None:
         """Round the state that there is, in place."""
         jobs = [
-            Job(_local(tensor), cast, self._draw_index(j, p, i))
+            Job(local(tensor), cast, self._draw_index(j, p, i))
             for j, p in enumerate(self.parameters)
             for i, (name, cast) in enumerate(self.state)
             for tensor in _tensors(self.optimizer.state.get(p, {}).get(name))
@@ -451,7 +286,7 @@ class Memory:
         """From parameters in which a step has left its result: the master copies, the weights, what they lose."""
         if self.weights is None:
             return
-        parameters = [_local(p) for p in self.parameters]
+        parameters = [local(p) for p in self.parameters]
         masters = list(self.masters.values())
         if self.master is not None:
             torch._foreach_copy_(masters, parameters)
@@ -473,7 +308,7 @@ class Memory:
         ]
 
     def _draw_index(self, j: int, parameter: Tensor, i: int) -> int:
-        shard = _shard(parameter)
+        shard = shard_number(parameter)
         before = len(self.parameters) * shard if shard else 0  # counted only if needed: this is called for each of them
         return i + self.casts_per_parameter * (j + before)
 
@@ -486,7 +321,7 @@ class Memory:
 
         def evaluate() -> Any:
             with torch.no_grad():
-                parameters = [_local(p) for p in self.parameters]
+                parameters = [local(p) for p in self.parameters]
                 exact = [p.clone() for p in parameters]
                 assert self.weights is not None
                 self._round(self._jobs(parameters, self.weights, len(self.state) + 1))
@@ -513,7 +348,7 @@ class Memory:
         states = dict(state_dict["state"])
         for name, kept in self._kept():
             for j, (p, tensor) in enumerate(kept.items()):
-                states[j] = {**states.get(j, {}), name: _sharded_like(p, tensor)}
+                states[j] = {**states.get(j, {}), name: sharded_like(p, tensor)}
         groups = [{**group, STEPS: self.steps} for group in state_dict["param_groups"]]
         return {**state_dict, "state": states, "param_groups": groups}
 
@@ -557,7 +392,7 @@ class Memory:
     def finish_loading(self, optimizer: Optimizer) -> None:
         for name, kept in self._kept():
             for p, value in zip(list(kept), self.loading.get(name, []), strict=False):
-                kept[p] = _local(value).to(kept[p], copy=True)
+                kept[p] = local(value).to(kept[p], copy=True)
         self.steps = self.loading[STEPS]
         self.loading = {}
         self.round_state()
@@ -567,149 +402,3 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, list):
         return [tensor for item in value for tensor in _tensors(item)]
     return [value] if isinstance(value, Tensor) else []
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor that are here, sharing its memory: of a `DTensor` its shard."""
-    detached = tensor.detach()
-    return detached.to_local() if hasattr(detached, "to_local") else detached
-
-
-def _sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
-    """``local`` as a `DTensor` laid out as ``parameter``; itself where that is none."""
-    sharded = _as_sharded(parameter)
-    if sharded is None:
-        return local
-    from torch.distributed.tensor import DTensor
-
-    mesh, placements = sharded.device_mesh, sharded.placements
-    return DTensor.from_local(local, mesh, placements, shape=sharded.shape, stride=sharded.stride())
-
-
-def _shard(parameter: Tensor) -> int:
-    """Which shard of a `DTensor` is here; 0 for what is not sharded."""
-    number, sharded = 0, _as_sharded(parameter)
-    if sharded is not None:
-        mesh = sharded.device_mesh
-        for dimension, placement in enumerate(sharded.placements):
-            if placement.is_shard():
-                number = number * mesh.size(dimension) + mesh.get_local_rank(dimension)
-    return number
-
-
-def _as_sharded(tensor: Tensor) -> DTensor | None:
-    """The tensor if it is a `DTensor`, whose module takes long to import where it is not used."""
-    return typing.cast("DTensor", tensor) if hasattr(tensor, "to_local") else None
-
-
-# -- rounding many tensors in place ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Job:
-    """A tensor to be rounded in place, how, and which draw of the step is its own."""
-
-    tensor: Tensor
-    cast: Cast
-    draw: int
-
-
-def draw_of_step(seed: int, step: int) -> int:
-    """The seed from which the draws of one step are counted: 64 bits of a hash of both."""
-    return int(random_key(torch.tensor(seed), step))
-
-
-def round_in_place(jobs: Sequence[Job], draw: int | None, compiled: bool | None = False) -> None:
-    """Round each tensor as by `fpsim.round`; stochastically with seed ``draw + job.draw`` (modulo 2**64).
-
-    ``compiled``: by code that Inductor compiles once for every cast; None: where there are over a million numbers in
-    all on the CPU.
-    """
-    if compiled is None:
-        compiled = sum(job.tensor.numel() for job in jobs if job.tensor.device.type == "cpu") >= COMPILE_FROM
-    small, large = defaultdict(list), defaultdict(list)
-    for job, key in zip(jobs, _keys(jobs, draw), strict=True):
-        x, cast = job.tensor, job.cast
-        if key is None and cast.scale is None and x.numel() < _SMALL:
-            small[cast, x.dtype, x.device].append(x)
-        elif compiled and x.is_contiguous() and 1 < x.numel() < _SHORT:
-            large[cast, x.dtype, x.device, key is not None].append((x.view(-1), key))
-        else:
-            _overwrite(x, key, *_arguments(cast))
-
-    joined = {kind: torch.cat([x.reshape(-1) for x in tensors]) for kind, tensors in small.items()}
-    for (cast, dtype, device), x in joined.items():
-        if compiled and x.numel() > 1:
-            large[cast, dtype, device, False].append((x, None))
-        else:
-            _overwrite(x, None, *_arguments(cast))
-    for compilation, pairs in large.items():
-        _compiled_rounding(*compilation)(pairs)
-    for kind, tensors in small.items():
-        parts = joined[kind].split([x.numel() for x in tensors])
-        torch._foreach_copy_(tensors, [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)])
-
-
-def _keys(jobs: Sequence[Job], draw: int | None) -> Sequence[Tensor | None]:
-    """The key of each job's random numbers, int32 ``[2]``; None for deterministic rounding."""
-    drawn = [i for i, job in enumerate(jobs) if _is_stochastic(job.cast)]
-    keys: list[Tensor | None] = [None] * len(jobs)
-    if drawn:
-        key = random_key(torch.tensor([_wrap((draw or 0) + jobs[i].draw) for i in drawn]), 0)
-        for i, halves in zip(drawn, torch.stack([key, key >> 32], 1).to(torch.int32), strict=True):
-            keys[i] = halves.to(jobs[i].tensor.device)
-    return keys
-
-
-def _wrap(number: int) -> int:
-    return (number + 2**63) % 2**64 - 2**63
-
-
-def _arguments(cast: Cast) -> tuple[str, str, str, float | None]:
-    return cast.format.name, cast.rounding, cast.overflow, cast.format.max if cast.scale else None
-
-
-def _overwrite(
-    x: Tensor, key: Tensor | None, format: str, rounding: str, overflow: str, scaled_to: float | None
-) -> None:
-    """Round ``x`` in place; ``scaled_to``: with its largest magnitude scaled to just below this number."""
-    exact, inverse = x, None
-    if scaled_to is not None:
-        factor, inverse = scale_op(x, scaled_to, SOURCE).unbind()
-        exact = x * factor
-    if key is None:
-        rounded = round_op(exact, format, rounding, overflow, SOURCE)
-    else:
-        if torch.compiler.is_compiling():
-            torch._check(x.numel() < _SHORT)  # so that indices of unknown tensors are taken for 32 bits, not 64
-        rounded = round_stochastic_op(exact, key, format, rounding, overflow, SOURCE)
-    x.copy_(rounded if inverse is None else rounded * inverse)
-
-
-def _overwrite_batch(xs: Sequence[Tensor], keys: Sequence[Tensor] | None, *arguments: Any) -> None:
-    for i, x in enumerate(xs):
-        _overwrite(x, None if keys is None else keys[i], *arguments)
-
-
-@cache
-def _compiled_rounding(
-    cast: Cast, dtype: torch.dtype, device: torch.device, stochastic: bool
-) -> Callable[[Sequence[tuple[Tensor, Tensor | None]]], None]:
-    """`_overwrite` for tensors of one dimension, and their keys, compiled: a batch at a time."""
-    arguments = _arguments(cast)
-    # A function of its own, so that casts do not add up to Dynamo's limit.
-    name = "_".join(("round", *map(str, arguments)))
-    overwrite = torch.compile(
-        FunctionType(_overwrite_batch.__code__.replace(co_name=name), globals(), name), dynamic=True
-    )
-
-    def run(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-        for start in range(0, len(pairs), _BATCH):
-            xs, keys = zip(*pairs[start : start + _BATCH], *fillers[len(pairs) - start :], strict=True)
-            overwrite(xs, torch.stack(keys) if stochastic else None, *arguments)
-
-    no_key = torch.zeros(2, dtype=torch.int32, device=device) if stochastic else None
-    fillers = [(torch.zeros(2, dtype=dtype, device=device), no_key) for _ in range(_BATCH)]
-    # For long tensors, or else the code keeps to one thread; of different lengths, or else it is for equal ones only.
-    run([(torch.zeros(COMPILE_FROM + i, dtype=dtype, device=device), no_key) for i in range(_BATCH)])
-    return run

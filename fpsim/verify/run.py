@@ -38,11 +38,12 @@ from fpsim.formats import (
     resolve_overflow,
     split_rounding,
 )
+from fpsim.functions import round as round_tensor
 from fpsim.reference.tables import MAX_BITS
 from fpsim.reference.values import Value, is_negative, magnitude, negate
-from fpsim.rounding.api import round as round_tensor
-from fpsim.rounding.ops import CARRIERS, check_carrier, random_key_op
-from fpsim.rounding.ops import _words as words_of
+from fpsim.rounding.carriers import CARRIERS, check_carrier
+from fpsim.rounding.definitions import random_words_at as words_of
+from fpsim.rounding.ops import random_key_op
 from fpsim.source import proven_hash
 
 Codes = NDArray[np.unsignedinteger]  #: bit patterns of a carrier

@@ -19,7 +19,9 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parents[2]))  # it is run as a program
 import fpsim
 from fpsim.formats import full_rounding, parse_format, resolve_overflow
-from fpsim.rounding.ops import _words, random_key_op, round_with_torch_ops
+from fpsim.rounding.definitions import random_words_at
+from fpsim.rounding.ops import random_key_op
+from fpsim.rounding.tensors import round_with_torch_ops
 from fpsim.rounding.triton_functions import round_dense, round_stochastic_dense
 from fpsim.triton import fpsim_round, fpsim_round_stochastic
 from tests.shared.judge import (
@@ -132,7 +134,7 @@ def check_user_kernels() -> None:
         assert torch.equal(out, want), seed
     first = 2**33  # indices of more than 32 bits
     rounded_from[(1,)](x, out, 3, first, "e2m1fn", "stochastic", 64)
-    words = _words(random_key_op(torch.tensor(3), 5), first, 64)
+    words = random_words_at(random_key_op(torch.tensor(3), 5), first, 64)
     assert torch.equal(out, round_with_torch_ops(x, parse_format("e2m1fn"), "stochastic:23", "sat_finite", words))
 
 

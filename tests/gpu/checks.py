@@ -19,7 +19,7 @@ from torch._inductor.utils import run_and_get_code
 
 import fpsim
 from fpsim.formats import OVERFLOWS, ROUNDINGS, FloatFormat, parse_format
-from fpsim.rounding.ops import CARRIERS
+from fpsim.rounding.carriers import CARRIERS
 from tests.compile_backend.interpreted_triton import rounded_from, scaled_and_rounded
 from tests.gpu.kernels import rounded_in_a_kernel
 from tests.shared.models import dyadic

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fpsim.paper.demo import DEFAULT_FORMATS, Result, _smooth, demo, parse_run
 from fpsim.paper.training import Record, run
-from fpsim.policy.policy import Policy
+from fpsim.policy import Policy
 
 
 @pytest.mark.parametrize(

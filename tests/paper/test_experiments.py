@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from fpsim import parse_format, reference
+from fpsim.casts import parse_cast
 from fpsim.paper.config import run_key
 from fpsim.paper.data import DataConfig
 from fpsim.paper.experiments import EXPERIMENTS, SIZES, Setting, experiment
@@ -19,7 +20,7 @@ from fpsim.paper.models import ModelConfig, build
 from fpsim.paper.report import report
 from fpsim.paper.storage import read_records
 from fpsim.paper.sweeps import Planned, read_sweep, sweep
-from fpsim.policy.policy import Policy, parse_cast
+from fpsim.policy import Policy
 
 SCRIPT = """
 import torch

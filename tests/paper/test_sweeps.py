@@ -18,7 +18,7 @@ from fpsim.paper.models import ModelConfig
 from fpsim.paper.storage import read_records, read_run, to_parquet
 from fpsim.paper.sweeps import Planned, condition_options, grid, read_sweep, sweep
 from fpsim.paper.training import Record, run
-from fpsim.policy.policy import Policy
+from fpsim.policy import Policy
 
 pytest.importorskip("pyarrow")
 

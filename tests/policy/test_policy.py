@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 
 import fpsim
+from fpsim.casts import Cast, parse_cast
 from fpsim.formats import OVERFLOWS, ROUNDINGS, FloatFormat, parse_format, resolve_overflow
-from fpsim.policy.policy import ATTENTIONS, DIRECTIONS, HYBRID, KINDS, PRODUCTS, ROLES, Cast, Policy, parse_cast
+from fpsim.policy.policy import ATTENTIONS, DIRECTIONS, HYBRID, KINDS, PRODUCTS, ROLES, Policy
+from fpsim.scaling.scale import Scale
 
 FIELDS = [field.name for field in dataclasses.fields(Policy)]
 PLACES = list(itertools.product(KINDS, ROLES))
@@ -220,7 +222,7 @@ def test_a_policy_made_of_a_policy_keeps_what_is_scaled() -> None:
     policy = Policy(scale="power_of_two", format="e4m3fn", gradient="e5m2/unscaled")
     assert dataclasses.replace(policy) == policy
     assert dataclasses.replace(policy, skip=("head",)).cast("dgrad", "gradient").scale is None
-    assert dataclasses.replace(policy, skip=("head",)).cast("dgrad", "weight").scale == "power_of_two"
+    assert dataclasses.replace(policy, skip=("head",)).cast("dgrad", "weight").scale == Scale("power_of_two")
 
 
 def test_modules_inherit_the_scale_and_may_be_without() -> None:
@@ -229,7 +231,7 @@ def test_modules_inherit_the_scale_and_may_be_without() -> None:
     )
     assert "scale" not in Policy(modules={"a": "e5m2"}).to_dict()["modules"]["a"]
     scales = [policy.at(path).cast("fprop", "weight").scale for path in "abc"]
-    assert scales == ["power_of_two", None, None]
+    assert scales == [Scale("power_of_two"), None, None]
     assert Policy.from_json(policy.to_json()) == policy
 
 
@@ -442,18 +444,52 @@ def test_the_overflow_mode_of_the_hybrid_is_not_inherited() -> None:
     assert Policy(modules={"a": "bf16"}).at("a") == Policy(format="bf16/nearest_even/ovf_inf")
 
 
-@pytest.mark.parametrize("inner", [{"skip": ["a"]}, {"modules": {"a": "none"}}])
-def test_globs_stand_at_the_top(inner: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"modules 'head' .*put all globs at the top"):
-        Policy(modules={"head": inner})
-    with pytest.raises(ValueError, match=r"modules 'head' .*put all globs at the top"):
-        Policy(modules={"head": Policy(**inner)})
+@pytest.mark.parametrize("inner", [{"skip": ["head.a"]}, {"modules": {"head.a": "none"}}])
+@pytest.mark.parametrize("rule", [dict, lambda fields: Policy(**fields)])
+def test_the_policy_of_a_module_may_have_globs_of_its_own(inner: dict[str, Any], rule: Any) -> None:
+    policy = Policy(format="e5m2", modules={"head": rule({"format": "bf16", **inner})})
+    assert policy.at("head.a") is None and policy.at("head.a.b") is None
+    assert str(policy.at("head").cast("fprop", "weight")) == "e8m7/nearest_even/ovf_inf"
+    assert policy.at("body") is policy
+    assert policy.globs == ("head", "head.a")
+    assert Policy.from_json(policy.to_json()) == policy
 
 
-@pytest.mark.parametrize("inner", [{"attention": "keep"}, {"gaps": ["*"]}])
-def test_what_holds_for_the_whole_model_is_refused_in_the_policy_of_a_module(inner: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"modules 'head'.*{next(iter(inner))}"):
-        Policy(modules={"head": inner})
+def test_attention_and_gaps_may_differ_from_module_to_module() -> None:
+    policy = Policy(gaps=["aten.a"], modules={"head": {"attention": "keep", "gaps": ["aten.b"]}})
+    assert (policy.attention, policy.at("head").attention) == ("round", "keep")
+    assert policy.attentions == {"round", "keep"} and policy.all_gaps == ("aten.a", "aten.b")
+    assert Policy.from_json(policy.to_json()) == policy
+
+
+def test_a_rule_that_is_no_whole_policy_inherits_attention() -> None:
+    policy = Policy(attention="keep", modules={"a": "bf16", "b": {"format": "bf16"}, "c": Policy(format="bf16")})
+    assert [policy.at(path).attention for path in "abc"] == ["keep", "keep", "round"]
+    assert Policy.from_json(policy.to_json()) == policy
+
+
+@pytest.mark.parametrize("name", ["fp8_hybrid", "paper:e8m3"])
+def test_a_preset_may_stand_under_modules(name: str) -> None:
+    policy = Policy(format="e5m7", modules={"head": name, "body": {"policy": name}})
+    assert policy.at("head") == policy.at("body") == Policy.preset(name)
+    assert Policy.from_json(policy.to_json()) == policy
+    assert Policy().with_modules({"head": name}).at("head.proj") == Policy.preset(name)
+
+
+def test_a_name_that_is_a_format_and_a_preset_is_a_format_under_modules() -> None:
+    policy = Policy(modules={"format": "bf16", "preset": {"policy": "bf16"}})
+    assert policy.at("format").output_cast("fprop") is None
+    assert str(policy.at("preset").output_cast("fprop")) == "e8m7/nearest_even/ovf_inf"
+
+
+def test_a_format_is_shown_in_the_spelling_of_the_caller() -> None:
+    policy = Policy(format="bf16", gradient="torch.float8_e5m2/up", wgrad={"weight": FloatFormat(8, 10)})
+    assert policy.to_dict() == {
+        "format": "bf16/nearest_even/ovf_inf",
+        "gradient": "torch.float8_e5m2/up/ovf_inf",
+        "wgrad": {"weight": "e8m10/nearest_even/ovf_inf"},
+    }
+    assert policy.canonical() == Policy(format="e8m7", gradient="e5m2/up", wgrad={"weight": "tf32"}).canonical()
 
 
 def test_gaps_are_globs_of_operators() -> None:
@@ -560,7 +596,7 @@ def test_json_is_readable_and_has_a_version() -> None:
         "weight": E4M3,
         "gradient": E5M2,
         "overflow": "sat_finite",
-        "wgrad": {"gradient": "e8m7/nearest_even/sat_finite"},
+        "wgrad": {"gradient": "bf16/nearest_even/sat_finite"},
         "modules": {"lm_head": "none"},
     }
 

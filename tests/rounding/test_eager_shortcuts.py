@@ -8,15 +8,9 @@ from torch import Tensor
 
 import fpsim
 from fpsim.formats import ROUNDINGS, FloatFormat, parse_format, resolve_overflow
+from fpsim.rounding.cpu import can_round_by_scaling, has_one_unit, has_subnormal, round_at_one_unit, round_by_scaling
 from fpsim.rounding.kernel import FLOAT32
-from fpsim.rounding.ops import (
-    _can_round_by_scaling,
-    _has_one_unit,
-    _has_subnormal,
-    _round_at_one_unit,
-    _round_by_scaling,
-    round_with_torch_ops,
-)
+from fpsim.rounding.tensors import round_with_torch_ops
 
 
 def accepted(exponent_bits: int, overflow: str) -> list[FloatFormat]:
@@ -28,7 +22,7 @@ def accepted(exponent_bits: int, overflow: str) -> list[FloatFormat]:
                     fmt = parse_format(f"e{exponent_bits}m{mantissa_bits}{suffix}{bias}")
                 except ValueError:  # a bias that leaves float64
                     continue
-                if fmt.is_subset_of(FLOAT32) and _can_round_by_scaling(fmt, overflow):
+                if fmt.is_subset_of(FLOAT32) and can_round_by_scaling(fmt, overflow):
                     formats.append(fmt)
     return formats
 
@@ -59,7 +53,7 @@ def test_scaling_and_kernel_agree_bit_for_bit(overflow: str, at_least: int) -> N
         x = patterns(fmt, 1 << 12, generator)
         got = torch.empty_like(x)
         for rounding in ROUNDINGS:
-            _round_by_scaling(x, fmt, rounding, overflow, got)
+            round_by_scaling(x, fmt, rounding, overflow, got)
             want = round_with_torch_ops(x, fmt, rounding, overflow)
             assert_same_bits(x, got, want, f"{fmt.name} {rounding}")
 
@@ -68,13 +62,13 @@ def test_scaling_and_kernel_agree_bit_for_bit(overflow: str, at_least: int) -> N
 @pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "e5m10"])
 def test_scaling_is_right_under_flush_to_zero(name: str, rounding: str) -> None:
     fmt, x = parse_format(name), patterns(parse_format(name), 1 << 14, torch.Generator().manual_seed(0))
-    assert _has_subnormal(x)
+    assert has_subnormal(x)
     want = round_with_torch_ops(x, fmt, rounding, resolve_overflow(fmt, None))
     torch.set_flush_denormal(True)
     try:
         got = fpsim.round(x, name, rounding=rounding)
         normal = x[(x.view(torch.int32) & 0x7F800000) != 0]
-        assert not _has_subnormal(normal)
+        assert not has_subnormal(normal)
         got_of_normal = fpsim.round(normal, name, rounding=rounding)
     finally:
         torch.set_flush_denormal(False)
@@ -88,8 +82,8 @@ def test_scaling_is_right_under_flush_to_zero(name: str, rounding: str) -> None:
 @pytest.mark.parametrize("sign", [0, 1])
 def test_has_subnormal_reads_the_bits(code: int, sign: int) -> None:
     x = torch.tensor([code - (sign << 31)]).to(torch.int32).view(torch.float32)
-    assert _has_subnormal(x) == (0 < code < 0x800000)
-    assert not _has_subnormal(x[:0])
+    assert has_subnormal(x) == (0 < code < 0x800000)
+    assert not has_subnormal(x[:0])
 
 
 @pytest.mark.parametrize(
@@ -110,7 +104,7 @@ def test_has_subnormal_reads_the_bits(code: int, sign: int) -> None:
     ],
 )
 def test_formats_for_which_scaling_is_wrong_are_left_to_the_kernel(name: str, overflow: str) -> None:
-    assert not _can_round_by_scaling(parse_format(name), overflow)
+    assert not can_round_by_scaling(parse_format(name), overflow)
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -118,10 +112,10 @@ def test_one_unit_and_kernel_agree_bit_for_bit(rounding: str) -> None:
     generator = torch.Generator().manual_seed(0)
     for mantissa_bits in range(1, 23):
         fmt = FloatFormat(8, mantissa_bits)
-        assert _has_one_unit(fmt, "ovf_inf")
+        assert has_one_unit(fmt, "ovf_inf")
         x = patterns(fmt, 1 << 15, generator)
         got = torch.empty_like(x)
-        _round_at_one_unit(x, fmt, rounding, got)
+        round_at_one_unit(x, fmt, rounding, got)
         assert_same_bits(x, got, round_with_torch_ops(x, fmt, rounding, "ovf_inf"), f"{fmt.name} {rounding}")
 
 
@@ -129,8 +123,8 @@ def test_one_unit_and_kernel_agree_bit_for_bit(rounding: str) -> None:
     "name", ["e8m0", "e8m23", "e8m3fn", "e8m3:bias=126", "e8m3:nosubnormals", "e8m3:unsigned", "fp16"]
 )
 def test_formats_of_several_units_are_left_to_the_kernel(name: str) -> None:
-    assert not _has_one_unit(parse_format(name), "ovf_inf")
-    assert not _has_one_unit(parse_format("e8m3"), "sat_finite")
+    assert not has_one_unit(parse_format(name), "ovf_inf")
+    assert not has_one_unit(parse_format("e8m3"), "sat_finite")
 
 
 LAYOUTS = {

@@ -25,7 +25,10 @@ from fpsim.formats import (
     resolve_overflow,
     split_rounding,
 )
-from fpsim.rounding.ops import _words, draw_seed, random_key_op, round_with_torch_ops, working_dtype
+from fpsim.rounding.carriers import working_dtype
+from fpsim.rounding.definitions import random_words_at
+from fpsim.rounding.ops import draw_seed, random_key_op
+from fpsim.rounding.tensors import round_with_torch_ops
 from fpsim.verify.run import codes_of, tensor_of
 from tests.shared.judge import CARRIERS, suits
 
@@ -205,7 +208,7 @@ def words_by_hand(seed: int, salt: int, index: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("salt", [0, 1, 7, 2**40, -3])
 def test_words_are_the_documented_hash(seed: int, salt: int) -> None:
     for first in (0, 2**31 - 5, 2**32 - 5, 2**40 + 3):
-        got = _words(random_key_op(torch.tensor(seed), salt), first, 1000).numpy().view(np.uint32)
+        got = random_words_at(random_key_op(torch.tensor(seed), salt), first, 1000).numpy().view(np.uint32)
         assert (got == words_by_hand(seed, salt, np.arange(first, first + 1000, dtype=np.uint64))).all()
 
 

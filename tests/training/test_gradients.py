@@ -13,8 +13,9 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import fpsim
-from fpsim.training.gradients import differences, refuse_other_policy, rounded_reduce_scatter
-from fpsim.training.optimizers import draw_of_step
+from fpsim.training.gradients import rounded_reduce_scatter
+from fpsim.training.in_place import draw_of_step
+from fpsim.training.ranks import differences, refuse_other_policy
 from tests.shared.judge import assert_same_bits
 
 HOOKS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 import fpsim
 from fpsim import reference
-from fpsim.training.optimizers import draw_of_step, state_names
+from fpsim.training.in_place import draw_of_step
+from fpsim.training.optimizer_state import state_names
 from tests.shared.judge import assert_same_bits
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import fpsim
 from fpsim import reference, testing, verify
 from fpsim.formats import ROUNDINGS, SPECIALS, parse_format
-from fpsim.rounding.ops import CARRIERS
+from fpsim.rounding.carriers import CARRIERS
 from fpsim.verify.run import codes_of, tensor_of
 
 ONE, SMALLEST, LARGEST, INFINITY, NAN = 0x3C00, 0x0001, 0x7BFF, 0x7C00, 0x7E00

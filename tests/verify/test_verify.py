@@ -10,7 +10,7 @@ import torch
 
 from fpsim import reference
 from fpsim.formats import NAMED_FORMATS, OVERFLOWS, ROUNDINGS, parse_format, resolve_overflow
-from fpsim.rounding.ops import CARRIERS
+from fpsim.rounding.carriers import CARRIERS
 from fpsim.source import proven_hash
 from fpsim.verify import run as verify
 

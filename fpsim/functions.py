@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fpsim.casts import Arguments, Cast, apply_arguments, check_cast
 from fpsim.formats import (
     STOCHASTIC_ROUNDINGS,
     FloatFormat,
@@ -23,17 +24,11 @@ from fpsim.formats import (
     resolve_overflow,
     split_rounding,
 )
+from fpsim.rounding.carriers import grid_of, working_dtype
 from fpsim.rounding.kernel import decode_code, encode_code
-from fpsim.rounding.ops import (
-    SOURCE,
-    TorchOps,
-    grid_of,
-    random_key_op,
-    round_op,
-    round_stochastic_op,
-    working_dtype,
-)
-from fpsim.scaling.ops import check_scale, check_scaled_carrier, scale_op
+from fpsim.rounding.ops import random_key_op
+from fpsim.rounding.tensors import TorchOps
+from fpsim.scaling.scale import Scale, parse_scale
 
 Gradient = Literal["straight_through", "clipped", "zero"]
 GRADIENTS: tuple[str, ...] = ("straight_through", "clipped", "zero")
@@ -48,7 +43,7 @@ def round(
     seed: int | Tensor | None = None,
     salt: int = 0,
     random_bits: int | None = None,
-    scale: str | None = None,
+    scale: str | Scale | None = None,
     gradient: Gradient = "straight_through",
 ) -> Tensor:
     """``x`` with every element rounded to ``format``.
@@ -95,20 +90,13 @@ def round(
     if gradient not in GRADIENTS:
         raise ValueError(f"unknown gradient {gradient!r}: use one of {', '.join(GRADIENTS)}")
     dtype = _dtype_of(x)
-    name, spelled, resolved, low, high = _resolve(_spelled(format), rounding, overflow, dtype, random_bits, scale)
-    exact, inverse = x.detach(), None
-    if scale is not None:
-        factor, inverse = scale_op(exact, high, SOURCE).unbind()
-        exact, low, high = exact * factor, -math.inf, math.inf
-    if ":" not in spelled:
-        if seed is not None:
-            raise ValueError(f"a seed has no meaning with rounding={rounding!r}: use rounding='stochastic'")
-        value = round_op(exact, name, spelled, resolved, SOURCE)
-    else:
+    arguments, low, high = _resolve(_name_of(format), rounding, overflow, dtype, random_bits, _name_of(scale))
+    key = None
+    if ":" in arguments[1]:
         key = random_key_op(_seed_tensor(seed, rounding, x.device), salt)
-        value = round_stochastic_op(exact, key, name, spelled, resolved, SOURCE)
-    if inverse is not None:
-        value = value * inverse
+    elif seed is not None:
+        raise ValueError(f"a seed has no meaning with rounding={rounding!r}: use rounding='stochastic'")
+    value = apply_arguments(x.detach(), arguments, key=key)
     if gradient == "zero" or not ((x.requires_grad and torch.is_grad_enabled()) or _transforms_active()):
         return value
     # Adds an exact zero whose derivative is that of `carrier`; where that is not finite, nothing. Subtracting +0
@@ -140,7 +128,7 @@ def encode(
     """
     draw: dict[str, Any] = {"seed": seed, "salt": salt, "random_bits": random_bits}
     values = round(x.detach(), format, rounding=rounding, overflow=overflow, gradient="zero", **draw)
-    return _encode_values(values, _resolve(_spelled(format), "nearest_even", None, x.dtype)[0])
+    return _encode_values(values, _resolve(_name_of(format), "nearest_even", None, x.dtype)[0][0])
 
 
 @torch.compiler.allow_in_graph  # Dynamo cannot look into it, the tracer below it can
@@ -168,7 +156,7 @@ def decode(codes: Tensor, format: str | FloatFormat, dtype: torch.dtype = torch.
     >>> decode(torch.tensor([0x38, 0x7E, 0x80]), "e4m3fn")
     tensor([  1., 448.,  -0.])
     """
-    name = _resolve(_spelled(format), "nearest_even", None, dtype)[0]
+    name = _resolve(_name_of(format), "nearest_even", None, dtype)[0][0]
     if not isinstance(codes, Tensor):
         raise TypeError(f"codes must be an integer tensor, got {type(codes).__name__}: use torch.tensor(codes)")
     if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
@@ -206,9 +194,11 @@ def _dtype_of(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _spelled(format: str | FloatFormat) -> str:
-    """A format's name: Dynamo of torch 2.11 hands no frozen dataclass to a function that it does not look into."""
-    return format.name if isinstance(format, FloatFormat) else format
+def _name_of(value: Any) -> Any:
+    """The name of a format or scale: Dynamo of torch 2.11 hands no frozen dataclass to a function it does not enter."""
+    if isinstance(value, FloatFormat):
+        return value.name
+    return str(value) if isinstance(value, Scale) else value
 
 
 @torch._dynamo.assume_constant_result
@@ -219,11 +209,9 @@ def _resolve(
     dtype: torch.dtype,
     random_bits: int | None = None,
     scale: str | None = None,
-) -> tuple[str, str, str, float, float]:
-    """What the operators need: name, rounding with its random bits, overflow mode, range of finite values."""
-    fmt = parse_format(format)
-    check_scale(scale)
-    check_scaled_carrier(dtype, fmt, scale)
+) -> tuple[Arguments, float, float]:
+    """The cast in the terms of its operators, and the range outside of which the derivative may be clipped."""
+    fmt, parsed_scale = parse_format(format), parse_scale(scale)
     name, bits = split_rounding(rounding)
     if random_bits is not None:
         if not bits:
@@ -231,7 +219,11 @@ def _resolve(
         if type(random_bits) is not int:
             raise TypeError(f"random_bits must be an int from 1 to {STOCHASTIC_ROUNDINGS[name]}, got {random_bits!r}")
         rounding = f"{name}:{random_bits}"
-    return fmt.name, full_rounding(rounding), resolve_overflow(fmt, overflow), -fmt.max if fmt.signed else 0.0, fmt.max
+    cast = Cast(fmt, full_rounding(rounding), resolve_overflow(fmt, overflow), parsed_scale)
+    check_cast(dtype, cast)
+    if parsed_scale is not None:
+        return cast.arguments, -math.inf, math.inf
+    return cast.arguments, -fmt.max if fmt.signed else 0.0, fmt.max
 
 
 def _seed_tensor(seed: int | Tensor | None, rounding: str, device: torch.device) -> Tensor:

@@ -1,0 +1,54 @@
+"""Carriers: the dtypes whose tensors hold the values of simulated formats."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from fpsim.formats import FloatFormat
+from fpsim.rounding.kernel import FLOAT32, FLOAT64, Grid
+
+#: The dtypes that carry simulated values, and the format that each is.
+CARRIERS: dict[torch.dtype, FloatFormat] = {
+    torch.float64: FLOAT64,
+    torch.float32: FLOAT32,
+    torch.bfloat16: FloatFormat(8, 7),
+    torch.float16: FloatFormat(5, 10),
+}
+
+#: The working carriers, and the integers of their width.
+INTEGER_OF = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def check_carrier(dtype: torch.dtype, fmt: FloatFormat) -> FloatFormat:
+    """The format of ``dtype``, if it can carry ``fmt``.
+
+    Raises:
+        TypeError: ``dtype`` is not a carrier (an integer, complex or 8-bit dtype).
+        ValueError: ``fmt`` has values that ``dtype`` lacks; the message names a dtype that suffices. Or it has no
+            finite value but zero (E1M0 with infinities, say).
+    """
+    if fmt.max == 0:
+        raise ValueError(f"{fmt.name} has no finite value but zero: give it a mantissa bit, or specials='finite'")
+    if dtype not in CARRIERS:
+        names = ", ".join(str(d).removeprefix("torch.") for d in CARRIERS)
+        raise TypeError(f"cannot round a tensor of {dtype}: convert it to one of {names} first, e.g. x.float()")
+    if not fmt.is_subset_of(CARRIERS[dtype]):
+        enough = [d for d in (torch.float32, torch.float64) if fmt.is_subset_of(CARRIERS[d])]
+        raise ValueError(
+            f"{fmt.name} has values that {dtype} lacks, so a {dtype} tensor cannot carry it: convert it to {enough[0]}"
+        )
+    return CARRIERS[dtype]
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in whose bits a carrier is rounded: its own, float32 for the 16-bit carriers."""
+    return dtype if dtype in INTEGER_OF else torch.float32
+
+
+@lru_cache(maxsize=1024)
+def grid_of(fmt: FloatFormat, dtype: torch.dtype) -> Grid:
+    """The format on the working carrier of ``dtype``; raises as `check_carrier`."""
+    check_carrier(dtype, fmt)
+    return Grid(fmt, CARRIERS[working_dtype(dtype)])

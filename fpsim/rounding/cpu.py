@@ -1,0 +1,138 @@
+"""Rounding eagerly on the CPU: shortcuts for float32, which give the bits of the general kernel in a third of the time.
+
+Importing this module registers them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fpsim.formats import FloatFormat
+from fpsim.rounding.definitions import CHUNK, check_arguments
+from fpsim.rounding.kernel import FLOAT32
+from fpsim.rounding.tensors import round_with_torch_ops
+
+_library = torch.library.Library("fpsim", "IMPL")
+
+_MAGNITUDE = (1 << 31) - 1  # the bits of a float32 but the sign
+
+
+@torch.library.impl(_library, "round", "CPU")
+def _round_cpu(x: Tensor, format: str, rounding: str, overflow: str, source: str = "") -> Tensor:
+    fmt = check_arguments(x, format, rounding, overflow)
+    out = torch.empty_like(x)
+    if out.stride() != x.stride():
+        x = torch.empty_like(x).copy_(x)  # dense, in the order of `out`, and not `out` itself, which is written first
+    values, result = _flat(x), _flat(out)
+    chunk = CHUNK * torch.get_num_threads()
+    by_scaling = x.dtype == torch.float32 and _can_round_by_scaling(fmt, overflow)
+    at_one_unit = x.dtype == torch.float32 and _has_one_unit(fmt, overflow)
+    for piece, target in zip(values.split(chunk), result.split(chunk), strict=True):
+        if by_scaling and not (rounding in ("up", "down", "to_odd") and _has_subnormal(piece)):
+            _round_by_scaling(piece, fmt, rounding, overflow, target)
+        elif at_one_unit:
+            _round_at_one_unit(piece, fmt, rounding, target)
+        else:
+            target.copy_(round_with_torch_ops(piece, fmt, rounding, overflow))
+    return out
+
+
+def _has_one_unit(fmt: FloatFormat, overflow: str) -> bool:
+    """Whether `_round_at_one_unit` gives the same bits as the kernel: float32 with fewer mantissa bits."""
+    return overflow == "ovf_inf" and fmt == FloatFormat(8, fmt.mantissa_bits) and 1 <= fmt.mantissa_bits <= 22
+
+
+def _round_at_one_unit(x: Tensor, fmt: FloatFormat, rounding: str, out: Tensor) -> None:
+    """Round float32 ``x`` into ``out`` where the format's unit is the same among all codes: add, then mask.
+
+    A third of the kernel's operations. The sign bit stays out of the sums, and a carry out of the largest value gives
+    infinity; the only NaN left is the canonical one, whose sums do not carry into the sign.
+    """
+    torch.nan_to_num(x, nan=math.nan, posinf=math.inf, neginf=-math.inf, out=out)
+    code = out.view(torch.int32)
+    shift = FLOAT32.mantissa_bits - fmt.mantissa_bits
+    dropped_bits = (1 << shift) - 1
+    if rounding == "nearest_even":
+        code.add_((code >> shift).bitwise_and_(1)).add_(dropped_bits >> 1)
+    elif rounding == "nearest_away":
+        code.add_((dropped_bits >> 1) + 1)
+    elif rounding == "up":
+        code.add_((code >> 31).bitwise_not_().bitwise_and_(dropped_bits))
+    elif rounding == "down":
+        code.add_((code >> 31).bitwise_and_(dropped_bits))
+    elif rounding == "to_odd":
+        code.bitwise_or_((code & dropped_bits).add_(dropped_bits))  # has the unit's bit where the sum is inexact
+    code.bitwise_and_(~dropped_bits)
+
+
+def _can_round_by_scaling(fmt: FloatFormat, overflow: str) -> bool:
+    """Whether `_round_by_scaling` gives the same bits as the kernel."""
+    overflows_to_next_binade = fmt.has_infinity and fmt.specials != "p3109" and 1 <= fmt.max_exponent < 127
+    return (
+        (overflow == "sat_finite" or fmt.has_infinity)
+        and (overflow != "ovf_inf" or overflows_to_next_binade)
+        and fmt.subnormals
+        and fmt.signed
+        and fmt.exponent_bits > 1
+        and 1 <= fmt.mantissa_bits <= 22  # 0: ties go to the even code, not to the even multiple
+        and FLOAT32.emin < fmt.emin - fmt.mantissa_bits <= 0  # no step meets a float32 subnormal but the input
+    )
+
+
+def _round_by_scaling(x: Tensor, fmt: FloatFormat, rounding: str, overflow: str, out: Tensor) -> None:
+    """Round float32 ``x`` into ``out`` by dividing by the unit of its binade and rounding to an integer.
+
+    A third of the kernel's operations, for eager CPU calls only: torch divides and multiplies in IEEE arithmetic
+    there, and by a power of two that is exact. Right under flush-to-zero too, except that `up`, `down` and `to_odd`
+    must not be given float32 subnormals (`_has_subnormal`).
+    """
+    nearest = rounding in ("nearest_even", "nearest_away")
+    overflows = [overflow == "ovf_inf" and (nearest or rounding == side) for side in ("down", "up")]
+    lowest, highest = (2.0 ** (fmt.max_exponent + 1) if beyond else fmt.max for beyond in overflows)
+    of_magnitude = rounding in ("nearest_away", "toward_zero", "to_odd")
+    if of_magnitude:
+        torch.abs(x, out=out).clamp_(max=highest)
+    else:
+        torch.clamp(x, -lowest, highest, out=out)
+
+    exponent = (out.view(torch.int32) & (FLOAT32.max_code + 1)).clamp_(min=(fmt.emin + FLOAT32.bias) << 23)
+    unit = exponent.sub_((fmt.mantissa_bits - (rounding == "to_odd")) << 23).view(torch.float32)
+    out.div_(unit)
+    if rounding == "nearest_even":
+        out.round_()
+    elif rounding == "nearest_away":
+        out.add_(0.5 - 2.0**-25).floor_()  # 0.5 would take the number before 0.5 to 1
+    elif rounding == "up":
+        out.ceil_()
+    elif rounding in ("down", "toward_zero"):
+        out.floor_()
+    else:  # the unit is doubled: an even multiple stays, all between it and the next becomes the half between them
+        even = out.floor()
+        torch.add(even, out.sub_(even).ceil_(), alpha=0.5, out=out)
+    out.mul_(unit)
+
+    if any(overflows):
+        scale = 2.0 ** (FLOAT32.max_exponent - fmt.max_exponent)
+        out.mul_(scale).mul_(1 / scale)
+    keeps_infinities = overflow != "sat_finite" and not all(overflows)
+    if keeps_infinities:
+        out.add_(torch.nn.functional.hardshrink(x, FLOAT32.max))  # 0 but for infinities and NaN
+    if of_magnitude or keeps_infinities:
+        out.copysign_(x)
+    if not fmt.has_negative_zero:
+        out.add_(0.0)
+    out.nan_to_num_(nan=math.nan if fmt.has_nan else fmt.max, posinf=math.inf, neginf=-math.inf)
+
+
+def _has_subnormal(x: Tensor) -> bool:
+    """Whether any float32 number is subnormal, by its bits."""
+    before = (x.view(torch.int32) & _MAGNITUDE).sub_(1).bitwise_and_(_MAGNITUDE)
+    return x.numel() > 0 and int(before.amin()) < (1 << FLOAT32.mantissa_bits) - 1
+
+
+def _flat(x: Tensor) -> Tensor:
+    """The elements of a dense tensor in memory order, without a copy."""
+    return x.as_strided((x.numel(),), (1,))

@@ -1,0 +1,80 @@
+"""The meaning of the operators of ``torch.ops.fpsim``: schemas, and kernels of plain torch operations for any device.
+
+``round`` is deterministic rounding. Stochastic rounding is ``round_stochastic``, a function of a key that
+``random_key`` makes of a seed and a salt. It holds no state, so that no compiler may merge, repeat or move it wrongly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fpsim.formats import FloatFormat, check_rounding, parse_format, resolve_overflow, split_rounding
+from fpsim.rounding.carriers import check_carrier
+from fpsim.rounding.random_words import random_key, random_word
+from fpsim.rounding.tensors import round_with_torch_ops
+
+#: Elements per thread that a CPU kernel handles at a time: its temporaries then stay in the cache.
+CHUNK = 1 << 17
+
+_library = torch.library.Library("fpsim", "DEF")
+_library.define(
+    'round(Tensor x, str format, str rounding, str overflow, str source="") -> Tensor', tags=(torch.Tag.pointwise,)
+)
+_library.define("random_key(Tensor seed, int salt) -> Tensor")
+_library.define(
+    "round_stochastic(Tensor x, Tensor key, str format, str rounding, str overflow, str source) -> Tensor",
+    tags=(torch.Tag.pointwise,),
+)
+
+
+def check_arguments(x: Tensor, format: str, rounding: str, overflow: str) -> FloatFormat:
+    """The format named by arguments of ``fpsim::round``; raises if they are wrong or ``x`` cannot carry it."""
+    fmt = parse_format(format)
+    check_carrier(x.dtype, fmt)
+    check_rounding(rounding)
+    resolve_overflow(fmt, overflow)
+    return fmt
+
+
+def check_stochastic_arguments(x: Tensor, format: str, rounding: str, overflow: str) -> FloatFormat:
+    """The same for arguments of ``fpsim::round_stochastic``."""
+    fmt = parse_format(format)
+    check_carrier(x.dtype, fmt)
+    if not split_rounding(rounding)[1]:
+        raise ValueError(f"rounding {rounding!r} is not stochastic: use fpsim::round")
+    resolve_overflow(fmt, overflow)
+    return fmt
+
+
+def random_words_at(key: Tensor, first: int, count: int) -> Tensor:
+    """The random words of elements ``first``, ``first + 1``, ..., ``first + count - 1``."""
+    index = torch.arange(first, first + count, device=key.device)
+    return random_word(key[0], key[1], index.to(torch.int32), (index >> 32).to(torch.int32))
+
+
+@torch.library.impl(_library, "round", "CompositeExplicitAutograd")
+def round_generally(x: Tensor, format: str, rounding: str, overflow: str, source: str = "") -> Tensor:
+    """``fpsim::round`` on any device."""
+    fmt = check_arguments(x, format, rounding, overflow)
+    out = torch.empty_like(x)
+    return out.copy_(round_with_torch_ops(x, fmt, rounding, overflow))
+
+
+@torch.library.impl(_library, "random_key", "CompositeExplicitAutograd")
+def _random_key(seed: Tensor, salt: int) -> Tensor:
+    key = random_key(seed.reshape(()), salt)
+    return torch.stack([key, key >> 32]).to(torch.int32)  # the low half and the high half; the cast keeps 32 bits
+
+
+@torch.library.impl(_library, "round_stochastic", "CompositeExplicitAutograd")
+def round_stochastic(x: Tensor, key: Tensor, format: str, rounding: str, overflow: str, source: str) -> Tensor:
+    """``fpsim::round_stochastic`` on any device: the random numbers follow the row-major order of the elements."""
+    fmt = check_stochastic_arguments(x, format, rounding, overflow)
+    values = x.contiguous().view(-1)
+    rounded = torch.empty_like(values)
+    chunk = CHUNK * torch.get_num_threads() if x.device.type == "cpu" else max(x.numel(), 1)
+    for first, (piece, target) in enumerate(zip(values.split(chunk), rounded.split(chunk), strict=True)):
+        word = random_words_at(key, first * chunk, piece.numel())
+        target.copy_(round_with_torch_ops(piece, fmt, rounding, overflow, word))
+    return torch.empty_like(x).copy_(rounded.view(x.shape))

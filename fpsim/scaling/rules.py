@@ -1,0 +1,34 @@
+"""The rules by which scales follow from the largest magnitude of a tensor: integer arithmetic, written once.
+
+As `fpsim.rounding.kernel`, the functions know only integers and an executor (`fpsim.rounding.kernel.Ops`). The same
+text runs on torch tensors, on values of Inductor's intermediate language, and on plain ints.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fpsim.formats import FloatFormat
+from fpsim.rounding.kernel import Int, Ops
+
+
+def factor_codes(amax: Int, maximum: float, carrier: FloatFormat, ops: Ops) -> tuple[Int, Int]:
+    """The codes of the scale and of its reciprocal.
+
+    Args:
+        amax: the code of the largest magnitude, in the terms of `fpsim.rounding.kernel`.
+        maximum: the largest finite value of the format.
+        carrier: float32 or float64.
+        ops: does the arithmetic.
+    """
+    width, bias = carrier.mantissa_bits, carrier.bias
+    fraction, exponent = math.frexp(maximum)
+    mantissa = int((2 * fraction - 1) * (1 << width))
+    # A subnormal number is an integer number of units, its code; as a number of its own that integer is normal.
+    subnormal = ops.less(amax, 1 << width)
+    normal = ops.choose(subnormal, ops.code_of_integer(amax), amax)
+    power = exponent - 1 + bias - (normal >> width) - ops.choose(subnormal, carrier.emin - width, 0)
+    power = power - ops.choose(ops.less((normal & ((1 << width) - 1)), mantissa + 1), 0, 1)
+    usable = ops.less(amax, ((1 << carrier.exponent_bits) - 1) << width) & ~ops.less(amax, 1)
+    power = ops.choose(usable, ops.clamp(power, 1 - bias, bias - 1), 0)
+    return (bias + power) << width, (bias - power) << width

@@ -1,0 +1,128 @@
+"""Casting many tensors in place, eagerly or by compiled code, and the random draws of a training step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import FunctionType
+
+import torch
+from torch import Tensor
+
+from fpsim.casts import Arguments, Cast, apply_arguments
+from fpsim.rounding.random_words import random_key, to_signed
+
+#: Numbers rounded per step from which on the rounding is compiled, if nothing is said about it.
+COMPILE_FROM = 1 << 20
+
+# Tensors of fewer numbers are rounded together, since each call costs some microseconds.
+_SMALL = 1 << 14
+# Numbers in a tensor whose indices have 32 bits.
+_SHORT = 1 << 31
+# Tensors rounded by one call of compiled code, which costs tens of microseconds.
+_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Job:
+    """A tensor to be rounded in place, how, and which draw of the step is its own."""
+
+    tensor: Tensor
+    cast: Cast
+    draw: int
+
+
+def draw_of_step(seed: int, step: int) -> int:
+    """The seed from which the draws of one step are counted: 64 bits of a hash of both."""
+    return int(random_key(torch.tensor(seed), step))
+
+
+def round_in_place(jobs: Sequence[Job], draw: int | None, compiled: bool | None = False) -> None:
+    """Round each tensor as by `fpsim.round`; stochastically with seed ``draw + job.draw`` (modulo 2**64).
+
+    ``compiled``: by code that Inductor compiles once for every cast; None: where there are over a million numbers in
+    all on the CPU.
+    """
+    if compiled is None:
+        compiled = sum(job.tensor.numel() for job in jobs if job.tensor.device.type == "cpu") >= COMPILE_FROM
+    small, large = defaultdict(list), defaultdict(list)
+    for job, key in zip(jobs, _keys(jobs, draw), strict=True):
+        x, cast = job.tensor, job.cast
+        if key is None and cast.scale is None and x.numel() < _SMALL:
+            small[cast, x.dtype, x.device].append(x)
+        elif compiled and x.is_contiguous() and 1 < x.numel() < _SHORT:
+            large[cast, x.dtype, x.device, key is not None].append((x.view(-1), key))
+        else:
+            _overwrite(x, key, cast.arguments)
+
+    joined = {kind: torch.cat([x.reshape(-1) for x in tensors]) for kind, tensors in small.items()}
+    for (cast, dtype, device), x in joined.items():
+        if compiled and x.numel() > 1:
+            large[cast, dtype, device, False].append((x, None))
+        else:
+            _overwrite(x, None, cast.arguments)
+    for compilation, pairs in large.items():
+        _compiled_rounding(*compilation)(pairs)
+    for kind, tensors in small.items():
+        parts = joined[kind].split([x.numel() for x in tensors])
+        torch._foreach_copy_(tensors, [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)])
+
+
+def _keys(jobs: Sequence[Job], draw: int | None) -> Sequence[Tensor | None]:
+    """The key of each job's random numbers, int32 ``[2]``; None for deterministic rounding."""
+    drawn = [i for i, job in enumerate(jobs) if job.cast.is_stochastic]
+    keys: list[Tensor | None] = [None] * len(jobs)
+    if drawn:
+        key = random_key(torch.tensor([to_signed((draw or 0) + jobs[i].draw) for i in drawn]), 0)
+        for i, halves in zip(drawn, torch.stack([key, key >> 32], 1).to(torch.int32), strict=True):
+            keys[i] = halves.to(jobs[i].tensor.device)
+    return keys
+
+
+def _overwrite(x: Tensor, key: Tensor | None, arguments: Arguments) -> None:
+    """Cast ``x`` in place; ``arguments``: the cast, as `apply_arguments` takes it."""
+    if key is not None and torch.compiler.is_compiling():
+        torch._check(x.numel() < _SHORT)  # so that indices of unknown tensors are taken for 32 bits, not 64
+    x.copy_(apply_arguments(x, arguments, key=key))
+
+
+def _overwrite_batch(xs: Sequence[Tensor], keys: Sequence[Tensor] | None, arguments: Arguments) -> None:
+    for i, x in enumerate(xs):
+        _overwrite(x, None if keys is None else keys[i], arguments)
+
+
+@cache
+def _compiled_rounding(
+    cast: Cast, dtype: torch.dtype, device: torch.device, stochastic: bool
+) -> Callable[[Sequence[tuple[Tensor, Tensor | None]]], None]:
+    """`_overwrite` for tensors of one dimension, and their keys, compiled: a batch at a time."""
+    arguments = cast.arguments
+    # A function of its own, so that casts do not add up to Dynamo's limit.
+    name = "_".join(("round", *map(str, arguments)))
+    overwrite = torch.compile(
+        FunctionType(_overwrite_batch.__code__.replace(co_name=name), globals(), name), dynamic=True
+    )
+
+    def run(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        for start in range(0, len(pairs), _BATCH):
+            xs, keys = zip(*pairs[start : start + _BATCH], *fillers[len(pairs) - start :], strict=True)
+            overwrite(xs, torch.stack(keys) if stochastic else None, arguments)
+
+    no_key = torch.zeros(2, dtype=torch.int32, device=device) if stochastic else None
+    fillers = [(torch.zeros(2, dtype=dtype, device=device), no_key) for _ in range(_BATCH)]
+    # For long tensors, or else the code keeps to one thread; of different lengths, or else it is for equal ones only.
+    run([(torch.zeros(COMPILE_FROM + i, dtype=dtype, device=device), no_key) for i in range(_BATCH)])
+    return run
+
+
+def check_seed(seed: int | None, casts: Sequence[Cast]) -> None:
+    """Refuse a seed where no cast is stochastic, and the reverse, and what is no seed."""
+    stochastic = [cast for cast in casts if cast.is_stochastic]
+    if stochastic and seed is None:
+        raise ValueError(f"the cast {stochastic[0]} is stochastic and needs a seed: an int")
+    if seed is not None and not stochastic:
+        raise ValueError(f"seed={seed} has no meaning without stochastic rounding: use rounding='stochastic'")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
+        raise ValueError(f"a seed is an int of 64 bits, got {seed!r}")
