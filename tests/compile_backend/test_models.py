@@ -142,6 +142,18 @@ def test_bfloat16_results_are_rounded_before_the_next_rounding_sees_them() -> No
     assert not torch.equal(got, unrounded_first)
 
 
+def test_every_bfloat16_operation_before_a_rounding_has_a_bfloat16_result() -> None:
+    """Inductor would keep a sum in float32 until the product of it is rounded."""
+    a, b, c = torch.randn(3, 64, 64, dtype=torch.bfloat16)
+    identity = torch.eye(64, dtype=torch.bfloat16)
+    got = torch.compile(lambda a, b, c, i: ((a + b) * c) @ i, backend="fpsim", options={"activation": "e5m4"})(
+        a, b, c, identity
+    )
+    assert torch.equal(got, fpsim.round((a + b) * c, "e5m4"))
+    sum_in_float32 = ((a.float() + b.float()) * c.float()).bfloat16()
+    assert not torch.equal(got, fpsim.round(sum_in_float32, "e5m4"))
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_inference_is_rounded(mode: type[contextlib.AbstractContextManager]) -> None:
     model, x = exact_(AttentionBlock()), inputs()
