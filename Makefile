@@ -5,11 +5,14 @@ BIN := .venv/bin
 CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 PYTEST := $(BIN)/python -m pytest
+# The record of the exhaustive proofs, and the formats that they are about.
+PROOF := tests/exhaustive.md
+PROVEN_FORMATS := e4m3fn e5m2 e2m1fn bf16 e8m3 fp16
 
-.PHONY: demo quick test test-exhaustive lint types benchmarks clean
+.PHONY: demo quick test test-exhaustive prove lint types benchmarks clean
 
 # Threads that wait without spinning: beside other load, spinning makes every parallel region several times slower.
-demo quick test test-exhaustive: export OMP_WAIT_POLICY = passive
+demo quick test test-exhaustive prove: export OMP_WAIT_POLICY = passive
 
 demo: .venv/ready
 	$(BIN)/fpsim demo $(DEMO)
@@ -29,6 +32,12 @@ test: .venv/ready
 # Every float32 input and whatever else takes minutes.
 test-exhaustive: .venv/ready
 	$(PYTEST) -m exhaustive --timeout 0 $(TESTS)
+
+# Every float32 input in every rounding direction, eager and compiled: about half a minute per format and direction.
+prove: .venv/ready
+	$(BIN)/fpsim verify $(PROVEN_FORMATS:%=--format %) --rounding all --exhaustive --markdown $(PROOF)
+	{ printf '`make prove` writes this file. It runs this command:\n\n'; cat $(PROOF); } > $(PROOF).new
+	mv $(PROOF).new $(PROOF)
 
 lint: .venv/ready build/site/ready
 	$(BIN)/ruff check .

@@ -1,12 +1,43 @@
-"""The compiler backend: find the matrix products of a model, rewrite its graphs, and let Inductor fuse the rounding."""
+"""The compiler backend: find the matrix products of a model, rewrite its graphs, and let Inductor fuse the rounding.
 
-from fpsim.compile_backend.backend import fpsim, fpsim_eager
-from fpsim.compile_backend.observe.recorder import ProductStatistics, SiteStatistics
-from fpsim.compile_backend.observe.statistics import Statistics
-from fpsim.compile_backend.passes.rounding import UnroundedError
-from fpsim.compile_backend.plan import Gap, Plan, Site
-from fpsim.compile_backend.report.explain import Audit, Escape, audit, explain
-from fpsim.compile_backend.report.profile import Profile, Profiler, profile
+This module only hands names on, each when it is first used: the backends themselves change settings of torch when they
+are imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fpsim.compile_backend.backend import fpsim, fpsim_eager
+    from fpsim.compile_backend.errors import UnroundedError
+    from fpsim.compile_backend.observe.recorder import ProductStatistics, SiteStatistics
+    from fpsim.compile_backend.observe.statistics import Statistics
+    from fpsim.compile_backend.plan import Gap, Plan, Site
+    from fpsim.compile_backend.report.audit import Audit, Escape, audit
+    from fpsim.compile_backend.report.explain import explain
+    from fpsim.compile_backend.report.profile import Profile, Profiler, profile
+
+#: The module that holds each public name.
+_HOMES = {
+    "Audit": "report.audit",
+    "Escape": "report.audit",
+    "Gap": "plan",
+    "Plan": "plan",
+    "ProductStatistics": "observe.recorder",
+    "Profile": "report.profile",
+    "Profiler": "report.profile",
+    "Site": "plan",
+    "SiteStatistics": "observe.recorder",
+    "Statistics": "observe.statistics",
+    "UnroundedError": "errors",
+    "audit": "report.audit",
+    "explain": "report.explain",
+    "fpsim": "backend",
+    "fpsim_eager": "backend",
+    "profile": "report.profile",
+}
 
 __all__ = [
     "Audit",
@@ -26,3 +57,15 @@ __all__ = [
     "fpsim_eager",
     "profile",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fpsim.compile_backend' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fpsim.compile_backend.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

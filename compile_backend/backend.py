@@ -1,46 +1,22 @@
 """The compiler backends: ``torch.compile(model, backend="fpsim")`` and its interpreted twin ``"fpsim_eager"``.
 
-A backend call gets one Dynamo graph. It hands the graph to Inductor with a `RoundingPass` added to the passes
-over the joint graph; Inductor does the rest. Nothing is kept between calls.
+torch imports this module when it looks one of them up, before it traces a model. That is the moment at which
+`torch_settings` have to change.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import hashlib
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
-from torch._functorch import config as functorch_config
-from torch._guards import detect_fake_mode
-from torch._inductor import config as inductor_config
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import record_function
 
 from fpsim.compile_backend import guards
-from fpsim.compile_backend.graph.operations import decompositions
-from fpsim.compile_backend.graph.products import Source
-from fpsim.compile_backend.observe.recorder import Recorder
-from fpsim.compile_backend.passes.rounding import Observer, RoundingPass
-from fpsim.compile_backend.torch_versions import keep_dtype_rules, keep_precision_casts_in_cpp
+from fpsim.compile_backend.compiling import compile_with_rounding
+from fpsim.compile_backend.torch_settings import apply_settings
 from fpsim.policy import Policy
-from fpsim.rounding.ops import draw_seed
-from fpsim.training.ranks import refuse_other_policy
 
-guards.look_into_recurrent_layers()
-keep_precision_casts_in_cpp()
-keep_dtype_rules()
-
-#: What the profiler calls a run of a graph that fpsim rewrote, forward (`fpsim.audit` looks for it).
-GRAPH_EVENT = "fpsim: rewritten graph"
+apply_settings()
 
 
 def fpsim(
@@ -79,170 +55,3 @@ def fpsim_eager(
     """
     guards.check_options(options, mode)
     return compile_with_rounding(gm, example_inputs, Policy.from_options(options), interpret=True)
-
-
-def compile_with_rounding(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    policy: Policy,
-    *,
-    interpret: bool = False,
-    observer: Observer | None = None,
-    strict: bool = True,
-    recorder: Recorder | None = None,
-    keep: Callable[[fx.GraphModule, Sequence[Any], Any], None] | None = None,
-) -> Callable[..., Any]:
-    """Compile one Dynamo graph with the rounding that ``policy`` asks for.
-
-    Args:
-        gm, example_inputs: as Dynamo calls a backend.
-        policy: what is rounded where.
-        interpret: run the rewritten graphs in an interpreter instead of compiling them.
-        observer: told of the plan of every graph (not called where compiled code comes from a cache, so give one
-            only with ``interpret``).
-        strict: whether a gap that the policy does not allow is an error.
-        recorder: gathers the statistics of the graph's sites when it runs; only with ``interpret``.
-        keep: told of every run of a graph, its inputs and its results; only with ``interpret``.
-
-    Raises: as `fpsim`.
-    """
-    guards.fail_closed()
-    guards.refuse_settings(policy)
-    guards.refuse_inner_gradients(gm)
-    if strict:
-        guards.check_globs(gm, policy)
-        guards.check_gaps(policy)
-        refuse_other_policy(policy, hashlib.sha256(gm.code.encode()).hexdigest())
-    input_sources, identity = _input_sources(gm, example_inputs), list(_identity(gm, policy))
-    seed_device = _device(example_inputs) if policy.is_stochastic else None
-    seed_input = None
-    if seed_device is not None:
-        seed_input = len(input_sources)
-        gm, seed = _with_seed_input(gm, seed_device)
-        example_inputs = [*example_inputs, seed]
-        input_sources.append(Source.NONE)
-    rounding = RoundingPass(policy, input_sources, identity, observer, strict, seed_input, recorder)
-    patches: dict[str, Any] = {
-        "joint_custom_pre_pass": _after_the_users(rounding),
-        # An explicit cast is a precision boundary: without this Inductor keeps 16-bit values in float32 between
-        # fused operators, and the rounding would see numbers that the model never had.
-        "emulate_precision_casts": True,
-        "use_joint_graph_passes": True,  # without them the rounding would not run
-    }
-    with contextlib.ExitStack() as stack:
-        if policy.attention == "round":
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if interpret:
-            stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
-            patches["fx_graph_cache"] = False
-        compiler: dict[str, Any] = {"inner_compile": _interpreter(recorder, keep)} if interpret else {}
-        if policy.rounds_results:
-            compiler["decompositions"] = decompositions()
-        compiled = cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches, **compiler))
-
-    @functools.wraps(compiled)
-    def run(*inputs: Any) -> Any:
-        with record_function(GRAPH_EVENT):
-            return compiled(*inputs) if seed_device is None else compiled(*inputs, draw_seed(seed_device))
-
-    return run
-
-
-def _device(inputs: Sequence[Any]) -> torch.device:
-    """Where a graph with these inputs computes: where its first floating-point input is."""
-    floats = [x for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
-    return floats[0].device if floats else torch.device("cpu")
-
-
-def _with_seed_input(gm: fx.GraphModule, device: torch.device) -> tuple[fx.GraphModule, torch.Tensor]:
-    """The graph with one more input, the seed of stochastic rounding, and an example of it.
-
-    As an input it is at hand in backward whatever the partitioner saves or recomputes. (A seed drawn by a node of the
-    graph is drawn again in backward under ``activation_memory_budget=0``: other random numbers, silently.)
-    """
-    example = torch.zeros(1, dtype=torch.int64, device=device)
-    copy = fx.GraphModule(gm, deepcopy(gm.graph))  # Dynamo goes on to read its own graph
-    copy.meta = gm.meta
-    inputs = [node for node in copy.graph.nodes if node.op == "placeholder"]
-    for node, original in zip(inputs, gm.graph.find_nodes(op="placeholder"), strict=True):
-        node._dynamo_source = original._dynamo_source
-    with copy.graph.inserting_after(inputs[-1]) if inputs else copy.graph.inserting_before():
-        seed = copy.graph.placeholder("fpsim_seed")
-    seed._dynamo_source = ConstantSource("fpsim_seed")
-    fake_mode = detect_fake_mode([node.meta.get("example_value") for node in inputs])
-    seed.meta["example_value"] = fake_mode.from_tensor(example) if fake_mode else example
-    copy.recompile()
-    return copy, example
-
-
-def _interpreter(
-    recorder: Recorder | None, keep: Callable[[fx.GraphModule, Sequence[Any], Any], None] | None
-) -> Callable[..., Any]:
-    """In place of Inductor's compiler: the graph itself, called with a list that it empties.
-
-    ``recorder`` and ``keep``: as `compile_with_rounding` takes them.
-    """
-
-    def interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-        if recorder is not None:
-            recorder.bind(gm)
-
-        def run(inputs: list[Any]) -> Any:
-            arguments = list(inputs)
-            inputs.clear()
-            results = gm(*arguments)
-            if keep is not None:
-                keep(gm, arguments, results)
-            return results
-
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
-
-    return interpret
-
-
-class _Sequence(CustomGraphPass):
-    """Passes run one after the other; cacheable if all are."""
-
-    def __init__(self, passes: Sequence[Any]) -> None:
-        self.passes = tuple(passes)
-
-    def __call__(self, graph: fx.Graph) -> None:
-        for graph_pass in self.passes:
-            graph_pass(graph)
-
-    def uuid(self) -> Any | None:
-        keys = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.passes]
-        return None if None in keys else repr(keys)
-
-
-def _after_the_users(rounding: RoundingPass) -> CustomGraphPass:
-    """``rounding``, run after the pass or passes that the user may have configured."""
-    users = inductor_config.joint_custom_pre_pass
-    if users is None:
-        return rounding
-    return _Sequence([*(users if isinstance(users, list | tuple) else [users]), rounding])
-
-
-def _input_sources(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Source]:
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    return [_source(node, value) for node, value in zip(placeholders, example_inputs, strict=True)]
-
-
-def _source(node: fx.Node, value: Any) -> Source:
-    if isinstance(value, torch.nn.Parameter):
-        return Source.PARAMETER
-    if not isinstance(value, torch.Tensor):
-        return Source.NONE
-    if re.search(r"_buffers_|_buffers\[", str(node.target)):
-        return Source.BUFFER
-    return Source.INPUT if value.is_floating_point() or value.is_complex() else Source.INTEGER_INPUT
-
-
-def _identity(gm: fx.GraphModule, policy: Policy) -> Iterator[str]:
-    """What decides the rewritten graph and need not be in torch's cache key: attention, functions, module paths."""
-    yield f"attention={policy.attention}"
-    for node in gm.graph.nodes:
-        stack = node.meta.get("nn_module_stack") or {"": ("",)}
-        function = getattr(node.target, "__name__", node.target)
-        yield f"{node.op} {node.name} {function} {list(stack.values())[-1][0]}"

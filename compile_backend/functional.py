@@ -18,7 +18,8 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from fpsim.compile_backend.backend import compile_with_rounding
+from fpsim.compile_backend.compiling import compile_with_rounding
+from fpsim.compile_backend.torch_settings import apply_settings
 from fpsim.functions import round
 from fpsim.policy import Policy
 from fpsim.rounding.ops import round_op
@@ -98,6 +99,7 @@ def _facts(leaf: Any) -> Any:
 def _trace(module: nn.Module, policy: Policy, given: tuple[Any, ...]) -> _Traced:
     """The graph for arguments of these shapes, whatever transforms of `torch.func` are going on around."""
     runs: list[tuple[fx.GraphModule, Sequence[Any], Any]] = []
+    apply_settings()
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return compile_with_rounding(gm, example_inputs, policy, interpret=True, keep=lambda *run: runs.append(run))

@@ -9,20 +9,16 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo import config as dynamo_config
 from torch._inductor import config as inductor_config
 from torch.nn.parallel import DistributedDataParallel
 
 from fpsim.casts import Cast
-from fpsim.compile_backend.graph.products import stack_path
-from fpsim.compile_backend.passes.rounding import UnroundedError
+from fpsim.compile_backend.errors import UnroundedError
+from fpsim.compile_backend.graph.nodes import stack_path
 from fpsim.formats import FloatFormat
 from fpsim.policy import Policy
 from fpsim.policy.globs import matches
 from fpsim.suggestions import near_names, suggest
-
-#: How often Dynamo may compile one function anew (for other policies, shapes, modes) before it is an error.
-RECOMPILE_LIMIT = 128
 
 # The options of every compiled model, kept alive so that no other takes over the identity, and what they said first.
 _first_said: dict[int, tuple[Mapping[str, Any], Policy]] = {}
@@ -44,26 +40,6 @@ def check_options(options: Mapping[str, Any] | None, mode: str | None) -> None:
             f"the options {dict(options)} have changed since a model was compiled with them: give every torch.compile "
             "a mapping of its own, or a Policy, which cannot change"
         )
-
-
-def fail_closed() -> None:
-    """Never let Dynamo give up compiling and run a model eagerly, unrounded, without a word.
-
-    Past its recompile limit (8) it does so with a warning only; a sweep over nine policies in one process would
-    find the ninth unrounded. These are settings of the whole process: from the first model compiled by fpsim on,
-    the limit is higher, and hitting it is an error.
-    """
-    dynamo_config.fail_on_recompile_limit_hit = True
-    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, RECOMPILE_LIMIT)
-
-
-def look_into_recurrent_layers() -> None:
-    """Let Dynamo trace `nn.RNN`, `nn.GRU` and `nn.LSTM`, as a setting of the whole process.
-
-    By default it leaves the function that calls one uncompiled, with all that is beside it, so that no backend ever
-    hears of it. To be called when the backend is looked up, before anything is traced.
-    """
-    dynamo_config.allow_rnn = True
 
 
 def refuse_settings(policy: Policy) -> None:

@@ -1,4 +1,4 @@
-"""What the backend did to a model, as values: sites that are rounded, gaps that are not."""
+"""The plan of a model under a policy, as values: sites that are rounded, and gaps that are not."""
 
 from __future__ import annotations
 
@@ -8,28 +8,40 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from fpsim.casts import Cast
+
 
 @dataclass(frozen=True)
 class Site:
-    """One operand, or the result, of one matrix product, or a result of another operation.
+    """An operand, or the result, of a matrix product, or the result of another operation.
 
     Attributes:
         path: the module, ``""`` for the root.
         operator: the aten operator, such as ``aten.mm``.
-        kind: ``fprop``, ``dgrad`` or ``wgrad``; of another operation ``forward`` or ``backward``.
-        role: ``activation``, ``weight``, ``gradient`` or ``output``; of another operation ``result``.
+        kind: of a product: ``fprop``, ``dgrad`` or ``wgrad``; None for another operation.
+        direction: ``forward`` or ``backward``.
+        role: of a product's value ``activation``, ``weight``, ``gradient`` or ``output``; of another operation
+            ``result``.
         shape: of the value; symbolic sizes as text.
         dtype: of the value, the carrier.
-        cast: ``format/rounding/overflow``; None where the policy leaves it unrounded.
+        cast: how the value is rounded; None where the policy leaves it unrounded.
+        contracted: the axes of an operand along which its product sums; empty for results.
     """
 
     path: str
     operator: str
-    kind: str
+    kind: str | None
+    direction: str
     role: str
     shape: tuple[int | str, ...]
     dtype: str
-    cast: str | None
+    cast: Cast | None
+    contracted: tuple[int, ...]
+
+    @property
+    def step(self) -> str:
+        """The kind of the product, or the direction of another operation: one word for tables."""
+        return self.kind or self.direction
 
 
 @dataclass(frozen=True)
@@ -61,8 +73,8 @@ class Plan:
             table.add_column(name, overflow="fold")
         for site in self.sites:
             shape = " x ".join(map(str, site.shape)) or "scalar"
-            cast = Text(site.cast, style="green") if site.cast else Text("unrounded", style="yellow")
-            words = (site.path or "(root)", site.operator, site.kind, site.role, shape, site.dtype)
+            cast = Text(site.cast.written, style="green") if site.cast else Text("unrounded", style="yellow")
+            words = (site.path or "(root)", site.operator, site.step, site.role, shape, site.dtype)
             table.add_row(*map(Text, words), cast)
         yield table
         if not self.gaps:

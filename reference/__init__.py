@@ -1,7 +1,7 @@
 """The exact reference: slow, scalar, and written as the standards read; the judge of everything else in fpsim.
 
-Values are fractions (and signed zeros, infinities and NaN), codes are integers, and no floating-point operation
-decides anything. It shares with the rest of fpsim only the description of the formats.
+Values are fractions, signed zeros, infinities and NaN. Codes are integers. No result depends on a floating-point
+operation. The reference imports nothing of fpsim but the description of the formats, and neither torch nor numpy.
 
 - `round`, `table`, `encode` and `decode`: into a format, and between values and codes.
 - `add` to `remainder`, `exp` to `pow`: operations, correctly rounded into any format.
@@ -10,6 +10,10 @@ decides anything. It shares with the rest of fpsim only the description of the f
 - `compare` to `maximum_number`, `classify` to `ulp`: comparison, classes, neighbours and exponents.
 
 Stochastic rounding takes its random numbers as an argument, so that everything here is a function of its arguments.
+
+The files build on one another in this order: values, decoding, substitutes, rounding, encoding, outcomes, operations,
+enclosures, irrational, arithmetic, elementary, orders, sums, flags; and, beside these, tables, comparison and
+classification.
 """
 
 from .arithmetic import add, convert, div, fma, mul, remainder, sqrt, sub

@@ -1,4 +1,4 @@
-"""Where a value stands in its format: the ten classes, the neighbours, and exponents (IEEE 754-2019 clauses 5.3, 5.7).
+"""The place of a value in its format: its class, its neighbours and its exponent (IEEE 754-2019 clauses 5.3, 5.7).
 
 Values are numbers as everywhere here: an int, Fraction, float (taken exactly) or `Special`. Where a function takes a
 format, a name or a `FloatFormat`, the value has to be one of the format: round it first.
@@ -11,16 +11,18 @@ from fractions import Fraction
 
 from fpsim.formats import FloatFormat, parse_format, resolve_overflow
 
-from . import limits
+from . import substitutes
 from .decoding import decode, largest
 from .encoding import encode
 from .outcomes import target
 from .rounding import round
 from .values import (
+    INFINITIES,
     INFINITY,
     NAN,
     NEGATIVE_INFINITY,
     NEGATIVE_ZERO,
+    ZEROS,
     Number,
     Value,
     as_value,
@@ -28,12 +30,14 @@ from .values import (
     is_negative,
     magnitude,
     negate,
+    rational,
     scale_b,
+    with_sign,
 )
 
 
 class FloatClass(Enum):
-    """The classes of clause 5.7.2, by their names there. Signaling NaNs are not modelled: the reference has one NaN."""
+    """The classes of clause 5.7.2, by their names there. The reference has one NaN, and no signaling NaNs."""
 
     QUIET_NAN = "quietNaN"
     NEGATIVE_INFINITY = "negativeInfinity"
@@ -82,7 +86,7 @@ def is_nan(value: Number) -> bool:
 
 def is_infinite(value: Number) -> bool:
     """Whether ``value`` is an infinity."""
-    return as_value(value) in (INFINITY, NEGATIVE_INFINITY)
+    return as_value(value) in INFINITIES
 
 
 def is_finite(value: Number) -> bool:
@@ -92,7 +96,7 @@ def is_finite(value: Number) -> bool:
 
 def is_zero(value: Number) -> bool:
     """Whether ``value`` is a zero of either sign."""
-    return as_value(value) in (0, NEGATIVE_ZERO)
+    return as_value(value) in ZEROS
 
 
 def is_normal(value: Number, format: str | FloatFormat) -> bool:
@@ -108,9 +112,9 @@ def is_subnormal(value: Number, format: str | FloatFormat) -> bool:
 def next_up(value: Number, format: str | FloatFormat) -> Value:
     """The least value of ``format`` that is greater than ``value`` (clause 5.3.1, nextUp).
 
-    After the largest finite value comes +infinity, and so after itself; where the format has none, the largest finite
-    value stays. Zeros of both signs are followed by the smallest positive value, and the smallest negative one by -0
-    where the format has it. NaN stays.
+    +infinity follows the largest finite value and itself; in a format without infinity, the largest finite value
+    follows itself. The smallest positive value follows zeros of both signs. -0 follows the negative value nearest to
+    zero, in a format that has -0. NaN stays NaN.
 
     Raises:
         ValueError, TypeError: as `classify`.
@@ -128,7 +132,7 @@ def next_up(value: Number, format: str | FloatFormat) -> Value:
 def next_down(value: Number, format: str | FloatFormat) -> Value:
     """The greatest value of ``format`` that is less than ``value`` (nextDown): as `next_up`, mirrored.
 
-    In an unsigned format the least value has none below it, and stays.
+    In an unsigned format, nothing precedes the least value but itself.
 
     Raises:
         ValueError, TypeError: as `classify`.
@@ -148,8 +152,8 @@ def next_down(value: Number, format: str | FloatFormat) -> Value:
 def ulp(value: Number, format: str | FloatFormat) -> Fraction:
     """The distance between the values of ``format`` in the binade of ``value``, which need not be one of them.
 
-    That is ``2**(e - M)``, with e the exponent of the leading bit of ``value``, or that of the smallest normal number
-    if this is greater and the format has subnormals. At zero it is the smallest positive value.
+    That is ``2**(e - M)``, where e is the exponent of the leading bit of ``value``, or that of the smallest normal
+    number if it is greater and the format has subnormals. At zero it is the smallest positive value.
 
     Raises:
         ValueError: an infinity or NaN, or no such format.
@@ -205,14 +209,14 @@ def scaleb(
     """
     if not isinstance(exponent, int):
         raise TypeError(f"the exponent is an int, got {exponent!r} of type {type(exponent)}")
-    where, exact = target(format, rounding, overflow, random), as_value(value)
+    where, exact = target(format, rounding, overflow, random=random), as_value(value)
     if not is_finite(exact) or is_zero(exact):
         return round(exact, format, rounding, overflow, random=random)
-    # An exponent far out of range gives what one a little out of range does, without a number of as many bits.
+    # An exponent far out of range is replaced by one just out of range, so that no number gets as many bits.
     leading = floor_log2(magnitude(exact))
     low, high = where.negligible - leading, where.format.max_exponent + 3 - leading
     scale = scale_b(1, min(max(exponent, low), high))
-    return round(Fraction(exact) * scale, format, rounding, overflow, random=random)  # type: ignore[arg-type]  # finite
+    return round(rational(exact) * scale, format, rounding, overflow, random=random)
 
 
 def _value_of(value: Number, fmt: FloatFormat) -> Value:
@@ -223,13 +227,13 @@ def _value_of(value: Number, fmt: FloatFormat) -> Value:
 
 
 def _away(value: Value, fmt: FloatFormat, negative: bool) -> Value:
-    """The neighbour of a finite ``value`` further from zero; from a zero, on the negative side if so asked."""
+    """The neighbour of a finite ``value`` further from zero; for a zero, the negative one if ``negative``."""
     size = magnitude(value)
     if size == largest(fmt):
-        return limits.for_infinity(fmt, resolve_overflow(fmt, None), negative=negative)
+        return substitutes.for_infinity(fmt, resolve_overflow(fmt, None), negative=negative)
     lowest = 1 if fmt.subnormals or not fmt.zero else 1 << fmt.mantissa_bits
     above = decode(max(encode(size, fmt) + 1, lowest), fmt)
-    return negate(above) if negative else above
+    return with_sign(above, negative)
 
 
 def _toward_zero(value: Value, fmt: FloatFormat) -> Value:

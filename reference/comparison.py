@@ -1,8 +1,8 @@
 """Comparisons of IEEE 754-2019 clauses 5.10 and 5.11, and the minima and maxima of clause 9.6.
 
 Numbers are compared exactly, so operands may be of different formats. All functions take an int, Fraction, float
-(taken exactly) or `Special`, and raise TypeError for anything else. The predicates are the standard's quiet ones:
-with NaN every one is False, except `unordered`.
+(taken exactly) or `Special`, and raise TypeError for anything else. The predicates are the quiet ones of the standard:
+with NaN, all are False except `unordered`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def compare(a: Number, b: Number) -> Relation:
     left, right = as_value(a), as_value(b)
     if left is NAN or right is NAN:
         return "unordered"
-    # order tells the zeros apart in its last place; here it does not count.
+    # The last element of the key distinguishes the zeros, which are equal here.
     return _relation(order(left)[:2], order(right)[:2])
 
 
@@ -64,7 +64,7 @@ def unordered(a: Number, b: Number) -> bool:
 def total_order(a: Number, b: Number) -> bool:
     """Whether ``a`` comes before ``b``, or is the same: totalOrder (clause 5.10), in which -0 is less than +0.
 
-    NaN, whose sign and payload are not modelled, stands where the standard puts positive ones: above +infinity.
+    NaN, which has no sign or payload here, stands where the standard puts positive NaNs: above +infinity.
 
     >>> total_order(-0.0, 0.0), total_order(0.0, -0.0), total_order(float("inf"), NAN)
     (True, False, True)
@@ -76,7 +76,7 @@ def total_order(a: Number, b: Number) -> bool:
 
 
 def minimum(a: Number, b: Number) -> Value:
-    """The lesser one, -0 less than +0; NaN if one is NaN.
+    """The lesser operand, where -0 is less than +0; NaN if one operand is NaN.
 
     >>> minimum(0.0, -0.0), minimum(1, NAN)
     (NEGATIVE_ZERO, NAN)
@@ -88,7 +88,7 @@ def minimum(a: Number, b: Number) -> Value:
 
 
 def maximum(a: Number, b: Number) -> Value:
-    """The greater one, +0 greater than -0; NaN if one is NaN."""
+    """The greater operand, where +0 is greater than -0; NaN if one operand is NaN."""
     left, right = as_value(a), as_value(b)
     if left is NAN or right is NAN:
         return NAN
@@ -96,7 +96,7 @@ def maximum(a: Number, b: Number) -> Value:
 
 
 def minimum_number(a: Number, b: Number) -> Value:
-    """minimumNumber: as `minimum`, but of a number and NaN it is the number.
+    """minimumNumber: as `minimum`, but the number if one operand is NaN.
 
     >>> minimum_number(1, NAN), minimum_number(NAN, NAN)
     (Fraction(1, 1), NAN)
@@ -108,7 +108,7 @@ def minimum_number(a: Number, b: Number) -> Value:
 
 
 def maximum_number(a: Number, b: Number) -> Value:
-    """maximumNumber: as `maximum`, but of a number and NaN it is the number."""
+    """maximumNumber: as `maximum`, but the number if one operand is NaN."""
     left, right = as_value(a), as_value(b)
     if left is NAN or right is NAN:
         return right if left is NAN else left
@@ -116,7 +116,7 @@ def maximum_number(a: Number, b: Number) -> Value:
 
 
 def is_sign_minus(a: Number) -> bool:
-    """isSignMinus (clause 5.7.2): whether the sign is minus, that of -0 included; False for NaN, which has none here.
+    """isSignMinus (clause 5.7.2): whether the sign is minus, also of -0; False for NaN, which has no sign here.
 
     >>> is_sign_minus(-0.0), is_sign_minus(0.0)
     (True, False)

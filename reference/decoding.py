@@ -1,7 +1,7 @@
 """From codes to values: what each code of a format stands for.
 
-The fields are those of IEEE 754-2019 clause 3.4 (sign, biased exponent, trailing significand); which codes are
-infinities and NaNs is the convention of the format: IEEE 754, the OCP FP8 and MX specifications, or ml_dtypes' fnuz.
+The fields are those of IEEE 754-2019 clause 3.4: sign, biased exponent, trailing significand. The convention of the
+format says which codes are infinities and NaNs: IEEE 754, the OCP FP8 and MX specifications, or ml_dtypes' fnuz.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cache
 
 from fpsim.formats import FloatFormat, parse_format
 
-from .values import INFINITY, NAN, Value, negate, scale_b
+from .values import INFINITY, NAN, Value, negate, rational, scale_b
 
 
 def decode(code: int, format: str | FloatFormat) -> Value:
@@ -54,10 +54,10 @@ def _decode_magnitude(code: int, fmt: FloatFormat) -> Value:
 
 
 def normal(code: int, fmt: FloatFormat) -> Fraction:
-    """The value that a magnitude ``code`` has if it is read as a normal number, whatever its exponent field is.
+    """The value of a magnitude ``code`` read as a normal number, whatever its exponent field is.
 
-    The field may exceed the format's, or be zero or negative: this is the format with an exponent range that has
-    no end, in which results are rounded before their range is looked at.
+    The field may exceed that of the format, or be zero or negative: the exponent range of this reading is unbounded. A
+    result is rounded with such an exponent before its range is checked.
     """
     field, mantissa = divmod(code, 1 << fmt.mantissa_bits)
     return scale_b((1 << fmt.mantissa_bits) + mantissa, field - fmt.bias - fmt.mantissa_bits)
@@ -66,10 +66,10 @@ def normal(code: int, fmt: FloatFormat) -> Fraction:
 @cache
 def largest(fmt: FloatFormat) -> Fraction:
     """The largest finite value of ``fmt``."""
-    return Fraction(decode(fmt.max_code, fmt))  # type: ignore[arg-type]  # the code of a finite value
+    return rational(decode(fmt.max_code, fmt))
 
 
 @cache
 def smallest(fmt: FloatFormat) -> Fraction:
     """The finite value of ``fmt`` nearest to zero: zero itself where the format has it."""
-    return Fraction(decode(0, fmt))  # type: ignore[arg-type]  # the code of a finite value
+    return rational(decode(0, fmt))

@@ -3,8 +3,8 @@
 They rest on mpmath's functions of arbitrary precision (`mpmath.libmp`, which has no global state), each computed
 with `GUARD` bits more than asked for. mpmath builds its functions to be accurate to about one unit in the last place
 of the working precision, relative to the result, also where terms cancel (`mpf_log` near 1, `mpf_sin` near multiples
-of pi, `mpf_tanh` and `mpf_erf` near 0); what is assumed here is less by a factor of 2**32: a relative error below
-2**-precision. Arguments are never rounded silently: one that is not of finite length in binary is enclosed too.
+of pi, `mpf_tanh` and `mpf_erf` near 0). The enclosures assume 2**32 times that error: a relative error below
+2**-precision. Arguments are never rounded silently: an argument without a finite binary expansion is enclosed too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mpmath import libmp
 
 from .values import scale_b
 
-#: Bits of working precision beyond those that an enclosure claims.
+#: Bits of working precision beyond the precision of an enclosure.
 GUARD = 32
 
 #: One of mpmath's functions: number, working precision and direction of rounding to number.
@@ -51,7 +51,7 @@ def exp(x: Fraction, precision: int) -> Enclosure:
 
 def log(x: Fraction, precision: int) -> Enclosure:
     """The natural logarithm of ``x`` > 0, relative error 2**-precision also next to ``x`` = 1."""
-    # Rounding x to a working precision moves the logarithm most where it is small: there 1 - x has to be kept.
+    # Rounding x changes the logarithm most, relative to its size, near x = 1: the bits of x - 1 have to be kept.
     kept = precision + max(0, x.denominator.bit_length() - abs(x - 1).numerator.bit_length())
     return monotone(libmp.mpf_log, x, x, kept)
 
@@ -102,7 +102,7 @@ def gelu(x: Fraction, precision: int) -> Enclosure:
 
 
 def _of_slope_one(function: MpFunction, x: Fraction, precision: int) -> Enclosure:
-    """A function that moves no more than its argument: its value at one end of an interval around ``x``, and that."""
+    """A function of slope at most 1: its value at one end of an interval around ``x``, give or take the width of it."""
     bits = precision + GUARD
     low, high = _mpf(x, bits, "f"), _mpf(x, bits, "c")
     value = _fraction(function(low, bits, "n"))
@@ -111,7 +111,7 @@ def _of_slope_one(function: MpFunction, x: Fraction, precision: int) -> Enclosur
 
 
 def _mpf(number: Fraction, bits: int, rounding: str) -> Any:
-    """``number`` as mpmath writes it: exactly if it is of finite length, else rounded to ``bits`` bits."""
+    """``number`` as mpmath writes it: exact if its binary expansion is finite, else rounded to ``bits`` bits."""
     exponent = number.denominator.bit_length() - 1
     if number.denominator == 1 << exponent:
         return libmp.from_man_exp(number.numerator, -exponent)

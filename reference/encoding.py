@@ -5,18 +5,7 @@ from __future__ import annotations
 from fpsim.formats import FloatFormat, parse_format
 
 from .rounding import round
-from .values import (
-    INFINITY,
-    NAN,
-    NEGATIVE_INFINITY,
-    NEGATIVE_ZERO,
-    Number,
-    Value,
-    floor_log2,
-    is_negative,
-    magnitude,
-    scale_b,
-)
+from .values import INFINITIES, NAN, ZEROS, Number, Value, floor_log2, is_negative, magnitude, scale_b
 
 
 def encode(
@@ -29,8 +18,8 @@ def encode(
 ) -> int:
     """The code of ``value`` in ``format``, rounded first as `round` does it.
 
-    NaN gets the format's canonical code (`FloatFormat.nan_code`). ``encode(decode(code))`` is ``code`` except for
-    the other NaNs, and for zeros with mantissa bits in a format without subnormals.
+    NaN gets the canonical code of the format (`FloatFormat.nan_code`). ``encode(decode(code))`` is ``code``, except for
+    other codes of NaN, and for zeros with mantissa bits in a format without subnormals.
 
     Arguments:
         value: an int, Fraction, float (taken exactly) or `Special`.
@@ -54,13 +43,13 @@ def _code_of(value: Value, fmt: FloatFormat) -> int:
     if value is NAN:
         assert fmt.nan_code is not None, "rounding gives NaN only where the format has one"
         return fmt.nan_code
-    if value in (INFINITY, NEGATIVE_INFINITY):
+    if value in INFINITIES:
         assert fmt.infinity_code is not None, "rounding gives infinity only where the format has one"
         return sign | fmt.infinity_code
-    if value in (0, NEGATIVE_ZERO):
+    if value in ZEROS:
         return sign
     finite = magnitude(value)
     exponent = max(floor_log2(finite), fmt.emin)
     significand = finite / scale_b(1, exponent - fmt.mantissa_bits)
-    # A subnormal has the exponent of field 1 and lacks the leading bit, which takes field and code down to 0.
+    # A subnormal has the exponent of field 1 but no leading bit; the subtraction then makes its field 0.
     return sign | ((exponent + fmt.bias) << fmt.mantissa_bits) + int(significand) - (1 << fmt.mantissa_bits)

@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Final
 
 from fpsim.formats import FloatFormat
 
 from . import arithmetic, elementary, sums
-from .outcomes import Exact, Result, finish, target
+from .outcomes import Exact, Result, check_tininess, rounded_result, target
 from .values import Number, Value
 
-#: Every operation of one rounding, and the function that finds its exact result.
+#: Every operation of one rounding, and the function that finds its exact outcome.
 _EXACT: Final[dict[Callable[..., Value], Exact]] = {
-    arithmetic.convert: arithmetic.exact_convert,
-    arithmetic.add: arithmetic.exact_add,
-    arithmetic.sub: arithmetic.exact_sub,
-    arithmetic.mul: arithmetic.exact_mul,
-    arithmetic.div: arithmetic.exact_div,
-    arithmetic.fma: arithmetic.exact_fma,
-    arithmetic.sqrt: arithmetic.exact_sqrt,
-    arithmetic.remainder: arithmetic.exact_remainder,
-    elementary.exp: elementary.exact_exp,
-    elementary.exp2: elementary.exact_exp2,
-    elementary.log: elementary.exact_log,
-    elementary.log2: elementary.exact_log2,
-    elementary.sin: elementary.exact_sin,
-    elementary.cos: elementary.exact_cos,
-    elementary.tanh: elementary.exact_tanh,
-    elementary.erf: elementary.exact_erf,
-    elementary.gelu: elementary.exact_gelu,
-    elementary.sigmoid: elementary.exact_sigmoid,
-    elementary.rsqrt: elementary.exact_rsqrt,
-    elementary.pow: elementary.exact_pow,
+    function: function.exact
+    for module in (arithmetic, elementary)
+    for function in vars(module).values()
+    if hasattr(function, "exact")
 }
 #: Every operation of many roundings, and the function that gives its flags too.
 _SUMS: Final[dict[Callable[..., Value], Callable[..., Result]]] = {
@@ -55,16 +40,17 @@ def with_flags(
 
     - invalid and divide-by-zero: as the operation says. Also invalid: a NaN result in a format without NaN.
     - overflow: the result, rounded as if exponents had no upper bound, is beyond the largest finite value. Formats
-      that saturate raise it all the same. So does an infinity that the format or the overflow mode replaces, a
+      that saturate raise it too. So do an infinity that the format or the overflow mode replaces, a
       result below zero in an unsigned format, and a zero in a format without zero.
     - underflow: the result is tiny (see below) and inexact; an exact subnormal does not raise it (default handling).
       A format without subnormals raises it whenever it flushes a number.
     - inexact: the delivered value is not the exact one.
 
-    `sum` and `dot` raise what their roundings raise, all together, as flags stay up until they are lowered (clause
-    7.1): every rounding to the format it rounds to, with the exact products of `dot`, of which zero times infinity is
-    invalid. The value may be exact all the same, or finite after an overflow. A sum without an accumulator raises the
-    flags of its only rounding. Infinities of opposite sign in one exact sum are invalid, unless NaN is there as well.
+    `sum` and `dot` raise the flags of all their roundings together, since flags stay raised until they are lowered
+    (clause 7.1). Each rounding raises flags for its own format. The exact products of `dot` raise flags too: zero times
+    infinity is invalid. So the value may be exact although inexact is raised, or finite after an overflow. A sum
+    without an accumulator raises the flags of its only rounding. Infinities of opposite sign in one exact sum are
+    invalid, unless one of the terms is NaN.
 
     Arguments:
         operation: a function of `fpsim.reference.arithmetic` or `fpsim.reference.elementary`, or `sum` or `dot`.
@@ -73,8 +59,8 @@ def with_flags(
         tininess: when a nonzero result below the smallest normal number counts as tiny. IEEE 754 leaves it open:
             ``"after"``: rounded to the format's precision, with an unbounded exponent, it is still below;
             ``"before"``: the exact result is below.
-            In stochastic rounding both roundings, with bounded and unbounded exponent, have the same random number.
-        options: what `sum` and `dot` take besides: ``accumulator``, ``order`` and ``product``.
+            In stochastic rounding, the roundings with bounded and unbounded exponent use the same random number.
+        options: the other arguments of `sum` and `dot`: ``accumulator``, ``order`` and ``product``.
 
     Raises:
         ValueError, TypeError: as ``operation``, or if that is none of the operations, or takes more or fewer operands
@@ -91,13 +77,14 @@ def with_flags(
     Result(value=Fraction(0, 1), flags=<Flags.OVERFLOW|INEXACT: 20>)
     """
     if operation in _SUMS:
-        modes = {"rounding": rounding, "overflow": overflow, "tininess": tininess, "random": random}
-        return _SUMS[operation](*operands, format=format, **modes, **options)
+        modes = sums.Modes(rounding, overflow, random, tininess)  # type: ignore[arg-type]  # `sum` checks random
+        return _SUMS[operation](*operands, format=format, modes=modes, **options)
     exact = _EXACT.get(operation)
     if exact is None:
         names = ", ".join(f.__name__ for f in (*_EXACT, *_SUMS))
         raise ValueError(f"no operation {operation!r}: use one of {names}")
     if options:
         raise TypeError(f"{operation.__name__} has no option {', '.join(options)}: only sum and dot have some")
-    where = target(format, rounding, overflow, random, tininess=tininess)  # type: ignore[arg-type]  # `round` checks it
-    return finish(exact, operands, where)  # type: ignore[arg-type]  # and as_value checks these
+    where = target(format, rounding, overflow, random=random)  # type: ignore[arg-type]  # `round` checks random
+    where = replace(where, tininess=check_tininess(tininess))
+    return rounded_result(exact, operands, where)  # type: ignore[arg-type]  # and as_value checks the operands

@@ -1,39 +1,26 @@
 """From the exact result of an operation to what a format delivers, and the five flags of IEEE 754-2019 clause 7.
 
-Every operation of the reference has two halves. The first finds an `Outcome`: what the operation would give with
-unbounded precision and range, and whether it is invalid or divides by zero. The second, `finish`, is the same for
-all of them: one rounding, and the flags that rounding raises.
+Every operation of the reference has two halves. The first finds an `Outcome`: the result with unbounded precision and
+range, and whether the operation is invalid or divides by zero. The second is the same for all operations:
+`rounded_value` rounds once, and `rounded_result` adds the flags that this rounding raises.
 
-An irrational result has no fraction. Another number stands for it, from which no rounding can tell it apart: see
-`stand_in`.
+An irrational result is no fraction. Another number stands for it, from which no rounding can tell it apart: see
+`fpsim.reference.irrational`.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import cache
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, cast, get_args
 
 from fpsim.formats import FloatFormat, Overflow, parse_format, resolve_overflow, split_rounding
 
 from .decoding import largest
 from .rounding import drawn, flush, round, to_precision
-from .values import (
-    INFINITY,
-    NAN,
-    NEGATIVE_INFINITY,
-    NEGATIVE_ZERO,
-    Number,
-    Value,
-    as_value,
-    floor_log2,
-    is_negative,
-    magnitude,
-    scale_b,
-)
+from .values import INFINITIES, NAN, ZEROS, Number, Value, as_value, is_negative, magnitude, scale_b
 
 Tininess = Literal["after", "before"]
 #: When a result counts as tiny (IEEE 754-2019 clause 7.5): see `Target`.
@@ -53,7 +40,7 @@ class Flags(enum.Flag):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What an operation delivers: a ``value`` of the format, and the ``flags`` it raises."""
+    """The ``value`` that an operation delivers, which is one of the format, and the ``flags`` that it raises."""
 
     value: Value
     flags: Flags
@@ -61,7 +48,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a result goes, and how.
+    """The format that a result is rounded to, and the modes of that rounding.
 
     Attributes:
         format: the format of the result.
@@ -80,11 +67,11 @@ class Target:
 
     @property
     def boundary_bits(self) -> int:
-        """The most significant bits that a number has at which the result changes, or is exact.
+        """The most significant bits that a rounding boundary has: a number at which the result changes or is exact.
 
-        With precision p they are the values of the format and the middles between two: p + 1 bits. Stochastic
-        rounding with N random bits changes at 2**N-th parts of the way between two values, or half-way between these
-        (`fpsim.formats.split_rounding`): p + N + 1 bits.
+        With precision p the boundaries are the values of the format and the middles between two: p + 1 bits. With N
+        random bits, stochastic rounding also changes at multiples of 2**-N of the way between two values, or half-way
+        between these (`fpsim.formats.split_rounding`): p + N + 1 bits.
         """
         return self.format.precision + split_rounding(self.rounding)[1] + 1
 
@@ -101,8 +88,8 @@ class Outcome(NamedTuple):
     flags: Flags = Flags.NONE
 
 
-#: The first half of an operation: exact operands to an outcome. It sees the target for the sign of an exact zero,
-#: which depends on the rounding direction, and to find a number that stands for an irrational result.
+#: The first half of an operation: from the target and exact operands to an outcome. It needs the target for the sign of
+#: an exact zero, which depends on the rounding direction, and for a number that stands for an irrational result.
 Exact: TypeAlias = Callable[..., Outcome]
 
 INVALID = Outcome(NAN, Flags.INVALID)
@@ -112,30 +99,38 @@ def target(
     format: str | FloatFormat,
     rounding: str = "nearest_even",
     overflow: str | None = None,
-    random: int | None = None,
     *,
-    tininess: str = "after",
+    random: int | None = None,
 ) -> Target:
-    """The `Target` that the arguments of an operation name. Whether ``random`` suits is for `round` to say.
+    """The `Target` that the arguments of an operation name. `round` checks ``random``.
 
     Raises:
-        ValueError: no such format, rounding, overflow mode or tininess, or a mode that the format cannot take.
+        ValueError: no such format, rounding or overflow mode, or an overflow mode that the format cannot take.
         TypeError: ``format`` is neither a name nor a `FloatFormat`.
     """
     fmt = parse_format(format)
-    if tininess not in TININESS:
-        raise ValueError(f"unknown tininess {tininess!r}: use one of {', '.join(TININESS)}")
     split_rounding(rounding)
-    return Target(fmt, rounding, resolve_overflow(fmt, overflow), tininess, random)  # type: ignore[arg-type]
+    return Target(fmt, rounding, resolve_overflow(fmt, overflow), random=random)
 
 
-def deliver(exact: Exact, operands: tuple[Number, ...], where: Target) -> Value:
+def check_tininess(name: str) -> Tininess:
+    """``name``, if it is one of `TININESS`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if name not in TININESS:
+        raise ValueError(f"unknown tininess {name!r}: use one of {', '.join(TININESS)}")
+    return cast(Tininess, name)
+
+
+def rounded_value(exact: Exact, operands: Sequence[Number], where: Target) -> Value:
     """The value of an operation: the outcome of ``exact`` for ``operands``, rounded once."""
     return _rounded(exact(where, *map(as_value, operands)).value, where)
 
 
-def finish(exact: Exact, operands: tuple[Number, ...], where: Target) -> Result:
-    """As `deliver`, with the flags."""
+def rounded_result(exact: Exact, operands: Sequence[Number], where: Target) -> Result:
+    """As `rounded_value`, with the flags."""
     outcome = exact(where, *map(as_value, operands))
     value = _rounded(outcome.value, where)
     return Result(value, outcome.flags | _raised_by_rounding(outcome.value, value, where))
@@ -146,18 +141,18 @@ def _rounded(exact: Value, where: Target) -> Value:
 
 
 def _raised_by_rounding(exact: Value, delivered: Value, where: Target) -> Flags:
-    """The flags of clauses 7.4 to 7.6, and those for a result that the format has nothing to stand for.
+    """The flags of clauses 7.4 to 7.6, and those for a result that the format cannot represent.
 
-    A saturated result raises what the unsaturated one would: overflow and inexact. So do the results that formats
-    of IEEE 754 never meet: an infinity that is replaced, a number below zero in an unsigned format, a zero in a
-    format without. A NaN that has no code is invalid, as it is in a conversion to integer (clause 7.2 i).
+    A saturated result raises the same flags as an unsaturated one: overflow and inexact. So do three results that do
+    not occur in formats of IEEE 754: an infinity that is replaced, a number below zero in an unsigned format, and a
+    zero in a format without zero. A NaN that has no code is invalid, as in a conversion to integer (clause 7.2 i).
     """
     fmt = where.format
     if exact is NAN:
         return Flags.NONE if fmt.has_nan else Flags.INVALID
-    if exact in (INFINITY, NEGATIVE_INFINITY):
+    if exact in INFINITIES:
         return Flags.NONE if delivered == exact else Flags.OVERFLOW | Flags.INEXACT
-    if exact in (0, NEGATIVE_ZERO):
+    if exact in ZEROS:
         return Flags.NONE if fmt.zero else Flags.OVERFLOW | Flags.INEXACT
     negative, size = is_negative(exact), magnitude(exact)
     rounding, draw = drawn(where.rounding, where.random)
@@ -173,27 +168,5 @@ def _raised_by_rounding(exact: Value, delivered: Value, where: Target) -> Flags:
 
 @cache
 def _without_lower_bound(fmt: FloatFormat) -> FloatFormat:
-    """The format in which `to_precision` keeps full precision however small the number."""
+    """The format without subnormals, to which `to_precision` keeps full precision for numbers of any size."""
     return replace(fmt, subnormals=False)
-
-
-def stand_in(lower: Fraction, upper: Fraction, where: Target) -> Fraction | None:
-    """A number that rounds to ``where`` as every number strictly between ``lower`` and ``upper`` does; None if unknown.
-
-    Roundings change, and results are exact, only at numbers of at most b significant bits, b being
-    `Target.boundary_bits`. Of the numbers of b + 1 bits these are the even ones. If the whole interval lies between two
-    neighbours of b + 1 bits, the odd one of the two stands for it. (This is rounding to odd; that it is harmless before
-    a second rounding is theorem 1 of S. Boldo, G. Melquiond, "Emulation of FMA and correctly rounded sums", IEEE
-    Transactions on Computers 57 (2008). Subnormals and the end of the range only take boundaries away.)
-
-    >>> stand_in(Fraction(141421, 100000), Fraction(141422, 100000), target("e4m3fn"))
-    Fraction(45, 32)
-    """
-    if upper < 0:
-        mirrored = stand_in(-upper, -lower, where)
-        return None if mirrored is None else -mirrored
-    if lower <= 0:
-        return None
-    quantum = scale_b(1, floor_log2(lower) - where.boundary_bits)
-    below = lower // quantum
-    return (below | 1) * quantum if upper <= (below + 1) * quantum else None

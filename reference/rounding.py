@@ -1,7 +1,7 @@
 """Rounding an exact number into a format, written as the standards define it.
 
 In the order of IEEE 754-2019 clauses 4.3 and 7.4 and of IEEE P3109: round to the precision of the format as if
-exponents had no upper bound, then see whether the result is in range. Every step works on fractions and integers.
+exponents had no upper bound, then check whether the result is in range. Every step works on fractions and integers.
 """
 
 from __future__ import annotations
@@ -13,9 +13,20 @@ from typing import NamedTuple
 
 from fpsim.formats import FloatFormat, Overflow, parse_format, resolve_overflow, split_rounding
 
-from . import limits
+from . import substitutes
 from .decoding import largest, smallest
-from .values import NAN, Number, Special, Value, as_value, floor_log2, is_negative, magnitude, negate, scale_b
+from .values import (
+    INFINITIES,
+    NAN,
+    Number,
+    Value,
+    as_value,
+    floor_log2,
+    is_negative,
+    magnitude,
+    scale_b,
+    with_sign,
+)
 
 
 def round(
@@ -28,16 +39,16 @@ def round(
 ) -> Value:
     """``value`` rounded to a value of ``format``.
 
-    1. Round to the format's precision, with an exponent that has no upper bound. The lower bound of the quantum is
-       that of the subnormals; a format without subnormals has none.
+    1. Round to the precision of the format, with an exponent that has no upper bound. The least quantum is that of the
+       subnormals; in a format without subnormals there is no least quantum.
     2. In a format without subnormals, flush a result below the smallest normal number to zero, in every direction.
        (In a format without zero, raise it to the smallest number instead.)
-    3. Check the range: beyond the largest finite value, and below zero in an unsigned format, `resolve_overflow`
-       says what stands for the result.
+    3. Check the range. `resolve_overflow` says what stands for a result beyond the largest finite value, or below zero
+       in an unsigned format.
 
-    Ties of ``nearest_even`` go to the neighbour whose code is even, and ``to_odd`` to the one whose code is odd,
-    which for formats without mantissa bits is a matter of the exponent field. (To ``e8m0fnu``, ml_dtypes and torch
-    round ties up instead: that is ``nearest_away``.)
+    ``nearest_even`` rounds ties to the neighbour whose code is even. ``to_odd`` rounds to the neighbour whose code is
+    odd. In formats without mantissa bits, the parity of the code is that of the exponent field. (ml_dtypes and torch
+    round ties to ``e8m0fnu`` up: that is ``nearest_away``.)
 
     A zero result keeps the sign of ``value`` where the format has -0. NaN stays NaN; in a format without NaN it
     becomes the largest finite value, as in NVIDIA's PTX ``cvt`` to such formats (OCP MX 1.0 leaves this open).
@@ -46,8 +57,9 @@ def round(
         value: an int, Fraction, float (taken exactly) or `Special`.
         format: a name or a `FloatFormat`.
         rounding: one of `fpsim.formats.ROUNDINGS`, or a stochastic one (`fpsim.formats.split_rounding`).
-        overflow: one of `fpsim.formats.OVERFLOWS`; None takes the usual one of the format.
-        random: the random number of stochastic rounding, and only of it: an int, 0 <= random < 2**random_bits.
+        overflow: one of `fpsim.formats.OVERFLOWS`; None takes the default of the format.
+        random: the random number of stochastic rounding, an int with 0 <= random < 2**random_bits. Other roundings take
+            none.
 
     Raises:
         ValueError: no such format, rounding or overflow mode, or an overflow mode that needs an infinity or a NaN
@@ -68,24 +80,24 @@ def round(
     mode = resolve_overflow(fmt, overflow)
     value = as_value(value)
     if value is NAN:
-        return limits.for_nan(fmt)
+        return substitutes.for_nan(fmt)
     negative = is_negative(value)
-    if value in (Special.INFINITY, Special.NEGATIVE_INFINITY):
-        return limits.for_infinity(fmt, mode, negative=negative)
+    if value in INFINITIES:
+        return substitutes.for_infinity(fmt, mode, negative=negative)
     exact = magnitude(value)
     if exact == 0:
-        return limits.for_zero(fmt, mode, negative=negative)
+        return substitutes.for_zero(fmt, mode, negative=negative)
     return into_range(flush(to_precision(exact, fmt, name, negative, draw), fmt), fmt, name, mode, negative)
 
 
 class Draw(NamedTuple):
-    """The random number of one stochastic rounding: an integer of so many bits."""
+    """The random number of one stochastic rounding, an integer of ``bits`` bits."""
 
     number: int
     bits: int
 
     def takes_above(self, fraction: Fraction, rounding: str) -> bool:
-        """Whether a number at ``fraction`` of the way from the neighbour below goes to the one above."""
+        """Whether a number at ``fraction`` of the way from the neighbour below rounds to the neighbour above."""
         scaled, full = fraction * (1 << self.bits), 1 << self.bits
         match rounding:
             case "stochastic":
@@ -122,8 +134,8 @@ def to_precision(
     significand, rest = divmod(exact, quantum)
     if rest == 0:
         return exact
-    # The code of the neighbour below; the one above has the next code, also across binades. It may be negative
-    # or beyond the format's codes, as the exponent may be beyond its field; only its parity matters.
+    # The code of the neighbour below. The neighbour above has the next code, also across binades. Only the parity of
+    # the code matters, so it may be negative or beyond the codes of the format.
     code = ((exponent + fmt.bias) << fmt.mantissa_bits) + significand - (1 << fmt.mantissa_bits)
     odd = code % 2 == 1
     match rounding:
@@ -154,11 +166,11 @@ def flush(rounded: Fraction, fmt: FloatFormat) -> Fraction:
 
 
 def into_range(rounded: Fraction, fmt: FloatFormat, rounding: str, overflow: Overflow, negative: bool) -> Value:
-    """Step 3: the magnitude ``rounded``, with its sign, or what the format has in its place."""
+    """Step 3: the magnitude ``rounded`` with its sign, or the value that the format has in its place."""
     if rounded == 0:
-        return limits.for_zero(fmt, overflow, negative=negative)
+        return substitutes.for_zero(fmt, overflow, negative=negative)
     if negative and not fmt.signed:
-        return limits.for_negative(fmt, overflow)
+        return substitutes.for_negative(fmt, overflow)
     if rounded > largest(fmt):
-        return limits.for_overflow(fmt, rounding, overflow, negative=negative)
-    return negate(rounded) if negative else rounded
+        return substitutes.for_overflow(fmt, rounding, overflow, negative=negative)
+    return with_sign(rounded, negative)

@@ -1,36 +1,31 @@
 """Sums and inner products: exact with one rounding, or every step rounded, in any order.
 
 IEEE 754-2019 clause 9.4 leaves the order and the intermediate precision of reductions to the implementation. Here both
-are arguments, so that what a processor, a loop or a matrix unit computes can be written down.
+are arguments, so that the sum of a processor, a loop or a matrix unit can be written down.
 
-An order is written as a generator: it yields the `Step` to take next, is sent the step's value, and returns the sum.
-So it says what is added to what, and `_run` alone rounds, draws random numbers and collects flags.
+`fpsim.reference.orders` yields the steps of a sum one by one. `_run` takes them: it rounds, draws random numbers and
+collects flags.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import reduce
 from itertools import count, repeat
 from operator import or_
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from fpsim.formats import FloatFormat, split_rounding
 
-from .arithmetic import exact_add, exact_convert, exact_mul, exact_sub, exact_sum
-from .outcomes import Exact, Flags, Result, Target, finish, target
+from .arithmetic import convert, exact_sum, mul
+from .orders import Order, Step, Steps, adder
+from .outcomes import Flags, Result, Target, check_tininess, rounded_result, target
 from .values import Number, Value, as_value
 
-#: The name of an order of summation, or a pair of name and length: see `sum`.
-Order: TypeAlias = str | tuple[str, int]
 #: The random numbers of stochastic rounding, one for each rounding, or a function of its index: see `sum`.
 RandomNumbers: TypeAlias = Sequence[int] | Callable[[int], int]
-
-#: Orders that are a name, and those that are a pair of a name and a length.
-PLAIN_ORDERS = ("sequential", "pairwise", "kahan")
-ORDERS_WITH_LENGTH = ("blocked", "interleaved", "chunked")
 
 
 def sum(
@@ -50,26 +45,26 @@ def sum(
     addition that rounds to the accumulator and x1 to xn for the values:
 
     - ``"sequential"``: ``(((x1 + x2) + x3) + ...) + xn``, beginning with x1 rounded to the accumulator.
-    - ``"pairwise"``: neighbours are added, ``x1 + x2``, ``x3 + x4``, ...; a last one that is left over goes on as it
-      is. So also the sums of the pairs, until one is left, which is rounded to the accumulator.
-    - ``("blocked", n)``: every n values in a row (the last block may have fewer) are summed sequentially, then their
-      sums are, in order.
+    - ``"pairwise"``: neighbours are added, ``x1 + x2``, ``x3 + x4``, ...; a value without a neighbour stays as it is.
+      The sums are added in the same way, until one is left; it is rounded to the accumulator.
+    - ``("blocked", n)``: every n values in a row (the last block may have fewer) are summed sequentially. Then their
+      sums are summed sequentially.
     - ``("interleaved", n)``: n lanes as in a vector unit: lane i sums x_i, x_(i+n), x_(i+2n), ... sequentially; then
       the lanes' sums are summed sequentially.
-    - ``("chunked", n)``: the exact sum of every n values in a row is one addition: ``(c1 + c2) + ...``, with the c's
-      exact and c1 rounded first. So do matrix units that add n products at once. ``("chunked", 1)`` is sequential.
-    - ``"kahan"``: W. Kahan's compensated summation ("Further remarks on reducing truncation errors", Communications
-      of the ACM 8 (1965)), every operation rounded to the accumulator: from s = x1 rounded and c = 0, for every x in
-      order y = x - c, t = s + y, c = (t - s) - y, s = t; the sum is s.
+    - ``("chunked", n)``: the exact sum of every n values in a row is one addition: ``(c1 + c2) + ...``, where each c is
+      exact and c1 is rounded first. Matrix units that add n products at once do this. ``("chunked", 1)`` is sequential.
+    - ``"kahan"``: W. Kahan's compensated summation ("Further remarks on reducing truncation errors", Communications of
+      the ACM 8 (1965)), every operation rounded to the accumulator. It begins with s = x1 rounded and c = 0, and takes
+      for every further x in order: y = x - c, t = s + y, c = (t - s) - y, s = t. The sum is s.
 
-    An exact sum of zero is signed as in `add`: -0 if all values are -0, or for rounding ``down`` if not all are +0. The
-    sum of nothing is +0. (Hardware that begins with +0 and not with x1 differs in one case: it never gives -0, unless
-    rounding ``down``.)
+    An exact sum of zero has its sign as in `add`: it is -0 if all values are -0, or if ``rounding`` is ``down`` and not
+    all values are +0. The sum of no values is +0. (Hardware that begins with +0 instead of x1 differs in one case: it
+    gives -0 only if it rounds ``down``.)
 
-    In stochastic rounding every rounding has a random number of its own. They are counted from 0 in the order written
-    above: pairwise sums level by level, blocks and lanes one after the other and then their sums, of Kahan's method y,
-    t, t - s and c; last the rounding to ``format``. A rounding that turns out to be exact counts too, so that what a
-    random number is for does not depend on the values.
+    In stochastic rounding every rounding has its own random number. The roundings are counted from 0 in the order
+    written above: pairwise sums level by level; blocks and lanes one after the other and then their sums; y, t, t - s
+    and c of Kahan's method; the rounding to ``format`` last. An exact rounding counts too, so that the count does not
+    depend on the values.
 
     Arguments:
         values: numbers, each an int, Fraction, float (taken exactly) or `Special`.
@@ -77,8 +72,8 @@ def sum(
         rounding, overflow: as in `round`; for the additions too.
         accumulator: the format to which every addition rounds; None for an exact sum.
         order: one of the above.
-        random: of stochastic rounding, and only of it: the random numbers as in `round`, a sequence of exactly as
-            many as there are roundings, or a function from the index of a rounding to its number.
+        random: the random numbers of stochastic rounding, each as in `round`: a sequence with one number for each
+            rounding, or a function from the index of a rounding to its number. Other roundings take none.
 
     Raises:
         ValueError: no such format, rounding, overflow mode or order, or an overflow mode that ``format`` or
@@ -95,7 +90,8 @@ def sum(
     >>> sum([1, Fraction(1, 16), Fraction(1, 16)], "e4m3fn", "stochastic:1", accumulator="e4m3fn", random=[0, 1, 0, 0])
     Fraction(9, 8)
     """
-    return sum_with_flags(values, format, rounding, overflow, accumulator=accumulator, order=order, random=random).value
+    modes = Modes(rounding, overflow, random)
+    return sum_with_flags(values, format, modes, accumulator=accumulator, order=order).value
 
 
 def dot(
@@ -119,7 +115,7 @@ def dot(
     In stochastic rounding, the roundings of products come first, in order; those of the sum follow.
 
     Arguments:
-        xs, ys: numbers as in `sum`, as many of both.
+        xs, ys: numbers as in `sum`, of equal length.
         format, rounding, overflow, accumulator, order, random: as in `sum`.
         product: the format to which every product is rounded; None for exact products.
 
@@ -130,79 +126,90 @@ def dot(
     >>> dot([1.125, 1], [1.125, -1.25], "e4m3fn"), dot([1.125, 1], [1.125, -1.25], "e4m3fn", product="e4m3fn")
     (Fraction(1, 64), Fraction(0, 1))
     """
-    return dot_with_flags(
-        xs, ys, format, rounding, overflow, product=product, accumulator=accumulator, order=order, random=random
-    ).value
+    modes = Modes(rounding, overflow, random)
+    return dot_with_flags(xs, ys, format, modes, product=product, accumulator=accumulator, order=order).value
+
+
+# -- with flags -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Modes:
+    """The modes that all roundings of a sum share, whatever their format: see `sum` and `with_flags`."""
+
+    rounding: str
+    overflow: str | None
+    random: RandomNumbers | None
+    tininess: str = "after"
+
+    def target(self, format: str | FloatFormat) -> Target:
+        """The target of a rounding to ``format``, still without a random number."""
+        return replace(target(format, self.rounding, self.overflow), tininess=check_tininess(self.tininess))
 
 
 def sum_with_flags(
     values: Iterable[Number],
     format: str | FloatFormat,
-    rounding: str = "nearest_even",
-    overflow: str | None = None,
+    modes: Modes,
     *,
     accumulator: str | FloatFormat | None = None,
     order: Order = "sequential",
-    random: RandomNumbers | None = None,
-    tininess: str = "after",
 ) -> Result:
     """`sum`, and the flags of all its roundings together: see `with_flags`."""
-    into = target(format, rounding, overflow, tininess=tininess)
-    within = None if accumulator is None else target(accumulator, rounding, overflow, tininess=tininess)
-    add_up = _order(order)
+    total = _total(format, modes, accumulator, order)
     terms = [as_value(value) for value in values]
-    return _run(lambda: _sum(terms, add_up, within, into), random, rounding)
+    return _run(lambda: total(terms), modes)
 
 
 def dot_with_flags(
     xs: Iterable[Number],
     ys: Iterable[Number],
     format: str | FloatFormat,
-    rounding: str = "nearest_even",
-    overflow: str | None = None,
+    modes: Modes,
     *,
     product: str | FloatFormat | None = None,
     accumulator: str | FloatFormat | None = None,
     order: Order = "sequential",
-    random: RandomNumbers | None = None,
-    tininess: str = "after",
 ) -> Result:
     """`dot`, and the flags of all its products and roundings together: see `with_flags`."""
     left, right = [as_value(x) for x in xs], [as_value(y) for y in ys]
     if len(left) != len(right):
         raise ValueError(f"an inner product takes two vectors of one length, got {len(left)} and {len(right)} numbers")
-    into = target(format, rounding, overflow, tininess=tininess)
-    within = None if accumulator is None else target(accumulator, rounding, overflow, tininess=tininess)
-    multiply = None if product is None else target(product, rounding, overflow, tininess=tininess)
-    add_up = _order(order)
+    total = _total(format, modes, accumulator, order)
+    multiply = None if product is None else modes.target(product)
 
     def steps() -> Steps:
         terms = []
         for pair in zip(left, right, strict=True):
-            terms.append((yield Step(exact_mul, pair, multiply)))
-        return (yield from _sum(terms, add_up, within, into))
+            terms.append((yield Step(mul.exact, pair, multiply)))
+        return (yield from total(terms))
 
-    return _run(steps, random, rounding)
-
-
-# -- steps ------------------------------------------------------------------------------------------------------------
+    return _run(steps, modes)
 
 
-class Step(NamedTuple):
-    """An operation on numbers, rounded to ``where``; None for an exact product, which needs to know nothing of it."""
+def _total(
+    format: str | FloatFormat, modes: Modes, accumulator: str | FloatFormat | None, order: Order
+) -> Callable[[Sequence[Value]], Steps]:
+    """The function from terms to the steps that add them up and round the sum to ``format``."""
+    into = modes.target(format)
+    within = None if accumulator is None else modes.target(accumulator)
+    add_up = adder(order)
 
-    operation: Exact
-    operands: tuple[Value, ...]
-    where: Target | None
+    def total(terms: Sequence[Value]) -> Steps:
+        if within is None:
+            return (yield Step(exact_sum, tuple(terms), into))
+        accumulated = yield from add_up(terms, within)
+        return (yield Step(convert.exact, (accumulated,), into))
+
+    return total
 
 
-#: Yields steps, at least one, is sent the value of each, and returns the last value.
-Steps: TypeAlias = Generator[Step, Value, Value]
+# -- taking the steps -------------------------------------------------------------------------------------------------
 
 
-def _run(steps: Callable[[], Steps], random: RandomNumbers | None, rounding: str) -> Result:
+def _run(steps: Callable[[], Steps], modes: Modes) -> Result:
     """The last value of the steps, and the flags of all: flags are sticky (IEEE 754-2019 clause 7.1)."""
-    numbers = _numbers(random, rounding, steps)
+    numbers = _numbers(modes.random, modes.rounding, steps)
     raised: list[Flags] = []
 
     def take(step: Step) -> Value:
@@ -210,7 +217,7 @@ def _run(steps: Callable[[], Steps], random: RandomNumbers | None, rounding: str
         if where is None:
             value, flags = operation(None, *operands)
         else:
-            result = finish(operation, operands, replace(where, random=next(numbers)))
+            result = rounded_result(operation, operands, replace(where, random=next(numbers)))
             value, flags = result.value, result.flags
         raised.append(flags)
         return value
@@ -219,7 +226,7 @@ def _run(steps: Callable[[], Steps], random: RandomNumbers | None, rounding: str
 
 
 def _drive(steps: Steps, take: Callable[[Step], Value]) -> Value:
-    """What ``steps`` return when ``take`` gives their values."""
+    """The value that ``steps`` return if ``take`` gives the value of each step."""
     step = next(steps)
     while True:
         value = take(step)
@@ -230,7 +237,7 @@ def _drive(steps: Steps, take: Callable[[Step], Value]) -> Value:
 
 
 def _numbers(random: RandomNumbers | None, rounding: str, steps: Callable[[], Steps]) -> Iterator[int | None]:
-    """The random numbers of the roundings, one after the other; None for each if they are deterministic."""
+    """The random numbers of the roundings in order; None for each if rounding is deterministic."""
     if not split_rounding(rounding)[1]:
         if random is not None:
             raise ValueError(f"random={random!r} has no meaning with rounding={rounding!r}: use 'stochastic:BITS'")
@@ -247,7 +254,7 @@ def _numbers(random: RandomNumbers | None, rounding: str, steps: Callable[[], St
 
 
 def _roundings(steps: Steps) -> int:
-    """How many of the steps round, which does not depend on the values."""
+    """How many of the steps round. This does not depend on the values."""
     taken: list[Step] = []
 
     def take(step: Step) -> Value:
@@ -256,84 +263,3 @@ def _roundings(steps: Steps) -> int:
 
     _drive(steps, take)
     return len([step for step in taken if step.where is not None])
-
-
-# -- the orders -------------------------------------------------------------------------------------------------------
-
-_Order: TypeAlias = Callable[[Sequence[Value], Target], Steps]
-
-
-def _sum(terms: Sequence[Value], add_up: _Order, within: Target | None, into: Target) -> Steps:
-    if within is None:
-        return (yield Step(exact_sum, tuple(terms), into))
-    total = yield from add_up(terms, within)
-    return (yield Step(exact_convert, (total,), into))
-
-
-def _order(order: Order) -> _Order:
-    match order:
-        case "sequential":
-            return _sequential
-        case "pairwise":
-            return _pairwise
-        case "kahan":
-            return _kahan
-        case ("blocked", int(length)) if length >= 1:
-            return lambda terms, where: _in_parts(_rows(terms, length), where)
-        case ("interleaved", int(length)) if length >= 1:
-            return lambda terms, where: _in_parts(_lanes(terms, length), where)
-        case ("chunked", int(length)) if length >= 1:
-            return lambda terms, where: _chunked(_rows(terms, length), where)
-    raise ValueError(
-        f"unknown order {order!r}: use one of {', '.join(PLAIN_ORDERS)}, or a pair of one of "
-        f"{', '.join(ORDERS_WITH_LENGTH)} and a positive integer"
-    )
-
-
-def _rows(terms: Sequence[Value], length: int) -> list[Sequence[Value]]:
-    return [terms[i : i + length] for i in range(0, len(terms), length)]
-
-
-def _lanes(terms: Sequence[Value], length: int) -> list[Sequence[Value]]:
-    return [terms[lane::length] for lane in range(min(length, len(terms)))]
-
-
-def _chunked(rows: Iterable[Sequence[Value]], where: Target) -> Steps:
-    """Row after row added to the total, with one rounding each; +0 if there are none."""
-    total: tuple[Value, ...] = ()
-    for row in rows:
-        total = ((yield Step(exact_sum, (*total, *row), where)),)
-    return total[0] if total else Fraction(0)
-
-
-def _sequential(terms: Sequence[Value], where: Target) -> Steps:
-    return _chunked(_rows(terms, 1), where)
-
-
-def _in_parts(parts: Iterable[Sequence[Value]], where: Target) -> Steps:
-    """The parts summed, and then their sums."""
-    sums = []
-    for part in parts:
-        sums.append((yield from _sequential(part, where)))
-    return (yield from _sequential(sums, where))
-
-
-def _pairwise(terms: Sequence[Value], where: Target) -> Steps:
-    while len(terms) > 1:
-        sums = []
-        for pair in _rows(terms, 2):
-            sums.append((yield Step(exact_sum, tuple(pair), where)) if len(pair) == 2 else pair[0])
-        terms = sums
-    return (yield Step(exact_sum, tuple(terms), where))
-
-
-def _kahan(terms: Sequence[Value], where: Target) -> Steps:
-    total = yield from _sequential(terms[:1], where)
-    compensation: Value = Fraction(0)
-    for term in terms[1:]:
-        corrected = yield Step(exact_sub, (term, compensation), where)
-        longer = yield Step(exact_add, (total, corrected), where)
-        gained = yield Step(exact_sub, (longer, total), where)
-        compensation = yield Step(exact_sub, (gained, corrected), where)
-        total = longer
-    return total

@@ -1,7 +1,7 @@
 """Rounding as a table: every value of a format, with the exact interval of inputs that round to it.
 
-The table is built from what the codes stand for and from where each rounding direction puts the boundary between
-two neighbours; it never rounds anything. With it, all inputs of a type are checked at the price of a comparison.
+The table is built from the values of the codes, and from the boundary that each rounding direction puts between two
+neighbours. It never rounds anything. With it, checking an input costs one comparison.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from fpsim.formats import FloatFormat, Overflow, Rounding, check_rounding, parse_format, resolve_overflow
 
-from . import limits
+from . import substitutes
 from .decoding import decode, normal
 from .values import INFINITY, NAN, Number, Value, as_value, magnitude, negate, order
 
@@ -55,16 +55,16 @@ class Interval:
 
 @dataclass(frozen=True)
 class Table:
-    """What every input other than NaN becomes in ``format``: intervals from -infinity to +infinity, without gap.
+    """The result for every input other than NaN in ``format``: intervals from -infinity to +infinity, without gaps.
 
-    Two neighbours share their end, and it belongs to one of them; only in the middle one ends with -0 and the next
-    begins with +0, both included, so that no interval holds inputs of both signs. Neighbours differ in ``result``,
-    except perhaps those two. A result may return: NaN stands at both ends where there is no infinity.
+    Two neighbours share an end, which belongs to one of them. Only in the middle, one interval ends with -0 and the
+    next begins with +0, both included, so that no interval holds inputs of both signs. Neighbours differ in ``result``,
+    except perhaps these two. A result may occur twice: NaN stands at both ends where there is no infinity.
 
     Attributes:
-        format, rounding, overflow: what the table is for; ``overflow`` is the mode in force, never None.
+        format, rounding, overflow: the format and modes of the table; ``overflow`` is the mode in force, never None.
         intervals: in increasing order of inputs.
-        nan: what NaN becomes.
+        nan: the result for NaN.
     """
 
     format: FloatFormat
@@ -86,7 +86,7 @@ class Table:
 
     @cached_property
     def _starts(self) -> list[tuple[tuple[int, Fraction, bool], bool]]:
-        # An interval without its lower end starts just after it.
+        # An open interval starts just after its lower end.
         return [(order(interval.lower), not interval.lower_closed) for interval in self.intervals]
 
 
@@ -118,14 +118,14 @@ def table(format: str | FloatFormat, rounding: str = "nearest_even", overflow: s
         )
     negative = [half.negated_inputs() for half in _half(fmt, direction, mode, negative=True)]
     positive = _half(fmt, direction, mode, negative=False)
-    return Table(fmt, direction, mode, (*reversed(negative), *positive), limits.for_nan(fmt))
+    return Table(fmt, direction, mode, (*reversed(negative), *positive), substitutes.for_nan(fmt))
 
 
 def _half(fmt: FloatFormat, rounding: Rounding, overflow: Overflow, *, negative: bool) -> Iterator[Interval]:
     """The intervals of the inputs of one sign, by increasing magnitude, their ends written as magnitudes."""
     neighbours = _neighbours(fmt, rounding, overflow, negative=negative)
     lower, closed = Fraction(0), True
-    at_zero, last = limits.for_zero(fmt, overflow, negative=negative), neighbours[0].result
+    at_zero, last = substitutes.for_zero(fmt, overflow, negative=negative), neighbours[0].result
     if at_zero != last:
         yield Interval(lower, True, lower, True, at_zero)
         closed = False
@@ -134,14 +134,14 @@ def _half(fmt: FloatFormat, rounding: Rounding, overflow: Overflow, *, negative:
             boundary, belongs_above = _boundary(below, above, rounding, negative)
             yield Interval(lower, closed, boundary, not belongs_above, below.result)
             lower, closed = boundary, belongs_above
-    result, at_infinity = neighbours[-1].result, limits.for_infinity(fmt, overflow, negative=negative)
+    result, at_infinity = neighbours[-1].result, substitutes.for_infinity(fmt, overflow, negative=negative)
     yield Interval(lower, closed, INFINITY, result == at_infinity, result)
     if result != at_infinity:
         yield Interval(INFINITY, True, INFINITY, True, at_infinity)
 
 
 class _Neighbour(NamedTuple):
-    """A point of the rounding grid: its magnitude, whether its code is odd, and what a result there becomes."""
+    """A point of the rounding grid: its magnitude, whether its code is odd, and the value delivered for it."""
 
     magnitude: Fraction
     odd: bool
@@ -152,20 +152,20 @@ def _neighbours(fmt: FloatFormat, rounding: Rounding, overflow: Overflow, *, neg
     """The rounding grid of one sign, by increasing magnitude.
 
     Its points are the values of the format, and one more at the top, beyond the largest finite value. Below the
-    smallest normal number a format without subnormals has one more too: whatever rounds to it or further down is
+    smallest normal number, a format without subnormals has one more point: numbers that round to it or below are
     flushed.
     """
     first, top = 0, fmt.max_code + 1
     results: dict[int, Value] = {}
     if negative and not fmt.signed:
-        results = dict.fromkeys(range(top + 1), limits.for_negative(fmt, overflow))
+        results = dict.fromkeys(range(top + 1), substitutes.for_negative(fmt, overflow))
     else:
         sign = fmt.sign_code if negative else 0
         results = {code: decode(sign | code, fmt) for code in range(top)}
-        results[top] = limits.for_overflow(fmt, rounding, overflow, negative=negative)
+        results[top] = substitutes.for_overflow(fmt, rounding, overflow, negative=negative)
     if fmt.zero:
         first = 0 if fmt.subnormals else (1 << fmt.mantissa_bits) - 1
-        results[first] = limits.for_zero(fmt, overflow, negative=negative)
+        results[first] = substitutes.for_zero(fmt, overflow, negative=negative)
     return [_Neighbour(_on_grid(code, fmt), code % 2 == 1, results[code]) for code in range(first, top + 1)]
 
 
@@ -176,7 +176,7 @@ def _on_grid(code: int, fmt: FloatFormat) -> Fraction:
 
 
 def _boundary(below: _Neighbour, above: _Neighbour, rounding: Rounding, negative: bool) -> tuple[Fraction, bool]:
-    """Where the magnitudes that round to ``below`` end and those of ``above`` begin, and if ``above`` has that one."""
+    """The boundary between the magnitudes that round to ``below`` and ``above``, and whether it rounds to ``above``."""
     match rounding:
         case "nearest_even":
             return (below.magnitude + above.magnitude) / 2, below.odd
@@ -188,5 +188,5 @@ def _boundary(below: _Neighbour, above: _Neighbour, rounding: Rounding, negative
             toward_zero = True
         case "up" | "down":
             toward_zero = negative == (rounding == "up")
-    # Between two neighbours everything goes the same way: only the neighbour itself starts, or ends, its interval.
+    # All magnitudes strictly between two neighbours round the same way, so the boundary is one of the neighbours.
     return (above.magnitude, True) if toward_zero else (below.magnitude, False)

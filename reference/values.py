@@ -1,8 +1,8 @@
-"""The numbers of the reference: exact, and with what IEEE 754 has besides the rational numbers.
+"""The numbers of the reference: rational numbers, and the special values that IEEE 754 adds to them.
 
 A finite value is a `fractions.Fraction`, and ``Fraction(0)`` is +0; negative zero, the infinities and NaN are
-members of `Special`. Values are compared as data: NaN equals itself, and -0 is not +0 (IEEE 754-2019 clause 3.3,
-the level of floating-point data).
+members of `Special`. Values are compared as data: NaN equals itself, and -0 differs from +0 (IEEE 754-2019 clause
+3.3, the level of floating-point data).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 
 
 class Special(Enum):
-    """A value that is no `Fraction`: negative zero, an infinity, or NaN (one; payloads are not modelled)."""
+    """A value that is no `Fraction`: negative zero, an infinity, or NaN. There is one NaN, without a payload."""
 
     NEGATIVE_ZERO = "-0"
     INFINITY = "inf"
@@ -33,9 +33,12 @@ INFINITY: Final = Special.INFINITY
 NEGATIVE_INFINITY: Final = Special.NEGATIVE_INFINITY
 NAN: Final = Special.NAN
 
-#: What every function of the reference returns.
+INFINITIES: Final = (INFINITY, NEGATIVE_INFINITY)
+ZEROS: Final = (Fraction(0), NEGATIVE_ZERO)
+
+#: The type of the values that functions of the reference return.
 Value: TypeAlias = Fraction | Special
-#: What every function of the reference accepts: see `as_value`.
+#: The type of the numbers that functions of the reference accept: see `as_value`.
 Number: TypeAlias = Value | int | float
 
 _NEGATIVES: Final[dict[Special, Value]] = {
@@ -54,7 +57,7 @@ def as_value(number: Number) -> Value:
         number: an int, a Fraction, a float, or a value already.
 
     Raises:
-        TypeError: none of these. (A numpy or torch scalar becomes one by ``float(x)``.)
+        TypeError: ``number`` is none of these. (A numpy or torch scalar becomes one by ``float(x)``.)
 
     >>> as_value(0.1)
     Fraction(3602879701896397, 36028797018963968)
@@ -101,9 +104,9 @@ def to_float(value: Number) -> float:
 
 
 def negate(value: Value) -> Value:
-    """``value`` with its sign turned, zeros and infinities too (IEEE 754-2019 clause 5.5.1); NaN stays NaN.
+    """``value`` with the opposite sign, zeros and infinities included (IEEE 754-2019 clause 5.5.1); NaN stays NaN.
 
-    Not the same as ``-value``: the negative of ``Fraction(0)``, which is +0, is -0.
+    This differs from ``-value``: the negative of ``Fraction(0)``, which is +0, is -0.
     """
     if isinstance(value, Special):
         return _NEGATIVES[value]
@@ -117,28 +120,42 @@ def is_negative(value: Value) -> bool:
     return value < 0
 
 
-def magnitude(value: Value) -> Fraction:
-    """The magnitude of a finite ``value``, a zero of either sign included.
+def with_sign(size: Value, negative: bool) -> Value:
+    """``size``, which has a plus sign, with a minus sign if ``negative``."""
+    return negate(size) if negative else size
+
+
+def rational(value: Value) -> Fraction:
+    """The number that a finite ``value`` is, 0 for both zeros.
 
     Raises:
-        ValueError: an infinity or NaN.
+        ValueError: ``value`` is an infinity or NaN.
     """
     if isinstance(value, Fraction):
-        return abs(value)
+        return value
     if value is NEGATIVE_ZERO:
         return Fraction(0)
     raise ValueError(f"{value!r} is not finite")
+
+
+def magnitude(value: Value) -> Fraction:
+    """The absolute value of the number that a finite ``value`` is, 0 for both zeros.
+
+    Raises:
+        ValueError: ``value`` is an infinity or NaN.
+    """
+    return abs(rational(value))
 
 
 def order(value: Value) -> tuple[int, Fraction, bool]:
     """A key that sorts values other than NaN as IEEE 754-2019 clause 5.10 (totalOrder) does: -0 just before +0.
 
     Raises:
-        ValueError: NaN, which lies on neither side of anything here.
+        ValueError: ``value`` is NaN.
     """
     if value is NAN:
         raise ValueError("NaN has no place in the order of values")
-    if value in (INFINITY, NEGATIVE_INFINITY):
+    if value in INFINITIES:
         return (1 if value is INFINITY else -1), Fraction(0), False
     finite = magnitude(value)
     return 0, -finite if is_negative(value) else finite, value is not NEGATIVE_ZERO
@@ -150,6 +167,6 @@ def scale_b(significand: int, exponent: int) -> Fraction:
 
 
 def floor_log2(number: Fraction) -> int:
-    """The exponent of the leading bit of ``number``, which is positive: the e with 2**e <= number < 2**(e + 1)."""
+    """The exponent of the leading bit of ``number`` > 0: the e with 2**e <= number < 2**(e + 1)."""
     exponent = number.numerator.bit_length() - number.denominator.bit_length()
     return exponent if scale_b(1, exponent) <= number else exponent - 1

@@ -96,12 +96,12 @@ PROMISES: dict[str, tuple[str, ...]] = {
     ),
     "logit sharpness is the exact maximum": (
         "sharpness/test_logits.py::test_closed_form_is_the_maximum_over_all_corners",
-        "sharpness/test_logits.py::test_ignored_and_masked_tokens_are_nan_and_leave_the_others_alone",
+        "sharpness/test_logits.py::test_ignored_and_masked_tokens_are_nan_and_do_not_affect_others",
     ),
     "the command line rounds and verifies": (
-        "cli/test_cli.py::test_round_shows_result_code_error_and_neighbours",
-        "cli/test_cli.py::test_verify_prints_a_verdict_for_every_format_and_rounding",
-        "cli/test_cli.py::test_verify_ends_with_code_1_and_shows_the_inputs_that_went_wrong",
+        "cli/test_round.py::test_round_shows_result_code_error_and_neighbours",
+        "cli/test_verify.py::test_verify_prints_a_verdict_for_every_format_and_rounding",
+        "cli/test_verify.py::test_verify_ends_with_code_1_and_shows_the_inputs_that_went_wrong",
     ),
     "a run of the study rounds and repeats": (
         "paper/test_training.py::test_the_run_is_the_recipe_written_out",

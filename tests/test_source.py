@@ -8,7 +8,7 @@ import torch
 
 import fpsim
 from fpsim import source
-from fpsim.compile_backend.passes.rounding import RoundingPass
+from fpsim.compile_backend.passes.rounding_pass import RoundingPass
 from fpsim.source import PACKAGES, PROVEN, hash_of_folders, proven_hash, source_hash
 
 
@@ -80,7 +80,7 @@ def test_the_pass_the_kernels_and_the_scales_have_this_hash_in_their_keys(monkey
         calls = graphs[0].find_nodes(op="call_function", target=op)
         assert calls and all(source_hash() in call.args for call in calls)
     key = RoundingPass(fpsim.Policy(), [], []).uuid()
-    monkeypatch.setattr("fpsim.compile_backend.passes.rounding.source_hash", lambda: "another version")
+    monkeypatch.setattr("fpsim.compile_backend.passes.rounding_pass.source_hash", lambda: "another version")
     assert RoundingPass(fpsim.Policy(), [], []).uuid() != key
 
 

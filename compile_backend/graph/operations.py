@@ -21,7 +21,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from fpsim.compile_backend.graph.marks import mark
-from fpsim.compile_backend.graph.products import JOINT_PRODUCTS, PRODUCTS, may_hold_products
+from fpsim.compile_backend.graph.products import opaque_family, product_operator
 
 aten = torch.ops.aten
 
@@ -80,9 +80,9 @@ def operations() -> frozenset[OpOverload]:
     )
     found = []
     for name, _, overload in (name.partition(".") for name in registered):
-        if name not in _MOVES and not may_hold_products(f"aten.{name}"):
+        if name not in _MOVES and opaque_family(f"aten.{name}") is None:
             op = getattr(getattr(aten, name), overload or "default")
-            if op not in PRODUCTS and op not in JOINT_PRODUCTS and _is_function(op):
+            if product_operator(op) is None and _is_function(op):
                 found.append(op)
     return frozenset(found)
 
@@ -118,11 +118,16 @@ def _wrapped(op: OpOverload, decomposition: Callable[..., Any] | None, is_operat
             is_whole = result is NotImplemented
             if is_whole:
                 result = op(*args, **kwargs)
-        ends_here = is_operation or (op in PRODUCTS and not is_whole)
+        ends_here = is_operation or (_is_single_product(op) and not is_whole)
         computes = ends_here and any(tensor.is_floating_point() for tensor in given)
         return _with_marks(result, op, given) if computes else result
 
     return decomposed
+
+
+def _is_single_product(op: OpOverload) -> bool:
+    entry = product_operator(op)
+    return entry is not None and not entry.is_joint
 
 
 @contextlib.contextmanager

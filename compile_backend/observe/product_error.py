@@ -18,8 +18,10 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from fpsim.compile_backend.graph import convolution
+from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.marks import mark
-from fpsim.compile_backend.graph.products import Product, is_of_product
+from fpsim.compile_backend.graph.products import Form, product_operator
+from fpsim.compile_backend.graph.recognition import is_sum_of_product
 from fpsim.compile_backend.observe.statistics import norm, piece_size
 
 aten = torch.ops.aten
@@ -31,11 +33,6 @@ MIXTURES = 12
 LARGE = 128
 LARGE_CONVOLUTION = 32
 
-_SUMS = (aten.sum.dim_IntList, aten.sum.default)
-#: Products of matrices, or of batches of matrices, alone, and those that add their first argument.
-_PLAIN = (aten.mm, aten.bmm)
-_WITH_ADDEND = (aten.addmm, aten.baddbmm, aten.addmv, aten.addbmm)
-
 #: What the operator gave, the unrounded operands, its other tensors and the seed of an estimate, to two norms: of the
 #: difference from the product of the unrounded operands, and of that product.
 Comparison = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], int], tuple[float, float]]
@@ -44,9 +41,9 @@ Comparison = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], int], tuple[f
 def result_of(product: Product) -> fx.Node:
     """The node that holds the product: of a multiplication that a sum completes, the sum."""
     node = product.value
-    while product.value.target is aten.mul.Tensor and len(node.users) == 1:
+    while _is_decomposed(product) and len(node.users) == 1:
         (node,) = node.users
-        if node.target in _SUMS and is_of_product(node):
+        if is_sum_of_product(node):
             return node
         if node.target not in (mark, torch.ops.prims.convert_element_type.default):
             break
@@ -125,15 +122,15 @@ class _Mixing:
 
 
 def _mixing(product: Product, value: fx.Node) -> _Mixing | None:
-    node, packet = product.node, _packet(product)
-    if packet in _PLAIN or packet in (aten.addmm, aten.baddbmm, aten.addbmm):
+    node, form = product.node, _form(product)
+    if form in (Form.MATRICES, Form.SUM_OF_BATCH):
         return _Mixing(1, -1, -1)
-    if packet is aten._grouped_mm:
+    if form is Form.GROUPS:
         dims = [argument.meta["val"].dim() for argument in node.args[:2]]  # type: ignore[union-attr]
         return None if dims == [3, 2] else _Mixing(1, -1, -1)
-    if packet is aten.convolution:  # of fewer images: the unfolded image is what costs
+    if form is Form.CONVOLUTION:  # of fewer images: the unfolded image is what costs
         return _Mixing(0, 0, 0, LARGE_CONVOLUTION)
-    if packet is aten.convolution_backward and node.args[9] == 1:
+    if form is Form.CONVOLUTION_GRADIENT and node.args[9] == 1:
         transposed = bool(node.args[7])
         if value.args[1] == convolution.INPUT:
             return _Mixing(1, 0 if transposed else 1, 1, LARGE_CONVOLUTION)
@@ -175,43 +172,50 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
 
 def _addend(product: Product, others: Sequence[Tensor]) -> Tensor | None:
     """What the operator adds to the product, in a shape that fits."""
-    if _packet(product) in _WITH_ADDEND:
-        return others[0]
-    if _packet(product) is aten.convolution and others:
+    entry = product_operator(product.node.target)
+    if entry is None or entry.addend is None or not others:
+        return None
+    if entry.form is Form.CONVOLUTION:
         return others[0].view(-1, *[1] * len(product.node.args[3]))  # type: ignore[arg-type]
-    return None
+    return others[0]
 
 
 def _multiplication(product: Product, value: fx.Node) -> Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]:
     """The product in float64, as a function of its operands and of the other tensors that its operator takes."""
-    if _packet(product) in _PLAIN:
-        return lambda operands, _: _times(*operands)
-    if _packet(product) in (aten.addmm, aten.baddbmm):
+    if _form(product) is Form.MATRICES:
         alpha = cast(float, product.node.kwargs.get("alpha", 1))
-        return lambda operands, _: _times(*operands).mul_(alpha)
+        return lambda operands, _: _times(*operands) if alpha == 1 else _times(*operands).mul_(alpha)
     of_wide = _wide_multiplication(product, value)
     return lambda operands, others: of_wide([operand.double() for operand in operands], others)
 
 
 def _wide_multiplication(product: Product, value: fx.Node) -> Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]:
     """The same of operands that are float64 already, for the rarer operators."""
-    node, packet = product.node, _packet(product)
-    if packet in _WITH_ADDEND:
+    node, form = product.node, _form(product)
+    packet = cast(OpOverload, node.target).overloadpacket
+    if form is Form.CONVOLUTION:
+        return lambda operands, _: packet(*operands, None, *node.args[3:])
+    if form is Form.CONVOLUTION_GRADIENT:
+        return partial(_convolution_gradient, node.args, cast(int, value.args[1]))
+    if form is Form.GROUPS:
+        return lambda operands, others: _grouped(*operands, *others[:1])
+    if form is None and value is not product.value:
+        return lambda operands, _: (operands[0] * operands[1]).sum(*value.args[1:])
+    entry = product_operator(node.target)
+    if entry is not None and entry.addend is not None:
         alpha = node.kwargs.get("alpha", 1)
         return lambda operands, _: packet(operands[0].new_zeros(1), *operands, beta=0, alpha=alpha)
-    if packet is aten.convolution:
-        return lambda operands, _: packet(*operands, None, *node.args[3:])
-    if packet is aten.convolution_backward:
-        return partial(_convolution_gradient, node.args, cast(int, value.args[1]))
-    if packet is aten._grouped_mm:
-        return lambda operands, others: _grouped(*operands, *others[:1])
-    if packet is aten.mul and value is not product.value:
-        return lambda operands, _: (operands[0] * operands[1]).sum(*value.args[1:])
     return lambda operands, _: packet(*operands)
 
 
-def _packet(product: Product) -> Any:
-    return cast(OpOverload, product.node.target).overloadpacket
+def _form(product: Product) -> Form | None:
+    """How the operator of ``product`` multiplies; None for one that is decomposed into a multiplication and a sum."""
+    entry = product_operator(product.node.target)
+    return None if entry is None else entry.form
+
+
+def _is_decomposed(product: Product) -> bool:
+    return _form(product) is None
 
 
 def _convolution_gradient(

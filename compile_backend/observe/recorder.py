@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from fpsim.casts import Cast, in_range_of_format
-from fpsim.compile_backend.graph.products import Product, base
+from fpsim.compile_backend.graph.finding import Product
+from fpsim.compile_backend.graph.views import base
 from fpsim.compile_backend.observe.product_error import comparison, other_tensors, result_of
 from fpsim.compile_backend.observe.statistics import Statistics, measure, merge, relative_error
 from fpsim.compile_backend.plan import Site
@@ -88,7 +89,6 @@ class _Observation:
         product: the matrix product that it is; None for a rounded result.
         exact, rounded: its operands; the result before and after rounding.
         sites: one for each of these.
-        casts: how each is rounded.
         keys: which numbers each holds: the same key, the same statistics.
     """
 
@@ -97,7 +97,6 @@ class _Observation:
     exact: tuple[fx.Node, ...]
     rounded: tuple[fx.Node, ...]
     sites: tuple[Site, ...]
-    casts: tuple[Cast | None, ...]
     keys: tuple[int, ...]
 
 
@@ -131,16 +130,14 @@ class Recorder:
         self._measured: set[int] = set()
         self.clear()
 
-    def add_product(
-        self, product: Product, exact: Sequence[fx.Node], sites: Sequence[Site], casts: Sequence[Cast | None]
-    ) -> None:
-        """Observe ``product``, whose operands were ``exact`` before they were rounded as ``casts`` say."""
+    def add_product(self, product: Product, exact: Sequence[fx.Node], sites: Sequence[Site]) -> None:
+        """Observe ``product``, whose operands were ``exact`` before they were rounded; ``sites``: one for each."""
         rounded = [cast(fx.Node, product.node.args[i]) for i in product.operands]
-        self._add(result_of(product), product, exact, rounded, sites, casts)
+        self._add(result_of(product), product, exact, rounded, sites)
 
-    def add_result(self, exact: fx.Node, rounded: fx.Node, site: Site, by: Cast) -> None:
-        """Observe ``rounded``, the result ``exact`` of an operation or a product, rounded ``by`` a cast."""
-        self._add(rounded, None, [exact], [rounded], [site], [by])
+    def add_result(self, exact: fx.Node, rounded: fx.Node, site: Site) -> None:
+        """Observe ``rounded``, the rounded result ``exact`` of an operation or a product."""
+        self._add(rounded, None, [exact], [rounded], [site])
 
     def _add(
         self,
@@ -149,15 +146,12 @@ class Recorder:
         exact: Sequence[fx.Node],
         rounded: Sequence[fx.Node],
         sites: Sequence[Site],
-        casts: Sequence[Cast | None],
     ) -> None:
         keys = [
-            self._keys.setdefault((base(node), by, str(node.meta["val"].numel())), len(self._keys))
-            for node, by in zip(exact, casts, strict=True)
+            self._keys.setdefault((base(node), site.cast, str(node.meta["val"].numel())), len(self._keys))
+            for node, site in zip(exact, sites, strict=True)
         ]
-        self._observations.append(
-            _Observation(value, product, tuple(exact), tuple(rounded), tuple(sites), tuple(casts), tuple(keys))
-        )
+        self._observations.append(_Observation(value, product, tuple(exact), tuple(rounded), tuple(sites), tuple(keys)))
 
     def insert(self, graph: fx.Graph) -> None:
         """Put the observations into the graph that is being rewritten."""
@@ -197,8 +191,7 @@ class Recorder:
         def observed(value: Tensor, exact: list[Tensor], rounded: list[Tensor], others: list[Tensor], _: int) -> Tensor:
             self._runs[number] += 1
             for i in own:
-                by = observation.casts[i]
-                statistics = measure_cast(exact[i], rounded[i], by)
+                statistics = measure_cast(exact[i], rounded[i], observation.sites[i].cast)
                 self._statistics.setdefault(observation.keys[i], []).append(statistics)
             if compare is not None:
                 seed = (number << 32) + self._runs[number]  # other signs in every run: their errors average out
@@ -237,7 +230,7 @@ class Recorder:
         return ProductStatistics(
             first.path,
             first.operator,
-            first.kind,
+            first.kind or "",
             (first.shape, second.shape),
             self._runs[number],
             math.hypot(*errors),

@@ -25,29 +25,31 @@ from torch._guards import CompileContext
 from torch.utils import _pytree as pytree
 
 from fpsim.casts import parse_cast
-from fpsim.compile_backend.backend import compile_with_rounding
+from fpsim.compile_backend.compiling import compile_with_rounding
 from fpsim.compile_backend.observe.recorder import ProductStatistics, Recorder, SiteStatistics
 from fpsim.compile_backend.observe.statistics import COUNTS, Histogram, Statistics, merge, severity
 from fpsim.compile_backend.plan import Gap, Plan, Site, render
-from fpsim.compile_backend.report import page as profile_page
-from fpsim.compile_backend.report.explain import (
+from fpsim.compile_backend.report.explain import NOTHING, break_gap
+from fpsim.compile_backend.report.numbers import decibel, percent
+from fpsim.compile_backend.report.page import page
+from fpsim.compile_backend.report.running import (
     ISOLATED,
-    NOTHING,
     as_policy,
-    break_gap,
     gradients_kept,
     no_recompile_limit,
     state_kept,
     uncompiled,
 )
+from fpsim.compile_backend.torch_settings import apply_settings
 from fpsim.policy import Policy
+from fpsim.policy.policy import KINDS
 from fpsim.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     import pandas
 
 #: Version of the JSON form.
-JSON_VERSION = 1
+JSON_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,18 @@ class Profile:
     # -- handing on --------------------------------------------------------------------------------------------------
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat mapping per site: what it is, counts, shares (``zeros_share``), ``amax``, ``sqnr`` in dB,
-        ``relative_error`` of its product (None if it is no operand), and the two histograms as tuples of pairs.
+        """One flat mapping per site.
+
+        It holds the fields of the `Site` (``cast`` as text, and in short as ``label``), counts, shares
+        (``zeros_share``), ``amax``, ``sqnr`` in dB, the ``relative_error`` of its product (None if it is no operand),
+        and the two histograms as tuples of pairs.
         """
         return [self._row(site) for site in self.sites]
 
     def _row(self, site: SiteStatistics) -> dict[str, Any]:
         what = {field.name: getattr(site, field.name) for field in fields(Site)}
+        what["cast"] = None if site.cast is None else site.cast.written
+        what["label"] = "unrounded" if site.cast is None else site.cast.label
         numbers = {field.name: getattr(site.statistics, field.name) for field in fields(Statistics)}
         shares = {f"{name}_share": site.statistics.share(name) for name in COUNTS}
         derived = {"sqnr": site.statistics.sqnr, "relative_error": self.relative_error(site)}
@@ -152,7 +159,7 @@ class Profile:
     def to_html(self, path: str | Path, *, title: str = "fpsim profile") -> Path:
         """Write a page to ``path`` that needs no network: a table to sort and filter, and plots. Returns the path."""
         path = Path(path)
-        path.write_text(profile_page.page(self, title), encoding="utf-8")
+        path.write_text(page(self.rows(), self.sites, self.products, self.gaps, title), encoding="utf-8")
         return path
 
     # -- showing -----------------------------------------------------------------------------------------------------
@@ -190,14 +197,13 @@ class Profile:
 
 
 def _cells(row: dict[str, Any]) -> list[Text]:
-    words = [row["path"] or "(root)", row["operator"], row["kind"], row["role"]]
-    by = parse_cast(row["cast"]) if row["cast"] else None
-    cast = Text(by.label, style="green") if by else Text("unrounded", style="yellow")
+    words = [row["path"] or "(root)", row["operator"], row["kind"] or row["direction"], row["role"]]
+    cast = Text(row["label"], style="green" if row["cast"] else "yellow")
     shares = [
-        _coloured(name, row[f"{name}_share"], profile_page.percent(row[f"{name}_share"]))
+        _coloured(name, row[f"{name}_share"], percent(row[f"{name}_share"]))
         for name in ("zeros", "underflows", "subnormals")
     ]
-    saturated = _coloured("saturations", row["saturations_share"], profile_page.percent(row["saturations_share"]))
+    saturated = _coloured("saturations", row["saturations_share"], percent(row["saturations_share"]))
     specials = [f"{row[name]} {word}" for name, word in _SPECIALS.items() if row[name]]
     error = row["relative_error"]
     return [
@@ -207,7 +213,7 @@ def _cells(row: dict[str, Any]) -> list[Text]:
         saturated,
         Text(" ".join(specials) or "-", style="bold red" if specials else ""),
         Text(f"{row['amax']:.3g}"),
-        _coloured("sqnr", row["sqnr"], profile_page.decibel(row["sqnr"])),
+        _coloured("sqnr", row["sqnr"], decibel(row["sqnr"])),
         Text("") if error is None else _coloured("relative_error", error, f"{error:.2g}"),
         Text(bars(row["exponents"])),
     ]
@@ -252,7 +258,7 @@ def _sorted(rows: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
 
 def _identity(site: SiteStatistics) -> tuple[Any, ...]:
     """What two steps have in common at one site: everything but sizes and numbers."""
-    return site.path, site.operator, site.kind, site.role, len(site.shape), site.dtype, site.cast, site.product
+    return site.path, site.operator, site.step, site.role, len(site.shape), site.dtype, site.cast, site.product
 
 
 def _same_sites(a: Profile, b: Profile) -> bool:
@@ -271,7 +277,7 @@ def _check_same_sites(a: Profile, b: Profile) -> None:
 def _words(site: SiteStatistics | None) -> str:
     if site is None:
         return "nothing"
-    return f"{site.kind} {site.role} of {site.operator} in {site.path or '(root)'!r} cast to {site.cast}"
+    return f"{site.step} {site.role} of {site.operator} in {site.path or '(root)'!r} cast to {site.cast}"
 
 
 def _merged_sites(sites: Sequence[SiteStatistics]) -> SiteStatistics:
@@ -318,7 +324,7 @@ def _profile_of(text: str) -> Profile:
         facts = json.loads(text)
         if facts["fpsim_profile"] > JSON_VERSION:
             raise ValueError(f"it was written by a newer version of fpsim (form {facts['fpsim_profile']})")
-        sites = [_site_of(row) for row in facts["sites"]]
+        sites = [_site_of(_of_this_version(row)) for row in facts["sites"]]
         products = [_product_of(row) for row in facts["products"]]
         gaps = [Gap(**row) for row in facts["gaps"]]
     except (KeyError, TypeError, ValueError) as error:
@@ -326,12 +332,22 @@ def _profile_of(text: str) -> Profile:
     return Profile(tuple(sites), tuple(products), tuple(gaps))
 
 
+def _of_this_version(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A site's row; version 1 had directions among the kinds, and no axes."""
+    if "direction" in row:
+        return row
+    kind = row["kind"] if row["kind"] in KINDS else None
+    direction = row["kind"] if kind is None else "forward" if kind == "fprop" else "backward"
+    return {**row, "kind": kind, "direction": direction, "contracted": ()}
+
+
 def _site_of(row: Mapping[str, Any]) -> SiteStatistics:
     numbers: dict[str, Any] = {name: row[name] for name in ("elements", *COUNTS)}
     numbers |= {name: float(row[name]) for name in ("amax", "signal", "noise")}
     numbers |= {name: tuple(map(tuple, row[name])) for name in ("exponents", "rounded_exponents")}
     what: dict[str, Any] = {field.name: row[field.name] for field in fields(Site)}
-    what["shape"] = tuple(what["shape"])
+    what |= {name: tuple(what[name]) for name in ("shape", "contracted")}
+    what["cast"] = None if what["cast"] is None else parse_cast(what["cast"])
     return SiteStatistics(**what, product=row["product"], statistics=Statistics(**numbers))
 
 
@@ -391,6 +407,7 @@ class Profiler:
         self._policy = as_policy(policy)
         self._exact_products = exact_products
         self._graphs: list[_Graph] = []
+        apply_settings()
         self._model = torch.compile(uncompiled(model), backend=self._backend, dynamic=False, **ISOLATED)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

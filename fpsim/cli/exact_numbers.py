@@ -1,4 +1,4 @@
-"""Exact numbers as text: read from what people type, shown as decimals, fractions, powers of two, bits."""
+"""Exact numbers as text: reads what users type, and writes decimals, fractions, powers of two and bits."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import itertools
 import re
 from decimal import Context, Decimal, Inexact
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 from fpsim.formats import FloatFormat
-
-if TYPE_CHECKING:
-    from fpsim.reference import Value
+from fpsim.reference import Value, to_float
+from fpsim.reference.values import INFINITY, NAN, negate
 
 # Magnitudes, in lower case.
 _DECIMAL = re.compile(r"(\d+\.?\d*|\.\d+)(e(?P<exponent>[+-]?\d+))?", re.ASCII)
@@ -19,12 +17,12 @@ _FRACTION = re.compile(r"\d+/\d+", re.ASCII)
 _HEXADECIMAL = re.compile(
     r"0x(?=\.?[0-9a-f])(?P<whole>[0-9a-f]*)\.?(?P<part>[0-9a-f]*)(p(?P<exponent>[+-]?\d+))?", re.ASCII
 )
-#: The largest exponent that `parse_number` takes, lest a number fill the memory.
+#: The largest exponent that `parse_number` takes: a number with a larger one could fill the memory.
 MAX_EXPONENT = 4000
 
 
 def show_ratio(ratio: Fraction) -> str:
-    """A ratio exactly, after a fraction also approximately.
+    """``ratio`` exactly; a fraction is followed by an approximation.
 
     >>> show_ratio(Fraction(1, 5)), show_ratio(Fraction(-1, 3))
     ('0.2', '-1/3 = -0.333333')
@@ -42,8 +40,6 @@ def parse_number(text: str) -> Value:
     >>> parse_number("0.1"), parse_number("-0x.8p-1"), parse_number("-0")
     (Fraction(1, 10), Fraction(-1, 4), NEGATIVE_ZERO)
     """
-    from fpsim.reference.values import INFINITY, NAN, negate
-
     plain = text.strip().lower()
     negative, magnitude = plain.startswith("-"), plain.lstrip("+-")
     if plain[1:] != magnitude and plain != magnitude:
@@ -81,7 +77,7 @@ def _not_a_number(text: str) -> ValueError:
 
 
 def show_number(value: Value) -> str:
-    """``value`` in short, exactly if 20 digits suffice: a decimal, else a fraction, else with ``~`` before it.
+    """``value`` in short: as a decimal of at most 20 digits, else as a short fraction, else approximately after ``~``.
 
     >>> show_number(Fraction(13, 128)), show_number(Fraction(-1, 3)), show_number(Fraction(1, 3**50))
     ('0.1015625', '-1/3', '~1.39296e-24')
@@ -100,7 +96,7 @@ def show_number(value: Value) -> str:
 
 
 def show_exactly(value: Value) -> str:
-    """``value`` with all its digits, as far as there are 60: a decimal, else a fraction; else as `show_number`.
+    """``value`` with all its digits: as a decimal of at most 60 digits, else as a fraction, else as `show_number`.
 
     >>> show_exactly(Fraction(2) ** -30), show_exactly(Fraction(10**20, 3))
     ('9.31322574615478515625e-10', '100000000000000000000/3')
@@ -116,7 +112,7 @@ def show_exactly(value: Value) -> str:
 
 
 def show_power(value: Value) -> str:
-    """A value of a format as an odd integer times a power of two, always exact.
+    """A value of a format exactly, as an odd integer times a power of two.
 
     >>> show_power(Fraction(13, 128)), show_power(Fraction(448)), show_power(Fraction(-1, 4)), show_power(Fraction(3))
     ('13 * 2^-7', '7 * 2^6', '-2^-2', '3')
@@ -146,13 +142,11 @@ def _without_plus(number: Decimal, context: Context | None = None) -> str:
 
 
 def show_hex(value: Value) -> str:
-    """A value of a format as a hexadecimal float, always exact.
+    """A value of a format exactly, as a hexadecimal number.
 
     >>> show_hex(Fraction(13, 128))
     '0x1.ap-4'
     """
-    from fpsim.reference import to_float
-
     if not isinstance(value, Fraction):
         return str(value)
     return re.sub(r"\.?0+p", "p", to_float(value).hex()).replace("p+", "p") if value else "0"
@@ -173,7 +167,7 @@ def show_bits(code: int, fmt: FloatFormat) -> str:
 
 
 def show_fields(code: int, fmt: FloatFormat, separator: str = " ") -> str:
-    """The bits of ``code``, a blank or other separator between sign, exponent and mantissa fields.
+    """The bits of ``code``, with ``separator`` between the sign, exponent and mantissa fields.
 
     >>> show_fields(0x1D, parse_format("e4m3fn"))
     '0 0011 101'

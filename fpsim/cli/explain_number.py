@@ -1,14 +1,15 @@
-"""What ``fpsim round`` says of a number: its neighbours in a format, and what each rounding makes of it."""
+"""The facts that ``fpsim round`` shows of a number: its neighbours in a format, and its result in each rounding."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from rich import box
 from rich.table import Table
 
+from fpsim import reference
 from fpsim.cli.exact_numbers import (
     field_names,
     show_approximately,
@@ -22,18 +23,18 @@ from fpsim.cli.exact_numbers import (
     show_ratio,
 )
 from fpsim.formats import FloatFormat, full_rounding, split_rounding
-
-if TYPE_CHECKING:
-    from fpsim.reference import Value
+from fpsim.reference import Value
+from fpsim.reference.values import floor_log2, is_negative, order
 
 
 class Outcome(NamedTuple):
-    """One result that rounding a number may have.
+    """One possible result of rounding a number.
 
     Attributes:
-        rounding: the rounding, a stochastic one with its number of random bits.
-        result, code: the value, and its code.
-        probability: of this result; 1 unless the rounding is stochastic.
+        rounding: the name of the rounding; a stochastic one includes its number of random bits.
+        result: the value.
+        code: the code of ``result`` in the format.
+        probability: the probability of this result; 1 unless the rounding is stochastic.
     """
 
     rounding: str
@@ -43,10 +44,10 @@ class Outcome(NamedTuple):
 
 
 def outcomes(number: Value, fmt: FloatFormat, rounding: str, overflow: str | None = None) -> tuple[Outcome, ...]:
-    """What rounding ``number`` gives: one outcome, or of stochastic rounding the two candidates, the likelier first.
+    """The outcomes of rounding ``number``: one, or the two candidates of stochastic rounding, the likelier first.
 
-    Probabilities are exact: the share of all random numbers for which `fpsim.reference.round` gives the result. It
-    depends on the random number monotonically, so a bisection counts them.
+    A probability is exact: it is the share of all random numbers for which `fpsim.reference.round` gives the result.
+    The result is monotonic in the random number, so a bisection counts them.
 
     Args:
         number: an exact value.
@@ -60,8 +61,6 @@ def outcomes(number: Value, fmt: FloatFormat, rounding: str, overflow: str | Non
     >>> [(str(each.result), str(each.probability)) for each in candidates]
     [('1', '3/4'), ('3/2', '1/4')]
     """
-    from fpsim import reference
-
     spelled = full_rounding(rounding)
     bits = split_rounding(spelled)[1]
 
@@ -80,17 +79,13 @@ def outcomes(number: Value, fmt: FloatFormat, rounding: str, overflow: str | Non
         shares = {first: Fraction(high, 1 << bits)} | ({} if first == last else shares)
     ranked = sorted(shares.items(), key=lambda share: -share[1])
     usual = "sat_propagate" if fmt.has_infinity else "sat_finite"
-    return tuple(Outcome(spelled, value, _encode_value(value, fmt, usual), share) for value, share in ranked)
-
-
-def _encode_value(value: Value, fmt: FloatFormat, overflow: str) -> int:
-    from fpsim import reference
-
-    return reference.encode(value, fmt, overflow=overflow)
+    return tuple(
+        Outcome(spelled, value, reference.encode(value, fmt, overflow=usual), share) for value, share in ranked
+    )
 
 
 def table_of_roundings(number: Value, fmt: FloatFormat, roundings: Sequence[str], overflow: str) -> Table:
-    """A row for each result that each of ``roundings`` may give."""
+    """A table of ``roundings``, with a row for each possible result."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("rounding")
     table.add_column("result", justify="right", overflow="fold")
@@ -118,38 +113,36 @@ def table_of_roundings(number: Value, fmt: FloatFormat, roundings: Sequence[str]
 
 def _show_ulps(number: Value, result: Value, fmt: FloatFormat) -> str:
     error = _error(number, result)
-    return "not finite" if error is None else show_ratio(error / _ulp_of(number, fmt)) if error else "0"
+    return "not finite" if error is None else show_ratio(error / ulp(_fraction(number), fmt)) if error else "0"
 
 
 def explain_number(text: str, number: Value, fmt: FloatFormat) -> Iterable[tuple[str, str]]:
-    """What is to be said about a number whatever the rounding: headings and contents."""
+    """The facts of ``number`` that depend on no rounding: headings and contents."""
     exact = show_exactly(number)
     yield "input", text if text == exact else f"{text} = {exact}"
     below, above = bracket(number, fmt)
     for side, code in (("below", below), ("above", above)):
         yield side, "none" if code is None else f"{_show_value_of_bits(code, fmt)}"
-    if _is_finite(number):
-        size = _ulp_of(number, fmt)
+    if reference.is_finite(number):
+        size = ulp(_fraction(number), fmt)
         yield "ulp", " = ".join(dict.fromkeys([show_number(size), show_power(size)]))
 
 
 def bracket(number: Value, fmt: FloatFormat) -> tuple[int | None, int | None]:
-    """The codes of the values of ``fmt`` next below and next above ``number``, which need not be a value of it.
+    """The codes of the largest value of ``fmt`` below ``number`` and of the smallest one above it.
 
-    Infinities count; the two zeros are one. None: there is no such value, or ``number`` is NaN.
+    ``number`` need not be a value of ``fmt``. Infinities count as values, and the two zeros as one. None means that
+    there is no such value, or that ``number`` is NaN.
 
     >>> [hex(code) for code in bracket(Fraction(1, 10), parse_format("e4m3fn"))]
     ['0x1c', '0x1d']
     """
-    from fpsim import reference
-    from fpsim.reference.values import is_negative, order
-
     if number is reference.NAN:
         return None, None
-    outside = is_negative(number) and not fmt.signed  # where infinities are none of the format's
+    outside = is_negative(number) and not fmt.signed  # the format has no negative infinity
     usual = "sat_propagate" if fmt.has_infinity and not outside else "sat_finite"
-    inner = reference.round(number, fmt, "toward_zero", usual)  # beyond the range, its end
-    code = _encode_value(inner, fmt, usual)
+    inner = reference.round(number, fmt, "toward_zero", usual)  # beyond the range: the largest value
+    code = reference.encode(inner, fmt, overflow=usual)
     number, plain = (reference.as_value(0) if x is reference.NEGATIVE_ZERO else x for x in (number, inner))
     below = code if order(plain) < order(number) else neighbour(inner, fmt, -1)
     above = code if order(plain) > order(number) else neighbour(inner, fmt, 1)
@@ -159,9 +152,7 @@ def bracket(number: Value, fmt: FloatFormat) -> tuple[int | None, int | None]:
 def explain_rounding(
     text: str, number: Value, fmt: FloatFormat, rounding: str, overflow: str
 ) -> Iterable[tuple[str, str]]:
-    """What one rounding makes of a number: headings and contents."""
-    from fpsim import reference
-
+    """The result of one rounding of ``number``: headings and contents."""
     result = reference.round(number, fmt, rounding, overflow)
     code = reference.encode(number, fmt, rounding, overflow)
     exact = show_number(number)
@@ -175,42 +166,32 @@ def explain_rounding(
 def _show_error(number: Value, result: Value, fmt: FloatFormat) -> str:
     error = _error(number, result)
     if error is None:
-        return "0 (exact)" if number == result else "not finite"
+        return "not finite"
     if not error:
         return "0 (exact)"
-    return f"{show_number(error)} = {show_approximately(error / _ulp_of(number, fmt))} ulp"
+    return f"{show_number(error)} = {show_approximately(error / ulp(_fraction(number), fmt))} ulp"
 
 
 def _error(number: Value, result: Value) -> Fraction | None:
-    """``result - number``, 0 where they are the same, None where they are not and one is not finite."""
+    """``result - number``; 0 if they are equal; None if they differ and one is not finite."""
     if number == result:
         return Fraction(0)
-    return _number(result) - _number(number) if _is_finite(number) and _is_finite(result) else None
+    if reference.is_finite(number) and reference.is_finite(result):
+        return _fraction(result) - _fraction(number)
+    return None
 
 
-def _ulp_of(number: Value, fmt: FloatFormat) -> Fraction:
-    return ulp(_number(number), fmt) if _is_finite(number) else Fraction(1)
-
-
-def _is_finite(value: Value) -> bool:
-    from fpsim import reference
-
-    return reference.is_finite(value)
-
-
-def _number(value: Value) -> Fraction:
-    """A finite value as a fraction: -0 becomes 0."""
+def _fraction(value: Value) -> Fraction:
+    """A finite value as a fraction; -0 becomes 0."""
     return value if isinstance(value, Fraction) else Fraction(0)
 
 
 def ulp(number: Fraction, fmt: FloatFormat) -> Fraction:
-    """The distance between values of ``fmt`` in the binade of ``number``, the nearest binade that ``fmt`` has.
+    """The distance between values of ``fmt`` in the binade of ``number``, or in the nearest binade of ``fmt``.
 
     >>> ulp(Fraction(1), parse_format("e4m3fn")), ulp(Fraction(1000), parse_format("e4m3fn"))
     (Fraction(1, 8), Fraction(32, 1))
     """
-    from fpsim.reference.values import floor_log2
-
     exponent = min(max(floor_log2(abs(number)), fmt.emin), fmt.max_exponent) if number else fmt.emin
     return Fraction(2) ** (exponent - fmt.mantissa_bits)
 
@@ -224,14 +205,10 @@ def _show_neighbours(result: Value, fmt: FloatFormat) -> str:
 
 
 def _show_value_of(code: int, fmt: FloatFormat) -> str:
-    from fpsim import reference
-
     return f"{show_number(reference.decode(code, fmt))} ({show_code(code, fmt)})"
 
 
 def _show_value_of_bits(code: int, fmt: FloatFormat) -> str:
-    from fpsim import reference
-
     value = reference.decode(code, fmt)
     return f"{' = '.join(dict.fromkeys([show_number(value), show_hex(value)]))} ({show_bits(code, fmt)})"
 
@@ -239,13 +216,12 @@ def _show_value_of_bits(code: int, fmt: FloatFormat) -> str:
 def neighbour(value: Value, fmt: FloatFormat, step: int) -> int | None:
     """The code of the next value of ``fmt`` after ``value``, upwards (``step`` 1) or downwards (-1).
 
-    Infinities count; the two zeros are one. None: there is no such value, or ``value`` is NaN.
+    Infinities count as values, and the two zeros as one. None means that there is no such value, or that ``value`` is
+    NaN.
 
     >>> neighbour(Fraction(448), parse_format("e4m3fn"), -1)
     125
     """
-    from fpsim import reference
-
     if value is reference.NAN:
         return None
     code = reference.encode(value, fmt, overflow="sat_propagate" if fmt.has_infinity else "sat_finite")

@@ -1,19 +1,18 @@
-"""``fpsim study``: sweeps on the user's own model, the paper's experiments, and reports, from the command line."""
+"""``fpsim study``: sweeps on the user's own model, the paper's experiments, and reports."""
 
 from __future__ import annotations
 
 import fnmatch
-import functools
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
+from fpsim.cli.errors import plain_errors
 from fpsim.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -26,25 +25,8 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-_Command = TypeVar("_Command", bound=Callable[..., None])
-_WRONG_INPUT = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, ModuleNotFoundError, ConnectionError)
 
-
-def _plain_errors(command: _Command) -> _Command:
-    """Let the errors that wrong input causes end the program with one line and exit code 2."""
-
-    @functools.wraps(command)
-    def wrapped(*args: object, **kwargs: object) -> None:
-        try:
-            command(*args, **kwargs)
-        except _WRONG_INPUT as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
-
-    return wrapped  # type: ignore[return-value]
-
-
-class _Lists(TyperCommand):
+class _SeveralValues(TyperCommand):
     """Options that may be given several times also take several values at once: ``--formats bf16 e4m3fn e8m3``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -62,54 +44,57 @@ class _Lists(TyperCommand):
         return super().parse_args(ctx, result)
 
 
-Out = Annotated[Path | None, typer.Option(help="Folder of the sweep. [default: under runs/]", show_default=False)]
+Out = Annotated[Path | None, typer.Option(help="Folder of the sweep.", show_default="a folder under runs/")]
 Data = Annotated[
     str | None,
     typer.Option(
-        help="UTF-8 file, folder of them, nanoGPT .bin file or folder, or hf:NAME. [default: Shakespeare]",
-        show_default=False,
+        help="UTF-8 file, folder of such files, nanoGPT .bin file or folder, or hf:NAME.", show_default="Shakespeare"
     ),
 ]
-Seeds = Annotated[int | None, typer.Option(min=1, help="How many seeds, from 0.", show_default=False)]
-Steps = Annotated[int | None, typer.Option(min=2, help="Optimizer steps per run.", show_default=False)]
-Rates = Annotated[list[float] | None, typer.Option(help="Learning rates.", show_default=False)]
+Seeds = Annotated[int | None, typer.Option(min=1, help="Number of seeds; the first one is 0.")]
+Steps = Annotated[int | None, typer.Option(min=2, help="Optimizer steps per run.")]
+Rates = Annotated[list[float] | None, typer.Option(help="Learning rates.")]
 Model = Annotated[
-    str | None,
-    typer.Option(help="tiny, toy, gpt2-124m, llama-120m, llama2-7b, or script.py:function.", show_default=False),
+    str | None, typer.Option(help="tiny, toy, gpt2-124m, llama-120m, llama2-7b, or path/to/script.py:function.")
 ]
 Executor = Annotated[str, typer.Option(help="ray, process (without Ray), or serial (in this process).")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Runs at a time. [default: one per core]", show_default=False)]
-Address = Annotated[str | None, typer.Option(help="Of a Ray cluster, or auto.", show_default=False)]
+Workers = Annotated[int | None, typer.Option(min=1, help="Runs at a time.", show_default="one per core")]
+Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster, or auto.")]
 Gpus = Annotated[float, typer.Option(min=0, help="GPUs per run, for Ray.")]
 Cpus = Annotated[float, typer.Option(min=0, help="Cores per run, for Ray.")]
-Retries = Annotated[int, typer.Option(min=0, help="How often a failed run is tried again.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default=False)]
+Retries = Annotated[int, typer.Option(min=0, help="Number of further tries after a run has failed.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
 Interpret = Annotated[
-    bool, typer.Option("--interpret", help="Without a compiler: starts sooner, runs several times slower.")
+    bool, typer.Option("--interpret", help="Run without a compiler: starts sooner, runs several times slower.")
 ]
 
 
-@app.command(cls=_Lists)
-@_plain_errors
+@app.command(cls=_SeveralValues)
+@plain_errors
 def run(
     model: Model = None,
     data: Data = None,
     formats: Annotated[
         list[str] | None,
-        typer.Option(help="fp32, bf16, e8m3/toward_zero, e4m3fn+e5m2, paper:e8m3, fp8_hybrid, ... [default: a choice]"),
+        typer.Option(
+            help="fp32, bf16, e8m3/toward_zero, e4m3fn+e5m2, paper:e8m3, fp8_hybrid, ...",
+            show_default="fp32, bf16, e4m3fn and e8m3",
+        ),
     ] = None,
     seeds: Seeds = 3,
     learning_rates: Rates = None,
     steps: Steps = 300,
     batch: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 8,
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens per window.", show_default=False)] = None,
-    vocabulary: Annotated[int | None, typer.Option(min=2, help="Of your own model.", show_default=False)] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per window.", show_default="the model's own")
+    ] = None,
+    vocabulary: Annotated[int | None, typer.Option(min=2, help="Vocabulary of your own model.")] = None,
     loss_scale: Annotated[float, typer.Option(help="Factor on the loss in the backward pass.")] = 1.0,
-    clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 is no clipping.")] = 1.0,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 means no clipping.")] = 1.0,
     quality: Annotated[str, typer.Option(help="clean, shuffled, duplicated or noisy training text.")] = "clean",
-    level: Annotated[float, typer.Option(help="Share of the training text that is spoiled.")] = 0.5,
+    level: Annotated[float, typer.Option(help="Share of the training text that --quality spoils.")] = 0.5,
     measure_every: Annotated[int, typer.Option(min=0, help="Steps between measurements of sharpness.")] = 10,
-    hessian_every: Annotated[int, typer.Option(min=0, help="Steps between Hessian eigenvalues; 0 is never.")] = 0,
+    hessian_every: Annotated[int, typer.Option(min=0, help="Steps between Hessian eigenvalues; 0 means never.")] = 0,
     device: Device = None,
     interpret: Interpret = False,
     out: Out = None,
@@ -160,13 +145,13 @@ def run(
     )
 
 
-@app.command(cls=_Lists)
-@_plain_errors
+@app.command(cls=_SeveralValues)
+@plain_errors
 def experiment(
-    number: Annotated[int, typer.Argument(help="1 to 8; fpsim study list shows them.")],
+    number: Annotated[int, typer.Argument(help="1 to 8: see fpsim study list.")],
     size: Annotated[str, typer.Option(help="quick (minutes on 2 cores), full (hours) or paper (GPUs).")] = "quick",
     conditions: Annotated[
-        list[str] | None, typer.Option(help="Only these, by name or glob ('*truncated').", show_default=False)
+        list[str] | None, typer.Option(help="Conditions to run, by name or glob ('*truncated').", show_default="all")
     ] = None,
     model: Model = None,
     data: Data = None,
@@ -183,7 +168,7 @@ def experiment(
     cpus: Cpus = 1.0,
     retries: Retries = 2,
 ) -> None:
-    """Run one of the paper's experiments, and write a report. What is computed already is not computed again."""
+    """Run one of the paper's experiments, and write a report. Runs that are complete are not computed again."""
     from fpsim.paper.experiments import SIZES
     from fpsim.paper.experiments import experiment as find
 
@@ -215,7 +200,7 @@ def experiment(
 
 
 def _only(plan: list[Planned], globs: list[str] | None) -> list[Planned]:
-    """The runs of the conditions that one of ``globs`` matches."""
+    """The runs whose condition one of ``globs`` matches; all runs if there are no globs."""
     names = list(dict.fromkeys(planned.condition for planned in plan))
     for glob in globs or []:
         if not fnmatch.filter(names, glob):
@@ -239,18 +224,14 @@ def _resized(
 ) -> Setting:
     from fpsim.paper.models import model_config
 
-    changes: dict[str, Any] = {}
-    if model:
-        changes["model"] = model_config(model)
-    if data:
-        changes["data"] = replace(setting.base.data, path=data)
-    if steps:
-        changes["steps"] = steps
-    if device:
-        changes["device"] = device
-    if interpret:
-        changes["backend"] = "interpreted"
-    base: RunConfig = replace(setting.base, **changes)
+    changes: dict[str, Any] = {
+        "model": model and model_config(model),
+        "data": data and replace(setting.base.data, path=data),
+        "steps": steps,
+        "device": device,
+        "backend": interpret and "interpreted",
+    }
+    base: RunConfig = replace(setting.base, **{name: value for name, value in changes.items() if value})
     return replace(setting, base=base, rates=tuple(rates or setting.rates), seeds=seeds or setting.seeds)
 
 
@@ -270,7 +251,7 @@ def _compute(plan: list[Planned], out: Path, *, title: str, facts: dict[str, Any
 
 def _say(outcome: Outcome, console: Console) -> None:
     console.print(
-        f"{outcome.computed} runs computed, {outcome.reused} were there, {outcome.retries} tried again, "
+        f"{outcome.computed} runs computed, {outcome.reused} reused, {outcome.retries} tried again, "
         f"{len(outcome.failures)} given up; {outcome.seconds:.0f} s"
     )
     for failure in outcome.failures:
@@ -279,21 +260,21 @@ def _say(outcome: Outcome, console: Console) -> None:
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def report(
-    folder: Annotated[Path, typer.Argument(help="Of a sweep.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write. [default: the same]", show_default=False)] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write to.", show_default="the same")] = None,
 ) -> None:
-    """Write the report on a sweep: report.html, figures/*.png and outcomes.json. An unfinished one may be reported."""
+    """Write the report on a sweep: report.html, figures/*.png and outcomes.json. The sweep may be unfinished."""
     from fpsim.paper.report import report as write
 
     typer.echo(write(folder, out))
 
 
 @app.command(name="list")
-@_plain_errors
+@plain_errors
 def list_experiments() -> None:
-    """Show the paper's experiments, and how many runs each size of them takes."""
+    """Show the paper's experiments, and their number of runs by size."""
     from fpsim.paper.experiments import EXPERIMENTS, SIZES
 
     table = Table("", "experiment", "question", "the paper says", *SIZES, title="Runs by size", show_lines=True)
@@ -304,31 +285,32 @@ def list_experiments() -> None:
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def rules() -> None:
-    """Print the registered rules: what counts as diverged, as a spike, as trained, and how prediction is judged."""
-    from fpsim.paper.outcomes import preregistration
+    """Print the registered rules: when a run counts as diverged, spiking or trained, and how predictions are judged."""
+    from fpsim.paper.verdicts import preregistration
 
     typer.echo(preregistration(), nl=False)
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def train(
     config: Annotated[
-        Path, typer.Argument(help="A run's configuration as JSON: the field config of a run in sweep.json.")
+        Path, typer.Argument(help="Configuration of a run as JSON: the field config of a run in sweep.json.")
     ],
-    out: Annotated[Path, typer.Argument(help="Parquet file of its records.")],
-    parallel: Annotated[str, typer.Option(help="Under torchrun: ddp or fsdp2.")] = "ddp",
-    checkpoint: Annotated[Path | None, typer.Option(help="File to leave the state in.", show_default=False)] = None,
+    out: Annotated[Path, typer.Argument(help="Parquet file to write the records to.")],
+    parallel: Annotated[str, typer.Option(help="Kind of parallelism under torchrun: ddp or fsdp2.")] = "ddp",
+    checkpoint: Annotated[Path | None, typer.Option(help="File to keep the state in.")] = None,
 ) -> None:
     """Compute one run, here or under torchrun: torchrun --nproc-per-node 8 -m fpsim.cli.study train CONFIG OUT."""
     import json
 
+    from fpsim.paper.checkpoint import Checkpoint
     from fpsim.paper.config import from_dict, run_key, to_dict
     from fpsim.paper.parallel import from_environment
     from fpsim.paper.storage import replace_file, to_parquet, versions
-    from fpsim.paper.training import Checkpoint, records
+    from fpsim.paper.training import records
 
     chosen = from_dict(json.loads(config.read_text()))
     group = from_environment(parallel, chosen.device)

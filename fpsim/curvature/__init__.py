@@ -1,4 +1,4 @@
-"""Curvature of any loss: operators without matrices, and what can be known from their products with vectors.
+"""Curvature of any loss: matrix-free operators, and their eigenpairs, traces and spectral densities.
 
 loss = functional_loss(model, batch=batch)
 operator = hessian(loss, dict(model.named_parameters()))

@@ -1,7 +1,7 @@
-"""Whether an operator can be trusted: is it symmetric, and is its loss the same at every call, and if not, why not.
+"""Whether an operator is symmetric, and whether its loss is the same at every call; if not, the reasons.
 
-Lanczos and its like assume one symmetric matrix. Dropout, stochastic rounding whose noise is drawn anew, and shuffled
-data give another matrix at each product; rounded gradients give one that is not symmetric.
+Lanczos and related algorithms assume one symmetric matrix. Dropout, stochastic rounding with new noise at each call,
+and shuffled data give another matrix at each product. Rounded gradients give a matrix that is not symmetric.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fpsim.curvature.data import NO_BATCH, Data, Weight, call
 from fpsim.curvature.linear import Operator
-from fpsim.curvature.operators import NO_BATCH, Data, Weight
 from fpsim.curvature.products import OperationsSeen
 from fpsim.curvature.vectors import Layout, Params, Select, layout
 
-#: Parts of the names of operators that draw random numbers.
+#: An operator draws random numbers if its name contains one of these.
 _RANDOM = ("rand", "bernoulli", "dropout", "normal_", "uniform_", "exponential", "multinomial", "geometric_", "cauchy_")
 
 
@@ -29,8 +29,8 @@ class Symmetry:
 
     Attributes:
         error: an estimate of ``|A - A^T| / |A|`` (`Operator.symmetry_error`).
-        tolerance: above which it counts as not symmetric.
-        symmetric: whether it is within the tolerance.
+        tolerance: the largest error at which the operator counts as symmetric.
+        symmetric: whether the error is within the tolerance.
     """
 
     error: float
@@ -44,11 +44,11 @@ def check_symmetry(
     """Whether ``operator`` is symmetric, by ``2 * pairs`` products.
 
     Args:
-        operator: any.
-        tolerance: None is 1e-4 for float32 vectors (forward rounding and float32 arithmetic stay below 1e-5), 1e-9
-            for float64.
-        pairs: of random vectors.
-        generator: None is a fresh one with seed 0.
+        operator: any operator.
+        tolerance: the largest error; None is 1e-9 for float64 vectors, and 1e-4 for float32 vectors, where forward
+            rounding and float32 arithmetic stay below 1e-5.
+        pairs: the number of pairs of random vectors.
+        generator: the source of the vectors; None is a fresh one with seed 0.
     """
     if tolerance is None:
         tolerance = 1e-9 if operator.dtype == torch.float64 else 1e-4
@@ -61,9 +61,9 @@ class Determinism:
     """Whether a loss and its gradient are the same at every call.
 
     Attributes:
-        deterministic: whether they were, bit for bit, and the data came in the same order.
-        difference: the largest relative difference of the gradient between two calls.
-        reasons: in words, why not; also what makes the result depend on how data are cut into batches.
+        deterministic: whether loss and gradient were the same, bit for bit, and the data came in the same order.
+        difference: the largest relative difference of loss and gradient between two calls.
+        reasons: why not, in words; also any reason why the result depends on the cut of the data into batches.
     """
 
     deterministic: bool
@@ -80,13 +80,13 @@ def check_determinism(
     select: Select = None,
     limit: int = 3,
 ) -> Determinism:
-    """Whether `hessian` of the same arguments is one matrix, and if not, why: calls the loss and its gradient twice.
+    """Whether `hessian` of the same arguments is one matrix, and if not, why.
+
+    It computes the loss and its gradient twice, and leaves torch's global random state unchanged.
 
     Args:
         loss, params, batches, weight, select: as for `hessian`.
-        limit: how many batches to differentiate; all are read, twice.
-
-    The global random state of torch is as before afterwards.
+        limit: how many batches to differentiate; all batches are read, twice.
     """
     arranged = layout(params, select=select)
     data = Data.of(batches, weight)
@@ -109,10 +109,10 @@ def check_determinism(
 
 
 def _of_batch(loss: Callable[..., Tensor], arranged: Layout, batch: Any) -> tuple[float, list[str], bool]:
-    """The relative difference of two gradients, the reasons for it, and whether batch_norm is in training mode."""
+    """The relative difference of two gradients, its reasons, and whether a batch_norm is in training mode."""
     devices = list({value.device.index for value in arranged.values if value.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
-        first = _gradient(loss, arranged, batch)  # a loss under a policy traces itself here: not inside the mode
+        first = _gradient(loss, arranged, batch)  # a loss under a policy traces itself, which fails inside the mode
         with OperationsSeen() as seen:
             second = _gradient(loss, arranged, batch)
         training = any(args[5] is True for name, args in seen.calls if len(args) > 5)
@@ -140,17 +140,17 @@ def _of_batch(loss: Callable[..., Tensor], arranged: Layout, batch: Any) -> tupl
 def _why_random(names: list[str]) -> str:
     drawn = ", ".join(names)
     if any("dropout" in name or "bernoulli" in name for name in names):
-        return f"dropout is active, or other signs are drawn at each call ({drawn}): call model.eval()"
+        return f"dropout is active, or the loss draws other random signs at each call ({drawn}): call model.eval()"
     return (
-        f"the loss draws random numbers at each call ({drawn}): draw them once and pass them in; stochastic rounding "
-        "must have its noise or seed frozen"
+        f"the loss draws random numbers at each call ({drawn}): draw them once and pass them in; for stochastic "
+        "rounding, use frozen noise or a frozen seed"
     )
 
 
 def _why_otherwise(difference: float) -> str:
     if difference < 1e-4:
         return (
-            f"gradients differ by {difference:.1e} between equal calls: kernels add up in varying order "
+            f"gradients differ by {difference:.1e} between equal calls: kernels sum in varying order "
             "(torch.use_deterministic_algorithms(True) makes them repeat)"
         )
     return (
@@ -161,8 +161,7 @@ def _why_otherwise(difference: float) -> str:
 
 def _gradient(loss: Callable[..., Tensor], arranged: Layout, batch: Any) -> Tensor:
     variables = [value.detach().requires_grad_() for value in arranged.values]
-    tree = arranged.substitute(variables)
-    value = loss(tree) if batch is NO_BATCH else loss(tree, batch)
+    value = call(loss, arranged.substitute(variables), batch)
     pieces = torch.autograd.grad(value, variables, materialize_grads=True)
     return torch.cat([value.detach().reshape(1).to(arranged.dtype), arranged.join(pieces).to(value.device)])
 
@@ -174,14 +173,14 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 def _order_of(data: Data) -> list[str]:
-    """What is wrong with the order of the batches, by reading them twice."""
+    """Why the batches differ between two passes, if they do."""
     first, second = ([_fingerprint(batch) for batch, _ in data] for _ in range(2))
     if first == second:
         return []
     if sorted(first) == sorted(second):
         return [
-            "the batches come in another order at each pass (shuffle=True): harmless up to rounding, but pass "
-            "shuffle=False for results that repeat"
+            "the batches come in another order at each pass (shuffle=True): results differ only by rounding errors, "
+            "but pass shuffle=False for results that repeat"
         ]
     return [
         "the batches differ from pass to pass: the loader shuffles samples between batches (shuffle=True), or augments "
@@ -190,7 +189,7 @@ def _order_of(data: Data) -> list[str]:
 
 
 def _fingerprint(batch: Any) -> tuple[str, ...]:
-    """Of a batch's tensors: their form and two sums."""
+    """The shape, the dtype and two weighted sums of each tensor of a batch; other leaves as text."""
     if batch is NO_BATCH:
         return ()
     parts = []

@@ -1,4 +1,4 @@
-"""Products counted while they are made, and shown as a progress bar if asked for."""
+"""A count of an operator's products, and a progress bar on request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from fpsim.curvature.linear import Operator
 
 
 class Products:
-    """``v -> A v``, counting. Stops at a result that is not finite, which no algorithm recovers from."""
+    """``v -> A v`` with a count of the calls.
+
+    Raises:
+        FloatingPointError: a product is not finite; no algorithm recovers from it.
+    """
 
     def __init__(self, operator: Operator) -> None:
         self.operator = operator
@@ -23,8 +27,8 @@ class Products:
         self.count += 1
         if not torch.isfinite(result.sum()):
             raise FloatingPointError(
-                f"product {self.count} with the {self.operator.name} has infinities or NaN: the loss is not finite "
-                "there, or a format overflowed"
+                f"product {self.count} with the {self.operator.name} has infinities or NaN: the loss is not finite, "
+                "or a format overflowed"
             )
         return result
 
@@ -45,7 +49,14 @@ class _ShownProducts(Products):
 
 @contextmanager
 def products_of(operator: Operator | Tensor, title: str, total: int, progress: bool) -> Iterator[Products]:
-    """The counted products of ``operator`` (or of a dense symmetric matrix); ``total`` is the most there may be."""
+    """The counted products of ``operator`` or of a dense symmetric matrix.
+
+    Args:
+        operator: the matrix to multiply with.
+        title: the text of the progress bar.
+        total: the largest possible number of products.
+        progress: whether to show the bar.
+    """
     operator = as_operator(operator)
     if not progress:
         yield Products(operator)
@@ -56,7 +67,7 @@ def products_of(operator: Operator | Tensor, title: str, total: int, progress: b
 
 
 def as_operator(operator: Operator | Tensor) -> Operator:
-    """``operator``, or that of a dense matrix."""
+    """``operator``, or the operator of a dense matrix."""
     if isinstance(operator, Operator):
         return operator
     if isinstance(operator, Tensor):

@@ -1,7 +1,7 @@
-"""Operators over several processes: each rank multiplies with its own data, the results are averaged.
+"""Operators over several processes: each rank multiplies with its own data, and the products are averaged.
 
-Every rank runs the same algorithm on the same vectors, so nothing but the products is communicated. Every rank holds
-all parameters: sharded ones (FSDP) are refused, with the way to gather them.
+Every rank runs the same algorithm on the same vectors, so only products are communicated. Every rank holds all
+parameters. Sharded parameters (FSDP) are refused; the message says how to gather them.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from fpsim.curvature.linear import Operator
 def averaged(operator: Operator, *, weight: float = 1.0, group: dist.ProcessGroup | None = None) -> Operator:
     """The weighted mean over ranks of each rank's ``operator``: ``sum(w_r A_r) / sum(w_r)``.
 
-    For a model under `DistributedDataParallel`: make the operator with the rank's own batches, and give every
-    algorithm a generator with the same seed on all ranks (or none: the default seed is the same). All ranks must call
-    the same algorithms in the same order, as with any collective.
+    For a model under `DistributedDataParallel`, make the operator with the rank's own batches. Pass every algorithm a
+    generator with the same seed on all ranks, or none, as the default seed is the same. All ranks must call the same
+    algorithms in the same order, as with any collective.
 
     Args:
-        operator: of this rank's data; same size on all ranks.
-        weight: how much this rank counts: its number of tokens or samples. With 0 its operator is not asked.
-        group: of processes; None is the default group.
+        operator: the operator of this rank's data; its size is the same on all ranks.
+        weight: the weight of this rank, usually its number of tokens or samples. At weight 0 the rank computes no
+            products.
+        group: the process group; None is the default group.
 
     Raises:
         RuntimeError: torch.distributed is not initialised.
-        ValueError: no rank has a weight above zero, a negative one; or, at a product, the ranks' vectors differ.
+        ValueError: the weight is negative, no rank has a weight above zero, or (at a product) the ranks' vectors
+            differ.
     """
     if not dist.is_initialized():
         raise RuntimeError("averaged() needs a process group: call torch.distributed.init_process_group first")
@@ -51,7 +53,7 @@ def averaged(operator: Operator, *, weight: float = 1.0, group: dist.ProcessGrou
 
 
 def _check_agreement(vector: Tensor, group: dist.ProcessGroup | None) -> None:
-    """That all ranks multiply the same vector, by two sums of it: cheap, and seen by all ranks alike."""
+    """Raise a ValueError on all ranks if their vectors differ, judged by two weighted sums of each vector."""
     ramp = torch.linspace(0.5, 1.5, vector.numel(), dtype=vector.dtype, device=vector.device)
     sums = torch.stack([vector.sum(dtype=torch.float64), (vector * ramp).sum(dtype=torch.float64)])
     both = torch.cat([sums, -sums])

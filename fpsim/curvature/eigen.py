@@ -1,8 +1,8 @@
 """Eigenvalues and eigenvectors of an operator, at either end of its spectrum.
 
 The stop rule is a residual relative to the eigenvalue, ``|A x - theta x| <= tol |theta|``, at two products in a row and
-after at least five: rules on the change of the estimate, or on absolute residuals, stop at values that are off by up to
-a factor of ten thousand on networks (measured on three public tools).
+after at least five products. On networks, rules on the change of the estimate or on absolute residuals stop at values
+that are wrong by up to a factor of ten thousand (measured on three public tools).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fpsim.curvature.counting import Products, as_operator, products_of
-from fpsim.curvature.lanczos import AT_LEAST, IN_A_ROW, RitzPairs, lanczos_eigenpairs, noise
+from fpsim.curvature.lanczos import CONFIRMATIONS, MIN_PRODUCTS, RitzPairs, lanczos_eigenpairs, rounding_noise
 from fpsim.curvature.linear import Operator
 from fpsim.curvature.lobpcg import lobpcg
 from fpsim.curvature.results import EigenResult
@@ -41,30 +41,31 @@ def eigenpairs(
 
     Args:
         operator: an `Operator`, or a dense symmetric matrix.
-        k: how many; at each end for ``both``.
+        k: the number of pairs; for ``both``, the number at each end.
         which: ``largest`` or ``smallest`` (algebraically), ``both`` ends, or largest in ``magnitude``.
         method: ``lanczos`` (any ``which``): fewest products, memory of ``max_basis`` vectors. ``lobpcg`` (``largest``
-            or ``smallest``): memory of six vectors per pair, and finds repeated eigenvalues. ``power``
-            (``magnitude``): slow and simple, two vectors.
-        tol: relative residual at which a pair counts as converged. The value is usually much closer than that: its
-            error is of the order of the residual squared over the gap to the next eigenvalue. But a residual only
-            says that *some* eigenvalue is near: where the first two are within a few ``tol`` of each other, the
-            second may be taken for the first (at 4 % apart, in 3 of 100 random starts; with ``tol=3e-3`` in 1).
-        max_products: give up after these; None is 300.
-        max_basis: ``lanczos`` only: vectors kept before it restarts; None is the larger of 40 and three times the
-            pairs plus 20.
-        start: a first vector, shape ``(size,)``, such as an eigenvector of a moment ago (``lanczos``, ``power``).
-        generator: for the random start; None is a fresh one with seed 0.
-        progress: show a bar.
+            or ``smallest``): memory of six vectors per pair; it finds repeated eigenvalues. ``power``
+            (``magnitude``): slow and simple, memory of two vectors.
+        tol: the relative residual at which a pair counts as converged. The eigenvalue is usually much more accurate:
+            its error is of the order of the squared residual over the gap to the next eigenvalue. But a small residual
+            only proves that *some* eigenvalue is near. If the first two are within a few ``tol`` of each other, the
+            second may be returned as the first (at a gap of 4 %, in 3 of 100 random starts; with ``tol=3e-3`` in 1).
+        max_products: the largest number of products; None is 300.
+        max_basis: the number of vectors that Lanczos keeps before it restarts; None is the larger of 40 and three
+            times the pairs plus 20.
+        start: a first vector, shape ``(size,)``, such as an eigenvector from an earlier training step (``lanczos``,
+            ``power``).
+        generator: the source of random starts; None is a fresh one with seed 0.
+        progress: whether to show a progress bar.
 
     Returns:
-        An `EigenResult`. If ``converged`` is False the residuals say how far off it may be.
+        An `EigenResult`. If ``converged`` is False, some eigenvalue still lies within each residual.
 
     Raises:
-        ValueError: an unknown or impossible choice.
-        FloatingPointError: a product with infinities or NaN.
+        ValueError: a choice is unknown or impossible.
+        FloatingPointError: a product has infinities or NaN.
 
-    Lanczos from one vector sees one of the eigenvectors of a repeated eigenvalue, until rounding brings up others.
+    Lanczos from one vector finds only one eigenvector of a repeated eigenvalue, until rounding errors add others.
 
     >>> matrix = torch.diag(torch.tensor([3.0, 1.0, -2.0], dtype=torch.float64))
     >>> eigenpairs(matrix, which="both").eigenvalues
@@ -118,15 +119,17 @@ def power_iteration(
     tol: float,
     max_products: int,
 ) -> RitzPairs:
-    """The ``count`` eigenpairs of largest magnitude, one after another, each orthogonal to those before.
+    """The ``count`` eigenpairs of largest magnitude, one after another, each orthogonal to the earlier ones.
 
     Args:
         matvec: a symmetric linear map.
         start: draws a random vector.
+        count: how many pairs to find.
         tol: a residual is small enough at ``tol * |theta|``.
-        max_products: of all together; those that get none are missing from the result.
+        max_products: the largest number of products for all pairs together. Pairs that get no product are missing from
+            the result.
     """
-    inner = tol if count == 1 else tol / 2  # what is left in earlier pairs adds to the residuals of later ones
+    inner = tol if count == 1 else tol / 2  # errors of earlier pairs add to the residuals of later ones
     vectors: list[Tensor] = []
     images: list[Tensor] = []
     products, scale = 0, 0.0
@@ -141,9 +144,9 @@ def power_iteration(
             theta, length = dot(x, inside), norm(inside)
             scale = max(scale, length)
             residual = norm(inside - theta * x)
-            floor = noise(x.dtype) * scale
+            floor = rounding_noise(x.dtype) * scale
             in_a_row = in_a_row + 1 if residual <= inner * abs(theta) else 0
-            done = residual <= floor or (in_a_row >= IN_A_ROW and own >= AT_LEAST)
+            done = residual <= floor or (in_a_row >= CONFIRMATIONS and own >= MIN_PRODUCTS)
             if products >= max_products or done:
                 break
             x = inside / length
@@ -156,7 +159,7 @@ def power_iteration(
     values, rotation = values[order], rotation[:, order].T.to(basis)
     basis, mapped = rotation @ basis, rotation @ mapped
     residuals = torch.tensor([norm(row) for row in mapped - values.to(basis).unsqueeze(1) * basis], dtype=torch.float64)
-    floor = noise(basis.dtype) * scale
+    floor = rounding_noise(basis.dtype) * scale
     converged = len(values) == count and bool((residuals <= (tol * values.abs()).clamp(min=floor)).all())
     return RitzPairs(values, residuals, basis, converged, float("nan"))
 
@@ -177,7 +180,7 @@ def _lobpcg(
 
 
 def _chooser(which: str, k: int) -> Callable[[Tensor], Tensor]:
-    """From ascending values to the indices of those wanted, best first."""
+    """A function from ascending values to the indices of the wanted ones, best first."""
 
     def choose(values: Tensor) -> Tensor:
         index = torch.arange(len(values))
@@ -194,6 +197,7 @@ def _chooser(which: str, k: int) -> Callable[[Tensor], Tensor]:
 
 
 def _project(vector: Tensor, others: list[Tensor]) -> Tensor:
+    """``vector`` orthogonalised twice against the orthonormal ``others``."""
     for _ in range(2 if others else 0):
         for other in others:
             vector = vector - dot(other, vector) * other
@@ -231,6 +235,6 @@ def _check(
     if max_products is not None and max_products < max(1, k if method != "lanczos" else 1):
         raise ValueError(f"max_products must be at least {k if method != 'lanczos' else 1}, got {max_products}")
     if max_basis is not None and (method != "lanczos" or max_basis < min(operator.size, pairs + 3)):
-        raise ValueError(f"max_basis is for lanczos and at least the pairs plus 3 = {pairs + 3}, got {max_basis}")
+        raise ValueError(f"max_basis is for lanczos, at least the pairs plus 3 = {pairs + 3}, got {max_basis}")
     if start is not None and (method == "lobpcg" or start.shape != (operator.size,)):
         raise ValueError(f"start is one vector of shape ({operator.size},), for lanczos and power")

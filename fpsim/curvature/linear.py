@@ -1,6 +1,6 @@
-"""Matrix-free linear operators: what the algorithms of this package work on.
+"""Matrix-free linear operators, the input of the algorithms of this package.
 
-An `Operator` knows how to multiply a flat vector, and nothing of networks.
+An `Operator` multiplies flat vectors and knows nothing about networks.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, eq=False)
 class Operator:
-    """A square matrix known by its products with vectors.
+    """A square matrix that is known by its products with vectors.
 
     Algebra makes new operators and costs no products: ``-A``, ``A + B``, ``A - B``, ``2 * A``, ``A + s`` (the scalar
     ``s`` times the identity), ``A.deflate(...)``, ``A.block(...)``; ``A @ v`` is `matvec` or `matmat`.
 
     Attributes:
-        size: rows, and columns.
+        size: the number of rows and of columns.
         multiply: ``v -> A v`` on tensors of shape ``(size,)`` in ``dtype`` on ``device``.
-        dtype: of vectors, float32 or float64.
-        device: of vectors.
-        layout: what the entries of a vector stand for, if they are parameters.
-        name: for messages and plots.
+        dtype: the dtype of vectors, float32 or float64.
+        device: the device of vectors.
+        layout: which parameters the entries of a vector belong to; None if they are not parameters.
+        name: the name in messages and plots.
     """
 
     size: int
@@ -56,10 +56,13 @@ class Operator:
         return cls(matrix.shape[0], lambda v: matrix @ v, matrix.dtype, matrix.device, name="matrix")
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """``A v``: shape ``(size,)``, the operator's dtype and device, whatever floating dtype ``vector`` has.
+        """``A v``: shape ``(size,)``, in the operator's dtype and on its device.
+
+        Args:
+            vector: shape ``(size,)``, any floating-point dtype, any device. `Layout.flatten` makes one of a pytree.
 
         Raises:
-            ValueError: another shape; `Layout.flatten` makes a vector of a pytree.
+            ValueError: ``vector`` has another shape.
         """
         if not isinstance(vector, Tensor) or vector.shape != (self.size,):
             got = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
@@ -67,10 +70,10 @@ class Operator:
         return self.multiply(vector.detach().to(dtype=self.dtype, device=self.device))
 
     def matmat(self, matrix: Tensor) -> Tensor:
-        """``A V``, one product per column: shapes ``(size, k)``.
+        """``A V``, one product per column; both have shape ``(size, k)``.
 
-        Column by column on purpose: with the graph kept, batching columns by vmap saves no time on CPUs and costs
-        memory (measured: 2.05 to 2.2 gradients per vector at every width).
+        The columns are not batched: with a kept graph, vmap over columns saves no time on CPUs and costs memory
+        (measured: 2.05 to 2.2 gradients per vector at every width).
         """
         if matrix.ndim != 2 or matrix.shape[0] != self.size:
             raise ValueError(f"expected a matrix of shape ({self.size}, k), got {tuple(matrix.shape)}")
@@ -90,7 +93,7 @@ class Operator:
     __rmul__ = __mul__
 
     def __add__(self, other: float | Operator) -> Operator:
-        """``A + B``, or for a number ``s`` the shifted ``A + s I``."""
+        """``A + B``; for a number ``s``, the shifted operator ``A + s I``."""
         if isinstance(other, Operator):
             if other.size != self.size:
                 raise ValueError(f"cannot add operators of sizes {self.size} and {other.size}")
@@ -104,7 +107,7 @@ class Operator:
         return self + (-other)
 
     def deflate(self, vectors: Tensor, values: Tensor | Sequence[float]) -> Operator:
-        """``A - V diag(values) V^T``: known eigenpairs taken out, so that the others come to the top.
+        """``A - V diag(values) V^T``: without the given eigenpairs, so that others have the extreme eigenvalues.
 
         Args:
             vectors: shape ``(size, k)``, orthonormal columns, as `EigenResult.eigenvectors`.
@@ -124,16 +127,16 @@ class Operator:
         )
 
     def block(self, select: Select) -> Operator:
-        """The diagonal block of the parameters that ``select`` names: a product costs as much as the whole's.
+        """The diagonal block of the parameters that ``select`` names; its vectors have only their entries.
 
-        Its vectors keep only those parameters. `layers` groups them by module. Cheaper products come from making the
-        operator with ``select`` in the first place.
+        A product costs as much as one with the whole operator; an operator made with ``select`` has cheaper products.
+        `layers` groups parameters by module.
 
         Raises:
-            ValueError: a glob that fits nothing, or an operator whose entries are not parameters.
+            ValueError: a glob matches no name, or the operator's entries are not parameters.
         """
         if self.layout is None:
-            raise ValueError(f"{self.name} has no layout of parameters: a block by name needs one")
+            raise ValueError(f"{self.name} has no layout of parameters, which a block by name needs")
         mask, inner = self.layout.mask(select), self.layout.block(select)
 
         def multiply(vector: Tensor) -> Tensor:
@@ -144,13 +147,13 @@ class Operator:
         return replace(self, size=inner.size, multiply=multiply, layout=inner, name=f"block of {self.name}")
 
     def to_dense(self) -> Tensor:
-        """The matrix, shape ``(size, size)``, by ``size`` products: for small operators."""
+        """The matrix, shape ``(size, size)``; it takes ``size`` products."""
         return self.matmat(torch.eye(self.size, dtype=self.dtype, device=self.device))
 
     def to_scipy(self, dtype: str | type[np.generic] = "float64") -> LinearOperator:
         """A `scipy.sparse.linalg.LinearOperator` on numpy vectors of ``dtype``, for `eigsh`, `cg`, `minres`.
 
-        It is its own adjoint; check `symmetry_error` first where gradients are rounded.
+        It is declared to be its own adjoint. Where gradients are rounded, check `symmetry_error` first.
         """
         import numpy as np
         from scipy.sparse.linalg import LinearOperator
@@ -162,15 +165,16 @@ class Operator:
         return LinearOperator((self.size, self.size), matvec=multiply, rmatvec=multiply, dtype=np.dtype(dtype))
 
     def symmetry_error(self, *, pairs: int = 1, generator: torch.Generator | None = None) -> float:
-        """An estimate of ``|A - A^T| / |A|`` (Frobenius norms) by two products per pair of random vectors.
+        """An estimate of ``|A - A^T| / |A|`` (Frobenius norms) from two products per pair of random vectors.
 
         For standard normal v and w, ``v.Aw - w.Av`` has variance ``|A - A^T|^2`` and ``|Av|^2`` has mean ``|A|^2``, so
-        the ratio of root mean squares estimates the relative asymmetry whatever the size. Float rounding alone gives
-        about 1e-16 in float64 and 1e-6 in float32; a loss with rounded gradients gives the size of their errors.
+        the ratio of root mean squares estimates the relative asymmetry at every size. Floating-point errors alone give
+        about 1e-16 in float64 and 1e-6 in float32. For a loss with rounded gradients, the estimate has the size of
+        the rounding errors.
 
         Args:
-            pairs: of vectors; the estimate's relative spread is about ``1 / sqrt(2 * pairs)``.
-            generator: None is a fresh one with seed 0.
+            pairs: the number of pairs; the estimate's relative spread is about ``1 / sqrt(2 * pairs)``.
+            generator: the source of the vectors; None is a fresh one with seed 0.
         """
         generator = seeded(generator)
         numerator = denominator = 0.0

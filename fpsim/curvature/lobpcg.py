@@ -1,9 +1,9 @@
-"""LOBPCG: eigenpairs at one end of the spectrum in the memory of six vectors per pair.
+"""LOBPCG: eigenpairs at one end of the spectrum, with memory for six vectors per pair.
 
-Knyazev 2001, "Toward the optimal preconditioned eigensolver", without a preconditioner: each step minimises over the
-span of the current vectors, their residuals and the previous directions. As many products as Lanczos (measured), with
-memory that does not grow; and, being a block method, it finds repeated eigenvalues. While a product is made, which is
-when memory is short, only five of the six are held: nothing else is bound to a name there.
+Knyazev 2001, "Toward the optimal preconditioned eigensolver", without a preconditioner: each step optimises over the
+span of the current vectors, their residuals and the previous directions. It takes as many products as Lanczos
+(measured), and its memory does not grow. As a block method it finds repeated eigenvalues. During a product, when memory
+is short, only five of the six vectors per pair exist; no other variable holds one.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fpsim.curvature.lanczos import AT_LEAST, IN_A_ROW, Matvec, RitzPairs, noise
+from fpsim.curvature.lanczos import CONFIRMATIONS, MIN_PRODUCTS, Matvec, RitzPairs, rounding_noise
 from fpsim.curvature.vectors import norm
 
-#: A direction of which the other vectors leave less than this is dropped: dividing by it would blow up the rounding
-#: errors of its image at every step.
+#: A direction is dropped if less than this part of it is orthogonal to the other vectors. A division by such a small
+#: norm would amplify the rounding errors of its image at every step.
 NEARLY_DEPENDENT = 0.05
 
 
@@ -26,9 +26,9 @@ def lobpcg(matvec: Matvec, start: Callable[[], Tensor], *, count: int, tol: floa
 
     Args:
         matvec: a symmetric linear map.
-        start: draws random vectors, shape ``(block, size)`` with ``count <= block <= size / 3``.
+        start: draws random vectors as rows, shape ``(block, size)`` with ``count <= block <= size / 3``.
         tol: a residual is small enough at ``tol * |theta|``.
-        max_products: when to give up.
+        max_products: the largest number of products.
     """
     x = _orthonormal(start())
     ax = torch.stack([matvec(row) for row in x])
@@ -40,14 +40,14 @@ def lobpcg(matvec: Matvec, start: Callable[[], Tensor], *, count: int, tol: floa
         x, ax = rotation @ x, rotation @ ax
         r = ax - values.to(x).unsqueeze(1) * x
         residuals = torch.tensor([norm(row) for row in r], dtype=torch.float64)
-        small = residuals <= (tol * values.abs()).clamp(min=noise(x.dtype) * scale)
+        small = residuals <= (tol * values.abs()).clamp(min=rounding_noise(x.dtype) * scale)
         converged = bool(small[:count].all())
         in_a_row = in_a_row + 1 if converged else 0
-        done = in_a_row >= IN_A_ROW and products >= AT_LEAST
-        if done or products >= max_products or bool((residuals <= noise(x.dtype) * scale).all()):
+        done = in_a_row >= CONFIRMATIONS and products >= MIN_PRODUCTS
+        if done or products >= max_products or bool((residuals <= rounding_noise(x.dtype) * scale).all()):
             break
         active = (~small).nonzero().flatten()
-        if converged:  # to be confirmed: by all, for it may be one of those wanted that has yet to turn
+        if converged:  # confirm with all vectors, as a wanted one may still turn to another eigenvector
             active = torch.arange(len(x))
         w = _orthonormal(r[active[: max_products - products]], x)
         del r
@@ -56,8 +56,8 @@ def lobpcg(matvec: Matvec, start: Callable[[], Tensor], *, count: int, tol: floa
         aw = torch.stack([matvec(row) for row in w])
         products += len(w)
         scale = max(scale, _longest(aw))
-        if float((_gram(w, ax) - _gram(aw, x)).abs().max()) > 10 * noise(x.dtype) * scale:
-            # The images, combined from step to step, have drifted from the vectors: an error that would grow.
+        if float((_gram(w, ax) - _gram(aw, x)).abs().max()) > 10 * rounding_noise(x.dtype) * scale:
+            # The images are combined from step to step and have drifted from the vectors; the error would grow.
             if products + len(x) > max_products:
                 break
             ax, p, ap = torch.stack([matvec(row) for row in x]), p[:0], ap[:0]
@@ -68,7 +68,7 @@ def lobpcg(matvec: Matvec, start: Callable[[], Tensor], *, count: int, tol: floa
 
 
 def _step(x: Tensor, ax: Tensor, w: Tensor, aw: Tensor, p: Tensor, ap: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The best vectors in the span of all three and their images; the part of them that is not x, and its images."""
+    """The best vectors in the span of x, w and p with their images; then their parts outside x, with their images."""
     p, ap = _directions(p, ap, torch.cat([x, w]), torch.cat([ax, aw]))
     s, a = torch.cat([x, w, p]), torch.cat([ax, aw, ap])
     _, vectors = _ritz(_gram(s, a), _gram(s, s))
@@ -81,7 +81,7 @@ def _step(x: Tensor, ax: Tensor, w: Tensor, aw: Tensor, p: Tensor, ap: Tensor) -
 def _ritz(projected: Tensor, overlap: Tensor) -> tuple[Tensor, Tensor]:
     """Ritz values in descending order, and the coefficients of their vectors, for rows that are nearly orthonormal.
 
-    The overlap matters all the same: taking it for the identity lets small errors grow from step to step.
+    If the overlap were replaced by the identity, small errors would grow from step to step.
     """
     inverse = torch.linalg.inv(torch.linalg.cholesky((overlap + overlap.T) / 2))
     values, vectors = torch.linalg.eigh(inverse @ ((projected + projected.T) / 2) @ inverse.T)
@@ -89,7 +89,7 @@ def _ritz(projected: Tensor, overlap: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _longest(rows: Tensor) -> float:
-    """The largest norm: of images of unit vectors, a lower bound of the operator's."""
+    """The largest norm of the rows. For images of unit vectors it is a lower bound of the operator's norm."""
     return max(norm(row) for row in rows)
 
 
@@ -98,21 +98,21 @@ def _gram(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _orthonormal(rows: Tensor, against: Tensor | None = None) -> Tensor:
-    """The rows made orthonormal, and orthogonal to those of ``against``; rows that depend on others are left out."""
+    """The rows made orthonormal, and orthogonal to the rows of ``against``; dependent rows are dropped."""
     kept: list[Tensor] = []
     for row in rows:
         first = norm(row)
         if first == 0:
             continue
         row, left = row / first, 1.0
-        for _ in range(3):  # normalised in between: what little may be left is made orthogonal, too
+        for _ in range(3):  # normalised each time, so that even a small remainder becomes orthogonal
             if against is not None:
                 row = row - against.T @ (against @ row)
             for other in kept:
                 row = row - (other @ row) * other
             length = norm(row)
             left *= length
-            if left <= noise(row.dtype):
+            if left <= rounding_noise(row.dtype):
                 break
             row = row / length
         else:
@@ -121,7 +121,7 @@ def _orthonormal(rows: Tensor, against: Tensor | None = None) -> Tensor:
 
 
 def _directions(p: Tensor, ap: Tensor, basis: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """``p`` made orthonormal to itself and to ``basis``, and ``ap``, its image, by the same combinations."""
+    """``p`` made orthonormal, and orthogonal to ``basis``; its image ``ap`` undergoes the same combinations."""
     kept: list[Tensor] = []
     images: list[Tensor] = []
     for row, map_of_row in zip(p, ap, strict=True):

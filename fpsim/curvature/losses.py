@@ -1,8 +1,8 @@
 """From a module to the functions that operators take: ``loss(params)``, ``loss(params, batch)``, ``outputs(params)``.
 
-The module is left as it is: its parameters are substituted (`torch.func.functional_call`), its buffers copied, its
-training mode and its ``.grad`` untouched. Hugging Face models, tied weights and batches that are mappings work as they
-are.
+The module does not change: its parameters are substituted (`torch.func.functional_call`), its buffers are copied, and
+its training mode and ``.grad`` stay. Hugging Face models, tied weights and batches that are mappings need no
+adaptation.
 """
 
 from __future__ import annotations
@@ -15,50 +15,50 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fpsim.curvature.vectors import GATHER, is_sharded
+from fpsim.curvature.data import NO_BATCH
+from fpsim.curvature.products import OutputProduct
+from fpsim.curvature.vectors import HOW_TO_GATHER, is_sharded
 from fpsim.policy import Policy
 
-#: Hugging Face's and torch's label for "no target here".
+#: The label of Hugging Face and torch for a token without a target.
 IGNORED = -100
 
 #: Classes of modules under FSDP2 (`fully_shard`) and FSDP1.
 _SHARDING = {"FSDPModule", "FullyShardedDataParallel"}
-
-_NO_BATCH = object()
 
 
 def functional_loss(
     model: nn.Module,
     loss: Callable[..., Tensor] | None = None,
     *,
-    batch: Any = _NO_BATCH,
+    batch: Any = NO_BATCH,
     policy: Policy | Mapping[str, Any] | str | None = None,
 ) -> Callable[..., Tensor]:
     """``loss(params, batch)`` of ``model``, or ``loss(params)`` if a ``batch`` is given here.
 
     Args:
-        model: any module. Training mode stays as it is: with dropout active the loss is not deterministic, and
-            batch_norm uses the batch's statistics (its running ones are not changed).
-        loss: what to compute from the model's outputs, by the form of a batch:
+        model: any module. Its training mode stays: with active dropout the loss is not deterministic, and batch_norm
+            uses the batch's statistics (its running statistics do not change).
+        loss: a function of the model's outputs; its arguments depend on the form of a batch:
 
             - a mapping: ``loss(model(**batch), batch)``; without ``loss``, the output's own ``.loss``, as Hugging
               Face models return for batches with ``labels``;
             - a tuple or list ``(inputs, targets)``: ``loss(model(inputs), targets)``; without ``loss``,
               ``model(*batch)``, which must be the loss itself;
             - anything else: ``loss(model(batch))``; without ``loss``, ``model(batch)``.
-        batch: the one batch, if there is just one.
+        batch: the batch, if there is only one.
         policy: round the model's forward products as backend ``"fpsim"`` does: a `fpsim.Policy`, a mapping of its
-            fields, or the name of a preset. Values are then those of the rounded model, derivatives those of its
-            straight-through surrogate (`fpsim.compile_backend.functional`), and a ``loss`` of yours stays unrounded.
-            None: nothing is rounded.
+            fields, or the name of a preset. Values are then those of the rounded model, and derivatives those of its
+            straight-through surrogate (`fpsim.compile_backend.functional`). The argument ``loss`` is not rounded.
+            None rounds nothing.
 
     Returns:
-        A function of a mapping from parameter names to tensors, ``dict(model.named_parameters())`` or a part of it
-        (the rest are the module's own values, as constants).
+        A function of a mapping from parameter names to tensors: ``dict(model.named_parameters())`` or a part of it.
+        Parameters that the mapping lacks are constants with the module's values.
 
     Raises:
-        ValueError: a compiled module (torch.func would silently run it uncompiled, without what its backend does), a
-            sharded one, or a stochastic or otherwise bad policy.
+        ValueError: the module is compiled (torch.func would silently run it uncompiled, without its backend) or
+            sharded, or the policy is stochastic or invalid.
 
     >>> linear = nn.Linear(2, 1)
     >>> value = functional_loss(linear, nn.functional.mse_loss, batch=(torch.ones(3, 2), torch.zeros(3, 1)))
@@ -80,16 +80,16 @@ def functional_loss(
         outputs = call(params, (batch,), {})
         return loss(outputs) if loss is not None else _own_loss(outputs)
 
-    return of_batch if batch is _NO_BATCH else lambda params: of_batch(params, batch)
+    return of_batch if batch is NO_BATCH else lambda params: of_batch(params, batch)
 
 
 def functional_outputs(
-    model: nn.Module, *, batch: Any = _NO_BATCH, policy: Policy | Mapping[str, Any] | str | None = None
+    model: nn.Module, *, batch: Any = NO_BATCH, policy: Policy | Mapping[str, Any] | str | None = None
 ) -> Callable[..., Tensor]:
-    """``outputs(params, batch)`` of ``model``, or ``outputs(params)``: what `gauss_newton` differentiates.
+    """``outputs(params, batch)`` of ``model``, or ``outputs(params)``, for `gauss_newton`.
 
-    The model's output tensor, or the ``.logits`` of a Hugging Face output. Batches and ``policy`` as for
-    `functional_loss`; of a tuple only the first entry goes into the model, and a mapping goes without its ``labels``.
+    The outputs are the model's output tensor, or the ``.logits`` of a Hugging Face output. Batches and ``policy`` are
+    those of `functional_loss`. The model gets only the first entry of a tuple, and a mapping without its ``labels``.
 
     Raises:
         ValueError: as `functional_loss`.
@@ -109,16 +109,19 @@ def functional_outputs(
             )
         return outputs
 
-    return of_batch if batch is _NO_BATCH else lambda params: of_batch(params, batch)
+    return of_batch if batch is NO_BATCH else lambda params: of_batch(params, batch)
 
 
 def label_count(batch: Any, *, ignore_index: int = IGNORED) -> int:
-    """How many labels of ``batch`` count: a ``weight`` that makes several batches one mean over tokens.
+    """The number of labels of ``batch`` that count: the ``weight`` with which several batches are one mean over tokens.
 
     Args:
-        batch: a mapping with ``labels`` (batch, length), of which causal language models skip the first of each row;
-            or ``(inputs, targets)``, of which every target counts.
+        batch: a mapping with ``labels``, shape (batch, length), where the first label of each row does not count, as
+            in causal language models; or ``(inputs, targets)``, where every target counts.
         ignore_index: the label that does not count.
+
+    Raises:
+        ValueError: the batch has another form.
     """
     if isinstance(batch, Mapping):
         if "labels" not in batch:
@@ -134,15 +137,15 @@ def label_count(batch: Any, *, ignore_index: int = IGNORED) -> int:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORED) -> Tensor:
-    """The mean cross-entropy in nats, leaner than torch's when differentiated twice.
+    """The mean cross-entropy in nats; differentiated twice, it takes less memory than torch's.
 
-    ``logsumexp(z) - z[target]``: its derivatives keep the logits and the probabilities, where those of
-    ``log_softmax`` keep several more tensors of that size, which counts with vocabularies of 50,000.
+    The derivatives of ``logsumexp(z) - z[target]`` keep the logits and the probabilities. Those of ``log_softmax`` keep
+    several more tensors of that size, which matters for vocabularies of 50,000.
 
     Args:
-        logits: float, shape (..., classes).
+        logits: floating-point, shape (..., classes).
         targets: int64, shape (...).
-        ignore_index: targets that do not count.
+        ignore_index: the target that does not count.
     """
     counted = targets != ignore_index
     picked = logits.gather(-1, targets.where(counted, 0).unsqueeze(-1)).squeeze(-1)
@@ -153,14 +156,14 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE
 class CrossEntropy:
     """Cross-entropy as the ``loss`` of `gauss_newton`, with its Hessian in closed form.
 
-    ``H u = (p * u - p (p . u)) / N`` for the probabilities p of each of the N tokens that count: one tensor of the
-    size of the logits, where differentiating twice takes several.
+    ``H u = (p * u - p (p . u)) / N`` for the probabilities p of each of the N tokens that count. It takes one tensor
+    of the size of the logits; to differentiate twice takes several.
 
     Attributes:
-        targets: of the outputs, int64 of shape (...) for logits (..., classes); or a function that takes them from a
+        targets: int64, shape (...) for logits of shape (..., classes); or a function that takes the targets from a
             batch (for a causal Hugging Face model: ``shifted_labels``).
-        ignore_index: targets that do not count.
-        chunk: how many tokens are worked on at a time.
+        ignore_index: the target that does not count.
+        chunk: how many tokens are processed at a time.
 
     >>> logits = torch.zeros(2, 3)
     >>> CrossEntropy(torch.tensor([0, 1]))(logits)
@@ -174,8 +177,8 @@ class CrossEntropy:
     def __call__(self, logits: Tensor, batch: Any = None) -> Tensor:
         return cross_entropy(logits, self._targets(batch), ignore_index=self.ignore_index)
 
-    def output_product(self, batch: Any) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
-        """At given logits, the map ``u -> H u``; it overwrites u."""
+    def output_product(self, batch: Any) -> OutputProduct:
+        """From logits to the map ``u -> H u`` at these logits; the map overwrites u."""
         targets = self._targets(batch)
 
         def at(logits: Tensor) -> Callable[[Tensor], Tensor]:
@@ -207,9 +210,23 @@ class CrossEntropy:
 
 
 def shifted_labels(batch: Mapping[str, Tensor], *, ignore_index: int = IGNORED) -> Tensor:
-    """The next token's label at each position of a causal language model's ``batch``, ignored at the last one."""
+    """The label of the next token at each position of a causal model's ``batch``; ``ignore_index`` at the last one."""
     labels = batch["labels"]
     return torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)], dim=-1)
+
+
+def scalar_loss(value: object) -> Tensor:
+    """``value``, the result of a loss, as a tensor of shape ``()``.
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: it has more or fewer elements than one.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"the loss must be a tensor, got {type(value).__name__}: return outputs.loss, or a sum")
+    if value.numel() != 1:
+        raise ValueError(f"the loss must be one number, got a tensor of shape {tuple(value.shape)}: take its mean")
+    return value.reshape(())
 
 
 def _functional(
@@ -231,7 +248,7 @@ def _functional(
             raise ValueError(
                 f"the module has no parameter {unknown!r}: pass dict(model.named_parameters()) of the same model"
             )
-        # Constants are detached, or autograd would record everything that they touch. Tied names share what is given.
+        # Constants are detached, or autograd would record all operations on them. Tied names share one given tensor.
         substituted = {id(own[name]) for name in given}
         state = {name: value.detach() for name, value in own.items() if id(value) not in substituted}
         state.update(given)
@@ -245,31 +262,31 @@ def _functional(
 
 
 def _rounded(module: nn.Module, policy: Policy | Mapping[str, Any] | str) -> Callable[..., Any]:
-    from fpsim.compile_backend.functional import functional  # the compiler is slow to import, and not always needed
+    from fpsim.compile_backend.functional import functional  # slow to import, and needed only for a policy
 
     return functional(module, Policy.from_options({"policy": policy}))
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Raise a ValueError if a part of ``model`` has its parameters in pieces on several processes.
+    """Raise a ValueError if a part of ``model`` has sharded parameters, in pieces on several processes.
 
-    Their places in the module are filled in by hooks while it runs: what is substituted for them has no effect, and
-    they get no derivative from `torch.autograd.grad`, without a word.
+    FSDP's hooks set these parameters while the module runs. So substituted values would silently have no effect, and
+    `torch.autograd.grad` would silently give no derivatives.
     """
     for name, part in model.named_modules():
         kinds = {kind.__name__ for kind in type(part).__mro__}
         if kinds & _SHARDING or any(is_sharded(piece) for piece in part.parameters(recurse=False)):
             where = f" {name}" if name else ""
-            raise ValueError(f"the parameters of the module{where} are sharded over processes (FSDP): {GATHER}")
+            raise ValueError(f"the parameters of the module{where} are sharded over processes (FSDP): {HOW_TO_GATHER}")
 
 
 def _refuse_compiled(model: nn.Module) -> None:
     for name, part in model.named_modules():
         if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
             raise ValueError(
-                f"the module{f' {name}' if name else ''} is compiled: torch.func would run it uncompiled without a "
-                "word, and a backend's rounding would be lost. Pass the module as it was (compiled._orig_mod), and for "
-                "fpsim's rounding its policy"
+                f"the module{f' {name}' if name else ''} is compiled: torch.func would silently run it uncompiled, "
+                "without the backend's rounding. Pass the module as it was before (compiled._orig_mod), and the policy "
+                "for fpsim's rounding"
             )
 
 

@@ -1,32 +1,32 @@
 """Curvature operators: Hessian, generalised Gauss-Newton and empirical Fisher of a loss, as matrix-free linear maps.
 
-The functions here make an `Operator` from a loss that is a function of a pytree of parameters. Data may be one batch
-or several; several are summed with the caller's weights (tokens, usually), because a plain mean over uneven batches is
-the curvature of another loss.
+The functions here make an `Operator` from a loss that is a function of a pytree of parameters. The data are one batch
+or several. Several batches are summed with the caller's weights (usually numbers of tokens), because a plain mean over
+uneven batches is the curvature of another loss.
 
-Under simulated precision (`fpsim.round` inside the loss) derivatives are those of the straight-through surrogate: the
-rounded forward values, differentiated as if rounding were the identity. That Hessian is symmetric as long as only the
-forward pass is rounded; `Operator.symmetry_error` tells.
+Under simulated precision (`fpsim.round` inside the loss), derivatives are those of the straight-through surrogate: the
+values are rounded, and the derivative of a rounding is that of the identity. The Hessian of the surrogate is symmetric
+if only the forward pass is rounded; `Operator.symmetry_error` measures it.
 """
 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fpsim.curvature import products
+from fpsim.curvature.data import NO_BATCH, Data, Weight, call
 from fpsim.curvature.linear import Operator
-from fpsim.curvature.products import MODES, Function, Mode, Product, Tensors
+from fpsim.curvature.losses import scalar_loss
+from fpsim.curvature.products import MODES, Function, Mode, OutputProduct, Product, Tensors
 from fpsim.curvature.vectors import Layout, Params, Select, layout
 
-#: How much each batch counts: a function of a batch, numbers in the order of the batches, or "equal".
-Weight = Callable[[Any], float | Tensor] | Sequence[float] | str | None
-#: From the data of one batch to its product map.
+#: From one batch to its map ``v -> A v``.
 Linearise = Callable[[Any], Product]
 
 
@@ -44,38 +44,44 @@ def hessian(
     vector_dtype: torch.dtype | None = None,
     vector_device: torch.device | str | None = None,
 ) -> Operator:
-    """The Hessian of ``loss`` at ``params``; of one that rounds, that of its straight-through surrogate.
+    """The Hessian of ``loss`` at ``params``; for a loss that rounds, the Hessian of its straight-through surrogate.
 
     Args:
-        loss: ``loss(params) -> scalar tensor``, or ``loss(params, batch)`` if ``batches`` are given. A function of its
-            arguments alone: `functional_loss` makes one of a module.
-        params: any pytree, usually ``dict(model.named_parameters())``; what varies says `layout`. It is neither
+        loss: ``loss(params) -> scalar tensor``, or ``loss(params, batch)`` if ``batches`` are given. It depends on
+            its arguments only; `functional_loss` makes such a function from a module.
+        params: any pytree, usually ``dict(model.named_parameters())``; `layout` says which leaves vary. It is neither
             changed nor copied, and must not change while the operator is in use.
-        batches: data to go through for every product: a list, or a loader that can be read again and gives the same
-            batches. The operator is that of ``sum(w_b loss_b) / sum(w_b)``.
-        weight: of each batch: a function ``batch -> number`` (`label_count` counts a language model's tokens), a
-            sequence of numbers, or ``"equal"``. Required where there are several batches.
-        select: the parameters that vary (`layout`); the others are constants.
-        mode: ``reverse``: vjp of grad, graph kept between products. ``forward``: jvp of grad, no graph kept, the one
-            to compile. ``double_backward``: autograd twice, for what torch.func refuses (gradient checkpointing).
-            ``finite_difference``: central differences of gradients, approximate (relative error about 1e-4 in float32,
-            1e-9 in float64), for fused attention kernels and operators without second derivatives.
-        keep: whether graphs are kept between products (``reverse`` and ``double_backward``): 2.2 instead of 3.4
-            gradients per product, for the memory of a graph per batch. None: kept if there is one batch.
-        compile: ``forward`` only: through torch.compile, once per shape of a batch; pays off after hundreds of
-            products.
-        step: ``finite_difference`` only: the Euclidean length of the step; None: chosen from the dtype.
-        vector_dtype: float32 or float64; None is the widest dtype of the parameters, at least float32.
-        vector_device: None is the parameters'. ``"cpu"`` keeps the vectors of an algorithm off the accelerator.
+        batches: the data of every product: a list, or a loader that gives the same batches each time it is read. The
+            operator is that of ``sum(w_b loss_b) / sum(w_b)``.
+        weight: the weight of each batch: a function ``batch -> number`` (`label_count` counts a language model's
+            tokens), a sequence of numbers, or ``"equal"``. Several batches require it.
+        select: the parameters that vary, as for `layout`; the others are constants.
+        mode: ``reverse``: vjp of grad, with a graph kept between products. ``forward``: jvp of grad, without a kept
+            graph; only this mode can be compiled. ``double_backward``: autograd twice, for code that torch.func
+            refuses (gradient checkpointing). ``finite_difference``: central differences of gradients, approximate
+            (relative error about 1e-4 in float32, 1e-9 in float64), for fused attention kernels and operators without
+            second derivatives.
+        keep: whether graphs are kept between products (``reverse`` and ``double_backward``). A kept graph reduces the
+            cost of a product from 3.4 to 2.2 gradients and takes the memory of one graph per batch. None keeps the
+            graph if there is one batch.
+        compile: whether torch.compile compiles the product (``forward`` only), once per shape of a batch. It pays off
+            after hundreds of products.
+        step: the Euclidean length of the step (``finite_difference`` only); None chooses it from the dtype.
+        vector_dtype: the dtype of vectors, float32 or float64; None is the widest dtype of the parameters, at least
+            float32.
+        vector_device: the device of vectors; None is the parameters' device. ``"cpu"`` keeps the vectors of an
+            algorithm off the accelerator.
 
     Returns:
-        An `Operator` of the parameters that vary, in the order of the tree. Parameters without influence have zero
-        rows and columns.
+        An `Operator` of the parameters that vary, in the order of the tree. Parameters without influence on the loss
+        have rows and columns of zeros.
 
     Raises:
-        ValueError: an unknown mode, options that do not go together, batches without weight or that can be read only
-            once, or finite differences of a loss that rounds (they see the steps, not the slope).
-        CurvatureError: at a product, if something in the loss cannot be differentiated twice; it says what to do.
+        ValueError: the mode is unknown, options exclude each other, several batches have no weight, the batches can be
+            read only once, or finite differences are asked for of a loss that rounds (they see its steps, not its
+            slope).
+        CurvatureError: at a product, if an operation in the loss cannot be differentiated twice; the message names a
+            remedy.
 
     >>> quadratic = hessian(lambda p: (p["x"] ** 3).sum(), {"x": torch.tensor([1.0, 2.0])})
     >>> quadratic @ torch.ones(2)
@@ -86,7 +92,7 @@ def hessian(
     data = Data.of(batches, weight)
 
     def function(batch: Any) -> Function:
-        return lambda values: _scalar(_call(loss, arranged.substitute(values), batch))
+        return lambda values: scalar_loss(call(loss, arranged.substitute(values), batch))
 
     if mode == "finite_difference":
         _refuse_rounding(function(data.first()), arranged.values)
@@ -119,38 +125,36 @@ def gauss_newton(
 ) -> Operator:
     """The generalised Gauss-Newton matrix ``J^T H J`` of ``loss(outputs(params))``.
 
-    J is the Jacobian of the outputs, of a model that rounds that of its straight-through surrogate; H is the Hessian of
-    the loss with respect to them, at the rounded model's own outputs (Schraudolph 2002, equation 4.1). Positive
-    semidefinite where the loss is convex in the outputs; for cross-entropy it is the Fisher matrix.
+    J is the Jacobian of the outputs; for a model that rounds, the Jacobian of its straight-through surrogate. H is the
+    Hessian of the loss with respect to the outputs, at the rounded model's outputs (Schraudolph 2002, equation 4.1).
+    The matrix is positive semidefinite if the loss is convex in the outputs. For cross-entropy it is the Fisher matrix.
 
     Args:
         outputs: ``outputs(params)`` or ``outputs(params, batch)``: a tensor, usually logits. `functional_outputs`
-            makes one of a module.
-        loss: ``loss(outputs)`` or ``loss(outputs, batch)``: a scalar tensor. Or ``"squared"``: half the mean over
-            all but the last dimension of the squared error, whatever the targets. Or a `CrossEntropy`, whose
-            Hessian is known in closed form: for language models with large vocabularies.
-        mode: ``reverse`` (two kept reverse graphs) or ``forward`` (J v by jvp, nothing kept).
+            makes such a function from a module.
+        loss: ``loss(outputs)`` or ``loss(outputs, batch)``, a scalar tensor. Or ``"squared"``: half the squared error,
+            summed over the last dimension and averaged over the others; its Hessian does not depend on the targets.
+            Or a `CrossEntropy`, whose Hessian is known in closed form, for language models with large vocabularies.
+        mode: ``reverse`` (two kept reverse graphs) or ``forward`` (J v by jvp, no kept graph).
         params, batches, weight, select, keep, vector_dtype, vector_device: as for `hessian`.
 
     Raises:
         ValueError, CurvatureError: as `hessian`.
     """
-
-    def output_product(batch: Any) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
-        if loss == "squared":
-            return lambda predictions: lambda tangent: tangent / max(1, predictions[..., 0].numel())
-        if isinstance(loss, str):
-            raise ValueError(f"unknown loss {loss!r}: pass a function of the outputs, or 'squared'")
-        closed_form = getattr(loss, "output_product", None)
-        if closed_form is not None:
-            return closed_form(batch)
-        return products.hessian_of_output(lambda z: _scalar(_call(loss, z, batch)))
-
-    if isinstance(loss, str):
-        output_product(None)
+    output_product = _output_product(loss)
+    if mode not in ("reverse", "forward"):
+        raise ValueError(f"Gauss-Newton and Fisher products have the modes 'reverse' and 'forward', got {mode!r}")
+    build = products.gauss_newton_reverse if mode == "reverse" else products.gauss_newton_forward
     arranged = layout(params, select=select, dtype=vector_dtype, device=vector_device)
     data = Data.of(batches, weight)
-    return _jacobian_operator(outputs, output_product, arranged, data, mode, keep, "Gauss-Newton")
+
+    def linearise(batch: Any) -> Product:
+        def function(values: Tensors) -> Tensor:
+            return call(outputs, arranged.substitute(values), batch)
+
+        return build(function, output_product(batch), arranged.values)
+
+    return operator_of(linearise, arranged, data, keep=_keeps(mode, keep, data), name="Gauss-Newton")
 
 
 def empirical_fisher(
@@ -167,78 +171,32 @@ def empirical_fisher(
 ) -> Operator:
     """The mean outer product of per-sample gradients, ``(1/N) sum g_n g_n^T`` (Kunstner et al. 2019, equation 3).
 
-    Of losses that round, the gradients are those of the straight-through surrogate.
+    For losses that round, the gradients are those of the straight-through surrogate.
 
     Args:
         losses: ``losses(params)`` or ``losses(params, batch)``: the losses of the samples (or tokens), a tensor of
-            any shape; each element is one term.
+            any shape. Each element is one sample.
         mode: ``reverse`` or ``forward``, as for `gauss_newton`.
-        params, batches, weight, select, keep, vector_dtype, vector_device: as for `hessian`; weigh batches by their
-            number of samples.
+        params, batches, weight, select, keep, vector_dtype, vector_device: as for `hessian`. The weight of a batch
+            should be its number of samples.
+
+    Raises:
+        ValueError, CurvatureError: as `hessian`.
     """
 
-    def mean(batch: Any) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
-        return lambda terms: lambda tangent: tangent / max(1, terms.numel())
-
-    arranged = layout(params, select=select, dtype=vector_dtype, device=vector_device)
-    data = Data.of(batches, weight)
-    return _jacobian_operator(losses, mean, arranged, data, mode, keep, "empirical Fisher")
-
-
-@dataclass(frozen=True, eq=False)
-class Data:
-    """Batches and what each counts; without data, one batch that is `NO_BATCH`."""
-
-    batches: Iterable[Any]
-    weight: Callable[[Any], float | Tensor] | Sequence[float] | None
-    count: int | None
-
-    @classmethod
-    def of(cls, batches: Iterable[Any] | None, weight: Weight) -> Data:
-        if batches is None:
-            if weight is not None:
-                raise ValueError("weight is for batches: pass batches as well, or leave it out")
-            return cls((NO_BATCH,), None, 1)
-        if isinstance(batches, Iterator):
-            raise ValueError(
-                f"batches is a {type(batches).__name__}, which can be read only once, and every product reads them "
-                "all: pass list(batches), or a loader"
-            )
-        if isinstance(batches, Mapping | Tensor | str):
-            raise ValueError(f"batches is one batch (a {type(batches).__name__}): pass it in a list, [batch]")
-        count = _length(batches)
-        if count == 0:
-            raise ValueError("batches is empty")
-        if weight is None and count != 1:
-            raise ValueError(
-                "several batches need a weight each: weight=label_count (a language model's tokens), "
-                "weight=lambda batch: len(batch[0]) (samples), or weight='equal'"
-            )
-        if isinstance(weight, str):
-            if weight != "equal":
-                raise ValueError(f"unknown weight {weight!r}: use 'equal', a function of a batch, or numbers")
-            weight = None
-        return cls(batches, weight, count)
-
-    def first(self) -> Any:
-        return next(iter(self.batches))
-
-    def __iter__(self) -> Iterator[tuple[Any, float]]:
-        weights = None if self.weight is None or callable(self.weight) else iter(self.weight)
-        for batch in self.batches:
-            if callable(self.weight):
-                value = float(self.weight(batch))
-            else:
-                value = 1.0 if weights is None else float(_next_weight(weights))
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"a batch has the weight {value}: weights are finite and not negative")
-            yield batch, value
-        if weights is not None and next(weights, None) is not None:
-            raise ValueError("there are more weights than batches")
-
-
-#: Stands for "no batch": the loss is a function of the parameters alone.
-NO_BATCH = object()
+    operator = gauss_newton(
+        losses,
+        _MeanOfTerms(),
+        params,
+        batches=batches,
+        weight=weight,
+        select=select,
+        mode=mode,
+        keep=keep,
+        vector_dtype=vector_dtype,
+        vector_device=vector_device,
+    )
+    return replace(operator, name="empirical Fisher")
 
 
 def operator_of(linearise: Linearise, arranged: Layout, data: Data, *, keep: bool, name: str) -> Operator:
@@ -270,38 +228,38 @@ def operator_of(linearise: Linearise, arranged: Layout, data: Data, *, keep: boo
     return Operator(arranged.size, multiply, arranged.dtype, arranged.device, arranged, name)
 
 
-def _jacobian_operator(
-    outputs: Callable[..., Tensor],
-    output_product: Callable[[Any], Callable[[Tensor], Callable[[Tensor], Tensor]]],
-    arranged: Layout,
-    data: Data,
-    mode: str,
-    keep: bool | None,
-    name: str,
-) -> Operator:
-    if mode not in ("reverse", "forward"):
-        raise ValueError(f"{name} products have the modes 'reverse' and 'forward', got {mode!r}")
-    build = products.gauss_newton_reverse if mode == "reverse" else products.gauss_newton_forward
+def _output_product(loss: Callable[..., Tensor] | str) -> Callable[[Any], OutputProduct]:
+    """From a batch to the product with the Hessian of ``loss`` with respect to the outputs."""
+    if isinstance(loss, str):
+        if loss != "squared":
+            raise ValueError(f"unknown loss {loss!r}: pass a function of the outputs, or 'squared'")
+        return lambda batch: lambda predictions: lambda tangent: tangent / max(1, predictions[..., 0].numel())
+    closed_form = getattr(loss, "output_product", None)
+    if closed_form is not None:
+        return closed_form
+    return lambda batch: products.hessian_of_output(lambda outputs: scalar_loss(call(loss, outputs, batch)))
 
-    def linearise(batch: Any) -> Product:
-        def function(values: Tensors) -> Tensor:
-            return _call(outputs, arranged.substitute(values), batch)
 
-        return build(function, output_product(batch), arranged.values)
+class _MeanOfTerms:
+    """The loss with which `gauss_newton` gives the empirical Fisher: ``B = I / N`` for N outputs."""
 
-    return operator_of(linearise, arranged, data, keep=_keeps(mode, keep, data), name=name)
+    def __call__(self, terms: Tensor, batch: Any = None) -> Tensor:
+        return terms.mean()
+
+    def output_product(self, batch: Any) -> OutputProduct:
+        return lambda terms: lambda tangent: tangent / max(1, terms.numel())
 
 
 def _compiled(loss: Callable[..., Tensor], arranged: Layout) -> Linearise:
-    """`products.forward` through torch.compile; all data are arguments, so that one graph serves every batch.
+    """`products.forward` compiled by torch.compile; all data are arguments, so that one graph serves every batch.
 
-    Shapes are constants (``dynamic=False``): forward mode does not trace with symbolic ones (torch 2.13), which torch
-    would take up for the second shape that it sees.
+    Shapes are constants (``dynamic=False``): forward mode does not trace with symbolic shapes (torch 2.13), and by
+    default torch makes shapes symbolic when it sees a second one.
     """
 
     def product_of(values: Tensors, vector: Tensors, batch: Any) -> Tensors:
         def function(moved: Tensors) -> Tensor:
-            return _call(loss, arranged.substitute(moved), batch)
+            return call(loss, arranged.substitute(moved), batch)
 
         return products.jvp(torch.func.grad(function), (values,), (vector,))[1]
 
@@ -321,7 +279,7 @@ def _compiled(loss: Callable[..., Tensor], arranged: Layout) -> Linearise:
                 except torch._dynamo.exc.FailOnRecompileLimitHit as error:
                     raise products.CurvatureError(
                         f"the batches have more than {torch._dynamo.config.recompile_limit} shapes, each compiled "
-                        "apart: pad them to a few, raise torch._dynamo.config.recompile_limit, or leave compile out"
+                        "apart: pad them to a few shapes, raise torch._dynamo.config.recompile_limit, or omit compile"
                     ) from error
 
         return product
@@ -330,32 +288,20 @@ def _compiled(loss: Callable[..., Tensor], arranged: Layout) -> Linearise:
 
 
 def _with_its_own_code(function: Callable[..., Tensors]) -> Callable[..., Tensors]:
-    """A copy that Dynamo, which counts compilations by code object, does not take for another operator's."""
+    """A copy of ``function`` with a code object of its own: Dynamo counts and limits compilations per code object."""
     assert isinstance(function, types.FunctionType)
     return types.FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
     )
 
 
-def _call(function: Callable[..., Tensor], argument: Any, batch: Any) -> Tensor:
-    return function(argument) if batch is NO_BATCH else function(argument, batch)
-
-
-def _scalar(value: Tensor) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"the loss must be a tensor, got {type(value).__name__}: return outputs.loss, or a sum")
-    if value.numel() != 1:
-        raise ValueError(f"the loss must be one number, got a tensor of shape {tuple(value.shape)}: take its mean")
-    return value.reshape(())
-
-
 def _check_options(mode: str, compile: bool, keep: bool | None, step: float | None) -> None:
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}: use one of {', '.join(MODES)}")
     if compile and mode != "forward":
-        raise ValueError(f"compile=True goes with mode='forward', got mode={mode!r}: kept graphs cannot be compiled")
+        raise ValueError(f"compile=True needs mode='forward', got mode={mode!r}: kept graphs cannot be compiled")
     if keep and mode not in ("reverse", "double_backward"):
-        raise ValueError(f"mode={mode!r} has no graph to keep: leave keep out")
+        raise ValueError(f"mode={mode!r} has no graph to keep: omit keep")
     if step is not None and mode != "finite_difference":
         raise ValueError(f"step is for mode='finite_difference', got mode={mode!r}")
 
@@ -373,18 +319,3 @@ def _refuse_rounding(function: Function, values: Tensors) -> None:
             f"the loss rounds ({', '.join(rounding)}), so finite differences see its steps and not its slope: "
             "use mode='reverse', which differentiates the straight-through surrogate"
         )
-
-
-def _length(batches: Iterable[Any]) -> int | None:
-    """How many batches there are, if they know."""
-    try:
-        return len(batches)  # type: ignore[arg-type]
-    except TypeError:  # also a loader over a stream, which has a length in name only
-        return None
-
-
-def _next_weight(weights: Iterator[float]) -> float:
-    value = next(weights, None)
-    if value is None:
-        raise ValueError("there are fewer weights than batches")
-    return value

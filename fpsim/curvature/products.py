@@ -1,9 +1,9 @@
-"""Products of second derivatives with vectors: the ways to differentiate twice, each a function of a few lines.
+"""Products of second derivatives with vectors: each way to differentiate twice is one short function.
 
-A *linearisation* takes a scalar function of some tensors and their values, and returns the linear map ``v -> H v`` on
-tuples of tensors. Which transforms may be nested was measured, not assumed: with torch 2.13 ``vjp(grad)`` and
-``jvp(grad)`` are right for every operator tried, while ``torch.func.hessian``, ``jvp(jacrev)`` and ``grad(jvp)`` are
-silently wrong for layer_norm and for batch_norm in training mode (pytorch#196699, #196700). Do not "simplify" to them.
+Such a function takes a scalar function of a tuple of tensors, and the values of these tensors. It returns the linear
+map ``v -> H v`` on tuples of tensors. We measured which transforms may be nested: with torch 2.13 ``vjp(grad)`` and
+``jvp(grad)`` are right for every operator that we tried. ``torch.func.hessian``, ``jvp(jacrev)`` and ``grad(jvp)`` are
+silently wrong for layer_norm and for batch_norm in training mode (pytorch#196699, #196700): do not "simplify" to them.
 """
 
 from __future__ import annotations
@@ -27,28 +27,31 @@ Function = Callable[[Tensors], Tensor]
 #: A linear map between tuples of tensors of the parameters' shapes.
 Product = Callable[[Tensors], Tensors]
 
+#: From outputs to the map ``u -> B u``, where B acts on tensors of the outputs' shape.
+OutputProduct = Callable[[Tensor], Callable[[Tensor], Tensor]]
+
 Mode = Literal["reverse", "forward", "double_backward", "finite_difference"]
 MODES: tuple[str, ...] = ("reverse", "forward", "double_backward", "finite_difference")
 
 
 class CurvatureError(RuntimeError):
-    """A function could not be differentiated twice; the message says which operation, and what to do."""
+    """A function cannot be differentiated twice; the message names the operation and a remedy."""
 
 
 def vjp(function: Callable[..., Any], *values: Any) -> tuple[Any, Callable[..., Any]]:
-    """`torch.func.vjp`, whose annotation leaves out that it returns a pair."""
+    """`torch.func.vjp` with the right annotation: torch's own does not say that it returns a pair."""
     value, pull = cast(tuple[Any, Callable[..., Any]], func.vjp(function, *values))
     return value, pull
 
 
 def jvp(function: Callable[..., Any], values: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-    """`torch.func.jvp`, likewise."""
+    """`torch.func.jvp` with the right annotation."""
     value, tangent = cast(tuple[Any, Any], func.jvp(function, values, tangents))
     return value, tangent
 
 
 def reverse(function: Function, values: Tensors) -> Product:
-    """``vjp(grad)``, its graph kept: 2.2 gradients per product, and the widest coverage of operators."""
+    """``vjp(grad)`` with a kept graph: 2.2 gradients per product; it covers the most operators."""
     with differentiable("reverse"):
         _, pull = vjp(grad(function), values)
 
@@ -60,7 +63,7 @@ def reverse(function: Function, values: Tensors) -> Product:
 
 
 def forward(function: Function, values: Tensors) -> Product:
-    """``jvp(grad)``, anew for each product: keeps no graph."""
+    """``jvp(grad)``, computed anew for each product: it keeps no graph."""
 
     def product(vector: Tensors) -> Tensors:
         with differentiable("forward"), PaddingIsConstant(), torch.no_grad():
@@ -70,7 +73,7 @@ def forward(function: Function, values: Tensors) -> Product:
 
 
 def double_backward(function: Function, values: Tensors) -> Product:
-    """Plain autograd twice, its graph kept: for what `torch.func` refuses, such as gradient checkpointing."""
+    """Autograd twice with a kept graph: for code that `torch.func` refuses, such as gradient checkpointing."""
     variables = tuple(value.detach().requires_grad_() for value in values)
     with differentiable("double_backward"), torch.enable_grad():
         gradient = torch.autograd.grad(function(variables), variables, create_graph=True, materialize_grads=True)
@@ -92,11 +95,13 @@ def double_backward(function: Function, values: Tensors) -> Product:
 
 
 def finite_difference(function: Function, values: Tensors, step: float | None = None) -> Product:
-    """Central differences of the gradient along the unit vector: two gradients, any attention kernel, approximate.
+    """Central differences of the gradient along the normalised vector: approximate, two gradients per product.
+
+    Any attention kernel may be used.
 
     Args:
         function: the scalar function.
-        values: where to differentiate; float32 or float64.
+        values: the point at which to differentiate; float32 or float64.
         step: the Euclidean length of the step; None is ``eps**(1/3) * max(1, |values|)``.
     """
     narrow = {value.dtype for value in values} - {torch.float32, torch.float64}
@@ -128,21 +133,22 @@ def _length(tensors: Tensors) -> float:
 
 def gauss_newton_reverse(
     outputs: Callable[[Tensors], Tensor],
-    output_product: Callable[[Tensor], Callable[[Tensor], Tensor]],
+    output_product: OutputProduct,
     values: Tensors,
 ) -> Product:
     """``v -> J^T B J v`` with kept graphs, where J is the Jacobian of ``outputs`` and B acts on outputs.
 
-    J v is the transpose of the linear map ``u -> J^T u``: two reverse passes, so that no forward-mode rule is needed.
+    J v comes from the transpose of the linear map ``u -> J^T u``. Two reverse passes compute it, so no operator needs
+    a forward-mode rule.
 
     Args:
         outputs: a tensor-valued function.
         output_product: at given outputs, the map ``u -> B u``.
-        values: where to differentiate.
+        values: the point at which to differentiate.
     """
     with differentiable("reverse"):
         predictions, pull = vjp(outputs, values)
-        # Linear in u, but autograd must see that it depends on u: hence a function of it, at an arbitrary point.
+        # The pull is linear in u, so any point serves; autograd only has to see that the result depends on u.
         _, push = vjp(lambda u: pull(u)[0], torch.zeros_like(predictions))
         middle = output_product(predictions.detach())
 
@@ -156,10 +162,10 @@ def gauss_newton_reverse(
 
 def gauss_newton_forward(
     outputs: Callable[[Tensors], Tensor],
-    output_product: Callable[[Tensor], Callable[[Tensor], Tensor]],
+    output_product: OutputProduct,
     values: Tensors,
 ) -> Product:
-    """The same, with J v by forward mode, anew for each product."""
+    """`gauss_newton_reverse` with J v by forward mode, computed anew for each product."""
 
     def product(vector: Tensors) -> Tensors:
         with differentiable("forward"), PaddingIsConstant():
@@ -171,8 +177,8 @@ def gauss_newton_forward(
     return product
 
 
-def hessian_of_output(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
-    """``output_product`` for B the Hessian of ``loss`` with respect to the outputs."""
+def hessian_of_output(loss: Callable[[Tensor], Tensor]) -> OutputProduct:
+    """The output product whose B is the Hessian of ``loss`` with respect to the outputs."""
 
     def at(predictions: Tensor) -> Callable[[Tensor], Tensor]:
         with differentiable("reverse"):
@@ -183,18 +189,18 @@ def hessian_of_output(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Ca
 
 
 def attention_kernel(mode: str) -> AbstractContextManager[Any]:
-    """What `scaled_dot_product_attention` must run as: its fused kernels cannot be differentiated twice."""
+    """Makes `scaled_dot_product_attention` differentiable twice, as its fused kernels are not."""
     return nullcontext() if mode == "finite_difference" else sdpa_kernel(SDPBackend.MATH)
 
 
 class PaddingIsConstant(TorchFunctionMode):
-    """Makes rows that an embedding looks up at its ``padding_idx`` constants.
+    """Makes the row of an embedding at its ``padding_idx`` a constant.
 
-    Reverse mode gives them no gradient; forward mode (torch 2.13) lets their tangents through all the same, so that
-    the two would be products with different, non-symmetric matrices.
+    Reverse mode gives this row no gradient. Forward mode (torch 2.13) nevertheless propagates its tangent, so without
+    this mode the two would multiply with different matrices, and forward mode with one that is not symmetric.
 
     Args:
-        fixed: where a parameter is moved by hand (finite differences): (moved, where it came from).
+        fixed: pairs of a parameter that finite differences have moved, and the parameter before the move.
     """
 
     def __init__(self, fixed: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
@@ -223,7 +229,12 @@ class PaddingIsConstant(TorchFunctionMode):
 
 
 class OperationsSeen(TorchDispatchMode):
-    """Notes the names of the operators that run inside it, such as ``aten::bernoulli_.float``."""
+    """Records the names of the operators that run inside it, such as ``aten::bernoulli_.float``.
+
+    Attributes:
+        names: of all operators.
+        calls: name and arguments of each call of a batch normalisation.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,7 +251,7 @@ class OperationsSeen(TorchDispatchMode):
 def operations(function: Function, values: Tensors) -> OperationsSeen:
     """The operators of one forward pass of ``function``."""
     with torch.no_grad():
-        function(values)  # what traces itself at its first call, as under a policy, cannot do so inside the mode
+        function(values)  # a function under a policy traces itself at its first call, which fails inside the mode
         with OperationsSeen() as seen:
             function(values)
     return seen
@@ -254,12 +265,12 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     ),
     (
         r"mutate a captured Tensor",
-        "the loss writes to a tensor outside of it, as batch_norm in training mode does to its running statistics: "
+        "the loss writes to a tensor that it captures, as batch_norm in training mode writes its running statistics: "
         "make the loss with fpsim.curvature.functional_loss, which gives each call its own buffers",
     ),
     (
         r"double backward|compiled (?:function|autograd)",
-        "compiled code cannot be differentiated twice: hand over the module as it was before torch.compile "
+        "compiled code cannot be differentiated twice: pass the module as it was before torch.compile "
         "(module._orig_mod); Hessian products themselves compile with mode='forward', compile=True",
     ),
     (
@@ -277,7 +288,7 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
 
 @contextmanager
 def differentiable(mode: str) -> Iterator[None]:
-    """Opens the attention kernels, and turns torch's refusals into a `CurvatureError` with the remedy."""
+    """Selects an attention kernel that fits, and turns torch's refusals into a `CurvatureError` with a remedy."""
     try:
         with attention_kernel(mode):
             yield
@@ -297,7 +308,7 @@ def differentiable(mode: str) -> Iterator[None]:
 def _underivable(name: str, mode: str) -> str:
     if "attention" in name:
         why = (
-            "the loss itself chooses a fused attention kernel, which has no second derivative: "
+            "the loss selects a fused attention kernel, which has no second derivative: "
             "remove its sdpa_kernel(...), or set attn_implementation='eager'"
         )
     elif mode == "forward":

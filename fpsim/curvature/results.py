@@ -1,7 +1,7 @@
-"""What the algorithms return: frozen values with an estimate, its error, its cost, and whether it converged.
+"""Results of the algorithms: frozen classes with an estimate, its error, its cost, and whether it converged.
 
-Scalars and small tensors are float64 on the CPU, whatever the operator's dtype and device. Every result draws itself
-with ``.plot()`` if matplotlib is there.
+Scalars and small tensors are float64 on the CPU, for every dtype and device of the operator. Every result has a method
+``plot``, which needs matplotlib.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ class EigenResult:
     Attributes:
         eigenvalues: float64, shape ``(k,)``: Ritz values, in the order asked for (``largest``: descending;
             ``smallest``: ascending; ``magnitude``: descending in absolute value; ``both``: the largest, descending,
-            then the smallest, ascending). A largest one is a lower bound of the operator's.
+            then the smallest, ascending). The largest Ritz value is a lower bound of the largest eigenvalue.
         eigenvectors: shape ``(size, k)``, orthonormal columns, in the operator's dtype and on its device.
         residuals: float64, shape ``(k,)``: ``|A x - theta x|``; some eigenvalue lies within that distance of theta.
-        products: how many products with the operator were used.
+        products: the number of products with the operator.
         converged: whether every residual met the tolerance.
-        asymmetry: the largest difference between ``q_i . A q_j`` and ``q_j . A q_i`` that came up on the way,
-            relative to the largest eigenvalue: no proof of symmetry, but free of charge. NaN where nothing came up.
+        asymmetry: the largest difference between ``q_i . A q_j`` and ``q_j . A q_i`` among the vectors of Lanczos,
+            relative to the largest eigenvalue. It costs no further products, and is no proof of symmetry. NaN for the
+            other methods.
         method: ``lanczos``, ``lobpcg`` or ``power``.
     """
 
@@ -44,7 +45,7 @@ class EigenResult:
 
     @property
     def bounds(self) -> Tensor:
-        """Intervals that hold an eigenvalue each: float64, shape ``(k, 2)``, ``theta`` minus and plus the residual."""
+        """Intervals that each contain an eigenvalue, theta minus and plus its residual: float64, shape ``(k, 2)``."""
         return torch.stack([self.eigenvalues - self.residuals, self.eigenvalues + self.residuals], dim=1)
 
     def plot(self, axes: Axes | None = None) -> Axes:
@@ -60,13 +61,14 @@ class TraceResult:
     """The trace of an operator, or of a function of it.
 
     Attributes:
-        estimate: of the trace.
-        stderr: its standard error: the spread over probes, divided by the root of their number. Zero if exact.
-        products: how many products with the operator were used.
+        estimate: the estimate of the trace.
+        stderr: its standard error: the standard deviation over probes, divided by the root of their number. Zero if
+            the estimate is exact.
+        products: the number of products with the operator.
         converged: whether ``stderr`` (and the quadrature error) met the tolerance.
-        samples: float64, what each probe gave; their mean is the estimate.
-        quadrature_error: for functions of the operator, the change when the last quarter of the Lanczos steps is
-            left out; zero for the plain trace.
+        samples: float64, shape ``(probes,)``: the estimate from each probe; their mean is ``estimate``.
+        quadrature_error: for functions of the operator, the change of the estimate when the last quarter of the
+            Lanczos steps is omitted; zero for the plain trace.
         method: ``hutchinson``, ``hutch++`` or ``quadrature``.
     """
 
@@ -95,19 +97,19 @@ class TraceResult:
 class DensityResult:
     """The spectral density of an operator by stochastic Lanczos quadrature.
 
-    Each probe gives a quadrature rule whose moments up to twice its steps are those of the spectrum, up to the
-    probe's own sampling error; the density is their mean, each node widened to a normal distribution.
+    Each probe gives a quadrature rule. Its moments up to twice its steps are those of the spectrum, up to the probe's
+    sampling error. The density is the mean of the rules, where each node is smoothed to a normal distribution.
 
     Attributes:
         grid: float64, shape ``(points,)``: eigenvalues at which the density is given.
-        density: float64, shape ``(points,)``: per unit of eigenvalue; integrates to 1.
-        stderr: float64, shape ``(points,)``: its standard error over probes.
-        sigma: the standard deviation that nodes are widened by, in units of the eigenvalues.
+        density: float64, shape ``(points,)``: the density per unit of eigenvalue; it integrates to 1.
+        stderr: float64, shape ``(points,)``: the standard error of the density over probes.
+        sigma: the standard deviation of the smoothing, in units of the eigenvalues.
         nodes: float64, shape ``(probes, steps)``: the Ritz values of each probe.
-        weights: float64, same shape: what each node counts; each row sums to 1. A probe that needed fewer steps has
-            weights of zero.
-        size: of the operator: the density times this counts eigenvalues.
-        products: how many products with the operator were used.
+        weights: float64, same shape: the weight of each node; each row sums to 1. A probe that took fewer steps has
+            weights of zero at the end.
+        size: the size of the operator; ``size`` times the density is the density of the number of eigenvalues.
+        products: the number of products with the operator.
         converged: whether the integral of ``stderr`` met the tolerance.
     """
 
@@ -122,10 +124,10 @@ class DensityResult:
     converged: bool
 
     def integrate(self, function: Callable[[Tensor], Tensor]) -> TraceResult:
-        """The trace of ``function`` of the operator by the same probes: no further products.
+        """The trace of ``function`` of the operator from the same probes, without further products.
 
         Args:
-            function: of eigenvalues, float64 to float64, elementwise.
+            function: an elementwise function of eigenvalues, float64 to float64.
         """
         samples = (self.weights * function(self.nodes).where(self.weights > 0, 0.0)).sum(1) * self.size
         return TraceResult(
@@ -133,7 +135,7 @@ class DensityResult:
         )
 
     def moment(self, order: int) -> float:
-        """The mean of the eigenvalues to the power ``order``: exact for these probes up to twice the steps."""
+        """The mean of the eigenvalues to the power ``order``; exact for these probes up to twice the steps."""
         return self.integrate(lambda x: x**order).estimate / self.size
 
     def plot(self, axes: Axes | None = None) -> Axes:
@@ -148,12 +150,12 @@ class DensityResult:
 
 
 def standard_error(samples: Tensor) -> float:
-    """Of the mean of independent ``samples``, shape ``(n,)``: infinite for a single one."""
+    """The standard error of the mean of independent ``samples``, shape ``(n,)``; infinite for one sample."""
     return float(samples.std() / len(samples) ** 0.5) if len(samples) > 1 else float("inf")
 
 
 def new_axes() -> Any:
-    """Empty axes.
+    """New empty axes of matplotlib.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.

@@ -1,7 +1,7 @@
-"""The spectral density of an operator: how its eigenvalues are distributed, by stochastic Lanczos quadrature.
+"""The spectral density of an operator, the distribution of its eigenvalues, by stochastic Lanczos quadrature.
 
-Lin, Saad, Yang 2016, section 3.2; Ghorbani, Krishnan, Xiao 2019, algorithm 1. Each random probe gives Gauss quadrature
-nodes and weights of its own spectral measure, whose mean over probes is the density.
+Lin, Saad, Yang 2016, section 3.2; Ghorbani, Krishnan, Xiao 2019, algorithm 1. Each random probe gives the nodes and
+weights of a Gauss quadrature of its own spectral measure. The mean of these measures over probes is the density.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from fpsim.curvature.counting import as_operator, products_of
 from fpsim.curvature.linear import Operator
 from fpsim.curvature.results import DensityResult
-from fpsim.curvature.traces import PROBES, Probe, probe_spectrum
+from fpsim.curvature.traces import Probe, check_probes, probe_spectrum
 from fpsim.curvature.vectors import seeded
 
 
@@ -36,24 +36,24 @@ def density(
 
     Args:
         operator: an `Operator`, or a dense symmetric matrix.
-        steps: of Lanczos per probe, one product each: resolution.
-        probes: how many to start with, at least 2 for error bars.
-        max_probes: probes are added up to this number while the error is above ``tol``; None is ``probes``.
-        tol: of the integral of the standard error (the integral of the density is 1).
-        sigma: standard deviation that each node is widened by; None is a hundredth of the spectrum's width.
-        grid: eigenvalues at which to give the density (float64, shape ``(points,)``), or how many to spread evenly.
+        steps: the Lanczos steps per probe, one product each; more steps resolve more detail.
+        probes: the first number of probes, at least 2 for error bars.
+        max_probes: while the error is above ``tol``, probes are added up to this number; None is ``probes``.
+        tol: the tolerance of the integral of the standard error (the integral of the density is 1).
+        sigma: the standard deviation of the smoothing; None is a hundredth of the spectrum's width.
+        grid: the eigenvalues at which to give the density (float64, shape ``(points,)``), or how many to spread
+            evenly.
         probe: the distribution of the probes' entries.
         reorthogonalise: False saves the memory of ``steps`` vectors; a smoothed density hardly changes (measured).
-        generator: None is a fresh one with seed 0.
-        progress: show a bar.
+        generator: the source of the probes; None is a fresh one with seed 0.
+        progress: whether to show a progress bar.
 
     Raises:
-        ValueError: an unknown choice, or numbers out of range.
+        ValueError: a choice is unknown, or a number is out of range.
     """
     operator = as_operator(operator)
     most = probes if max_probes is None else max_probes
-    if probe not in PROBES:
-        raise ValueError(f"unknown probe {probe!r}: use one of {', '.join(PROBES)}")
+    check_probes(probe, tol)
     if steps < 1 or probes < 2 or most < probes:
         raise ValueError(f"need steps >= 1 and 2 <= probes <= max_probes, got {steps}, {probes}, {most}")
     if sigma is not None and not sigma > 0:
@@ -78,7 +78,7 @@ def density(
 
 
 def _padded(rows: list[Tensor], value: float | None = None) -> Tensor:
-    """Rows of unequal length as a matrix: filled up with ``value``, or with each row's last entry."""
+    """Rows of unequal length as a matrix, padded with ``value``, or for None with each row's last entry."""
     longest = max(map(len, rows))
     tails = (float(row[-1]) if value is None else value for row in rows)
     return torch.stack(
@@ -87,14 +87,14 @@ def _padded(rows: list[Tensor], value: float | None = None) -> Tensor:
 
 
 def _width(nodes: Tensor) -> float:
-    """A hundredth of the spectrum's width, or of its size where all eigenvalues are equal."""
+    """A hundredth of the spectrum's width; if all eigenvalues are equal, a hundredth of their magnitude, or 0.01."""
     spread = float(nodes.max() - nodes.min())
     size = float(nodes.abs().max())
     return 0.01 * (spread if spread > 1e-6 * size else size or 1.0)
 
 
 def _spread(nodes: Tensor, sigma: float, count: int) -> Tensor:
-    """``count`` points, evenly over the nodes and five standard deviations beyond."""
+    """``count`` points, evenly spaced from five standard deviations below the nodes to five above."""
     low, high = float(nodes.min()) - 5 * sigma, float(nodes.max()) + 5 * sigma
     return torch.linspace(low, high, count, dtype=torch.float64)
 

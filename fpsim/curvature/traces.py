@@ -1,7 +1,8 @@
 """Traces of an operator and of functions of it, by random probes, each with its standard error.
 
-Plain trace: Hutchinson 1990, or Hutch++ (Meyer, Musco, Musco, Woodruff 2021, algorithm 1), which takes the trace of a
-low-rank part exactly and probes only what is left. Functions: stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017).
+Plain trace: Hutchinson 1990, or Hutch++ (Meyer, Musco, Musco, Woodruff 2021, algorithm 1), which computes the trace of
+a low-rank part exactly and probes only the remainder. Functions: stochastic Lanczos quadrature (Ubaru, Chen, Saad
+2017).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fpsim.curvature.vectors import dot, gaussian, rademacher, seeded
 Probe = Literal["rademacher", "gaussian"]
 PROBES = {"rademacher": rademacher, "gaussian": gaussian}
 
-#: Fewer samples than this say too little about their own spread to stop on it.
+#: The smallest number of samples whose spread is reliable enough to stop.
 MIN_PROBES = 10
 
 
@@ -38,29 +39,29 @@ def trace(
 ) -> TraceResult:
     """The trace of a symmetric operator.
 
-    Probes are added until the standard error is at most ``tol`` times the estimate (and there are at least ten), or
-    the products are used up. Stopping on the error it estimated itself, a result is a little more often off by several
-    standard errors than a fixed number of probes would be; ``tol=0`` uses all products.
+    Probes are added until there are at least ten and the standard error is at most ``tol`` times the estimate, or until
+    ``max_products`` is reached. As this rule stops on an estimated error, a result is a little more often wrong by
+    several standard errors than with a fixed number of probes. ``tol=0`` uses all products.
 
     Args:
         operator: an `Operator`, or a dense symmetric matrix.
-        method: ``hutch++``: better where few eigenvalues dominate, as in networks (two to four times less error at
-            the same cost, measured); memory of ``sketch`` vectors. ``hutchinson``: memory of two.
-        tol: relative standard error to reach.
-        max_products: give up after these.
-        sketch: ``hutch++`` only: the rank of the exact part, which takes two products each; None is a sixth of
-            ``max_products`` and at most 20, or a third of it where ``tol`` is 0.
+        method: ``hutch++`` is better if few eigenvalues dominate, as in networks (two to four times less error at the
+            same cost, measured); it takes memory for ``sketch`` vectors. ``hutchinson`` takes memory for two.
+        tol: the relative standard error to reach.
+        max_products: the largest number of products.
+        sketch: the rank of the exact part of ``hutch++``, at two products per rank; None is a sixth of
+            ``max_products``, at most 20, or a third of ``max_products`` if ``tol`` is 0.
         probe: the distribution of the probes' entries: signs (least variance) or normal.
-        generator: None is a fresh one with seed 0.
-        progress: show a bar.
+        generator: the source of the probes; None is a fresh one with seed 0.
+        progress: whether to show a progress bar.
 
     Raises:
-        ValueError: an unknown choice, or too few products for it.
+        ValueError: a choice is unknown, or ``max_products`` is too small for it.
     """
     operator = as_operator(operator)
     if method not in ("hutchinson", "hutch++"):
         raise ValueError(f"unknown method {method!r}: use 'hutchinson' or 'hutch++'")
-    _check_probes(probe, tol)
+    check_probes(probe, tol)
     if sketch is None:
         sketch = max(1, max_products // 3 if tol == 0 else min(20, max_products // 6))
     sketch = 0 if method == "hutchinson" else min(sketch, operator.size)
@@ -70,15 +71,15 @@ def trace(
     generator = seeded(generator)
     draw = PROBES[probe]
     with products_of(operator, f"trace of the {operator.name}", max_products, progress) as products:
-        known, basis = _sketched(products, sketch, lambda: draw(*_kind(operator), generator))
+        known, basis = _sketched(products, sketch, lambda: draw(*_vectors_of(operator), generator))
         samples: list[float] = []
         exact = sketch == operator.size
         while not exact and products.count < max_products:
-            z = draw(*_kind(operator), generator)
+            z = draw(*_vectors_of(operator), generator)
             if basis is not None:
                 z = z - basis @ (basis.T @ z)
             samples.append(known + dot(z, products(z)))
-            if len(samples) >= MIN_PROBES and _met(torch.tensor(samples, dtype=torch.float64), tol):
+            if _accurate(samples, tol):
                 break
     values = torch.tensor(samples or [known], dtype=torch.float64)
     error = 0.0 if exact else standard_error(values)
@@ -97,26 +98,26 @@ def function_trace(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> TraceResult:
-    """The trace of ``function(A)``: the sum of a function over all eigenvalues of a symmetric operator.
+    """The trace of ``function(A)``: the sum of ``function`` over all eigenvalues of a symmetric operator.
 
     Args:
         operator: an `Operator`, or a dense symmetric matrix.
-        function: of eigenvalues, a float64 tensor to one of the same shape, elementwise.
-        steps: of Lanczos per probe, one product each.
-        tol: relative standard error to reach, and bound on the relative quadrature error.
-        max_probes: give up after these.
+        function: an elementwise function of eigenvalues, from a float64 tensor to one of the same shape.
+        steps: the Lanczos steps per probe, one product each.
+        tol: the relative standard error to reach, and the bound on the relative quadrature error.
+        max_probes: the largest number of probes.
         probe: the distribution of the probes' entries.
-        generator: None is a fresh one with seed 0.
-        progress: show a bar.
+        generator: the source of the probes; None is a fresh one with seed 0.
+        progress: whether to show a progress bar.
 
     Raises:
-        ValueError: ``function`` is not finite at an eigenvalue (of the small matrices of Lanczos).
+        ValueError: a choice is unknown, a number is out of range, or ``function`` is not finite at a Ritz value.
 
     >>> abs(function_trace(torch.diag(torch.tensor([1.0, 2.0])), torch.exp).estimate - 10.1073) < 1e-4
     True
     """
     operator = as_operator(operator)
-    _check_probes(probe, tol)
+    check_probes(probe, tol)
     if steps < 1 or max_probes < 1:
         raise ValueError(f"steps and max_probes must be at least 1, got {steps} and {max_probes}")
     generator = seeded(generator)
@@ -127,9 +128,9 @@ def function_trace(
             found, square = probe_spectrum(products, steps, probe, generator)
             samples.append(square * _quadrature(found, function, None))
             shorter.append(square * _quadrature(found, function, len(found.diagonal) - (steps + 3) // 4))
-            if len(found.diagonal) < steps:  # the space was exhausted: exact for this probe
+            if len(found.diagonal) < steps:  # an invariant subspace: the quadrature is exact for this probe
                 shorter[-1] = samples[-1]
-            if len(samples) >= MIN_PROBES and _met(torch.tensor(samples, dtype=torch.float64), tol):
+            if _accurate(samples, tol):
                 break
     values, short = (torch.tensor(x, dtype=torch.float64) for x in (samples, shorter))
     estimate, error = float(values.mean()), standard_error(values)
@@ -151,10 +152,10 @@ def log_determinant(
 ) -> TraceResult:
     """The natural logarithm of the determinant of ``A + shift * I``, which must be positive definite.
 
-    Args and results are those of `function_trace`.
+    Arguments and results are those of `function_trace`.
 
     Raises:
-        ValueError: an eigenvalue that is not positive came up; the message names a shift that moves it.
+        ValueError: a Ritz value of the shifted operator is not positive; the message names a sufficient shift.
     """
 
     def logarithm(values: Tensor) -> Tensor:
@@ -181,13 +182,16 @@ def log_determinant(
 def probe_spectrum(
     products: Products, steps: int, probe: str, generator: torch.Generator, *, reorthogonalise: bool = True
 ) -> tuple[Tridiagonal, float]:
-    """Lanczos from one random probe, and the probe's squared norm."""
-    start = PROBES[probe](*_kind(products.operator), generator)
+    """The Lanczos matrix of one random probe, and the probe's squared norm."""
+    start = PROBES[probe](*_vectors_of(products.operator), generator)
     return lanczos(products, start, steps, reorthogonalise=reorthogonalise), dot(start, start)
 
 
 def _sketched(products: Products, rank: int, draw: Callable[[], Tensor]) -> tuple[float, Tensor | None]:
-    """The trace on the range of ``A S`` for a random S of ``rank`` columns, and an orthonormal basis of that range."""
+    """The trace of A on the range of ``A S``, for a random S of ``rank`` columns, and a basis of that range.
+
+    The basis has orthonormal columns; it is None for rank 0.
+    """
     if rank == 0:
         return 0.0, None
     size = products.operator.size
@@ -207,16 +211,21 @@ def _quadrature(found: Tridiagonal, function: Callable[[Tensor], Tensor], steps:
     return float((weights * values).sum())
 
 
-def _kind(operator: Operator) -> tuple[int, torch.dtype, torch.device]:
+def _vectors_of(operator: Operator) -> tuple[int, torch.dtype, torch.device]:
+    """Size, dtype and device of the operator's vectors."""
     return operator.size, operator.dtype, operator.device
 
 
-def _met(samples: Tensor, tol: float) -> bool:
-    """Whether the standard error is within the tolerance; with ``tol=0`` only a probe's absence would be."""
-    return tol > 0 and standard_error(samples) <= tol * abs(float(samples.mean()))
+def _accurate(samples: list[float], tol: float) -> bool:
+    """Whether the probes suffice: the relative standard error is at most ``tol``; never if ``tol`` is zero."""
+    if tol == 0 or len(samples) < MIN_PROBES:
+        return False
+    values = torch.tensor(samples, dtype=torch.float64)
+    return standard_error(values) <= tol * abs(float(values.mean()))
 
 
-def _check_probes(probe: str, tol: float) -> None:
+def check_probes(probe: str, tol: float) -> None:
+    """Raise a ValueError if the distribution of the probes is unknown, or the tolerance is negative."""
     if probe not in PROBES:
         raise ValueError(f"unknown probe {probe!r}: use one of {', '.join(PROBES)}")
     if not tol >= 0:

@@ -1,8 +1,8 @@
-"""Parameters as vectors: which leaves of a pytree vary, and how they lie one after another in one flat tensor.
+"""Parameters as vectors: which leaves of a pytree vary, and where each of them lies in one flat tensor.
 
-Everything above works on flat vectors, everything below (a user's loss) on pytrees; a `Layout` is the one place that
-knows both. Vectors may have another dtype and live on another device than the parameters. Sums over vectors are
-accumulated in float64.
+The algorithms of this package work on flat vectors, and a user's loss works on pytrees. A `Layout` converts between
+the two. The dtype and the device of vectors may differ from those of the parameters. Sums over vectors are accumulated
+in float64.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch.utils import _pytree as pytree
 
 #: A pytree of parameters, usually ``dict(model.named_parameters())``.
 Params = Any
-#: What to do about parameters that lie in pieces on several processes.
-GATHER = (
+#: How to gather parameters that are sharded over several processes; messages end with it.
+HOW_TO_GATHER = (
     "load them into a plain module on every process, plain.load_state_dict(torch.distributed.checkpoint.state_dict."
     "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))), and average the operators of the "
     "ranks' own data with fpsim.curvature.averaged"
 )
-#: Which leaves vary: a glob on their names, several (``!glob`` takes away), or a predicate; None is all of them.
+#: The leaves that vary: a glob on names, several globs (``!glob`` removes names), or a predicate; None selects all.
 Select = str | Sequence[str] | Callable[[str], bool] | None
 
 
@@ -35,15 +35,15 @@ Select = str | Sequence[str] | Callable[[str], bool] | None
 class Layout:
     """The leaves of a pytree that vary, in the order of the tree, as pieces of one vector.
 
-    Made by `layout`. A tensor that stands in several places of the tree (tied weights) is one piece.
+    The function `layout` makes it. A tensor that occurs several times in the tree (a tied weight) is one piece.
 
     Attributes:
-        names: of the pieces: keys joined by dots (``layers.0.weight``); the first place of a tied weight.
-        values: the pieces themselves, detached, as they stood when the layout was made: they share memory with the
-            parameters.
-        offsets: where each piece starts; one more entry, the total.
-        dtype: of vectors, float32 or float64.
-        device: of vectors.
+        names: the name of each piece: keys joined by dots (``layers.0.weight``). A tied weight has the name of its
+            first occurrence.
+        values: the pieces, detached; they share memory with the parameters.
+        offsets: the start of each piece, and the total as one more entry.
+        dtype: the dtype of vectors, float32 or float64.
+        device: the device of vectors.
         leaves: all leaves of the tree, detached.
         places: for each piece, its positions among ``leaves``.
         spec: the structure of the tree.
@@ -60,11 +60,11 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """How many numbers a vector has."""
+        """The number of elements of a vector."""
         return self.offsets[-1]
 
     def split(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """The pieces of ``vector`` (shape ``(size,)``) in the shape, dtype and device of the parameters."""
+        """The pieces of ``vector`` (shape ``(size,)``), with the shapes, dtypes and devices of the parameters."""
         self._check(vector)
         return tuple(
             vector[start : start + value.numel()].view(value.shape).to(dtype=value.dtype, device=value.device)
@@ -72,12 +72,12 @@ class Layout:
         )
 
     def join(self, pieces: Iterable[Tensor]) -> Tensor:
-        """One vector, shape ``(size,)``, dtype ``dtype``, from tensors of the shapes of the pieces."""
+        """Tensors of the pieces' shapes as one vector of shape ``(size,)``, in the layout's dtype and device."""
         flat = [piece.detach().reshape(-1).to(dtype=self.dtype, device=self.device) for piece in pieces]
         return torch.cat(flat)
 
     def substitute(self, pieces: Iterable[Tensor]) -> Params:
-        """The tree with ``pieces`` where something varies, and the layout's own constants elsewhere."""
+        """The tree with ``pieces`` as the leaves that vary; the other leaves are the layout's constants."""
         leaves = list(self.leaves)
         for places, piece in zip(self.places, pieces, strict=True):
             for place in places:
@@ -85,14 +85,18 @@ class Layout:
         return pytree.tree_unflatten(leaves, self.spec)
 
     def flatten(self, tree: Params) -> Tensor:
-        """The vector of a tree of the same structure: its leaves in the places that vary, shape ``(size,)``."""
+        """The leaves of ``tree`` that vary, as a vector of shape ``(size,)``.
+
+        Raises:
+            ValueError: ``tree`` has another structure than the parameters.
+        """
         leaves, spec = pytree.tree_flatten(tree)
         if spec != self.spec:
             raise ValueError(f"the tree has another structure than the parameters: {spec} instead of {self.spec}")
         return self.join(leaves[places[0]] for places in self.places)
 
     def unflatten(self, vector: Tensor) -> Params:
-        """``vector`` as a tree of the parameters' structure: a direction, with zeros where nothing varies."""
+        """``vector`` as a direction: a tree with the parameters' structure, and zeros as the constant leaves."""
         leaves = [torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         for places, piece in zip(self.places, self.split(vector), strict=True):
             for place in places:
@@ -100,11 +104,11 @@ class Layout:
         return pytree.tree_unflatten(leaves, self.spec)
 
     def point(self, vector: Tensor) -> Params:
-        """The tree whose varying leaves are those of ``vector``: new parameters."""
+        """``vector`` as parameters: the tree with the pieces of ``vector`` as the leaves that vary."""
         return self.substitute(self.split(vector))
 
     def mask(self, select: Select) -> Tensor:
-        """A boolean vector, shape ``(size,)``: true for the pieces that ``select`` names."""
+        """A boolean vector, shape ``(size,)``: true at the elements of the pieces that ``select`` names."""
         chosen = choose(self.names, select)
         mask = torch.zeros(self.size, dtype=torch.bool, device=self.device)
         for name, start, end in zip(self.names, self.offsets, self.offsets[1:], strict=False):
@@ -112,10 +116,10 @@ class Layout:
         return mask
 
     def block(self, select: Select) -> Layout:
-        """The layout of the pieces that ``select`` names alone; the others are constants.
+        """A layout of only the pieces that ``select`` names; the others become constants.
 
         Raises:
-            ValueError: it names none.
+            ValueError: ``select`` names no piece.
         """
         chosen = choose(self.names, select)
         kept = [index for index, name in enumerate(self.names) if name in chosen]
@@ -132,9 +136,9 @@ class Layout:
 
     def _check(self, vector: Tensor) -> None:
         if not isinstance(vector, Tensor) or vector.shape != (self.size,):
-            what = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
+            got = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
             raise ValueError(
-                f"a vector of this layout is a tensor of shape ({self.size},), got {what}: "
+                f"a vector of this layout is a tensor of shape ({self.size},), got {got}: "
                 "use Layout.flatten to make one of a pytree"
             )
 
@@ -152,14 +156,17 @@ def layout(
     (one with ``requires_grad=False``). Other leaves are constants.
 
     Args:
-        params: any pytree of tensors (and of whatever else), usually ``dict(model.named_parameters())``.
-        select: None for all, a glob on the names (``"*.attn.*"``), several globs (those that begin with ``!`` take
-            away again), or a predicate on a name.
-        dtype: of vectors: float32 or float64; None is the widest of the leaves that vary, and at least float32.
-        device: of vectors; None is that of the first leaf that varies. ``"cpu"`` keeps a basis off the accelerator.
+        params: any pytree, usually ``dict(model.named_parameters())``; leaves other than tensors are constants.
+        select: None for all, a glob on the names (``"*.attn.*"``), several globs (those that begin with ``!`` remove
+            names), or a predicate on a name.
+        dtype: the dtype of vectors, float32 or float64; None is the widest dtype of the leaves that vary, at least
+            float32.
+        device: the device of vectors; None is the device of the first leaf that varies. ``"cpu"`` keeps the vectors
+            of an algorithm off the accelerator.
 
     Raises:
-        ValueError: nothing varies, a glob that names nothing, another dtype, or a sharded leaf (a `DTensor`).
+        ValueError: no leaf varies, a glob matches no name, the dtype is another one, or a leaf is sharded (a
+            `DTensor`).
 
     >>> layout({"a": torch.ones(2), "b": torch.ones(3)}, select="b").size
     3
@@ -170,7 +177,7 @@ def layout(
     names: dict[int, str] = {}
     for index, (path, leaf) in enumerate(flat):
         if is_sharded(leaf):
-            raise ValueError(f"{_name(path)} is sharded over processes (a DTensor): {GATHER}")
+            raise ValueError(f"{_name(path)} is sharded over processes (a DTensor): {HOW_TO_GATHER}")
         if _varies(leaf):
             places.setdefault(id(leaf), []).append(index)
             names.setdefault(id(leaf), _name(path))
@@ -203,10 +210,11 @@ def layers(params: Params, *, depth: int | None = None) -> dict[str, tuple[str, 
 
     Args:
         params: as for `layout`.
-        depth: group by this many leading components of the name; None is all but the last (one group per module).
+        depth: how many leading components of a name make a group; None takes all but the last (one group per
+            module).
 
     Returns:
-        Group name -> names, in the order of the tree; a group's names are a ``select``.
+        Group name -> names, in the order of the tree. The names of a group can be passed as ``select``.
 
     >>> layers({"in.weight": torch.ones(1), "in.bias": torch.ones(1), "out.weight": torch.ones(1)})
     {'in': ('in.weight', 'in.bias'), 'out': ('out.weight',)}
@@ -220,10 +228,10 @@ def layers(params: Params, *, depth: int | None = None) -> dict[str, tuple[str, 
 
 
 def choose(names: Sequence[str], select: Select) -> frozenset[str]:
-    """Those of ``names`` that ``select`` stands for.
+    """The elements of ``names`` that ``select`` matches.
 
     Raises:
-        ValueError: a glob that fits none; the message lists near matches.
+        ValueError: a glob matches no name; the message lists near matches.
     """
     if select is None:
         return frozenset(names)
@@ -252,12 +260,12 @@ def norm(a: Tensor) -> float:
 
 
 def seeded(generator: torch.Generator | None) -> torch.Generator:
-    """``generator``, or a fresh one with seed 0: results repeat, and all ranks of a job draw the same numbers."""
+    """``generator``, or for None a fresh one with seed 0: results repeat, and all ranks draw the same numbers."""
     return torch.Generator().manual_seed(0) if generator is None else generator
 
 
 def gaussian(size: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
-    """A standard normal vector, drawn on the generator's device (so that every device gets the same numbers)."""
+    """A standard normal vector. It is drawn on the generator's device, so every device gets the same numbers."""
     return torch.randn(size, dtype=dtype, device=generator.device, generator=generator).to(device)
 
 

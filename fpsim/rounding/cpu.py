@@ -28,24 +28,24 @@ def _round_cpu(x: Tensor, format: str, rounding: str, overflow: str, source: str
         x = torch.empty_like(x).copy_(x)  # dense, in the order of `out`, and not `out` itself, which is written first
     values, result = _flat(x), _flat(out)
     chunk = CHUNK * torch.get_num_threads()
-    by_scaling = x.dtype == torch.float32 and _can_round_by_scaling(fmt, overflow)
-    at_one_unit = x.dtype == torch.float32 and _has_one_unit(fmt, overflow)
+    by_scaling = x.dtype == torch.float32 and can_round_by_scaling(fmt, overflow)
+    at_one_unit = x.dtype == torch.float32 and has_one_unit(fmt, overflow)
     for piece, target in zip(values.split(chunk), result.split(chunk), strict=True):
-        if by_scaling and not (rounding in ("up", "down", "to_odd") and _has_subnormal(piece)):
-            _round_by_scaling(piece, fmt, rounding, overflow, target)
+        if by_scaling and not (rounding in ("up", "down", "to_odd") and has_subnormal(piece)):
+            round_by_scaling(piece, fmt, rounding, overflow, target)
         elif at_one_unit:
-            _round_at_one_unit(piece, fmt, rounding, target)
+            round_at_one_unit(piece, fmt, rounding, target)
         else:
             target.copy_(round_with_torch_ops(piece, fmt, rounding, overflow))
     return out
 
 
-def _has_one_unit(fmt: FloatFormat, overflow: str) -> bool:
-    """Whether `_round_at_one_unit` gives the same bits as the kernel: float32 with fewer mantissa bits."""
+def has_one_unit(fmt: FloatFormat, overflow: str) -> bool:
+    """Whether `round_at_one_unit` gives the same bits as the kernel: float32 with fewer mantissa bits."""
     return overflow == "ovf_inf" and fmt == FloatFormat(8, fmt.mantissa_bits) and 1 <= fmt.mantissa_bits <= 22
 
 
-def _round_at_one_unit(x: Tensor, fmt: FloatFormat, rounding: str, out: Tensor) -> None:
+def round_at_one_unit(x: Tensor, fmt: FloatFormat, rounding: str, out: Tensor) -> None:
     """Round float32 ``x`` into ``out`` where the format's unit is the same among all codes: add, then mask.
 
     A third of the kernel's operations. The sign bit stays out of the sums, and a carry out of the largest value gives
@@ -68,8 +68,8 @@ def _round_at_one_unit(x: Tensor, fmt: FloatFormat, rounding: str, out: Tensor) 
     code.bitwise_and_(~dropped_bits)
 
 
-def _can_round_by_scaling(fmt: FloatFormat, overflow: str) -> bool:
-    """Whether `_round_by_scaling` gives the same bits as the kernel."""
+def can_round_by_scaling(fmt: FloatFormat, overflow: str) -> bool:
+    """Whether `round_by_scaling` gives the same bits as the kernel."""
     overflows_to_next_binade = fmt.has_infinity and fmt.specials != "p3109" and 1 <= fmt.max_exponent < 127
     return (
         (overflow == "sat_finite" or fmt.has_infinity)
@@ -82,12 +82,12 @@ def _can_round_by_scaling(fmt: FloatFormat, overflow: str) -> bool:
     )
 
 
-def _round_by_scaling(x: Tensor, fmt: FloatFormat, rounding: str, overflow: str, out: Tensor) -> None:
+def round_by_scaling(x: Tensor, fmt: FloatFormat, rounding: str, overflow: str, out: Tensor) -> None:
     """Round float32 ``x`` into ``out`` by dividing by the unit of its binade and rounding to an integer.
 
     A third of the kernel's operations, for eager CPU calls only: torch divides and multiplies in IEEE arithmetic
     there, and by a power of two that is exact. Right under flush-to-zero too, except that `up`, `down` and `to_odd`
-    must not be given float32 subnormals (`_has_subnormal`).
+    must not be given float32 subnormals (`has_subnormal`).
     """
     nearest = rounding in ("nearest_even", "nearest_away")
     overflows = [overflow == "ovf_inf" and (nearest or rounding == side) for side in ("down", "up")]
@@ -127,7 +127,7 @@ def _round_by_scaling(x: Tensor, fmt: FloatFormat, rounding: str, overflow: str,
     out.nan_to_num_(nan=math.nan if fmt.has_nan else fmt.max, posinf=math.inf, neginf=-math.inf)
 
 
-def _has_subnormal(x: Tensor) -> bool:
+def has_subnormal(x: Tensor) -> bool:
     """Whether any float32 number is subnormal, by its bits."""
     before = (x.view(torch.int32) & _MAGNITUDE).sub_(1).bitwise_and_(_MAGNITUDE)
     return x.numel() > 0 and int(before.amin()) < (1 << FLOAT32.mantissa_bits) - 1

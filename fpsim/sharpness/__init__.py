@@ -1,7 +1,4 @@
-"""How sharply a loss rises around a point: in the space of logits, as the paper measures it, and of parameters.
-
-This module only hands names on.
-"""
+"""How sharply a loss rises around a point, in the space of logits, as the paper measures it, and of parameters."""
 
 from fpsim.sharpness.critical_rate import CriticalResult, critical
 from fpsim.sharpness.logits import LogitMetrics, logit, logit_metrics

@@ -1,21 +1,22 @@
 """Sharpness of the cross-entropy in logit space: the metric of *To FP8 and Back Again* (arXiv 2405.18710, section 3).
 
-The paper takes Keskar's sharpness (arXiv 1609.04836, metric 2.1) with the logit vector ``z`` of one token for the
-parameters. With the loss ``f(z) = log(sum(exp(z))) - z[t]`` and the box ``|y[i]| <= epsilon * (|z[i]| + 1)``, it is
+The paper takes Keskar's sharpness (arXiv 1609.04836, metric 2.1) with the logit vector ``z`` of one token in place of
+the parameters. With the loss ``f(z) = log(sum(exp(z))) - z[t]`` and the box ``|y[i]| <= epsilon * (|z[i]| + 1)``, it is
 
     100 * (max over the box of f(z + y) - f(z)) / (1 + f(z))
 
-and has a closed form. The derivative of ``f`` is ``p[i] > 0`` along every logit but the target's, and ``p[t] - 1 < 0``
-along the target's, wherever one stands: the maximum lies at the corner where all logits are raised to their bounds
-and the target's is lowered to its. With ``c[i] = epsilon * (|z[i]| + 1) + epsilon * (|z[t]| + 1)`` the increase is
+and has a closed form. At every point, the derivative of ``f`` is ``p[i] > 0`` along every logit but the target's, and
+``p[t] - 1 < 0`` along the target's. So the maximum lies at the corner where the target's logit is at its lower bound
+and all others are at their upper bounds. With ``c[i] = epsilon * (|z[i]| + 1) + epsilon * (|z[t]| + 1)``, the increase
+is
 
     log(1 + sum over i != t of p[i] * (exp(c[i]) - 1))
 
-a sum of positive terms, so that no digits cancel however small it is. The paper searches the box by L-BFGS-B, which
-finds lower bounds of it.
+which is a sum of positive terms, so no digits cancel even if it is small. The paper searches the box by L-BFGS-B, which
+finds lower bounds of the maximum.
 
-Everything is computed in float64, a few tokens at a time, whatever the dtype of the logits: beside the logits there
-is a workspace of constant size. No derivatives are recorded.
+All computations are in float64, for logits of every dtype, and process a few tokens at a time. So the workspace has
+constant size. No derivatives are recorded.
 """
 
 from __future__ import annotations
@@ -27,33 +28,29 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, minimize
 from torch import Tensor
 
 from fpsim.curvature.losses import IGNORED
+from fpsim.sharpness.box import EPSILON, ITERATIONS, check_search, lbfgsb
 
 Method = Literal["exact", "lbfgsb"]
 Tokens = Literal["all", "last"]
 METHODS: tuple[str, ...] = ("exact", "lbfgsb")
 TOKENS: tuple[str, ...] = ("all", "last")
 
-#: Keskar's smaller box; the paper gives no number.
-EPSILON = 5e-4
-#: Iterations of Keskar's L-BFGS-B.
-ITERATIONS = 10
-#: Numbers that are in work at once, by device type: some five times as many in float64 are the workspace. On a CPU
-#: they stay in its cache; elsewhere there are enough of them to keep a GPU busy.
-_CHUNK = {"cpu": 1 << 17}
-_CHUNK_ELSEWHERE = 1 << 23
+#: How many logits are processed at once, by device type; the workspace is about five times as many float64 numbers.
+#: On a CPU they stay in its cache; on other devices there are enough to keep a GPU busy.
+CHUNK = {"cpu": 1 << 17}
+CHUNK_ELSEWHERE = 1 << 23
 
 
 @dataclass(frozen=True, eq=False)
 class LogitMetrics:
-    """What `logit_metrics` measures, one float64 number per token; NaN where a token does not count.
+    """The measures of `logit_metrics`: one float64 number per token, NaN for tokens that do not count.
 
     Attributes:
-        counted: which tokens count, bool.
-        sharpness: `logit`, in percent of 1 + loss.
+        counted: bool: which tokens count.
+        sharpness: the sharpness of `logit`, in percent of 1 + loss.
         loss: cross-entropy, nats.
         max_abs_logit: max |z| over the vocabulary.
         mean_logit: mean of z over the vocabulary.
@@ -81,32 +78,32 @@ def logit(
 ) -> Tensor:
     """Sharpness of each token's cross-entropy in the space of its logits, in percent of 1 + loss.
 
-    It measures the logits that it is given: those of a model whose products are rounded are measured as they are,
-    and no derivative of the rounding comes in. It changes when a constant is added to all logits, unlike the loss.
+    It measures the given logits. If they are those of a rounded model, they are measured without change, and no
+    derivative of the rounding is involved. Unlike the loss, it changes when a constant is added to all logits.
 
     Args:
         logits: float64, float32, bfloat16 or float16, shape (..., vocabulary), any strides and device. Entries of
-            -inf (words ruled out) stay so: they take no part.
-        targets: integers, shape (...), the index of each right word. Nothing is shifted: ``logits[..., i, :]`` is
+            -inf (excluded words) are left out.
+        targets: integers, shape (...): the index of each target word. Nothing is shifted: ``logits[..., i, :]`` is
             the prediction of ``targets[..., i]``.
         epsilon: half the width of the box, relative to |z| + 1. Keskar uses 5e-4 and 1e-3.
-        method: ``exact``, the closed form, or ``lbfgsb``, the paper's search on the CPU, a lower bound of it.
-        tokens: ``all``, or ``last``: only the last token that counts of every sequence (along the last dimension of
-            ``targets``), as in the paper.
+        method: ``exact``, the closed form; or ``lbfgsb``, the paper's search on the CPU, which gives a lower bound.
+        tokens: ``all``; or ``last``: for every sequence (the last dimension of ``targets``), only the last token that
+            counts, as in the paper.
         mask: bool or integers in the shape of ``targets``; tokens where it is zero do not count.
         ignore_index: tokens with this target do not count.
-        iterations: of L-BFGS-B, from zero and without tolerances; Keskar takes 10.
+        iterations: the iterations of L-BFGS-B, which starts at zero and has no tolerances; Keskar takes 10.
 
     Returns:
         float64 on the device of ``logits``, shape (...), or for ``last`` without the last dimension. NaN where no
         token counts, and where the loss is not finite.
 
     Raises:
-        ValueError: shapes that do not fit, a target that is not in the vocabulary, an epsilon that is not a positive
-            number, an unknown choice.
-        TypeError: logits that are not of a floating-point dtype, or targets that are not integers.
+        ValueError: shapes do not fit, a target is not in the vocabulary, epsilon is not a positive number, or a choice
+            is unknown.
+        TypeError: the logits are not floating-point, or the targets are not integers.
 
-    Source: arXiv 2405.18710 section 3, arXiv 1609.04836 equation 4; the closed form: see this module.
+    Source: arXiv 2405.18710 section 3, arXiv 1609.04836 equation 4; this module derives the closed form.
 
     >>> logit(torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([0]))
     tensor([0.0285], dtype=torch.float64)
@@ -126,17 +123,17 @@ def logit_metrics(
     ignore_index: int = IGNORED,
     iterations: int = ITERATIONS,
 ) -> LogitMetrics:
-    """`logit` with the plain measures beside which it must prove itself; arguments and errors are those of `logit`."""
+    """`logit` and simpler measures to compare it with; arguments and errors are those of `logit`."""
     batch = CountedTokens(logits, targets, tokens, mask, ignore_index)
     return LogitMetrics(batch.counted, *batch.fill(_sharpness(epsilon, method, iterations), _baselines))
 
 
-#: From the logits (rows, vocabulary) in float64 and the targets (rows, 1) to vectors of one number per row.
+#: From float64 logits (rows, vocabulary) and targets (rows, 1) to vectors of shape (rows,).
 _Measure = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 class CountedTokens:
-    """The tokens that count, and the way from measures of rows of logits to results in the shape of the targets."""
+    """The tokens that count; `fill` computes measures of their logits, in the shape of the targets."""
 
     def __init__(self, logits: Tensor, targets: Tensor, tokens: str, mask: Tensor | None, ignore_index: int) -> None:
         _check(logits, targets, mask)
@@ -155,7 +152,7 @@ class CountedTokens:
         if wrong.numel():
             raise ValueError(
                 f"target {int(wrong[0])} is not in the vocabulary: targets are 0 to {logits.shape[-1] - 1}, "
-                f"or {ignore_index} (ignore_index) where a token does not count"
+                f"or {ignore_index} (ignore_index) for a token that does not count"
             )
 
     @property
@@ -164,13 +161,14 @@ class CountedTokens:
         return self._counted.any(-1) if self._last else self._counted
 
     def rows(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor, Tensor]]:
-        """Indices into the targets, and there the logits in float64, shape (rows, vocabulary), and targets (rows, 1).
+        """The tokens that count, in chunks: indices into the targets, logits, and targets.
 
-        Rows are picked by index and not by a view: logits that were sliced for the shift are not copied whole.
+        The logits are float64, shape (rows, vocabulary), and the targets have shape (rows, 1). Rows are selected by
+        index, not by a view, so that logits that were sliced for the shift are not copied as a whole.
         """
         places = self._counted.nonzero(as_tuple=True) if self._counted.dim() else ()
         count = len(places[0]) if places else int(self._counted)
-        step = max(1, _CHUNK.get(self._logits.device.type, _CHUNK_ELSEWHERE) // self._logits.shape[-1])
+        step = max(1, CHUNK.get(self._logits.device.type, CHUNK_ELSEWHERE) // self._logits.shape[-1])
         for start in range(0, count, step):
             chunk = tuple(place[start : start + step] for place in places)
             z, target = (self._logits[chunk], self._targets[chunk]) if chunk else (self._logits, self._targets)
@@ -178,7 +176,7 @@ class CountedTokens:
 
     @torch.no_grad()
     def fill(self, *measures: _Measure) -> list[Tensor]:
-        """What the measures find, each number in its token's place and NaN in the others."""
+        """The results of ``measures`` in the shape of `counted`; NaN for tokens that do not count."""
         results: list[Tensor] = []
         for chunk, z, target in self.rows():
             found = [values for measure in measures for values in measure(z, target)]
@@ -195,18 +193,18 @@ class CountedTokens:
         return torch.full(self._targets.shape, math.nan, dtype=torch.float64, device=self._logits.device)
 
     def _squeeze(self, result: Tensor) -> Tensor:
-        place = self._counted.to(torch.uint8).argmax(-1, keepdim=True)  # the only one, or one that holds NaN
+        place = self._counted.to(torch.uint8).argmax(-1, keepdim=True)  # of the counted token, or of a NaN
         return result.gather(-1, place).squeeze(-1)
 
 
 def last_of(counted: Tensor) -> Tensor:
-    """The last true entry along the last dimension, and nothing else: bool in the shape of ``counted``.
+    """Only the last true entry along the last dimension: bool, in the shape of ``counted``.
 
     >>> last_of(torch.tensor([[True, True, False], [False, False, False]]))
     tensor([[False,  True, False],
             [False, False, False]])
     """
-    following = counted.flip(-1).cumsum(-1).flip(-1)  # how many true entries from here on
+    following = counted.flip(-1).cumsum(-1).flip(-1)  # the number of true entries from here on
     return counted & (following == 1)
 
 
@@ -227,12 +225,7 @@ def _check(logits: Tensor, targets: Tensor, mask: Tensor | None) -> None:
 
 
 def _sharpness(epsilon: float, method: str, iterations: int) -> _Measure:
-    if not 0 < epsilon < math.inf:
-        raise ValueError(f"epsilon must be a positive number, got {epsilon}: Keskar uses 5e-4 and 1e-3")
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
+    check_search(epsilon, iterations, method, METHODS)
 
     def measure(z: Tensor, target: Tensor) -> tuple[Tensor]:
         rise = exact_rise(z, target, epsilon) if method == "exact" else _lbfgsb_rises(z, target, epsilon, iterations)
@@ -248,8 +241,8 @@ def _cross_entropy(z: Tensor, target: Tensor) -> Tensor:
 def exact_rise(z: Tensor, target: Tensor, epsilon: float) -> Tensor:
     """The maximum over the box of f(z + y) - f(z), nats: ``z`` float64 (rows, vocabulary), ``target`` (rows, 1).
 
-    It is log(1 + exp(a)) of a = log(sum over i != t of exp(z[i] + c[i]) * (1 - exp(-c[i]))) - logsumexp(z), scaled by
-    the largest exponent, so that it overflows nowhere.
+    It is log(1 + exp(a)), where a = log(sum over i != t of exp(z[i] + c[i]) * (1 - exp(-c[i]))) - logsumexp(z). The sum
+    is scaled by the largest exponent, so that it does not overflow.
     """
     barred = (z == -math.inf).scatter_(-1, target, True)
     reach = z.abs().mul_(epsilon).add_(epsilon)
@@ -272,7 +265,7 @@ def _lbfgsb_rises(z: Tensor, target: Tensor, epsilon: float, iterations: int) ->
 
 
 def _lbfgsb_rise(z: np.ndarray, target: int, epsilon: float, iterations: int) -> float:
-    """The largest f(z + y) - f(z) that L-BFGS-B sees on its way from y = 0."""
+    """The largest f(z + y) - f(z) among the points that L-BFGS-B evaluates from y = 0 on."""
     possible = z != -math.inf
     if not possible[target] or not np.isfinite(z[possible]).all():
         return math.nan
@@ -283,24 +276,21 @@ def _lbfgsb_rise(z: np.ndarray, target: int, epsilon: float, iterations: int) ->
     p = np.exp(log_p)
     best = 0.0
 
-    def fall(y: np.ndarray) -> tuple[float, np.ndarray]:
+    def negative_rise(y: np.ndarray) -> tuple[float, np.ndarray]:
         """-(f(z + y) - f(z)) and its gradient; the rise is log(1 + sum of p[i] (exp(y[i] - y[t]) - 1))."""
         nonlocal best
         relative = y - y[t]
         exponent = log_p + relative
         if relative.max() < 600:
             rise = math.log1p(p @ np.expm1(relative))
-        else:  # exp would overflow, and there are no digits to lose
+        else:  # exp would overflow; here no digits cancel
             rise = exponent.max() + math.log(np.exp(exponent - exponent.max()).sum())
         best = max(best, rise)
         gradient = np.exp(exponent - rise)
         gradient[t] -= 1
         return -rise, -gradient
 
-    bound = epsilon * (np.abs(z) + 1)
-    # No tolerances: a confident token's loss and slopes are small, which is no reason to stop.
-    options = {"maxiter": iterations, "ftol": 0.0, "gtol": 0.0}
-    minimize(fall, np.zeros_like(z), jac=True, method="L-BFGS-B", bounds=Bounds(-bound, bound), options=options)
+    lbfgsb(negative_rise, np.zeros_like(z), epsilon * (np.abs(z) + 1), iterations)
     return best
 
 
@@ -316,4 +306,4 @@ def _baselines(z: Tensor, target: Tensor) -> tuple[Tensor, ...]:
 def cross_entropy_gradient(z: Tensor, target: Tensor) -> Tensor:
     """softmax(z) - onehot(target): ``z`` (rows, vocabulary), ``target`` (rows, 1)."""
     gradient = z.softmax(-1).scatter_(-1, target, 0)
-    return gradient.scatter_(-1, target, -gradient.sum(-1, keepdim=True))  # 1 - p[t] from what is left, to all digits
+    return gradient.scatter_(-1, target, -gradient.sum(-1, keepdim=True))  # 1 - p[t] as a sum, so that no digits cancel

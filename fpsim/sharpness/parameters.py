@@ -1,12 +1,12 @@
 """Sharpness in parameter space: the largest loss in a box (Keskar) or a ball (SAM, ASAM) around the parameters.
 
-None of these maxima is known in closed form. What is returned is the loss at the best point that was found, so every
-sharpness is a lower bound, and the point comes with it.
+None of these maxima has a closed form. Each function returns the loss at the best point that it found, and that point,
+so every sharpness is a lower bound.
 
-Under simulated precision, with `fpsim.round` inside the loss, two functions are at work: all *values* are those of the
-rounded model itself, while the *gradients* that lead the search are those of its straight-through surrogate. The
-result is a lower bound of the rounded model's own sharpness. Parameters are moved in their own dtype: keep them in
-float32, or a small step is lost in their spacing.
+Under simulated precision, with `fpsim.round` inside the loss, all *values* are those of the rounded model, while the
+*gradients* that guide the search are those of its straight-through surrogate. The result is a lower bound of the
+rounded model's sharpness. Parameters are moved in their own dtype. Keep them in float32: in a narrower dtype, a small
+step is lost in the spacing of its values.
 """
 
 from __future__ import annotations
@@ -18,40 +18,41 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, minimize
 from torch import Tensor
 
 from fpsim.curvature.vectors import Layout, layout
+from fpsim.sharpness.box import EPSILON, ITERATIONS, check_search, lbfgsb
 from fpsim.sharpness.steps import (
     Loss,
     PyTree,
+    accumulation_dtype,
+    direction_pieces,
     evaluate,
-    match,
     moved,
-    norm,
     normal_like,
+    total_norm,
     value_and_gradient,
-    wide,
 )
 
 Search = Literal["lbfgsb", "pga"]
 SEARCHES: tuple[str, ...] = ("lbfgsb", "pga")
 
+_AT_CORNER = "the slope points out of the box in every coordinate"
 _STATIONARY = "the gradient is zero at the best point seen: pass random_start=True, or another generator"
 
 
 @dataclass(frozen=True)
 class KeskarResult:
-    """What `keskar` found.
+    """The result of `keskar`.
 
     Attributes:
         sharpness: 100 * (maximum - loss) / (1 + loss), percent; a lower bound.
-        loss: at the parameters.
-        maximum: the largest loss that was seen in the box.
-        evaluations: of the loss with its gradient.
-        converged: the search ended because the slope points out of the box in every coordinate, or vanishes.
-        message: why it ended.
-        perturbation: what leads from the parameters to that maximum, a pytree like them.
+        loss: the loss at the parameters.
+        maximum: the largest loss that the search found in the box.
+        evaluations: the number of evaluations of the loss and its gradient.
+        converged: whether the search ended because the gradient points out of the box in every coordinate, or is zero.
+        message: why the search ended.
+        perturbation: the difference of that point from the parameters, a pytree like them.
     """
 
     sharpness: float
@@ -65,16 +66,17 @@ class KeskarResult:
 
 @dataclass(frozen=True)
 class SamResult:
-    """What `sam` found.
+    """The result of `sam`.
 
     Attributes:
         sharpness: perturbed_loss - loss, in units of the loss.
-        loss: at the parameters.
-        perturbed_loss: after the step.
-        predicted: the increase that the gradient predicts: rho times its norm (the scaled one if adaptive).
+        loss: the loss at the parameters.
+        perturbed_loss: the loss after the step.
+        predicted: the increase that the gradient predicts: rho times the gradient's norm (the scaled norm if
+            adaptive).
         gradient_norm: Euclidean norm of the gradient.
-        evaluations: of the loss, one of them with its gradient.
-        converged: a step was taken; not so where the gradient is zero or not finite.
+        evaluations: the number of evaluations of the loss; one of them computes the gradient.
+        converged: whether a step was taken; False if the gradient is zero or not finite.
         perturbation: the step, a pytree like the parameters.
     """
 
@@ -89,20 +91,21 @@ class SamResult:
 
 
 def sam(loss: Loss, params: PyTree, *, rho: float = 0.05, adaptive: bool = False, eta: float = 0.01) -> SamResult:
-    """How much the loss rises by one step of sharpness-aware minimisation: ``rho`` along the normalised gradient.
+    """The rise of the loss in one step of sharpness-aware minimisation: ``rho`` along the normalised gradient.
 
-    Under simulated precision the step is that of the straight-through surrogate, both losses are the rounded model's.
+    Under simulated precision, the step follows the straight-through surrogate's gradient, and both losses are the
+    rounded model's.
 
     Args:
         loss: from a pytree like ``params`` to a scalar tensor.
-        params: a pytree of tensors, usually ``dict(model.named_parameters())``; frozen ones stay where they are.
-        rho: radius of the ball, in units of the parameters; relative to them if adaptive (0.5 to 2 is usual there).
-        adaptive: ASAM: lengths are measured in units of T = |parameter| + eta, so that the result does not change
-            when one layer is scaled up and the next one down; the step is rho * T**2 g / ||T g||.
-        eta: keeps parameters near zero moving; ASAM's 0.01. Only used if adaptive.
+        params: a pytree of tensors, usually ``dict(model.named_parameters())``; frozen parameters do not move.
+        rho: the radius of the ball, in units of the parameters; relative to them if adaptive (usually 0.5 to 2).
+        adaptive: ASAM measures lengths in units of T = |parameter| + eta, so the result does not change when one layer
+            is scaled up and the next one down. The step is rho * T**2 g / ||T g||.
+        eta: lets parameters near zero move; ASAM uses 0.01. It is only used if adaptive.
 
     Raises:
-        ValueError: a rho that is not positive, a negative eta, a loss that is not a scalar, or that has no gradient.
+        ValueError: rho is not positive, eta is negative, or the loss is not a scalar or has no gradient.
 
     Source: arXiv 2010.01412 equation 2; ASAM: arXiv 2102.11600 section 3.
 
@@ -113,20 +116,20 @@ def sam(loss: Loss, params: PyTree, *, rho: float = 0.05, adaptive: bool = False
         raise ValueError(f"rho must be a positive number, got {rho}: SAM uses 0.05")
     if not 0 <= eta < math.inf:
         raise ValueError(f"eta must not be negative, got {eta}: ASAM uses 0.01")
-    place = layout(params)
-    value, gradient = value_and_gradient(loss, place, place.values)
-    gradient_norm = norm(gradient)
-    gradient = [part.to(wide(part.dtype)) for part in gradient]
+    arranged = layout(params)
+    value, gradient = value_and_gradient(loss, arranged, arranged.values)
+    gradient_norm = total_norm(gradient)
+    gradient = [part.to(accumulation_dtype(part.dtype)) for part in gradient]
     if adaptive:
-        scales = [tensor.abs().to(part.dtype) + eta for tensor, part in zip(place.values, gradient, strict=True)]
+        scales = [tensor.abs().to(part.dtype) + eta for tensor, part in zip(arranged.values, gradient, strict=True)]
         gradient = [part * scale for part, scale in zip(gradient, scales, strict=True)]
-        length = norm(gradient)
+        length = total_norm(gradient)
         gradient = [part * scale for part, scale in zip(gradient, scales, strict=True)]
     else:
         length = gradient_norm
     taken = 0 < length < math.inf
     step = [part * (rho / length) if taken else torch.zeros_like(part) for part in gradient]
-    perturbed = evaluate(loss, place, moved(place.values, step, 1.0))
+    perturbed = evaluate(loss, arranged, moved(arranged.values, step, 1.0))
     return SamResult(
         sharpness=perturbed - value,
         loss=value,
@@ -135,12 +138,12 @@ def sam(loss: Loss, params: PyTree, *, rho: float = 0.05, adaptive: bool = False
         gradient_norm=gradient_norm,
         evaluations=2,
         converged=taken,
-        perturbation=place.unflatten(place.join(step)),
+        perturbation=arranged.unflatten(arranged.join(step)),
     )
 
 
 def adaptive(loss: Loss, params: PyTree, *, rho: float = 0.5, eta: float = 0.01) -> SamResult:
-    """ASAM's sharpness: `sam` with ``adaptive=True``; under simulated precision, too, losses and steps are as there."""
+    """ASAM's sharpness: `sam` with ``adaptive=True``, under simulated precision as well."""
     return sam(loss, params, rho=rho, adaptive=True, eta=eta)
 
 
@@ -148,61 +151,58 @@ def keskar(
     loss: Loss,
     params: PyTree,
     *,
-    epsilon: float = 5e-4,
+    epsilon: float = EPSILON,
     method: Search = "lbfgsb",
     subspace: int | Sequence[PyTree] | None = None,
-    iterations: int = 10,
+    iterations: int = ITERATIONS,
     random_start: bool = False,
     generator: torch.Generator | None = None,
 ) -> KeskarResult:
     """Keskar's (epsilon, A)-sharpness: the largest loss in a box around the parameters, in percent of 1 + loss.
 
-    The box is |y[i]| <= epsilon * (|(pinv(A) x)[i]| + 1), and the loss is taken at x + A y. In the full space A is
-    the identity. Under simulated precision the values are the rounded model's own and the search is led by the
-    straight-through surrogate's gradients.
+    The box is |y[i]| <= epsilon * (|(pinv(A) x)[i]| + 1), and the loss is evaluated at x + A y. In the full space A is
+    the identity. Under simulated precision, the values are the rounded model's, and the gradients that guide the
+    search are the straight-through surrogate's.
 
     Args:
         loss: from a pytree like ``params`` to a scalar tensor greater than -1.
-        params: a pytree of tensors, usually ``dict(model.named_parameters())``; frozen ones stay where they are.
+        params: a pytree of tensors, usually ``dict(model.named_parameters())``; frozen parameters do not move.
         epsilon: half the width of the box, relative to |x| + 1. Keskar uses 1e-3 and 5e-4.
-        method: ``lbfgsb``, as Keskar, in float64 on the CPU; or ``pga``, projected gradient ascent by signs, where the
-            parameters are: cheaper, and in the full space usually as good.
-        subspace: None for the full space; a number of random directions (Keskar: 100), independent standard normal
-            numbers each (that many times the parameters are held in memory); or the columns of A themselves, each a
-            pytree like ``params`` or a flat vector.
-        iterations: of the search. L-BFGS-B may evaluate the loss several times in each, projected ascent does once.
-        random_start: begin at a random point of the box rather than at the parameters: needed at a stationary point.
-        generator: of random directions and starts.
+        method: ``lbfgsb``, as Keskar, in float64 on the CPU; or ``pga``, projected gradient ascent by signs on the
+            parameters' device. ``pga`` is cheaper, and in the full space usually as good.
+        subspace: None for the full space; or a number of random directions (Keskar: 100) with independent standard
+            normal entries, each of which takes as much memory as the parameters; or the columns of A, each a pytree
+            like ``params`` or a flat vector.
+        iterations: the iterations of the search. L-BFGS-B may evaluate the loss several times in each, projected
+            ascent once.
+        random_start: whether to start at a random point of the box instead of the parameters, as a stationary point
+            requires.
+        generator: the source of random directions and starts.
 
     Raises:
-        ValueError: an epsilon or a number of iterations or directions that is not positive, an unknown method, a loss
-            that is not a scalar greater than -1, or no generator where one is needed.
+        ValueError: epsilon or the number of iterations or directions is not positive, the method is unknown, the loss
+            is not a scalar greater than -1, or a generator is missing.
 
-    Source: arXiv 1609.04836, metric 2.1 (equations 3 and 4) and section 2.2.2. Keskar's text leaves open how the
-    columns of a random A are scaled.
+    Source: arXiv 1609.04836, metric 2.1 (equations 3 and 4) and section 2.2.2. Keskar's text does not say
+    how the columns of a random A are scaled.
 
     >>> result = keskar(lambda x: (3 * x).sum(), torch.tensor([0.0, 1.0]), epsilon=0.1, method="pga")
     >>> f"{result.sharpness:.3f}", result.converged
     ('22.500', True)
     """
-    if not 0 < epsilon < math.inf:
-        raise ValueError(f"epsilon must be a positive number, got {epsilon}: Keskar uses 5e-4 and 1e-3")
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}: Keskar takes 10")
-    if method not in SEARCHES:
-        raise ValueError(f"unknown method {method!r}: use one of {', '.join(SEARCHES)}")
-    place = layout(params)
-    space = _FullSpace(place) if subspace is None else _Subspace(place, _columns(place, subspace, generator))
+    check_search(epsilon, iterations, method, SEARCHES)
+    arranged = layout(params)
+    space = _FullSpace(arranged) if subspace is None else _Subspace(arranged, _columns(arranged, subspace, generator))
     bounds = [epsilon * (centre.abs() + 1) for centre in space.centre]
     start = [torch.zeros_like(bound) for bound in bounds]
-    search = _Climb(loss, place, space, start)
+    search = _Climb(loss, arranged, space, start)
     if random_start:
         start = [
             (2 * torch.special.ndtr(part) - 1) * b
             for part, b in zip(normal_like(start, generator), bounds, strict=True)
         ]
         search.at(start)
-    converged, message = (_ascend if method == "pga" else _lbfgsb)(search, bounds, iterations)
+    converged, message = (_ascend if method == "pga" else _lbfgsb_search)(search, bounds, iterations)
     return KeskarResult(
         sharpness=100 * (search.best - search.initial) / (1 + search.initial),
         loss=search.initial,
@@ -210,15 +210,15 @@ def keskar(
         evaluations=search.evaluations,
         converged=converged,
         message=message,
-        perturbation=place.unflatten(place.join(space.step(search.best_y))),
+        perturbation=arranged.unflatten(arranged.join(space.step(search.best_y))),
     )
 
 
 class _FullSpace:
     """Every parameter is a coordinate."""
 
-    def __init__(self, place: Layout) -> None:
-        self.centre = [tensor.to(wide(tensor.dtype)) for tensor in place.values]
+    def __init__(self, arranged: Layout) -> None:
+        self.centre = [tensor.to(accumulation_dtype(tensor.dtype)) for tensor in arranged.values]
 
     def step(self, y: Sequence[Tensor]) -> list[Tensor]:
         return list(y)
@@ -228,14 +228,14 @@ class _FullSpace:
 
 
 class _Subspace:
-    """One float64 vector of coordinates, of steps along given directions (the columns of A)."""
+    """A float64 vector of coordinates along given directions (the columns of A)."""
 
-    def __init__(self, place: Layout, columns: list[Tensor]) -> None:
-        self._shapes = [tensor.shape for tensor in place.values]
+    def __init__(self, arranged: Layout, columns: list[Tensor]) -> None:
+        self._shapes = [tensor.shape for tensor in arranged.values]
         self._columns = [column.flatten(1) for column in columns]
-        device = place.values[0].device
+        device = arranged.values[0].device
         gram = sum((c := column.double()).mm(c.T).to(device) for column in self._columns)
-        self.centre = [torch.linalg.pinv(gram, hermitian=True) @ self.pull(place.values)[0]]
+        self.centre = [torch.linalg.pinv(gram, hermitian=True) @ self.pull(arranged.values)[0]]
 
     def step(self, y: Sequence[Tensor]) -> list[Tensor]:
         return [
@@ -251,24 +251,29 @@ class _Subspace:
         return [torch.stack(parts).sum(0)]
 
 
-def _columns(place: Layout, subspace: int | Sequence[PyTree], generator: torch.Generator | None) -> list[Tensor]:
-    """The columns of A, for each leaf stacked along a new first dimension."""
+def _columns(arranged: Layout, subspace: int | Sequence[PyTree], generator: torch.Generator | None) -> list[Tensor]:
+    """The columns of A: for each leaf, its parts of all columns stacked along a new first dimension."""
     if isinstance(subspace, int):
         if subspace < 1:
             raise ValueError(f"subspace must be a number of directions, got {subspace}: Keskar takes 100")
-        stacks = normal_like(place.values, generator, count=subspace)
-        return [stack.to(wide(value.dtype)) for stack, value in zip(stacks, place.values, strict=True)]
-    directions = [match(place, direction, f"subspace[{index}]") for index, direction in enumerate(subspace)]
+        stacks = normal_like(arranged.values, generator, count=subspace)
+        return [stack.to(accumulation_dtype(value.dtype)) for stack, value in zip(stacks, arranged.values, strict=True)]
+    directions = [
+        direction_pieces(arranged, direction, f"subspace[{index}]") for index, direction in enumerate(subspace)
+    ]
     if not directions:
         raise ValueError("subspace holds no direction: give a number, or at least one direction")
-    return [torch.stack(parts).to(wide(value.dtype)) for value, *parts in zip(place.values, *directions, strict=True)]
+    return [
+        torch.stack(parts).to(accumulation_dtype(value.dtype))
+        for value, *parts in zip(arranged.values, *directions, strict=True)
+    ]
 
 
 class _Climb:
-    """The loss over the coordinates of the box, with the best point that was seen."""
+    """The loss as a function of the coordinates, and the best point of all evaluated ones."""
 
-    def __init__(self, loss: Loss, place: Layout, space: _FullSpace | _Subspace, origin: list[Tensor]) -> None:
-        self._loss, self._place, self._space = loss, place, space
+    def __init__(self, loss: Loss, arranged: Layout, space: _FullSpace | _Subspace, origin: list[Tensor]) -> None:
+        self._loss, self._arranged, self._space = loss, arranged, space
         self.evaluations = 0
         self.best = -math.inf
         self.initial, _ = self.at(origin)
@@ -278,9 +283,9 @@ class _Climb:
             )
 
     def at(self, y: list[Tensor]) -> tuple[float, list[Tensor]]:
-        """The loss and its slope along the coordinates."""
-        point = moved(self._place.values, self._space.step(y), 1.0)
-        value, gradient = value_and_gradient(self._loss, self._place, point)
+        """The loss and its gradient with respect to the coordinates."""
+        point = moved(self._arranged.values, self._space.step(y), 1.0)
+        value, gradient = value_and_gradient(self._loss, self._arranged, point)
         slope = self._space.pull(gradient)
         self.evaluations += 1
         if value > self.best:
@@ -292,13 +297,13 @@ class _Climb:
         return not any(bool(part.any()) for part in self.best_slope)
 
     def at_corner(self, bounds: Sequence[Tensor]) -> bool:
-        """Whether the best point's slope points out of the box in every coordinate."""
+        """Whether the gradient at the best point points out of the box in every coordinate."""
         further = _projected(self.best_y, self.best_slope, bounds, 2.0)
         return all(torch.equal(a, b) for a, b in zip(further, self.best_y, strict=True))
 
 
 def _projected(y: Sequence[Tensor], slope: Sequence[Tensor], bounds: Sequence[Tensor], step: float) -> list[Tensor]:
-    """The point that is ``step`` half-widths uphill in every coordinate, or on the bound before it."""
+    """The point ``step`` half-widths uphill in every coordinate, clamped to the box."""
     return [
         torch.clamp(point + step * bound * part.sign(), -bound, bound)
         for point, part, bound in zip(y, slope, bounds, strict=True)
@@ -306,9 +311,10 @@ def _projected(y: Sequence[Tensor], slope: Sequence[Tensor], bounds: Sequence[Te
 
 
 def _ascend(search: _Climb, bounds: list[Tensor], iterations: int) -> tuple[bool, str]:
-    """Steepest ascent in the box's own norm from the best point, to its corner at first, halved where that fails.
+    """Steepest ascent from the best point in the norm whose unit ball is the box.
 
-    Two half-widths lead from any point to the corner: for a convex loss every such step climbs, until it stays.
+    The first step leads to the corner, and a step that does not climb is halved. Two half-widths lead from any point
+    to the corner: for a convex loss every such step climbs until it ends at the same corner.
     """
     if search.stationary:
         return False, _STATIONARY
@@ -317,16 +323,16 @@ def _ascend(search: _Climb, bounds: list[Tensor], iterations: int) -> tuple[bool
         if not all(bool(part.isfinite().all()) for part in search.best_slope):
             return False, "the gradient is not finite"
         if search.at_corner(bounds):
-            return True, "the slope points out of the box in every coordinate"
+            return True, _AT_CORNER
         before = search.best
         search.at(_projected(search.best_y, search.best_slope, bounds, step))
         step = min(2 * step, 2.0) if search.best > before else step / 2
     if search.at_corner(bounds):
-        return True, "the slope points out of the box in every coordinate"
+        return True, _AT_CORNER
     return False, f"{iterations} iterations"
 
 
-def _lbfgsb(search: _Climb, bounds: list[Tensor], iterations: int) -> tuple[bool, str]:
+def _lbfgsb_search(search: _Climb, bounds: list[Tensor], iterations: int) -> tuple[bool, str]:
     """scipy's L-BFGS-B from the best point."""
     if search.stationary:
         return False, _STATIONARY
@@ -334,19 +340,14 @@ def _lbfgsb(search: _Climb, bounds: list[Tensor], iterations: int) -> tuple[bool
     def flat(tensors: Sequence[Tensor]) -> np.ndarray:
         return torch.cat([tensor.flatten().to("cpu", torch.float64) for tensor in tensors]).numpy()
 
-    def fall(vector: np.ndarray) -> tuple[float, np.ndarray]:
+    def negative_rise(vector: np.ndarray) -> tuple[float, np.ndarray]:
         parts = torch.from_numpy(vector.copy()).split([bound.numel() for bound in bounds])
         y = [part.view(bound.shape).to(bound) for part, bound in zip(parts, bounds, strict=True)]
-        # The tensors may be narrower than float64: back into the box that they span.
+        # The tensors may be narrower than float64, so their conversion may leave the box.
         value, slope = search.at([torch.clamp(part, -b, b) for part, b in zip(y, bounds, strict=True)])
         return -value, -flat(slope)
 
-    bound = flat(bounds)
-    # No tolerances: how far to search is for `iterations` to say.
-    options = {"maxiter": iterations, "ftol": 0.0, "gtol": 0.0}
-    found = minimize(
-        fall, flat(search.best_y), jac=True, method="L-BFGS-B", bounds=Bounds(-bound, bound), options=options
-    )
+    found = lbfgsb(negative_rise, flat(search.best_y), flat(bounds), iterations)
     if search.at_corner(bounds):
-        return True, "the slope points out of the box in every coordinate"
+        return True, _AT_CORNER
     return found.status == 0, str(found.message)

@@ -1,7 +1,6 @@
 """Loss-landscape slices: the loss along one or two directions in parameter space, as data and as pictures.
 
-Only values of the loss are used: under simulated precision a slice shows the rounded model's own loss, its steps
-included.
+A slice uses only values of the loss. Under simulated precision it shows the loss of the rounded model, with its steps.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from torch import Tensor
 
 from fpsim.curvature.results import new_axes
 from fpsim.curvature.vectors import Layout, layout
-from fpsim.sharpness.steps import Loss, PyTree, evaluate, match, moved, normal_like, wide
+from fpsim.sharpness.steps import Loss, PyTree, accumulation_dtype, direction_pieces, evaluate, moved, normal_like
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Normalize = Literal["filter", "layer", "none"]
 NORMALIZATIONS: tuple[str, ...] = ("filter", "layer", "none")
-#: Told how many of how many points are done.
+#: A function of (points done, points).
 Progress = Callable[[int, int], None]
 
 
@@ -33,7 +32,7 @@ class Slice1D:
     Attributes:
         x: float64, shape (points,).
         losses: float64, shape (points,).
-        direction: as it was used, normalised: a pytree like the parameters.
+        direction: the normalised direction, a pytree like the parameters.
     """
 
     x: Tensor
@@ -42,11 +41,11 @@ class Slice1D:
 
     @property
     def evaluations(self) -> int:
-        """How often the loss was computed."""
+        """The number of evaluations of the loss."""
         return self.losses.numel()
 
     def plot(self, axes: Axes | None = None, **style: Any) -> Axes:
-        """Draw the loss over x on matplotlib's ``axes`` (default: new ones), and return them.
+        """Draw the loss over x on matplotlib's ``axes`` (default: new axes), and return the axes.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
@@ -64,7 +63,7 @@ class Slice2D:
     Attributes:
         x, y: float64, shapes (columns,) and (rows,).
         losses: float64, shape (rows, columns): ``losses[i, j]`` is the loss at ``x[j]``, ``y[i]``.
-        directions: as they were used, normalised: two pytrees like the parameters.
+        directions: the two normalised directions, pytrees like the parameters.
     """
 
     x: Tensor
@@ -74,11 +73,11 @@ class Slice2D:
 
     @property
     def evaluations(self) -> int:
-        """How often the loss was computed."""
+        """The number of evaluations of the loss."""
         return self.losses.numel()
 
     def plot(self, axes: Axes | None = None, *, levels: int = 20, **style: Any) -> Axes:
-        """Draw contours of the loss on matplotlib's ``axes`` (default: new ones), and return them.
+        """Draw contours of the loss on matplotlib's ``axes`` (default: new axes), and return the axes.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
@@ -100,35 +99,35 @@ def slice_1d(
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
 ) -> Slice1D:
-    """The loss along a line through ``params``; under simulated precision the rounded model's own.
+    """The loss along a line through ``params``; under simulated precision, the loss of the rounded model.
 
     Args:
         loss: from a pytree like ``params`` to a scalar tensor.
-        params: a pytree of tensors, usually ``dict(model.named_parameters())``; frozen ones stay where they are.
+        params: a pytree of tensors, usually ``dict(model.named_parameters())``; frozen parameters do not move.
         direction: a pytree like ``params`` or a flat vector (an eigenvector, or the difference of two models); None
-            is a random one, of independent standard normal numbers.
-        x: steps along it; None is 41 of them from -1 to 1.
-        normalize: ``filter``: each filter of the direction (each index of a tensor's first dimension) is given the
-            norm of the parameters' filter, and tensors of less than two dimensions, biases and gains, stay where
-            they are; ``layer``: the same with whole tensors, of any dimension; ``none``: as it is. The default is
+            is a random direction with independent standard normal entries.
+        x: the steps along the direction; None is 41 steps from -1 to 1.
+        normalize: ``filter`` gives each filter of the direction (each index of a tensor's first dimension) the norm of
+            the parameters' filter; tensors of less than two dimensions (biases and gains) do not move. ``layer`` does
+            the same with whole tensors of any dimension. ``none`` leaves the direction unchanged. The default is
             ``filter`` for random directions and ``none`` for given ones.
-        generator: of random directions.
-        progress: called with (points done, points) after each.
+        generator: the source of random directions.
+        progress: called with (points done, points) after each point.
 
     Raises:
-        ValueError: an unknown normalisation, a direction that does not fit, x that is not one row of numbers, or a
-            random direction without a generator.
+        ValueError: the normalisation is unknown, the direction does not fit, x is not one row of numbers, or a random
+            direction has no generator.
 
     Source: arXiv 1712.09913, section 4.
 
     >>> slice_1d(lambda p: (p**2).sum(), torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]), x=[-1, 0, 1]).losses
     tensor([1., 1., 5.], dtype=torch.float64)
     """
-    place = layout(params)
-    along = _direction(place, direction, "direction", normalize, generator)
+    arranged = layout(params)
+    along = _direction(arranged, direction, "direction", normalize, generator)
     steps = _steps(x, "x", 41)
-    losses = _losses(loss, place, [along], steps.unsqueeze(1), progress)
-    return Slice1D(steps, losses, place.unflatten(place.join(along)))
+    losses = _losses(loss, arranged, [along], steps.unsqueeze(1), progress)
+    return Slice1D(steps, losses, arranged.unflatten(arranged.join(along)))
 
 
 def slice_2d(
@@ -142,11 +141,11 @@ def slice_2d(
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
 ) -> Slice2D:
-    """The loss on a plane through ``params``; under simulated precision the rounded model's own.
+    """The loss on a plane through ``params``; under simulated precision, the loss of the rounded model.
 
     Args:
-        directions: two of them, each as in `slice_1d`; None is two random ones.
-        x, y: steps along the first and the second; None is 21 from -1 to 1.
+        directions: two directions, each as in `slice_1d`; None is two random directions.
+        x, y: the steps along the first and the second direction; None is 21 steps from -1 to 1.
 
     The other arguments and the errors are those of `slice_1d`.
 
@@ -155,17 +154,17 @@ def slice_2d(
     tensor([[ 0.,  1.],
             [10., 11.]], dtype=torch.float64)
     """
-    place = layout(params)
+    arranged = layout(params)
     if directions is not None and len(directions) != 2:
         raise ValueError(f"directions must be two, got {len(directions)}")
     first, second = [
-        _direction(place, given, f"directions[{index}]", normalize, generator)
+        _direction(arranged, given, f"directions[{index}]", normalize, generator)
         for index, given in enumerate(directions or (None, None))
     ]
     columns, rows = _steps(x, "x", 21), _steps(y, "y", 21)
     grid = torch.cartesian_prod(rows, columns).flip(-1)
-    losses = _losses(loss, place, [first, second], grid, progress)
-    trees = tuple(place.unflatten(place.join(along)) for along in (first, second))
+    losses = _losses(loss, arranged, [first, second], grid, progress)
+    trees = tuple(arranged.unflatten(arranged.join(along)) for along in (first, second))
     return Slice2D(columns, rows, losses.view(len(rows), len(columns)), (trees[0], trees[1]))
 
 
@@ -179,24 +178,24 @@ def _steps(given: Tensor | Sequence[float] | None, name: str, points: int) -> Te
 
 
 def _direction(
-    place: Layout, given: PyTree | None, name: str, normalize: str | None, generator: torch.Generator | None
+    arranged: Layout, given: PyTree | None, name: str, normalize: str | None, generator: torch.Generator | None
 ) -> list[Tensor]:
     if normalize is None:
         normalize = "filter" if given is None else "none"
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"unknown normalization {normalize!r}: use one of {', '.join(NORMALIZATIONS)}")
-    pieces = normal_like(place.values, generator) if given is None else match(place, given, name)
+    pieces = normal_like(arranged.values, generator) if given is None else direction_pieces(arranged, given, name)
     if normalize == "none":
         return pieces
-    return [_normalized(piece, value, normalize) for piece, value in zip(pieces, place.values, strict=True)]
+    return [_normalized(piece, value, normalize) for piece, value in zip(pieces, arranged.values, strict=True)]
 
 
 def _normalized(piece: Tensor, value: Tensor, normalize: str) -> Tensor:
-    """``piece`` with the norms of ``value``, filter by filter or in whole; zero where it is zero."""
+    """``piece`` with the norm of each filter of ``value``, or with its total norm; a zero norm stays zero."""
     if normalize == "filter" and value.dim() < 2:
         return torch.zeros_like(piece)
     dims = tuple(range(1 if normalize == "filter" else 0, value.dim()))
-    piece, value = piece.to(wide(piece.dtype)), value.to(wide(value.dtype))
+    piece, value = piece.to(accumulation_dtype(piece.dtype)), value.to(accumulation_dtype(value.dtype))
     length, wanted = (_norms(tensor, dims) for tensor in (piece, value))
     return piece * torch.where(length > 0, wanted / length, 0.0)
 
@@ -206,19 +205,20 @@ def _norms(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _losses(
-    loss: Loss, place: Layout, directions: list[list[Tensor]], steps: Tensor, progress: Progress | None
+    loss: Loss, arranged: Layout, directions: list[list[Tensor]], steps: Tensor, progress: Progress | None
 ) -> Tensor:
     """The losses at the rows of ``steps``, float64 of shape (points,)."""
     losses = []
     for row in steps.tolist():
-        # Summed before they are added, so that a narrow parameter is rounded once.
+        # The steps are summed first, so that a narrow parameter is rounded once.
         along = [
             sum(
-                (step * part.to(wide(part.dtype)) for step, part in zip(row, parts, strict=True)), start=torch.zeros(())
+                (step * part.to(accumulation_dtype(part.dtype)) for step, part in zip(row, parts, strict=True)),
+                start=torch.zeros(()),
             )
             for parts in zip(*directions, strict=True)
         ]
-        losses.append(evaluate(loss, place, moved(place.values, along, 1.0)))
+        losses.append(evaluate(loss, arranged, moved(arranged.values, along, 1.0)))
         if progress is not None:
             progress(len(losses), len(steps))
     return torch.tensor(losses, dtype=torch.float64)

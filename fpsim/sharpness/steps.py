@@ -1,7 +1,7 @@
-"""Steps in parameter space: the loss at a point beside the parameters, its gradient there, and directions to go.
+"""Steps in parameter space: points near the parameters, the loss and its gradient there, and directions.
 
-A point is the tuple of a `fpsim.curvature.Layout`'s pieces. Everything is pure: no tensor that is handed in changes,
-and ``.grad`` is left alone.
+A point is a tuple of tensors like the pieces of a `fpsim.curvature.Layout`. No function here changes its arguments or
+``.grad``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fpsim.curvature.losses import scalar_loss
 from fpsim.curvature.vectors import Layout
 
 #: Any nesting of dicts, lists and tuples with tensors at its leaves.
@@ -23,38 +24,35 @@ Loss = Callable[[PyTree], Tensor]
 
 
 def evaluate(loss: Loss, layout: Layout, point: Sequence[Tensor]) -> float:
-    """The loss at ``point``, without a graph."""
+    """The loss at ``point``, computed without a graph."""
     with torch.no_grad():
-        return _scalar(loss(layout.substitute(point))).item()
+        return scalar_loss(loss(layout.substitute(point))).item()
 
 
 def value_and_gradient(loss: Loss, layout: Layout, point: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-    """The loss at ``point`` and its gradient; zeros for tensors that the loss does not use."""
+    """The loss at ``point`` and its gradient, which is zero for tensors that the loss does not use.
+
+    Raises:
+        ValueError: the loss is not a scalar, or has no gradient.
+        TypeError: the loss is not a tensor.
+    """
     variables = [piece.detach().requires_grad_() for piece in point]
     with torch.enable_grad():
-        value = _scalar(loss(layout.substitute(variables)))
+        value = scalar_loss(loss(layout.substitute(variables)))
         if not value.requires_grad:
             raise ValueError(
-                "the loss has no gradient: compute it from the params that it is given "
-                "(fpsim.curvature.functional_loss does for a module), and not under torch.no_grad()"
+                "the loss has no gradient: compute it from the params that it gets "
+                "(as fpsim.curvature.functional_loss does for a module), and not under torch.no_grad()"
             )
         gradient = torch.autograd.grad(value, variables, allow_unused=True, materialize_grads=True)
     return value.item(), list(gradient)
 
 
-def _scalar(value: object) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"loss must return a scalar tensor, got {type(value).__name__}: return torch's result itself")
-    if value.numel() != 1:
-        raise ValueError(f"loss must return a scalar tensor, got shape {tuple(value.shape)}: take .mean() or .sum()")
-    return value
-
-
-def match(layout: Layout, direction: PyTree, name: str) -> list[Tensor]:
+def direction_pieces(layout: Layout, direction: PyTree, name: str) -> list[Tensor]:
     """The pieces of ``direction``: a pytree like the parameters, or one flat vector of ``layout.size`` numbers.
 
     Raises:
-        ValueError: another structure or shape; the message calls the direction ``name``.
+        ValueError: the structure or a shape is another one; the message calls the direction ``name``.
     """
     if isinstance(direction, Tensor) and direction.shape == (layout.size,):
         parts = direction.detach().split([value.numel() for value in layout.values])
@@ -72,20 +70,20 @@ def match(layout: Layout, direction: PyTree, name: str) -> list[Tensor]:
 
 
 def moved(point: Sequence[Tensor], direction: Sequence[Tensor], step: float) -> list[Tensor]:
-    """``point + step * direction``, in the dtypes of ``point``; half precision is added in float32 and rounded once."""
+    """``point + step * direction`` in the dtypes of ``point``; half-precision sums are float32 and rounded once."""
     return [
         torch.add(piece.to(dtype), part.to(dtype), alpha=step).to(piece.dtype)
         for piece, part in zip(point, direction, strict=True)
-        for dtype in [wide(piece.dtype)]
+        for dtype in [accumulation_dtype(piece.dtype)]
     ]
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in: float64 for itself, float32 for everything narrower."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def norm(pieces: Sequence[Tensor]) -> float:
+def total_norm(pieces: Sequence[Tensor]) -> float:
     """The Euclidean norm of all ``pieces`` together, summed in float64."""
     return math.hypot(*[torch.linalg.vector_norm(piece, dtype=torch.float64).item() for piece in pieces])
 
@@ -93,9 +91,9 @@ def norm(pieces: Sequence[Tensor]) -> float:
 def normal_like(
     pieces: Sequence[Tensor], generator: torch.Generator | None, *, count: int | None = None
 ) -> list[Tensor]:
-    """Standard normal float32 numbers in the shapes of ``pieces``, with ``count`` of each stacked if that is given.
+    """Standard normal float32 tensors in the shapes of ``pieces``; a ``count`` is a new first dimension.
 
-    They are drawn on the generator's device, so that a seed means the same wherever the parameters are.
+    They are drawn on the generator's device, so a seed gives the same numbers on every device of the parameters.
 
     Raises:
         ValueError: there is no generator.

@@ -1,7 +1,7 @@
 """Logit sharpness of a model over batches of tokens, in constant memory.
 
-One batch's logits live at a time, and beside them the workspace of `fpsim.sharpness.logits`. Nothing is upcast or
-shifted in whole: a Hugging Face model is called without labels, and rows of its logits are picked by index.
+Memory holds the logits of one batch at a time, and the workspace of `fpsim.sharpness.logits`. Logits are not upcast or
+shifted as a whole: a Hugging Face model is called without labels, and rows of its logits are selected by index.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from fpsim.sharpness.logits import (
     cross_entropy_gradient,
     logit_metrics,
 )
-from fpsim.sharpness.steps import norm, wide
+from fpsim.sharpness.steps import accumulation_dtype, total_norm
 
 _NOTHING_COUNTS = "no token counts: check the labels, the mask, and that sequences hold two tokens or more"
 
-#: A model: called with tokens, or with the entries of a mapping as keywords.
+#: A function of tokens, or of the entries of a mapping as keyword arguments.
 Model = Callable[..., Any]
-#: Tokens; a mapping such as a Hugging Face tokenizer's; or a pair of inputs and targets.
+#: Tokens; a mapping such as the output of a Hugging Face tokenizer; or a pair of inputs and targets.
 Batch = Tensor | Mapping[str, Any] | tuple[Any, Tensor]
 
 
 @dataclass(frozen=True)
 class LogitSummary:
-    """`LogitMetrics` of many tokens in a few numbers.
+    """Means and maxima of `LogitMetrics` over many tokens.
 
     Attributes:
-        tokens: how many counted.
+        tokens: the number of tokens that count and have a finite loss.
         sharpness: mean over tokens, in percent of 1 + loss.
-        stderr: standard error of that mean, as if tokens were independent; NaN for fewer than two.
-        max_sharpness: the largest.
+        stderr: standard error of that mean, as if tokens were independent; NaN for fewer than two tokens.
+        max_sharpness: the largest sharpness of a token.
         loss: mean cross-entropy, nats.
-        max_abs_logit: the largest |z| of all.
+        max_abs_logit: the largest |z| of all tokens.
         mean_logit: mean over tokens of the mean over the vocabulary.
         gradient_norm: mean over tokens of the norm of the gradient with respect to the logits.
-        nonfinite: tokens left out of all of these, because their loss was not finite.
+        nonfinite: the number of tokens that all other fields leave out because their loss is not finite.
     """
 
     tokens: int
@@ -73,27 +73,27 @@ def logit_stream(
     ignore_index: int = IGNORED,
     iterations: int = ITERATIONS,
 ) -> Iterator[LogitMetrics]:
-    """The `logit_metrics` of a language model, batch by batch as they are asked for.
+    """The `logit_metrics` of a language model, computed batch by batch on request.
 
-    It measures the logits that the model computes. If its products are rounded (``torch.compile(model,
-    backend="fpsim", ...)``, or `fpsim.round` inside), these are the rounded model's own; no derivative is involved.
+    It measures the logits that the model computes. If the model rounds (``torch.compile(model, backend="fpsim",
+    ...)``, or `fpsim.round` inside), they are the logits of the rounded model; no derivative is involved.
 
     Args:
-        model: maps a batch to logits of shape (..., tokens, vocabulary), or to an object with ``.logits``, a mapping
-            with ``"logits"``, or a tuple that begins with them. In evaluation mode.
-        batches: each a tensor of tokens, shape (..., tokens), where every token's target is the next one and the last
-            has none; or a mapping of the model's keywords with ``input_ids``, where ``labels`` (not handed to the
-            model) or else ``input_ids`` are shifted to targets in the same way, and padding, where
-            ``attention_mask`` is zero, is no target; or a pair of inputs and targets, where nothing is shifted. They
-            lie on the model's device.
+        model: a model in evaluation mode. It maps a batch to logits of shape (..., tokens, vocabulary), or to an object
+            with ``.logits``, a mapping with ``"logits"``, or a tuple that begins with the logits.
+        batches: on the model's device, each in one of three forms. A tensor of tokens, shape (..., tokens): the target
+            of each token is the next token, and the last token has none. A mapping of the model's keyword arguments
+            with ``input_ids``: its ``labels`` (which the model does not get), or else ``input_ids``, are shifted to
+            targets in the same way, and padding (a zero of ``attention_mask``) is no target. A pair of inputs and
+            targets: nothing is shifted.
         epsilon, method, tokens, ignore_index, iterations: as for `fpsim.sharpness.logit`.
 
     Yields:
         One `LogitMetrics` per batch, in the shape of its targets, for ``last`` without the last dimension.
 
     Raises:
-        ValueError: the model is in training mode, or what `logit` raises.
-        TypeError: a batch or an output of another kind.
+        ValueError: the model is in training mode, or `logit` raises it.
+        TypeError: a batch or an output has another form, or `logit` raises it.
 
     Source: arXiv 2405.18710 section 3.
     """
@@ -110,7 +110,7 @@ def logit_stream(
 
 
 def summarize(metrics: Iterable[LogitMetrics]) -> LogitSummary:
-    """The `LogitSummary` of all tokens that count, taken up batch by batch in float64.
+    """The `LogitSummary` of all tokens that count, accumulated batch by batch in float64.
 
     Raises:
         ValueError: no token counts.
@@ -122,16 +122,16 @@ def summarize(metrics: Iterable[LogitMetrics]) -> LogitSummary:
 
 
 def summarize_over_ranks(metrics: Iterable[LogitMetrics], *, group: dist.ProcessGroup | None = None) -> LogitSummary:
-    """`summarize` of the tokens of all processes, each of which gives its own ``metrics``.
+    """`summarize` for the tokens of all processes, each of which passes its own ``metrics``.
 
-    Every token counts the same, on whichever rank it lies; ranks may have different numbers of tokens and batches, or
-    none. A few numbers are exchanged once, at the end, and put together in the order of the ranks: all ranks get the
-    same bits. Models under `DistributedDataParallel` and FSDP2 are measured as they are (under FSDP all ranks must run
-    equally many batches, as they gather parameters together).
+    Every token has the same weight on every rank. Ranks may have different numbers of tokens and batches, or none. The
+    ranks exchange a few numbers once, at the end, and merge them in the order of the ranks, so all ranks get the same
+    bits. Models under `DistributedDataParallel` and FSDP2 need no change. Under FSDP all ranks must run the same number
+    of batches, because they gather parameters together.
 
     Args:
         metrics: of this rank's batches, from `logit_stream`.
-        group: of processes; None is the default group.
+        group: the process group; None is the default group.
 
     Raises:
         RuntimeError: torch.distributed is not initialised.
@@ -151,7 +151,7 @@ def summarize_over_ranks(metrics: Iterable[LogitMetrics], *, group: dist.Process
 
 
 class Accumulator:
-    """`summarize` for whoever holds the batches: a few numbers, however many tokens are added."""
+    """The sums behind `summarize`: a few numbers for any number of tokens."""
 
     def __init__(self) -> None:
         self._tokens = self._nonfinite = 0
@@ -160,7 +160,7 @@ class Accumulator:
         self._max_sharpness = self._max_abs_logit = -math.inf
 
     def add(self, batch: LogitMetrics) -> None:
-        """Take up the tokens of ``batch`` that count."""
+        """Add the tokens of ``batch`` that count."""
         finite = batch.counted & batch.sharpness.isfinite()
         self._nonfinite += int((batch.counted & ~finite).sum())
         columns = (batch.sharpness, batch.loss, batch.mean_logit, batch.gradient_norm)
@@ -174,7 +174,7 @@ class Accumulator:
         self._max_abs_logit = max(self._max_abs_logit, float(batch.max_abs_logit[finite].max()))
 
     def merge(self, other: Accumulator) -> None:
-        """Take up all that was added to ``other``."""
+        """Add all tokens of ``other``."""
         self._nonfinite += other._nonfinite
         if other._tokens:
             self._join(other._tokens, other._mean, other._deviation)
@@ -182,14 +182,14 @@ class Accumulator:
         self._max_abs_logit = max(self._max_abs_logit, other._max_abs_logit)
 
     def _join(self, count: int, mean: Tensor, deviation: float) -> None:
-        """Chan, Golub and LeVeque's update of a mean and a sum of squared deviations by those of more tokens."""
+        """Update mean and sum of squared deviations with those of more tokens (Chan, Golub and LeVeque)."""
         before, self._tokens = self._tokens, self._tokens + count
         shift = mean - self._mean
         self._mean += shift * (count / self._tokens)
         self._deviation += deviation + float(shift[0]) ** 2 * count * before / self._tokens
 
     def result(self) -> LogitSummary:
-        """What has been added so far.
+        """The summary of all tokens added so far.
 
         Raises:
             ValueError: no token counts.
@@ -220,23 +220,23 @@ def gradient_norm(
 ) -> float:
     """The Euclidean norm of the gradient of the mean cross-entropy with respect to the model's parameters.
 
-    The baseline that a sharpness must beat as an early sign of divergence. Memory: twice the logits of one batch
-    (the loss's gradient is made of them chunk by chunk), and the parameters twice. Where the model rounds, it is the
-    gradient of the straight-through surrogate, with gradients rounded if the model does that.
+    It is the baseline for sharpness as an early sign of divergence. It takes memory for twice the logits of one batch
+    (the gradient with respect to them is computed chunk by chunk), and for twice the parameters. If the model rounds,
+    it is the gradient of the straight-through surrogate, with rounded gradients if the model rounds them.
 
-    Args and errors are those of `logit_stream`; parameters that do not require gradients are left out. Under
+    Arguments and errors are those of `logit_stream`. Parameters that do not require gradients are left out. Under
     `DistributedDataParallel` it is the gradient of this rank's batches.
 
     Raises:
-        ValueError: also where no parameter requires a gradient, or parameters are sharded (FSDP), which get none here.
+        ValueError: also if no parameter requires a gradient, or parameters are sharded (FSDP) and so get no gradient.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module  # whose gradients nobody averages: the wrapper would wait for a backward pass of its own
+        model = model.module  # without the wrapper, which would wait for a backward pass to average gradients
     refuse_sharded(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("no parameter requires a gradient: call model.requires_grad_()")
-    sums = [torch.zeros_like(parameter, dtype=wide(parameter.dtype)) for parameter in parameters]
+    sums = [torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype)) for parameter in parameters]
     count = 0
     for logits, targets in predictions(model, batches, ignore_index=ignore_index, gradients=True):
         cotangent = torch.zeros_like(logits)
@@ -250,13 +250,13 @@ def gradient_norm(
                 total += part
     if not count:
         raise ValueError(_NOTHING_COUNTS)
-    return norm(sums) / count
+    return total_norm(sums) / count
 
 
 def predictions(
     model: Model, batches: Iterable[Batch], *, ignore_index: int = IGNORED, gradients: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The logits of every batch with the targets that they predict; batches and errors as for `logit_stream`."""
+    """The logits of every batch and their targets; batches and errors are those of `logit_stream`."""
     if getattr(model, "training", False):
         raise ValueError("the model is in training mode, where dropout makes it random: call model.eval()")
     for batch in batches:
@@ -267,7 +267,7 @@ def predictions(
 
 
 def _arguments(batch: Batch, ignore_index: int) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
-    """What to call the model with, and the targets of its logits."""
+    """Positional and keyword arguments for the model, and the targets of its logits."""
     if isinstance(batch, Tensor):
         return (batch,), {}, _next_tokens(batch, ignore_index)
     if isinstance(batch, tuple | list) and len(batch) == 2:
@@ -287,15 +287,15 @@ def _arguments(batch: Batch, ignore_index: int) -> tuple[tuple[Any, ...], dict[s
 
 
 def _next_tokens(tokens: Tensor, ignore_index: int) -> Tensor:
-    """Shifts the tokens, not the logits: a slice of those would cost a padded copy in the backward pass."""
+    """The targets: the tokens are shifted, because a slice of the logits costs a padded copy in the backward pass."""
     return torch.nn.functional.pad(tokens[..., 1:].to(torch.int64), (0, 1), value=ignore_index)
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returned: themselves, ``.logits``, the entry ``"logits"``, or the first of a tuple.
+    """The logits in a model's output: the output itself, ``.logits``, its entry ``"logits"``, or its first element.
 
     Raises:
-        TypeError: none of these.
+        TypeError: the output has none of these forms.
     """
     found = output
     if hasattr(output, "logits"):

@@ -1,26 +1,26 @@
-"""What curvature costs, in gradients of the same loss, and how far off it is, beside its peers.
+"""The cost of curvature, in gradients of the same loss, and its errors, compared with other libraries.
 
     python -m tests.benchmarks.curvature [--small] [--only PART ...] [--compile] [--seeds N]
 
-One thread, float32, processor time; a gradient is one `torch.autograd.grad`, timed anew beside everything. Peers that
-are not installed (``pip install pyhessian hessian-eigenthings curvlinops-for-pytorch``) are left out. Peak memory is
-that of the process above its start. Every part prints its rows as they are measured.
+One thread, float32, processor time. A gradient is one `torch.autograd.grad`, timed again next to each measurement.
+Libraries that are not installed (``pip install pyhessian hessian-eigenthings curvlinops-for-pytorch``) are left out.
+Peak memory is the increase over the start of the measurement. Every part prints each row when it is measured.
 
-The model is that of the notes (``notes/curvature.md``): a GPT of 875,264 parameters after 300 steps on a Markov chain.
-Their chain, initialisation and optimiser are not written down: here they are such that the loss and the ends of the
-spectrum come near theirs (loss 1.18 and theirs 1.17; largest eigenvalues 9.92 and 9.33, theirs 11.37 and 10.91). What
-is too large to be known exactly is compared with longer runs: Lanczos with a residual of 1e-5, Hutch++ with 300
-products, 8 probes of 60 steps. ``--small`` takes 4,944 parameters, whose Hessian's eigenvalues are all computed, in
-float64: there errors are true.
+The model is a GPT of 875,264 parameters after 300 steps on a Markov chain, like that of earlier measurements. Their
+chain, initialisation and optimiser are not recorded; here they are chosen so that the loss and the ends of the spectrum
+are close to the earlier ones (loss 1.18, earlier 1.17; largest eigenvalues 9.92 and 9.33, earlier 11.37 and 10.91). Its
+exact spectrum is too expensive, so the references are longer runs: Lanczos with a residual of 1e-5, Hutch++ with 300
+products, 8 probes of 60 steps. The model of ``--small`` has 4,944 parameters; all eigenvalues of its Hessian are
+computed in float64, so its errors are exact.
 
-Measured on 22 November 2026 on 2 cores of an AMD EPYC that others used too, torch 2.13.0; PyHessian 0.1,
-hessian-eigenthings 1.0.0a5, curvlinops 3.0.1. Errors are relative root mean squares over seeds.
+Measured on 22 November 2026 on 2 shared cores of an AMD EPYC, torch 2.13.0; PyHessian 0.1, hessian-eigenthings 1.0.0a5,
+curvlinops 3.0.1. Errors are relative root mean squares over seeds.
 
-``--only products --compile --repeats 21``: gradients per product, median and quartiles of the ratio to the gradient
-beside it: reverse, kept 2.15 (2.14 to 2.17); double_backward, kept 2.14; reverse, rebuilt 3.22; forward 3.99;
-finite_difference 2.13; forward, compiled 2.50 (2.45 to 2.57), the first one 139. Matrix products are 72 % of the
-compiled one (by torch's profiler), 8 for 3 in a gradient: only keeping what does not depend on the vector would save
-some of them, which is what the kept graphs do.
+``--only products --compile --repeats 21``: gradients per product, as median and quartiles of the ratio to the gradient
+of the same round: reverse, kept 2.15 (2.14 to 2.17); double_backward, kept 2.14; reverse, rebuilt 3.22; forward 3.99;
+finite_difference 2.13; forward, compiled 2.50 (2.45 to 2.57), the first one 139. Matrix products
+take 72 % of the compiled product (by torch's profiler), and there are 8 of them for 3 in a gradient. Only a graph that
+keeps the values that do not depend on the vector saves some of them, as the kept graphs do.
 
 ``--only eigenvalue`` (3 seeds), ``--only trace`` and ``--only density`` (1 seed); in brackets ``--small`` (10 seeds):
 
@@ -76,7 +76,7 @@ from fpsim import curvature
 
 @dataclass(frozen=True)
 class Size:
-    """Of the transformer and its data; heads are 32 wide in the notes, 6 in the small one."""
+    """The sizes of the transformer and its data; a head has width 32 in `LARGE` and 6 in `SMALL`."""
 
     vocabulary: int = 256
     length: int = 128
@@ -86,14 +86,14 @@ class Size:
     heads: int = 4
 
 
-#: Of the chain's odds, by which the trained loss is that of the notes.
+#: The temperature of the chain's probabilities; it determines the loss after training.
 TEMPERATURE = 1.5
 
-NOTES, SMALL = Size(), Size(vocabulary=32, length=32, width=12, layers=2, heads=2)
+LARGE, SMALL = Size(), Size(vocabulary=32, length=32, width=12, layers=2, heads=2)
 
 
 class Block(nn.Module):
-    """Attention written out, so that every peer can differentiate it twice, and a feed-forward layer."""
+    """Explicit attention, which every library can differentiate twice, and a feed-forward layer."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """From tokens (batch, length) to logits (batch * length, vocabulary); initialised as GPT-2."""
+    """A function from tokens (batch, length) to logits (batch * length, vocabulary); initialised as GPT-2."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -132,7 +132,8 @@ class Transformer(nn.Module):
 
 
 def transitions(words: int) -> Tensor:
-    """Of a Markov chain: each word has four successors, some much likelier than others. Shape (words, words)."""
+    """The transition matrix of a Markov chain, shape (words, words): each word has four successors of unequal
+    probability."""
     generator = torch.Generator().manual_seed(7)
     odds = torch.zeros(words, words)
     for row in odds:
@@ -170,7 +171,7 @@ def measure(work: Callable[[], Any]) -> tuple[float, float, Any]:
     """Processor seconds, peak MiB above the start, and the result."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free already must not hide what is needed
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that is already free must not hide what the work needs
         Path("/proc/self/clear_refs").write_text("5")
     before = _memory("VmRSS")
     start = time.process_time()
@@ -199,7 +200,7 @@ def median_seconds(work: Callable[[], Any], repeats: int = 5) -> float:
 
 
 class Printed:
-    """A table whose rows are shown as they are measured."""
+    """A table that prints each row when it is measured."""
 
     def __init__(self, title: str, *columns: str) -> None:
         print(f"\n{title}", flush=True)
@@ -234,10 +235,10 @@ def compare_products(loss: Callable[..., Tensor], params: dict[str, Tensor], com
         for name, work in works.items():
             times[name].append(median_seconds(work, 1))
     exact = first["double_backward, kept"][2]
-    title = f"One Hessian-vector product; medians of {repeats}, and quartiles of the ratio to the gradient beside it"
+    title = f"One Hessian-vector product; medians of {repeats}; quartiles of the ratio to the round's gradient"
     table = Printed(title, "kind", "ms", "gradients", "quartiles", "the first", "peak MiB", "rel. error")
     for name, values in times.items():
-        ratios = [value / beside for value, beside in zip(values, times["gradient"], strict=True)]
+        ratios = [value / gradient for value, gradient in zip(values, times["gradient"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         error = "" if name == "gradient" else f"{float((first[name][2] - exact).norm() / exact.norm()):.1e}"
         start = first[name][0] / statistics.median(times["gradient"])
@@ -247,7 +248,7 @@ def compare_products(loss: Callable[..., Tensor], params: dict[str, Tensor], com
 
 # -- quantities ----------------------------------------------------------------------------------------------------
 
-#: From a seed to an answer (a number, or nodes and weights of a density), and the products that it took if known.
+#: From a seed to a result (a number, or nodes and weights of a density) and its number of products, None if unknown.
 Case = Callable[[int], tuple[Any, int | None]]
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[..., Tensor]
@@ -269,7 +270,7 @@ def with_pyhessian(model: nn.Module, batch: Batch, work: Callable[[Any], tuple[A
         try:
             return work(hessian(model, functional.cross_entropy, data=batch, cuda=False))
         finally:
-            model.zero_grad(set_to_none=True)  # or the next one's Hessian is twice as large
+            model.zero_grad(set_to_none=True)  # otherwise gradients add up, and the next Hessian is twice as large
 
     return case
 
@@ -288,7 +289,7 @@ def curvlinops_operator(model: nn.Module, batch: Batch, seed: int) -> Any:
 
 
 def eigenvalue_cases(loss: Loss, model: nn.Module, batch: Batch) -> dict[str, Case]:
-    """Name -> the top eigenvalue; each with all that it takes, from the model on."""
+    """Name -> a computation of the top eigenvalue, which starts from the model."""
     params = dict(model.named_parameters())
 
     def ours(**options: Any) -> Case:
@@ -335,7 +336,7 @@ def eigenvalue_cases(loss: Loss, model: nn.Module, batch: Batch) -> dict[str, Ca
 
 
 def trace_cases(loss: Loss, model: nn.Module, batch: Batch) -> dict[str, Case]:
-    """Name -> the trace."""
+    """Name -> a computation of the trace."""
     params = dict(model.named_parameters())
 
     def ours(**options: Any) -> Case:
@@ -376,7 +377,7 @@ def trace_cases(loss: Loss, model: nn.Module, batch: Batch) -> dict[str, Case]:
 
 
 def density_cases(loss: Loss, model: nn.Module, batch: Batch) -> dict[str, Case]:
-    """Name -> nodes and weights of the density, before anybody smoothes it."""
+    """Name -> a computation of nodes and weights of the density, without smoothing."""
     params = dict(model.named_parameters())
 
     def ours(**options: Any) -> Case:
@@ -440,8 +441,8 @@ def compare(
     gradient: Callable[[], Any],
     seeds: int,
 ) -> None:
-    """Report each case over ``seeds`` seeds; the gradient is timed anew beside each."""
-    table = Printed(title, "way", "products", "gradients", "error, rms", "largest", "peak MiB")
+    """Report each case over ``seeds`` seeds; the gradient is timed again before and after each run."""
+    table = Printed(title, "case", "products", "gradients", "error, rms", "largest", "peak MiB")
     for name, case in cases.items():
         found, costs = [], []
         try:
@@ -449,7 +450,7 @@ def compare(
                 before = median_seconds(gradient)
                 found.append(measure(lambda case=case, seed=seed: case(seed)))
                 costs.append(2 * found[-1][0] / (before + median_seconds(gradient)))
-        except Exception as error:  # a peer's failure is a result, too
+        except Exception as error:  # a failure of another library is a result
             table.row(name, f"  {type(error).__name__}: {' '.join(str(error).split())}"[:60])
             continue
         errors = [error_of(answer) for _, _, (answer, _) in found]
@@ -463,7 +464,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Truth:
-    """What is compared with: of the small model all eigenvalues, of the other long runs."""
+    """The references of errors: all eigenvalues of the small model, long runs for the large one."""
 
     loss: Loss
     params: dict[str, Tensor]
@@ -483,7 +484,7 @@ class Truth:
         return float(first), float(second)
 
     def trace(self) -> tuple[float, float]:
-        """And its standard error."""
+        """The trace and its standard error."""
         if self.eigenvalues is not None:
             return float(self.eigenvalues.sum()), 0.0
         operator = curvature.hessian(self.loss, self.params)
@@ -502,7 +503,7 @@ class Truth:
 
 
 def compare_heads(vocabulary: int, tokens: int = 256, width: int = 64) -> None:
-    """Report the peak memory of one product with a language model's head, in sizes of its logits."""
+    """Report the peak memory of one product with a language model's head, in units of its logits."""
     generator = torch.Generator().manual_seed(0)
     params = {"head": torch.randn(vocabulary, width, generator=generator) / width**0.5}
     hidden = torch.randn(tokens, width, generator=generator)
@@ -538,17 +539,17 @@ PARTS = ("products", "eigenvalue", "trace", "density", "heads")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
-    parser.add_argument("--small", action="store_true", help="a model of 4,944 parameters, whose truth is exact")
-    parser.add_argument("--steps", type=int, default=300, help="of training")
-    parser.add_argument("--repeats", type=int, default=9, help="of each kind of product")
-    parser.add_argument("--seeds", type=int, help="of each way; default 10 if small, 3 for eigenvalues, else 1")
+    parser.add_argument("--small", action="store_true", help="a model of 4,944 parameters with exact references")
+    parser.add_argument("--steps", type=int, default=300, help="steps of training")
+    parser.add_argument("--repeats", type=int, default=9, help="repeats of each kind of product")
+    parser.add_argument("--seeds", type=int, help="seeds of each case; default 10 if small, 3 for eigenvalues, else 1")
     parser.add_argument("--compile", action="store_true", help="also the compiled product (half a minute)")
-    parser.add_argument("--vocabulary", type=int, default=50_000, help="of the heads")
+    parser.add_argument("--vocabulary", type=int, default=50_000, help="vocabulary of the heads")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if set(options.only) != {"heads"}:
-        model, batch = trained(SMALL if options.small else NOTES, options.steps)
+        model, batch = trained(SMALL if options.small else LARGE, options.steps)
         params = dict(model.named_parameters())
         loss = curvature.functional_loss(model, functional.cross_entropy, batch=batch)
         count = sum(p.numel() for p in params.values())

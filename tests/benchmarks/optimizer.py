@@ -1,17 +1,15 @@
-"""What rounding an optimizer's state costs, beside the plain step: AdamW as a loop, foreach and fused, on the CPU.
+"""The cost of rounding an optimizer's state, relative to the plain step of AdamW as a loop, foreach and fused (CPU).
 
     python -m tests.benchmarks.optimizer [--steps N] [--layers N] [--threads N] [--eager]
 
 The parameters are those of GPT-2's layers at half its width. Times are medians over interleaved steps in one process.
-Beside the ratio of the rounded to the plain step stands what the least would be that can be done after a step: copying
-the state once. ``--eager`` measures rounding that is not compiled as well.
+The table compares the ratio of the rounded to the plain step with a lower bound of such a ratio: the plain step and one
+copy of the state. ``--eager`` also measures rounding that is not compiled.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 import fpsim
+from tests.benchmarks.timing import interleaved_medians
 
 WIDTH = 384
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
@@ -71,7 +70,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=11)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--eager", action="store_true", help="rounding that is not compiled, too")
+    parser.add_argument("--eager", action="store_true", help="also measure rounding that is not compiled")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     count = sum(p.numel() for p in parameters(arguments.layers))
@@ -85,13 +84,7 @@ def main() -> None:
                 made = optimizer(arguments.layers, implementation, {**options, "compiled": compiled})
                 steps[name, rounding + suffix] = made.step
 
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
-    for _ in track(range(arguments.steps), "measuring", transient=True):
-        for key, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[key].append(time.perf_counter() - start)
-    seconds = {key: statistics.median(values) for key, values in times.items()}
+    seconds = interleaved_medians(steps, arguments.steps)
 
     title = f"AdamW, {count / 1e6:.1f} M parameters, {arguments.threads} thread(s), torch {torch.__version__}"
     table = Table(title=title)

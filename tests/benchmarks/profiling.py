@@ -1,30 +1,29 @@
-"""What seeing the numbers costs: a profiled training step beside the steps that it replaces.
+"""The cost of a profiled training step, relative to the steps that it replaces.
 
     python -m tests.benchmarks.profiling [--width N] [--layers N] [--batch N] [--steps N] [--threads N]
 
-A GPT-2 with 128 tokens per sequence, forward and backward under the OCP FP8 hybrid. Medians over interleaved steps in
-one process; the goal is 3 times the interpreted step, which a profiled one replaces. The second table is what one call
-of `fpsim.profile` costs, tracing included, beside the first steps of the backends (without torch's caches).
+A GPT-2 with 128 tokens per sequence, forward and backward under the OCP FP8 hybrid. Times are medians over interleaved
+steps in one process. The goal is 3 times the interpreted step, which a profiled step replaces. The second table
+compares one call of `fpsim.profile`, with tracing, with the first steps of the backends (without torch's caches).
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fpsim
+from tests.benchmarks.timing import interleaved_medians, seconds
 
 LENGTH, VOCABULARY = 128, 1024
 INTERPRETED = "fpsim_eager, interpreted"
@@ -40,12 +39,6 @@ def gpt2(width: int, layers: int) -> nn.Module:
     model = GPT2LMHeadModel(GPT2Config(**sizes, **tokens, **no_dropout, use_cache=False))  # type: ignore[arg-type]
     model.loss_type = "ForCausalLM"  # unset, transformers logs a warning in forward, which breaks the graph
     return model
-
-
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def train(step: Step, model: nn.Module, x: Tensor) -> None:
@@ -64,15 +57,12 @@ def steps_table(model: nn.Module, x: Tensor, steps: int, console: Console) -> Ta
     }
     for step in cases.values():
         train(step, model, x)
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in track(range(steps), description="steps", console=console):
-        for name, step in cases.items():
-            times[name].append(seconds(lambda step=step: train(step, model, x)))  # type: ignore[misc]
-    return ratios("a step", {name: statistics.median(values) for name, values in times.items()})
+    calls = {name: partial(train, step, model, x) for name, step in cases.items()}
+    return ratios("a step", interleaved_medians(calls, steps, console=console))
 
 
 def first_table(model: nn.Module, x: Tensor) -> Table:
-    """The first step of each, tracing and compiling included."""
+    """The first step of each, with tracing and compiling."""
     with fresh_cache():
         cases = {
             "fpsim, compiled": lambda: train(torch.compile(deepcopy(model), backend="fpsim", dynamic=False), model, x),

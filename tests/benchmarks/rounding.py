@@ -1,17 +1,16 @@
-"""How fast rounding is, beside a memory copy and beside its peers, and whether they agree.
+"""The speed of rounding, relative to a memory copy and to other libraries, and whether these agree with fpsim.
 
     python -m tests.benchmarks.rounding [--elements N] [--repeats N]
 
-One thread, float32, medians of interleaved runs in one process. Peers that are not installed are left out.
+One thread, float32, medians of interleaved runs in one process. Libraries that are not installed are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -20,6 +19,7 @@ from torch import Tensor
 
 import fpsim
 from fpsim.formats import ROUNDINGS
+from tests.benchmarks.timing import interleaved_medians
 
 Function = Callable[[Tensor], Tensor]
 
@@ -56,7 +56,7 @@ def ours() -> dict[str, tuple[str, Function]]:
 
 
 def peers() -> dict[str, tuple[str, Function]]:
-    """The peers at hand, rounding to nearest-even by their own rules."""
+    """The installed other libraries, rounding to nearest-even by their own rules."""
     cases: dict[str, tuple[str, Function]] = {
         "torch cast and back, e4m3fn": ("e4m3fn", lambda x: x.to(torch.float8_e4m3fn).float()),
         "torch cast and back, e5m2": ("e5m2", lambda x: x.to(torch.float8_e5m2).float()),
@@ -92,21 +92,6 @@ def peers() -> dict[str, tuple[str, Function]]:
     return cases
 
 
-def measure(cases: dict[str, Function], x: Tensor, repeats: int) -> dict[str, float]:
-    """Median nanoseconds per element of each case; the cases take turns, so that noise hits all alike.
-
-    Each runs once untimed before it is timed: what the case before it left in caches and allocator would count.
-    """
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(repeats):
-        for name, function in cases.items():
-            function(x)
-            start = time.perf_counter()
-            function(x)
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) / x.numel() * 1e9 for name, values in times.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--elements", type=int, default=1 << 22)
@@ -122,7 +107,9 @@ def main() -> None:
         "x * 1.5, compiled": torch.compile(lambda x: x * 1.5, dynamic=False),
         **{name: function for name, (_, function) in cases.items()},
     }
-    nanoseconds = measure(functions, x, options.repeats)
+    calls = {name: partial(function, x) for name, function in functions.items()}
+    seconds = interleaved_medians(calls, options.repeats, warm_up=True)
+    nanoseconds = {name: 1e9 * value / x.numel() for name, value in seconds.items()}
     table = Table(title=f"{options.elements} float32 elements, 1 thread, torch {torch.__version__}")
     for column in ("case", "ns per element", "ratio to copy", "differs from fpsim"):
         table.add_column(column, justify="left" if column == "case" else "right")

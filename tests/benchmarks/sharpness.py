@@ -1,9 +1,9 @@
-"""What sharpness costs: time and peak memory on logits of a large vocabulary, and how far each search gets.
+"""The cost of sharpness: time and peak memory for logits of a large vocabulary, and the accuracy of each search.
 
     python -m tests.benchmarks.sharpness [--vocabulary N] [--tokens N] [--searched N]
 
-One thread. Memory is the peak of resident pages beside the logits themselves, in units of their size, so it needs
-Linux. No library that we know offers any of these measures; the closed form written plainly in torch stands in.
+One thread. Memory is the peak of resident pages minus the logits, in units of the logits' size; it needs Linux. We know
+no library with any of these measures, so they are compared with the closed form written plainly in torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Function = Callable[[Tensor, Tensor], Tensor]
 
 
 def plain(z: Tensor, target: Tensor, epsilon: float = 5e-4) -> Tensor:
-    """The closed form as one would write it: float64, all tokens at once."""
+    """The closed form written plainly: float64, all tokens at once."""
     z = z.double()
     step = epsilon * (z.abs() + 1)
     step = step.scatter(-1, target.unsqueeze(-1), -step.gather(-1, target.unsqueeze(-1)))
@@ -35,9 +35,9 @@ def plain(z: Tensor, target: Tensor, epsilon: float = 5e-4) -> Tensor:
 
 
 def cost(function: Function, z: Tensor, target: Tensor) -> tuple[float, float]:
-    """Milliseconds per token, and the peak of memory over that before, in units of the logits."""
+    """Milliseconds per token, and the increase of peak memory, in units of the logits."""
     function(z[:2], target[:2])
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start = resident("VmRSS"), time.perf_counter()
     function(z, target)
     seconds = time.perf_counter() - start
@@ -45,7 +45,7 @@ def cost(function: Function, z: Tensor, target: Tensor) -> tuple[float, float]:
 
 
 def resident(key: str) -> int:
-    """Bytes."""
+    """Bytes of memory, from a field of /proc/self/status such as VmRSS."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
@@ -69,8 +69,8 @@ def logit_table(vocabulary: int, tokens: int) -> Table:
         "the same by torch's cross_entropy": autograd,
     }
     table = Table(title=f"{tokens} tokens, vocabulary {vocabulary}, float32, {z.nbytes / 2**20:.0f} MiB of logits")
-    for column in ("what", "ms per token", "peak beside logits / logits"):
-        table.add_column(column, justify="left" if column == "what" else "right")
+    for column in ("measure", "ms per token", "(peak - logits) / logits"):
+        table.add_column(column, justify="left" if column == "measure" else "right")
     for name, function in functions.items():
         milliseconds, memory = cost(function, z, target)
         table.add_row(name, f"{milliseconds:.3f}", f"{memory:.2f}")
@@ -80,7 +80,7 @@ def logit_table(vocabulary: int, tokens: int) -> Table:
 
 
 def search_table(vocabulary: int, tokens: int) -> Table:
-    """How much of the maximum L-BFGS-B finds."""
+    """The part of the maximum that L-BFGS-B finds."""
     generator = torch.Generator().manual_seed(0)
     table = Table(title=f"L-BFGS-B, 10 iterations, over the closed form; {tokens} tokens, vocabulary {vocabulary}")
     for column in ("mean of z", "epsilon", "least", "mean", "largest", "ms per token"):
@@ -113,8 +113,8 @@ def parameter_table() -> Table:
     params = dict(model.named_parameters())
     loss = functional_loss(model, functional.cross_entropy, batch=(x, y))
     table = Table(title=f"{sum(p.numel() for p in params.values())} parameters, loss {loss(params).item():.3f}")
-    for column in ("what", "sharpness", "evaluations", "ms", "converged"):
-        table.add_column(column, justify="left" if column == "what" else "right")
+    for column in ("measure", "sharpness", "evaluations", "ms", "converged"):
+        table.add_column(column, justify="left" if column == "measure" else "right")
     seeded = torch.Generator().manual_seed
     cases = {
         f"keskar, {method}, epsilon {epsilon:g}, {iterations} iterations": lambda m=method, e=epsilon, i=iterations: (

@@ -1,16 +1,17 @@
-"""What a run of the study costs beside the same run in plain Inductor, and what measuring sharpness adds to a step.
+"""The cost of a run of the study relative to the same run in plain Inductor, and the cost of measuring sharpness.
 
     python -m tests.benchmarks.study [--model tiny|toy] [--steps N] [--format F]
     python -m tests.benchmarks.study --sweep 100 [--executor process|ray] [--steps N]
 
-One thread, one process, runs interleaved step by step; medians over steps, the first left out. Overhead: the whole
-step (forward, backward, update) of a simulated run over that of plain Inductor with the same attention, measuring
-nothing in either. Sharpness: seconds spent on measuring the logits at every tenth step, over the seconds of ten steps
-of the same run. Measuring costs no forward pass: the logits are an output of the graph that trains.
+One thread and one process; the runs take turns step by step, and times are medians over all steps but the first.
+Overhead is the time of a whole step (forward, backward, update) of a simulated run, over that of plain Inductor with
+the same attention; neither measures anything. Sharpness is the time to measure the logits at every tenth step, over the
+time of ten steps of the same run. It takes no further forward pass: the logits are an output of the training graph.
 
-With ``--sweep``: that many runs of the toy model in four formats, and what their workers did, sampled from /proc twice
-per second (Linux). Busy: the share of the time between their start and their end in which workers computed, or waited
-for a core that something else had. Memory: resident, by quarter of the sweep, of the worker that grows most.
+``--sweep`` runs the toy model that many times in four formats, and samples the workers from /proc twice per second
+(Linux). Workers are busy while they compute, or wait for a core that another process has; the table shows the share of
+the time between their start and their end. Memory is resident memory in each quarter of the sweep, for the worker whose
+memory grows most.
 """
 
 from __future__ import annotations
@@ -34,15 +35,17 @@ from rich.table import Table
 from fpsim.paper.config import RunConfig
 from fpsim.paper.data import load
 from fpsim.paper.models import MODELS
-from fpsim.paper.sweeps import condition_options, grid, sweep
-from fpsim.paper.training import Record, records, step_seconds
+from fpsim.paper.record import Record, step_seconds
+from fpsim.paper.sweeps import grid, sweep
+from fpsim.paper.training import records
+from fpsim.policy.shorthand import parse_shorthand
 
 _EVERY = 10
 
 
 def cases(base: RunConfig, name: str) -> dict[str, RunConfig]:
-    """The runs that are compared, plain Inductor of each attention before what is simulated with it."""
-    options = dict(condition_options(name) or {})
+    """The runs to compare; for each attention, plain Inductor precedes the simulated runs."""
+    options = dict(parse_shorthand(name) or {})
     fused = {**options, "attention": "keep"}
     return {
         "plain Inductor, attention opened": base,
@@ -55,8 +58,14 @@ def cases(base: RunConfig, name: str) -> dict[str, RunConfig]:
 
 @dataclass(frozen=True)
 class Sample:
-    """One look at a process: seconds since the sweep began; those in which it computed, and those in which its first
-    thread computed or waited for a core; resident MiB."""
+    """One observation of a process.
+
+    Attributes:
+        time: seconds since the sweep began.
+        computed: seconds of processor time of all its threads.
+        busy: seconds in which its first thread computed or waited for a core.
+        resident: resident MiB.
+    """
 
     time: float
     computed: float
@@ -65,7 +74,7 @@ class Sample:
 
 
 class Watch(threading.Thread):
-    """Samples of this process, and of those of its descendants that are workers of a sweep, by process."""
+    """Samples, by process, of this process and of its descendants that are workers of a sweep."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -93,7 +102,7 @@ class Watch(threading.Thread):
 
 
 def _workers(root: int) -> list[int]:
-    """Processes under ``root`` in which runs are computed: spawned by multiprocessing, or actors of Ray."""
+    """Descendants of ``root`` that compute runs: spawned by multiprocessing, or actors of Ray."""
     parents: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -125,18 +134,18 @@ def measure_sweep(count: int, executor: str, steps: int) -> None:
         outcome = sweep(plan, Path(folder), executor=executor, console=Console(stderr=True))
         watch.stop()
     driver = watch.samples.pop(os.getpid())
-    workers = [samples for samples in watch.samples.values() if len(samples) > 4]  # forks become compilers at once
+    workers = [samples for samples in watch.samples.values() if len(samples) > 4]  # forks for compilers end sooner
     begin, end = min(samples[0].time for samples in workers), max(samples[-1].time for samples in workers)
     whole = (end - begin) * len(workers)
     computed = sum(samples[-1].computed - samples[0].computed for samples in workers)
     busy = sum(samples[-1].busy - samples[0].busy for samples in workers)
 
     table = Table(title=f"{count} runs of {steps} steps, executor {executor}, {len(workers)} workers")
-    table.add_column("what")
+    table.add_column("quantity")
     table.add_column("value", justify="right")
     rows = {
         "runs computed, given up": f"{outcome.computed}, {len(outcome.failures)}",
-        "seconds in all, per run": f"{outcome.seconds:.0f}, {outcome.seconds / count:.2f}",
+        "seconds in total, per run": f"{outcome.seconds:.0f}, {outcome.seconds / count:.2f}",
         "workers computed": f"{computed / whole:.0%}",
         "workers were busy": f"{busy / whole:.0%}",
         "driver computed": f"{driver[-1].computed / (end - begin):.1%} of a core",

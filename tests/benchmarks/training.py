@@ -1,15 +1,17 @@
-"""What rounding costs in a training step, every operand of every product rounded, beside plain Inductor and peers.
+"""The cost of a training step with every operand of every product rounded, relative to plain Inductor and peers.
 
     python -m tests.benchmarks.training [--model llama|resnet] [--steps N] [--compiles N] [--format F] [--peers]
 
-One thread. The attention is the same on both sides of each ratio: kept fused in both, or opened in both. Step
-times are medians over interleaved steps in one process; peak memory is the largest sum of live allocations
-during one step, parameters and optimizer left out on both sides; compile time is that of the first step, of Python
-and C++ compiler, without torch's caches, the median over fresh processes in which something small was compiled before
-(by Inductor, so that plain cases are as in a process without fpsim's backend). ``--peers`` adds eager emulations: an
-autograd.Function of usual torch operations patched into `torch.nn.functional` as microxcaling does, and, where they
-are installed, unit_scaling's ``simulate_fp8``, which rounds stochastically, and torchao's emulated ``Float8Linear``,
-which scales by powers of two; both leave convolutions and the inside of attention alone.
+One thread. Both sides of each ratio have the same attention, kept fused or opened. Step times are medians over
+interleaved steps in one process. Peak memory is the largest sum of live allocations during one step, without parameters
+and optimizer. Compile time is the time of the first step, Python and C++ compiler included, without torch's caches. It
+is the median over fresh processes that have compiled something small before (by Inductor, so that plain cases run as
+in a process without fpsim's backend).
+
+``--peers`` adds eager emulations. One is an autograd.Function of usual torch operations, patched into
+`torch.nn.functional` as microxcaling does. Others are used if they are installed: unit_scaling's ``simulate_fp8``,
+which rounds stochastically, and torchao's emulated ``Float8Linear``, which scales by powers of two. These two do not
+round convolutions and the products inside attention.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import importlib.util
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -34,8 +35,9 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 from torch.profiler import ProfilerActivity, profile
 
+from fpsim.paper.compiled_loss import OpenAttention
 from fpsim.paper.models import LanguageModel, ModelConfig, llama
-from fpsim.paper.training import OpenAttention
+from tests.benchmarks import timing
 
 Compile = Callable[[nn.Module], Callable[..., Tensor]]
 STOCHASTIC = {"rounding": "stochastic"}
@@ -97,7 +99,7 @@ def with_fpsim(**options: Any) -> Compile:
 
 
 def plain(opened: bool) -> Compile:
-    """Plain Inductor; attention is opened inside the graph, where torch's compile cache sees it."""
+    """Plain Inductor. Attention is opened inside the graph, so that the key of torch's compile cache covers it."""
     return lambda model: torch.compile(OpenAttention(model) if opened else model, dynamic=False)
 
 
@@ -118,7 +120,7 @@ def compiled_cases(workload: Workload, options: dict[str, Any]) -> dict[str, Com
 
 
 def by_usual_operations(x: Tensor, exponent_bits: int, mantissa_bits: int, largest: float) -> Tensor:
-    """Nearest rounding as emulations usually write it, with floating-point logarithms."""
+    """Nearest rounding in the usual way of emulations, with floating-point logarithms."""
     emin = 2 - 2 ** (exponent_bits - 1)
     exponent = torch.floor(torch.log2(x.abs())).clamp_min(emin)
     unit = torch.exp2(exponent - mantissa_bits)
@@ -126,7 +128,7 @@ def by_usual_operations(x: Tensor, exponent_bits: int, mantissa_bits: int, large
 
 
 class Emulated(torch.autograd.Function):
-    """Rounds an operand forward (e4m3) and nothing backward, or the reverse (e5m2)."""
+    """Rounds an operand to e4m3 in forward; or, for a result, its gradient to e5m2 in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, is_result: bool) -> Tensor:
@@ -139,7 +141,7 @@ class Emulated(torch.autograd.Function):
 
 
 class _Patched:
-    """A function of torch with its first two arguments, and the gradient of its result, rounded."""
+    """A function of torch that rounds its first two arguments and the gradient of its result."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
@@ -210,18 +212,16 @@ def stepper(workload: Workload, compile: Compile) -> Callable[[], None]:
 
 
 def seconds_of_first_step(workload: Workload, compile: Compile) -> float:
-    """Of a step that compiles, after something small was."""
+    """Seconds of a step that compiles, after something small was compiled."""
     with fresh_cache():
         torch.compile(nn.Linear(8, 8))(torch.randn(8, 8)).sum().backward()
     step = stepper(workload, compile)
     with fresh_cache():
-        start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
+        return timing.seconds(step)
 
 
 def in_a_fresh_process(case: str) -> float:
-    """`seconds_of_first_step` of a case, of this program with its own arguments."""
+    """`seconds_of_first_step` of a case, by this program in a new process with the same arguments."""
     command = [sys.executable, "-m", "tests.benchmarks.training", *sys.argv[1:], "--first-step", case]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -230,10 +230,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=WORKLOADS, default="llama")
     parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--compiles", type=int, default=1, help="in how many fresh processes each case is compiled")
+    parser.add_argument("--compiles", type=int, default=1, help="number of fresh processes that compile each case")
     parser.add_argument("--first-step", metavar="CASE", help=argparse.SUPPRESS)
-    parser.add_argument("--format", help="of all operands; default: the FP8 hybrid")
-    parser.add_argument("--peers", action="store_true", help="eager emulations beside them")
+    parser.add_argument("--format", help="the format of all operands; default: the FP8 hybrid")
+    parser.add_argument("--peers", action="store_true", help="also measure eager emulations")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     workload = WORKLOADS[arguments.model]()
@@ -254,13 +254,7 @@ def main() -> None:
     for name in track(rounds, "compiling in fresh processes", transient=True):
         compiling[name].append(in_a_fresh_process(name))
     first = {name: statistics.median(values) for name, values in compiling.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in track(range(arguments.steps), "measuring", transient=True):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
-    seconds = {name: statistics.median(values) for name, values in times.items()}
+    seconds = timing.interleaved_medians(steps, arguments.steps)
     peaks = {name: peak_bytes(step) for name, step in steps.items()}
 
     table = Table(title=f"forward and backward, {arguments.model}, 1 thread, torch {torch.__version__}")

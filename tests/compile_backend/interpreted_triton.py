@@ -24,6 +24,7 @@ from fpsim.rounding.ops import random_key_op
 from fpsim.rounding.tensors import round_with_torch_ops
 from fpsim.rounding.triton_functions import round_dense, round_stochastic_dense
 from fpsim.triton import fpsim_round, fpsim_round_stochastic
+from tests.shared.formats import overflows
 from tests.shared.judge import (
     CARRIERS,
     Inputs,
@@ -32,7 +33,6 @@ from tests.shared.judge import (
     codes_of,
     expected,
     interesting,
-    overflows,
     random_inputs,
     suits,
 )

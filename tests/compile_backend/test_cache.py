@@ -98,7 +98,7 @@ def run(job: Job) -> dict[str, Any]:
     """The values that a job gives, and what happened in the caches."""
     from torch._dynamo.utils import counters
 
-    from fpsim.compile_backend.passes import rounding as rewrite
+    from fpsim.compile_backend.passes import rounding_pass as rewrite
 
     torch._dynamo.reset()
     counters.clear()
@@ -212,8 +212,8 @@ def test_every_job_ran_more_than_once_and_the_repeats_in_another_process(results
 def key(
     policy: fpsim.Policy | None = None, sources: tuple[str, ...] = ("PARAMETER",), identity: tuple[str, ...] = ("a",)
 ) -> str:
-    from fpsim.compile_backend.graph.products import Source
-    from fpsim.compile_backend.passes.rounding import RoundingPass
+    from fpsim.compile_backend.graph.sources import Source
+    from fpsim.compile_backend.passes.rounding_pass import RoundingPass
 
     return RoundingPass(policy or fpsim.Policy(), [Source[name] for name in sources], identity).uuid()
 
@@ -223,7 +223,7 @@ def test_equal_facts_give_an_equal_key() -> None:
 
 
 def test_every_fact_that_the_pass_reads_is_in_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fpsim.compile_backend.passes import rounding as rewrite
+    from fpsim.compile_backend.passes import rounding_pass as rewrite
 
     keys = [
         key(),

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fpsim
 from fpsim.compile_backend import Gap
-from fpsim.compile_backend.passes.rounding import RoundingPass
+from fpsim.compile_backend.passes.rounding_pass import RoundingPass
 from tests.shared.models import Casts, assert_all_equal, dyadic, dyadic_
 
 aten = torch.ops.aten

@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import fpsim
 from fpsim.compile_backend import UnroundedError
-from fpsim.compile_backend.passes.rounding import RoundingPass
+from fpsim.compile_backend.passes.rounding_pass import RoundingPass
 from tests.shared.models import dyadic, dyadic_
 
 #: Casts that tell roles and kinds apart.

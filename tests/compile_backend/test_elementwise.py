@@ -31,7 +31,7 @@ def backward(x: Tensor) -> Tensor:
 def sites(model: Callable, *args: Tensor, policy: dict = OPTIONS) -> list[tuple[str, str, str, str]]:
     plan = fpsim.explain(model, *args, policy=policy)
     return [
-        (site.path, site.kind, site.operator.removeprefix("aten."), (site.cast or "").partition("/")[0])
+        (site.path, site.step, site.operator.removeprefix("aten."), str(site.cast or "").partition("/")[0])
         for site in plan.sites
         if site.role == "result"
     ]

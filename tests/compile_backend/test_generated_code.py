@@ -17,8 +17,7 @@ from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
-from torch._inductor.utils import fresh_cache, op_dtype_propagation_rules, run_and_get_code
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fpsim
@@ -117,15 +116,6 @@ def test_rounding_joins_the_kernels_that_are_there() -> None:
     assert len(launches(rounded[0])) <= len(launches(plain[0])) + LINEARS
     assert len(launches(rounded[1])) <= len(launches(plain[1])) + LINEARS + 1
     assert [products(code) for code in rounded] == [products(code) for code in plain]
-
-
-def test_inductor_keeps_its_table_of_dtype_rules_until_there_is_another_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.compile(nn.Linear(2, 2), backend="fpsim")(torch.randn(2, 2))  # loads the backend
-    rule = DtypePropagationOpsHandler().add
-    assert DtypePropagationOpsHandler().add is rule
-    monkeypatch.setitem(op_dtype_propagation_rules, "of_a_users_own", op_dtype_propagation_rules["add"])
-    handler = DtypePropagationOpsHandler()
-    assert handler.of_a_users_own is not None and handler.add is not rule
 
 
 def convolutions() -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fpsim
 from fpsim.compile_backend import UnroundedError
-from fpsim.compile_backend.passes.rounding import RoundingPass
+from fpsim.compile_backend.passes.rounding_pass import RoundingPass
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fpsim
+from fpsim.casts import parse_cast
 from fpsim.compile_backend import (
     Gap,
     ProductStatistics,
@@ -33,7 +34,7 @@ from fpsim.compile_backend import (
     Statistics,
 )
 from fpsim.compile_backend.observe.statistics import measure
-from fpsim.compile_backend.report import page as profile_page
+from fpsim.compile_backend.report.page import page
 from fpsim.compile_backend.report.profile import bars
 from fpsim.formats import parse_format
 from tests.shared.models import dyadic
@@ -100,7 +101,7 @@ def test_every_operand_of_a_linear_layer_is_a_site(of_linear: tuple[nn.Linear, T
     for (kind, role), (operand, name) in operands.items():
         site = the(profile, kind=kind, role=role)
         assert site.statistics == of(operand, name)
-        assert site.cast == f"{name}/nearest_even/sat_finite"
+        assert str(site.cast) == f"{name}/nearest_even/sat_finite"
         assert site.path == "" and site.dtype == "float32" and site.statistics.elements == operand.numel()
 
 
@@ -184,7 +185,8 @@ def test_results_and_other_operations() -> None:
     assert of_product.statistics == of(y, "e4m3fn")
     result = the(profile, operator="aten.tanh", role="result")
     h = torch.tanh(rounded(y, "e4m3fn"))
-    assert result.kind == "forward" and result.statistics == measure(h, fpsim.round(h, "bf16"), parse_format("bf16"))
+    assert (result.kind, result.direction) == (None, "forward")
+    assert result.statistics == measure(h, fpsim.round(h, "bf16"), parse_format("bf16"))
     assert profile.products[0].relative_error == 0  # of the operands; the result is a site of its own
 
 
@@ -504,7 +506,7 @@ def test_what_is_not_compiled_is_a_gap() -> None:
 
 
 def page_of(profile: Profile) -> str:
-    return profile_page.page(profile, "a model")
+    return page(profile.rows(), profile.products, profile.gaps, "a model")
 
 
 @pytest.mark.parametrize(
@@ -601,12 +603,13 @@ GOOD = Statistics(elements=4, amax=1.0, signal=2.0, exponents=((0, 4),), rounded
 WEIRD = "layers.<b>[red]x[/red]</b>"
 HAND_MADE = Profile(
     (
-        SiteStatistics("b", "aten.mm", "fprop", "activation", (2, 2), "float32", None, 0, GOOD),
+        SiteStatistics("b", "aten.mm", "fprop", "forward", "activation", (2, 2), "float32", None, (1,), 0, GOOD),
         SiteStatistics(
-            WEIRD, "aten.mm", "dgrad", "gradient", (10, 10), "float32", "e4m3fn/stochastic:23/ovf_inf", 1, BAD
+            WEIRD, "aten.mm", "dgrad", "backward", "gradient", (10, 10), "float32",
+            parse_cast("e4m3fn/stochastic:23/ovf_inf"), (1,), 1, BAD,
         ),
         SiteStatistics(
-            "", "aten.tanh", "forward", "result", ("*",), "float64", "e5m2/nearest_even/ovf_inf", None,
+            "", "aten.tanh", None, "forward", "result", ("*",), "float64", parse_cast("e5m2"), (), None,
             Statistics(elements=9, signal=4.0, noise=0.1),
         ),
     ),

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
 import shutil
 import subprocess
+import tomllib
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
 import pytest
 
+from fpsim.casts import parse_cast
 from fpsim.compile_backend import Gap, ProductStatistics, Profile, SiteStatistics, Statistics
+from fpsim.policy.policy import KINDS
 
 #: A name that would be markup, a script or a placeholder if it were not escaped.
 WEIRD = "a.</script><b onclick='x'>$title"
@@ -20,8 +25,19 @@ WEIRD = "a.</script><b onclick='x'>$title"
 
 def site(path: str, kind: str, role: str, product: int | None, **numbers: object) -> SiteStatistics:
     statistics = Statistics(elements=100, signal=10.0, **numbers)  # type: ignore[arg-type]
+    is_product = kind in KINDS
     return SiteStatistics(
-        path, "aten.mm", kind, role, (10, 10), "float32", "e4m3fn/nearest_even/sat_finite", product, statistics
+        path=path,
+        operator="aten.mm",
+        kind=kind if is_product else None,
+        direction="forward" if kind in ("fprop", "forward") else "backward",
+        role=role,
+        shape=(10, 10),
+        dtype="float32",
+        cast=parse_cast("e4m3fn"),
+        contracted=(1,) if is_product else (),
+        product=product,
+        statistics=statistics,
     )
 
 
@@ -80,6 +96,15 @@ def test_the_page_needs_no_network(page: Path) -> None:
     assert not re.search(r"https?:|//\w|src=|@import|url\(", text)
 
 
+def test_the_files_of_the_page_are_installed_with_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    installed = project["tool"]["setuptools"]["package-data"]["fpsim.compile_backend.report"]
+    folder = resources.files("fpsim.compile_backend.report")
+    for name in ("page.html.jinja", "page.css", "page.js"):
+        assert folder.joinpath(name).is_file()
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in installed), name
+
+
 # -- in a browser ------------------------------------------------------------------------------------------------------
 
 FLAGS = [
@@ -87,7 +112,7 @@ FLAGS = [
     "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr", "--v=0",
 ]  # fmt: skip
 
-#: Clicks and types as a person would, and writes down which rows stand where.
+#: Clicks and types as a reader does, and writes the order of the rows into the page.
 SCRIPT = """{
 const seen = {}, table = document.getElementById('sites');
 const order = () => [...table.tBodies[0].rows].filter(row => !row.hidden).map(row => row.id);

@@ -197,7 +197,7 @@ def test_derivatives_pass_the_scale_by() -> None:
 
 def test_the_plan_names_the_scale() -> None:
     plan = fpsim.explain(nn.Linear(4, 3), torch.randn(2, 4), policy={"gradient": "e5m2/power_of_two", "weight": "bf16"})
-    casts = {(site.kind, site.role): site.cast for site in plan.sites}
+    casts = {(site.kind, site.role): str(site.cast) for site in plan.sites}
     assert casts["wgrad", "gradient"] == "e5m2/nearest_even/ovf_inf/power_of_two"
     assert casts["fprop", "weight"] == "e8m7/nearest_even/ovf_inf"
 

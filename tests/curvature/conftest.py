@@ -1,8 +1,8 @@
-"""The tests of this folder compute in one thread: their matrices are small."""
+"""Fixtures of the tests of curvature."""
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def small_matrices(one_thread: None) -> None:
-    """Each test takes the fixture of all tests."""
+def always_one_thread(one_thread: None) -> None:
+    """Every test of this folder runs torch in one thread: its matrices are small."""

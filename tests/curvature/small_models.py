@@ -1,7 +1,7 @@
-"""Small float64 models, each with something that second derivatives stumble over, and the dense judge.
+"""Small float64 models, each with an operation whose second derivative is error-prone, and the dense judge.
 
-The judge is `torch.autograd.functional.hessian`, two reverse passes. Never `torch.func.hessian`: it is wrong for some
-of these (``test_operators.py`` shows it).
+The judge is `torch.autograd.functional.hessian`, two reverse passes. `torch.func.hessian` cannot be the judge: it is
+wrong for some of these models (``test_operators.py`` shows it).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CLASSES, WIDTH, LENGTH = 5, 4, 6
 
 
 class Attention(nn.Module):
-    """Self-attention by scaled_dot_product_attention, with fewer key heads than query heads if ``groups`` says so."""
+    """Self-attention by scaled_dot_product_attention, with ``groups`` key heads for ``heads`` query heads."""
 
     def __init__(self, heads: int = 2, groups: int = 2, masked: bool = False) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Tied(nn.Module):
 
 
 class Tokens(nn.Module):
-    """From tokens through some module to logits over classes."""
+    """A function from tokens to logits over classes, with ``inner`` between embedding and output layer."""
 
     def __init__(self, inner: nn.Module, padding: int | None = None) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Tokens(nn.Module):
 
 
 class ChannelsLast(nn.Module):
-    """A module that wants channels second, on (batch, length, channels)."""
+    """``inner``, which takes (batch, channels, length), as a module on (batch, length, channels)."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def case(name: str, seed: int = 0) -> Case:
-    """The model of that name with random weights; tokens include the padding, and some targets are ignored."""
+    """The model of that name with random weights; some tokens are padding, and some targets are ignored."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MODELS[name]().double()
@@ -136,18 +136,19 @@ def case(name: str, seed: int = 0) -> Case:
 
 
 def dense_hessian(loss: Callable[[Any], Tensor], params: Any) -> Tensor:
-    """The judge: by two reverse passes of autograd, over the flat vector of all that varies."""
+    """The judge: the Hessian over the flat vector of the parameters that vary, by two reverse passes of autograd."""
     arranged = layout(params)
     with sdpa_kernel(SDPBackend.MATH):
         return torch.autograd.functional.hessian(lambda v: loss(arranged.point(v)), arranged.join(arranged.values))
 
 
 def relative(got: Tensor, want: Tensor) -> float:
+    """The relative error of ``got``, in the Euclidean norm."""
     return float((got - want).norm() / want.norm())
 
 
 def spectrum_matrix(values: Tensor, seed: int = 0) -> Tensor:
-    """A dense symmetric float64 matrix with these eigenvalues and random eigenvectors (of seeds that no start has)."""
+    """A dense symmetric float64 matrix with these eigenvalues, and eigenvectors from seeds that no start vector has."""
     generator = torch.Generator().manual_seed(1000 + seed)
     basis, _ = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64, generator=generator))
     matrix = basis @ torch.diag(values.double()) @ basis.T
@@ -155,7 +156,7 @@ def spectrum_matrix(values: Tensor, seed: int = 0) -> Tensor:
 
 
 def network_spectrum(size: int = 400, seed: int = 0) -> Tensor:
-    """Eigenvalues as networks have them: a bulk near zero, some negative, a few large ones. Ascending, float64."""
+    """Eigenvalues as networks have: most near zero, some negative, a few large; ascending, float64."""
     generator = torch.Generator().manual_seed(seed)
     bulk = 0.5 * torch.randn(size - 25, generator=generator, dtype=torch.float64) ** 2
     negative = -1.36 * torch.rand(20, generator=generator, dtype=torch.float64)

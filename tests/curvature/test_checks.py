@@ -1,4 +1,4 @@
-"""Symmetry and determinism: what is found, and that the reasons are said."""
+"""Symmetry and determinism: the verdicts, and the reasons in the messages."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_shuffled_loader_is_named():
     assert check_determinism(loss, small.params, batches=loader, weight=label_count).deterministic
 
 
-def test_batch_norm_in_training_mode_is_named_where_data_are_cut():
+def test_batch_norm_in_training_mode_is_named_for_several_batches():
     small = case("batch norm, training")
     loss = functional_loss(small.model, token_loss)
     result = check_determinism(loss, small.params, batches=[small.batch, small.batch], weight="equal")

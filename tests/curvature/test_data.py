@@ -1,4 +1,4 @@
-"""Batches and weights: one operator of all data, whatever way they are cut."""
+"""Batches and weights: the operator is that of all data, for every cut into batches."""
 
 from __future__ import annotations
 

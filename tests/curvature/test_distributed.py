@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed as dist
-from torch import multiprocessing
 
 from fpsim.curvature import averaged, eigenpairs, functional_loss, functional_outputs, hessian, label_count, trace
 from fpsim.sharpness import sam
 from tests.curvature.small_models import case, dense_hessian, relative, token_loss
+from tests.shared.ranks import error_of, results_of_two_ranks
 
 
 def sharded(part: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:
-    """What is refused of a module under FSDP2, and eigenvalues by the way that the refusal names."""
+    """The messages that refuse a module under FSDP2, and eigenvalues found in the way that they recommend."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
@@ -35,24 +33,15 @@ def sharded(part: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:
     plain = case("layer norm").model
     with torch.no_grad():
         for parameter in plain.parameters():
-            parameter.zero_()  # what is read comes from the shards
+            parameter.zero_()  # so that the values come from the shards
     plain.load_state_dict(state)
     local = hessian(functional_loss(plain, token_loss, batch=part), dict(plain.named_parameters()))
     found = eigenpairs(averaged(local, weight=label_count(part)), 2, tol=1e-10)
     return {"refused": {name: error_of(attempt) for name, attempt in attempts.items()}, "values": found.eigenvalues}
 
 
-def error_of(attempt: Callable[[], Any]) -> str:
-    try:
-        return repr(attempt())
-    except ValueError as error:
-        return str(error)
-
-
-def work(rank: int, address: str, folder: str) -> None:
-    """One rank's part: eigenpairs and trace of the averaged operator, and an error that both ranks must see."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+def work(rank: int) -> dict[str, Any]:
+    """Eigenpairs and trace of the averaged operator, and an error that both ranks must see."""
     small = case("layer norm")
     wrapped = torch.nn.parallel.DistributedDataParallel(small.model)
     tokens, targets = small.batch
@@ -64,23 +53,17 @@ def work(rank: int, address: str, folder: str) -> None:
     alone = hessian(functional_loss(wrapped, token_loss, batch=(part, nothing)[rank]), dict(wrapped.named_parameters()))
     weighted = averaged(alone, weight=label_count((part, nothing)[rank]))
     differing = torch.full((local.size,), float(rank))
-    result = {
+    return {
         "values": found.eigenvalues,
         "trace": trace(whole, tol=0, max_products=30).estimate,
         "error": error_of(lambda: whole.matvec(differing)),
         "alone": weighted.matvec(torch.ones(local.size)),
         "sharded": sharded(part),
     }
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_ranks_average_their_products(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    multiprocessing.spawn(work, args=(address, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = results_of_two_ranks(work, tmp_path)
     assert torch.equal(first["values"], second["values"]) and first["trace"] == second["trace"]
     small = case("layer norm")
     whole = hessian(small.loss, small.params)
@@ -94,10 +77,12 @@ def test_two_ranks_average_their_products(tmp_path):
         assert "same seed" in result["error"]
         assert relative(result["sharded"]["values"], first["values"]) <= 1e-12
         refused = result["sharded"]["refused"]
-        assert refused["whole"].startswith("the parameters of the module are sharded over processes (FSDP): load them")
-        assert refused["inside"].startswith("the parameters of the module head are sharded")
+        assert refused["whole"].startswith(
+            "ValueError: the parameters of the module are sharded over processes (FSDP): load them"
+        )
+        assert refused["inside"].startswith("ValueError: the parameters of the module head are sharded")
         assert "is sharded over processes (a DTensor): load them" in refused["hessian"]
-        assert refused["sam"].startswith("head.weight is sharded")
+        assert refused["sam"].startswith("ValueError: head.weight is sharded")
         assert all("get_model_state_dict" in message for message in refused.values())
 
 

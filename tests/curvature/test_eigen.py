@@ -1,4 +1,4 @@
-"""Eigenpairs: accuracy, honest residuals, both ends, repeated eigenvalues, no ghosts, restarts, giving up."""
+"""Eigenpairs: accuracy, residuals, both ends, repeated eigenvalues, no ghosts, restarts, limits on products."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_close_eigenvalues_are_rarely_taken_for_each_other():
 
 
 @pytest.mark.parametrize("method", ["lanczos", "lobpcg"])
-def test_float32_vectors_give_honest_residuals(method):
+def test_residuals_of_float32_vectors_are_right(method):
     result = eigenpairs(MATRIX.float(), 2, method=method)
     vectors = result.eigenvectors.double()
     true = (MATRIX @ vectors - vectors * result.eigenvalues).norm(dim=0)
@@ -89,7 +89,7 @@ def test_no_ghosts_in_200_steps():
         return int(((ritz - VALUES[-1]).abs() < 1e-6).sum())
 
     assert copies(True) == 1
-    assert copies(False) > 1  # what reorthogonalisation is for
+    assert copies(False) > 1  # reorthogonalisation avoids this
 
 
 def test_top_five_of_a_network():
@@ -112,7 +112,7 @@ def test_restarts_bound_the_memory_and_find_the_same(max_basis):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(-4, 4), min_size=3, max_size=12), st.integers(1, 3), st.integers(0, 100))
 def test_whole_spectra_of_small_integers(integers, k, seed):
-    """Repeated eigenvalues, in dimensions that run out: LOBPCG counts them, Lanczos invents none."""
+    """Repeated eigenvalues in small dimensions: LOBPCG finds each copy, and Lanczos finds no extra ones."""
     values = torch.tensor(integers, dtype=torch.float64).sort().values
     matrix = spectrum_matrix(values, seed)
     result = eigenpairs(matrix, k, tol=1e-8)
@@ -125,7 +125,7 @@ def test_whole_spectra_of_small_integers(integers, k, seed):
         torch.testing.assert_close(result.eigenvalues, values.flip(0)[:k], rtol=0, atol=1e-6)
 
 
-def test_lanczos_goes_on_where_a_subspace_is_exhausted():
+def test_lanczos_continues_after_an_invariant_subspace():
     result = eigenpairs(spectrum_matrix(torch.tensor([5.0, 5.0, 5.0] + [1.0] * 20)), 3)
     torch.testing.assert_close(result.eigenvalues, torch.full((3,), 5.0).double())
     first = eigenpairs(MATRIX, tol=1e-13).eigenvectors[:, 0]
@@ -146,7 +146,7 @@ def test_degenerate_matrices(matrix):
             torch.testing.assert_close(again.eigenvalues, want[:1], rtol=0, atol=1e-5)
 
 
-def test_giving_up_is_said_and_the_bound_holds():
+def test_without_convergence_the_bound_still_holds():
     for method, which in WAYS:
         result = eigenpairs(MATRIX, 1, which=which, method=method, max_products=3)
         assert not result.converged and result.products <= 3
@@ -162,7 +162,7 @@ def test_the_largest_ritz_value_is_a_lower_bound():
 
 
 def test_an_absolute_residual_would_have_stopped_at_the_start():
-    """A random unit vector already has a small residual where most eigenvalues are small: the rule is relative."""
+    """A random unit vector has a small residual if most eigenvalues are small, so the stop rule is relative."""
     values = torch.cat([torch.full((3999,), 1e-4), torch.tensor([11.37])]).double()
     diagonal = Operator(4000, lambda v: values * v)
     assert abs(float(eigenpairs(diagonal, method="lobpcg").eigenvalues[0]) - 11.37) < 0.01
@@ -186,7 +186,7 @@ def test_results_repeat_and_depend_on_the_generator_alone():
     assert not torch.equal(first.eigenvectors, other.eigenvectors)
 
 
-def test_asymmetry_shows_on_the_way():
+def test_lanczos_measures_asymmetry():
     skew = torch.randn(len(VALUES), len(VALUES), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert eigenpairs(MATRIX + 0.05 * (skew - skew.T)).asymmetry > 1e-2
     assert eigenpairs(MATRIX).asymmetry < 1e-14

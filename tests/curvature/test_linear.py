@@ -36,7 +36,7 @@ def test_algebra_is_that_of_matrices(matrix, s):
     torch.testing.assert_close(a @ matrix, matrix @ matrix)
 
 
-def test_deflation_takes_the_pair_out():
+def test_deflation_removes_the_pair():
     values = network_spectrum(60)
     operator = Operator.of_matrix(spectrum_matrix(values))
     first = eigenpairs(operator, tol=1e-12)
@@ -86,7 +86,7 @@ TREES = st.recursive(
 
 @settings(max_examples=60, deadline=None)
 @given(TREES)
-def test_layouts_go_there_and_back(tree):
+def test_layouts_round_trip(tree):
     tree = {"some": torch.ones(1), "tree": tree}
     arranged = layout(tree)
     vector = torch.randn(arranged.size)
@@ -96,7 +96,7 @@ def test_layouts_go_there_and_back(tree):
     assert len(arranged.names) == len(set(arranged.names)) == len(arranged.values)
 
 
-def test_a_direction_is_zero_where_nothing_varies_and_a_point_keeps_what_is_there():
+def test_constant_leaves_are_zero_in_a_direction_and_unchanged_in_a_point():
     params = {"a": torch.ones(2), "b": torch.full((2,), 5.0), "n": torch.arange(3)}
     arranged = layout(params, select="a")
     vector = torch.tensor([1.0, 2.0])

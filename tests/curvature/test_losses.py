@@ -1,4 +1,4 @@
-"""From modules to losses: Hugging Face models as they are, tied weights, cross-entropy in closed form."""
+"""From modules to losses: Hugging Face models without changes, tied weights, cross-entropy in closed form."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def hugging_face(kind: str):
     return model.double().eval(), {"input_ids": tokens, "attention_mask": (tokens != 0).long(), "labels": labels}
 
 
-#: They compute their loss, and some of their norms, in float32 whatever the parameters' dtype.
+#: These models compute their loss and some of their norms in float32, for every dtype of the parameters.
 FLOAT32 = 1e-6
 
 
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3", "olmo2"])
-def test_hugging_face_models_as_they_are(kind, mode):
-    """With sdpa attention, padding and tied weights; against two reverse passes, by a few products."""
+def test_hugging_face_models_without_changes(kind, mode):
+    """With sdpa attention, padding and tied weights; one product is compared with that of two reverse passes."""
     model, batch = hugging_face(kind)
     params = dict(model.named_parameters())
     loss = functional_loss(model, batch=batch)
@@ -163,7 +163,7 @@ def test_models_in_data_parallel_wrappers_are_unwrapped():
     assert torch.equal(loss(small.params), small.loss(small.params))
 
 
-def test_what_cannot_be_a_loss_is_an_error():
+def test_batches_and_models_without_a_loss_are_errors():
     model = nn.Linear(2, 1)
     params = dict(model.named_parameters())
     with pytest.raises(ValueError, match="no parameter 'other'"):

@@ -1,4 +1,4 @@
-"""Operators against dense matrices by two reverse passes of autograd, in float64."""
+"""Operators are compared with dense float64 matrices from two reverse passes of autograd."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_hessian_is_the_dense_one(name, mode):
 
 
 def test_compiled_products_are_those_of_the_dense_one():
-    """Of one model after another: what torch learns of the shapes of the first must not disturb the next."""
+    """Several models in one process: the shapes of one must not affect the compilation of the next."""
     for name in ("layer norm", "padding row", "padding row, tied", "batch norm, training", "grouped attention"):
         small = case(name)
         compiled = hessian(small.loss, small.params, mode="forward", compile=True)
@@ -74,7 +74,7 @@ def test_symmetry_error_of_a_symmetric_operator_is_rounding_error(name):
 
 
 def test_torch_func_hessian_disagrees_on_layer_norm():
-    """Why `fpsim.curvature.products` says what not to simplify to. If this fails, torch was mended: delete it."""
+    """The reason why `fpsim.curvature.products` avoids it. If this test fails, torch is fixed: delete the test."""
     small = case("layer norm")
     arranged = layout(small.params)
     start = arranged.join(arranged.values)
@@ -274,7 +274,7 @@ def test_an_operation_without_second_derivative_is_named():
             hessian(loss, params, mode=mode).matvec(torch.ones(256))
 
 
-def test_what_torch_func_refuses_has_a_remedy_in_the_message():
+def test_a_refusal_of_torch_func_names_a_remedy():
     class Cube(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -292,7 +292,7 @@ def test_what_torch_func_refuses_has_a_remedy_in_the_message():
     torch.testing.assert_close(double @ torch.ones(3), 6 * params["x"])
 
 
-def test_options_that_do_not_go_together():
+def test_options_that_exclude_each_other():
     params = {"x": torch.ones(2)}
 
     def loss(p):

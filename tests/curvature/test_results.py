@@ -1,4 +1,4 @@
-"""Results: frozen, in float64, able to draw themselves; and the progress bar."""
+"""Results are frozen, are float64 and have plots; the progress bar changes nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def results():
     ]
 
 
-def test_results_are_frozen_and_say_what_they_cost():
+def test_results_are_frozen_and_count_their_products():
     for result in results():
         assert isinstance(result.products, int) and result.products > 0
         assert isinstance(result.converged, bool)
@@ -30,14 +30,14 @@ def test_results_are_frozen_and_say_what_they_cost():
             result.products = 0
 
 
-def test_scalars_are_float64_whatever_the_operator():
+def test_scalars_are_float64_for_a_float32_operator():
     eigen, plain, _, spectrum = results()
     assert eigen.eigenvalues.dtype == eigen.residuals.dtype == torch.float64
     assert eigen.eigenvectors.dtype == torch.float32
     assert plain.samples.dtype == spectrum.density.dtype == spectrum.nodes.dtype == torch.float64
 
 
-def test_results_draw_themselves():
+def test_results_have_plots():
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot

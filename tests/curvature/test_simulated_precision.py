@@ -1,4 +1,5 @@
-"""Curvature with rounding inside the loss: symmetric, being of the straight-through surrogate, and when it is not."""
+"""Curvature with rounding inside the loss: it is the straight-through surrogate's, and symmetric unless gradients
+are rounded."""
 
 from __future__ import annotations
 
@@ -95,7 +96,7 @@ def test_all_modes_see_the_same_surrogate():
 
 
 def test_the_surrogate_is_the_loss_at_the_rounded_values():
-    """With one rounding of the parameters, it is the Hessian of the unrounded loss at the rounded parameters."""
+    """If only the parameters are rounded, it is the Hessian of the unrounded loss at the rounded parameters."""
     small = case("layer norm")
     rounded = {name: fpsim.round(value.detach(), "e4m3fn") for name, value in small.params.items()}
     surrogate = hessian(lambda p: small.loss({k: fpsim.round(v, "e4m3fn") for k, v in p.items()}), small.params)
@@ -123,7 +124,7 @@ def test_finite_differences_are_refused_under_a_policy():
 
 @pytest.mark.parametrize("name", ["padding row", "padding row, tied"])
 def test_rows_of_padding_are_constants_under_a_policy(name):
-    """What looks rows up there is a traced graph, not the module."""
+    """The embedding runs in a traced graph, not in the module."""
     small = case(name)
     rounded = functional_loss(small.model, token_loss, batch=small.batch, policy={"format": "e4m3fn"})
     reverse, forward = (hessian(rounded, small.params, mode=mode).to_dense() for mode in ("reverse", "forward"))
@@ -139,7 +140,7 @@ def test_a_loss_under_a_policy_is_deterministic():
 
 
 def test_products_compile():
-    """One small graph: compiled and eager agree to float32, where nothing is rounded."""
+    """Compiled and eager products of a small loss agree, with and without rounding."""
     params = {"w": torch.randn(4, 4, generator=torch.Generator().manual_seed(0))}
     x = torch.ones(2, 4)
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Traces of operators and of functions of them: unbiased, with standard errors that mean what they say."""
+"""Traces of operators and of functions of them: the estimates are unbiased, and the standard errors are right."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from fpsim.formats import (
 ML_DTYPES = sorted(name for name in vars(ml_dtypes) if "float" in name)
 TORCH = sorted(
     name for name, kind in vars(torch).items() if isinstance(kind, torch.dtype) and kind.is_floating_point
-)  # float4_e2m1fn_x2 among them, of which torch.finfo knows nothing
+)  # among them float4_e2m1fn_x2, which torch.finfo does not know
 
 
 def small_formats() -> list[FloatFormat]:
@@ -341,7 +341,7 @@ def test_unknown_names_say_what_is_known(name, messages):
 
 
 @pytest.mark.parametrize("thing", [8, None, torch.float16])
-def test_what_is_no_name_is_a_type_error(thing):
+def test_a_format_that_is_not_a_name_is_a_type_error(thing):
     with pytest.raises(TypeError, match="a format is a name such as 'e4m3fn' or a FloatFormat"):
         parse_format(thing)
 

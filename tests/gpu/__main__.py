@@ -1,11 +1,11 @@
-"""The whole proof on a GPU, and what rounding costs there.
+"""The whole proof on a GPU, and the cost of rounding there.
 
     python -m tests.gpu [--exhaustive] [--only checks|benchmarks] [--markdown tests/gpu/results.md]
     TRITON_INTERPRET=1 python -m tests.gpu --rehearse
 
-Every check and benchmark is a row of the results, errors as well; the exit status is 1 if a check failed. A rehearsal
-runs the same code on the CPU, Triton interpreted, on few numbers and small models: it shows that this program works and
-nothing about GPUs, and it writes no results.
+Every check and benchmark is a row of the results, even if it fails; the exit status is 1 if any of them fails. A
+rehearsal runs the same code on the CPU with interpreted Triton, few numbers and small models. It shows that this
+program works, proves nothing about GPUs, and writes no results.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch
 from rich.console import Console
 
 NO_GPU = """\
-There is no CUDA device here, and this is about one: torch.cuda.is_available() is False.
+This program needs a CUDA device, but torch.cuda.is_available() is False.
 Run it on a machine with an NVIDIA GPU, a build of torch for CUDA and Triton (pip install 'fpsim[gpu]').
-What can be shown without a GPU is part of `make test` (tests/compile_backend/test_triton.py);
+The proofs that need no GPU are part of `make test` (tests/compile_backend/test_triton.py);
 TRITON_INTERPRET=1 python -m tests.gpu --rehearse runs this program on the CPU, without results."""
 
 
@@ -39,10 +39,10 @@ GOALS = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--exhaustive", action="store_true", help="all 2^32 float32 numbers, not every 4099th")
+    parser.add_argument("--exhaustive", action="store_true", help="all 2^32 float32 numbers instead of every 4099th")
     parser.add_argument("--only", choices=("checks", "benchmarks"))
     parser.add_argument("--markdown", type=Path, default=Path(__file__).parent / "results.md")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, small, without results")
+    parser.add_argument("--rehearse", action="store_true", help="run a small version on the CPU, without results")
     arguments = parser.parse_args()
     if not arguments.rehearse and not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
@@ -51,7 +51,7 @@ def main() -> int:
         print("Triton is not installed: pip install 'fpsim[gpu]'", file=sys.stderr)
         return 2
     if arguments.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
-        print("a rehearsal interprets Triton: set TRITON_INTERPRET=1", file=sys.stderr)
+        print("a rehearsal needs Triton's interpreter: set TRITON_INTERPRET=1", file=sys.stderr)
         return 2
 
     from tests.gpu import benchmarks, checks
@@ -77,7 +77,7 @@ def main() -> int:
 
 
 class Report:
-    """Collects rows, prints each as it comes, and makes the file of results."""
+    """Collects the rows, prints each when it is known, and makes the file of results."""
 
     def __init__(self, console: Console, rehearse: bool) -> None:
         self.console, self.rehearse, self.failed = console, rehearse, False
@@ -87,14 +87,14 @@ class Report:
     def check(self, name: str, run: Callable[[], str]) -> None:
         start = time.perf_counter()
         try:
-            verdict, what = "holds", run()
+            verdict, found = "holds", run()
         except Exception as error:
             self.failed = True
             traceback.print_exc()
             lines = f"{type(error).__name__}: {error}".splitlines()
-            verdict, what = "**FAILS**", lines[0].replace("|", "/")
-        self.checks.append((name, verdict, what))
-        self.console.print(f"{name}: {verdict}, {what} ({time.perf_counter() - start:.0f} s)", markup=False)
+            verdict, found = "**FAILS**", lines[0].replace("|", "/")
+        self.checks.append((name, verdict, found))
+        self.console.print(f"{name}: {verdict}, {found} ({time.perf_counter() - start:.0f} s)", markup=False)
 
     def benchmark(self, name: str, run: Callable[[], tuple[str, tuple[str, ...], list[tuple[str, ...]]]]) -> None:
         try:

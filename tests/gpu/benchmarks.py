@@ -1,14 +1,13 @@
-"""What rounding costs on a GPU: against a copy, in a training step, in an optimizer's step, and beside eager peers."""
+"""The cost of rounding on a GPU: relative to a copy, in a training step, in an optimizer's step, and to eager peers."""
 
 from __future__ import annotations
 
 import multiprocessing
-import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from torch._inductor.fx_passes import fuse_attention
 
 import fpsim
-from fpsim.paper.training import OpenAttention
+from fpsim.paper.compiled_loss import OpenAttention
+from tests.benchmarks.timing import interleaved_medians
 from tests.benchmarks.training import peer_cases
 
 Row = tuple[str, ...]
@@ -25,12 +25,12 @@ Row = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Size:
-    """How large the benchmarks are; the defaults are the ones that count, the others a rehearsal's.
+    """The sizes of the benchmarks; the defaults are for results, `REHEARSAL` is for a rehearsal.
 
     Attributes:
-        elements: of the tensor that is rounded.
-        layers, width, heads, context, vocabulary, batch: of the transformer: GPT-2 124M.
-        repeats: how often each is measured; medians count.
+        elements: the number of elements to round.
+        layers, width, heads, context, vocabulary, batch: the sizes of the transformer; the defaults are GPT-2 124M's.
+        repeats: how often each case is measured; results are medians.
     """
 
     elements: int = 1 << 28
@@ -47,31 +47,25 @@ REHEARSAL = Size(1 << 16, layers=1, width=32, heads=2, context=16, vocabulary=64
 
 
 def seconds(functions: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Medians over interleaved calls."""
-    for function in functions.values():
-        function()
-        function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            _wait(device)
-            start = time.perf_counter()
-            function()
-            _wait(device)
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    """Median seconds over interleaved calls, each until the device has finished."""
 
+    def finished(function: Callable[[], Any]) -> None:
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    calls = {name: partial(finished, function) for name, function in functions.items()}
+    for call in calls.values():
+        call()
+        call()
+    return interleaved_medians(calls, repeats)
 
 
 # -- rounding against a copy -------------------------------------------------------------------------------------------
 
 
 def rounding(device: torch.device, size: Size) -> tuple[str, Row, list[Row]]:
-    """Goal: at least 85 % of the bandwidth of a copy."""
+    """The bandwidth of rounding; the goal is at least 85 % of the bandwidth of a copy."""
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(size.elements, device=device, dtype=dtype)
@@ -119,7 +113,7 @@ class Layer(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The shape of GPT-2 (Radford et al. 2019), its output embedding tied, with the mean cross-entropy as result."""
+    """A model of GPT-2's shape (Radford et al. 2019) with tied embeddings, which returns the mean cross-entropy."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -137,13 +131,13 @@ class GPT2(nn.Module):
 
 
 def training(device: torch.device, size: Size) -> tuple[str, Row, list[Row]]:
-    """Goal: at most 1.10 times plain Inductor with the same attention."""
+    """The time of a training step; the goal is at most 1.10 times plain Inductor with the same attention."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
         return fresh.submit(_training, device, size).result()
 
 
 def _training(device: torch.device, size: Size) -> tuple[str, Row, list[Row]]:
-    """In a process in which nothing has been compiled: there Inductor can be kept from fusing what was opened again."""
+    """`training`, in a process that has compiled nothing: only there can Inductor be kept from fusing attention."""
     fuse_attention._sfdp_init = lambda *_, **__: None
     torch.manual_seed(0)
     tokens = torch.randint(0, size.vocabulary, (2, size.batch, size.context), device=device)
@@ -190,7 +184,7 @@ def step_of(
 
 
 def peak(step: Callable[[], None], device: torch.device) -> int:
-    """Bytes allocated at most during a step, beyond what was allocated before."""
+    """The peak of allocated bytes during a step, minus the bytes that were allocated before."""
     if device.type != "cuda":
         return 0
     torch.cuda.synchronize(device)
@@ -205,7 +199,7 @@ def peak(step: Callable[[], None], device: torch.device) -> int:
 
 
 def optimizer(device: torch.device, size: Size) -> tuple[str, Row, list[Row]]:
-    """Goal on the CPU: at most 1.3 times the plain step."""
+    """The time of a step of AdamW; the goal on the CPU is at most 1.3 times the plain step."""
     rows = []
     for implementation in ({"foreach": True}, {"fused": True}):
         steps: dict[str, Callable[[], Any]] = {}

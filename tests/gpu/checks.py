@@ -1,6 +1,6 @@
-"""What must hold on a GPU, check by check. Each returns what it has compared, or raises AssertionError.
+"""The checks on a GPU. Each returns a description of its comparisons, or raises AssertionError.
 
-Numbers are judged by eager rounding on the CPU, which is proven against the reference (``tests/exhaustive.md``).
+The judge is eager rounding on the CPU, which is proven against the reference (``tests/exhaustive.md``).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ OPTIONS = {"activation": "e4m2", "weight": "e4m1", "gradient": "e5m1"}
 
 @dataclass(frozen=True)
 class Setting:
-    """Where checks run, and on how many numbers.
+    """The device of the checks, and their numbers of inputs.
 
     Attributes:
         device: the GPU; the CPU in a rehearsal.
-        count: of the random bit patterns that each comparison takes.
-        exhaustive: whether all 2^32 float32 numbers are taken where a check says so.
+        count: the number of random bit patterns in each comparison.
+        exhaustive: whether `check_every_float32` takes all 2^32 numbers.
         compiled: the formats whose roundings are compiled one by one.
     """
 
@@ -47,38 +47,35 @@ class Setting:
 
 
 def check_eager(setting: Setting) -> str:
-    """Every format, rounding, overflow mode and carrier: the Triton kernels behind eager calls."""
+    """Eager calls, which run Triton kernels, for every format, rounding, overflow mode and carrier."""
     compared = 0
-    for x in inputs(setting):
-        for fmt, rounding, overflow in modes(x.dtype):
-            want = fpsim.round(x, fmt, rounding=rounding, overflow=overflow)
-            same(fpsim.round(x.to(setting.device), fmt, rounding=rounding, overflow=overflow), want)
-            compared += x.numel()
+    for x, fmt, rounding, overflow in cases(setting):
+        want = fpsim.round(x, fmt, rounding=rounding, overflow=overflow)
+        same(fpsim.round(x.to(setting.device), fmt, rounding=rounding, overflow=overflow), want)
+        compared += x.numel()
     return f"{compared:,} results"
 
 
 def check_compiled(setting: Setting) -> str:
-    """The same in code that Inductor generates, for every rounding."""
+    """Code that Inductor generates, for every rounding."""
     compared = 0
-    for x in inputs(setting):
-        for fmt, rounding, overflow in modes(x.dtype):
-            if overflow == "sat_propagate" or fmt.name not in setting.compiled:
-                continue
-            torch._dynamo.reset()
-            compiled = torch.compile(lambda x, f=fmt, r=rounding, o=overflow: fpsim.round(x, f, rounding=r, overflow=o))
-            same(compiled(x.to(setting.device)), fpsim.round(x, fmt, rounding=rounding, overflow=overflow))
-            compared += x.numel()
+    for x, fmt, rounding, overflow in cases(setting):
+        if overflow == "sat_propagate" or fmt.name not in setting.compiled:
+            continue
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x, f=fmt, r=rounding, o=overflow: fpsim.round(x, f, rounding=r, overflow=o))
+        same(compiled(x.to(setting.device)), fpsim.round(x, fmt, rounding=rounding, overflow=overflow))
+        compared += x.numel()
     return f"{compared:,} results"
 
 
 def check_user_kernels(setting: Setting) -> str:
-    """`fpsim.triton` inside kernels of one's own, launched directly and from compiled code."""
+    """`fpsim.triton` inside user-written kernels, launched directly and from compiled code."""
     compared = 0
-    for x in inputs(setting):
-        for fmt, rounding, overflow in modes(x.dtype):
-            got = rounded_in_a_kernel(x.to(setting.device), fmt.name, rounding, overflow)
-            same(got, fpsim.round(x, fmt, rounding=rounding, overflow=overflow))
-            compared += x.numel()
+    for x, fmt, rounding, overflow in cases(setting):
+        got = rounded_in_a_kernel(x.to(setting.device), fmt.name, rounding, overflow)
+        same(got, fpsim.round(x, fmt, rounding=rounding, overflow=overflow))
+        compared += x.numel()
     x = torch.randn(37, 16, generator=torch.Generator().manual_seed(0)) * 100
     out = torch.empty_like(x, device=setting.device)
     scaled_and_rounded[(5,)](x.to(setting.device), out, 37, 16, 3.0, "e5m2", 8)
@@ -90,7 +87,7 @@ def check_user_kernels(setting: Setting) -> str:
 
 
 def check_stochastic(setting: Setting) -> str:
-    """The same draws eager, compiled, in a kernel of one's own, and on the CPU."""
+    """Eager, compiled and user-written kernels draw the same random numbers as the CPU."""
     compared = 0
     for x in inputs(setting):
         for name in ("e4m3fn", "e2m1fn", "e8m3"):
@@ -114,7 +111,7 @@ def check_stochastic(setting: Setting) -> str:
 
 
 def check_scaled(setting: Setting) -> str:
-    """Scaled rounding, eager and compiled: the scale of each tensor, and what is rounded with it."""
+    """Scaled rounding, eager and compiled: the scale of each tensor, and the rounded tensor."""
     compared = 0
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         generator = torch.Generator().manual_seed(0)
@@ -133,7 +130,7 @@ def check_scaled(setting: Setting) -> str:
 
 
 def check_every_float32(setting: Setting) -> str:
-    """All 2^32 float32 numbers in all roundings to e4m3fn and e8m3, where asked for; else every 4099th."""
+    """All 2^32 float32 numbers (or every 4099th of them) in all roundings to e4m3fn and e8m3."""
     step = 1 if setting.exhaustive else 4099
     compared, chunk = 0, 1 << 27
     for first in range(-(2**31), 2**31, chunk):
@@ -148,7 +145,7 @@ def check_every_float32(setting: Setting) -> str:
 
 
 def check_subnormals(setting: Setting) -> str:
-    """Every float32 subnormal, to formats whose subnormals are float32 subnormals: nothing is flushed to zero."""
+    """Every float32 subnormal in formats whose subnormals are float32 subnormals: nothing is flushed to zero."""
     step = 1 if setting.device.type == "cuda" else 997
     magnitudes = torch.arange(0, (1 << 23) + 2, step, dtype=torch.int32)
     x = torch.cat([magnitudes, magnitudes | -(2**31)]).view(torch.float32)
@@ -160,11 +157,11 @@ def check_subnormals(setting: Setting) -> str:
             same(rounded_in_a_kernel(on_device, name, rounding, "ovf_inf"), want)
         torch._dynamo.reset()
         same(torch.compile(lambda x, name=name: fpsim.round(x, name))(on_device), fpsim.round(x, name))
-    return f"{x.numel():,} numbers, 3 formats, eager, compiled and in a kernel of one's own"
+    return f"{x.numel():,} numbers, 3 formats, eager, compiled and in a user-written kernel"
 
 
 def check_no_contraction(setting: Setting) -> str:
-    """Products and sums before a rounding are rounded themselves first: no FMA takes their place."""
+    """Each product and sum before a rounding is rounded to float32 itself: no FMA replaces them."""
     generator = torch.Generator().manual_seed(1)
     n = 1024
     a, b, c = (torch.randn(n, n, generator=generator).to(setting.device) for _ in range(3))
@@ -183,7 +180,7 @@ def check_no_contraction(setting: Setting) -> str:
 
 
 def check_max_autotune(setting: Setting) -> str:
-    """A training step with and without `max_autotune`, products that are exact in any order: the same bits."""
+    """A training step whose sums are exact in any order has the same bits with and without `max_autotune`."""
     results = []
     for autotune in (False, True):
         torch._dynamo.reset()
@@ -198,7 +195,7 @@ def check_max_autotune(setting: Setting) -> str:
 
 
 def check_rounded_results(setting: Setting) -> str:
-    """A product's result is a number of its dtype before it is rounded, in templates too, where sums are wider."""
+    """A product's result is converted to its dtype before it is rounded, also in templates, whose sums are wider."""
     generator = torch.Generator().manual_seed(2)
     a, b = (torch.randint(-7, 8, (256, 256), generator=generator).to(setting.device, torch.bfloat16) for _ in range(2))
     exact = a.cpu().float() @ b.cpu().float()  # in any order: integers below 2**24
@@ -215,7 +212,7 @@ def check_rounded_results(setting: Setting) -> str:
 
 
 def check_cache(setting: Setting) -> str:
-    """Fresh processes over one cache directory, each under its own policy, get their own bits."""
+    """Fresh processes with one cache directory and different policies get the bits of their own policies."""
     policies = ["none", "e4m3fn", "e5m2", "e4m3fn", "none", "e5m2"]
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
@@ -243,7 +240,7 @@ def check_audit(setting: Setting) -> str:
 
 
 def check_optimizer(setting: Setting) -> str:
-    """Rounded optimizer state and weights are values of their formats, and a plain step with its results rounded."""
+    """A rounded optimizer step equals a plain step whose results are rounded to the formats of state and weights."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(300, 70, generator=generator)
     rounded, plain = (nn.Parameter(fpsim.round(values, "bf16").to(setting.device)) for _ in range(2))
@@ -267,10 +264,10 @@ def check_optimizer(setting: Setting) -> str:
 CHECKS: dict[str, Callable[[Setting], str]] = {
     "eager rounding, all modes": check_eager,
     "Inductor's code, all roundings": check_compiled,
-    "Triton kernels of one's own, all modes": check_user_kernels,
+    "user-written Triton kernels, all modes": check_user_kernels,
     "stochastic rounding": check_stochastic,
     "scaled rounding": check_scaled,
-    "float32 numbers throughout": check_every_float32,
+    "all float32 numbers": check_every_float32,
     "subnormals, which GPUs may flush": check_subnormals,
     "no FMA between a product and its rounding": check_no_contraction,
     "max_autotune on and off": check_max_autotune,
@@ -282,7 +279,7 @@ CHECKS: dict[str, Callable[[Setting], str]] = {
 
 
 def inputs(setting: Setting) -> Iterator[Tensor]:
-    """Random bit patterns of every carrier: all there are of the 16-bit ones, of the others half near FP8's range."""
+    """All bit patterns of the 16-bit carriers; random ones of the others, half of them near FP8's range."""
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.bfloat16, torch.float16):
         yield torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -295,16 +292,18 @@ def inputs(setting: Setting) -> Iterator[Tensor]:
         yield torch.cat([codes.view(dtype), near])
 
 
-def modes(dtype: torch.dtype) -> Iterator[tuple[FloatFormat, str, str]]:
-    for fmt in map(parse_format, FORMATS):
-        if fmt.is_subset_of(CARRIERS[dtype]):
-            for rounding in ROUNDINGS:
-                for overflow in OVERFLOWS if fmt.has_infinity or fmt.has_nan else ("sat_finite",):
-                    yield fmt, rounding, overflow
+def cases(setting: Setting) -> Iterator[tuple[Tensor, FloatFormat, str, str]]:
+    """The inputs of every carrier with each format that it carries, each rounding and each overflow mode."""
+    for x in inputs(setting):
+        for fmt in map(parse_format, FORMATS):
+            if fmt.is_subset_of(CARRIERS[x.dtype]):
+                for rounding in ROUNDINGS:
+                    for overflow in OVERFLOWS if fmt.has_infinity or fmt.has_nan else ("sat_finite",):
+                        yield x, fmt, rounding, overflow
 
 
 def same(got: Tensor, want: Tensor) -> None:
-    """Fails unless both have the same bits; of NaNs: that both are NaN."""
+    """Raise an AssertionError unless both have the same bits; a NaN only has to be a NaN in both."""
     got, want = got.detach().cpu(), want.detach().cpu()
     assert got.dtype == want.dtype and got.shape == want.shape
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.dtype.itemsize]
@@ -317,7 +316,7 @@ def same(got: Tensor, want: Tensor) -> None:
 
 
 def step_of_a_network(device: torch.device, backend: str) -> list[Tensor]:
-    """Output and gradients of two layers whose sums of products are exact in float32, in any order."""
+    """Output and gradients of two layers whose sums of products are exact in float32 in any order."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128, bias=False), nn.ReLU(), nn.Linear(128, 64, bias=False))
     with torch.no_grad():
@@ -330,7 +329,7 @@ def step_of_a_network(device: torch.device, backend: str) -> list[Tensor]:
 
 
 def print_a_rounded_product(device: str, policy: str) -> None:
-    """What a process of `check_cache` does."""
+    """The work of one process of `check_cache`."""
     backend = {"backend": "inductor"} if policy == "none" else {"backend": "fpsim", "options": {"format": policy}}
     with torch.no_grad():
         y = torch.compile(lambda x, w: x @ w, **backend)(

@@ -1,4 +1,4 @@
-"""A Triton kernel as a user would write it, with fpsim's rounding inside."""
+"""A Triton kernel like a user's, with fpsim's rounding inside."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rounding_kernel(
 
 
 def rounded_in_a_kernel(x: Tensor, format: str, rounding: str, overflow: str, *, block: int = 4096) -> Tensor:
-    """``x``, which must be contiguous, rounded by that kernel."""
+    """``x``, which must be contiguous, rounded by `rounding_kernel`."""
     out = torch.empty_like(x)
     rounding_kernel[(triton.cdiv(x.numel(), block),)](x, out, x.numel(), format, rounding, overflow, block)
     return out

@@ -1,10 +1,11 @@
-"""What rounding adds to a training step of GPT-2's shape on a GPU, read from the code that Inductor generates for one.
+"""The memory traffic that rounding adds to a training step of GPT-2's shape on a GPU, from Inductor's generated code.
 
     python -m tests.gpu.traffic [--layers N] [--dtype bfloat16|float32]
 
-Needs no GPU: one is pretended. The table counts the kernels that a step launches, matrix products apart, and the bytes
-that all read and write, by Inductor's own count. It is no measurement of time: a step that moves 10 % more takes 10 %
-longer if it is bound by memory throughout, and less where it is bound by its products, which are the same.
+It needs no GPU: Inductor generates code for a simulated one. The table counts the kernels that a step launches, without
+matrix products, and the bytes that all kernels read and write, by Inductor's own count. It does not measure time. A
+step that moves 10 % more bytes takes 10 % longer if memory bounds all of it, and less if the matrix products, which are
+the same, bound a part of it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils._triton import has_triton
 
 from fpsim.compile_backend import backend
-from fpsim.paper.training import OpenAttention
+from fpsim.paper.compiled_loss import OpenAttention
 from tests.compile_backend.inductor_triton import kernels_of, pretended_gpu
 from tests.gpu.benchmarks import GPT2, Size
 
@@ -47,19 +48,19 @@ GPU = torch.device("cuda", 0)
 
 @dataclass(frozen=True)
 class Code:
-    """What Inductor generated for one graph, and the bytes that its kernels and products read and write."""
+    """Inductor's code for one graph, and the bytes that its kernels and matrix products read and write."""
 
     text: str
     bytes: int
 
     @property
     def launches(self) -> int:
-        """Kernels that are not matrix products of a library."""
+        """The number of kernel launches, without the matrix products of a library."""
         return len(re.findall(r"\btriton_\w+\.run\(", self.text))
 
 
 class Captured:
-    """In place of Inductor's compiler: keeps each graph, which then runs on fake tensors."""
+    """Replaces Inductor's compiler: it keeps each graph, and runs it on fake tensors."""
 
     def __init__(self) -> None:
         self.graphs: list[tuple[fx.GraphModule, Sequence[Any], bool]] = []
@@ -77,7 +78,14 @@ class Captured:
 
 
 def step(size: Size, dtype: torch.dtype, options: dict[str, Any] | None, opened: bool) -> list[Code]:
-    """The code of forward and backward; ``options`` of the backend, None for plain Inductor."""
+    """The code of forward and backward.
+
+    Args:
+        size: of the model.
+        dtype: of the parameters.
+        options: of the backend; None for plain Inductor.
+        opened: whether plain Inductor gets opened attention.
+    """
     captured = Captured()
     torch._dynamo.reset()
     with mock.patch.object(backend, "_interpreter", lambda *_: captured), FakeTensorMode():
@@ -101,7 +109,7 @@ def step(size: Size, dtype: torch.dtype, options: dict[str, Any] | None, opened:
 
 
 def code_for_a_gpu(gm: fx.GraphModule, inputs: Sequence[Any], is_backward: bool) -> Code:
-    """A graph traced on the CPU, generated as if it had been traced on a GPU."""
+    """The code of a graph that was traced on the CPU, generated as if it had been traced on a GPU."""
     fake_mode = detect_fake_mode(inputs)
     for node in gm.graph.nodes:
         node.args = tuple(GPU if isinstance(argument, torch.device) else argument for argument in node.args)
@@ -136,7 +144,7 @@ CASES: dict[str, tuple[dict[str, Any] | None, bool]] = {
 
 def steps(size: Size, dtype: torch.dtype) -> dict[str, list[Code]]:
     """The code of each case."""
-    # Or else plain Inductor fuses attention again where it was opened.
+    # Without this patch, plain Inductor would fuse the opened attention again.
     with mock.patch.object(fuse_attention, "_sfdp_init", lambda *_, **__: None):
         return {name: step(size, dtype, *case) for name, case in CASES.items()}
 

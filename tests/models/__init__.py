@@ -1,1 +1,1 @@
-"""Real architectures in tiny configurations, and a command that reports what fpsim does to each of them."""
+"""Real architectures in tiny configurations, and a command that reports how fpsim rounds each of them."""

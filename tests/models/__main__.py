@@ -1,10 +1,10 @@
-"""What fpsim does to real architectures, one row each.
+"""A table of how fpsim rounds real architectures, one row each.
 
     python -m tests.models [NAME...] [--markdown FILE]
 
-Each model is built tiny from its configuration and a fixed seed, explained, compiled, trained for three steps, audited,
-and one of its steps compared with the interpreted one, bit for bit, under deterministic algorithms and in one thread.
-An error is a row too: its first line stands in the table.
+Each model is built tiny from its configuration and a fixed seed. It is explained, compiled, audited and trained for
+three steps, and one step is compared with the interpreted one, bit for bit, with deterministic algorithms and one
+thread. If a model fails, its row says so, and the first line of the error follows the table.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ from .architectures import ARCHITECTURES
 from .measure import Row, measure
 
 COLUMNS = (
-    "model", "parameters", "operands rounded", "of, by hand", "gaps", "graph breaks", "losses of 3 steps", "escaped",
-    "bits, aten's kernels", "bits, Inductor's kernels",
+    "model", "parameters", "operands rounded", "counted by hand", "gaps", "graph breaks", "losses of 3 steps",
+    "escaped", "bits, aten's kernels", "bits, Inductor's kernels",
 )  # fmt: skip
 
 LEGEND = """\
-*Operands rounded*: sites of `fpsim.explain`; *of, by hand*: counted from the architecture, forward and backward.
-*Gaps*: operators that multiply matrices and would not be rounded. *Escaped*: products that ran unrounded in one real
-step of the compiled model (`fpsim.audit`). *Bits*: loss and all gradients of one step, compiled, against
-`backend="fpsim_eager"`: first with Inductor calling aten's kernels (`fallback_by_default`, no `layout_optimization`:
-the same graphs, partitioned and recomputed, and the same order of summation), then with Inductor's own kernels:
-"equal", or the largest difference, of the loss or of an element of a gradient relative to the largest of all elements.
-Inductor's kernels sum in another order, lay out convolutions otherwise, and use other approximations of `exp` and its
-kin: about 1e-7. Should such a difference carry an operand over the boundary between two FP8 values, the row would show
-far more."""
+*Operands rounded*: sites of `fpsim.explain`. *Counted by hand*: their number according to the architecture, forward and
+backward. *Gaps*: operators that multiply matrices and would not be rounded. *Escaped*: products that ran unrounded in
+one real step of the compiled model (`fpsim.audit`). *Bits*: a comparison of the loss and all gradients of one compiled
+step with `backend="fpsim_eager"`. In the first column, Inductor calls aten's kernels (`fallback_by_default`, no
+`layout_optimization`): the graphs are the same, partitioned and recomputed, and so is the order of summation. In the
+second column, it calls its own kernels. An entry is "equal", or the largest difference: of the loss, or of an element
+of a gradient relative to the largest element of all gradients. Inductor's kernels sum in another order, use another
+layout for convolutions, and approximate `exp` and similar functions differently, which gives differences of about 1e-7.
+If such a difference moved an operand across the boundary between two FP8 values, its row would show a far larger
+difference."""
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def main() -> None:
         for name in names:
             bar.update(task, description=name)
             rows.append(measure(ARCHITECTURES[name], lambda stage: bar.update(task, stage=stage)))
-            if arguments.markdown:  # after each row: an interrupted run leaves what it has
+            if arguments.markdown:  # after each row, so that an interrupted run leaves its rows
                 arguments.markdown.write_text(markdown(rows))
             bar.advance(task)
     console = Console(width=None if sys.stdout.isatty() else 180)
@@ -70,8 +71,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ARCHITECTURES)}; default: all")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there, too")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(ARCHITECTURES)}; default: all")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table to this file")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - ARCHITECTURES.keys():
         parser.error(f"no such model: {', '.join(sorted(unknown))}; there are {', '.join(ARCHITECTURES)}")
@@ -85,7 +86,7 @@ def progress() -> Progress:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings of transformers and of Dynamo: what matters of them is in the table."""
+    """Silence the warnings of transformers and of Dynamo; the table shows the relevant ones."""
     transformers.logging.set_verbosity_error()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -93,7 +94,7 @@ def quiet() -> Iterator[None]:
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """The row as words, in the order of `COLUMNS`."""
+    """The row as text, in the order of `COLUMNS`."""
     unknown = "error" if row.errors else "-"
     return (
         row.architecture.name,
@@ -110,13 +111,13 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def is_clean(row: Row) -> bool:
-    """Whether everything is rounded, trains, and has the interpreter's bits."""
+    """Whether all operands are rounded, the model trains, and its bits are the interpreter's."""
     whole = row.rounded == row.architecture.operands and not row.gaps and not row.breaks and not row.escaped
     return whole and row.trains and bool(row.aten_equal) and not row.errors
 
 
 def remarks(rows: list[Row]) -> Iterator[str]:
-    """A line for everything that is not as it should be, with what is known of its cause."""
+    """A line for each row that is not clean, with the known causes."""
     for row in rows:
         if not is_clean(row):
             said = list(_facts(row))
@@ -125,7 +126,7 @@ def remarks(rows: list[Row]) -> Iterator[str]:
 
 def _facts(row: Row) -> Iterator[str]:
     for error in dict.fromkeys(row.errors.values()):
-        yield f"{' and '.join(what for what in row.errors if row.errors[what] == error)}: {error}"
+        yield f"{' and '.join(name for name in row.errors if row.errors[name] == error)}: {error}"
     for (operator, reason), count in row.gaps.items():
         yield f"{count} x {operator}: {reason}"
     for reason in row.breaks:
@@ -149,7 +150,7 @@ def terminal_table(rows: list[Row]) -> Table:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The table and what is to be said of it, with everything needed to make it again."""
+    """The table with its legend and remarks, and all information to make it again."""
     command = shlex.join(["python", "-m", "tests.models", *sys.argv[1:]])
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, fpsim source {source_hash()[:12]}"
     date = datetime.datetime.now(datetime.UTC).date()

@@ -1,9 +1,8 @@
-"""Tiny models of twenty-odd real architectures, and how many operands of matrix products each must have.
+"""Tiny models of real architectures, and the number of operands of matrix products that each must have.
 
-Those of transformers are its own code, built from a configuration; the others are written out here with `torch.nn`.
-Weights and inputs follow from a fixed seed and nothing is downloaded. Every model maps its inputs to a loss, so that
-forward, loss and backward can be one graph. The operands are counted by hand from the architecture: what
-`fpsim.explain` finds is compared with them.
+Some models are code of transformers, built from a configuration; the others are written here with `torch.nn`. Weights
+and inputs come from a fixed seed, and nothing is downloaded. Every model maps its inputs to a loss, so that forward,
+loss and backward can be one graph. The operands are counted by hand from the architecture, to check `fpsim.explain`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ MEL_BINS = 8
 
 #: Operands of a linear layer or a convolution: two in each of fprop, dgrad and wgrad.
 LINEAR = 6
-#: The same where the input needs no gradient: there is no dgrad.
+#: Operands of such a layer whose input needs no gradient: it has no dgrad.
 FIRST = 4
 #: Operands of a product of two activations: fprop, and a gradient for each of the two.
 INNER_PRODUCT = 6
@@ -39,11 +38,11 @@ class Architecture:
     """One row of the table.
 
     Attributes:
-        name: on the command line and in the table.
-        create: makes the model, whose keyword arguments are the inputs and whose result is the loss.
+        name: its name on the command line and in the table.
+        create: makes the model, which maps the inputs, as keyword arguments, to the loss.
         inputs: makes the inputs.
-        operands: of all its matrix products, forward and backward, counted by hand.
-        note: why its row is no clean one, if it is not.
+        operands: the number of operands of all its matrix products, forward and backward, counted by hand.
+        note: why its row is not clean; empty if it is.
     """
 
     name: str
@@ -53,7 +52,7 @@ class Architecture:
     note: str = ""
 
     def build(self) -> tuple[nn.Module, Inputs]:
-        """The model, in training mode and without dropout, and its inputs: the same at every call."""
+        """The model, in training mode and without dropout, and its inputs; both are the same at every call."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return self.create().train(), self.inputs()
@@ -63,7 +62,7 @@ class Architecture:
 
 
 class OutputLoss(nn.Module):
-    """A model of transformers as a function to the loss that it computes itself."""
+    """A model of transformers as a function that returns the loss that the model computes."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -74,7 +73,7 @@ class OutputLoss(nn.Module):
 
 
 def pretrained(class_name: str, **sizes: Any) -> Callable[[], nn.Module]:
-    """A function that builds a model of transformers of these sizes, its weights random, without dropout."""
+    """A function that builds a model of transformers with these sizes, random weights and no dropout."""
 
     def create() -> nn.Module:
         model_class = getattr(transformers, class_name)
@@ -92,7 +91,7 @@ def tokens() -> Tensor:
 
 
 def text() -> Inputs:
-    """Tokens that are their own labels: causal models shift them, masked models learn to copy."""
+    """Tokens that are their own labels: causal models shift the labels, masked models learn to copy."""
     inputs = tokens()
     return {"input_ids": inputs, "labels": inputs}
 
@@ -109,7 +108,7 @@ def speech() -> Inputs:
     return {"input_features": torch.randn(BATCH, MEL_BINS, 2 * LENGTH), "labels": tokens()}
 
 
-#: What most configurations call the sizes of a language model.
+#: The sizes of a language model, by the names that most configurations use.
 DECODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
@@ -136,7 +135,7 @@ IMAGES = {
     "image_size": PIXELS,
     "num_channels": 3,
     "num_labels": CLASSES,
-    # Unset, transformers sets it in the first call, and the second compiles anew.
+    # If it is not set, transformers sets it in the first call, and the second call compiles again.
     "problem_type": "single_label_classification",
 }
 
@@ -145,7 +144,7 @@ IMAGES = {
 
 
 class Classifier(nn.Module):
-    """A network for images and the cross-entropy of its predictions."""
+    """The cross-entropy of the predictions of a network for images."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -156,7 +155,7 @@ class Classifier(nn.Module):
 
 
 class Residual(nn.Module):
-    """The basic block of a ResNet: two convolutions, each normalised over the batch, beside a shortcut."""
+    """The basic block of a ResNet: two convolutions with batch normalisation, and a shortcut."""
 
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
@@ -174,14 +173,14 @@ class Residual(nn.Module):
 
 
 def resnet() -> nn.Module:
-    """A ResNet of two basic blocks, the second of which halves the picture."""
+    """A ResNet of two basic blocks; the second one halves the size of the image."""
     stem = (nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
     blocks = (Residual(8, 8, 1), Residual(8, 16, 2))
     return Classifier(nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, CLASSES)))
 
 
 class PixelAttention(nn.Module):
-    """Self-attention between the pixels of a picture, as in the middle of a diffusion model's U-Net."""
+    """Self-attention between the pixels of an image, as in the middle of a diffusion model's U-Net."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -196,7 +195,7 @@ class PixelAttention(nn.Module):
 
 
 class UNet(nn.Module):
-    """Down by a strided convolution, attention, up by a transposed one, and a skip; predicts the noise in pictures."""
+    """A U-Net that predicts the noise in images: a strided convolution, attention, a transposed convolution, a skip."""
 
     def __init__(self, channels: int = 8) -> None:
         super().__init__()
@@ -241,7 +240,7 @@ class Recurrent(nn.Module):
 
 
 class MixerBlock(nn.Module):
-    """Mixes patches by one small network and channels by another."""
+    """One small network mixes patches, and another one mixes channels."""
 
     def __init__(self, patches: int) -> None:
         super().__init__()
@@ -255,7 +254,7 @@ class MixerBlock(nn.Module):
 
 
 class Mixer(nn.Module):
-    """An MLP-Mixer whose patches are cut out by reshaping: linear layers and nothing else."""
+    """An MLP-Mixer that cuts its patches by reshaping, so that it has only linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,7 +281,7 @@ ARCHITECTURES = {
             text,
             LAYERS * (7 * LINEAR + ATTENTION) + LINEAR,
         ),
-        # q with k with v, o, up, down
+        # q, k and v together, o, up, down
         Architecture(
             "gpt2",
             pretrained(
@@ -297,8 +296,8 @@ ARCHITECTURES = {
             ),
             text,
             LAYERS * (4 * LINEAR + ATTENTION) + LINEAR,
-            "transformers warns that this model names no loss function, and a logger's call breaks the graph; what "
-            "is on both sides of it is rounded; `model.loss_type = 'ForCausalLM'` avoids it",
+            "transformers warns that this model names no loss function, and the call of the logger breaks the graph; "
+            "the operands before and after the break are rounded; `model.loss_type = 'ForCausalLM'` avoids the break",
         ),
         Architecture(
             "qwen3",
@@ -306,13 +305,13 @@ ARCHITECTURES = {
             text,
             LAYERS * (7 * LINEAR + ATTENTION) + LINEAR,
         ),
-        # q, k, v, o; the router; all experts' gate with up, and down
+        # q, k, v, o; the router; for all experts together, gate with up, and down
         Architecture(
             "mixtral",
             pretrained("MixtralForCausalLM", **EXPERTS),
             text,
             LAYERS * (7 * LINEAR + ATTENTION) + LINEAR,
-            "transformers keeps the experts' products in an operator of its own, into which no backend sees; "
+            "transformers computes the experts' products in an operator of its own, which no backend can inspect; "
             "`experts_implementation='batched_mm'` in the configuration avoids it",
         ),
         Architecture(
@@ -345,7 +344,7 @@ ARCHITECTURES = {
             text,
             LAYERS * (6 * LINEAR + ATTENTION) + LINEAR,
         ),
-        # q with k with v, o, up, down
+        # q, k and v together, o, up, down
         Architecture(
             "gpt-neox",
             pretrained("GPTNeoXForCausalLM", **DECODER),
@@ -373,7 +372,7 @@ ARCHITECTURES = {
             text,
             LAYERS * (6 * LINEAR + ATTENTION) + 2 * LINEAR,
         ),
-        # besides: keys and queries of relative positions, and content with position in both directions
+        # also keys and queries of relative positions, and products of content and position in both directions
         Architecture(
             "deberta-v2",
             pretrained(
@@ -434,7 +433,7 @@ ARCHITECTURES = {
             text,
             LAYERS * (5 * LINEAR + INNER_PRODUCT) + LINEAR,
         ),
-        # the product for each token by itself
+        # one product of states and read-outs per token
         Architecture(
             "mamba-sequential",
             pretrained("MambaForCausalLM", **MAMBA, use_associative_scan=False),
@@ -486,13 +485,13 @@ ARCHITECTURES = {
         ),
         # the stem, two convolutions per block, one shortcut, the head
         Architecture("resnet", resnet, images, FIRST + 2 * 2 * LINEAR + LINEAR + LINEAR),
-        # in, down, q with k with v, o, up, out
+        # in, down, q, k and v together, o, up, out
         Architecture("unet", UNet, noisy_images, FIRST + 5 * LINEAR + ATTENTION),
-        # the patches are cut out by reshaping
+        # reshaping cuts the patches
         Architecture("mixer", lambda: Classifier(Mixer()), images, FIRST + LAYERS * 4 * LINEAR + LINEAR),
-        # per token a product with the input and one with the state, which is constant at the first; the head
+        # per token a product with the input and one with the state, which is constant for the first token; the head
         Architecture("lstm-cell", lambda: Recurrent(nn.LSTMCell), text, LENGTH * 2 * LINEAR - 2 + LINEAR),
-        # a product with the inputs of all steps, and in each one with the state
+        # one product with the inputs of all steps, and one with the state per step; the head
         Architecture("lstm", lambda: Recurrent(nn.LSTM), text, LINEAR + LENGTH * LINEAR - 2 + LINEAR),
         Architecture("gru", lambda: Recurrent(nn.GRU), text, LINEAR + LENGTH * LINEAR - 2 + LINEAR),
     )

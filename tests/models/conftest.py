@@ -1,4 +1,4 @@
-"""What the tests of real models share: nothing compiled before, and no trace of the compiler's."""
+"""Fixtures of the tests of real models."""
 
 import logging
 from collections.abc import Iterator
@@ -11,9 +11,10 @@ from .measure import deterministic
 
 @pytest.fixture(autouse=True)
 def reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Deterministic algorithms, one thread, nothing compiled before.
+    """Deterministic algorithms, one thread, and an empty compiler cache in the process.
 
-    The trace of each compilation, thousands of empty lines for pytest to collect, is a quarter of the time.
+    The compiler's trace log is switched off: pytest takes a quarter of the time to collect its thousands of empty
+    lines.
     """
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
     torch._dynamo.reset()

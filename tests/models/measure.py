@@ -1,4 +1,4 @@
-"""What fpsim does to one architecture: sites, gaps, graph breaks, escapes, training, and the bits of one step."""
+"""Measurements of one architecture: sites, gaps, graph breaks, escapes, training, and the bits of one step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .architectures import Architecture, Inputs
 
 STEPS, LEARNING_RATE = 3, 1e-2
 
-#: What `fpsim.explain` calls the place of a graph break in its list of gaps.
+#: The operator of a graph break in the gaps of `fpsim.explain`.
 GRAPH_BREAK = "(graph break)"
 
 #: The loss and the gradients of one step.
@@ -28,18 +28,18 @@ Results = dict[str, Tensor]
 
 @dataclass
 class Row:
-    """What is known of one architecture; None where an error came before.
+    """The measurements of one architecture; None if an error prevented one.
 
     Attributes:
         architecture: the model.
-        parameters: how many numbers it learns.
-        plan: what `fpsim.explain` says.
-        aten_equal: whether loss and gradients are those of ``fpsim_eager``, bit for bit, with `atens_kernels`.
+        parameters: the number of its parameters.
+        plan: the result of `fpsim.explain`.
+        aten_equal: whether loss and gradients with `atens_kernels` are those of ``fpsim_eager``, bit for bit.
         difference: `largest_difference` of loss and gradients from those of ``fpsim_eager`` when Inductor generates its
-            own kernels; 0 only where all bits are equal.
-        losses: of the training steps.
-        audit: what `fpsim.audit` says.
-        errors: what was attempted, and the first line of the error.
+            own kernels; 0 only if all bits are equal.
+        losses: the loss of each training step.
+        audit: the result of `fpsim.audit`.
+        errors: the name of a failed attempt -> the first line of its error.
     """
 
     architecture: Architecture
@@ -53,7 +53,7 @@ class Row:
 
     @property
     def gaps(self) -> Counter[tuple[str, str]]:
-        """Operator and reason of each gap that is no graph break."""
+        """How often each (operator, reason) occurs among the gaps, without graph breaks."""
         gaps = self.plan.gaps if self.plan else ()
         return Counter((gap.operator, gap.reason) for gap in gaps if gap.operator != GRAPH_BREAK)
 
@@ -79,22 +79,22 @@ class Row:
         return len(self.losses) == STEPS and all(map(math.isfinite, self.losses)) and self.losses[-1] < self.losses[0]
 
     @contextlib.contextmanager
-    def attempt(self, what: str) -> Iterator[None]:
-        """Note the error that ends the block, if one does."""
+    def attempt(self, name: str) -> Iterator[None]:
+        """Record an error of the block in `errors`, and go on."""
         try:
             yield
-        except Exception as error:  # whatever a model or a compiler raises belongs into the table
-            self.errors[what] = first_line(error)
+        except Exception as error:  # every error of a model or a compiler is a row of the table
+            self.errors[name] = first_line(error)
 
 
 def first_line(error: Exception) -> str:
-    """The first line of the error, without the wrapping of `torch.compile`."""
+    """The first line of the error that `torch.compile` may have wrapped."""
     inner = getattr(error, "inner_exception", None) or error
     return f"{type(inner).__name__}: {(str(inner).strip().splitlines() or [''])[0]}"
 
 
 def measure(architecture: Architecture, report: Callable[[str], None] = lambda stage: None) -> Row:
-    """The row of ``architecture``; ``report`` is told of each stage."""
+    """The row of ``architecture``; ``report`` gets the name of each stage."""
     row = Row(architecture)
     with deterministic():
         with row.attempt("explain"):
@@ -115,7 +115,7 @@ def measure(architecture: Architecture, report: Callable[[str], None] = lambda s
 
 
 def _train(row: Row, interpreted: Results) -> None:
-    """Fill in what a compiled model shows."""
+    """Fill in the measurements of a compiled model."""
     torch._dynamo.reset()
     model, inputs = row.architecture.build()
     compiled = torch.compile(model, backend="fpsim")
@@ -137,7 +137,7 @@ def first_step(architecture: Architecture, backend: str) -> Results:
 
 
 def step(model: nn.Module, compiled: Callable[..., Tensor], inputs: Inputs) -> Results:
-    """Loss and gradients of ``model``, run as ``compiled``."""
+    """Loss and gradients of ``model``, computed by ``compiled``."""
     model.zero_grad(set_to_none=True)
     loss = compiled(**inputs)
     loss.backward()
@@ -146,17 +146,17 @@ def step(model: nn.Module, compiled: Callable[..., Tensor], inputs: Inputs) -> R
 
 
 def same_bits(results: Results, others: Results) -> bool:
-    """Whether all results are the same, zeros' signs and NaNs included."""
+    """Whether all results have the same bits, signs of zeros and NaNs included."""
     if results.keys() != others.keys():
         return False
     return all(torch.equal(results[name].view(torch.int32), others[name].view(torch.int32)) for name in results)
 
 
 def largest_difference(results: Results, others: Results) -> float:
-    """The largest difference of the losses, or of any element of a gradient relative to the largest of all elements.
+    """The relative difference of the losses, or the largest difference of gradients relative to the largest element.
 
-    (Relative to its own tensor it would say nothing where a gradient is zero but for errors of rounding, as that of a
-    bias before a normalisation is.)
+    The largest element is that of all gradients. Some gradients, such as that of a bias before a normalisation, are
+    zero up to rounding errors, so a difference relative to their own tensor means nothing.
     """
     differences = {name: float((results[name] - other).abs().max()) for name, other in others.items()}
     loss = differences.pop("loss") / float(others["loss"].abs())
@@ -164,7 +164,7 @@ def largest_difference(results: Results, others: Results) -> float:
 
 
 def atens_kernels() -> contextlib.AbstractContextManager[None]:
-    """Inductor calls aten's kernels on tensors laid out as in the model, so that sums have the interpreter's order."""
+    """Inductor calls aten's kernels on tensors with the model's layout, so that sums have the interpreter's order."""
     return inductor_config.patch(fallback_by_default=True, layout_optimization=False)
 
 

@@ -1,6 +1,6 @@
-"""Real architectures, a sample: what is rounded is what was counted by hand, nothing escapes, no bit differs.
+"""A sample of real architectures: the rounded operands are those counted by hand, none escapes, no bit differs.
 
-The whole table, with Inductor's kernels compiled, is the command ``python -m tests.models``.
+The command ``python -m tests.models`` makes the whole table, with Inductor's kernels compiled.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .__main__ import cells, markdown
 from .architectures import ARCHITECTURES, CLASSES, FIRST, LAYERS, Architecture, images
 from .measure import Row, atens_kernels, first_step, largest_difference, measure, same_bits, step
 
-#: Quick ones that share little: disentangled attention, convolutions of every kind, a recurrence, linear layers only.
+#: Fast models that share little: disentangled attention, convolutions of every kind, recurrences, only linear layers.
 SAMPLE = ("deberta-v2", "vit", "convnext", "resnet", "unet", "lstm-cell", "lstm", "gru", "mixer")
-#: Those of them that run as well, interpreted and compiled.
+#: The models that also run: interpreted, and compiled.
 AUDITED = ("vit", "resnet", "unet", "mixer")
 COMPILED = ("unet", "mixer")
 
@@ -50,7 +50,7 @@ def test_the_products_that_run_are_those_counted_by_hand_and_none_escapes(name: 
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_bits_are_the_interpreters_where_sums_have_the_same_order(name: str) -> None:
-    """Inductor partitions, recomputes and schedules, but calls the kernels that the interpreter calls."""
+    """Inductor partitions, recomputes and schedules, but calls the same kernels as the interpreter."""
     with atens_kernels():
         compiled = first_step(ARCHITECTURES[name], "fpsim")
     interpreted = first_step(ARCHITECTURES[name], "fpsim_eager")
@@ -81,7 +81,7 @@ def test_a_model_is_the_same_at_every_build() -> None:
 
 
 class Refused(nn.Module):
-    """A matrix inverse in the middle: an operator that cannot be rounded."""
+    """A model with a matrix inverse, an operator that cannot be rounded."""
 
     def __init__(self) -> None:
         super().__init__()

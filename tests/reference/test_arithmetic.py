@@ -1,13 +1,11 @@
-"""Arithmetic against others' (ml_dtypes, MPFR, numpy, gfloat, Python), and the special cases of IEEE 754 one by one."""
+"""Arithmetic against ml_dtypes, MPFR, numpy, gfloat and Python, and the special cases of IEEE 754 one by one."""
 
 import math
 import operator
 from fractions import Fraction
-from functools import cache
 from random import Random
 
 import gfloat
-import gfloat.formats
 import gmpy2
 import ml_dtypes
 import numpy as np
@@ -16,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpsim import reference
-from fpsim.formats import FloatFormat, parse_format
+from fpsim.formats import ROUNDINGS, FloatFormat, parse_format
 from fpsim.reference import (
     INFINITY,
     NAN,
@@ -35,8 +33,18 @@ from fpsim.reference import (
     sub,
     to_float,
 )
+from tests.shared.formats import finite_values, operand_count, values_near_the_ends
+from tests.shared.peers import (
+    GFLOAT_FORMATS,
+    GFLOAT_MODES,
+    ML_DTYPES,
+    MPFR_ARITHMETIC,
+    MPFR_MODES,
+    from_mpfr,
+    mpfr_like,
+    to_mpfr,
+)
 
-DIRECTIONS = ("nearest_even", "nearest_away", "toward_zero", "up", "down", "to_odd")
 BINARY = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv}
 FINITE_ZEROS = (Fraction(0), NEGATIVE_ZERO)
 
@@ -44,9 +52,7 @@ FINITE_ZEROS = (Fraction(0), NEGATIVE_ZERO)
 # -- all pairs, against ml_dtypes --------------------------------------------------------------------------------------
 
 #: ml_dtypes computes in float32 and then rounds, which for so few bits is one rounding: see test_theorems.
-SMALL = sorted(
-    name for name in vars(ml_dtypes) if "float" in name and parse_format(name).bits <= 8 and name != "float8_e8m0fnu"
-)
+SMALL = [name for name in ML_DTYPES if parse_format(name).bits <= 8 and name != "float8_e8m0fnu"]
 DEFAULT = ("float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "float6_e3m2fn")
 
 
@@ -59,7 +65,7 @@ def cases_of_all_pairs():
 
 @pytest.mark.parametrize(("name", "operation"), list(cases_of_all_pairs()))
 def test_all_pairs_of_codes_give_what_ml_dtypes_gives(name, operation):
-    """In a format without NaN, where ml_dtypes gives zeros for it, nothing is claimed of invalid operations."""
+    """In a format without NaN, ml_dtypes gives zeros for invalid operations: these are not compared."""
     fmt = parse_format(name)
     values = [decode(code, fmt) for code in range(1 << fmt.bits)]
     numbers = np.array([to_float(v) for v in values]).astype(getattr(ml_dtypes, name))
@@ -77,85 +83,41 @@ def test_all_pairs_of_codes_give_what_ml_dtypes_gives(name, operation):
 
 # -- MPFR --------------------------------------------------------------------------------------------------------------
 
-MPFR_DIRECTIONS = {
-    "nearest_even": gmpy2.RoundToNearest,
-    "toward_zero": gmpy2.RoundToZero,
-    "up": gmpy2.RoundUp,
-    "down": gmpy2.RoundDown,
-}
-MPFR = {"add": gmpy2.add, "sub": gmpy2.sub, "mul": gmpy2.mul, "div": gmpy2.div, "sqrt": gmpy2.sqrt, "fma": gmpy2.fma}
-OPERANDS = {"add": 2, "sub": 2, "mul": 2, "div": 2, "sqrt": 1, "fma": 3}
-
-
-def mpfr_like(fmt: FloatFormat, rounding: str) -> gmpy2.context:
-    """MPFR with the precision, range and subnormals of ``fmt``; its exponents are one more than ours."""
-    return gmpy2.context(
-        precision=fmt.precision,
-        emin=fmt.emin - fmt.mantissa_bits + 1,
-        emax=fmt.max_exponent + 1,
-        subnormalize=True,
-        round=MPFR_DIRECTIONS[rounding],
-    )
-
-
-def to_mpfr(value) -> gmpy2.mpfr:
-    with gmpy2.context(precision=2000):
-        if isinstance(value, Fraction):
-            return gmpy2.mpfr(gmpy2.mpq(value.numerator, value.denominator))
-        return gmpy2.mpfr(str(value))
-
-
-def from_mpfr(number: gmpy2.mpfr):
-    if gmpy2.is_nan(number):
-        return NAN
-    if gmpy2.is_infinite(number) or gmpy2.is_zero(number):
-        return as_value(float(number))
-    return Fraction(int((ratio := gmpy2.mpq(number)).numerator), int(ratio.denominator))
-
 
 @st.composite
 def ieee_formats(draw) -> FloatFormat:
-    """Formats with infinities and subnormals, and operations on a few values of each."""
+    """Formats with infinities and subnormals."""
     return parse_format(f"e{draw(st.integers(2, 11))}m{draw(st.integers(1, 24))}")
 
 
 @st.composite
-def values_of(draw, fmt: FloatFormat):
-    """Any code, or one near the ends of the range, near 1 and near the smallest normal number, where things happen."""
-    top = (1 << fmt.bits) - 1
-    telling = [0, fmt.sign_code, fmt.max_code, fmt.max_code + 1, fmt.bias << fmt.mantissa_bits, 1 << fmt.mantissa_bits]
-    near = st.builds(operator.add, st.sampled_from(telling), st.integers(-3, 3)).map(lambda code: code & top)
-    return decode(draw(st.integers(0, top) | near), fmt)
-
-
-@st.composite
-def operations(draw, names=tuple(MPFR)):
+def operations(draw, names=tuple(MPFR_ARITHMETIC)):
     fmt, name = draw(ieee_formats()), draw(st.sampled_from(names))
-    return fmt, name, [draw(values_of(fmt)) for _ in range(OPERANDS[name])]
+    return fmt, name, [draw(values_near_the_ends(fmt)) for _ in range(operand_count(name))]
 
 
 @settings(max_examples=600)
-@given(operations(), st.sampled_from(list(MPFR_DIRECTIONS)))
+@given(operations(), st.sampled_from(list(MPFR_MODES)))
 def test_results_are_those_of_mpfr(case, rounding):
-    """With MPFR's own subnormals, range and signs of zero. But 0 * inf + NaN is NaN for both."""
+    """With the subnormals, the range and the signs of zero of MPFR itself."""
     fmt, name, operands = case
     numbers = list(map(to_mpfr, operands))
     with mpfr_like(fmt, rounding):
-        expected = from_mpfr(MPFR[name](*numbers))
+        expected = from_mpfr(MPFR_ARITHMETIC[name](*numbers))
     assert getattr(reference, name)(*operands, fmt, rounding) == expected
 
 
 @settings(max_examples=400)
-@given(operations(), st.data(), st.sampled_from(DIRECTIONS))
+@given(operations(), st.data(), st.sampled_from(ROUNDINGS))
 def test_results_of_mixed_formats_are_those_of_mpfr_cut_off_and_then_rounded(case, data, rounding):
-    """Two bits more than needed, cut off, and a little more where that was inexact: then any rounding is one."""
+    """MPFR truncates to two bits more than needed; if that is inexact, a little more rounds as the exact result."""
     into, name, operands = case
     formats = ("fp64", "fp16", "bf16", "e4m3fn", "e8m0fnu", "e2m1fn")
-    operands[0] = data.draw(values_of(parse_format(data.draw(st.sampled_from(formats)))))
+    operands[0] = data.draw(values_near_the_ends(parse_format(data.draw(st.sampled_from(formats)))))
     target = data.draw(st.sampled_from((into, *map(parse_format, ("e4m3fn", "e5m2fnuz", "fp16", "e5m2:nosubnormals")))))
     numbers = list(map(to_mpfr, operands))
     with gmpy2.context(precision=target.precision + 2, round=gmpy2.RoundToZero) as context:
-        cut_off = MPFR[name](*numbers)
+        cut_off = MPFR_ARITHMETIC[name](*numbers)
         exact = from_mpfr(cut_off)
         inexact = context.inexact
     if inexact:
@@ -185,38 +147,24 @@ def test_results_are_those_of_numpy(name, dtype, code, operation, data):
 
 
 @settings(max_examples=200)
-@given(*[st.floats(width=32, allow_nan=False, allow_infinity=False)] * 3, st.sampled_from(DIRECTIONS))
+@given(*[st.floats(width=32, allow_nan=False, allow_infinity=False)] * 3, st.sampled_from(ROUNDINGS))
 def test_fma_of_fp32_is_the_exact_result_rounded(a, b, c, rounding):
     exact = Fraction(a) * Fraction(b) + Fraction(c)
     if exact:
         assert fma(a, b, c, "fp32", rounding) == round(exact, "fp32", rounding)
 
 
-GFLOAT_MODES = {
-    "nearest_even": gfloat.RoundMode.TiesToEven,
-    "nearest_away": gfloat.RoundMode.TiesToAway,
-    "toward_zero": gfloat.RoundMode.TowardZero,
-    "up": gfloat.RoundMode.TowardPositive,
-    "down": gfloat.RoundMode.TowardNegative,
-}
-GFLOAT = {
-    "e5m2": gfloat.formats.format_info_ocp_e5m2,
-    "e4m3fn": gfloat.formats.format_info_ocp_e4m3,
-    "e2m3fn": gfloat.formats.format_info_ocp_e2m3,
-}
-
-
 @pytest.mark.parametrize("rounding", GFLOAT_MODES)
-@pytest.mark.parametrize("name", GFLOAT)
+@pytest.mark.parametrize("name", ["e5m2", "e4m3fn", "e2m3fn"])
 def test_sums_and_products_are_those_of_gfloat(name, rounding):
-    """gfloat has no arithmetic; but sums and products of so small numbers are exact in float64, and it rounds these."""
+    """gfloat has no arithmetic, but it rounds sums and products that are exact in float64."""
     random, fmt = Random(5), parse_format(name)
     finite = [v for v in (decode(code, fmt) for code in range(1 << fmt.bits)) if v == 0 or isinstance(v, Fraction)]
     for _ in range(300):
         a, b = random.choices(finite, k=2)
         for operation in ("add", "mul"):
             exact = BINARY[operation](to_float(a), to_float(b))
-            expected = gfloat.round_float(GFLOAT[name], exact, GFLOAT_MODES[rounding], True)
+            expected = gfloat.round_float(GFLOAT_FORMATS[name], exact, GFLOAT_MODES[rounding], True)
             if exact != 0:
                 got = getattr(reference, operation)(a, b, name, rounding, "sat_finite")
                 assert got == as_value(float(expected)), (a, operation, b)
@@ -228,16 +176,11 @@ def test_remainder_is_that_of_python(a, b):
     assert remainder(a, b, "fp64") == as_value(math.remainder(a, b))
 
 
-@cache
-def finite_values(name: str) -> list:
-    codes = range(1 << parse_format(name).bits)
-    return [v for v in (decode(code, name) for code in codes) if v is NEGATIVE_ZERO or isinstance(v, Fraction)]
-
-
 def test_remainders_are_exact_and_at_most_half_the_divisor():
-    """IEEE 754-2019 clause 5.3.1: of every two values of a format the remainder is one too, in every direction."""
-    for a in finite_values("e3m2"):
-        for b in (b for b in finite_values("e3m2") if b not in FINITE_ZEROS):
+    """IEEE 754-2019 clause 5.3.1: the remainder of two values of a format is a value of it, in every direction."""
+    values = finite_values("e3m2")
+    for a in (*values, NEGATIVE_ZERO):
+        for b in filter(None, values):
             rest = remainder(a, b, "e3m2", "up")
             assert rest == remainder(a, b, "fp64", "down")
             size = abs(rest) if isinstance(rest, Fraction) else Fraction(0)
@@ -246,11 +189,11 @@ def test_remainders_are_exact_and_at_most_half_the_divisor():
                 assert (rest is NEGATIVE_ZERO) == (a is NEGATIVE_ZERO or a < 0)
 
 
-@pytest.mark.parametrize("rounding", DIRECTIONS)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "e3m0fn", "e2m1fn", "e5m2:nosubnormals", "e8m0fnu"])
 def test_square_roots_are_those_of_gmp(name, rounding):
-    """For every positive value of the format: its root to 200 bits by GMP, and a little more where that is inexact."""
-    for a in (v for v in finite_values(name) if v is not NEGATIVE_ZERO and v > 0):
+    """For every positive value of the format: its root to 200 bits by GMP, and a little more if that is inexact."""
+    for a in (v for v in finite_values(name) if v > 0):
         below = Fraction(int(gmpy2.isqrt(gmpy2.mpz(int(a * 4**200)))), 2**200)
         exact = below if below**2 == a else below + Fraction(1, 2**201)
         assert sqrt(a, name, rounding) == round(exact, name, rounding), a
@@ -261,7 +204,7 @@ def test_square_roots_are_those_of_gmp(name, rounding):
 ZERO, ONE = Fraction(0), Fraction(1)
 
 
-@pytest.mark.parametrize("rounding", DIRECTIONS)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_the_sign_of_a_zero_sum(rounding):
     """Clause 6.3."""
     zero = NEGATIVE_ZERO if rounding == "down" else ZERO
@@ -276,7 +219,7 @@ def test_the_sign_of_a_zero_sum(rounding):
     assert add(1, -1, "e4m3fnuz", rounding) == ZERO, "there is no other"
 
 
-@pytest.mark.parametrize("rounding", DIRECTIONS)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_the_sign_of_a_sum_that_underflows_is_that_of_the_exact_one(rounding):
     tiny = Fraction(1, 2**90)
     assert fma(tiny, -1, 0, "fp16", rounding) == round(-tiny, "fp16", rounding)
@@ -310,7 +253,7 @@ INVALID = [
 
 @pytest.mark.parametrize(("operation", "operands"), [(case[0], case[1:]) for case in INVALID])
 def test_invalid_operations_give_nan_or_what_stands_for_it(operation, operands):
-    """Clause 7.2. OCP's six-bit and four-bit formats have no NaN: there it is the largest value."""
+    """Clause 7.2. The six-bit and four-bit formats of OCP have no NaN: the largest value stands for it."""
     assert operation(*operands, "fp16") is NAN
     assert operation(*operands, "e4m3fn") is NAN
     assert operation(*operands, "e2m1fn") == 6
@@ -340,7 +283,7 @@ def test_a_result_is_rounded_once():
 
 def test_convert_is_round():
     for x in (0.1, -0.0, 1e9, INFINITY, NAN, Fraction(1, 3)):
-        for rounding in DIRECTIONS:
+        for rounding in ROUNDINGS:
             assert convert(x, "e4m3fn", rounding, "ovf_inf") == round(x, "e4m3fn", rounding, "ovf_inf")
 
 

@@ -1,4 +1,4 @@
-"""decode and encode: judged by ml_dtypes and numpy, code by code, and by each other."""
+"""decode and encode against ml_dtypes and numpy, code by code, and against each other."""
 
 from fractions import Fraction
 from itertools import pairwise
@@ -7,23 +7,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fpsim.formats import SPECIALS, FloatFormat, parse_format
+from fpsim.formats import parse_format
 from fpsim.reference import INFINITY, NAN, NEGATIVE_INFINITY, NEGATIVE_ZERO, Special, as_value, decode, encode
+from tests.shared.formats import formats_of_every_kind
+from tests.shared.peers import ML_DTYPES
 
-ML_DTYPES = sorted(name for name in vars(ml_dtypes) if "float" in name)
-
-SMALL = [
-    FloatFormat(e, m, bias, specials, subnormals, signed)
-    for e, m, bias in ((1, 0, None), (1, 3, None), (2, 0, None), (2, 1, -4), (4, 3, None), (4, 0, 9))
-    for specials in SPECIALS
-    for subnormals in (True, False)
-    for signed in (True, False)
-    if (signed or specials != "fnuz") and (specials != "p3109" or e + m > 1)
-] + [FloatFormat(3, m, 3, specials, False, False, False) for m in (0, 2) for specials in ("ieee", "fn", "finite")]
+SMALL = formats_of_every_kind([(1, 0, None), (1, 3, None), (2, 0, None), (2, 1, -4), (4, 3, None), (4, 0, 9)])
 
 
 def datums(name: str) -> tuple[np.ndarray, list]:
-    """All codes of a type of ml_dtypes or numpy, and what they stand for according to it."""
+    """All codes of a type of ml_dtypes or numpy, and their values according to it."""
     dtype = np.dtype(getattr(ml_dtypes, name, name))
     codes = np.arange(1 << parse_format(name).bits, dtype=f"u{dtype.itemsize}")
     with np.errstate(invalid="ignore"):  # numpy warns of signalling NaNs

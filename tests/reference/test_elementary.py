@@ -1,6 +1,5 @@
-"""Elementary functions against MPFR and mpmath, at random, for all codes of small formats, and where they are hard."""
+"""Elementary functions against MPFR and mpmath: at random, for all codes of small formats, and in hard cases."""
 
-import importlib
 import math
 import time
 from fractions import Fraction
@@ -13,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpsim import reference
-from fpsim.formats import FloatFormat, parse_format
+from fpsim.formats import ROUNDINGS, FloatFormat, parse_format
 from fpsim.reference import (
     INFINITY,
     NAN,
@@ -23,12 +22,14 @@ from fpsim.reference import (
     as_value,
     cos,
     decode,
+    elementary,
     enclosures,
     encode,
     erf,
     exp,
     exp2,
     gelu,
+    irrational,
     log,
     log2,
     outcomes,
@@ -40,59 +41,21 @@ from fpsim.reference import (
     tanh,
     with_flags,
 )
+from tests.shared.formats import operand_count
+from tests.shared.peers import MPFR_FUNCTIONS, MPFR_MODES, mpfr_like, to_mpfr
 
-DIRECTIONS = ("nearest_even", "nearest_away", "toward_zero", "up", "down", "to_odd")
 UNARY = ("exp", "exp2", "log", "log2", "sin", "cos", "tanh", "erf", "gelu", "sigmoid", "rsqrt")
 TINY = Fraction(1, 2**200)
 
 
-def is_zero(value) -> bool:
-    return value is NEGATIVE_ZERO or value == 0
-
-
 # -- MPFR --------------------------------------------------------------------------------------------------------------
 
-MPFR_DIRECTIONS = {
-    "nearest_even": gmpy2.RoundToNearest,
-    "toward_zero": gmpy2.RoundToZero,
-    "up": gmpy2.RoundUp,
-    "down": gmpy2.RoundDown,
-}
-MPFR = {
-    "exp": gmpy2.exp,
-    "exp2": gmpy2.exp2,
-    "log": gmpy2.log,
-    "log2": gmpy2.log2,
-    "sin": gmpy2.sin,
-    "cos": gmpy2.cos,
-    "tanh": gmpy2.tanh,
-    "erf": gmpy2.erf,
-    "rsqrt": gmpy2.rec_sqrt,
-    "pow": lambda x, y: x**y,
-}
-
-
-def mpfr_like(fmt: FloatFormat, rounding: str) -> gmpy2.context:
-    """MPFR with the precision, range and subnormals of ``fmt``; its exponents are one more than ours."""
-    return gmpy2.context(
-        precision=fmt.precision,
-        emin=fmt.emin - fmt.mantissa_bits + 1,
-        emax=fmt.max_exponent + 1,
-        subnormalize=True,
-        round=MPFR_DIRECTIONS[rounding],
-    )
-
-
-def to_mpfr(value) -> gmpy2.mpfr:
-    with gmpy2.context(precision=2000):
-        if isinstance(value, Fraction):
-            return gmpy2.mpfr(gmpy2.mpq(value.numerator, value.denominator))
-        return gmpy2.mpfr(str(value))
+MPFR = MPFR_FUNCTIONS | {"rsqrt": gmpy2.rec_sqrt, "pow": lambda x, y: x**y}
 
 
 @st.composite
 def values_of(draw, fmt: FloatFormat):
-    """Any code, or one near 1, where much is exact or nearly so, or one of a small number."""
+    """Any code, or one of a number near 1, where many results are exact or nearly so, or one of a small number."""
     top = (1 << fmt.bits) - 1
     near_one = st.integers(-4, 4).map(lambda step: (fmt.bias << fmt.mantissa_bits) + step)
     small = st.integers(-40, 40).map(lambda quarters: encode(Fraction(quarters, 4), fmt))
@@ -100,11 +63,11 @@ def values_of(draw, fmt: FloatFormat):
 
 
 @settings(max_examples=1000)
-@given(st.data(), st.sampled_from(list(MPFR)), st.sampled_from(list(MPFR_DIRECTIONS)))
+@given(st.data(), st.sampled_from(list(MPFR)), st.sampled_from(list(MPFR_MODES)))
 def test_results_are_those_of_mpfr(data, name, rounding):
-    """In formats from e3m1 to e11m52, with overflow and underflow. (Of -0, MPFR takes another reciprocal root.)"""
+    """In formats from e3m1 to e11m52, with overflow and underflow. (MPFR has another reciprocal root of -0.)"""
     fmt = parse_format(f"e{data.draw(st.integers(3, 11))}m{data.draw(st.integers(1, 52))}")
-    operands = [data.draw(values_of(fmt)) for _ in range(2 if name == "pow" else 1)]
+    operands = [data.draw(values_of(fmt)) for _ in range(operand_count(name))]
     numbers = list(map(to_mpfr, operands))
     with mpfr_like(fmt, rounding):
         expected = as_value(float(MPFR[name](*numbers)))
@@ -117,7 +80,7 @@ def test_results_are_those_of_mpfr(data, name, rounding):
 
 
 def far(number: mpmath.mpf) -> Fraction:
-    """The value of an mpf; one with an exponent beyond 5000 is brought nearer, so as not to fill the memory."""
+    """The value of an mpf. An exponent beyond 5000 is replaced by 5000, to save memory."""
     sign, significand, exponent, _ = number._mpf_
     if not significand:
         return Fraction(0)
@@ -126,7 +89,7 @@ def far(number: mpmath.mpf) -> Fraction:
 
 
 def by_mpmath(name: str, x: Fraction, bits: int = 500) -> Fraction:
-    """The value at ``x``, to far more bits than any rounding here looks at. Not for exact cases."""
+    """The value at ``x``, with far more bits than any rounding here needs. Not for exact cases."""
     with mpmath.workprec(bits):
         number = mpmath.mpf(x.numerator) / x.denominator
         large = abs(x) > (16 if name == "erf" else 150)
@@ -152,7 +115,7 @@ def by_mpmath(name: str, x: Fraction, bits: int = 500) -> Fraction:
 
 
 def exact_case(name: str, x: Fraction) -> bool:
-    """Where a value is rational: at 0, where log is at 1, and where a root or logarithm comes out."""
+    """Whether the value at ``x`` is rational: at 0, at 1 for log, and for exact roots and logarithms."""
     match name:
         case "exp2":
             return x.denominator == 1
@@ -174,21 +137,21 @@ def cases_of_all_codes():
 
 @pytest.mark.parametrize(("fmt", "name"), list(cases_of_all_codes()))
 def test_all_codes_of_a_format_in_every_direction(fmt, name):
-    """Of bf16, every 17th."""
+    """Every 17th code of bf16."""
     for code in range(0, 1 << parse_format(fmt).bits, 17 if fmt == "bf16" else 1):
         x = decode(code, fmt)
         if not isinstance(x, Fraction) or exact_case(name, x) or (x <= 0 and name in ("log", "log2", "rsqrt")):
             continue
         expected = by_mpmath(name, x)
-        for rounding in DIRECTIONS:
+        for rounding in ROUNDINGS:
             got = getattr(reference, name)(x, fmt, rounding)
             assert got == round(expected, fmt, rounding), (hex(code), rounding)
 
 
 @settings(max_examples=400)
-@given(st.fractions(-30, 30, max_denominator=10**6), st.sampled_from(UNARY), st.sampled_from(DIRECTIONS), st.data())
+@given(st.fractions(-30, 30, max_denominator=10**6), st.sampled_from(UNARY), st.sampled_from(ROUNDINGS), st.data())
 def test_arguments_need_not_be_of_any_format(x, name, rounding, data):
-    """Nor of finite length in binary: they are enclosed then, and the result is right all the same."""
+    """Nor do they have finite binary expansions: they are enclosed too."""
     if name in ("log", "log2", "rsqrt"):
         x = abs(x)
     fmt = data.draw(st.sampled_from(("fp16", "fp32", "e4m3fnuz", "e5m2:nosubnormals", "e3m3:bias=-3", "e3m3:bias=12")))
@@ -214,7 +177,7 @@ INVERSES = {
 @pytest.mark.parametrize("name", INVERSES)
 @pytest.mark.parametrize("bits", [30, 120, 400])
 def test_results_beside_a_boundary(name, bits):
-    """Arguments that give a value of e4m3, or a middle between two, but for a relative 2**-bits or so."""
+    """Arguments whose result is a value of e4m3, or a middle between two, with a relative error of about 2**-bits."""
     for quarter in (33, 34, 41, 50, 63):
         boundary = Fraction(quarter, 64)  # 5 or 6 bits: values, ties, and quarters between them
         with mpmath.workprec(bits):
@@ -224,17 +187,17 @@ def test_results_beside_a_boundary(name, bits):
         for argument in (x, x * (1 + Fraction(1, 2**bits)), x * (1 - Fraction(1, 2**bits))):
             value = by_mpmath(name, argument, 4 * bits + 200)
             assert value != boundary
-            for rounding, fmt in product(DIRECTIONS, ("e4m3", "e4m4")):
+            for rounding, fmt in product(ROUNDINGS, ("e4m3", "e4m4")):
                 assert getattr(reference, name)(argument, fmt, rounding) == round(value, fmt, rounding)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_powers_beside_a_boundary(sign):
-    """(1 + 2**-k) ** (2**k): next to e; and roots of almost a power."""
+    """(1 + 2**-k) ** (2**k), which is next to e, and roots of numbers next to a power."""
     for k in (20, 100, 300):
         x = 1 + sign * Fraction(1, 2**k)
         almost = (Fraction(9, 8) ** 4) * x
-        for rounding in DIRECTIONS:
+        for rounding in ROUNDINGS:
             side = Fraction(9, 8) * (1 + sign * TINY)
             assert pow(almost, 0.25, "e4m3", rounding) == round(side, "e4m3", rounding)
             assert pow(x, 2**k, "e4m3", rounding) == exp(sign, "e4m3", rounding)
@@ -243,7 +206,7 @@ def test_powers_beside_a_boundary(sign):
 # -- exact cases -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rounding", DIRECTIONS)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_exact_results_stay_exact_in_every_direction(rounding):
     half = Fraction(1, 2)
     cases = [
@@ -277,7 +240,7 @@ def test_integer_powers_are_products():
 def test_a_power_of_a_half_is_the_square_root():
     for code in range(1, 0x7F):
         x = decode(code, "e4m3fn")
-        for rounding in DIRECTIONS:
+        for rounding in ROUNDINGS:
             assert pow(x, 0.5, "fp16", rounding) == reference.sqrt(x, "fp16", rounding)
             assert pow(x, -0.5, "fp16", rounding) == rsqrt(x, "fp16", rounding)
             assert pow(2, x, "fp16", rounding) == exp2(x, "fp16", rounding)
@@ -303,7 +266,7 @@ def test_special_values_of_one_operand():
 
 
 def test_special_values_of_pow_are_those_of_python():
-    """math.pow is C's, which IEEE 754 took over; where it raises, the operation is invalid or divides by zero."""
+    """math.pow is that of C, as is pow of IEEE 754. Where it raises, the operation is invalid or divides by zero."""
     numbers = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 3.0, -3.0, 2.5, -2.5]
     for a, b in product(numbers, repeat=2):
         try:
@@ -342,7 +305,7 @@ def test_extreme_powers_take_no_time():
 
 
 def test_results_beyond_the_range_and_beside_a_value():
-    """The direction decides, and the flags are those of a number so far out or so near."""
+    """The direction decides the result, and overflow, underflow and inexact are raised as for any such number."""
     top, least = Fraction(65504), Fraction(1, 2**24)
     below_one, above_one = Fraction(2047, 2048), Fraction(1025, 1024)
     cases = [
@@ -371,7 +334,7 @@ def test_results_beyond_the_range_and_beside_a_value():
 @settings(max_examples=300)
 @given(st.sampled_from(UNARY[:-1]), st.fractions(-40, 40), st.integers(-120, 60), st.integers(10, 300))
 def test_enclosures_enclose_and_are_as_narrow_as_they_claim(name, x, exponent, precision):
-    """Their error bound rests on mpmath's accuracy: here against mpmath with many more bits."""
+    """Their error bound rests on the accuracy of mpmath, which is checked against mpmath with many more bits."""
     x *= Fraction(2) ** min(exponent, 4 if name in ("exp", "exp2", "sigmoid", "gelu", "erf", "tanh") else exponent)
     x = abs(x) if name.startswith("log") else x
     if x == 0 or exact_case(name, x):
@@ -389,16 +352,15 @@ def test_enclosures_enclose_and_are_as_narrow_as_they_claim(name, x, exponent, p
 @settings(max_examples=400)
 @given(st.sampled_from(UNARY[:-1]), st.fractions(-16, 16), st.just(0) | st.integers(-60, 0))
 def test_the_inequalities_that_spare_an_enclosure_hold(name, x, exponent):
-    """Wherever they are used, which the results cannot show: there they matter next to boundaries only."""
-    module = importlib.import_module("fpsim.reference.elementary")
+    """Wherever they are used. Results depend on them only next to boundaries, and so cannot show this."""
     x = (abs(x) if name.startswith("log") else x) * Fraction(2) ** exponent
     if x == 0 or exact_case(name, x):
         return
     with pytest.MonkeyPatch.context() as patch:
         used = []
-        patch.setattr(module, "_refine", lambda enclose, x, fmt, bounds=None: used.append((x, bounds)))
-        patch.setattr(module, "_odd", lambda where, a, enclose, bounds: used.append((abs(a), bounds(abs(a)))))
-        getattr(module, f"exact_{name}")(outcomes.target("fp64"), x)
+        patch.setattr(elementary, "refine", lambda enclose, x, fmt, bounds=None: used.append((x, bounds)))
+        patch.setattr(elementary, "odd_function", lambda where, a, _, bounds: used.append((abs(a), bounds(abs(a)))))
+        getattr(elementary, name).exact(outcomes.target("fp64"), x)
         for argument, bounds in used:
             if bounds:
                 assert bounds.lower < by_mpmath(name, argument, 3000) < bounds.upper
@@ -414,14 +376,14 @@ def test_sines_and_cosines_beside_their_zeros(multiple):
                 far(mpmath.sin(mpmath.mpf(x.numerator) / x.denominator)),
                 far(mpmath.cos(mpmath.mpf((x / 2).numerator) / (x / 2).denominator)),
             )
-        for rounding in DIRECTIONS:
+        for rounding in ROUNDINGS:
             assert sin(x, "fp64", rounding) == round(exact_sin, "fp64", rounding)
             assert cos(x / 2, "fp64", rounding) == round(exact_cos, "fp64", rounding)
 
 
 def test_the_search_ends(monkeypatch):
-    """At `MAX_PRECISION`, with an error, where a result is nearer to a boundary than any result that is of use."""
-    monkeypatch.setattr(importlib.import_module("fpsim.reference.elementary"), "MAX_PRECISION", 300)
+    """With an error, at `MAX_PRECISION`, if a result is too close to a boundary."""
+    monkeypatch.setattr(irrational, "MAX_PRECISION", 300)
     with pytest.raises(ArithmeticError, match="an argument of many bits is within"):
         exp2(1 + Fraction(1, 2**500), "fp16")
     with pytest.raises(ArithmeticError, match="of a rounding boundary of e5m10"):

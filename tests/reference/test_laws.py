@@ -1,4 +1,4 @@
-"""Laws that rounding obeys for every format, drawn at random: all conventions, biases, switches and directions."""
+"""Laws that rounding obeys in every format: formats of all conventions and biases, and all directions, at random."""
 
 from fractions import Fraction
 
@@ -7,19 +7,18 @@ from hypothesis import strategies as st
 
 from fpsim.formats import OVERFLOWS, ROUNDINGS, SPECIALS, FloatFormat
 from fpsim.reference import (
-    INFINITY,
     NAN,
-    NEGATIVE_INFINITY,
     NEGATIVE_ZERO,
     Special,
     as_value,
     decode,
     encode,
+    is_finite,
     round,
 )
-from fpsim.reference.values import magnitude, negate, order
+from fpsim.reference.values import INFINITIES, magnitude, negate, order, rational
+from tests.shared.formats import overflows
 
-INFINITIES = (INFINITY, NEGATIVE_INFINITY)
 few = settings(max_examples=150)
 
 
@@ -44,7 +43,7 @@ def formats(draw, signed=None, subnormals=None) -> FloatFormat:
 
 @st.composite
 def numbers_near(draw, fmt: FloatFormat) -> Fraction:
-    """Numbers where something happens: at and beside values and middles, below and above the range, and anywhere."""
+    """Numbers at and next to values and middles, below and above the range, and anywhere."""
     value = decode(draw(st.integers(0, fmt.max_code)), fmt)
     quantum = Fraction(2) ** (fmt.emin - fmt.mantissa_bits)
     near_value = value + draw(st.sampled_from((-1, 0, 1))) * quantum / 2**90
@@ -58,16 +57,7 @@ def numbers_near(draw, fmt: FloatFormat) -> Fraction:
 def cases(draw, **facts):
     """A format, a finite number, a rounding and an overflow mode that the format can take."""
     fmt = draw(formats(**facts))
-    usable = OVERFLOWS if fmt.has_infinity or fmt.has_nan else ("sat_finite",)
-    return fmt, draw(numbers_near(fmt)), draw(st.sampled_from(ROUNDINGS)), draw(st.sampled_from(usable))
-
-
-def is_finite(value) -> bool:
-    return value not in (*INFINITIES, NAN)
-
-
-def plain(value) -> Fraction:
-    return Fraction(0) if value is NEGATIVE_ZERO else value
+    return fmt, draw(numbers_near(fmt)), draw(st.sampled_from(ROUNDINGS)), draw(st.sampled_from(overflows(fmt)))
 
 
 @few
@@ -118,9 +108,9 @@ def test_up_mirrors_down_and_the_other_directions_mirror_themselves(case, specia
 def test_a_result_is_one_of_the_two_neighbours(case):
     fmt, x, rounding, overflow = case
     assume(abs(x) <= fmt.max and (fmt.signed or x >= 0))
-    below, above = plain(round(x, fmt, "down", overflow)), plain(round(x, fmt, "up", overflow))
+    below, above = rational(round(x, fmt, "down", overflow)), rational(round(x, fmt, "up", overflow))
     assert below <= x <= above and (below == above) == (below == x)
-    result = plain(round(x, fmt, rounding, overflow))
+    result = rational(round(x, fmt, rounding, overflow))
     assert result in (below, above)
     if rounding.startswith("nearest"):
         assert abs(x - result) == min(x - below, above - x)
@@ -135,7 +125,7 @@ def test_a_result_is_one_of_the_two_neighbours(case):
 @given(cases())
 @example((FloatFormat(1, 3, subnormals=False), Fraction(31, 16), "nearest_even", "ovf_inf"))
 def test_rounding_is_rounding_to_precision_then_flushing_then_the_range_check(case):
-    """The first step by a format whose exponents have hardly a bound, and the same parity of the exponent field."""
+    """The first step rounds to a format with a far larger exponent range, and the same parity of the exponent field."""
     fmt, x, rounding, overflow = case
     assume(x > 0 or (fmt.signed and x < 0))
     assume(not fmt.subnormals or abs(x) >= fmt.smallest_normal)

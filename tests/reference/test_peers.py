@@ -17,15 +17,14 @@ import pytest
 
 from fpsim.formats import FloatFormat, parse_format
 from fpsim.reference import INFINITY, NAN, NEGATIVE_INFINITY, NEGATIVE_ZERO, as_value, decode, round, to_float
-
-ML_DTYPES = sorted(name for name in vars(ml_dtypes) if "float" in name)
+from tests.shared.peers import GFLOAT_FORMATS, GFLOAT_MODES, ML_DTYPES
 
 
 @cache
 def interesting(name: str, carrier: type = np.float32) -> list[Fraction]:
     """Positive values of a format, the middles after them, some numbers further out, and the next ones in ``carrier``.
 
-    Of formats with many codes only those with telling mantissas are taken.
+    The mantissas are the least, the greatest and the middle ones.
     """
     fmt = parse_format(name)
     top = (1 << fmt.mantissa_bits) - 1
@@ -48,7 +47,7 @@ def half_ulp(value: Fraction, fmt: FloatFormat) -> Fraction:
 
 
 def same(name: str, inputs: list, outputs: list, *arguments: str) -> None:
-    """Assert that ``outputs`` is what the reference gives for ``inputs``, and name what is not."""
+    """Assert that the reference gives ``outputs`` for ``inputs``, and name the inputs for which it does not."""
     wrong = [
         f"{float(x)!r}: reference {got}, other {want}"
         for x, want in zip(inputs, outputs, strict=True)
@@ -81,7 +80,7 @@ def test_nan_is_that_of_ml_dtypes(name):
 
 
 def test_ml_dtypes_rounds_to_e8m0fnu_with_ties_up():
-    """torch does so too, where our nearest_even takes the even code; nearest_away is their rounding."""
+    """torch does so too. Our nearest_even rounds to the even code; theirs is our nearest_away."""
     inputs = [x for x in interesting("e8m0fnu") if not Fraction(1, 2**127) < x < Fraction(3, 2**128)]
     inputs += [Fraction(0), NEGATIVE_ZERO, Fraction(-1), Fraction(-1, 2**149), INFINITY, NEGATIVE_INFINITY, NAN]
     expected = cast(ml_dtypes.float8_e8m0fnu, inputs)
@@ -93,7 +92,7 @@ def test_ml_dtypes_rounds_to_e8m0fnu_with_ties_up():
 
 
 def test_ml_dtypes_rounds_up_in_the_lowest_binade_of_e8m0fnu():
-    """Its mistake, and torch's: these are subnormals of float32, and less than half-way to the next value."""
+    """This is an error of ml_dtypes and torch: these subnormals of float32 are less than half-way to the next value."""
     x = Fraction(5, 4) / 2**127
     assert cast(ml_dtypes.float8_e8m0fnu, [x]) == [Fraction(1, 2**126)]
     assert round(x, "e8m0fnu", "nearest_away") == Fraction(1, 2**127)
@@ -125,7 +124,7 @@ MPMATH = {"nearest_even": "n", "toward_zero": "d", "down": "f", "up": "c"}
 
 
 def rationals(seed: int, fmt: FloatFormat, count: int) -> list[Fraction]:
-    """Random normal numbers of both signs: some of no finite length, some values and ties, some just beside these."""
+    """Random normal numbers of both signs: rationals without finite expansion, values, ties, and their neighbours."""
     random, numbers = Random(seed), []
     for _ in range(count):
         significand = Fraction(random.getrandbits(fmt.precision + 1) | 1 << fmt.precision)  # a value or a tie
@@ -153,7 +152,7 @@ def test_normal_results_are_those_of_mpmath(name, rounding):
 @pytest.mark.parametrize("rounding", ["nearest_even", "toward_zero", "up", "down"])
 @pytest.mark.parametrize("name", ["fp64", "fp32", "tf32", "bf16", "fp16", "e5m2", "e4m3", "e3m4", "e11m40", "e6m1"])
 def test_results_are_those_of_mpfr(name, rounding):
-    """With MPFR's own range and subnormals: signed zeros, underflow and overflow included."""
+    """With the range and the subnormals of MPFR itself, and so with signed zeros, underflow and overflow."""
     gmpy2 = pytest.importorskip("gmpy2")
     modes = {"nearest_even": gmpy2.RoundToNearest, "toward_zero": gmpy2.RoundToZero}
     modes |= {"up": gmpy2.RoundUp, "down": gmpy2.RoundDown}
@@ -181,25 +180,6 @@ def test_results_are_those_of_mpfr(name, rounding):
 
 # -- gfloat ------------------------------------------------------------------------------------------------------------
 
-GFLOAT = {
-    "fp32": gfloat.formats.format_info_binary32,
-    "fp16": gfloat.formats.format_info_binary16,
-    "bf16": gfloat.formats.format_info_bfloat16,
-    "e5m2": gfloat.formats.format_info_ocp_e5m2,
-    "e4m3fn": gfloat.formats.format_info_ocp_e4m3,
-    "e3m2fn": gfloat.formats.format_info_ocp_e3m2,
-    "e2m3fn": gfloat.formats.format_info_ocp_e2m3,
-    "e2m1fn": gfloat.formats.format_info_ocp_e2m1,
-    "e8m0fnu": gfloat.formats.format_info_ocp_e8m0,
-}
-GFLOAT_MODES = {
-    "nearest_even": gfloat.RoundMode.TiesToEven,
-    "nearest_away": gfloat.RoundMode.TiesToAway,
-    "toward_zero": gfloat.RoundMode.TowardZero,
-    "up": gfloat.RoundMode.TowardPositive,
-    "down": gfloat.RoundMode.TowardNegative,
-}
-
 
 def gfloat_info(fmt: FloatFormat) -> gfloat.FormatInfo:
     """A format of ours, with subnormals and a mantissa, described to gfloat."""
@@ -219,17 +199,17 @@ def gfloat_info(fmt: FloatFormat) -> gfloat.FormatInfo:
 
 @pytest.mark.parametrize("rounding", GFLOAT_MODES)
 @pytest.mark.parametrize(
-    "name", [*GFLOAT, "e4m3fnuz", "e5m2fnuz", "e4m3b11fnuz", "e4m3", "e5m0", "e3m0fn", "e4m2:bias=-3"]
+    "name", [*GFLOAT_FORMATS, "e4m3fnuz", "e5m2fnuz", "e4m3b11fnuz", "e4m3", "e5m0", "e3m0fn", "e4m2:bias=-3"]
 )
 def test_results_are_those_of_gfloat(name, rounding):
     """Both of its overflow modes: sat=False is ovf_inf, sat=True sat_finite (which clamps infinities too).
 
-    Differences by design: it raises ValueError where NaN or, with sat=False, overflow has no code; it takes the sign
-    of an unsigned format's zero for a code of its own; and e8m0fnu does not stop at its smallest value.
-    By mistake it turns away some float64 (see the next test): all inputs here are of float32, but those of fp32.
+    gfloat differs by design in three cases. It raises ValueError where NaN or, with sat=False, overflow has no code. It
+    gives a signed zero in unsigned formats. And e8m0fnu does not stop at its smallest value. It also refuses some
+    float64 by mistake (see the next test), so all inputs here are float32, except those of fp32.
     """
     fmt = parse_format(name)
-    info = GFLOAT.get(name) or gfloat_info(fmt)
+    info = GFLOAT_FORMATS.get(name) or gfloat_info(fmt)
     inputs = interesting(name, np.float64 if name == "fp32" else np.float32)[:: {"fp32": 23, "bf16": 7}.get(name, 1)]
     if fmt.zero:
         inputs += [-x for x in inputs] + [Fraction(0), NEGATIVE_ZERO, NEGATIVE_INFINITY]
@@ -243,17 +223,18 @@ def test_results_are_those_of_gfloat(name, rounding):
 
 
 def test_gfloat_computes_in_float64():
-    """Its mistakes: ``delta + 0.5`` rounds to 1 just below a tie, and the least float64 vanishes when scaled."""
+    """Two errors of gfloat: ``delta + 0.5`` rounds to 1 just below a tie, and the least float64 is scaled to zero."""
     below_tie = Fraction(float(np.nextafter(2.0**-10, 0)))
-    assert gfloat.round_float(GFLOAT["e4m3fn"], float(below_tie), GFLOAT_MODES["nearest_away"]) == 2.0**-9
+    assert gfloat.round_float(GFLOAT_FORMATS["e4m3fn"], float(below_tie), GFLOAT_MODES["nearest_away"]) == 2.0**-9
     assert round(below_tie, "e4m3fn", "nearest_away") == 0
     wide = parse_format("e4m2:bias=-3")
     assert gfloat.round_float(gfloat_info(wide), 2.0**-1074, GFLOAT_MODES["up"]) == 0
     assert round(2.0**-1074, wide, "up") == wide.smallest_subnormal == 4
 
 
-@pytest.mark.parametrize("name", GFLOAT)
+@pytest.mark.parametrize("name", GFLOAT_FORMATS)
 def test_the_codes_of_gfloat_are_ours(name):
     if parse_format(name).bits <= 16:
         for code in range(0, 1 << parse_format(name).bits, 1 if parse_format(name).bits <= 8 else 97):
-            assert decode(code, name) == as_value(float(gfloat.decode_float(GFLOAT[name], code).fval)), hex(code)
+            other = gfloat.decode_float(GFLOAT_FORMATS[name], code).fval
+            assert decode(code, name) == as_value(float(other)), hex(code)

@@ -1,7 +1,8 @@
-"""round, case by case: the definitions of the directions, ties, overflow, and the corners where others failed."""
+"""round, case by case: the definitions of the directions, ties, overflow, and cases in which others failed."""
 
 import itertools
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -15,11 +16,12 @@ from fpsim.reference import (
     NEGATIVE_ZERO,
     Special,
     as_value,
-    decode,
     encode,
     round,
     to_float,
 )
+from fpsim.reference.values import rational
+from tests.shared.formats import finite_values
 
 TINY = Fraction(1, 2**300)
 
@@ -28,13 +30,7 @@ TINY = Fraction(1, 2**300)
 DIRECTED = ["e5m2", "e4m3", "e4m3fn", "e4m3fnuz", "e3m2fn", "e2m1fn", "e5m0", "e1m3", "e3m1:bias=-7"]
 
 
-def finite_values(name: str) -> list[Fraction]:
-    """The finite values of a format in increasing order, one zero."""
-    codes = range(1 << parse_format(name).bits)
-    return sorted({v for v in (decode(code, name) for code in codes) if isinstance(v, Fraction)})
-
-
-def near(values: list[Fraction]) -> list[Fraction]:
+def near(values: Sequence[Fraction]) -> list[Fraction]:
     """The values, the middles between them, one more point between each two, and the closest numbers to all."""
     points = list(values)
     for a, b in itertools.pairwise(values):
@@ -42,18 +38,14 @@ def near(values: list[Fraction]) -> list[Fraction]:
     return sorted(p + shift for p in points for shift in (-TINY, 0, TINY) if values[0] <= p + shift <= values[-1])
 
 
-def unsign(value) -> Fraction:
-    return Fraction(0) if value is NEGATIVE_ZERO else value
-
-
 @pytest.mark.parametrize("name", DIRECTED)
 def test_directed_roundings_are_the_closest_values_on_their_side(name):
     values = finite_values(name)
     for x in near(values):
         below, above = values[bisect_right(values, x) - 1], values[bisect_left(values, x)]
-        assert unsign(round(x, name, "down")) == below, x
-        assert unsign(round(x, name, "up")) == above, x
-        assert unsign(round(x, name, "toward_zero")) == min(below, above, key=abs), x
+        assert rational(round(x, name, "down")) == below, x
+        assert rational(round(x, name, "up")) == above, x
+        assert rational(round(x, name, "toward_zero")) == min(below, above, key=abs), x
 
 
 @pytest.mark.parametrize("name", DIRECTED)
@@ -61,7 +53,7 @@ def test_nearest_roundings_are_the_closest_values_of_all(name):
     values = finite_values(name)
     for x in near(values):
         below, above = values[bisect_right(values, x) - 1], values[bisect_left(values, x)]
-        even, away = unsign(round(x, name)), unsign(round(x, name, "nearest_away"))
+        even, away = rational(round(x, name)), rational(round(x, name, "nearest_away"))
         if x - below != above - x:
             assert even == away == min(below, above, key=lambda v: abs(v - x)), x
         elif below == above:
@@ -76,7 +68,7 @@ def test_rounding_to_odd_is_exact_or_odd(name):
     values = finite_values(name)
     for x in near(values):
         below, above = values[bisect_right(values, x) - 1], values[bisect_left(values, x)]
-        odd = unsign(round(x, name, "to_odd"))
+        odd = rational(round(x, name, "to_odd"))
         assert odd in (below, above), x
         assert odd == x or encode(odd, name) % 2 == 1, x
 
@@ -127,7 +119,7 @@ def test_rounding_to_nearest_first_is_not():
 def test_ties(name, x, even, away):
     assert (round(x, name), round(x, name, "nearest_away")) == (even, away)
     if parse_format(name).signed:
-        assert (unsign(round(-x, name)), unsign(round(-x, name, "nearest_away"))) == (-even, -away)
+        assert (rational(round(-x, name)), rational(round(-x, name, "nearest_away"))) == (-even, -away)
 
 
 # -- overflow ------------------------------------------------------------------------------------------------------

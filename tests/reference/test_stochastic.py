@@ -17,7 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fpsim import reference
-from fpsim.formats import FloatFormat, parse_format
+from fpsim.formats import STOCHASTIC_ROUNDINGS, FloatFormat, parse_format
 from fpsim.reference import (
     INFINITY,
     NAN,
@@ -44,8 +44,10 @@ from fpsim.reference import (
     tanh,
     with_flags,
 )
+from tests.shared.formats import operand_count
+from tests.shared.peers import MPFR_FUNCTIONS
 
-VARIANTS = ("stochastic", "stochastic_b", "stochastic_c")
+VARIANTS = tuple(STOCHASTIC_ROUNDINGS)
 FORMATS = ("e3m2", "e4m3fn", "e2m1fn", "e3m0", "e4m1:nosubnormals", "e5m2fnuz")
 few = settings(max_examples=100)
 
@@ -55,13 +57,13 @@ few = settings(max_examples=100)
 
 @cache
 def grid(fmt: FloatFormat) -> list[Fraction]:
-    """The magnitudes among which a format rounds; without subnormals there are more below, which are flushed."""
+    """The magnitudes among which a format rounds. A format without subnormals has smaller ones, which are flushed."""
     with_subnormals = [decode(code, fmt) for code in range(fmt.max_code + 1)]
     return [v for v in with_subnormals if isinstance(v, Fraction) and (v or fmt.subnormals)]
 
 
 def count_away(reaches: Callable[[Fraction], bool], variant: str, bits: int, below: Fraction, gap: Fraction) -> int:
-    """How many of the 2**bits random numbers round to ``below + gap`` a number that ``reaches`` is an order to."""
+    """How many of the 2**bits random numbers round to ``below + gap``; ``reaches(x)`` says if the number is >= x."""
     full = 1 << bits
     if variant == "stochastic":
         return len([k for k in range(1, full + 1) if reaches(below + gap * Fraction(k, full))])
@@ -73,18 +75,18 @@ def count_away(reaches: Callable[[Fraction], bool], variant: str, bits: int, bel
 
 
 def is_tie(reaches: Callable[[Fraction], bool], number: Fraction) -> bool:
-    """Whether the number is ``number``: it reaches it and nothing above. The judges have far fewer than 400 bits."""
+    """Whether the number that ``reaches`` compares is ``number``. The judges have far fewer than 400 bits."""
     return reaches(number) and not reaches(number * (1 + Fraction(1, 2**400)))
 
 
 def in_range(reaches: Callable[[Fraction], bool], fmt: str) -> bool:
-    """Whether the number that ``reaches`` orders is between two of the grid."""
+    """Whether the number that ``reaches`` compares is between two of the grid."""
     magnitudes = grid(parse_format(fmt))
     return (magnitudes[0] == 0 or reaches(magnitudes[0])) and not reaches(magnitudes[-1])
 
 
 def check(run, reaches, fmt: str, variant: str, bits: int, negative: bool = False) -> None:
-    """``run`` rounds the number that ``reaches`` orders, with every random number, as the definition says."""
+    """Assert that ``run`` rounds the number that ``reaches`` compares by the definition, with every random number."""
     magnitudes = grid(parse_format(fmt))
     below = max(v for v in magnitudes if v == 0 or reaches(v))
     above = magnitudes[bisect_right(magnitudes, below)]
@@ -106,18 +108,17 @@ RATIONAL = {
     "remainder": lambda a, b: a - b * (a / b).__round__(),
     "convert": lambda a: a,
 }
-OPERANDS = {"fma": 3, "convert": 1}
 numbers = st.fractions(-20, 20, max_denominator=97) | st.integers(-640, 640).map(lambda n: Fraction(n, 64))
 
 
 @settings(max_examples=500)
 @given(st.data(), st.sampled_from(list(RATIONAL)), st.sampled_from(VARIANTS), st.integers(1, 6))
 def test_exactly_as_many_random_numbers_round_away_as_the_fraction_says(data, name, variant, bits):
-    """In formats of all widths and kinds. Overflow is another test's."""
+    """In formats of all widths and kinds. Another test covers overflow."""
     kind = data.draw(st.sampled_from(("", "fn", "fnuz", "finite")))
     random_format = f"e{data.draw(st.integers(2, 5))}m{data.draw(st.integers(1, 4))}{kind}"
     fmt = data.draw(st.sampled_from((*FORMATS, random_format)))
-    operands = [data.draw(numbers) for _ in range(OPERANDS.get(name, 2))]
+    operands = [data.draw(numbers) for _ in range(operand_count(name))]
     assume(name not in ("div", "remainder") or operands[1])
     exact = RATIONAL[name](*operands)
     assume(in_range(lambda bound: abs(exact) >= bound, fmt))
@@ -164,7 +165,12 @@ def test_the_smallest_numbers_of_scaleb():
 
 
 @few
-@given(st.fractions(Fraction(1, 1000), 900), st.sampled_from(FORMATS), st.sampled_from(VARIANTS), st.integers(1, 6))
+@given(
+    st.fractions(Fraction(1, 1000), 900),
+    st.sampled_from(FORMATS),
+    st.sampled_from(VARIANTS),
+    st.integers(1, 6),
+)
 def test_square_roots_by_comparing_squares(x, fmt, variant, bits):
     for operation, square in ((sqrt, x), (rsqrt, 1 / x)):
         assume(in_range(lambda bound, square=square: square >= bound**2, fmt))
@@ -181,15 +187,7 @@ def test_square_roots_on_and_beside_every_boundary(variant):
               lambda bound, x=x: x >= bound**2, "e3m1", variant, 2)  # fmt: skip
 
 
-MPFR = {
-    "exp": gmpy2.exp,
-    "exp2": gmpy2.exp2,
-    "log": gmpy2.log,
-    "log2": gmpy2.log2,
-    "sin": gmpy2.sin,
-    "cos": gmpy2.cos,
-    "tanh": gmpy2.tanh,
-    "erf": gmpy2.erf,
+MPFR = MPFR_FUNCTIONS | {
     "gelu": lambda x: x / 2 * gmpy2.erfc(-x / gmpy2.sqrt(gmpy2.mpfr(2))),
     "sigmoid": lambda x: 1 / (1 + gmpy2.exp(-x)),
     "pow": lambda x: gmpy2.mpfr(3) ** x,
@@ -252,7 +250,7 @@ def results(operation, x, fmt: str, rounding: str, bits: int) -> list:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_extreme_arguments(variant):
-    """Next to a value all random numbers agree but the least of variant A; far below the smallest all give zero."""
+    """Next to a value, all random numbers agree but the least of variant A. Far below all values, all give zero."""
     tiny, one, below = Fraction(1, 2**1000), Fraction(1), Fraction(2047, 2048)
     for operation in (exp, exp2):
         assert results(operation, tiny, "fp16", variant, 4) == [one] * 16
@@ -298,7 +296,14 @@ def test_overflow_is_a_matter_of_chance_too():
 
 
 @settings(max_examples=300)
-@given(st.data(), numbers, numbers.filter(bool), st.integers(-6, 6), st.sampled_from(VARIANTS), st.integers(1, 6))
+@given(
+    st.data(),
+    numbers,
+    numbers.filter(bool),
+    st.integers(-6, 6),
+    st.sampled_from(VARIANTS),
+    st.integers(1, 6),
+)
 def test_flags_are_read_off_a_format_of_larger_range(data, a, b, exponent, variant, bits):
     """Of the same precision, with the same random number: beyond the largest, below the smallest normal, or changed."""
     fmt = parse_format(data.draw(st.sampled_from(("e3m2", "e2m3", "e3m1fn", "e3m0"))))

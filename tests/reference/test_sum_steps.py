@@ -1,6 +1,5 @@
-"""Sums step by step: every order written out in single operations, with their random numbers and their flags."""
+"""Sums step by step: every order written out in single operations, with random numbers and flags."""
 
-import operator
 import platform
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -13,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpsim import reference
-from fpsim.formats import FloatFormat, parse_format
+from fpsim.formats import ROUNDINGS, STOCHASTIC_ROUNDINGS, parse_format
 from fpsim.reference import (
     INFINITY,
     NAN,
@@ -30,40 +29,23 @@ from fpsim.reference import (
     sum,
     with_flags,
 )
+from tests.reference.raised_flags import flags
+from tests.shared.formats import values_near_the_ends
+from tests.shared.peers import MPFR_MODES, mpfr_like, to_mpfr
 
-DIRECTIONS = ("nearest_even", "nearest_away", "toward_zero", "up", "down", "to_odd")
-VARIANTS = ("stochastic", "stochastic_b", "stochastic_c")
+VARIANTS = tuple(STOCHASTIC_ROUNDINGS)
 ORDERS = ("sequential", "pairwise", "kahan", ("blocked", 3), ("interleaved", 2), ("chunked", 3))
-MPFR_DIRECTIONS = {
-    "nearest_even": gmpy2.RoundToNearest,
-    "toward_zero": gmpy2.RoundToZero,
-    "up": gmpy2.RoundUp,
-    "down": gmpy2.RoundDown,
-}
 NONE, INVALID, INEXACT = Flags.NONE, Flags.INVALID, Flags.INEXACT
 OVERFLOW, UNDERFLOW = Flags.OVERFLOW | Flags.INEXACT, Flags.UNDERFLOW | Flags.INEXACT
 QUANTUM = Fraction(1, 2**24)
 few = settings(max_examples=100)
 
 
-def flags(operation, *operands, format="fp16", **options) -> Flags:
-    return with_flags(operation, *operands, format=format, **options).flags
-
-
-@st.composite
-def values_of(draw, fmt: FloatFormat):
-    """Any code, or one near the ends of the range or the smallest normal number."""
-    top = (1 << fmt.bits) - 1
-    telling = [0, fmt.sign_code, fmt.max_code, fmt.bias << fmt.mantissa_bits, 1 << fmt.mantissa_bits]
-    near = st.builds(operator.add, st.sampled_from(telling), st.integers(-3, 3)).map(lambda code: code & top)
-    return decode(draw(st.integers(0, top) | near), fmt)
-
-
 # -- the orders --------------------------------------------------------------------------------------------------------
 
 
 def in_steps(terms: list, order, step: Callable) -> Fraction:
-    """Every order once more, in single operations: ``step(operation, *operands)`` rounds."""
+    """The sum in any order, written out in single operations: ``step(operation, *operands)`` rounds."""
     match order:
         case "sequential":
             total = step(convert, terms[0])
@@ -103,7 +85,7 @@ lists = st.lists(short, min_size=1, max_size=7)
 @few
 @given(st.data(), lists, st.sampled_from(VARIANTS))
 def test_a_sum_is_its_single_operations_in_the_order_written(order, data, terms, variant):
-    """Value and flags; every step the next random number; a sequence and a function of the index alike."""
+    """Values and flags agree. Each step takes the next random number, from a sequence or a function of the index."""
     rounding, used, raised = f"{variant}:3", [], Flags.NONE
 
     def step(operation, *operands, format="e4m2"):
@@ -153,7 +135,7 @@ def test_an_exact_sum_takes_one_random_number(terms, variant, random):
 
 @pytest.mark.parametrize("order", ["sequential", "pairwise", ("chunked", 2)], ids=str)
 def test_the_mean_over_all_random_numbers_is_the_exact_sum(order):
-    """Stochastic rounding is unbiased where it has the bits to be, and so is a sum in any order without feedback.
+    """Stochastic rounding is unbiased if it has enough bits, and so is a sum in any order without feedback.
 
     M. Croci et al., "Stochastic rounding: implementation, error analysis and applications" (2022), section 7.
     """
@@ -175,9 +157,9 @@ ordinary = st.integers(-3000, 3000).map(lambda n: Fraction(n, 64))
 
 @pytest.mark.parametrize("order", [*ORDERS[:-1], ("chunked", 1)], ids=str)
 @settings(max_examples=60)
-@given(st.data(), st.sampled_from(("e3m2", "e4m3fn", "e2m1fn", "e3m2:nosubnormals")), st.sampled_from(DIRECTIONS))
+@given(st.data(), st.sampled_from(("e3m2", "e4m3fn", "e2m1fn", "e3m2:nosubnormals")), st.sampled_from(ROUNDINGS))
 def test_a_sum_raises_what_its_single_operations_raise(order, data, name, rounding):
-    """With specials, and formats that saturate or have no NaN."""
+    """With special values, and in formats that saturate or have no NaN."""
     codes = st.integers(0, (1 << parse_format(name).bits) - 1)
     terms = [decode(code, name) for code in data.draw(st.lists(codes, min_size=1, max_size=7))]
     tininess = data.draw(st.sampled_from(reference.TININESS))
@@ -197,21 +179,14 @@ def test_a_sum_raises_what_its_single_operations_raise(order, data, name, roundi
 
 @pytest.mark.parametrize("order", ORDERS[:-1], ids=str)
 @settings(max_examples=60)
-@given(st.data(), st.sampled_from(list(MPFR_DIRECTIONS)))
+@given(st.data(), st.sampled_from(list(MPFR_MODES)))
 def test_flags_of_a_sum_are_those_left_in_mpfr(order, data, rounding):
-    """MPFR's flags stay up as IEEE 754's do. Of underflow there is none: a subnormal sum is exact."""
+    """The flags of MPFR stay raised, as in IEEE 754. No sum underflows, because a subnormal sum is exact."""
     fmt = parse_format(f"e{data.draw(st.integers(3, 6))}m{data.draw(st.integers(1, 6))}")
-    terms = data.draw(st.lists(values_of(fmt).filter(lambda v: v is not NAN), min_size=1, max_size=8))
-    with gmpy2.context(
-        precision=fmt.precision,
-        emin=fmt.emin - fmt.mantissa_bits + 1,
-        emax=fmt.max_exponent + 1,
-        subnormalize=True,
-        round=MPFR_DIRECTIONS[rounding],
-    ) as context:
+    terms = data.draw(st.lists(values_near_the_ends(fmt).filter(lambda v: v is not NAN), min_size=1, max_size=8))
+    numbers = list(map(to_mpfr, terms))
+    with mpfr_like(fmt, rounding) as context:
         steps = {add: gmpy2.add, sub: gmpy2.sub, convert: lambda number: +number}
-        numbers = [gmpy2.mpfr(gmpy2.mpq(v.numerator, v.denominator) if isinstance(v, Fraction) else str(v))
-                   for v in terms]  # fmt: skip
         context.clear_flags()
         inexact = False
 
@@ -233,8 +208,8 @@ def test_flags_of_a_sum_are_those_left_in_mpfr(order, data, rounding):
 @settings(max_examples=150)
 @given(st.data())
 def test_flags_of_an_inner_product_are_those_of_the_processor(name, dtype, data):
-    """Products rounded and added in a loop; all flags but inexact, which numpy does not report."""
-    values = values_of(parse_format(name)).filter(lambda v: v is not NAN)
+    """Products are rounded and added in a loop. All flags but inexact, which numpy does not report."""
+    values = values_near_the_ends(parse_format(name)).filter(lambda v: v is not NAN)
     pairs = data.draw(st.lists(st.tuples(values, values), min_size=1, max_size=5))
     xs, ys = (list(column) for column in zip(*pairs, strict=True))
     raised: list[str] = []
@@ -253,11 +228,9 @@ def test_flags_of_an_inner_product_are_those_of_the_processor(name, dtype, data)
 
 
 @settings(max_examples=150)
-@given(
-    st.lists(ordinary, max_size=6), st.sampled_from(DIRECTIONS), st.sampled_from(("e3m2", "e4m3fn", "e3m1:unsigned"))
-)
+@given(st.lists(ordinary, max_size=6), st.sampled_from(ROUNDINGS), st.sampled_from(("e3m2", "e4m3fn", "e3m1:unsigned")))
 def test_an_exact_sum_raises_the_flags_of_one_rounding(terms, rounding, name):
-    """In every order, and without what a step would have raised on the way; an exact inner product likewise."""
+    """In every order, and without the flags of single steps. The same holds for an exact inner product."""
     total = Fraction(0)
     for term in terms:
         total += term
@@ -269,7 +242,7 @@ def test_an_exact_sum_raises_the_flags_of_one_rounding(terms, rounding, name):
 
 
 def test_flags_of_sums_with_infinities_and_nan():
-    """Clauses 7.2 b and d. In an exact sum a NaN is there from the beginning, whatever the order of the terms."""
+    """Clauses 7.2 b and d. In an exact sum, a NaN precedes every addition, in any order of the terms."""
     for terms in permutations((INFINITY, NEGATIVE_INFINITY, Fraction(1))):
         assert flags(sum, terms) == flags(sum, terms, accumulator="fp16") == INVALID
     for terms in permutations((INFINITY, NEGATIVE_INFINITY, NAN)):
@@ -282,7 +255,7 @@ def test_flags_of_sums_with_infinities_and_nan():
 
 
 def test_flags_stay_up_whatever_comes_after():
-    """An exact result after an overflow that saturated, or after an underflow: the flags tell."""
+    """The result is exact after an overflow that saturated, or after an underflow. The flags stay raised."""
     got = with_flags(sum, [65504, 65504, -65504], format="fp32", overflow="sat_finite", accumulator="fp16")
     assert (got.value, got.flags) == (0, OVERFLOW)
     tiny = Fraction(1, 2**13)

@@ -1,4 +1,4 @@
-"""Sums and inner products: every order written out again in the arithmetic of numpy, and what is known of errors."""
+"""Sums and inner products: every order written out in the arithmetic of numpy, and known error bounds."""
 
 import math
 from fractions import Fraction
@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fpsim.formats import ROUNDINGS
 from fpsim.reference import (
     INFINITY,
     NAN,
@@ -26,7 +27,6 @@ from fpsim.reference import (
     sum,
 )
 
-DIRECTIONS = ("nearest_even", "nearest_away", "toward_zero", "up", "down", "to_odd")
 ORDERS = ("sequential", "pairwise", "kahan", ("blocked", 3), ("interleaved", 4), ("chunked", 3))
 fp32s = st.floats(-1e6, 1e6, width=32)
 few = settings(max_examples=60)
@@ -38,22 +38,22 @@ few = settings(max_examples=60)
 @settings(max_examples=150)
 @given(st.lists(st.floats(-1e300, 1e300)))
 def test_an_exact_sum_is_that_of_fsum(numbers):
-    """Python's, which is correctly rounded to float64; of zeros it gives +0 always."""
+    """fsum of Python is correctly rounded to float64, but its zero is always +0."""
     expected = as_value(math.fsum(numbers))
     got = sum(numbers, "fp64")
     assert got == expected or (got is NEGATIVE_ZERO and expected == 0 and set(map(str, numbers)) == {"-0.0"})
 
 
 @few
-@given(st.lists(st.integers(0, 255).map(lambda code: decode(code, "e5m2")), max_size=4), st.sampled_from(DIRECTIONS))
+@given(st.lists(st.integers(0, 255).map(lambda code: decode(code, "e5m2")), max_size=4), st.sampled_from(ROUNDINGS))
 def test_an_exact_sum_does_not_depend_on_the_order(values, rounding):
-    """With infinities, NaN and both zeros among them."""
+    """With infinities, NaN and both zeros among the values."""
     assert len({sum(order, "e5m2", rounding) for order in permutations(values)}) == 1
     assert {sum(values, "e5m2", rounding, order=order) for order in ORDERS} == {sum(values, "e5m2", rounding)}
 
 
 @few
-@given(st.lists(st.tuples(fp32s, fp32s)), st.sampled_from(DIRECTIONS))
+@given(st.lists(st.tuples(fp32s, fp32s)), st.sampled_from(ROUNDINGS))
 def test_an_exact_inner_product_is_one_rounding(pairs, rounding):
     exact = Fraction(0)
     for x, y in pairs:
@@ -64,7 +64,7 @@ def test_an_exact_inner_product_is_one_rounding(pairs, rounding):
 
 
 def test_zeros_and_specials():
-    for rounding in DIRECTIONS:
+    for rounding in ROUNDINGS:
         for accumulator in (None, "fp16"):
             options = {"rounding": rounding, "accumulator": accumulator}
             assert sum([], "fp16", **options) == 0
@@ -138,7 +138,7 @@ def test_sequential_sums_are_those_of_accumulate(numbers):
 
 
 @few
-@given(st.lists(fp32s, min_size=1, max_size=12), st.integers(1, 5), st.sampled_from(DIRECTIONS))
+@given(st.lists(fp32s, min_size=1, max_size=12), st.integers(1, 5), st.sampled_from(ROUNDINGS))
 def test_chunks_are_exact_inside(numbers, length, rounding):
     chunks = [sum(numbers[i : i + length], "fp64", rounding) for i in range(0, len(numbers), length)]  # exact there
     total = convert(chunks[0], "e4m3", rounding)
@@ -148,7 +148,7 @@ def test_chunks_are_exact_inside(numbers, length, rounding):
 
 
 @few
-@given(st.lists(fp32s, min_size=1, max_size=12), st.sampled_from(DIRECTIONS))
+@given(st.lists(fp32s, min_size=1, max_size=12), st.sampled_from(ROUNDINGS))
 def test_one_block_and_one_lane_and_chunks_of_one_are_sequential(numbers, rounding):
     expected = sum(numbers, "fp16", rounding, accumulator="e5m4")
     for order in (("blocked", 99), ("interleaved", 1), ("chunked", 1)):
@@ -161,7 +161,7 @@ def test_one_block_and_one_lane_and_chunks_of_one_are_sequential(numbers, roundi
 
 
 @few
-@given(st.lists(st.tuples(fp32s, fp32s), min_size=1, max_size=8), st.sampled_from(DIRECTIONS))
+@given(st.lists(st.tuples(fp32s, fp32s), min_size=1, max_size=8), st.sampled_from(ROUNDINGS))
 def test_exact_products_in_sequence_are_a_chain_of_fused_multiply_adds(pairs, rounding):
     xs, ys = [x for x, _ in pairs], [y for _, y in pairs]
     total = mul(xs[0], ys[0], "fp16", rounding)

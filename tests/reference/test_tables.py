@@ -1,4 +1,4 @@
-"""The table of a format: it has no gap, and is what round says at, and on both sides of, every boundary."""
+"""The table of a format has no gap, and agrees with round at every boundary and on both sides of it."""
 
 from fractions import Fraction
 from itertools import pairwise
@@ -9,24 +9,14 @@ import numpy as np
 import pytest
 
 from fpsim import reference
-from fpsim.formats import NAMED_FORMATS, OVERFLOWS, ROUNDINGS, SPECIALS, FloatFormat, parse_format
+from fpsim.formats import NAMED_FORMATS, ROUNDINGS, FloatFormat, parse_format
 from fpsim.reference import INFINITY, NAN, NEGATIVE_INFINITY, NEGATIVE_ZERO, Interval, as_value, table
 from fpsim.reference.values import order
+from tests.shared.formats import formats_of_every_kind, overflows
 
 NARROW = [name for name in NAMED_FORMATS if parse_format(name).bits <= 8]
 
-SMALL = [
-    FloatFormat(e, m, bias, specials, subnormals, signed)
-    for e, m, bias in ((1, 0, None), (1, 0, 4), (1, 2, None), (2, 0, None), (2, 0, 5), (2, 1, None))
-    for specials in SPECIALS
-    for subnormals in (True, False)
-    for signed in (True, False)
-    if (signed or specials != "fnuz") and (specials != "p3109" or e + m > 1)
-] + [FloatFormat(3, m, 3, specials, False, False, False) for m in (0, 2) for specials in ("ieee", "fn", "finite")]
-
-
-def overflows(fmt: FloatFormat) -> tuple[str, ...]:
-    return OVERFLOWS if fmt.has_infinity or fmt.has_nan else ("sat_finite",)
+SMALL = formats_of_every_kind([(1, 0, None), (1, 0, 4), (1, 2, None), (2, 0, None), (2, 0, 5), (2, 1, None)])
 
 
 def assert_covers_the_line(intervals: tuple[Interval, ...]) -> None:
@@ -138,7 +128,7 @@ def test_a_format_without_zero_has_its_zero_in_an_interval_of_its_own():
 
 
 def test_a_table_gives_the_results_for_all_inputs_of_a_type_as_runs():
-    """What tables are for: one pass over all float16 in order, judged by ml_dtypes."""
+    """The use of tables: one pass over all float16 in order, judged by ml_dtypes."""
     codes = np.arange(1 << 16, dtype=np.uint16)
     floats = codes.view(np.float16)
     floats = floats[~np.isnan(floats)]

@@ -1,4 +1,4 @@
-"""Exact values: what goes in, what comes out, their order and their signs."""
+"""Exact values: conversion from and to floats, order and signs."""
 
 import math
 import struct

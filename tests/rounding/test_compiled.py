@@ -1,4 +1,4 @@
-"""Compiled rounding: the same bits as eager calls, which the other tests judge; and no opaque call in the code."""
+"""Compiled rounding gives the bits of eager calls, which other tests judge, and its code has no opaque call."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch._inductor.utils import run_and_get_code
 
 import fpsim
 from fpsim.formats import NAMED_FORMATS, ROUNDINGS, parse_format, resolve_overflow
+from tests.shared.formats import overflows
 from tests.shared.judge import (
     CARRIERS,
     Inputs,
     assert_result,
     assert_same_bits,
     interesting,
-    overflows,
     random_inputs,
     specials,
     suits,
@@ -45,7 +45,7 @@ def rounds(modes: list[Mode]) -> Callable[[Tensor], tuple[Tensor, ...]]:
 
 
 def inputs_for(modes: list[Mode], dtype: torch.dtype, count: int = 1500) -> Tensor:
-    """Specials, NaNs, and what is interesting for the formats; an odd number, so that vectors do not fill."""
+    """Specials, NaNs, and numbers near the formats' boundaries; an odd count, so that the last vector is not full."""
     if dtype.itemsize == 2:
         return Inputs(np.arange(1 << 16), dtype).tensor[:-1]
     inputs = specials(dtype)
@@ -176,7 +176,7 @@ def test_every_mode_of_every_named_format(name, dtype):
 
 
 def test_any_size_from_one_compilation():
-    """With dynamic shapes: the vector loop, its tail, and what never fills a vector; and no second compilation."""
+    """With dynamic shapes, the vector loop, its tail and tensors shorter than a vector need no second compilation."""
     modes: list[Mode] = [("e4m3fn", "nearest_even", None), ("e5m0", "up", None), ("bf16", "to_odd", None)]
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
     function = torch.compile(rounds(modes), fullgraph=True, dynamic=True, backend=counter)
@@ -201,7 +201,7 @@ def test_any_layout():
 
 @pytest.mark.parametrize("name", ["e5m0", "e4m3fn", "bf16"])
 def test_nans_and_infinities_where_there_are_no_vectors(name):
-    """Compiled scalars are C++ integers, whose overflow is undefined: g++ 12 made the smallest number of NaN once."""
+    """Compiled scalars are C++ integers, whose overflow is undefined: g++ 12 once turned NaN into a number."""
     modes: list[Mode] = [
         (name, rounding, overflows(parse_format(name))[0]) for rounding in ("nearest_even", "up", "to_odd")
     ]
@@ -325,7 +325,7 @@ def test_the_overflow_mode_in_the_graph_is_the_resolved_one():
 
 @pytest.fixture
 def subnormals_kept_after() -> Iterator[None]:
-    """Loading code compiled with unsafe mathematics lets the processor flush subnormals: not in the tests after it."""
+    """Code compiled with unsafe mathematics makes the processor flush subnormals; later tests must not inherit that."""
     yield
     torch.set_flush_denormal(False)
 

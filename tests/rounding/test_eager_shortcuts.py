@@ -28,7 +28,7 @@ def accepted(exponent_bits: int, overflow: str) -> list[FloatFormat]:
 
 
 def patterns(fmt: FloatFormat, count: int, generator: torch.Generator) -> Tensor:
-    """Float32 numbers: random bits; exponents in and around the format's range; many ties; specials."""
+    """Float32 numbers: random bits, exponents in and around the format's range, many ties, specials."""
     bits = torch.randint(-(2**31), 2**31, (count,), generator=generator).to(torch.int32)
     low, high = max(fmt.emin - fmt.mantissa_bits - 3 + 127, 0), min(fmt.max_exponent + 3 + 127, 255)
     fields = torch.randint(low, high + 1, (count // 2,), generator=generator).to(torch.int32)

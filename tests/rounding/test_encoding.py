@@ -9,6 +9,7 @@ import fpsim
 from fpsim import reference
 from fpsim.formats import NAMED_FORMATS, ROUNDINGS, FloatFormat, parse_format
 from fpsim.functions import code_dtype
+from tests.shared.formats import overflows
 from tests.shared.judge import (
     CARRIERS,
     assert_codes,
@@ -16,7 +17,6 @@ from tests.shared.judge import (
     canonical,
     codes_of,
     interesting,
-    overflows,
     random_inputs,
     specials,
     suits,
@@ -36,7 +36,7 @@ CASES = [(name, dtype) for name in NAMES for dtype in CARRIERS if suits(parse_fo
 
 
 def codes_in(fmt: FloatFormat) -> list[int]:
-    """All codes of a narrow format; of a wide one those around its special ones, and some at random."""
+    """All codes of a narrow format; for a wide one, codes around its special ones, and random codes."""
     if fmt.bits <= 12:
         return list(range(1 << fmt.bits))
     special = [0, fmt.sign_code, fmt.max_code, fmt.nan_code or 0, 1 << fmt.mantissa_bits, 1 << fmt.bits]
@@ -47,7 +47,7 @@ def codes_in(fmt: FloatFormat) -> list[int]:
 
 
 def tensor_of_codes(codes: list[int], fmt: FloatFormat) -> torch.Tensor:
-    """As `encode` returns them: 64-bit codes in two's complement."""
+    """The codes as `encode` returns them: 64-bit codes in two's complement."""
     return torch.from_numpy(np.array(codes, np.uint64).view(np.int64)).to(code_dtype(fmt))
 
 
@@ -94,7 +94,7 @@ def test_codes_of_any_integer_dtype_decode(dtype):
 
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
 def test_encode_undoes_decode(name, dtype):
-    """But for the other NaNs, and zeros with mantissa bits in a format without subnormals."""
+    """Other NaNs, and zeros with mantissa bits in a format without subnormals, become the canonical ones."""
     fmt = parse_format(name)
     codes = codes_in(fmt)
     back = listed(fpsim.encode(fpsim.decode(tensor_of_codes(codes, fmt), name, dtype), name), fmt)
@@ -233,7 +233,7 @@ def test_decode_needs_a_carrier_that_suffices():
         fpsim.decode(codes, "e4m3nf")
 
 
-def test_decode_of_what_is_no_tensor():
+def test_decode_of_an_argument_that_is_not_a_tensor():
     with pytest.raises(TypeError, match=r"codes must be an integer tensor, got list: use torch\.tensor"):
         fpsim.decode([1, 2], "e4m3fn")  # type: ignore[arg-type]
 

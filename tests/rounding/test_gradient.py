@@ -1,7 +1,7 @@
-"""The derivative of `fpsim.round`: right in value and of every order, under every way that torch differentiates.
+"""The derivative of `fpsim.round` is right in every order, by every way of differentiation that torch has.
 
-Two peculiarities of torch make this a subject: `torch.compile` of `torch.func` transforms ignores registered
-derivatives without a word, and ``x + (q(x) - x).detach()`` loses -0, infinities and large values.
+Two peculiarities of torch make this necessary. `torch.compile` of `torch.func` transforms silently ignores registered
+derivatives, and ``x + (q(x) - x).detach()`` loses -0, infinities and large values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.shared.judge import CARRIERS, assert_result, assert_same_bits, intere
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# e4m3fn has numbers up to 448. The bounds belong to the range; what rounds down to them does not.
+# e4m3fn has numbers up to 448. The bounds belong to the range; larger numbers that round down to them do not.
 X = torch.tensor([0.3, -0.3, 0.0, -0.0, 1e-9, -1e-9, 447.0, 448.0, -448.0, 448.5, 463.0, 500.0, -1e9, 3e38, 1e-44])
 WITHIN = (X.abs() <= 448).float()
 V = torch.arange(1.0, len(X) + 1)
@@ -39,7 +39,7 @@ def rounded(gradient: str) -> Callable[[Tensor], Tensor]:
 
 
 def cubes(gradient: str) -> Callable[[Tensor], Tensor]:
-    """The sum of q(x)**3 + x**2: with the derivative d of q, it has the gradient 3 q**2 d + 2 x and 6 q d**2 + 2 again.
+    """The sum of q(x)**3 + x**2. With d = q'(x), its first derivative is 3 q**2 d + 2 x, its second 6 q d**2 + 2.
 
     The second term keeps x in the graph where d is zero.
     """
@@ -116,7 +116,7 @@ def test_jacobians(jacobian, gradient):
 
 # -- batches -------------------------------------------------------------------------------------------------------
 
-no_fallback = pytest.mark.filterwarnings("error::UserWarning")  # torch warns where it loops, for want of a rule
+no_fallback = pytest.mark.filterwarnings("error::UserWarning")  # torch warns where it loops because a rule is missing
 BATCH = torch.stack([X, -X, X.flip(0)])
 
 
@@ -177,7 +177,7 @@ VALUE_CASES = [(name, dtype) for name in ("e4m3fn", "e5m2", "e2m1fn", "e8m0fnu",
 
 @pytest.mark.parametrize(("name", "dtype"), VALUE_CASES, ids=str)
 def test_the_value_is_exact_while_it_is_differentiated(name, dtype, gradient):
-    """For -0, infinities, NaN, subnormals and huge numbers too; and derivatives are never NaN."""
+    """This holds for -0, infinities, NaN, subnormals and huge numbers too, and derivatives are never NaN."""
     x = interesting(parse_format(name), dtype).sample(3000).tensor
     for rounding in ROUNDINGS:
 
@@ -208,7 +208,7 @@ def test_the_derivative_is_one_up_to_the_largest_number_of_the_carrier(dtype):
 
 
 def test_infinities_and_nan_have_the_derivative_zero():
-    """There is no finite zero to add: see `fpsim.round`."""
+    """The derivative comes from adding a finite zero, which they do not have: see `fpsim.round`."""
     for gradient in GRADIENTS:
         x = torch.tensor([float("inf"), -float("inf"), float("nan")])
         assert jvp(rounded(gradient), (x,), (torch.ones(3),))[1].tolist() == [0, 0, 0]
@@ -239,7 +239,7 @@ def test_without_gradient_nothing_is_recorded():
 
 
 def test_the_operator_alone_is_a_value_function():
-    """`fpsim.round` hands it detached tensors only."""
+    """`fpsim.round` passes only detached tensors to it."""
     x = torch.ones(3, requires_grad=True)
     assert not torch.ops.fpsim.round(x.detach(), "e4m3fn", "nearest_even", "sat_finite").requires_grad
 
@@ -297,7 +297,7 @@ def test_compiled_backward(gradient, fresh_compiler):
 
 
 def test_compiled_by_inductor(fresh_compiler):
-    """Values bit for bit, with what no arithmetic may touch among them, and derivatives of both orders."""
+    """Values bit for bit, among them infinities, NaNs and -0, and derivatives of both orders."""
     x = interesting(parse_format("e5m2"), torch.float32).sample(2001).tensor
 
     def function(x: Tensor) -> Tensor:
@@ -314,7 +314,7 @@ def test_compiled_by_inductor(fresh_compiler):
 
 
 def test_code_compiled_without_a_derivative_is_not_used_where_one_is_asked_for() -> None:
-    """Without a derivative its arithmetic is left out, so whether one is asked for must be guarded."""
+    """Code without a derivative leaves its arithmetic out, so a guard must check whether a derivative is needed."""
     x = torch.tensor([0.3, 1.7, -2.2])
     compiled = torch.compile(lambda x: fpsim.round(x, "e4m3fn") * 2, backend="aot_eager")
     compiled(x)

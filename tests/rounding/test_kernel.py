@@ -1,11 +1,13 @@
-"""The text of the rounding algorithm, run on plain integers that check what compiled code may rely on.
+"""The rounding algorithm, run on plain integers that refuse operations with undefined behaviour in C++.
 
-`fpsim.rounding.kernel` is one text for torch, Inductor and plain ints. Here the ints have a width, and they refuse
-what is undefined in C++: a shift by less than 0 or by the width or more, and a sum out of range. (That is no pedantry:
-g++ 12 turned NaN into the smallest number of e5m0 once, because a sum that nobody looks at overflowed for NaN alone.)
+`fpsim.rounding.kernel` is one text for torch, Inductor and plain ints. Here the ints have a width. They refuse a shift
+by less than 0 or by the width or more, and a sum out of range. This matters: g++ 12 once turned NaN into the smallest
+number of e5m0, because a sum whose result is not used overflowed for NaN alone.
 """
 
 from __future__ import annotations
+
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,13 +15,14 @@ import pytest
 from fpsim import reference
 from fpsim.formats import NAMED_FORMATS, ROUNDINGS, FloatFormat, full_rounding, parse_format, split_rounding
 from fpsim.rounding.kernel import Grid, decode_code, encode_code, round_code
+from fpsim.verify.codes import code_of
+from tests.shared.formats import overflows
 from tests.shared.judge import (
     CARRIERS,
     Inputs,
     assert_codes,
     by_reference,
     interesting,
-    overflows,
     random_inputs,
     suits,
 )
@@ -84,7 +87,7 @@ def number(word: Word | int) -> int:
 
 
 class Truth:
-    """A mask, with only the operators that masks have."""
+    """A mask. It has only the operators that masks have."""
 
     def __init__(self, value: bool) -> None:
         self.value = value
@@ -139,17 +142,25 @@ FORMATS = [
     "e4m0finite:unsigned", "binary8p3se", "binary8p4ue", "binary5p1se", "binary4p3se",
     "e5m2:bias=126", "e5m2:bias=127", "e5m2:bias=140", "e3m2:bias=-5", "e8m2:nosubnormals", "e4m3:nosubnormals",
     "e4m3:bias=127:nosubnormals", "e4m3:bias=129:nosubnormals", "e5m2:bias=145:nosubnormals:unsigned",
-    "e4m3fn:nosubnormals:unsigned:nozero",
+    "e4m3fn:nosubnormals:unsigned:nozero", "e7m23", "e7m23:nosubnormals", "e8m23:unsigned", "e10m52",
 ]  # fmt: skip
 CASES = [
     (name, dtype) for name in FORMATS for dtype in CARRIERS if dtype.itemsize > 2 and suits(parse_format(name), dtype)
 ]
 
 
+def ends(fmt: FloatFormat, carrier: FloatFormat) -> list[int]:
+    """The carrier's codes at and beside half of the smallest value, the smallest value and the largest one."""
+    smallest = Fraction(fmt.smallest_subnormal)
+    codes = [code_of(value, carrier)[0] for value in (smallest / 2, smallest, Fraction(fmt.max))]
+    return [code + step for code in codes for step in (-1, 0, 1) if code + step >= 0]
+
+
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
 def test_rounding_on_plain_integers_without_overflow(name, dtype):
     fmt, carrier = parse_format(name), CARRIERS[dtype]
     extremes = [0, 1, carrier.max_code, carrier.max_code + 1, carrier.max_code + 2, carrier.sign_code - 1]
+    extremes += ends(fmt, carrier)
     inputs = Inputs([*extremes, *(code | carrier.sign_code for code in extremes)], dtype)
     inputs |= interesting.__wrapped__(fmt, dtype).sample(40) | random_inputs(fmt, dtype, 20)
     for rounding in ROUNDINGS:

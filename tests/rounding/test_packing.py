@@ -35,7 +35,7 @@ def test_the_last_dimension_is_packed(name: str, codes: int, size: int) -> None:
 
 
 def test_four_bit_codes_lie_as_in_torch() -> None:
-    """Two to an element of `torch.float4_e2m1fn_x2`, the first in the low half."""
+    """An element of `torch.float4_e2m1fn_x2` holds two codes, the first in the low half."""
     x = torch.tensor([0.5, -6.0, 3.0, 1.0])
     packed = fpsim.pack(fpsim.encode(x, "e2m1fn"), "e2m1fn").view(torch.float4_e2m1fn_x2)
     assert packed.shape == (2,)

@@ -1,7 +1,7 @@
 """One test for every input that broke another simulator, with the bits written out by hand.
 
-The peers and what they returned are listed in the comments. Every case runs eager on float32 (on float64 too where the
-numbers are the same), and what can be said of all formats is asked of the reference besides.
+The comments list the peers and their results. Every case runs eagerly on float32, and on float64 where the numbers are
+the same. The reference judges the statements that hold for all formats.
 """
 
 import math
@@ -47,7 +47,7 @@ def before(x: float) -> float:
 
 
 def check(name: str, pairs: dict[float, float], rounding: str = "nearest_even", overflow: str | None = None) -> None:
-    """Each number rounds to its partner, and so do their negatives; bit for bit in every dtype that has them."""
+    """Each number rounds to its partner bit for bit, and so do their negatives, in every dtype that has them."""
     mirror = {"up": "down", "down": "up"}.get(rounding, rounding)
     for dtype in (torch.float32, torch.float64):
         for sign, direction in ((1, rounding), (-1, mirror)):
@@ -156,7 +156,7 @@ def test_the_binade_above_the_largest_is_overflow_too():
 
 
 def test_the_bound_of_overflow_is_a_tie():
-    """Between the largest value and the next there would be: the even one of the two."""
+    """The tie between the largest value and the value that would come next goes to the even one."""
     check("e5m2", {61440.0: INF, before(61440.0): 57344.0})
     check("e5m2", {57344.0: 57344.0, after(57344.0): INF}, "up")
     check("e5m2", {after(57344.0): 57344.0, 65536.0: 57344.0, INF: INF}, "toward_zero")
@@ -265,7 +265,7 @@ def test_no_mantissa_bits_ties_go_to_the_even_code():
 @pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "bf16", "fp16", "e3m4", "e8m0fnu"])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_values_just_below_powers_of_two(name, rounding):
-    # pychop and microxcaling take the exponent from log2: 0xb9fffffc RZ -> -0.000366, where it is -0.000427
+    # pychop and microxcaling take the exponent from log2: 0xb9fffffc RZ -> -0.000366, where the result is -0.000427
     codes = (np.arange(1, 255) << 23) - np.arange(-3, 6).reshape(-1, 1)
     x = tensor_of(np.concatenate([codes, codes | 0x80000000]).astype(np.uint32), torch.float32)
     assert_result(fpsim.round(x, name, rounding=rounding), x, name, rounding)
@@ -277,14 +277,14 @@ def test_a_value_just_below_a_power_of_two_toward_zero():
     assert fpsim.round(bits(0xB9FFFFFC), "e5m2", rounding="toward_zero").item() == -0.00042724609375
 
 
-def test_odd_rounding_keeps_what_is_representable():
+def test_odd_rounding_keeps_representable_numbers():
     # pychop: 0x38800000 -> 7.6e-05
     check("e5m2", {2.0**-14: 2.0**-14, 1.0: 1.0, 1.25: 1.25, 1.1: 1.25, 1.3: 1.25, 1.6: 1.75, 1e9: 57344.0}, "to_odd")
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp16", "bf16", "e4m3fn", "e5m2"])
 def test_float64_inputs_next_to_float32_ties(name):
-    """Rounding to float32 on the way would make ties of them; custom-float-quant: 0.0009765625000000002 -> 0."""
+    """Rounding to float32 first would turn them into ties; custom-float-quant: 0.0009765625000000002 -> 0."""
     fmt = parse_format(name)
     ties = torch.tensor([(1 + (2 * k + 1) * 2.0 ** -(fmt.mantissa_bits + 1)) for k in range(2)], dtype=torch.float64)
     ties = torch.cat([ties, ties * 2.0**-3, torch.tensor([0.5, 1.5, 2.5]) * fmt.smallest_subnormal])
@@ -300,7 +300,7 @@ def test_float64_inputs_next_to_float32_ties(name):
 @pytest.mark.parametrize("size", [1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 48, 63, 100])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_directions_do_not_depend_on_the_size(rounding, size):
-    # FP8-Emu: nearest-even whatever was asked for, whenever the size is a multiple of 32
+    # FP8-Emu: nearest-even in every mode where the size is a multiple of 32
     x = torch.full((size,), 1.1)
     want = {"up": 1.25, "to_odd": 1.25}.get(rounding, 1.0)
     assert fpsim.round(x, "e5m2", rounding=rounding).tolist() == [want] * size

@@ -1,10 +1,9 @@
-"""What `fpsim.round` returns, bit for bit: judged by the exact reference, by ml_dtypes, torch and gfloat."""
+"""The results of `fpsim.round`, bit for bit: judged by the exact reference, by ml_dtypes, torch and gfloat."""
 
 import itertools
 from random import Random
 
 import gfloat
-import gfloat.formats
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,7 +12,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import fpsim
+from fpsim import reference
 from fpsim.formats import NAMED_FORMATS, OVERFLOWS, ROUNDINGS, SPECIALS, FloatFormat, parse_format, resolve_overflow
+from tests.shared.formats import overflows
 from tests.shared.judge import (
     CARRIERS,
     TABLE_BITS,
@@ -28,11 +29,11 @@ from tests.shared.judge import (
     canonical,
     codes_of,
     interesting,
-    overflows,
     random_inputs,
     specials,
     suits,
 )
+from tests.shared.peers import GFLOAT_FORMATS, GFLOAT_MODES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,7 +90,7 @@ def test_the_judges_agree_with_each_other(name):
 
 @pytest.mark.parametrize(("name", "dtype"), NAMED, ids=str)
 def test_named_formats_at_every_boundary(name, dtype):
-    """All values, middles, their neighbours, specials and NaN payloads; of 16-bit dtypes all there is."""
+    """All values, midpoints, their neighbours, specials and NaN payloads; for 16-bit dtypes all bit patterns."""
     fmt = parse_format(name)
     inputs = interesting(fmt, dtype)
     for rounding, overflow in modes(fmt):
@@ -107,7 +108,7 @@ def test_named_formats_on_a_million_random_patterns(name, rounding):
 
 @pytest.mark.parametrize("name", NAMED_FORMATS)
 def test_named_formats_in_float64_on_random_patterns(name):
-    """Among them are many that lie between the numbers of float32, where rounding twice would show."""
+    """Many of them lie between the numbers of float32, where double rounding would show."""
     fmt = parse_format(name)
     inputs = random_inputs(fmt, torch.float64, 1 << 17)
     for rounding, overflow in modes(fmt):
@@ -116,7 +117,7 @@ def test_named_formats_in_float64_on_random_patterns(name):
 
 @pytest.mark.parametrize("fmt", SWEEP, ids=str)
 def test_the_sweep_at_every_boundary(fmt):
-    """e2m0 to e8m23 in float32: every mode at boundaries and on random patterns, some asked of `reference.round`."""
+    """e2m0 to e8m23 in float32: every mode at boundaries and on random patterns; `reference.round` judges some."""
     inputs = interesting.__wrapped__(fmt, torch.float32).sample(12_000) | random_inputs(fmt, torch.float32, 3000)
     few = inputs.sample(8)
     for rounding, overflow in modes(fmt):
@@ -145,6 +146,23 @@ def test_formats_beyond_float32(name):
     for rounding, overflow in modes(fmt):
         assert_rounds(few, fmt, rounding, overflow, by_reference)
         assert_rounds(inputs, fmt, rounding, overflow)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["e7m23", "e7m23:nosubnormals", "e7m23:unsigned", "e8m23:nosubnormals", "e8m23:unsigned", "e8m23fn", "e10m52",
+     "e10m52:nosubnormals", "e11m52:nosubnormals", "e11m52:unsigned", "e7m22:bias=128"],
+)  # fmt: skip
+def test_formats_with_all_mantissa_bits_of_the_carrier(name):
+    """There one code of the carrier is a unit of the format: the ends of the range are one code wide."""
+    fmt = parse_format(name)
+    dtype = torch.float32 if suits(fmt, torch.float32) else torch.float64
+    carrier = CARRIERS[dtype]
+    centres = [reference.encode(value, carrier) for value in (fmt.smallest_subnormal, fmt.smallest_normal, fmt.max)]
+    magnitudes = {code + step for code in (0, 1 << carrier.mantissa_bits, *centres) for step in range(-3, 4)}
+    codes = [sign | code for code in magnitudes if 0 <= code < carrier.sign_code for sign in (0, carrier.sign_code)]
+    for rounding, overflow in modes(fmt):
+        assert_rounds(Inputs(codes, dtype), fmt, rounding, overflow, by_reference)
 
 
 def assert_kind(fmt: FloatFormat, count: int, few: int) -> None:
@@ -228,7 +246,7 @@ def test_any_format_at_all(data):
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "e8m0fnu", "e2m1fn", "e4m3fnuz", "bf16", "fp16", "tf32", "fp32"])
-def test_what_is_rounded_stays_as_it_is(name, rounding):
+def test_rounding_again_changes_nothing(name, rounding):
     once = fpsim.round(interesting(parse_format(name), torch.float32).tensor, name, rounding=rounding)
     for again in ROUNDINGS:
         assert_same_bits(fpsim.round(once, name, rounding=again), once, what=again)
@@ -254,7 +272,7 @@ MILLION = np.random.default_rng(11).integers(0, 1 << 32, 1 << 20, np.uint32)
 
 
 def million(name: str) -> Inputs:
-    """A million random float32 patterns, a quarter million near the format, the boundaries and specials."""
+    """A million random float32 patterns, a quarter million in the format's range, the boundaries and specials."""
     fmt = parse_format(name)
     inputs = Inputs(MILLION, torch.float32) | random_inputs(fmt, torch.float32, 1 << 18)
     return inputs | interesting(fmt, torch.float32)
@@ -272,12 +290,12 @@ def test_nearest_even_is_that_of_ml_dtypes(name):
     overflow = "ovf_inf" if fmt.has_nan else "sat_finite"
     got = canonical(codes_of(fpsim.round(inputs.tensor, fmt, overflow=overflow)), torch.float32)
     want = ml_dtypes_cast(inputs.tensor, name)
-    numbers = ~inputs.tensor.isnan().numpy() | fmt.has_nan  # where there is no NaN, it becomes -0 or +0 there
+    numbers = ~inputs.tensor.isnan().numpy() | fmt.has_nan  # ml_dtypes turns NaN into -0 or +0 if the format has no NaN
     assert_codes(got[numbers], want[numbers], inputs.codes[numbers], name)
 
 
 def test_nearest_away_to_e8m0fnu_is_that_of_ml_dtypes():
-    """Which rounds ties up; and subnormals of float32 above 2**-127 wrongly: 1.2 * 2**-127 too goes up, to 2**-126."""
+    """ml_dtypes rounds ties up, and float32 subnormals above 2**-127 wrongly: 1.2 * 2**-127 becomes 2**-126."""
     inputs = million("float8_e8m0fnu")
     got = codes_of(fpsim.round(inputs.tensor, "e8m0fnu", rounding="nearest_away", overflow="ovf_inf"))
     want = ml_dtypes_cast(inputs.tensor, "float8_e8m0fnu")
@@ -285,7 +303,9 @@ def test_nearest_away_to_e8m0fnu_is_that_of_ml_dtypes():
     right = ~wrong_there.numpy()
     assert_codes(canonical(got, torch.float32)[right], want[right], inputs.codes[right])
     x = torch.tensor([1.2 * 2.0**-127])
-    assert ml_dtypes_cast(x, "float8_e8m0fnu").view(np.float32) == 2.0**-126  # the day it is right, drop the exception
+    assert (
+        ml_dtypes_cast(x, "float8_e8m0fnu").view(np.float32) == 2.0**-126
+    )  # when ml_dtypes is right, drop the exception
     assert fpsim.round(x, "e8m0fnu") == 2.0**-127
 
 
@@ -301,7 +321,7 @@ def test_nearest_away_to_e8m0fnu_is_that_of_ml_dtypes():
     ],
 )
 def test_nearest_even_is_that_of_torch(name, overflow):
-    """torch 2.13 saturates to e4m3fn, infinities too; its casts to the fnuz formats overflow to NaN."""
+    """torch 2.13 saturates casts to e4m3fn, also for infinities; its casts to the fnuz formats overflow to NaN."""
     if name == "float8_e4m3fn" and not torch.tensor(1e9).to(torch.float8_e4m3fn).float().isfinite():
         overflow = "ovf_inf"  # as torch did until 2.11
     inputs = million(name)
@@ -311,7 +331,7 @@ def test_nearest_even_is_that_of_torch(name, overflow):
 
 
 def test_torch_casts_magnitudes_to_e8m0_with_ties_up():
-    """The sign is dropped there, zero becomes 2**-127, and subnormals above 2**-127 become 2**-126, as in ml_dtypes."""
+    """torch drops the sign, zero becomes 2**-127, and subnormals above 2**-127 become 2**-126, as in ml_dtypes."""
     inputs = million("float8_e8m0fnu")
     got = codes_of(fpsim.round(inputs.tensor.abs(), "e8m0fnu", rounding="nearest_away", overflow="ovf_inf"))
     want = codes_of(inputs.tensor.to(torch.float8_e8m0fnu).to(torch.float32))
@@ -330,32 +350,17 @@ def test_nearest_even_of_float64_is_that_of_numpy():
         assert_codes(*(canonical(codes_of(y), torch.float64) for y in (got, want)), inputs.codes, name)
 
 
-GFLOAT_ROUNDING = {
-    "nearest_even": gfloat.RoundMode.TiesToEven,
-    "nearest_away": gfloat.RoundMode.TiesToAway,
-    "toward_zero": gfloat.RoundMode.TowardZero,
-    "up": gfloat.RoundMode.TowardPositive,
-    "down": gfloat.RoundMode.TowardNegative,
-}
-GFLOAT = {
-    "e5m2": gfloat.formats.format_info_ocp_e5m2,
-    "e4m3fn": gfloat.formats.format_info_ocp_e4m3,
-    "e3m2fn": gfloat.formats.format_info_ocp_e3m2,
-    "e2m3fn": gfloat.formats.format_info_ocp_e2m3,
-    "e2m1fn": gfloat.formats.format_info_ocp_e2m1,
-    "fp16": gfloat.formats.format_info_binary16,
-    "bf16": gfloat.formats.format_info_bfloat16,
-}
+GFLOAT = ("e5m2", "e4m3fn", "e3m2fn", "e2m3fn", "e2m1fn", "fp16", "bf16")
 
 
-@pytest.mark.parametrize("rounding", GFLOAT_ROUNDING)
+@pytest.mark.parametrize("rounding", GFLOAT_MODES)
 @pytest.mark.parametrize("name", GFLOAT)
 def test_all_roundings_are_those_of_gfloat(name, rounding):
-    """Of finite numbers that do not overflow: there the rules of gfloat differ with the format."""
+    """Inputs are finite numbers that do not overflow: for the others, gfloat's rules differ between formats."""
     inputs = interesting(parse_format(name), torch.float32) | random_inputs(parse_format(name), torch.float32, 50_000)
     finite = inputs.tensor.abs() <= parse_format(name).max
     inputs = Inputs(inputs.codes[finite.numpy()], torch.float32)
-    want = gfloat.round_ndarray(GFLOAT[name], inputs.values, GFLOAT_ROUNDING[rounding], sat=True)
+    want = gfloat.round_ndarray(GFLOAT_FORMATS[name], inputs.values, GFLOAT_MODES[rounding], sat=True)
     got = fpsim.round(inputs.tensor, name, rounding=rounding)
     assert_codes(codes_of(got.double()), codes_of(torch.from_numpy(want)), inputs.codes, name)
 
@@ -407,7 +412,7 @@ def test_any_layout(layout, dtype):
 
 @pytest.mark.parametrize("size", [*range(1, 35), 63, 64, 65, 127, 1000, 65535, 65536, 65537, 131072, 131073, 262147])
 def test_any_size(size):
-    """Vector registers and the chunks of the CPU kernel end elsewhere."""
+    """Sizes that are not multiples of a vector register or of a chunk of the CPU kernel."""
     x = numbers(size)
     for name, rounding in ROUNDED[:2]:
         assert_result(fpsim.round(x, name, rounding=rounding), x, name, rounding)
@@ -425,7 +430,7 @@ def test_the_number_of_threads_does_not_matter():
 
 @pytest.mark.parametrize("name", ["fp32", "e4m3fn"])
 def test_the_result_is_new_memory(name):
-    """Even where rounding is the identity."""
+    """This holds even where rounding is the identity."""
     x = torch.tensor([1.0, 2.0])
     y = fpsim.round(x, name)
     y.add_(1)
@@ -512,7 +517,7 @@ def test_a_tensor_of_no_carrier(dtype):
 
 
 @pytest.mark.parametrize("thing", [1.5, [1.0, 2.0], np.ones(3), None], ids=repr)
-def test_what_is_no_tensor(thing):
+def test_an_argument_that_is_not_a_tensor(thing):
     with pytest.raises(TypeError, match=rf"x must be a torch\.Tensor, got {type(thing).__name__}: use torch\.tensor"):
         fpsim.round(thing, "e4m3fn")
 
@@ -533,7 +538,7 @@ def test_unknown_names_and_modes(arguments, message):
 
 
 def test_the_operator_checks_its_arguments_too():
-    """Other passes may put it into graphs: no name that it does not know may pass."""
+    """Other passes may put the operator into graphs, so it must refuse unknown names itself."""
     x = torch.ones(3)
     for arguments, message in [
         (("e4m3nf", "nearest_even", "sat_finite"), "unknown format"),

@@ -1,7 +1,7 @@
-"""Stochastic rounding: exact probabilities, judged by the reference; random words judged by numpy, and good ones.
+"""Stochastic rounding: results judged by the reference, random words judged by numpy and by statistics.
 
-The reference rounds with a given random number. Where a word decides, all numbers of few bits are enumerated, and of
-many bits the two on either side of where the result changes.
+The reference rounds with a given random number. Random numbers of few bits are enumerated. Random numbers of many bits
+are tried on either side of the threshold where the result changes.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from fpsim.rounding.carriers import working_dtype
 from fpsim.rounding.definitions import random_words_at
 from fpsim.rounding.ops import draw_seed, random_key_op
 from fpsim.rounding.tensors import round_with_torch_ops
-from fpsim.verify.run import codes_of, tensor_of
+from fpsim.verify.codes import codes_of, tensor_of
 from tests.shared.judge import CARRIERS, suits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FORMATS = [
     "e4m3fn", "e5m2", "e2m1fn", "e3m2fn", "e8m3", "bf16", "fp16", "e4m3fnuz", "e8m0fnu", "e4m0", "e1m3",
-    "e4m3:nosubnormals", "e5m2:bias=126", "e5m2:bias=140", "e4m3:unsigned", "e8m22", "e8m23", "e11m30",
+    "e4m3:nosubnormals", "e5m2:bias=126", "e5m2:bias=140", "e4m3:unsigned", "e7m23", "e8m22", "e8m23", "e11m30",
 ]  # fmt: skip
 MODES = [f"{name}:{bits}" for name in STOCHASTIC_ROUNDINGS for bits in (1, 3)]
 
@@ -112,7 +112,7 @@ def test_every_random_number_of_few_bits_gives_the_reference_result(name: str, d
     "stochastic_c:8", "stochastic_c:22", "stochastic_c", "stochastic_c:24", "stochastic_c:30",
 ])  # fmt: skip
 def test_the_result_changes_at_the_right_random_number_of_many_bits(name: str, rounding: str) -> None:
-    """The numbers just below and at the threshold, and the extremes."""
+    """The random numbers just below and at the threshold, and the extremes."""
     fmt, bits = parse_format(name), split_rounding(rounding)[1]
     dtype = torch.float32 if suits(fmt, torch.float32) else torch.float64
     narrow = as_carried(values_of(fmt), dtype)
@@ -125,6 +125,70 @@ def test_the_result_changes_at_the_right_random_number_of_many_bits(name: str, r
             assert_rounds(x, fmt, full_rounding(rounding), resolve_overflow(fmt, None), numbers)
         for number in (0, (1 << bits) - 1):
             assert_rounds(x, fmt, full_rounding(rounding), resolve_overflow(fmt, None), [number] * len(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "e2m1fn", "e8m0", "e8m3", "e5m2:bias=126", "e5m2:bias=140"])
+def test_stochastic_c_rounds_the_fraction_with_ties_to_even(name: str, dtype: torch.dtype) -> None:
+    """Fractions d where d * 2**bits is k + 1/2, and their neighbours; below the smallest subnormal too."""
+    fmt = parse_format(name)
+    for bits in (1, 3, 8):
+        ties = [Fraction(2 * k + 1, 2 ** (bits + 1)) for k in sorted({0, 1, 2**bits - 2, 2**bits - 1})]
+        values = [0.0, fmt.smallest_subnormal, fmt.smallest_normal, 4 * fmt.smallest_normal]
+        exact = [(v := Fraction(value)) + tie * quantum(v, fmt) for value in values for tie in ties]
+        exact = [value for value in exact if value >= Fraction(2) ** (-130 if dtype == torch.float32 else -900)]
+        centres = torch.tensor([float(value) for value in exact], dtype=torch.float64).to(dtype)
+        assert [Fraction(value) for value in centres.tolist()] == exact
+        codes = codes_of(centres)
+        steps = np.array([-1, 0, 1], np.int64).astype(codes.dtype)
+        x = tensor_of((codes[:, None] + steps).ravel(), dtype)
+        for value in x.tolist():
+            unit = quantum(Fraction(value), fmt)
+            lower = Fraction(value) // unit * unit
+            rounded = round((Fraction(value) - lower) / unit * 2**bits)  # of a Fraction: ties to even
+            for number, want in ((2**bits - rounded - 1, lower), (2**bits - rounded, lower + unit)):
+                if 0 <= number < 2**bits:
+                    word = torch.tensor([number << (32 - bits)]).to(torch.int32)
+                    one = torch.tensor([value], dtype=dtype)
+                    got = round_with_torch_ops(one, fmt, f"stochastic_c:{bits}", "sat_finite", word)
+                    assert Fraction(got.item()) == want, (value.hex(), bits, number)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["e4m3fn", "e8m0", "e7m23", "e5m2:bias=126", "e5m2:bias=140", "e4m3:nosubnormals"])
+def test_the_neighbours_of_values_round_either_way(name: str, dtype: torch.dtype) -> None:
+    """The numbers just before and after a value of the format, with the extreme random numbers."""
+    fmt = parse_format(name)
+    values = [fmt.smallest_subnormal, 2 * fmt.smallest_subnormal, fmt.smallest_normal, 4 * fmt.smallest_normal, fmt.max]
+    codes = codes_of(torch.tensor(values, dtype=torch.float64).to(dtype))
+    steps = np.array([-2, -1, 1, 2], np.int64).astype(codes.dtype)
+    x = tensor_of((codes[:, None] + steps).ravel(), dtype)
+    for rounding in (*MODES, "stochastic:24", "stochastic:32", "stochastic_b:24", "stochastic_b:31", "stochastic_c:30"):
+        top = (1 << split_rounding(rounding)[1]) - 1
+        for number in {0, 1, top - 1, top}:
+            assert_rounds(x, fmt, rounding, resolve_overflow(fmt, None), [number] * len(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("e5m2:bias=120", torch.float32), ("e5m2:bias=94", torch.float32), ("e5m2:bias=1014", torch.float64)],
+    ids=str,
+)
+def test_subnormals_of_the_carrier_below_the_smallest_value(name: str, dtype: torch.dtype) -> None:
+    """The extremes and the random numbers at the threshold; with bias 94 a single one of 2**32 rounds up."""
+    fmt, m = parse_format(name), CARRIERS[dtype].mantissa_bits
+    normal = 1 << m
+    codes = [*(1 << k for k in range(m)), 3 << (m - 2), 5 << (m - 3), normal - 2, normal - 1, normal, normal + 1]
+    x = tensor_of(np.array(codes, f"u{dtype.itemsize}"), dtype)
+    fractions = [Fraction(value) / Fraction(fmt.smallest_subnormal) for value in x.tolist()]
+    for rounding in ("stochastic:8", "stochastic:22", "stochastic:32", "stochastic_b:31", "stochastic_c:8",
+                     "stochastic_c:30"):  # fmt: skip
+        count = 1 << split_rounding(rounding)[1]
+        for offset in (-1, 0, 1):
+            numbers = [min(max(count - int(fraction * count) + offset, 0), count - 1) for fraction in fractions]
+            assert_rounds(x, fmt, rounding, resolve_overflow(fmt, None), numbers)
+        for number in (0, count - 1):
+            assert_rounds(x, fmt, rounding, resolve_overflow(fmt, None), [number] * len(x))
 
 
 def quantum(value: Fraction, fmt: FloatFormat) -> Fraction:
@@ -369,7 +433,7 @@ def test_a_new_seed_in_a_tensor_does_not_compile_again() -> None:
 
 
 def test_two_call_sites_do_not_share_a_draw() -> None:
-    """The trap: a compiler merges two calls that look the same. With salts they are two, even in one graph."""
+    """A compiler merges two equal calls. Different salts keep them apart, even in one graph."""
     x = numbers(4096)
 
     def function(x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
@@ -430,7 +494,7 @@ def test_a_seed_is_drawn_from_torchs_generator() -> None:
 
 
 def test_working_carriers_of_half_precision_round_once() -> None:
-    """A bfloat16 is rounded in float32: nothing may be rounded on the way there and back."""
+    """A bfloat16 is rounded in float32; the conversions there and back must be exact."""
     x = numbers(1000, dtype=torch.bfloat16)
     got = fpsim.round(x, "e4m3fn", rounding="stochastic", seed=5)
     assert working_dtype(x.dtype) == torch.float32

@@ -68,6 +68,20 @@ def test_numbers_beside_the_largest_value_of_the_format(dtype: torch.dtype) -> N
         assert float(fpsim.power_of_two_scale(above[None] / 4, fmt)) == (2 if above.isfinite() else 1)
 
 
+@pytest.mark.parametrize("name", ["e4m3fn", "e8m0fnu", "e4m3:bias=30", "e2m1:bias=100", "e5m2:bias=-90"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_magnitudes_at_the_ends_of_the_dtype(dtype: torch.dtype, name: str) -> None:
+    """Every subnormal binade, the first normal ones and the last, where the scale meets its limits."""
+    fmt, info = parse_format(name), torch.finfo(dtype)
+    first = math.frexp(info.smallest_normal * info.eps)[1] - 1  # log2 of the smallest subnormal
+    lowest = [2.0**power for power in range(first, 3 - LIMITS[dtype])]
+    ends = torch.tensor([*lowest, info.smallest_normal, info.max / 2, info.max], dtype=torch.float64)
+    magnitudes = torch.cat([ends, ends * (1 + info.eps), ends * 0.75]).to(dtype)
+    for amax in magnitudes[magnitudes.isfinite() & (magnitudes > 0)]:
+        want = 2.0 ** exponent_of_scale(Fraction(float(amax)), fmt, LIMITS[dtype])
+        assert float(fpsim.power_of_two_scale(-amax[None], fmt)) == want, float(amax).hex()
+
+
 @pytest.mark.parametrize("bad", [0.0, -0.0, math.inf, -math.inf, math.nan])
 def test_without_a_usable_magnitude_the_scale_is_one(bad: float) -> None:
     x = torch.tensor([bad, 0.0])
@@ -78,7 +92,7 @@ def test_without_a_usable_magnitude_the_scale_is_one(bad: float) -> None:
         same(fpsim.round(x, "e5m2", scale="power_of_two"), fpsim.round(x, "e5m2"))
 
 
-def test_of_nothing_the_scale_is_one() -> None:
+def test_the_scale_of_an_empty_tensor_is_one() -> None:
     for shape in ((0,), (3, 0), (0, 4)):
         assert float(fpsim.power_of_two_scale(torch.empty(shape), "e4m3fn")) == 1
         assert fpsim.round(torch.empty(shape), "e4m3fn", scale="power_of_two").shape == shape

@@ -1,4 +1,4 @@
-"""What `fpsim.reference` says about millions of bit patterns at once, and how a tensor differs from it.
+"""The reference's results for millions of bit patterns at once, and assertions that compare tensors with them.
 
 Narrow formats are judged by their whole table, as `fpsim.verify` expands it. Wide ones, whose tables would be too
 long, are judged by the definition of rounding with numpy's ``floor``, exact in float64; ``test_rounding.py`` checks
@@ -16,8 +16,9 @@ from torch import Tensor
 
 import fpsim
 from fpsim import reference
-from fpsim.formats import OVERFLOWS, FloatFormat, parse_format, resolve_overflow
-from fpsim.verify.run import codes_of, judge, tensor_of
+from fpsim.formats import FloatFormat, parse_format, resolve_overflow
+from fpsim.verify.codes import codes_of, tensor_of
+from fpsim.verify.judges import judge
 
 CARRIERS = {
     torch.float64: parse_format("fp64"),
@@ -27,13 +28,8 @@ CARRIERS = {
 }
 UNSIGNED = {64: np.uint64, 32: np.uint32, 16: np.uint16}
 
-#: Formats of up to so many exponent and mantissa bits are judged by their table.
+#: Formats of at most so many exponent and mantissa bits are judged by their table.
 TABLE_BITS = 8
-
-
-def overflows(fmt: FloatFormat) -> tuple[str, ...]:
-    """The overflow modes that the format takes."""
-    return OVERFLOWS if fmt.has_infinity or fmt.has_nan else ("sat_finite",)
 
 
 def suits(fmt: FloatFormat, dtype: torch.dtype) -> bool:
@@ -45,7 +41,7 @@ def suits(fmt: FloatFormat, dtype: torch.dtype) -> bool:
 
 
 class Inputs:
-    """Different bit patterns of a dtype in increasing order, and the tensor that holds them."""
+    """Distinct bit patterns of a dtype in increasing order, and the tensor that holds them."""
 
     def __init__(self, codes: Iterable[int] | np.ndarray, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -92,17 +88,18 @@ def specials(dtype: torch.dtype) -> Inputs:
 
 @cache
 def interesting(fmt: FloatFormat, dtype: torch.dtype) -> Inputs:
-    """Every value of the format and every middle between two, some beyond the largest, each with its neighbours.
+    """Every value of the format and every midpoint of two, some beyond the largest, each with its neighbours.
 
-    Of wide formats only the values with telling mantissas; of 16-bit dtypes all there is. The `specials` as well.
+    For wide formats, only the values with extreme or middle mantissas. For 16-bit dtypes, all bit patterns. The
+    `specials` are always among them.
     """
     if dtype.itemsize == 2:
         return every_code(dtype)
     count = 1 << fmt.mantissa_bits
     middle = count // 2
-    telling = {0, 1, 2, middle - 2, middle - 1, middle, middle + 1, count - 2, count - 1}
+    chosen = {0, 1, 2, middle - 2, middle - 1, middle, middle + 1, count - 2, count - 1}
     narrow = fmt.exponent_bits + fmt.mantissa_bits <= TABLE_BITS
-    mantissas = np.array(list(range(count)) if narrow else sorted(m for m in telling if 0 <= m < count))
+    mantissas = np.array(list(range(count)) if narrow else sorted(m for m in chosen if 0 <= m < count))
     halves = np.concatenate([mantissas, mantissas + 0.5]) / count
     fields = np.arange(-2, (1 << fmt.exponent_bits) + 3).reshape(-1, 1)  # some more at both ends
     with np.errstate(all="ignore"):
@@ -120,7 +117,7 @@ def _with_both_signs(magnitudes: np.ndarray, dtype: torch.dtype) -> Inputs:
 
 
 def random_inputs(fmt: FloatFormat, dtype: torch.dtype, count: int, seed: int = 1) -> Inputs:
-    """Random bit patterns: half of all the dtype's, half of those whose exponents are the format's or close to them."""
+    """Random bit patterns: half are any of the dtype's, half have exponents in the format's range or close to it."""
     carrier, rng = CARRIERS[dtype], np.random.default_rng(seed)
     m = carrier.mantissa_bits
     anywhere = rng.integers(0, 1 << carrier.bits, count // 2, np.uint64)
@@ -142,7 +139,7 @@ def expected(inputs: Inputs, fmt: FloatFormat, rounding: str, overflow: str | No
 
 
 def expected_of(x: Tensor, format: str, rounding: str = "nearest_even", overflow: str | None = None) -> np.ndarray:
-    """What `expected` says about a tensor of any shape and strides: codes in its shape."""
+    """`expected` for a tensor of any shape and strides: codes in its shape."""
     inputs = Inputs(codes_of(x), x.dtype)
     return expected(inputs, parse_format(format), rounding, overflow)[np.searchsorted(inputs.codes, codes_of(x))]
 
@@ -168,7 +165,7 @@ def by_definition(inputs: Inputs, fmt: FloatFormat, rounding: str, overflow: str
         fraction, exponent = np.frexp(np.abs(x))  # fraction in [0.5, 1)
         exponent -= 1
         last_place = (np.maximum(exponent, fmt.emin) if fmt.subnormals else exponent) - fmt.mantissa_bits
-        # Of what lies far below the last place it only matters that it is not zero.
+        # A number far below the last place matters only by not being zero.
         scaled = np.ldexp(fraction, np.maximum(exponent + 1 - last_place, -60))
         below = np.floor(scaled)
         rest = scaled - below
@@ -213,12 +210,12 @@ def canonical(codes: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 
 
 def hexadecimal(codes: np.ndarray) -> list[str]:
-    """Codes as text, with as many digits as they have bits for."""
+    """Codes as hexadecimal text of their full width."""
     return [f"{code:#0{2 + 2 * codes.dtype.itemsize}x}" for code in codes.tolist()]
 
 
 def assert_codes(got: np.ndarray, want: np.ndarray, inputs: np.ndarray, what: object = "") -> None:
-    """Fails unless the codes are the same, and then shows some inputs, what came out, and what should have."""
+    """Fails unless the codes are the same; the message shows some inputs, their results and the right ones."""
     assert got.shape == want.shape, f"{what}: shape {got.shape}, expected {want.shape}"
     wrong = np.flatnonzero(got != want)
     if wrong.size:
@@ -229,14 +226,14 @@ def assert_codes(got: np.ndarray, want: np.ndarray, inputs: np.ndarray, what: ob
 
 
 def assert_rounds(inputs: Inputs, fmt: FloatFormat, rounding: str, overflow: str | None, judge=expected) -> None:
-    """Fails unless `fpsim.round` gives what the judge says, bit for bit (of NaNs: that they are NaN)."""
+    """Fails unless `fpsim.round` gives the judge's results, bit for bit; all NaNs count as equal."""
     result = fpsim.round(inputs.tensor, fmt, rounding=rounding, overflow=overflow)
     got, want = canonical(codes_of(result), inputs.dtype), judge(inputs, fmt, rounding, overflow)
     assert_codes(got, want, inputs.codes, f"{fmt} {rounding} {overflow} on {inputs.dtype}")
 
 
 def assert_result(got: Tensor, x: Tensor, format: str, rounding: str = "nearest_even", overflow=None) -> None:
-    """Fails unless ``got`` is ``x`` rounded, whatever function and layout it came from."""
+    """Fails unless ``got`` is ``x`` rounded."""
     assert (got.shape, got.dtype, got.device) == (x.shape, x.dtype, x.device)
     want = expected_of(x, format, rounding, overflow)
     assert_codes(canonical(codes_of(got), x.dtype), want, codes_of(x), f"{format} {rounding} {overflow} {x.dtype}")

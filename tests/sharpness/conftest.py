@@ -1,12 +1,12 @@
-"""The tests of this folder compute in one thread: their matrices are small."""
+"""Fixtures of the tests of sharpness."""
 
 import pytest
 import torch
 
 
 @pytest.fixture(autouse=True)
-def small_matrices(one_thread: None) -> None:
-    """Each test takes the fixture of all tests."""
+def always_one_thread(one_thread: None) -> None:
+    """Every test of this folder runs torch in one thread."""
 
 
 @pytest.fixture

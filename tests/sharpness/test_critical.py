@@ -1,4 +1,4 @@
-"""Critical sharpness: on quadratics it is d'Hd / d'g, and the search brackets it with few evaluations."""
+"""Critical sharpness: for quadratics it is d'Hd / d'g, and the search brackets it with few evaluations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_along_the_gradient_it_is_the_weighted_mean_of_eigenvalues(quadratic):
 
 @pytest.mark.parametrize("initial", [1e-6, 0.1, 1.0, 1e5])
 @pytest.mark.parametrize("tolerance", [1 / 16, 1e-3])
-def test_the_bracket_holds_the_answer_from_wherever_it_starts(quadratic, generator, initial, tolerance):
+def test_the_bracket_holds_the_answer_from_every_start(quadratic, generator, initial, tolerance):
     loss, x, a = quadratic
     direction = a @ x + 0.1 * torch.randn(7, generator=generator, dtype=torch.float64)
     want = (direction @ a @ direction / (direction @ a @ x)).item()
@@ -57,7 +57,7 @@ def test_a_good_guess_needs_few_evaluations(quadratic):
         return loss(x)
 
     result = critical(counted, x, initial=0.9 * rate)
-    assert result.evaluations == len(calls) <= 7  # one at the parameters, one with twice the guess, one bisection a bit
+    assert result.evaluations == len(calls) <= 7  # one at the parameters, one at twice the guess, and one per bisection
 
 
 def test_a_shorter_direction_allows_a_longer_rate(quadratic):
@@ -114,7 +114,7 @@ def test_under_rounding_it_is_the_rounded_models_own():
             r"direction must have the shapes of params, got \(2,\)",
         ),
         ({"params": torch.tensor([math.nan, 0, 0])}, "the loss at params is nan"),
-        ({"params": torch.zeros(3)}, "the direction is zero: at a stationary point, give one"),
+        ({"params": torch.zeros(3)}, "the direction is zero: at a stationary point, pass a direction"),
     ],
 )
 def test_errors_name_the_value_and_the_remedy(keywords, message):

@@ -1,19 +1,16 @@
-"""Two processes, each with tokens of its own: the summary over ranks is that of one process with all of them."""
+"""Two processes with different tokens: the summary over ranks is that of one process with all tokens."""
 
 from __future__ import annotations
 
 import math
-import socket
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing, nn
-from torch import distributed as dist
+from torch import Tensor, nn
 
 from fpsim.sharpness import gradient_norm, logit_stream, summarize, summarize_over_ranks
+from tests.shared.ranks import error_of, results_of_two_ranks
 
 VOCABULARY = 13
 
@@ -36,17 +33,10 @@ class Overflowing(nn.Module):
 
 
 def batches(rank: int) -> list[Tensor]:
-    """Of uneven sizes, more on the first rank."""
+    """Batches of uneven sizes, more of them on the first rank."""
     generator = torch.Generator().manual_seed(rank)
     shapes = [(3, 9), (1, 4), (2, 7)] if rank == 0 else [(2, 5)]
     return [torch.randint(0, VOCABULARY, shape, generator=generator) for shape in shapes]
-
-
-def error_of(work: Callable[[], Any]) -> str:
-    try:
-        return repr(work())
-    except (ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
 
 
 def sharded() -> nn.Module:
@@ -57,12 +47,10 @@ def sharded() -> nn.Module:
     return fully_shard(network)
 
 
-def work(rank: int, address: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+def work(rank: int) -> dict[str, Any]:
     own, network = batches(rank), model()
     parallel = nn.parallel.DistributedDataParallel(model()).eval()
-    result = {
+    return {
         "uneven": summarize_over_ranks(logit_stream(network, own)),
         "last": summarize_over_ranks(logit_stream(network, own, tokens="last")),
         "overflowing": summarize_over_ranks(logit_stream(Overflowing().eval(), own)),
@@ -73,22 +61,15 @@ def work(rank: int, address: str, folder: str) -> None:
         "gradient, parallel": gradient_norm(parallel, own),
         "gradient, sharded": error_of(lambda: gradient_norm(sharded(), own[:1])),
     }
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    multiprocessing.spawn(work, args=(address, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return results_of_two_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
 def whole(case: str) -> Any:
-    """The same in this one process."""
+    """The same summary computed in this process alone."""
     both = [*batches(0), *batches(1)]
     if case == "overflowing":
         return summarize(logit_stream(Overflowing().eval(), both))

@@ -1,4 +1,4 @@
-"""Logit sharpness: the closed form is the maximum over the box, and what counts is counted.
+"""Logit sharpness: the closed form is the maximum over the box, and exactly the right tokens count.
 
 The judge is mpmath with 120 digits, over every corner of the box: a convex function has its maximum at one of them.
 """
@@ -43,7 +43,7 @@ def random_batch(generator: torch.Generator, *shape: int, scale: float = 3.0) ->
 
 
 def assert_close(got: Tensor, want: Tensor, rtol: float = 1e-14) -> None:
-    """Equal but for rounding: vectorised exponentials depend in their last bit on the place of an element."""
+    """Equal up to rounding errors: the last bit of a vectorised exponential depends on the position of the element."""
     torch.testing.assert_close(got, want, rtol=rtol, atol=1e-16, equal_nan=True)
 
 
@@ -74,7 +74,7 @@ def test_lbfgsb_never_exceeds_the_closed_form(seed, vocabulary, epsilon, scale):
     assert (searched <= exact * (1 + 1e-12)).all()
 
 
-def test_lbfgsb_reaches_the_closed_form_given_time(generator):
+def test_lbfgsb_reaches_the_closed_form_in_many_iterations(generator):
     z, target = random_batch(generator, 20, 8)
     exact = logit(z, target, epsilon=1e-2)
     torch.testing.assert_close(
@@ -132,7 +132,7 @@ def test_huge_logits_do_not_overflow():
 
 
 @pytest.mark.parametrize("method", ["exact", "lbfgsb"])
-def test_words_that_are_ruled_out_take_no_part(generator, method):
+def test_excluded_words_are_left_out(generator, method):
     z, target = random_batch(generator, 4, 6)
     padded = functional.pad(z, (0, 3), value=-math.inf)
     torch.testing.assert_close(
@@ -151,7 +151,7 @@ def test_losses_that_are_not_finite_give_nan(method, wrong):
     assert found.isnan().tolist() == [True, False, True]
 
 
-def test_one_word_leaves_nothing_to_lose():
+def test_a_vocabulary_of_one_word_has_no_sharpness():
     assert logit(torch.tensor([[3.0]]), torch.tensor([0])).item() == 0
 
 
@@ -161,7 +161,7 @@ def test_narrow_logits_are_measured_exactly(generator, dtype):
     assert torch.equal(logit(z.to(dtype), target), logit(z.to(dtype).double(), target))
 
 
-def test_rounded_logits_are_measured_as_they_are_without_a_derivative(generator):
+def test_rounded_logits_are_measured_without_a_derivative(generator):
     z, target = random_batch(generator, 5, 6)
     rounded = fpsim.round(z.float().requires_grad_(), "e4m3fn")
     found = logit(rounded, target)
@@ -173,7 +173,7 @@ def test_rounded_logits_are_measured_as_they_are_without_a_derivative(generator)
 # -- which tokens count ----------------------------------------------------------------------------------------
 
 
-def test_ignored_and_masked_tokens_are_nan_and_leave_the_others_alone(generator):
+def test_ignored_and_masked_tokens_are_nan_and_do_not_affect_others(generator):
     z, target = random_batch(generator, 3, 4, 7)
     want = logit(z, target)
     ignored = target.clone()
@@ -222,17 +222,17 @@ def test_last_of_marks_one_or_none():
 def test_strides_and_chunks_change_nothing(generator, monkeypatch):
     z, target = random_batch(generator, 3, 8, 11)
     want = logit_metrics(z, target)
-    monkeypatch.setitem(logits._CHUNK, "cpu", 25)
+    monkeypatch.setitem(logits.CHUNK, "cpu", 25)
     strided = torch.stack([z, z], dim=1)[:, 0].transpose(0, 2).contiguous().transpose(0, 2)
     assert not strided.is_contiguous()
     for got in (logit_metrics(z, target), logit_metrics(strided, target.int())):
         assert_same(got, want)
 
 
-# -- the measures beside it ------------------------------------------------------------------------------------
+# -- the other measures ---------------------------------------------------------------------------------------
 
 
-def test_baselines_are_what_they_are_called(generator):
+def test_baselines_match_their_definitions(generator):
     z, target = random_batch(generator, 3, 4, 9)
     z.requires_grad_()
     loss = functional.cross_entropy(z.flatten(0, 1), target.flatten(), reduction="none").view(3, 4)
@@ -295,5 +295,5 @@ print(extra(lambda rows: gradient_norm(head, [(torch.randn(256, 8)[rows], t[rows
 def test_peak_memory_stays_below_twice_the_logits_of_a_vocabulary_of_50257():
     done = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True)
     metrics, gradient = map(float, done.stdout.split())
-    assert metrics < 1  # beside the logits themselves
-    assert gradient < 3  # the logits of the model and their gradient among them
+    assert metrics < 1  # in addition to the logits
+    assert gradient < 3  # including the model's logits and their gradient

@@ -1,4 +1,4 @@
-"""Keskar's, SAM's and ASAM's sharpness on losses whose maxima are known: linear, quadratic, and the logit's own."""
+"""Keskar's, SAM's and ASAM's sharpness for losses with known maxima: linear, quadratic, and cross-entropy."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def quadratic(generator) -> Quadratic:
 
 
 def positive(generator: torch.Generator) -> Quadratic:
-    """One whose value is above -1 near its x, as Keskar's normalisation needs."""
+    """A quadratic whose value at its x is positive, as Keskar's normalisation needs a loss above -1."""
     while True:
         quadratic = Quadratic(generator)
         if quadratic.at(quadratic.x) > 0:
@@ -91,7 +91,7 @@ def test_asam_on_a_quadratic_is_the_textbook_formula(quadratic, eta):
     assert adaptive(quadratic, quadratic.params, eta=eta) == result
 
 
-def test_asam_does_not_see_a_rescaling_that_leaves_the_function_alone(generator):
+def test_asam_is_invariant_to_a_rescaling_that_preserves_the_function(generator):
     u, v = randn(generator, 5), randn(generator, 5)
 
     def loss(params):
@@ -157,7 +157,7 @@ def test_keskar_of_a_convex_quadratic_is_the_best_corner(generator, method, epsi
 
 @pytest.mark.parametrize("method", METHODS)
 def test_keskar_is_a_lower_bound_that_its_perturbation_attains(generator, method):
-    for epsilon in (0.3, 3.0):  # here corners compete
+    for epsilon in (0.3, 3.0):  # so large that several corners have local maxima
         quadratic = positive(generator)
         result = keskar(quadratic, quadratic.params, epsilon=epsilon, method=method)
         assert result.loss <= result.maximum <= corner_maximum(quadratic, epsilon) * (1 + 1e-12)
@@ -222,7 +222,7 @@ def test_random_subspaces_repeat_with_the_generator(generator):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_stationary_point_is_reported_and_left_by_a_random_start(generator, method):
+def test_a_stationary_point_is_reported_and_a_random_start_leaves_it(generator, method):
     def loss(x):
         return (x**2).sum()
 
@@ -253,7 +253,7 @@ def test_infinite_losses_end_the_search():
     assert not result.converged
 
 
-# -- all of them -----------------------------------------------------------------------------------------------
+# -- all measures ---------------------------------------------------------------------------------------------
 
 
 def measures(loss, params):
@@ -313,7 +313,7 @@ def test_bfloat16_parameters_are_moved_in_their_own_dtype(generator):
         (lambda f, x: keskar(f, x, subspace=[x, x[1:]]), r"subspace\[1\] must .* the shapes of params, got \(2,\)"),
         (lambda f, x: keskar(f, {"x": x}, subspace=[[x]]), r"subspace\[0\] must be a pytree like params"),
         (lambda f, x: keskar(lambda x: f(x) - 9, x), "the loss must be above -1 and finite, got -6"),
-        (lambda f, x: keskar(lambda x: x, x), r"loss must return a scalar tensor, got shape \(3,\)"),
+        (lambda f, x: keskar(lambda x: x, x), r"the loss must be one number, got a tensor of shape \(3,\)"),
         (lambda f, x: sam(lambda x: torch.zeros(()), x), "the loss has no gradient: compute it from the params"),
     ],
 )
@@ -323,5 +323,5 @@ def test_errors_name_the_value_and_the_remedy(call, message):
 
 
 def test_a_loss_that_is_no_tensor_is_a_type_error():
-    with pytest.raises(TypeError, match="loss must return a scalar tensor, got float"):
+    with pytest.raises(TypeError, match="the loss must be a tensor, got float"):
         sam(lambda x: x.sum().item(), torch.ones(3))

@@ -1,4 +1,4 @@
-"""Measures in parameter space under a policy: every loss is the rounded model's own, as torch's casts round it."""
+"""Measures in parameter space under a policy: every loss is the rounded model's, judged by torch's casts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slices are the loss itself, point by point, along directions of the stated norms."""
+"""Slices are the loss at each point, along directions with the documented norms."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_layer_normalisation_gives_every_tensor_its_own_norm(params, generator):
         torch.testing.assert_close(direction[name].norm(), params[name].norm())
 
 
-def test_given_directions_are_normalised_on_request_and_left_alone_otherwise(params):
+def test_given_directions_are_normalised_only_on_request(params):
     direction = random_like(params, 3)
     assert slice_1d(loss, params, direction, x=[0]).direction["bias"].equal(direction["bias"])
     scaled = {name: 100 * part for name, part in direction.items()}
@@ -116,7 +116,7 @@ def test_random_directions_repeat_with_the_generator_in_any_dtype(params):
     torch.testing.assert_close(narrow.losses, measure(params, 1).losses, rtol=1e-4, atol=1e-5)
 
 
-def test_under_rounding_the_steps_of_the_rounded_loss_are_seen():
+def test_under_rounding_a_slice_shows_the_steps_of_the_rounded_loss():
     line = slice_1d(
         lambda x: fpsim.round(x, "e4m3fn").sum(), torch.tensor([1.0]), torch.tensor([1.0]), x=[0, 0.05, 0.1]
     )

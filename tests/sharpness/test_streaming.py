@@ -1,4 +1,4 @@
-"""Logit sharpness from a model: every form of a batch means the same tokens, and streaming equals one look at all."""
+"""Logit sharpness of a model: all forms of a batch give the same tokens, and streaming equals one large batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VOCABULARY = 13
 
 
 class Tiny(nn.Module):
-    """A language model that looks at one token only, optionally rounded."""
+    """A language model that sees only the current token, optionally rounded."""
 
     def __init__(self, format: str | None = None) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def assert_same(got: LogitMetrics, want: LogitMetrics) -> None:
         torch.testing.assert_close(getattr(got, name), value, rtol=1e-14, atol=1e-16, equal_nan=True)
 
 
-def test_tokens_are_targets_of_those_before(model, tokens):
+def test_each_token_is_the_target_of_the_previous_one(model, tokens):
     (metrics,) = logit_stream(model, [tokens])
     assert metrics.sharpness.shape == tokens.shape
     assert torch.equal(metrics.counted, torch.arange(9).expand(6, 9) < 8)
@@ -99,7 +99,7 @@ def test_streaming_equals_one_shot(model, tokens):
         assert vars(got) == pytest.approx(vars(want), rel=1e-12)
 
 
-def test_a_summary_is_the_plain_statistics(model, tokens):
+def test_a_summary_has_the_usual_statistics(model, tokens):
     (metrics,) = logit_stream(model, [tokens])
     values = metrics.sharpness[metrics.counted]
     got = summarize([metrics])

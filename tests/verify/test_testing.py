@@ -1,4 +1,4 @@
-"""What `fpsim.testing` gives users: classes of difference are told, wrong kernels caught, strategies keep word."""
+"""`fpsim.testing` names every class of difference, catches wrong kernels, and its strategies draw only valid things."""
 
 import sys
 
@@ -12,7 +12,7 @@ import fpsim
 from fpsim import reference, testing, verify
 from fpsim.formats import ROUNDINGS, SPECIALS, parse_format
 from fpsim.rounding.carriers import CARRIERS
-from fpsim.verify.run import codes_of, tensor_of
+from fpsim.verify.codes import codes_of, tensor_of
 
 ONE, SMALLEST, LARGEST, INFINITY, NAN = 0x3C00, 0x0001, 0x7BFF, 0x7C00, 0x7E00
 MINUS = 0x8000
@@ -116,7 +116,7 @@ def test_nan_payloads_and_signs_of_zero_count_if_asked_to():
 
 
 @pytest.mark.parametrize("dtype", list(CARRIERS), ids=str)
-def test_equal_tensors_and_arrays_pass_whatever_their_kind(dtype):
+def test_equal_tensors_and_arrays_of_every_kind_pass(dtype):
     x = torch.tensor([[1.0, -0.0, float("nan")], [float("inf"), 3.5, 2.0**-14]], dtype=dtype)
     testing.assert_bitwise_equal(x.clone().requires_grad_(), x)
     testing.assert_bitwise_equal(x.t().contiguous().t(), x)
@@ -144,7 +144,7 @@ def test_other_dtypes_and_shapes_are_differences_and_other_things_are_errors():
 
 
 def ties_away_and_up_to_480(x: torch.Tensor) -> torch.Tensor:
-    """A kernel with the errors that simulators had: ties away, the NaN code taken for 480, no sign on zero."""
+    """A kernel with errors of other simulators: ties go away, the NaN code stands for 480, zero has no sign."""
     exponent = torch.frexp(x)[1] - 1
     unit = torch.ldexp(torch.ones_like(x), exponent.clamp(min=-6) - 3)
     rounded = (x.sign() * (x.abs() / unit + 0.5).floor() * unit).clamp(-480, 480)

@@ -1,0 +1,41 @@
+"""Opening scaled dot-product attention, so that its inner products are products of the graph."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fpsim.compile_backend.graph.dynamo import copied
+from fpsim.compile_backend.graph.nodes import module_path
+from fpsim.policy import Policy
+
+
+def open_attention(gm: fx.GraphModule, policy: Policy) -> tuple[fx.GraphModule, AbstractContextManager[Any]]:
+    """A Dynamo graph, and a context for compiling it, in which attention is opened where ``policy`` says ``"round"``.
+
+    Where all modules agree, the context alone decides, and the graph stays as it is. Where they differ, the graph calls
+    `opened_attention` in the modules that round. Modules that the policy skips follow the policy of the whole model.
+    """
+    if policy.attentions == {"round"}:
+        return gm, sdpa_kernel(SDPBackend.MATH)
+    if policy.attentions == {"keep"}:
+        return gm, contextlib.nullcontext()
+    copy = copied(gm)
+    for part in copy.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            local = policy.at(module_path(node) or "") or policy
+            if node.target is F.scaled_dot_product_attention and local.attention == "round":
+                node.target = opened_attention
+    copy.recompile()
+    return copy, contextlib.nullcontext()
+
+
+def opened_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` as matrix products and a softmax."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(*args, **kwargs)

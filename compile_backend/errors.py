@@ -1,0 +1,7 @@
+"""The error of the backend."""
+
+from __future__ import annotations
+
+
+class UnroundedError(RuntimeError):
+    """The policy asks for rounding that the backend cannot do; nothing is left unrounded silently."""

@@ -1,0 +1,117 @@
+"""Finding the matrix products of a graph, with the role of each operand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from fpsim.compile_backend.graph.nodes import module_path, original_operator, source_function
+from fpsim.compile_backend.graph.products import Axes, Multiplication, is_product_packet
+from fpsim.compile_backend.graph.recognition import (
+    call_of,
+    ends_of_products,
+    multiplication_of,
+    operands_of,
+    sum_of,
+)
+from fpsim.compile_backend.graph.roles import differentiated_role, role_of
+from fpsim.compile_backend.graph.sources import VARIABLE, Source, is_backward
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product in a graph.
+
+    Attributes:
+        value: the value of the multiplication, or what the multiplication gives beside other values.
+        result: the value of the product: `value`, or, where the product is decomposed into a multiplication and a sum,
+            the end of these.
+        operands: the positions of its two operands among the arguments of `node`.
+        contracted: for each operand the axes along which the product sums (`Multiplication.contracted`).
+        roles: ``activation``, ``weight`` or ``gradient``, for each operand.
+        kind: ``fprop``, ``dgrad`` or ``wgrad``.
+        operator: the name of the operator it comes from, such as ``aten.mm``.
+        path: the path of the module it belongs to, ``""`` for the root; None if unknown.
+        constant: whether it depends on nothing but buffers, constants and integer inputs (a table of rotary
+            angles, say): part of the model's definition rather than of its arithmetic.
+    """
+
+    value: fx.Node
+    result: fx.Node
+    operands: tuple[int, int]
+    contracted: tuple[Axes, Axes]
+    roles: tuple[str, str]
+    kind: str
+    operator: str
+    path: str | None
+    constant: bool
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether it is the product of a weight, forward, or one of the gradients of such a product."""
+        return self.kind == "wgrad" or "weight" in self.roles
+
+    @property
+    def node(self) -> fx.Node:
+        """The multiplication."""
+        return call_of(self.value)
+
+
+def find_products(graph: fx.Graph, sources: Mapping[fx.Node, Source], input_sources: Sequence[Source]) -> list[Product]:
+    """The floating-point matrix products of ``graph``, in its order.
+
+    Args:
+        graph: a joint or inference graph of aten operators, as Inductor's joint-graph passes see it.
+        sources: what its nodes depend on: `find_sources`.
+        input_sources: what the inputs of the traced function are, in its order.
+    """
+    found = [(node, multiplication) for node in graph.nodes if (multiplication := multiplication_of(node))]
+    mates = {node.meta.get("seq_nr"): (node, each) for node, each in found if not is_backward(node, sources)}
+    ends = ends_of_products(graph)
+    return [
+        _classify(node, multiplication, sources, mates.get(node.meta.get("seq_nr")), input_sources, ends.get(node))
+        for node, multiplication in found
+    ]
+
+
+def _classify(
+    node: fx.Node,
+    multiplication: Multiplication,
+    sources: Mapping[fx.Node, Source],
+    mate: tuple[fx.Node, Multiplication] | None,
+    input_sources: Sequence[Source],
+    end: fx.Node | None,
+) -> Product:
+    """The product whose value is ``node``.
+
+    ``mate`` is the forward product of the same autograd node, if there is one. If ``node`` is part of a decomposed
+    operator, ``end`` is the mark at which that operator ends.
+    """
+    values = operands_of(node, multiplication)
+    roles = [role_of(sources[value]) for value in values]
+    kind = "fprop"
+    if "gradient" in roles:
+        other = values[1 - roles.index("gradient")]
+        differentiated = differentiated_role(other, node, sources, mate, input_sources)
+        kind = "wgrad" if differentiated == "weight" else "dgrad"
+    depends = sources[values[0]] | sources[values[1]]
+    path = module_path(node)
+    if path is None and kind == "fprop":
+        path = ""  # forward code records every module but the root
+    elif path is None and mate is not None:
+        path = module_path(mate[0]) or ""
+    origin = original_operator(call_of(node))
+    name = origin.__name__ if is_product_packet(origin) else source_function(node)  # type: ignore[attr-defined]
+    return Product(
+        value=node,
+        result=end or sum_of(node) or node,
+        operands=multiplication.operands,
+        contracted=multiplication.contracted,
+        roles=(roles[0], roles[1]),
+        kind=kind,
+        operator=f"aten.{name}",
+        path=path,
+        constant=not depends & VARIABLE,
+    )

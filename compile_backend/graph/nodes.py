@@ -1,0 +1,76 @@
+"""Facts about single nodes of a traced graph: operator, origin, module, and kind of value."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import fx
+
+from fpsim.compile_backend.graph.products import product_operator
+
+aten = torch.ops.aten
+
+
+def original_operator(node: fx.Node) -> object:
+    """The operator packet that ``node`` was before decomposition."""
+    original = node.meta.get("original_aten") or node.target
+    return getattr(original, "overloadpacket", original)
+
+
+def operator_of(node: fx.Node) -> object:
+    """The operator that ``node`` counts as: its own, but for the product that torch makes of a distance.
+
+    Its operands hold vectors beside their squared lengths, which no narrow format suits both.
+    """
+    within_distance = product_operator(node.target) is not None and original_operator(node) is aten._euclidean_dist
+    return node.meta["original_aten"] if within_distance else node.target
+
+
+def operator_name(node: fx.Node) -> str:
+    """The name of the operator of ``node``, without its overload: ``aten.mm``, ``higher_order.cond``."""
+    target = operator_of(node)
+    if isinstance(target, torch._ops.OpOverload):
+        return f"{target.namespace}.{target._opname}"
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"higher_order.{target.name()}"
+    return getattr(target, "__name__", str(target))
+
+
+def module_path(node: fx.Node) -> str | None:
+    """The path of the module in whose forward ``node`` arose: ``layers.0.attn``; None if it is not recorded."""
+    stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    return stack_path(list(stack.values())[-1][0])
+
+
+def stack_path(source: str) -> str:
+    """The path of a module from its source in a module stack: ``L['self'].layers.0`` is ``layers.0``."""
+    return re.sub(r"^[LG]\['[^']*'\](\.|$)", "", source)
+
+
+def source_function(node: fx.Node) -> str | None:
+    """The name of the function of torch that the model called and that ``node`` is a part, or the derivative, of."""
+    stack = node.meta.get("fwd_source_fn_stack") or node.meta.get("source_fn_stack")
+    return getattr(stack[-1][1], "__name__", str(stack[-1][1])) if stack else None
+
+
+def is_body(graph: fx.Graph) -> bool:
+    """Whether ``graph`` is the body of a higher-order operator, which is opaque.
+
+    AOTAutograd describes the results of whole graphs only.
+    """
+    return not any("desc" in node.meta for node in graph.find_nodes(op="output"))
+
+
+def is_tensor(argument: object) -> bool:
+    return isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), torch.Tensor)
+
+
+def is_float(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def has_floats(node: fx.Node) -> bool:
+    return any(is_float(argument.meta.get("val")) for argument in node.all_input_nodes)

@@ -1,0 +1,126 @@
+"""Recognising matrix products among the nodes of a joint forward-and-backward aten graph.
+
+Small products are decomposed into a multiplication and a sum before any pass sees them. These are recognised by the
+operator or the function that they came from.
+"""
+
+from __future__ import annotations
+
+from operator import getitem
+from typing import Any, cast
+
+from torch import fx
+
+from fpsim.compile_backend.graph.marks import find_marks, mark
+from fpsim.compile_backend.graph.nodes import (
+    aten,
+    is_float,
+    is_tensor,
+    operator_of,
+    original_operator,
+    source_function,
+)
+from fpsim.compile_backend.graph.products import (
+    Axes,
+    Multiplication,
+    is_product_function,
+    is_product_packet,
+    product_operator,
+)
+
+_SUMS = (aten.sum.dim_IntList, aten.sum.default)
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether ``node`` is the value of a product of matrices of floating-point numbers, or computes several."""
+    entry = product_operator(node.target)
+    return (entry is not None and entry.is_joint) or multiplication_of(node) is not None
+
+
+def multiplication_of(node: fx.Node) -> Multiplication | None:
+    """The positions of the operands and the contracted axes, if ``node`` is the value of a floating-point product.
+
+    Returns:
+        The positions are those among the arguments of `call_of`, and the axes are counted from the front. None if
+        ``node`` is no such value.
+    """
+    if node.op != "call_function" or not is_float(node.meta.get("val")):
+        return None
+    call = call_of(node)
+    entry = product_operator(call.target)
+    if entry is not None and entry.is_joint != (call is not node):
+        return None
+    if entry is not None:
+        result = cast(int, node.args[1]) if entry.is_joint else 0
+        if result >= len(entry.multiplications) or operator_of(call) is not call.target:
+            return None
+        positions = entry.multiplications[result].operands
+        return Multiplication(positions, _own_axes(call, positions, entry.contracted(result, call.args)))
+    if node.target is not aten.mul.Tensor or not all(is_tensor(argument) for argument in node.args):
+        return None
+    return _decomposed(node) if is_of_product(node) else None
+
+
+def _decomposed(node: fx.Node) -> Multiplication:
+    """A product that is decomposed into the multiplication ``node`` and a sum: it contracts the axes of the sum."""
+    end, rank = sum_of(node), node.meta["val"].dim()
+    summed: Any = ()
+    if end is not None:
+        summed = end.args[1] if len(end.args) > 1 else range(rank)
+    from_the_back = tuple(axis if axis < 0 else axis - rank for axis in summed)  # as the operands are broadcast
+    return Multiplication((0, 1), _own_axes(node, (0, 1), (from_the_back, from_the_back)))
+
+
+def _own_axes(call: fx.Node, positions: tuple[int, int], axes: tuple[Axes, Axes]) -> tuple[Axes, Axes]:
+    """``axes`` of the operands of ``call``, counted from the front, without those that an operand lacks."""
+    ranks = [call.args[i].meta["val"].dim() for i in positions]  # type: ignore[union-attr]
+    first, second = (
+        tuple(sorted(axis % rank for axis in own if -rank <= axis < rank))
+        for own, rank in zip(axes, ranks, strict=True)
+    )
+    return first, second
+
+
+def call_of(value: fx.Node) -> fx.Node:
+    """The node that computes ``value``: itself, or the call of which ``value`` is one of several results."""
+    return cast(fx.Node, value.args[0]) if value.target is getitem else value
+
+
+def operands_of(value: fx.Node, multiplication: Multiplication) -> list[fx.Node]:
+    """The nodes of the operands of the product whose value is ``value``."""
+    return [cast(fx.Node, call_of(value).args[i]) for i in multiplication.operands]
+
+
+def is_of_product(node: fx.Node) -> bool:
+    """Whether ``node`` comes from an operator or a function that is a matrix product."""
+    return is_product_packet(original_operator(node)) or is_product_function(source_function(node))
+
+
+def sum_of(node: fx.Node) -> fx.Node | None:
+    """The sum that completes the product that begins with ``node``, where autograd makes two operations of it."""
+    if node.target is not aten.mul.Tensor or len(node.users) != 1:
+        return None
+    (user,) = node.users
+    if user.target is mark and len(user.users) == 1:
+        (user,) = user.users
+    return user if is_sum_of_product(user) else None
+
+
+def is_sum_of_product(node: fx.Node) -> bool:
+    """Whether ``node`` is the sum that completes a decomposed product."""
+    return node.target in _SUMS and is_of_product(node)
+
+
+def ends_of_products(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """The multiplications of decomposed products, and the marks at which the products end."""
+    ends = {}
+    for end in find_marks(graph):
+        waiting = [end.args[0]] if is_product_packet(original_operator(end)) else []
+        while waiting:
+            node: fx.Node = waiting.pop()  # type: ignore[assignment]
+            if original_operator(node) is original_operator(end) and node.target is not mark:
+                if multiplication_of(node):
+                    ends[node] = end
+                else:
+                    waiting += node.all_input_nodes
+    return ends

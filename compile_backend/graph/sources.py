@@ -1,0 +1,76 @@
+"""What each value of a graph depends on: parameters, buffers, inputs, and gradients that come in from outside."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fpsim.compile_backend.graph.nodes import is_float
+
+
+class Source(enum.Flag):
+    """What a value depends on."""
+
+    NONE = 0
+    PARAMETER = enum.auto()
+    BUFFER = enum.auto()
+    INPUT = enum.auto()  #: a floating-point input of the model
+    INTEGER_INPUT = enum.auto()
+    TANGENT = enum.auto()  #: a gradient coming in from outside the graph
+
+
+#: What varies. A value that depends on none of these is part of the model's definition: a table of angles, say.
+VARIABLE = Source.PARAMETER | Source.INPUT | Source.TANGENT
+
+
+def find_sources(graph: fx.Graph, input_sources: Sequence[Source]) -> dict[fx.Node, Source]:
+    """What every node of ``graph`` depends on; ``input_sources`` says what the inputs of the traced function are."""
+    sources: dict[fx.Node, Source] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            sources[node] = _placeholder_source(node, input_sources)
+        elif node.op == "get_attr":
+            sources[node] = Source.BUFFER
+        else:
+            result = Source.NONE
+            for argument in node.all_input_nodes:
+                result |= sources[argument]
+            sources[node] = result
+    return sources
+
+
+def _placeholder_source(node: fx.Node, input_sources: Sequence[Source]) -> Source:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return Source.NONE  # sizes
+    description: Any = node.meta.get("desc")
+    while hasattr(description, "base"):  # views, subclasses: what they were made of
+        description = description.base
+    name = type(description).__name__
+    if name == "TangentAOTInput":
+        return Source.TANGENT
+    if name == "ParamAOTInput":
+        return Source.PARAMETER
+    if name == "BufferAOTInput":
+        return Source.BUFFER
+    if name == "PlainAOTInput":
+        return input_sources[description.idx]
+    return Source.INPUT if is_float(value) else Source.INTEGER_INPUT
+
+
+def is_backward(node: fx.Node, sources: Mapping[fx.Node, Source]) -> bool:
+    """Whether ``node`` belongs to the backward pass."""
+    return bool(sources[node] & Source.TANGENT) or node.meta.get("partitioner_tag") == "is_backward"
+
+
+def find_input(graph: fx.Graph, position: int) -> fx.Node:
+    """The placeholder of ``graph`` that is input number ``position`` of the traced function."""
+    for node in graph.nodes:
+        description = node.meta.get("desc")
+        if type(description).__name__ == "PlainAOTInput" and description.idx == position and node.op == "placeholder":
+            return node
+    raise LookupError(f"the traced graph has no input number {position}")

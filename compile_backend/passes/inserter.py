@@ -1,0 +1,205 @@
+"""Inserting roundings into a graph: one for each value, cast and axes that share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+from torch.utils.checkpoint import CheckpointPolicy
+
+import fpsim.rounding.inductor
+import fpsim.scaling.inductor  # noqa: F401  (operators must have their lowerings before Inductor meets them)
+from fpsim.casts import Cast, apply_cast, check_cast
+from fpsim.compile_backend.graph import convolution
+from fpsim.compile_backend.graph.finding import Product
+from fpsim.compile_backend.graph.metadata import describe, order_in_memory, value_of
+from fpsim.compile_backend.graph.products import product_operator
+from fpsim.compile_backend.graph.recognition import is_product
+from fpsim.compile_backend.graph.sources import Source
+from fpsim.compile_backend.graph.views import is_view
+from fpsim.compile_backend.observe.recorder import Recorder
+from fpsim.compile_backend.plan import Site
+from fpsim.rounding.carriers import CARRIERS
+from fpsim.rounding.ops import random_key_op
+from fpsim.scaling.ops import scale_op
+
+aten = torch.ops.aten
+
+# What a rounding takes over from the value that is rounded, and from where it is needed.
+_COPIED = ("partitioner_tag", "recompute", "ac_graph_id", "seq_nr", "stack_trace")
+_PLACES = ("nn_module_stack", "fwd_nn_module_stack", "stack_trace")
+
+# The operators of a cast that do not go element by element: backward keeps their small results.
+_OF_WHOLE_TENSORS = (scale_op, aten.select.int)
+
+
+class Inserter:
+    """Inserts rounding nodes into a graph, one per value and cast."""
+
+    def __init__(
+        self, graph: fx.Graph, sources: dict[fx.Node, Source], seed: fx.Node | None, recorder: Recorder | None
+    ) -> None:
+        self.graph = graph
+        self.sources = sources
+        self.done: dict[tuple[fx.Node, Cast], fx.Node] = {}
+        # Calls split off a joint one: where each takes an operand for its shape only, and the call that multiplies it.
+        self.separate: dict[fx.Node, tuple[int, fx.Node | None]] = {}
+        self.seed = seed
+        self.keys = 0
+        self.recorder = recorder
+
+    def round_operand(self, product: Product, position: int, cast: Cast) -> None:
+        """Let ``product``, and no product that is computed together with it, see its operand rounded."""
+        operand: fx.Node = product.node.args[position]  # type: ignore[assignment]
+        rounded = self.rounded(operand, cast, near=product.node)
+        if rounded is operand:
+            return
+        if _is_joint(product.node) and product.node not in self.separate:
+            self.separate |= convolution.split(product.node)
+        product.node.update_arg(position, rounded)
+
+    def release_shapes(self) -> None:
+        """Keep no operand for backward of which only the shape is used: one that is there anyway has the same shape.
+
+        Calls that then have the same operands become one again.
+        """
+        for call, (position, other) in self.separate.items():
+            operand: fx.Node = call.args[position]  # type: ignore[assignment]
+            if other is not None:
+                operand = other.args[position]  # type: ignore[assignment]
+            elif not self._is_at_hand_in_backward(operand):
+                operand = next((rounded for (value, _), rounded in self.done.items() if value is operand), operand)
+            call.update_arg(position, operand)
+        convolution.join(self.separate)
+
+    def rounded(self, value: fx.Node, cast: Cast, near: fx.Node) -> fx.Node:
+        """The node that holds ``value`` rounded.
+
+        Rounding commutes with rearrangement, so the value is rounded as it first arose and rearranged again: the
+        operand of fprop and its transpose in dgrad and wgrad share one rounding. ``near`` says where it is needed.
+        """
+        if _is_exact(value.meta["val"].dtype, cast):
+            return value
+        if (value, cast) not in self.done:
+            if is_view(value):
+                self.done[value, cast] = self._rearranged(value, cast, near)
+            else:
+                self.done[value, cast] = self._insert(value, cast, near)
+        return self.done[value, cast]
+
+    def rounded_result(self, value: fx.Node, near: fx.Node, site: Site) -> fx.Node:
+        """The node that holds ``value``, the result of an operation, rounded by the cast of ``site``, as `rounded`."""
+        assert site.cast is not None
+        result = self.rounded(value, site.cast, near)
+        if self.recorder is not None:
+            self.recorder.add_result(value, result, site)
+        return result
+
+    def round_result(self, node: fx.Node, site: Site) -> None:
+        """Let every user of ``node`` see it rounded by the cast of ``site``."""
+        assert site.cast is not None
+        users = list(node.users)
+        result = self._insert(node, site.cast, node)
+        for user in users:
+            user.replace_input_with(node, result)
+        if self.recorder is not None:
+            self.recorder.add_result(node, result, site)
+
+    def _rearranged(self, view: fx.Node, cast: Cast, near: fx.Node) -> fx.Node:
+        source = self.rounded(view.args[0], cast, near)  # type: ignore[arg-type]
+        with self.graph.inserting_after(view):
+            copy = self.graph.call_function(
+                view.target,  # type: ignore[arg-type]
+                map_arg(view.args, lambda node: source if node is view.args[0] else node),
+                view.kwargs,
+            )
+        copy.meta = {**view.meta, "val": value_of(copy)}
+        self.sources[copy] = self.sources[view]
+        return copy
+
+    def _insert(self, value: fx.Node, cast: Cast, near: fx.Node) -> fx.Node:
+        """The node that holds ``value`` rounded, behind it or, if it is an input, behind all inputs."""
+        check_cast(value.meta["val"].dtype, cast)
+        last = value
+        while last.op == "placeholder" and last.next.op == "placeholder":
+            last = last.next
+        key = self._random_key(value) if cast.is_stochastic else None
+        if key is not None and last.op == "placeholder":
+            last = key
+        meta = {key: value.meta[key] for key in _COPIED if key in value.meta}
+        meta |= {name: near.meta[name] for name in _PLACES if name in near.meta}
+        pointwise = dict(meta)
+        if self._is_at_hand_in_backward(value):
+            pointwise.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
+
+        def call(target: Callable[..., Any], *arguments: Any) -> fx.Node:
+            nonlocal last
+            with self.graph.inserting_after(last):
+                last = self.graph.call_function(target, arguments)
+            last.meta = dict(meta if target in _OF_WHOLE_TENSORS else pointwise)
+            describe(last)
+            self.sources[last] = self.sources[value]
+            return last
+
+        exact = value
+        order = order_in_memory(value) if key is None else None  # the numbers drawn follow the order of dimensions
+        if order is not None:
+            exact = call(aten.permute.default, exact, order)
+        rounded = apply_cast(exact, cast, key=key, call=call)
+        if order is not None:
+            rounded = call(aten.permute.default, rounded, [order.index(i) for i in range(len(order))])
+        return rounded
+
+    def _random_key(self, value: fx.Node) -> fx.Node:
+        """A key of its own for the rounding of ``value``: the number of the rounding in the graph is the salt.
+
+        The seed is an input of the graph, not a node: whatever is recomputed in backward draws the same.
+        """
+        assert self.seed is not None, "the policy is stochastic, so the graph has a seed"
+        self.keys += 1
+        last_input = next(node for node in self.graph.nodes if node.next.op != "placeholder")
+        with self.graph.inserting_after(last_input):
+            key = self.graph.call_function(random_key_op, (self.seed, self.keys))
+        describe(key)
+        device = value.meta["val"].device
+        if device != key.meta["val"].device:
+            with self.graph.inserting_after(key):
+                key = self.graph.call_function(torch.ops.prims.device_put.default, (key, device))
+            describe(key)
+        return key
+
+    def _is_at_hand_in_backward(self, value: fx.Node) -> bool:
+        """Whether backward has ``value`` anyway, so that rounding it again beats keeping the rounded copy.
+
+        It has parameters, and whatever the derivative of an elementwise function uses: the result of a softmax, or of a
+        relu, of which it needs to know where it is zero (a table of booleans in its place would be smaller, but
+        Inductor's C++ writes one a hundred times slower than numbers).
+        """
+        if self.sources.get(value, Source.NONE) == Source.PARAMETER:
+            return True
+        for user in value.users:
+            if is_view(user):
+                if self._is_at_hand_in_backward(user):
+                    return True
+            elif not is_product(user) and self._is_used_with_gradients(user):
+                return True
+        return False
+
+    def _is_used_with_gradients(self, node: fx.Node) -> bool:
+        if self.sources.get(node, Source.NONE) & Source.TANGENT:
+            return True
+        is_condition = isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dtype == torch.bool
+        return is_condition and any(map(self._is_used_with_gradients, node.users))
+
+
+def _is_exact(carrier: torch.dtype, cast: Cast) -> bool:
+    """Whether every value of ``carrier``, infinities too, already is a value of the format."""
+    return CARRIERS[carrier].is_subset_of(cast.format) and cast.overflow != "sat_finite"
+
+
+def _is_joint(call: fx.Node) -> bool:
+    entry = product_operator(call.target)
+    return entry is not None and entry.is_joint

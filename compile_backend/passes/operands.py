@@ -1,0 +1,107 @@
+"""Rounding the operands and results of matrix products, and telling which products stay unrounded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import fx
+
+from fpsim.compile_backend.errors import UnroundedError
+from fpsim.compile_backend.graph.finding import Product
+from fpsim.compile_backend.graph.nodes import module_path
+from fpsim.compile_backend.graph.opaque import find_opaque
+from fpsim.compile_backend.graph.products import opaque_family, remedy
+from fpsim.compile_backend.passes.inserter import Inserter
+from fpsim.compile_backend.passes.places import policy_at, site_of_product
+from fpsim.compile_backend.plan import Gap, Site
+from fpsim.policy import Policy
+from fpsim.rounding.carriers import CARRIERS
+
+
+def opaque_gaps(graph: fx.Graph, policy: Policy, strict: bool) -> list[Gap]:
+    """The operators of ``graph`` that may hold products which cannot be rounded.
+
+    Raises:
+        UnroundedError: with ``strict``, one that the policy does not list as a gap.
+    """
+    return [_opaque_gap(node, name, policy, strict) for node, name in find_opaque(graph)]
+
+
+def _opaque_gap(node: fx.Node, name: str, policy: Policy, strict: bool) -> Gap:
+    path = module_path(node) or ""
+    local = policy.at(path)
+    if local is None:
+        return Gap(path, name, "left unrounded by the policy")
+    family = opaque_family(name)
+    if family is not None and family.is_attention and local.attention == "keep":
+        return Gap(path, name, "attention kept fused by the policy")
+    if local.allows_gap(name) or policy.allows_gap(name):
+        return Gap(path, name, "allowed by the policy's gaps")
+    if strict:
+        where = f" in module {path!r}" if path else ""
+        both = re.sub("_(forward|backward)$", "", name) + "*"
+        raise UnroundedError(
+            f"{name}{where} may multiply matrices that fpsim cannot round. {remedy(name)}, or accept it unrounded: "
+            f"gaps=[{both!r}], or skip=[{path or '<module>'!r}]; fpsim.explain lists all such places"
+        )
+    return Gap(path, name, "cannot be rounded: an error unless listed in the policy's gaps")
+
+
+def round_products(
+    products: Sequence[Product], policy: Policy, inserter: Inserter, strict: bool
+) -> tuple[list[Site], list[Gap]]:
+    """Round operands and results of ``products`` as ``policy`` says.
+
+    Returns:
+        The operands and results, rounded or not, of the products that the policy rounds; and the other products.
+
+    Raises:
+        UnroundedError: a product of numbers that no carrier holds, or, with ``strict``, one in an unknown module while
+            the policy has rules for modules.
+    """
+    sites: list[Site] = []
+    gaps = []
+    for product in products:
+        what = f"{product.kind} product {product.node.name} ({product.operator})"
+        local = policy_at(product.path, what, policy, strict)
+        reason = _reason_to_leave(product, local)
+        if local is not None and reason is None:
+            sites += _round_product(product, local, inserter)
+        else:
+            gaps.append(Gap(product.path or "", product.operator, reason or ""))
+    return sites, gaps
+
+
+def _reason_to_leave(product: Product, local: Policy | None) -> str | None:
+    """Why ``product`` stays unrounded under the policy of its module; None if it does not."""
+    if product.constant:
+        return "constant: depends on no parameter and no floating-point input (such as rotary angles)"
+    if local is None:
+        return f"{product.kind} left unrounded by the policy"
+    if local.products == "weights" and not product.has_weight:
+        return f"{product.kind} of two activations left unrounded by the policy"
+    return None
+
+
+def _round_product(product: Product, policy: Policy, inserter: Inserter) -> list[Site]:
+    """Round the operands and the result of one product, and report on them."""
+    dtype = product.result.meta["val"].dtype
+    operands: list[fx.Node] = [product.node.args[i] for i in product.operands]  # type: ignore[misc]
+    if not all(operand.meta["val"].dtype in CARRIERS for operand in operands):
+        raise UnroundedError(f"{product.operator} in {product.path!r} multiplies {dtype} numbers")
+    casts = [policy.cast(product.kind, role) for role in product.roles]
+    sites = [
+        site_of_product(product, role, operand, cast, axes)
+        for role, operand, cast, axes in zip(product.roles, operands, casts, product.contracted, strict=True)
+    ]
+    for position, cast in zip(product.operands, casts, strict=True):
+        if cast is not None:
+            inserter.round_operand(product, position, cast)
+    if inserter.recorder is not None:
+        inserter.recorder.add_product(product, operands, sites)
+    result = policy.output_cast(product.kind)
+    if result is not None:
+        sites.append(site_of_product(product, "output", product.result, result))
+        inserter.round_result(product.result, sites[-1])
+    return sites

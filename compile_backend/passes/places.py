@@ -1,0 +1,49 @@
+"""Where in a model something is: the policy that holds there, and its entry in the plan."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fpsim.casts import Cast
+from fpsim.compile_backend.errors import UnroundedError
+from fpsim.compile_backend.graph.finding import Product
+from fpsim.compile_backend.graph.products import Axes
+from fpsim.compile_backend.plan import Site
+from fpsim.policy import Policy
+
+
+def policy_at(path: str | None, what: str, policy: Policy, strict: bool) -> Policy | None:
+    """The policy for ``what``, in the module ``path``; None where nothing is rounded."""
+    if path is None and policy.uses_paths and strict:
+        raise UnroundedError(
+            f"cannot tell which module the {what} belongs to, and the policy has rules for modules: give one policy "
+            "for the whole model, or use autograd's own backward instead of a custom autograd.Function"
+        )
+    return policy.at(path or "")
+
+
+def site_of_product(product: Product, role: str, value: fx.Node, cast: Cast | None, axes: Axes = ()) -> Site:
+    """The entry of an operand of ``product``, which sums along ``axes`` of it, or of its result."""
+    direction = "forward" if product.kind == "fprop" else "backward"
+    return _site(product.path, product.operator, product.kind, direction, role, value, cast, axes)
+
+
+def site_of_operation(path: str | None, operator: str, direction: str, value: fx.Node, cast: Cast) -> Site:
+    """The entry of the result of an operation that is no product."""
+    return _site(path, operator, None, direction, "result", value, cast, ())
+
+
+def _site(
+    path: str | None,
+    operator: str,
+    kind: str | None,
+    direction: str,
+    role: str,
+    value: fx.Node,
+    cast: Cast | None,
+    contracted: Axes,
+) -> Site:
+    tensor = value.meta["val"]
+    shape = tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Site(path or "", operator, kind, direction, role, shape, dtype, cast, contracted)

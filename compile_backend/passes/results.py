@@ -1,0 +1,59 @@
+"""Rounding the results of operations that are no products, at the marks where they end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import fx
+
+from fpsim.compile_backend.graph import convolution
+from fpsim.compile_backend.graph.finding import Product
+from fpsim.compile_backend.graph.marks import find_marks, replace_mark
+from fpsim.compile_backend.graph.nodes import module_path
+from fpsim.compile_backend.graph.sources import VARIABLE, Source, is_backward
+from fpsim.compile_backend.passes.inserter import Inserter
+from fpsim.compile_backend.passes.places import policy_at, site_of_operation
+from fpsim.compile_backend.plan import Site
+from fpsim.policy import Policy
+
+
+def round_operations(
+    graph: fx.Graph,
+    policy: Policy,
+    sources: Mapping[fx.Node, Source],
+    products: Sequence[Product],
+    inserter: Inserter,
+    strict: bool,
+) -> list[Site]:
+    """Put rounding in the place of the marks at the ends of operations, or nothing where the policy wants none.
+
+    The marks at the ends of matrix products stay. The gradient of a convolution's bias is an operation of its own, the
+    sum that it is in a linear layer.
+    """
+    sites = []
+    for node in convolution.find_bias_gradients(graph):
+        path = module_path(convolution.backward_of(node))
+        local = policy_at(path, f"gradient of a bias {node.name}", policy, strict)
+        cast = None if local is None else local.elementwise_cast("backward")
+        if cast is not None:
+            sites.append(site_of_operation(path, "aten.sum", "backward", node, cast))
+            inserter.round_result(node, sites[-1])
+    of_products = {node for product in products for node in (product.value, product.result)}
+    for node in find_marks(graph):
+        value, operator = node.args
+        assert isinstance(value, fx.Node)
+        if node in of_products:
+            continue
+        cast = None
+        if sources[node] & VARIABLE and value not in of_products:
+            direction = "backward" if is_backward(node, sources) else "forward"
+            path = module_path(node)
+            if path is None and (direction == "forward" or node.meta.get("is_gradient_acc")):
+                path = ""  # forward code records every module but the root; gradients are added up outside of modules
+            local = policy_at(path, f"{direction} operation {node.name} ({operator})", policy, strict)
+            cast = None if local is None else local.elementwise_cast(direction)
+        if cast is not None:
+            sites.append(site_of_operation(path, str(operator), direction, value, cast))
+            value = inserter.rounded_result(value, node, sites[-1])
+        replace_mark(node, value)
+    return sites

@@ -1,0 +1,113 @@
+"""The pass that carries out a policy: it rewrites the joint graph of forward and backward.
+
+The pass runs after decomposition and before Inductor's own joint-graph passes and the partitioner. Autograd has
+been traced by then, so an inserted rounding is straight-through by itself. Each value is rounded once per cast, and its
+users share the result. The partitioner is free to save the rounded tensor for backward.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from fpsim.compile_backend.graph.finding import find_products
+from fpsim.compile_backend.graph.marks import find_marks, replace_mark
+from fpsim.compile_backend.graph.metadata import is_alias, update_aliases
+from fpsim.compile_backend.graph.nodes import is_body
+from fpsim.compile_backend.graph.sources import Source, find_input, find_sources
+from fpsim.compile_backend.observe.recorder import Recorder
+from fpsim.compile_backend.passes.inserter import Inserter
+from fpsim.compile_backend.passes.operands import opaque_gaps, round_products
+from fpsim.compile_backend.passes.results import round_operations
+from fpsim.compile_backend.plan import Plan
+from fpsim.policy import Policy
+from fpsim.source import source_hash
+
+#: Told of every rewritten graph's plan.
+Observer = Callable[[Plan], None]
+
+
+class RoundingPass(CustomGraphPass):
+    """The rounding that a policy asks for, as a pass of Inductor over one joint or inference graph.
+
+    Args:
+        policy: what is rounded where.
+        input_sources: what each input of the traced function is.
+        identity: everything else that the pass reads from the graph and that Inductor's cache key does not know.
+        observer: told of the plan of every graph that the pass rewrites.
+        strict: whether a gap that the policy does not allow is an error.
+        seed_input: the position of the input that is the seed of stochastic rounding.
+        recorder: observes every site (for graphs that are interpreted).
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        input_sources: Sequence[Source],
+        identity: Sequence[str],
+        observer: Observer | None = None,
+        strict: bool = True,
+        seed_input: int | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.policy = policy
+        self.input_sources = tuple(input_sources)
+        self.identity = tuple(identity)
+        self.observer = observer
+        self.strict = strict
+        self.seed_input = seed_input
+        self.recorder = recorder
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if is_body(graph):
+            return
+        seed = None if self.seed_input is None else find_input(graph, self.seed_input)
+        plan = rewrite(graph, self.policy, self.input_sources, strict=self.strict, seed=seed, recorder=self.recorder)
+        if self.observer is not None:
+            self.observer(plan)
+
+    def uuid(self) -> str:
+        """The key under which compiled code is cached: all that decides what the pass does."""
+        sources = [source.value for source in self.input_sources]
+        facts = [source_hash(), self.policy.canonical(), sources, self.identity, self.seed_input]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def rewrite(
+    graph: fx.Graph,
+    policy: Policy,
+    input_sources: Sequence[Source],
+    *,
+    strict: bool = True,
+    seed: fx.Node | None = None,
+    recorder: Recorder | None = None,
+) -> Plan:
+    """Round in ``graph``, in place, what ``policy`` asks for; return what was and was not rounded.
+
+    ``seed``: the input of the graph that is the seed of stochastic rounding. ``recorder``: observes every site.
+
+    Raises:
+        UnroundedError: with ``strict``, an operator whose products cannot be rounded and which the policy does not
+            list as a gap, or a product whose module is unknown while the policy has rules for modules.
+        ValueError: a format with values that the dtype of an operand lacks.
+    """
+    views = {node for node in graph.nodes if is_alias(node)}
+    refused = opaque_gaps(graph, policy, strict)
+    sources = find_sources(graph, input_sources)
+    inserter = Inserter(graph, sources, seed, recorder)
+    products = find_products(graph, sources, input_sources)
+    results = round_operations(graph, policy, sources, products, inserter, strict)
+    operands, gaps = round_products(products, policy, inserter, strict)
+    inserter.release_shapes()
+    if recorder is not None:
+        recorder.insert(graph)
+    for node in find_marks(graph):
+        replace_mark(node, node.args[0])  # type: ignore[arg-type]
+    graph.eliminate_dead_code()
+    update_aliases(graph, views)
+    graph.lint()
+    return Plan((*results, *operands), (*refused, *gaps))

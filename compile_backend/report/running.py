@@ -1,0 +1,106 @@
+"""Running a model to look at it: nothing that the run changes stays changed, and no limit of Dynamo ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
+from torch.utils import _pytree as pytree
+
+from fpsim.policy import Policy
+
+#: Keeps what `explain` compiles apart from what the user compiles (since torch 2.13), so that it counts against no
+#: limit there.
+ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+)
+
+
+def as_policy(policy: Policy | Mapping[str, Any] | str | None) -> Policy:
+    """The policy that a caller of `explain`, `audit` or `profile` gave."""
+    return Policy.from_options(policy if policy is None else {"policy": policy})
+
+
+def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model or function that was given to `torch.compile`; any other as it is."""
+    return getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+
+
+@contextlib.contextmanager
+def no_recompile_limit() -> Iterator[None]:
+    """Every call of `explain` compiles anew: let none of them fall back to running uncompiled."""
+    with dynamo_config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
+        yield
+
+
+@contextlib.contextmanager
+def state_kept(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Restore what running a model forward changes: buffers and random state.
+
+    Parameters are not copied: of one that the model itself writes in place a warning is given.
+    """
+    modules = list(_modules(model, args, dict(kwargs)))
+    buffers = [buffer for module in modules for buffer in module.buffers()]
+    values = [buffer.clone() for buffer in buffers]
+    parameters = [named for module in modules for named in module.named_parameters() if not named[1].is_inference()]
+    versions = [parameter._version for _, parameter in parameters]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, values, strict=True):
+                buffer.copy_(value)
+        pairs = zip(parameters, versions, strict=True)
+        changed = sorted({name for (name, parameter), version in pairs if parameter._version != version})
+        if changed:
+            warnings.warn(
+                f"the model's forward writes its own parameters {', '.join(changed)}, and this run has changed them "
+                "too: give a copy of the model if that matters",
+                stacklevel=4,
+            )
+
+
+def _modules(*values: Any) -> Iterator[nn.Module]:
+    """The modules among ``values``, and those that functions among them close over, are bound to or refer to."""
+    for value in pytree.tree_leaves(values):
+        value = uncompiled(value)
+        if isinstance(value, nn.Module):
+            yield value
+        elif isinstance(value, functools.partial):
+            yield from _modules(value.func, value.args, value.keywords)
+        elif inspect.isfunction(value) or inspect.ismethod(value):
+            variables = inspect.getclosurevars(value)
+            held = (*variables.nonlocals.values(), *variables.globals.values(), getattr(value, "__self__", None))
+            yield from (module for module in held if isinstance(module, nn.Module))
+
+
+@contextlib.contextmanager
+def gradients_kept(loss: Tensor) -> Iterator[None]:
+    """Restore the gradients that a backward pass from ``loss`` accumulates: of parameters and of inputs."""
+    leaves = [node.variable for node in _autograd_nodes(loss) if hasattr(node, "variable")]
+    gradients = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    try:
+        yield
+    finally:
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient
+
+
+def _autograd_nodes(loss: Tensor) -> set[Any]:
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return seen

@@ -1,0 +1,95 @@
+"""All settings of torch that fpsim changes for the whole process, and the differences between versions of torch.
+
+Importing fpsim changes nothing. The settings change when a model is first compiled: when torch looks up the backend
+``"fpsim"`` or ``"fpsim_eager"``, or when `fpsim.explain`, `fpsim.audit`, `fpsim.profile` or
+`fpsim.curvature.functional_loss` trace a model. ``docs/torch_settings.md`` lists them for users.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch._dynamo import config as dynamo_config
+from torch._inductor import config as inductor_config
+from torch._inductor.codegen.cpp import CppKernel
+from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
+from torch._inductor.utils import op_dtype_propagation_rules
+
+#: Major and minor version of torch.
+TORCH = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
+
+#: How often Dynamo may compile one function anew (for other policies, shapes, modes) before it is an error.
+RECOMPILE_LIMIT = 128
+
+
+def fail_at_recompile_limit() -> None:
+    """Raise Dynamo's recompile limit, and let it be an error to hit it.
+
+    Past its limit (8) Dynamo gives up compiling with a warning only, and runs the model eagerly, unrounded. A sweep
+    over nine policies in one process would find the ninth unrounded.
+    """
+    dynamo_config.fail_on_recompile_limit_hit = True
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, RECOMPILE_LIMIT)
+
+
+@lru_cache(maxsize=1)
+def trace_recurrent_layers() -> None:
+    """Let Dynamo trace `nn.RNN`, `nn.GRU` and `nn.LSTM`.
+
+    By default it leaves the function that calls one uncompiled, with everything beside it, and no backend hears of it.
+    """
+    dynamo_config.allow_rnn = True
+
+
+@lru_cache(maxsize=1)
+def keep_precision_casts_in_cpp() -> None:
+    """Let Inductor's C++ round 16-bit numbers between fused operations under ``emulate_precision_casts``, as 2.13 does.
+
+    Before 2.13 Inductor remembers the float32 number from which it made a 16-bit one, and goes on with that: sums of
+    bfloat16 numbers then have more bits than in the model.
+    """
+    if TORCH >= (2, 13):
+        return
+    remember = CppKernel.cache_dtype_convert
+
+    def unless_emulated(kernel: CppKernel, *conversion: object) -> None:
+        if not inductor_config.emulate_precision_casts:
+            remember(kernel, *conversion)
+
+    CppKernel.cache_dtype_convert = unless_emulated  # type: ignore[method-assign]
+
+
+@lru_cache(maxsize=1)
+def keep_dtype_rules() -> None:
+    """Let Inductor keep its table of dtype rules. It builds the same table anew for each operation in generated code.
+
+    Roundings are many small operations, so that building it is much of what a policy adds to the time of compiling.
+    """
+    build = DtypePropagationOpsHandler.__init__
+    built_from: dict[str, object] = {}
+
+    def build_once(self: DtypePropagationOpsHandler) -> None:
+        if built_from != op_dtype_propagation_rules:
+            build(self)
+            built_from.clear()
+            built_from.update(op_dtype_propagation_rules)
+
+    DtypePropagationOpsHandler.__init__ = build_once  # type: ignore[method-assign]
+
+
+#: Every change, in the order in which they are made.
+SETTINGS: tuple[Callable[[], None], ...] = (
+    fail_at_recompile_limit,
+    trace_recurrent_layers,
+    keep_precision_casts_in_cpp,
+    keep_dtype_rules,
+)
+
+
+def apply_settings() -> None:
+    """Make all changes, before anything is traced: the first once per compilation, the others once per process."""
+    for change in SETTINGS:
+        change()

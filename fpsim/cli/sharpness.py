@@ -1,0 +1,81 @@
+"""``fpsim sharpness``: the logit sharpness of a checkpoint or of a user's own model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fpsim.cli.errors import plain_errors
+from fpsim.cli.output import print_table, progress_bar
+
+if TYPE_CHECKING:
+    from fpsim.evaluate.logit_sharpness import Report
+
+
+@plain_errors
+def sharpness(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL_OR_SCRIPT",
+            help="Folder of a Hugging Face causal model, or path/to/script.py:function that builds a module.",
+        ),
+    ],
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="UTF-8 file to predict.")],
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="State dict of the script's module.", show_default="the weights that the function sets"),
+    ] = None,
+    format: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measure also with all operands rounded to this format (e4m3fn, e8m3/toward_zero); may be given "
+            "several times."
+        ),
+    ] = None,
+    epsilon: Annotated[
+        list[float] | None,
+        typer.Option(help="Half-width of the box; may be given several times.", show_default="0.0005 and 0.001"),
+    ] = None,
+    method: Annotated[str, typer.Option(help="exact, or lbfgsb as in the paper (slow).")] = "exact",
+    windows: Annotated[int, typer.Option(min=1, help="Largest number of windows of the text.")] = 16,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per window.", show_default="the model's own")
+    ] = None,
+    gradients: Annotated[bool, typer.Option(help="Measure the norm of the gradient, too.")] = True,
+) -> None:
+    """Measure the logit sharpness of a language model on a text, unrounded and under formats.
+
+    A checkpoint is read with its tokenizer, and needs fpsim\\[paper]. A script's function returns a module from tokens
+    to logits and may take vocabulary and context; its tokens are bytes, unless the script has a function tokenize.
+    """
+    from fpsim.evaluate.load import is_script
+    from fpsim.evaluate.logit_sharpness import EPSILONS
+
+    measure: Callable[..., Report]
+    if is_script(str(model)):
+        from fpsim.evaluate.logit_sharpness import measure_script
+
+        measure = functools.partial(measure_script, str(model), weights=weights)
+    elif weights is not None:
+        raise ValueError(f"weights are for a script, and {model} holds its own: leave --weights out")
+    else:
+        from fpsim.evaluate.logit_sharpness import measure_checkpoint
+
+        measure = functools.partial(measure_checkpoint, model)
+    with progress_bar("windows") as progress:
+        report = measure(
+            text,
+            formats=format or (),
+            epsilons=epsilon or EPSILONS,
+            method=method,
+            windows=windows,
+            context=context,
+            gradients=gradients,
+            progress=progress,
+        )
+    print_table(report.table())
