@@ -26,7 +26,7 @@ from fpsim.compile_backend import UnroundedError
 BACKENDS = ("fpsim", "fpsim_eager")
 
 
-class Block(nn.Module):
+class LlamaBlock(nn.Module):
     """A layer of a Llama: norms, grouped-query causal attention, and a gated MLP."""
 
     def __init__(self, width: int = 32, head: int = 8) -> None:
@@ -47,15 +47,15 @@ class Block(nn.Module):
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
-LINEARS = sum(isinstance(module, nn.Linear) for module in Block().modules())
+LINEARS = sum(isinstance(module, nn.Linear) for module in LlamaBlock().modules())
 PASSES = (1, 2)  #: products of a linear layer forward and backward (the weight of the norm needs the first dgrad)
 ATTENTION_PRODUCTS = (2, 4)
 
 
 @functools.cache
 def code_of_a_step(backend: str, *, opened: bool = False, **options: str) -> tuple[str, str]:
-    """The code that is generated for a `Block`, forward and backward; ``opened``: with attention in its parts."""
-    model, x = Block(), torch.randn(2, 16, 32)
+    """The code that is generated for a `LlamaBlock`, forward and backward; ``opened``: with attention in its parts."""
+    model, x = LlamaBlock(), torch.randn(2, 16, 32)
 
     def step() -> None:
         with sdpa_kernel(SDPBackend.MATH) if opened else contextlib.nullcontext():
@@ -139,7 +139,7 @@ def elements_kept_for_backward(model: nn.Module, x: Tensor, backend: str) -> int
 
 
 @only_code
-@pytest.mark.parametrize(("build", "shape"), [(Block, (2, 16, 32)), (convolutions, (2, 3, 12, 12))])
+@pytest.mark.parametrize(("build", "shape"), [(LlamaBlock, (2, 16, 32)), (convolutions, (2, 3, 12, 12))])
 def test_backward_keeps_no_more_than_without_rounding(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     plain, rounded = (elements_kept_for_backward(build(), torch.randn(shape), name) for name in ("inductor", "fpsim"))
     assert rounded <= plain
@@ -255,7 +255,7 @@ def unchanged(current: Callable[[], dict[str, Any]]) -> Iterator[None]:
 @only_code
 def test_compiling_leaves_the_settings_of_the_process_as_they_were(backend: str, attention: str) -> None:
     with unchanged(settings):
-        y = torch.compile(Block(), backend=backend, options={"attention": attention})(torch.randn(2, 16, 32))
+        y = torch.compile(LlamaBlock(), backend=backend, options={"attention": attention})(torch.randn(2, 16, 32))
         y.sum().backward()
 
 
