@@ -1,4 +1,4 @@
-"""Number formats as frozen values, their names, and the words for rounding and overflow."""
+"""Number formats as frozen values, their names, and the names of the rounding and overflow modes."""
 
 from fpsim.formats.float import SPECIALS, FloatFormat
 from fpsim.formats.modes import (

@@ -1,7 +1,7 @@
 """Floating-point formats as frozen values.
 
-A handful of primitive facts describes a format: the widths of its fields, its bias, the meaning of its reserved codes.
-Every other number is a documented property, derived from these facts. Nothing here depends on torch: the exact
+A few primitive facts describe a format: the widths of its fields, its bias, and the meaning of its reserved codes.
+Every other number is a documented property that is derived from these facts. Nothing here depends on torch: the exact
 reference and the tensor code read the same description. Terms follow IEEE 754, the OCP FP8 and MX specifications,
 IEEE P3109 and ml_dtypes.
 """
@@ -18,31 +18,31 @@ SPECIALS: tuple[str, ...] = get_args(Specials)
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """A binary floating-point format: sign, exponent field, mantissa field, from the top bit down.
+    """A binary floating-point format. From the top bit down: the sign, the exponent field, the mantissa field.
 
     Attributes:
         exponent_bits: width E of the exponent field, 1 to 11.
-        mantissa_bits: width M of the mantissa field (explicit bits, the leading one not counted), 0 to 52.
+        mantissa_bits: width M of the mantissa field, 0 to 52. The implicit leading bit is not counted.
         bias: a normal number with exponent field ``f`` has exponent ``f - bias``. ``None`` (the default)
-            takes the convention's own: ``2**(E-1) - 1``, for ``"fnuz"`` and ``"p3109"`` ``2**(E-1)``.
-        specials: which codes are not numbers.
+            means the usual bias of ``specials``: ``2**(E-1)`` for ``"fnuz"`` and ``"p3109"``, else ``2**(E-1) - 1``.
+        specials: which codes are infinities and NaNs.
             ``"ieee"``: the top exponent field holds infinity (mantissa 0) and NaNs (IEEE 754);
             ``"fn"``: no infinity, NaN is the all-ones magnitude (OCP E4M3);
             ``"fnuz"``: no infinity, one NaN in the place of negative zero, no negative zero (ml_dtypes);
             ``"finite"``: neither infinity nor NaN (OCP FP6 and FP4);
             ``"p3109"``: infinity is the code after the largest finite value, one NaN in the place of negative zero,
-            no negative zero (the extended formats of IEEE P3109); if unsigned, the NaN is the all-ones code.
-        subnormals: whether exponent field 0 holds subnormals. If not, results are rounded as if the exponent
-            had no lower bound and then, in every rounding direction, flushed to zero when they are below the
-            smallest normal ("round, then flush", as a processor does in flush-to-zero mode); codes with
-            exponent field 0 all decode to zero.
+            no negative zero (the extended formats of IEEE P3109). In an unsigned format the NaN is the all-ones code.
+        subnormals: whether exponent field 0 holds subnormals. If it does not, all codes with exponent field 0
+            decode to zero. A result is then rounded as if the exponent had no lower bound, and afterwards flushed
+            to zero if it is below the smallest normal. This holds in every rounding direction ("round, then
+            flush", as a processor does in flush-to-zero mode).
         signed: whether there is a sign bit.
         zero: whether code 0 is zero. ``False`` only for scale formats such as OCP E8M0, where exponent field 0
-            is one more binade of normals.
+            holds one more binade of normals.
 
     Raises:
-        ValueError: a width, convention or combination that describes no format, or one with values that
-            float64 does not have (no carrier could hold them).
+        ValueError: the attributes describe no format, or a format with values that float64 does not have (no
+            carrier could hold them).
 
     >>> FloatFormat(4, 3, specials="fn").max
     448.0
@@ -84,7 +84,7 @@ class FloatFormat:
 
     @property
     def default_bias(self) -> int:
-        """The bias of the convention: ``2**(E-1) - 1``, for fnuz ``2**(E-1)``."""
+        """The usual bias of `specials`: ``2**(E-1)`` for fnuz and p3109, else ``2**(E-1) - 1``."""
         half = 1 << (self.exponent_bits - 1)
         return half if self.specials in ("fnuz", "p3109") else half - 1
 
@@ -147,15 +147,15 @@ class FloatFormat:
 
     @property
     def infinity_code(self) -> int | None:
-        """Code of positive infinity, None where the format has none."""
+        """Code of positive infinity; None if the format has none."""
         return self.max_code + 1 if self.has_infinity else None
 
     @property
     def nan_code(self) -> int | None:
-        """The NaN code that `encode` produces, None where the format has none.
+        """The NaN code that `encode` produces; None if the format has none.
 
-        IEEE: the positive quiet NaN with an otherwise empty payload; fn and unsigned P3109: all ones, positive; fnuz
-        and signed P3109: negative zero.
+        For ieee it is the positive quiet NaN with an otherwise empty payload. For fn it is the positive code whose
+        other bits are all ones. For fnuz and signed p3109 it is the code of negative zero, for unsigned p3109 all ones.
         """
         if not self.has_nan:
             return None
@@ -187,19 +187,19 @@ class FloatFormat:
 
     @property
     def smallest_subnormal(self) -> float:
-        """The smallest positive value: a subnormal where the format has any, else `smallest_normal`."""
+        """The smallest positive value: a subnormal if the format has subnormals, else `smallest_normal`."""
         return 2.0 ** (self.emin - self.mantissa_bits) if self.subnormals else self.smallest_normal
 
     @property
     def num_values(self) -> int:
-        """How many different finite values there are (+0 and -0 count as one)."""
+        """The number of different finite values (+0 and -0 count as one)."""
         positive = self.max_code + 1 - self.zero
         if not self.subnormals and self.zero:
             positive -= min((1 << self.mantissa_bits) - 1, self.max_code)
         return positive * (2 if self.signed else 1) + self.zero
 
     def is_subset_of(self, carrier: FloatFormat) -> bool:
-        """Whether every finite value of this format is a value of ``carrier``, and likewise infinity and NaN."""
+        """Whether ``carrier`` has every finite value of this format, and infinity and NaN if this format has them."""
         return (
             self.mantissa_bits <= carrier.mantissa_bits
             and self.emin - self.mantissa_bits >= carrier.emin - carrier.mantissa_bits
@@ -219,7 +219,7 @@ class FloatFormat:
         return _STANDARD_NAMES.get(self) or self._p3109_name() or self._systematic_name()
 
     def _p3109_name(self) -> str | None:
-        """``binary8p3se`` and its kin, for IEEE P3109's formats with infinities; its others have older names."""
+        """The IEEE P3109 name of a format with infinities, such as ``binary8p3se``. Others have older names."""
         usual = self.bias == self.default_bias and self.subnormals and self.zero
         if self.specials != "p3109" or not usual or self.bits not in P3109_BITS:
             return None
@@ -227,7 +227,7 @@ class FloatFormat:
 
     def _systematic_name(self) -> str:
         stem = f"e{self.exponent_bits}m{self.mantissa_bits}"
-        if stem + self.specials in STANDARD_FORMATS:  # e2m1fn and its kin: the plain suffix means something else there
+        if stem + self.specials in STANDARD_FORMATS:  # in e2m1fn, for example, the suffix means `finite`
             stem += f":{self.specials}"
         else:
             stem += SUFFIX_OF[self.specials]
@@ -245,10 +245,10 @@ class FloatFormat:
         return self.name
 
 
-#: The suffix by which a name tells the reserved codes (`FloatFormat.specials`).
+#: The suffix of a format's name for each value of `FloatFormat.specials`.
 SUFFIX_OF = {"ieee": "", "fn": "fn", "fnuz": "fnuz", "finite": "finite", "p3109": ":p3109"}
 
-#: Names whose meaning is fixed by a standard or by ml_dtypes and does not follow from the eXmY pattern.
+#: Names that a standard or ml_dtypes defines, and whose meaning does not follow from the pattern eXmY.
 STANDARD_FORMATS = {
     "e4m3b11fnuz": FloatFormat(4, 3, bias=11, specials="fnuz"),
     "e8m0fnu": FloatFormat(8, 0, specials="fn", subnormals=False, signed=False, zero=False, bias=127),

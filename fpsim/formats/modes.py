@@ -1,4 +1,4 @@
-"""The words for rounding and overflow, and their meaning for a format."""
+"""The names of the rounding and overflow modes, and their meaning for a format."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from fpsim.formats.float import FloatFormat
 Rounding = Literal["nearest_even", "nearest_away", "toward_zero", "up", "down", "to_odd"]
 Overflow = Literal["ovf_inf", "sat_finite", "sat_propagate"]
 
-#: Rounding directions, in the senses of IEEE 754-2019 section 4.3 and IEEE P3109; ``to_odd`` is Boldo and
+#: Rounding directions, as defined by IEEE 754-2019 section 4.3 and IEEE P3109; ``to_odd`` is Boldo and
 #: Melquiond's rounding to odd: an inexact result goes to the neighbour whose code is odd.
 ROUNDINGS: tuple[str, ...] = get_args(Rounding)
-#: Stochastic roundings, and the most random bits that each takes: see `split_rounding`.
+#: Stochastic roundings, each with the largest number of random bits that it takes: see `split_rounding`.
 STOCHASTIC_ROUNDINGS: dict[str, int] = {"stochastic": 32, "stochastic_b": 31, "stochastic_c": 30}
-#: Random bits where none are named: as many as a float32 can drop.
+#: The number of random bits if a name states none: as many as the mantissa of a float32 has.
 USUAL_RANDOM_BITS = 23
-#: What happens to results beyond the largest finite value (IEEE P3109's names): see `resolve_overflow`.
+#: Overflow modes, for results beyond the largest finite value (IEEE P3109's names): see `resolve_overflow`.
 OVERFLOWS: tuple[str, ...] = get_args(Overflow)
 
 
 def check_rounding(rounding: str) -> Rounding:
-    """``rounding`` itself if it is one of `ROUNDINGS`, the deterministic ones.
+    """Return ``rounding`` if it is one of the deterministic `ROUNDINGS`.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not one of them.
     """
     if rounding not in ROUNDINGS:
         hint = ""
@@ -36,21 +36,22 @@ def check_rounding(rounding: str) -> Rounding:
 
 
 def split_rounding(rounding: str) -> tuple[str, int]:
-    """The name of any rounding, and its number of random bits: 0 for the deterministic ones.
+    """The name of any rounding, and its number of random bits (0 for a deterministic rounding).
 
-    Stochastic rounding of an inexact x, at the fraction d (0 < d < 1) of the way from its neighbour toward zero to the
-    one away from zero, with N random bits R (an integer, 0 <= R < 2**N), goes away from zero where
+    Stochastic rounding takes N random bits as an integer R, 0 <= R < 2**N. An inexact x lies between two neighbours, at
+    the fraction d (0 < d < 1) of the way from the neighbour toward zero to the neighbour away from zero. The result is
+    the neighbour away from zero if
 
     - ``stochastic``: floor(d * 2**N) + R >= 2**N, with probability floor(d * 2**N) / 2**N;
     - ``stochastic_b``: d * 2**N + R + 1/2 >= 2**N, with probability floor(d * 2**N + 1/2) / 2**N;
-    - ``stochastic_c``: D + R >= 2**N, D being d * 2**N rounded to an integer, ties to even.
+    - ``stochastic_c``: D + R >= 2**N, where D is d * 2**N rounded to an integer, ties to even.
 
     These are StochasticA, B and C of IEEE P3109 (draft); gfloat calls them StochasticFastest, StochasticFast and
-    Stochastic. Their names may be followed by the number of random bits, ``stochastic:8``: 1 to 32, 31 and 30.
-    Without it there are 23, as many as a float32 can drop.
+    Stochastic. The number of random bits may follow the name, as in ``stochastic:8``. It is at least 1, and at most
+    32, 31 and 30 respectively. If the name states none, it is 23, as many bits as the mantissa of a float32 has.
 
     Raises:
-        ValueError: an unknown rounding, or a number of random bits that it does not take.
+        ValueError: the rounding is unknown, or it does not take this number of random bits.
 
     >>> split_rounding("stochastic:8"), split_rounding("up")
     (('stochastic', 8), ('up', 0))
@@ -69,34 +70,34 @@ def split_rounding(rounding: str) -> tuple[str, int]:
 
 
 def full_rounding(rounding: str) -> str:
-    """Any rounding spelled out: ``stochastic`` with its number of random bits, the deterministic ones as they are.
+    """The full name of any rounding: a stochastic rounding with its number of random bits, others unchanged.
 
     Raises:
-        ValueError: as `split_rounding`.
+        ValueError: in the same cases as `split_rounding`.
     """
     name, bits = split_rounding(rounding)
     return f"{name}:{bits}" if bits else name
 
 
 def resolve_overflow(fmt: FloatFormat, overflow: str | None) -> Overflow:
-    """The overflow mode in force for ``fmt``: ``overflow``, or where it is None the format's usual one.
+    """The overflow mode that applies to ``fmt``: ``overflow``, or the format's usual mode if ``overflow`` is None.
 
-    A result overflows when, rounded to the format's precision as if the exponent had no upper bound, it is
-    beyond the largest finite value. Then, in the names of IEEE P3109:
+    A result overflows if its magnitude, rounded to the format's precision as if the exponent had no upper bound, is
+    above the largest finite value. The modes then give (the names are those of IEEE P3109):
 
-    - ``ovf_inf``: as the rounding direction says (IEEE 754-2019 section 7.4): the nearest and the stochastic modes
-      give infinity,
-      ``toward_zero`` and ``to_odd`` the largest finite value, ``up`` and ``down`` one or the other by sign.
-      Where the format has no infinity, NaN stands for it.
-    - ``sat_finite``: the largest finite value, for infinities too.
-    - ``sat_propagate``: the largest finite value for finite inputs; infinities stay (NaN where there are none).
+    - ``ovf_inf``: the result that the rounding direction requires (IEEE 754-2019 section 7.4). The nearest and the
+      stochastic modes give infinity. ``toward_zero`` and ``to_odd`` give the largest finite value. ``up`` and ``down``
+      give one or the other, depending on the sign. If the format has no infinity, NaN takes its place.
+    - ``sat_finite``: the largest finite value, also for infinities.
+    - ``sat_propagate``: the largest finite value for finite inputs. Infinities stay infinities (NaN if the format has
+      none).
 
-    None means ``ovf_inf`` for formats with infinities, else ``sat_finite``. In an unsigned format a result
-    below zero is an overflow as well: NaN under ``ovf_inf``, else the smallest value (but -inf under
-    ``sat_propagate`` is NaN); in a format without zero the same holds for an input of zero.
+    None means ``ovf_inf`` for formats with infinities, else ``sat_finite``. In an unsigned format a result below zero
+    overflows too. It becomes NaN under ``ovf_inf``, and the smallest value under the other modes, except that -inf
+    becomes NaN under ``sat_propagate``. In a format without zero the same holds for an input of zero.
 
     Raises:
-        ValueError: an unknown mode, or one that needs an infinity or a NaN where ``fmt`` has neither.
+        ValueError: the mode is unknown, or it needs an infinity or a NaN and ``fmt`` has neither.
     """
     if overflow is None:
         return "ovf_inf" if fmt.has_infinity else "sat_finite"

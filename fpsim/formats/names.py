@@ -1,4 +1,4 @@
-"""Names of formats: those of standards and libraries, and the pattern ``eXmY`` with options."""
+"""Names of formats: the names of standards and libraries, and the pattern ``eXmY`` with options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ALIASES = {
     "fp64": "e11m52", "float64": "e11m52", "double": "e11m52",
 }  # fmt: skip
 
-#: The formats shown by ``fpsim formats`` and covered by name in the tests: all of ml_dtypes and torch,
+#: The formats that ``fpsim formats`` lists and that the tests cover by name: all formats of ml_dtypes and torch,
 #: and two of IEEE P3109.
 NAMED_FORMATS: tuple[str, ...] = (
     "fp64", "fp32", "tf32", "bf16", "fp16",
@@ -77,7 +77,7 @@ def _parse(name: str) -> FloatFormat:
 
 
 def _p3109(k: int, p: int, signed: bool, extended: bool) -> FloatFormat:
-    """The format of IEEE P3109 (draft) with ``k`` bits in all and ``p`` bits of precision."""
+    """The format of IEEE P3109 (draft) that has ``k`` bits in total and ``p`` bits of precision."""
     exponent_bits = k - p + (not signed)
     if k not in P3109_BITS or p < 1 or exponent_bits < 1:
         raise ValueError(
@@ -91,18 +91,18 @@ def _p3109(k: int, p: int, signed: bool, extended: bool) -> FloatFormat:
 
 
 def parse_format(name: str | FloatFormat) -> FloatFormat:
-    """The format that ``name`` denotes; a `FloatFormat` is returned as it is.
+    """The format that ``name`` denotes; a `FloatFormat` is returned unchanged.
 
-    Names are those of ml_dtypes and torch, with or without their prefix (``e4m3fn``, ``float8_e4m3fn``,
-    ``torch.bfloat16``, ``fp16``, ``tf32``), and ``eXmY`` with an optional suffix ``fn``, ``fnuz`` or ``finite``
-    (`FloatFormat.specials`; none means ``ieee``), then options ``:bias=N``, ``:nosubnormals``, ``:unsigned``,
-    ``:nozero``. As in ml_dtypes and OCP MX, ``e2m1fn``, ``e2m3fn`` and ``e3m2fn`` have no NaN either: they are
-    ``finite``. ``binary8p3se`` and its kin are the formats of IEEE P3109 (draft): 3 to 15 bits, precision, ``s``igned
-    or ``u``nsigned, ``e``xtended (with infinities) or ``f``inite.
+    The names of ml_dtypes and torch are accepted with or without their prefix: ``e4m3fn``, ``float8_e4m3fn``,
+    ``torch.bfloat16``, ``fp16``, ``tf32``. So is ``eXmY`` with an optional suffix ``fn``, ``fnuz`` or ``finite``
+    (`FloatFormat.specials`; no suffix means ``ieee``), followed by any of the options ``:bias=N``, ``:nosubnormals``,
+    ``:unsigned``, ``:nozero``. As in ml_dtypes and OCP MX, ``e2m1fn``, ``e2m3fn`` and ``e3m2fn`` have neither infinity
+    nor NaN: they are ``finite``. Names such as ``binary8p3se`` denote the formats of IEEE P3109 (draft): the width (3
+    to 15 bits), the precision, ``s``igned or ``u``nsigned, ``e``xtended (with infinities) or ``f``inite.
 
     Raises:
-        ValueError: no such format; the message lists near matches.
-        TypeError: neither a string nor a `FloatFormat`.
+        ValueError: there is no such format. The message lists similar names.
+        TypeError: ``name`` is neither a string nor a `FloatFormat`.
 
     >>> parse_format("float8_e4m3fn") == FloatFormat(4, 3, specials="fn")
     True

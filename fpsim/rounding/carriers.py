@@ -9,7 +9,7 @@ import torch
 from fpsim.formats import FloatFormat
 from fpsim.rounding.kernel import FLOAT32, FLOAT64, Grid
 
-#: The dtypes that carry simulated values, and the format that each is.
+#: The dtypes that carry simulated values, and the format of each.
 CARRIERS: dict[torch.dtype, FloatFormat] = {
     torch.float64: FLOAT64,
     torch.float32: FLOAT32,
@@ -17,17 +17,17 @@ CARRIERS: dict[torch.dtype, FloatFormat] = {
     torch.float16: FloatFormat(5, 10),
 }
 
-#: The working carriers, and the integers of their width.
+#: The working carriers, and the integer dtype of the same width.
 INTEGER_OF = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def check_carrier(dtype: torch.dtype, fmt: FloatFormat) -> FloatFormat:
-    """The format of ``dtype``, if it can carry ``fmt``.
+    """The format of ``dtype``, after checking that it can carry ``fmt``.
 
     Raises:
         TypeError: ``dtype`` is not a carrier (an integer, complex or 8-bit dtype).
-        ValueError: ``fmt`` has values that ``dtype`` lacks; the message names a dtype that suffices. Or it has no
-            finite value but zero (E1M0 with infinities, say).
+        ValueError: ``fmt`` has values that ``dtype`` lacks (the message names a dtype that has them), or ``fmt`` has
+            no finite value except zero (for example E1M0 with infinities).
     """
     if fmt.max == 0:
         raise ValueError(f"{fmt.name} has no finite value but zero: give it a mantissa bit, or specials='finite'")
@@ -43,12 +43,12 @@ def check_carrier(dtype: torch.dtype, fmt: FloatFormat) -> FloatFormat:
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in whose bits a carrier is rounded: its own, float32 for the 16-bit carriers."""
+    """The dtype in which a carrier is rounded: float32 for the 16-bit carriers, the carrier itself otherwise."""
     return dtype if dtype in INTEGER_OF else torch.float32
 
 
 @lru_cache(maxsize=1024)
 def grid_of(fmt: FloatFormat, dtype: torch.dtype) -> Grid:
-    """The format on the working carrier of ``dtype``; raises as `check_carrier`."""
+    """The grid of ``fmt`` in the working carrier of ``dtype``; raises the errors of `check_carrier`."""
     check_carrier(dtype, fmt)
     return Grid(fmt, CARRIERS[working_dtype(dtype)])

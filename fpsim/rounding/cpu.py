@@ -1,6 +1,6 @@
-"""Rounding eagerly on the CPU: shortcuts for float32, which give the bits of the general kernel in a third of the time.
+"""Eager rounding on the CPU: float32 shortcuts that give the bits of the general kernel in a third of the time.
 
-Importing this module registers them.
+Importing this module registers the CPU kernel of ``fpsim::round``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fpsim.rounding.tensors import round_with_torch_ops
 
 _library = torch.library.Library("fpsim", "IMPL")
 
-_MAGNITUDE = (1 << 31) - 1  # the bits of a float32 but the sign
+_MAGNITUDE = (1 << 31) - 1  # all bits of a float32 except the sign
 
 
 @torch.library.impl(_library, "round", "CPU")
@@ -25,7 +25,7 @@ def _round_cpu(x: Tensor, format: str, rounding: str, overflow: str, source: str
     fmt = check_arguments(x, format, rounding, overflow)
     out = torch.empty_like(x)
     if out.stride() != x.stride():
-        x = torch.empty_like(x).copy_(x)  # dense, in the order of `out`, and not `out` itself, which is written first
+        x = torch.empty_like(x).copy_(x)  # dense and in the order of `out`, but another tensor: `out` is overwritten
     values, result = _flat(x), _flat(out)
     chunk = CHUNK * torch.get_num_threads()
     by_scaling = x.dtype == torch.float32 and can_round_by_scaling(fmt, overflow)
@@ -41,15 +41,15 @@ def _round_cpu(x: Tensor, format: str, rounding: str, overflow: str, source: str
 
 
 def has_one_unit(fmt: FloatFormat, overflow: str) -> bool:
-    """Whether `round_at_one_unit` gives the same bits as the kernel: float32 with fewer mantissa bits."""
+    """Whether `round_at_one_unit` gives the kernel's bits: the format is float32 with fewer mantissa bits."""
     return overflow == "ovf_inf" and fmt == FloatFormat(8, fmt.mantissa_bits) and 1 <= fmt.mantissa_bits <= 22
 
 
 def round_at_one_unit(x: Tensor, fmt: FloatFormat, rounding: str, out: Tensor) -> None:
-    """Round float32 ``x`` into ``out`` where the format's unit is the same among all codes: add, then mask.
+    """Round float32 ``x`` into ``out`` by adding and masking, for formats whose unit is the same for all codes.
 
-    A third of the kernel's operations. The sign bit stays out of the sums, and a carry out of the largest value gives
-    infinity; the only NaN left is the canonical one, whose sums do not carry into the sign.
+    This takes a third of the kernel's operations. The sums do not reach the sign bit, and a carry out of the largest
+    value gives infinity. All NaNs are replaced by the canonical one first, whose sums do not carry into the sign.
     """
     torch.nan_to_num(x, nan=math.nan, posinf=math.inf, neginf=-math.inf, out=out)
     code = out.view(torch.int32)
@@ -64,7 +64,7 @@ def round_at_one_unit(x: Tensor, fmt: FloatFormat, rounding: str, out: Tensor) -
     elif rounding == "down":
         code.add_((code >> 31).bitwise_and_(dropped_bits))
     elif rounding == "to_odd":
-        code.bitwise_or_((code & dropped_bits).add_(dropped_bits))  # has the unit's bit where the sum is inexact
+        code.bitwise_or_((code & dropped_bits).add_(dropped_bits))  # the sum has the unit's bit set where x is inexact
     code.bitwise_and_(~dropped_bits)
 
 
@@ -77,17 +77,17 @@ def can_round_by_scaling(fmt: FloatFormat, overflow: str) -> bool:
         and fmt.subnormals
         and fmt.signed
         and fmt.exponent_bits > 1
-        and 1 <= fmt.mantissa_bits <= 22  # 0: ties go to the even code, not to the even multiple
-        and FLOAT32.emin < fmt.emin - fmt.mantissa_bits <= 0  # no step meets a float32 subnormal but the input
+        and 1 <= fmt.mantissa_bits <= 22  # with 0, ties go to the even code, not to the even multiple
+        and FLOAT32.emin < fmt.emin - fmt.mantissa_bits <= 0  # only the input can be a float32 subnormal
     )
 
 
 def round_by_scaling(x: Tensor, fmt: FloatFormat, rounding: str, overflow: str, out: Tensor) -> None:
     """Round float32 ``x`` into ``out`` by dividing by the unit of its binade and rounding to an integer.
 
-    A third of the kernel's operations, for eager CPU calls only: torch divides and multiplies in IEEE arithmetic
-    there, and by a power of two that is exact. Right under flush-to-zero too, except that `up`, `down` and `to_odd`
-    must not be given float32 subnormals (`has_subnormal`).
+    This takes a third of the kernel's operations. It is for eager CPU calls only: there torch divides and multiplies
+    in IEEE arithmetic, which is exact for a power of two. It is correct under flush-to-zero too, except that `up`,
+    `down` and `to_odd` must not be given float32 subnormals (`has_subnormal`).
     """
     nearest = rounding in ("nearest_even", "nearest_away")
     overflows = [overflow == "ovf_inf" and (nearest or rounding == side) for side in ("down", "up")]
@@ -104,12 +104,12 @@ def round_by_scaling(x: Tensor, fmt: FloatFormat, rounding: str, overflow: str, 
     if rounding == "nearest_even":
         out.round_()
     elif rounding == "nearest_away":
-        out.add_(0.5 - 2.0**-25).floor_()  # 0.5 would take the number before 0.5 to 1
+        out.add_(0.5 - 2.0**-25).floor_()  # adding 0.5 would round the number just below 0.5 to 1
     elif rounding == "up":
         out.ceil_()
     elif rounding in ("down", "toward_zero"):
         out.floor_()
-    else:  # the unit is doubled: an even multiple stays, all between it and the next becomes the half between them
+    else:  # the unit is doubled: even multiples stay, every number between two of them becomes the odd one
         even = out.floor()
         torch.add(even, out.sub_(even).ceil_(), alpha=0.5, out=out)
     out.mul_(unit)
@@ -119,7 +119,7 @@ def round_by_scaling(x: Tensor, fmt: FloatFormat, rounding: str, overflow: str, 
         out.mul_(scale).mul_(1 / scale)
     keeps_infinities = overflow != "sat_finite" and not all(overflows)
     if keeps_infinities:
-        out.add_(torch.nn.functional.hardshrink(x, FLOAT32.max))  # 0 but for infinities and NaN
+        out.add_(torch.nn.functional.hardshrink(x, FLOAT32.max))  # 0 except for infinities and NaN
     if of_magnitude or keeps_infinities:
         out.copysign_(x)
     if not fmt.has_negative_zero:
@@ -128,7 +128,7 @@ def round_by_scaling(x: Tensor, fmt: FloatFormat, rounding: str, overflow: str, 
 
 
 def has_subnormal(x: Tensor) -> bool:
-    """Whether any float32 number is subnormal, by its bits."""
+    """Whether any element of a float32 tensor is subnormal, decided from its bits."""
     before = (x.view(torch.int32) & _MAGNITUDE).sub_(1).bitwise_and_(_MAGNITUDE)
     return x.numel() > 0 and int(before.amin()) < (1 << FLOAT32.mantissa_bits) - 1
 

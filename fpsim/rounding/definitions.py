@@ -1,7 +1,7 @@
-"""The meaning of the operators of ``torch.ops.fpsim``: schemas, and kernels of plain torch operations for any device.
+"""The rounding operators of ``torch.ops.fpsim``: their schemas, and kernels of plain torch operations for any device.
 
-``round`` is deterministic rounding. Stochastic rounding is ``round_stochastic``, a function of a key that
-``random_key`` makes of a seed and a salt. It holds no state, so that no compiler may merge, repeat or move it wrongly.
+``round`` is deterministic rounding. ``round_stochastic`` is stochastic rounding, a function of a key that
+``random_key`` computes from a seed and a salt. Neither holds state, so a compiler may merge, repeat or move the calls.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fpsim.rounding.carriers import check_carrier
 from fpsim.rounding.random_words import random_key, random_word
 from fpsim.rounding.tensors import round_with_torch_ops
 
-#: Elements per thread that a CPU kernel handles at a time: its temporaries then stay in the cache.
+#: Elements per thread that a CPU kernel handles at a time, so that its temporaries stay in the cache.
 CHUNK = 1 << 17
 
 _library = torch.library.Library("fpsim", "DEF")
@@ -29,7 +29,7 @@ _library.define(
 
 
 def check_arguments(x: Tensor, format: str, rounding: str, overflow: str) -> FloatFormat:
-    """The format named by arguments of ``fpsim::round``; raises if they are wrong or ``x`` cannot carry it."""
+    """The format named by the arguments of ``fpsim::round``; raises if they are wrong or ``x`` cannot carry it."""
     fmt = parse_format(format)
     check_carrier(x.dtype, fmt)
     check_rounding(rounding)
@@ -38,7 +38,7 @@ def check_arguments(x: Tensor, format: str, rounding: str, overflow: str) -> Flo
 
 
 def check_stochastic_arguments(x: Tensor, format: str, rounding: str, overflow: str) -> FloatFormat:
-    """The same for arguments of ``fpsim::round_stochastic``."""
+    """The same for the arguments of ``fpsim::round_stochastic``."""
     fmt = parse_format(format)
     check_carrier(x.dtype, fmt)
     if not split_rounding(rounding)[1]:
@@ -69,7 +69,7 @@ def _random_key(seed: Tensor, salt: int) -> Tensor:
 
 @torch.library.impl(_library, "round_stochastic", "CompositeExplicitAutograd")
 def round_stochastic(x: Tensor, key: Tensor, format: str, rounding: str, overflow: str, source: str) -> Tensor:
-    """``fpsim::round_stochastic`` on any device: the random numbers follow the row-major order of the elements."""
+    """``fpsim::round_stochastic`` on any device. Random words are assigned to the elements in row-major order."""
     fmt = check_stochastic_arguments(x, format, rounding, overflow)
     values = x.contiguous().view(-1)
     rounded = torch.empty_like(values)

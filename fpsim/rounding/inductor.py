@@ -1,7 +1,8 @@
-"""How Inductor compiles the operators of fpsim: as pointwise integer operations that fuse with their neighbours.
+"""Inductor's lowerings of the rounding operators: pointwise integer operations that fuse with their neighbours.
 
-Importing this module registers the lowering. It runs `fpsim.rounding.kernel` on values of Inductor's intermediate
-language, so generated code holds the same integer arithmetic as an eager call, on CPU (C++) and GPU (Triton).
+Importing this module registers the lowerings. They run `fpsim.rounding.kernel` on values of Inductor's intermediate
+language. So the generated code, C++ on the CPU and Triton on the GPU, does the same integer arithmetic as an eager
+call.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ class Lanes:
     dtype: torch.dtype
 
     def lift(self, other: Lanes | int) -> Any:
-        """``other`` as a value of the intermediate language."""
+        """``other`` as a value of the intermediate language; an int becomes a constant."""
         return other.value if isinstance(other, Lanes) else ops.constant(other, self.dtype)
 
     def apply(self, op: Any, *others: Lanes | int) -> Lanes:
-        """``op(self, *others)``, of the same dtype."""
+        """``op(self, *others)``, with the same dtype."""
         return Lanes(op(self.value, *(self.lift(other) for other in others)), self.dtype)
 
     def __add__(self, other: Lanes | int) -> Lanes:
@@ -124,7 +125,7 @@ class LaneOps:
 def _lower(
     x: ir.TensorBox, format: str, rounding: str, overflow: str, word_at: Callable[[Any], Lanes] | None = None
 ) -> ir.TensorBox:
-    """The rounding of ``x``; ``word_at`` gives the random word (32 bits) of the element at an index."""
+    """The lowering of a rounding of ``x``; ``word_at`` returns the 32-bit random word of the element at an index."""
     carrier, fmt = x.get_dtype(), parse_format(format)
     working = working_dtype(carrier)
     lane_ops = LaneOps(working)
@@ -135,7 +136,7 @@ def _lower(
         value = ops.to_dtype(load(index), working, src_dtype=carrier)
         code = Lanes(ops.to_dtype_bitcast(value, lane_ops.integer, working), lane_ops.integer)
         if working != carrier:
-            # Inductor keeps 16-bit intermediates in float32, unrounded: give them their own precision first.
+            # Inductor keeps 16-bit intermediates in float32, unrounded: round them to their own dtype first.
             code = round_code(code, Grid(CARRIERS[carrier], CARRIERS[working]), "nearest_even", "ovf_inf", lane_ops)
         word: Lanes | int = 0
         if word_at is not None:
@@ -158,7 +159,7 @@ def _lower_round(x: ir.TensorBox, format: str, rounding: str, overflow: str, sou
 def _lower_round_stochastic(
     x: ir.TensorBox, key: ir.TensorBox, format: str, rounding: str, overflow: str, source: str
 ) -> ir.TensorBox:
-    key.realize()  # computed once, not for every element
+    key.realize()  # compute it once, not for every element
     load_key = key.make_loader()
     sizes = x.get_size()
     strides = ir.FlexibleLayout.contiguous_strides(sizes)
@@ -181,10 +182,11 @@ def _lower_round_stochastic(
 
 
 def _lanes(device: torch.device, sizes: Sequence[sympy.Expr]) -> int:
-    """How many elements a vector of the CPU holds, if vectors do not straddle rows; else 0.
+    """The number of elements in a CPU vector if no vector crosses the end of a row; else 0.
 
-    Then an element's index is the number of its vector, a scalar, and its lane, a constant vector. Inductor's own
-    vector of consecutive indices is put together from scalars, which costs more than the hash of the index.
+    If it is not 0, the index of an element is computed from the number of its vector, which is a scalar, and its lane,
+    which is a constant vector. Inductor itself would assemble the vector of consecutive indices from scalars, which
+    costs more than the hash of the index.
     """
     isa = pick_vec_isa() if device.type == "cpu" else None
     lanes = isa.nelements(torch.float32) if isa else 0
@@ -206,5 +208,5 @@ def _lower_random_key(seed: ir.TensorBox, salt: int) -> ir.TensorBox:
 
 
 def _converted(value: Lanes, dtype: torch.dtype) -> Lanes:
-    """``value`` as integers of another width; narrowing keeps the low bits."""
+    """``value`` converted to integers of another width; narrowing keeps the low bits."""
     return Lanes(ops.to_dtype(value.value, dtype, src_dtype=value.dtype), dtype)

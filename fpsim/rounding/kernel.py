@@ -1,14 +1,15 @@
 """The rounding algorithm: integer arithmetic on the bits of a carrier, written once for every executor.
 
-The functions below know only integers with Python's operators and a few helpers (`Ops`), so the same text runs
-on torch tensors, on values of Inductor's intermediate language, and on plain ints. Integer operations alone
-decide every bit (with one exact integer-to-float conversion, for formats that reach into the carrier's
-subnormals): a compiler's contraction, unsafe-math and flush-to-zero flags cannot change a result.
+The functions below use only Python's integer operators and a few helpers (`Ops`). So the same source runs on torch
+tensors, on values of Inductor's intermediate language, and on plain ints. Integer operations alone decide every bit
+(with one exact integer-to-float conversion, for formats that reach into the carrier's subnormals). A compiler's
+contraction, unsafe-math and flush-to-zero flags therefore cannot change a result.
 
 Notation. The *carrier* (float32 or float64) holds the values; a *code* is its bit pattern read as an integer.
 Codes of non-negative numbers are in the order of their values, and a carry out of the mantissa moves to the next
-binade by itself, so that rounding is "add, then mask". A *unit* is the code difference between neighbouring
-values of the format.
+binade, so that rounding is "add, then mask". A *unit* is the difference between the codes of neighbouring values of
+the format. A mask says for each element whether a condition holds. Docstrings of functions that return a mask name the
+elements where it is set.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ FLOAT32 = FloatFormat(8, 23)
 FLOAT64 = FloatFormat(11, 52)
 
 Int = Any  #: an integer, or an array of integers of the carrier's width
-Mask = Any  #: truth values in whatever form the executor likes best
+Mask = Any  #: truth values, in a form that the executor chooses
 
 
 class Ops(Protocol):
-    """What an executor supplies besides ``+ - & | ^ ~ << >>`` on its integers and ``& | ~`` on its masks."""
+    """The helpers of an executor, besides ``+ - & | ^ ~ << >>`` on its integers and ``& | ~`` on its masks."""
 
     def clamp(self, a: Int, low: int | None, high: int | None) -> Int:
-        """``a``, but not below ``low`` and not above ``high`` (None: no bound)."""
+        """``a`` limited to ``low`` from below and to ``high`` from above (None: no bound)."""
 
     def larger(self, a: Int, b: Int) -> Int:
         """The larger of two integers."""
@@ -43,15 +44,15 @@ class Ops(Protocol):
         """``a`` where the mask is set, ``b`` elsewhere; ``a`` or ``b`` may be plain ints."""
 
     def code_of_integer(self, a: Int) -> Int:
-        """The carrier's code of the number ``a``, an integer with 0 <= a < 2**mantissa_bits (others: anything)."""
+        """The carrier's code of the integer ``a``, 0 <= a < 2**mantissa_bits; undefined for other integers."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where a format's values lie among its carrier's codes: the constants of the functions below.
+    """The positions of a format's values among its carrier's codes: the constants of the functions below.
 
-    Where rounding needs the exponent of numbers that are subnormal in the carrier, codes are *extended*: the
-    exponent field goes on below 1, so that every number but zero has its leading bit implicit.
+    If rounding needs the exponent of numbers that are subnormal in the carrier, codes are *extended*: the exponent
+    field continues below 1, so that every number except zero has an implicit leading bit.
     """
 
     fmt: FloatFormat
@@ -59,7 +60,7 @@ class Grid:
 
     @cached_property
     def first_field(self) -> int:
-        """The carrier's exponent field of the format's smallest normal; below 1 if that is subnormal there."""
+        """The exponent field of the format's smallest normal in the carrier; below 1 if it is subnormal there."""
         return self.fmt.emin + self.carrier.bias
 
     @cached_property
@@ -69,7 +70,7 @@ class Grid:
 
     @cached_property
     def implicit(self) -> int:
-        """The implicit leading bit: one binade, as a difference of codes."""
+        """The implicit leading bit. As a difference of codes it is one binade."""
         return 1 << self.carrier.mantissa_bits
 
     @cached_property
@@ -79,20 +80,20 @@ class Grid:
 
     @cached_property
     def extended_zero(self) -> int:
-        """What stands for zero among extended codes: below every number, and where `_unextend` gives 0."""
+        """The extended code of zero: it is below the code of every other number, and `_unextend` maps it to 0."""
         return self.quantum_power << self.carrier.mantissa_bits
 
     @cached_property
     def zero(self) -> int:
-        """The (extended) code of zero."""
+        """The code of zero, extended if codes are."""
         return self.extended_zero if self.extended else 0
 
     def code_of(self, value: float) -> int:
-        """The (extended) code of ``value >= 0``, a number of the carrier."""
+        """The code of ``value >= 0``, a number of the carrier; extended if codes are."""
         return self.zero if value == 0 else self._code(value, None if self.extended else self.carrier.emin)
 
     def plain_code_of(self, value: float) -> int:
-        """The carrier's own code of ``value >= 0``."""
+        """The carrier's code of ``value >= 0``, never extended."""
         return 0 if value == 0 else self._code(value, self.carrier.emin)
 
     def _code(self, value: float, emin: int | None) -> int:
@@ -108,43 +109,46 @@ class Grid:
 
     @cached_property
     def shift(self) -> int:
-        """``log2`` of the unit of the format's normals: the mantissa bits that they leave empty."""
+        """``log2`` of the unit of the format's normals: the number of the carrier's mantissa bits that they leave 0."""
         return self.carrier.mantissa_bits - self.fmt.mantissa_bits
 
     @cached_property
     def depth(self) -> int:
-        """How many binades of subnormals the format has with larger units than its normals have."""
+        """The number of binades of subnormals whose unit is larger than the unit of the format's normals."""
         if not self.fmt.subnormals:
             return 0
         return self.fmt.mantissa_bits if self.extended else min(self.fmt.mantissa_bits, self.first_field - 1)
 
     @cached_property
     def tiny(self) -> bool:
-        """Whether numbers below the smallest subnormal need a rule of their own: there a unit is over a binade."""
+        """Whether numbers below the smallest subnormal need a separate rule, because a unit exceeds a binade there."""
         quantum = self.fmt.emin - self.fmt.mantissa_bits
         return self.fmt.subnormals and (self.extended or quantum > self.carrier.emin)
 
     @cached_property
     def parity_offset(self) -> int:
-        """Makes the bit at the unit, by exclusive or, the parity of the format's code where a unit is a binade.
+        """The exclusive-or mask that turns the unit's bit into the parity of the format's code, if a unit is a binade.
 
-        There the bit is the lowest of the carrier's exponent field. It must be 1 for the format's code 1.
+        That bit is then the lowest bit of the carrier's exponent field. The mask makes it 1 for the format's code 1.
         """
         field_of_first_value = self.first_field - self.fmt.mantissa_bits
         return 0 if field_of_first_value % 2 == self.fmt.zero else self.implicit
 
 
 def round_code(code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops, word: Int = 0) -> Int:
-    """The carrier's code of the number ``code`` rounded to ``grid.fmt``.
+    """Round a number of the carrier to ``grid.fmt``.
 
     Args:
         code: the carrier's bits, as signed integers.
-        grid: the format, and a carrier of which it is a subset.
-        rounding: any that `fpsim.formats.split_rounding` takes.
+        grid: the format, and a carrier that has all its values.
+        rounding: any rounding that `fpsim.formats.split_rounding` takes.
         overflow: one of `fpsim.formats.OVERFLOWS`, resolved for the format.
         ops: the executor.
-        word: for stochastic rounding, integers of the carrier's width whose topmost bits are random: as many as
-            ``rounding`` says (what the others are does not matter).
+        word: for stochastic rounding, integers of the carrier's width. The topmost bits are random, as many as
+            ``rounding`` states. The other bits do not affect the result.
+
+    Returns:
+        The carrier's codes of the rounded numbers.
     """
     fmt, carrier = grid.fmt, grid.carrier
     rounding, random_bits = split_rounding(rounding)
@@ -154,7 +158,7 @@ def round_code(code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops, wo
 
     magnitude = code & (carrier.sign_code - 1)
     is_nan = ~ops.less(magnitude, infinity + 1)
-    # Cut off what cannot matter: sums must not overflow, which is undefined in C++, and its compilers do exploit it.
+    # Clamp large magnitudes: a signed sum that overflows is undefined in C++, and its compilers exploit that.
     nearest_overflows = overflow == "ovf_inf" and (rounding in ("nearest_even", "nearest_away") or random_bits > 0)
     a = ops.clamp(magnitude, None, infinity if nearest_overflows else grid.plain_code_of(fmt.max))
     if grid.extended:
@@ -205,9 +209,9 @@ def round_code(code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops, wo
 
 
 def _becomes_infinity(magnitude: Int, code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops) -> Mask | None:
-    """Which numbers become an infinity (or the NaN that stands for it) other than by rounding to nearest; None if none.
+    """Numbers that become infinity, or NaN if the format has none, in modes where rounding does not produce it.
 
-    Of NaNs it may say anything.
+    The result is None if there are none. For NaNs it is undefined.
     """
     if overflow == "sat_finite":
         return None
@@ -228,10 +232,12 @@ def _round_magnitude(
     random_bits: int = 0,
     linear: bool = False,
 ) -> Int:
-    """``a`` rounded to the format's precision, its exponent unbounded above, and below unless it has subnormals.
+    """``a`` rounded to the format's precision, without an upper bound of the exponent.
 
-    Numbers below the smallest subnormal become anything not above it: see `_becomes_zero` and `_randomly_up`. If
-    ``linear``, they become that where they are rounded up, and anything below it where they become zero.
+    If the format has no subnormals, the exponent has no lower bound either. If it has, the results for numbers below
+    the smallest subnormal are undefined, but not above the smallest subnormal: `_becomes_zero` and `_randomly_up`
+    decide these numbers. If ``linear`` is set, the result for such a number is the smallest subnormal if it is rounded
+    up, and an undefined number below the smallest subnormal if it becomes zero.
     """
     shift: Int = grid.shift
     if grid.depth:
@@ -259,22 +265,22 @@ def _round_magnitude(
     elif rounding == "down":
         addend = ops.choose(ops.less(code, 0), dropped_bits, 0)
     else:
-        even = ((a ^ ~grid.parity_offset) >> shift) & 1  # whether truncation gives an even code
+        even = ((a ^ ~grid.parity_offset) >> shift) & 1  # 1 if truncation gives an even code
         if rounding == "to_odd":
             addend = -even & dropped_bits
         elif grid.shift:
-            return (a - (kept_bits >> 1) - even) & kept_bits  # a tie goes up, unless that is odd
-        else:  # where nothing is dropped, nothing is added
+            return (a - (kept_bits >> 1) - even) & kept_bits  # a tie goes up if the result is even
+        else:  # without dropped bits the addend is 0
             addend = ((dropped_bits + 1) >> 1) - (even & dropped_bits)
     return (a + addend) & kept_bits
 
 
 def _becomes_zero(a: Int, code: Int, grid: Grid, rounding: str, ops: Ops) -> Mask:
-    """Which numbers become zero, where the format's smallest subnormal is a unit of over a binade."""
+    """Numbers that become zero, if a unit exceeds a binade below the format's smallest subnormal."""
     smallest = grid.code_of(grid.fmt.smallest_subnormal)
     half = smallest - grid.implicit
     if rounding == "nearest_even":
-        return ops.less(a, half + 1)  # the tie goes to zero, whose code is even
+        return ops.less(a, half + 1)  # the tie goes to zero, because its code is even
     if rounding == "nearest_away":
         return ops.less(a, half)
     if rounding == "toward_zero":
@@ -286,52 +292,53 @@ def _becomes_zero(a: Int, code: Int, grid: Grid, rounding: str, ops: Ops) -> Mas
 
 
 def _random_fraction(word: Int, rounding: str, random_bits: int, carrier: FloatFormat) -> Int:
-    """The random number in [0, 1) that is added to the fraction of a unit, as the bits after its binary point."""
+    """The random number in [0, 1) to add to the fraction of a unit, as the bits after its binary point."""
     if rounding != "stochastic" or random_bits not in (
         carrier.mantissa_bits,
         carrier.bits,
-    ):  # else no other bit matters
+    ):  # otherwise no other bit affects the result
         word = word & (-1 << (carrier.bits - random_bits))
     return word | (1 << (carrier.bits - random_bits - 1)) if rounding == "stochastic_b" else word
 
 
 def _nearest_multiple(a: Int, shift: Int) -> Int:
-    """``a`` rounded to a multiple of ``1 << shift``, ties to even; ``a`` itself where ``shift`` is 0."""
+    """``a`` rounded to a multiple of ``1 << shift``, ties to even; unchanged where ``shift`` is 0."""
     dropped_bits = ~(-1 << shift)
     even = (~a >> shift) & 1
     return (a + (((dropped_bits + 1) >> 1) - (even & dropped_bits))) & ~dropped_bits
 
 
 def _significand_below(a: Int, grid: Grid, ops: Ops) -> tuple[Int, Int]:
-    """For numbers below the smallest subnormal (of others: anything) the fraction of a unit that they are.
+    """Numbers below the smallest subnormal, as fractions of the smallest subnormal; undefined for other numbers.
 
     Returns:
-        The significand, with its leading bit, and by how many binades it is below the binade just below the smallest
-        subnormal: the fraction is ``significand * 2**-(mantissa_bits + 1 + binades)``.
+        The significand, with its leading bit, and the number of binades by which it is below the binade just below
+        the smallest subnormal. The fraction is ``significand * 2**-(mantissa_bits + 1 + binades)``.
     """
     m = grid.carrier.mantissa_bits
     smallest_field = grid.code_of(grid.fmt.smallest_subnormal) >> m
     significand = (a & (grid.implicit - 1)) + grid.implicit
     if (
         not grid.extended and smallest_field <= grid.carrier.bits + 1
-    ):  # else what is subnormal in the carrier is too small
+    ):  # otherwise the carrier's subnormals are too small to matter
         significand = ops.choose(ops.less(a, grid.implicit), a << 1, significand)
     return significand, (smallest_field - 1) - (a >> m)
 
 
 def _linear_below(a: Int, grid: Grid, ops: Ops) -> Int:
-    """``a``, but with the numbers below the smallest subnormal spread evenly over the codes of the binade below it.
+    """``a``, with the numbers below the smallest subnormal spread linearly over the codes of the binade below it.
 
-    Then a unit of codes is a unit of numbers there too. Bits after the last of the code are dropped.
+    So the distance of two codes there is proportional to the distance of their numbers. Bits of a number that do not
+    fit into its code are dropped.
     """
     smallest = grid.code_of(grid.fmt.smallest_subnormal)
     significand, binades = _significand_below(a, grid, ops)
     spread = (significand >> ops.clamp(binades + 1, 0, grid.carrier.bits - 1)) + (smallest - grid.implicit)
-    return ops.larger(a, spread)  # of numbers from the smallest subnormal on, `spread` is at most their code
+    return ops.larger(a, spread)  # from the smallest subnormal on, `spread` does not exceed the code
 
 
 def _randomly_up(a: Int, grid: Grid, rounding: str, ops: Ops, word: Int, random_bits: int) -> Mask:
-    """Which numbers below the smallest subnormal stochastic rounding takes up to it, where all bits matter."""
+    """Numbers below the smallest subnormal that stochastic rounding rounds up to it, computed from all their bits."""
     bits, m = grid.carrier.bits, grid.carrier.mantissa_bits
     significand, binades = _significand_below(a, grid, ops)
     if rounding == "stochastic_c":
@@ -342,12 +349,12 @@ def _randomly_up(a: Int, grid: Grid, rounding: str, ops: Ops, word: Int, random_
         return ~ops.less(fraction + drawn, 1 << random_bits)
     fraction = (significand << (bits - m - 2)) >> ops.clamp(binades - 1, 0, bits - 1)
     fraction = ops.choose(ops.less(binades, 1), fraction << 1, fraction)
-    # Whether fraction + word carries out of the top, both unsigned: whether word > ~fraction.
+    # As unsigned integers, fraction + word overflows exactly if word > ~fraction.
     return ops.less(fraction ^ (grid.carrier.sign_code - 1), word ^ -grid.carrier.sign_code)
 
 
 def encode_code(code: Int, grid: Grid, ops: Ops) -> Int:
-    """The format's code, as a signed integer of the carrier's width, of a value of the format in the carrier."""
+    """The format's code of a value that the carrier holds with ``code``, as a signed integer of the carrier's width."""
     fmt, m = grid.fmt, grid.carrier.mantissa_bits
     infinity = grid.carrier.max_code + 1
     magnitude = code & (grid.carrier.sign_code - 1)
@@ -369,12 +376,12 @@ def encode_code(code: Int, grid: Grid, ops: Ops) -> Int:
 
 
 def decode_code(code: Int, grid: Grid, ops: Ops) -> Int:
-    """The carrier's code of the value of a format's code, given as a signed integer of the carrier's width."""
+    """The carrier's code of the value with the format's ``code``, a signed integer of the carrier's width."""
     fmt, m = grid.fmt, grid.carrier.mantissa_bits
     magnitude = code & ((1 << (fmt.exponent_bits + fmt.mantissa_bits)) - 1)
     field, mantissa = magnitude >> fmt.mantissa_bits, magnitude & ((1 << fmt.mantissa_bits) - 1)
 
-    r = ((field + (grid.first_field - int(fmt.zero))) << m) + (mantissa << grid.shift)  # extended, all normal
+    r = ((field + (grid.first_field - int(fmt.zero))) << m) + (mantissa << grid.shift)  # extended, as if normal
     if fmt.zero:
         subnormal: Int = grid.extended_zero
         if fmt.subnormals:
@@ -401,12 +408,12 @@ def _as_signed(code: int, grid: Grid) -> int:
 
 def _extend(a: Int, grid: Grid, ops: Ops) -> Int:
     """The extended codes of plain codes ``a >= 0``."""
-    extended = ops.code_of_integer(a) + grid.extended_zero  # of zero: `extended_zero`
+    extended = ops.code_of_integer(a) + grid.extended_zero  # gives `extended_zero` for zero
     return ops.choose(ops.less(a, grid.implicit), extended, a)
 
 
 def _unextend(r: Int, grid: Grid, ops: Ops) -> Int:
-    """The plain codes of extended codes of numbers that the carrier has."""
+    """The plain codes of extended codes ``r``, for numbers that the carrier has."""
     m = grid.carrier.mantissa_bits
     significand = (r & (grid.implicit - 1)) + grid.implicit
     shift = ops.clamp(1 - (r >> m), 0, m + 1)

@@ -1,23 +1,23 @@
 """Random words for stochastic rounding: a counter-based hash of (seed, salt, element index), without any state.
 
-Written once for every executor, as `fpsim.rounding.kernel` is: the same words come from torch tensors and from
-generated code on CPU and GPU, whatever the order in which elements are visited. A *key* is made of the seed and the
-salt once; a word is made of the key and an index.
+Like `fpsim.rounding.kernel`, this module is written once for every executor. Torch tensors and generated code on CPU
+and GPU give the same words, in whatever order the elements are visited. The seed and the salt give a *key*, once; the
+key and an index give a word.
 
-Both functions rely on products that wrap around, in every executor used here (a vector instruction, a Triton kernel, a
-torch operator; g++ draws no conclusion from a product of an unknown number). Only shifts, masks and exclusive-ors see
-the products.
+Both functions need integer products that wrap around. They do in every executor used here: in vector instructions,
+Triton kernels and torch operators, and in C++ because g++ infers nothing from the product of an unknown number. Only
+shifts, masks and exclusive-ors use the products.
 """
 
 from __future__ import annotations
 
 from fpsim.rounding.kernel import Int
 
-#: Weyl increment of the salt: 2**64 divided by the golden ratio, odd, as a signed integer.
+#: Weyl increment of the salt: 2**64 divided by the golden ratio, made odd, as a signed integer.
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 # The finalizer of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
 _FACTORS64 = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
-# Odd factors of a 32-bit finalizer (C. Wellons, hash-prospector, 2018: "triple32"), in fewer steps than there.
+# Odd factors of a 32-bit finalizer (C. Wellons, hash-prospector, 2018: "triple32"); fewer steps are used here.
 _FACTORS32 = (0xED5AD4BB - (1 << 32), 0xAC4C1B51 - (1 << 32), 0x31848BAB)
 
 
@@ -26,7 +26,7 @@ def random_key(seed: Int, salt: int) -> Int:
 
     Args:
         seed: 64-bit signed integers.
-        salt: tells call sites with the same seed apart.
+        salt: distinguishes call sites that use the same seed.
     """
     return _mix64(_mix64(seed ^ _GOLDEN) ^ to_signed(salt * _GOLDEN))
 
@@ -34,13 +34,13 @@ def random_key(seed: Int, salt: int) -> Int:
 def random_word(low_key: Int, high_key: Int, low_index: Int, high_index: Int | None = None) -> Int:
     """A 32-bit random word, as signed integers.
 
-    For a fixed key the words of 2**32 consecutive indices are all different: a permutation, drawn without
-    replacement. The key enters twice, at the start and between products; entered once, two keys would give the same
-    words in another order.
+    For a fixed key the words of 2**32 consecutive indices are all different: they are a permutation, drawn without
+    replacement. The key enters twice, at the start and between two products. If it entered once, two keys would give
+    the same words in another order.
 
     Args:
         low_key, high_key: the two halves of `random_key`, as 32-bit signed integers.
-        low_index, high_index: the two halves of the element's index; None where the high ones are all 0.
+        low_index, high_index: the two halves of the element's index; ``high_index`` is None if all high halves are 0.
     """
     word = _fold((low_index ^ low_key) * _FACTORS32[0], 15, 32)
     word = word ^ (high_key if high_index is None else high_key ^ high_index)
@@ -53,7 +53,7 @@ def _mix64(x: Int) -> Int:
 
 
 def _fold(x: Int, shift: int, bits: int) -> Int:
-    """Exclusive-or with the unsigned right shift."""
+    """``x`` exclusive-or its unsigned right shift."""
     return x ^ ((x >> shift) & ((1 << (bits - shift)) - 1))
 
 

@@ -1,4 +1,4 @@
-"""The rounding algorithm on torch tensors, by plain torch operations."""
+"""The rounding algorithm on torch tensors, in plain torch operations."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class TorchOps:
     def larger(a: Tensor, b: Tensor) -> Tensor:
         return torch.maximum(a, b)
 
-    # Masks are integers, -1 or 0: a comparison and a select of tensors cost several times these integer operations.
+    # Masks are integers, -1 or 0: comparing and selecting tensors would cost several times as much.
     @staticmethod
     def less(a: Tensor, bound: Int) -> Tensor:
         if isinstance(bound, Tensor):
             return -(a < bound).to(a.dtype)
-        return a.clamp(bound - 1, bound) - bound  # clamped first, the difference cannot overflow
+        return a.clamp(bound - 1, bound) - bound  # after the clamp the difference cannot overflow
 
     @staticmethod
     def choose(mask: Tensor, a: Int, b: Int) -> Tensor:
@@ -44,9 +44,14 @@ class TorchOps:
 
 
 def round_with_torch_ops(x: Tensor, fmt: FloatFormat, rounding: str, overflow: str, word: Int = 0) -> Tensor:
-    """``x`` rounded, by plain torch operations only: what the operators mean.
+    """``x`` rounded by plain torch operations only. This defines the result of the operators on every device.
 
-    ``word``: for stochastic rounding, 32-bit random words (int32) of the shape of ``x``.
+    Args:
+        x: a tensor of a carrier dtype.
+        fmt: the format.
+        rounding: any rounding that `fpsim.formats.split_rounding` takes.
+        overflow: one of `fpsim.formats.OVERFLOWS`.
+        word: for stochastic rounding, 32-bit random words (int32) of the shape of ``x``.
     """
     working = working_dtype(x.dtype)
     ops = TorchOps(working)
