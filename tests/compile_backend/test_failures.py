@@ -1,4 +1,4 @@
-"""The list of silent failures is whole, and every guard and test that it names exists."""
+"""The list of silent failures is complete, and every guard and test in it exists."""
 
 from __future__ import annotations
 
