@@ -47,7 +47,7 @@ def modes(fmt: FloatFormat) -> list[tuple[str, str]]:
 
 
 def every_kind_of_format() -> list[FloatFormat]:
-    """Every convention and switch, with biases that put the ends of the format's range above, at and below those of the carriers."""
+    """Every convention and switch, with biases for a range that ends above, at and below the range of each carrier."""
     formats = []
     switches = itertools.product((True, False), (True, False), (True, False))
     for e, m, special, bias, (subnormals, signed, zero) in itertools.product(
