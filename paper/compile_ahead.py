@@ -1,7 +1,7 @@
-"""Compile runs in a second process, which leaves the code in Inductor's cache on disk for the first one to find.
+"""Compile runs in a second process, so that the first process finds the code in Inductor's cache on disk.
 
-One compilation keeps little more than one core busy: half of it is Python, and waits for no compiler. The second
-process runs this file as a program. What it cannot do, for whatever reason, the first process does itself.
+One compilation keeps little more than one core busy, since half of it is Python. The second process runs this file as a
+program. The first process compiles what the second could not.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from contextlib import contextmanager
 
 import torch
 
+from .config import RunConfig
 from .data import Data
-from .training import RunConfig, records
+from .training import records
 
 
 class Ahead:
-    """Runs that another process compiles, in order."""
+    """The runs that another process compiles, in order."""
 
     def __init__(self, process: subprocess.Popen[bytes] | None, names: list[str]) -> None:
         self._process, self._names = process, names
 
     def wait(self, name: str) -> None:
-        """Return when the run ``name`` is compiled, if it is one of these, or the other process has given up."""
+        """Wait until the run ``name``, if it is one of these, is compiled or the other process has ended."""
         while name in self._names:
             assert self._process is not None and self._process.stdout is not None
             if not self._process.stdout.readline():

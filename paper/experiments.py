@@ -1,9 +1,9 @@
-"""The paper's eight experiments: what is compared, at what size, and what the paper says about it.
+"""The paper's eight experiments: their conditions, their sizes, and the claims of the paper.
 
 An experiment is a set of conditions, each a few changes of a base configuration, over a grid of learning rates and
 seeds. The base comes in three sizes: ``quick`` (minutes on 2 cores), ``full`` (hours) and ``paper`` (GPUs; the paper's
-own models, and token files that the user must bring). What is not known of the paper follows the inferences marked in
-its notes and is a setting here: rounding, attention, the bias of narrow exponents, epsilon.
+own models, and token files that the user must bring). Facts that the paper does not give are inferred, and are settings
+here: rounding, attention, the bias of narrow exponents, epsilon.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Setting:
     Attributes:
         base: the configuration that conditions change.
         rates: learning rates.
-        seeds: how many, from 0.
+        seeds: the number of seeds, from 0.
         low: mantissa bits of the truncated format that is unstable at this size: 3 in the paper's models, 1 in small
             ones.
     """
@@ -49,13 +49,13 @@ class Experiment:
     Attributes:
         number: 1 to 8.
         title: a few words.
-        question: what is asked.
-        claim: what the paper says, as far as it is known.
-        differs: how this differs from the paper, and why.
-        reference: the condition that others are compared with.
-        conditions: from the setting to what is compared.
-        settings: by size.
-        pairs: conditions between which Fisher's exact test is made, the supposedly worse one first.
+        question: the question of the experiment.
+        claim: the paper's answer, as far as it is known.
+        differs: how the experiment differs from the paper's, and why.
+        reference: the condition with which the others are compared.
+        conditions: from the setting to the conditions.
+        settings: the settings by size.
+        pairs: conditions that Fisher's exact test compares, the supposedly worse one first.
     """
 
     number: int
@@ -89,7 +89,7 @@ def _masked(bits: int, rounding: str = _TRUNCATED) -> dict[str, Any]:
 
 
 def _mantissa(_: Setting) -> Conditions:
-    # bfloat16 rounded to nearest first: it is the reference, and the report keeps the order
+    # bfloat16 rounded to nearest is the reference and comes first, since the report keeps the order
     return {
         f"e8m{bits} {_WORDS[rounding]}": {"options": _masked(bits, rounding)}
         for rounding in (_NEAREST, _TRUNCATED, _STOCHASTIC)
@@ -100,7 +100,7 @@ def _mantissa(_: Setting) -> Conditions:
 def _exponent(_: Setting) -> Conditions:
     """Centred E_n: bias 2^(n-1) - 1. ``outer`` takes its largest value and no smallest, ``inner`` the reverse.
 
-    Both sides apart need numbers beyond the exponents of float32, so all of these run in float64.
+    The two sides need numbers beyond the exponents of float32, so all of these conditions run in float64.
     """
 
     def rounded(name: str) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def _early_signs(setting: Setting) -> Conditions:
     return {f"e8m{bits} truncated": {"options": _masked(bits), **measured} for bits in widths}
 
 
-# The regime in which something happens at this size: paper/README.md tells how it was found.
+# The regime in which runs of this size diverge: paper/README.md tells how it was found.
 QUICK = RunConfig(
     model=MODELS["toy"],
     steps=300,
@@ -358,7 +358,7 @@ EXPERIMENTS: dict[int, Experiment] = {
             "the paper's models, E8M1 in small ones.",
             "high",
             _remedies,
-            _settings((4e-2, 8e-2), 2, layers=3),  # of two, the head and both ends are all
+            _settings((4e-2, 8e-2), 2, layers=3),  # with two layers, the head and both ends would be all layers
             tuple(
                 ("low", name) for name in ("high, from 1/2 on low", "low, head high", "low, head and both ends high")
             ),

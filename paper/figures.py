@@ -1,4 +1,4 @@
-"""The figures of the report, each from stored runs to a matplotlib figure; nothing here decides an outcome."""
+"""The figures of the report: functions from judged runs to matplotlib figures."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import require
-from .outcomes import SIGNALS, Prediction, Verdict, roc, scored_steps
+from .prediction import SIGNALS, Prediction, roc, scored_steps
 from .storage import Run
+from .verdicts import Verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, for few conditions; more of them are shades of one scale.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D31")
+#: Okabe and Ito's palette, in an order that keeps neighbours apart for colour-blind readers.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D31")
 #: Columns of small multiples.
 _ACROSS = 4
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A sweep's runs with their verdicts; what every figure and table is made from.
+    """A sweep's runs with their verdicts: the content of every figure and table.
 
     Attributes:
         runs, verdicts, trained: one per run, in the order of the plan.
@@ -39,7 +40,7 @@ class Judged:
 
     @property
     def conditions(self) -> list[str]:
-        """In the order of the plan."""
+        """All conditions, in the order of the plan."""
         return list(dict.fromkeys(run.condition for run in self.runs))
 
     @property
@@ -49,11 +50,11 @@ class Judged:
 
     @property
     def seeds(self) -> list[int]:
-        """Ascending."""
+        """All seeds, ascending."""
         return sorted({run.config.seed for run in self.runs})
 
     def of(self, condition: str, rate: float | None = None) -> list[int]:
-        """The indices of the runs of ``condition``, at one learning rate or all."""
+        """The indices of the runs of ``condition``, at one learning rate or at all of them."""
         return [
             index
             for index, run in enumerate(self.runs)
@@ -62,9 +63,9 @@ class Judged:
 
 
 def colours(names: Sequence[str]) -> dict[str, Any]:
-    """A colour per name."""
-    if len(names) <= len(_COLOURS):
-        return dict(zip(names, _COLOURS, strict=False))
+    """A colour per name: from `COLOURS`, or shades of one scale where there are more names."""
+    if len(names) <= len(COLOURS):
+        return dict(zip(names, COLOURS, strict=False))
     scale = require("matplotlib").colormaps["turbo"]
     return {name: scale(0.05 + 0.9 * index / (len(names) - 1)) for index, name in enumerate(names)}
 
@@ -115,7 +116,7 @@ def _grid(judged: Judged, condition: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sharpness_and_loss(judged: Judged) -> Figure:
-    """Logit sharpness over steps above, loss below, one column per learning rate; a line where a run diverged."""
+    """Logit sharpness (above) and loss (below) over steps, a column per learning rate; a line where a run diverged."""
     rates = judged.rates
     size = (3.6 * len(rates) + 2.4, max(6.4, _legend_height(judged)))
     figure = require("matplotlib.figure").Figure(figsize=size, dpi=110, layout="constrained")
@@ -143,7 +144,7 @@ def sharpness_and_loss(judged: Judged) -> Figure:
 
 
 def roc_curves(judged: Judged, predictions: Sequence[Prediction], horizon: float) -> Figure:
-    """ROC of every signal for divergence within the registered horizon, by value and by rise."""
+    """ROC curves of every signal for divergence within ``horizon`` (a share of the run), by value and by rise."""
     figure, panels = _panels(2, height=4.2, width=4.6)
     paint = colours(list(SIGNALS))
     for axes, score in zip(panels, ("value", "rise"), strict=True):

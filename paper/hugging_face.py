@@ -1,4 +1,4 @@
-"""Hugging Face datasets as text: from the Hub, or from folders and files of this machine, by the package ``datasets``.
+"""Hugging Face datasets as text, from the Hub or from folders and files of this machine, by the package ``datasets``.
 
 A source is written ``hf:NAME[:CONFIG][@SPLIT][#COLUMN]``, as in ``hf:wikitext:wikitext-2-raw-v1@train[:10%]#text``.
 """
@@ -16,7 +16,7 @@ from . import require
 #: Before the name of a dataset.
 PREFIX = "hf:"
 _SPELLING = re.compile(PREFIX + r"(?P<name>[^#]+?)(:(?P<subset>[^:@#/\\]+))?(@(?P<split>[^@#/\\]+))?(#(?P<column>.+))?")
-#: What reads a single file, by its suffix.
+#: The readers of ``datasets`` for single files, by suffix.
 _READERS = {
     ".parquet": "parquet",
     ".json": "json",
@@ -28,13 +28,13 @@ _READERS = {
 
 
 class Source(NamedTuple):
-    """What ``hf:NAME[:CONFIG][@SPLIT][#COLUMN]`` says.
+    """The parts of ``hf:NAME[:CONFIG][@SPLIT][#COLUMN]``.
 
     Attributes:
-        name: of a dataset on the Hub; or a folder or file of this machine.
+        name: a dataset of the Hub, or a folder or file of this machine.
         subset: the dataset's configuration; None is its only one.
         split: as ``datasets`` spells them, slices included: ``train``, ``train[:10%]``, ``train+test``.
-        column: whose strings are the text.
+        column: the column whose strings are the text.
     """
 
     name: str
@@ -52,8 +52,8 @@ def parse_source(path: str) -> Source:
     """The parts of ``path``; the split is ``train`` and the column ``text`` where it names none.
 
     Raises:
-        ValueError: no name.
-        FileNotFoundError: the name is neither that of a file or folder here, nor one that the Hub could know.
+        ValueError: ``path`` holds no name.
+        FileNotFoundError: the name is neither a file or folder here, nor a possible name on the Hub.
 
     >>> parse_source("hf:owner/name@test")
     Source(name='owner/name', subset=None, split='test', column='text')
@@ -71,9 +71,9 @@ def parse_source(path: str) -> Source:
 
 
 def rows(path: str) -> Any:
-    """The ``datasets.Dataset`` that ``path`` names, its column checked; memory-mapped, and not read yet.
+    """The ``datasets.Dataset`` that ``path`` names, memory-mapped, after a check of its column.
 
-    What comes from the Hub is downloaded and kept by ``datasets``, once per machine.
+    ``datasets`` downloads a dataset of the Hub once per machine, and keeps it.
 
     Raises:
         ModuleNotFoundError: ``datasets`` is not installed.
@@ -120,7 +120,7 @@ def _opened(datasets: Any, source: Source) -> Any:
 
 
 def text(path: str) -> bytes:
-    """All strings of the column that ``path`` names as UTF-8, joined by newlines; rows without one are left out.
+    """All strings of the column that ``path`` names as UTF-8, joined by newlines; rows without a string are left out.
 
     Raises:
         As `rows`.
@@ -130,7 +130,7 @@ def text(path: str) -> bytes:
 
 
 def files(path: str) -> list[Path]:
-    """The files of this machine that decide the content of ``path``, in a fixed order; none for what is on the Hub.
+    """The files of this machine that decide the content of ``path``, in a fixed order; none for a dataset of the Hub.
 
     Raises:
         As `parse_source`.

@@ -1,7 +1,7 @@
 """Language models of the study, built from frozen configurations with a given seed: Llama, GPT-2, or the user's own.
 
-Nothing is downloaded: weights are initialised here. The module handed to ``torch.compile`` maps tokens to the loss,
-so that forward, loss and backward are one graph.
+Nothing is downloaded: weights are initialised here. The module that ``torch.compile`` takes maps tokens to the loss, so
+that forward, loss and backward are one graph.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fpsim.evaluate.load import built, script_function
 from fpsim.suggestions import did_you_mean
 
 from . import require
+from .choices import check_choice
 from .data import VOCABULARY
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class ModelConfig:
         mlp: width of the feed-forward layer, gated (SwiGLU) in a Llama.
         context: tokens per window.
         vocabulary: number of tokens; 256 for bytes.
-        family: ``llama``, ``gpt2``, or ``script``: the user's own, of which only context and vocabulary are used.
+        family: ``llama``, ``gpt2``, or ``script`` for the user's own model, which takes only context and vocabulary.
         kv_heads: heads of keys and values in a Llama; None means one for each of ``heads``.
         tied: one matrix for the input and output embedding.
         norm_epsilon: added to the variance in norms; None is the library's own (1e-6 for Llama, 1e-5 for GPT-2).
@@ -60,8 +61,7 @@ class ModelConfig:
         for name, value in vars(self).items():
             if isinstance(value, int | float) and not isinstance(value, bool) and name != "norm_epsilon" and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.family not in FAMILIES:
-            raise ValueError(f"unknown family {self.family!r}: use one of {', '.join(FAMILIES)}")
+        check_choice("family", self.family, FAMILIES)
         if (self.script is None) == (self.family == "script"):
             raise ValueError("family 'script' and a script belong together: give both or neither")
         if self.hidden % (2 * self.heads):
@@ -125,9 +125,9 @@ def build(config: ModelConfig, *, seed: int) -> nn.Module:
 def from_script(config: ModelConfig, *, seed: int) -> nn.Module:
     """The user's own model: what the function named in ``config.script`` returns.
 
-    The function is called with those of ``vocabulary`` and ``context`` that it has parameters for, after
-    `torch.manual_seed`. The script is executed once per process, as a module named after its place and content: Dynamo
-    looks the module of a function up by name.
+    The function is called after `torch.manual_seed`, with ``vocabulary`` and ``context`` if it has these parameters.
+    The script is executed once per process, as a module named after its place and content: Dynamo looks up the module
+    of a function by name.
 
     Raises:
         FileNotFoundError: no such script.
@@ -143,17 +143,17 @@ def llama(config: ModelConfig, *, seed: int) -> LlamaForCausalLM:
     """A float32 ``transformers.LlamaForCausalLM`` on the CPU; the weights depend on ``config`` and ``seed`` alone.
 
     Attention is ``torch.nn.functional.scaled_dot_product_attention``, there is no dropout and no key-value cache, and
-    input and output embeddings are separate. Which module holds which matrix products: ``model.layers.*.self_attn``
+    input and output embeddings are separate. The modules that hold matrix products are ``model.layers.*.self_attn``
     (four linears and the attention), ``model.layers.*.mlp`` (three linears), ``lm_head``. In transformers 5.23
-    ``model.rotary_emb`` multiplies elementwise; versions that write its angles as ``inv_freq @ position_ids`` make
-    that a product too, which a policy should name in ``skip`` (rounded positions are wrong positions).
+    ``model.rotary_emb`` multiplies elementwise. Versions that compute its angles as ``inv_freq @ position_ids`` have a
+    matrix product there too, which a policy should name in ``skip`` (rounded positions are wrong positions).
 
     Raises:
         ModuleNotFoundError: ``transformers`` is not installed.
     """
     transformers = require("transformers")
     sizes = transformers.LlamaConfig(
-        vocab_size=config.vocabulary,
+        **_shared(config, "rms_norm_eps"),
         hidden_size=config.hidden,
         intermediate_size=config.mlp,
         num_hidden_layers=config.layers,
@@ -161,14 +161,7 @@ def llama(config: ModelConfig, *, seed: int) -> LlamaForCausalLM:
         num_key_value_heads=config.kv_heads or config.heads,
         max_position_embeddings=config.context,
         attention_dropout=0.0,
-        tie_word_embeddings=config.tied,
-        use_cache=False,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
     )
-    if config.norm_epsilon is not None:
-        sizes.rms_norm_eps = config.norm_epsilon
     return _initialised(transformers.LlamaForCausalLM, sizes, seed)
 
 
@@ -183,7 +176,7 @@ def gpt2(config: ModelConfig, *, seed: int) -> GPT2LMHeadModel:
     """
     transformers = require("transformers")
     sizes = transformers.GPT2Config(
-        vocab_size=config.vocabulary,
+        **_shared(config, "layer_norm_epsilon"),
         n_embd=config.hidden,
         n_inner=config.mlp,
         n_layer=config.layers,
@@ -192,15 +185,21 @@ def gpt2(config: ModelConfig, *, seed: int) -> GPT2LMHeadModel:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        tie_word_embeddings=config.tied,
-        use_cache=False,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
     )
-    if config.norm_epsilon is not None:
-        sizes.layer_norm_epsilon = config.norm_epsilon
     return _initialised(transformers.GPT2LMHeadModel, sizes, seed)
+
+
+def _shared(config: ModelConfig, epsilon: str) -> dict[str, Any]:
+    """What a configuration of transformers takes for every family; ``epsilon`` is the family's name of that field."""
+    shared: dict[str, Any] = {
+        "vocab_size": config.vocabulary,
+        "tie_word_embeddings": config.tied,
+        "use_cache": False,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return shared if config.norm_epsilon is None else {**shared, epsilon: config.norm_epsilon}
 
 
 def _initialised(kind: Any, sizes: Any, seed: int) -> Any:
@@ -233,7 +232,7 @@ class LanguageModel(nn.Module):
 
 
 class LossAndLogits(LanguageModel):
-    """`LanguageModel` that also hands out the logits of each window's last token, for `fpsim.sharpness`.
+    """`LanguageModel` that also returns the logits of each window's last token, for `fpsim.sharpness`.
 
     They are an output of the graph that trains, so that measuring them costs no second forward pass.
     """
@@ -245,7 +244,10 @@ class LossAndLogits(LanguageModel):
 
 
 def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of ``logits`` (batch, context, vocabulary) and int64 ``targets`` (batch, context): a scalar, nats per token."""
+    """The mean cross-entropy of ``logits`` (batch, context, vocabulary) and int64 ``targets`` (batch, context).
+
+    A scalar, in nats per token.
+    """
     return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 

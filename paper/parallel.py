@@ -1,18 +1,20 @@
-"""Training on several processes started by ``torchrun``: data-parallel (DDP) or with sharded state (FSDP2).
-
-A run on one process goes through the same calls, which then do nothing.
-"""
+"""Training on several processes started by ``torchrun``: data-parallel (DDP) or with sharded state (FSDP2)."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .choices import check_choice
+from .compiled_loss import Compile, Loss
+from .config import RunConfig
+from .trainer import Batch, Trainer, Update
 
 KINDS = ("ddp", "fsdp2")
 
@@ -27,7 +29,10 @@ class Parallel:
             backward pass, so that it is compiled as one graph and module globs mean the same as elsewhere.
         rank, world: of this process, and how many there are.
 
-    Each process takes its share of every batch: ``batch`` is that of all together.
+    Each process takes its share of every batch: ``RunConfig.batch`` is that of all together.
+
+    Raises:
+        ValueError: an unknown kind.
     """
 
     kind: str = "ddp"
@@ -35,125 +40,148 @@ class Parallel:
     world: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"unknown kind of parallel training {self.kind!r}: use one of {', '.join(KINDS)}")
+        check_choice("kind of parallel training", self.kind, KINDS)
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this process writes the files."""
         return self.rank == 0
 
-    def share(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """This process's part of ``batch``, tensors of shape (batch, context)."""
+    def share(self, batch: Batch) -> Batch:
+        """This process's part of ``batch``, tensors of shape (batch, context).
+
+        Raises:
+            ValueError: the batch cannot be divided by the number of processes.
+        """
         inputs, targets = batch
         if len(inputs) % self.world:
             raise ValueError(f"batch must be a multiple of the {self.world} processes, got {len(inputs)}")
         return inputs.chunk(self.world)[self.rank], targets.chunk(self.world)[self.rank]
 
-    def wrap(self, loss_of: Callable[..., Any]) -> Callable[..., Any]:
-        """``loss_of``, a compiled module, with gradients averaged over all processes after backward."""
-        if self.world == 1:
-            return loss_of
-        unit = _Unit(loss_of)
-        if self.kind == "ddp":
-            return nn.parallel.DistributedDataParallel(unit)
+
+class ParallelTrainer(Trainer):
+    """A `Trainer` whose batches, gradients and measurements are shared by the processes of a group.
+
+    Every process makes the same calls; all return the same numbers.
+
+    Args:
+        config, compile: as for `Trainer`.
+        parallel: the group, of two processes or more.
+    """
+
+    def __init__(self, config: RunConfig, compile: Compile | None, parallel: Parallel) -> None:
+        self._parallel = parallel
+        self._unit: _Unit | None = None
+        super().__init__(config, compile)
+
+    def install(self, compiled: Loss) -> None:
+        """Train by ``compiled``; gradients are averaged over all processes after backward."""
+        if self._unit is not None:
+            self._unit.compiled = compiled
+            return
+        self._unit = _Unit(compiled)
+        if self._parallel.kind == "ddp":
+            super().install(nn.parallel.DistributedDataParallel(self._unit))
+            return
         from torch.distributed.fsdp import fully_shard
 
-        fully_shard(unit)
-        return unit
+        fully_shard(self._unit)
+        super().install(self._unit)
 
-    def exchange(self, wrapped: Any, loss_of: Callable[..., Any]) -> Callable[..., Any]:
-        """``wrapped``, as `wrap` returned it, with ``loss_of`` in it: the same parameters, compiled in another way."""
-        if self.world == 1:
-            return loss_of
-        unit = wrapped.module if self.kind == "ddp" else wrapped
-        unit.compiled = loss_of
-        return wrapped
+    def update(self, micro_batches: Sequence[Batch], rate: float) -> Update:
+        """`Trainer.update` on this process's part; the loss is the mean over all, the logits are its own."""
+        own = super().update([self._parallel.share(batch) for batch in micro_batches], rate)
+        return own._replace(loss=_mean(own.loss))
+
+    def clip_gradients(self) -> Tensor:
+        """`Trainer.clip_gradients`, also of gradients that are sharded."""
+        norm: Any = super().clip_gradients()
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def validation_loss(self, held_out: Sequence[Batch]) -> float:
+        """`Trainer.validation_loss`: the mean over all processes."""
+        return _mean(super().validation_loss([self._parallel.share(batch) for batch in held_out]))
+
+    def hessian_eigenvalue(self, batch: Batch) -> float:
+        """`Trainer.hessian_eigenvalue`, computed by every process from the whole ``batch``."""
+        with self._whole_parameters():
+            return super().hessian_eigenvalue(batch)
+
+    def range_shares(self, batch: Batch) -> dict[str, float]:
+        """`Trainer.range_shares`: the mean over all processes."""
+        with self._whole_parameters():
+            own = super().range_shares(self._parallel.share(batch))
+        return _means(own)
+
+    def logit_signals(self, last_tokens: Sequence[tuple[Tensor, Tensor]], *, lbfgsb: bool) -> dict[str, float]:
+        """`Trainer.logit_signals`: the means over all processes, and the largest ``max_abs_logit``."""
+        own = super().logit_signals(last_tokens, lbfgsb=lbfgsb)
+        means = _means(own)
+        largest = torch.tensor(own["max_abs_logit"], device=_device())
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        return {**means, "max_abs_logit": float(largest)}
 
     @contextmanager
-    def whole_parameters(self, wrapped: Any) -> Iterator[None]:
-        """Within it the parameters of ``wrapped``, as `wrap` returned it, are whole on every process."""
-        sharded = self.world > 1 and self.kind == "fsdp2"
-        if sharded:
-            wrapped.unshard()
+    def _whole_parameters(self) -> Iterator[None]:
+        """A context in which the parameters are whole on every process."""
+        if self._parallel.kind != "fsdp2":
+            yield
+            return
+        unit: Any = self._unit  # `fully_shard` adds the methods
+        unit.unshard()
         try:
             yield
         finally:
-            if sharded:
-                wrapped.reshard()
+            unit.reshard()
 
-    def mean(self, value: float) -> float:
-        """The mean over all processes."""
-        return self._reduced([value])[0]
-
-    def agreed(self, wish: bool) -> bool:
-        """What the first process wishes, so that all do the same."""
-        if self.world == 1:
-            return wish
-        answer = torch.tensor([int(wish)], device=self._device)
-        torch.distributed.broadcast(answer, src=0)
-        return bool(answer.item())
-
-    def reduce_signals(self, signals: dict[str, float]) -> dict[str, float]:
-        """Means over all processes; of ``max_abs_logit`` the largest."""
-        if self.world == 1:
-            return signals
-        names = sorted(signals)
-        reduced = dict(zip(names, self._reduced([signals[name] for name in names]), strict=True))
-        if "max_abs_logit" not in signals:
-            return reduced
-        largest = torch.tensor(signals["max_abs_logit"], device=self._device)
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-        return {**reduced, "max_abs_logit": float(largest)}
-
-    def _reduced(self, values: list[float]) -> list[float]:
-        if self.world == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=self._device)
-        torch.distributed.all_reduce(total)
-        return (total / self.world).tolist()
-
-    @property
-    def _device(self) -> torch.device:
-        on_gpu = torch.distributed.get_backend() == "nccl"
-        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-
-    @staticmethod
-    def whole(value: Tensor) -> float:
-        """A norm, also one that is spread over processes."""
-        return float(value.full_tensor() if hasattr(value, "full_tensor") else value)
-
-    def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The weights and the optimizer's state, gathered on the first process; called by all."""
-        if self.world == 1:
-            return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    def state_if(self, is_due: bool) -> dict[str, Any] | None:
+        """`Trainer.state_if` where the first process finds it due: gathered there, and None on all others."""
+        due = torch.tensor([int(is_due)], device=_device())
+        torch.distributed.broadcast(due, src=0)
+        if not due.item():
+            return None
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights, moments = get_state_dict(model, optimizer, options=options)
-        return {"model": weights, "optimizer": moments}
+        weights, moments = get_state_dict(self.model, self.optimizer, options=options)
+        return {"model": weights, "optimizer": moments} if self._parallel.is_first else None
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-        """Take up what `state` gathered."""
-        if self.world == 1:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            return
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Set the weights and the optimizer of all processes to ``state``, which each of them has read whole."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
         set_state_dict(
-            model,
-            optimizer,
+            self.model,
+            self.optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
             options=StateDictOptions(full_state_dict=True),
         )
 
 
-class _Unit(nn.Module):
-    """The compiled model as the one thing that is gathered, scattered or averaged: around the graph, not inside.
+def _mean(value: float) -> float:
+    """The mean over all processes."""
+    return _means({"value": value})["value"]
 
-    torch wraps parameters once, and a run may be compiled several times: what is compiled can be exchanged.
+
+def _means(values: Mapping[str, float]) -> dict[str, float]:
+    """The mean of each value over all processes; all have the same names."""
+    names = sorted(values)
+    total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=_device())
+    torch.distributed.all_reduce(total)
+    return dict(zip(names, (total / torch.distributed.get_world_size()).tolist(), strict=True))
+
+
+def _device() -> torch.device:
+    """The device of tensors that processes exchange."""
+    on_gpu = torch.distributed.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+class _Unit(nn.Module):
+    """The compiled model as the module that torch gathers, scatters or averages: around the graph, not inside.
+
+    torch wraps parameters once, and a run may be compiled several times: ``compiled`` can be exchanged.
     """
 
     def __init__(self, compiled: Any) -> None:
@@ -165,7 +193,7 @@ class _Unit(nn.Module):
 
 
 def from_environment(kind: str, device: str) -> Parallel | None:
-    """The group that ``torchrun`` describes in the environment, joined; None where there is just one process."""
+    """Join the group that ``torchrun`` describes in the environment; None where there is a single process."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return None

@@ -17,20 +17,10 @@ import numpy as np
 from . import figures, require
 from .config import RunConfig, to_dict
 from .figures import Judged
-from .outcomes import (
-    SIGNALS,
-    Prediction,
-    compare,
-    judge,
-    predict,
-    preregistration,
-    rules,
-    share,
-    signal_values,
-    trained,
-    warn,
-)
+from .intervals import compare, share
+from .prediction import SIGNALS, Prediction, predict, signal_values, warn
 from .sweeps import read_sweep
+from .verdicts import judge, preregistration, rules, trained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +30,7 @@ _RANGES = [f"{what}_{role}" for what in ("saturated", "underflowed") for role in
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the report: its heading, what it says, column names and rows of text."""
+    """A table of the report: its heading, an explanation, column names and rows of text."""
 
     heading: str
     note: str
@@ -50,7 +40,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the report: its file's name, heading, what it shows, and how it is drawn."""
+    """A figure of the report: its file's name, its heading, an explanation, and the function that draws it."""
 
     name: str
     heading: str
@@ -61,7 +51,7 @@ class Picture:
 def report(folder: Path, out: Path | None = None) -> Path:
     """Write the report on the sweep in ``folder`` and return the path of the HTML file.
 
-    Files: ``report.html``, which needs nothing beside it, ``figures/*.png``, and ``outcomes.json``, the numbers of the
+    Files: ``report.html``, which needs no other file, ``figures/*.png``, and ``outcomes.json``, the numbers of the
     tables.
 
     Args:
@@ -100,7 +90,7 @@ def report(folder: Path, out: Path | None = None) -> Path:
 
 
 def judge_sweep(runs: Sequence[Any], facts: Mapping[str, Any]) -> Judged:
-    """The runs with their verdicts; the reference is that of the experiment, or else the first condition."""
+    """The runs with their verdicts; the reference condition is that of the experiment, or else the first."""
     reference = facts.get("experiment", {}).get("reference") or runs[0].condition
     verdicts = [judge(run) for run in runs]
     return Judged(runs, verdicts, trained(runs, verdicts, reference), reference)

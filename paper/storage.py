@@ -1,8 +1,8 @@
-"""Results on disk: one Parquet file per run, which says what it holds, and one JSON file per sweep.
+"""Results on disk: one Parquet file per run with its metadata, and one JSON file per sweep.
 
-A sweep's folder holds ``sweep.json`` (the plan, and under which versions it was run), ``runs/KEY.parquet`` (the records
-of one run; its configuration and versions are in the file's metadata under ``fpsim``), ``failures/KEY.json``,
-``checkpoints/`` while runs go on, and ``scripts/`` with the users' own models.
+A sweep's folder holds ``sweep.json`` (the plan, and the versions of every start), ``runs/KEY.parquet`` (the records of
+one run; its configuration and versions are in the file's metadata under ``fpsim``), ``failures/KEY.json``,
+``checkpoints/`` of unfinished runs, and ``scripts/`` with the users' own models.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from importlib import metadata
@@ -23,7 +24,7 @@ import numpy as np
 
 from . import require
 from .config import RunConfig, from_dict
-from .training import Record
+from .record import Record
 
 _METADATA = b"fpsim"
 _PACKAGES = ("fpsim", "torch", "transformers", "numpy", "scipy", "ray", "pyarrow")
@@ -36,7 +37,7 @@ class Run:
     Attributes:
         key: its name (`fpsim.paper.config.run_key`).
         condition: the label under which it is compared with others.
-        config: what was run.
+        config: its configuration.
         columns: one array per field of `Record`, float64 (``step``: int64), NaN where nothing was measured.
         facts: versions, git revision and seconds.
     """
@@ -71,7 +72,7 @@ def to_parquet(history: Sequence[Record], facts: Mapping[str, Any]) -> bytes:
 
 
 def read_records(source: Path | bytes) -> tuple[list[Record], dict[str, Any]]:
-    """What `to_parquet` was given."""
+    """The records and facts that `to_parquet` wrote to ``source``."""
     table, facts = _read(source)
     known = [entry.name for entry in fields(Record) if entry.name in table.column_names]
     return [Record(**row) for row in table.select(known).to_pylist()], facts
@@ -81,7 +82,7 @@ def read_run(path: Path, condition: str) -> Run:
     """The run stored at ``path``.
 
     Raises:
-        ValueError: no file of this kind.
+        ValueError: a Parquet file that `to_parquet` did not write.
     """
     table, facts = _read(path)
     columns = {
@@ -100,15 +101,25 @@ def _read(source: Path | bytes) -> tuple[Any, dict[str, Any]]:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write ``path`` in one piece: readers see the old content or the new."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to in a ``with`` block; the file there takes the place of ``path`` at the end of the block.
+
+    The folder of ``path`` is made if it is missing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
+    yield partial
     os.replace(partial, path)
 
 
 @lru_cache(maxsize=1)
 def versions() -> dict[str, Any]:
-    """What the results depend on beside the configuration: packages, source, git revision, kind of machine."""
+    """The facts beside the configuration that results depend on: packages, source, git revision, machine."""
     from fpsim.source import source_hash
 
     installed = {}
@@ -142,5 +153,5 @@ def _git_revision() -> str | None:
 
 
 def plain_number(value: float) -> float | None:
-    """``value`` for JSON, which has neither NaN nor infinity."""
+    """``value``, or None for NaN and infinity, which JSON lacks."""
     return value if math.isfinite(value) else None

@@ -1,6 +1,6 @@
-"""Sweeps: many runs, computed where there is room, kept in one folder, and computed once.
+"""Sweeps: many runs, distributed over workers, each computed once and kept in one folder.
 
-A run that the folder holds already is reused; one that was interrupted goes on from its checkpoint; one that fails, or
+A run that the folder holds already is reused. An interrupted run continues from its checkpoint. A run that fails, or
 whose worker dies, is tried again and reported.
 """
 
@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID
 
-from fpsim.policy import Policy
+from fpsim.policy.shorthand import parse_shorthand
 from fpsim.processors import usable_cores
 
 from . import require
-from .config import Options, RunConfig, compile_key, from_dict, run_key, to_dict
+from .choices import check_choice
+from .config import RunConfig, compile_key, from_dict, run_key, to_dict
 from .data import DataConfig, fetch
+from .progress import progress_bars
 from .storage import Run, read_run, replace_file, versions
 from .workers import Job, Message, Pool, ProcessPool, RayPool, SerialPool
 
@@ -37,8 +39,8 @@ class Planned:
     """A run and the label under which it is compared with others.
 
     Attributes:
-        condition: what is compared: the format, say, and not the seed or the learning rate.
-        config: what is run.
+        condition: the label of the comparison: the format, for example, but not the seed or the learning rate.
+        config: its configuration.
     """
 
     condition: str
@@ -47,7 +49,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that was given up: its key, condition, tries, and what happened last."""
+    """A run that was given up: its key, condition, number of tries, and the text of its last error."""
 
     key: str
     condition: str
@@ -57,30 +59,13 @@ class Failure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `sweep` did: runs computed, runs that were there already, and runs given up; seconds in all."""
+    """The result of `sweep`: numbers of runs computed and reused, runs given up, retries, and seconds in all."""
 
     computed: int
     reused: int
     failures: tuple[Failure, ...]
     retries: int
     seconds: float
-
-
-def condition_options(name: str) -> Options:
-    """The policy that the name of a condition stands for; None for ``fp32``.
-
-    A name is a preset (``paper:e8m3``, ``fp8_hybrid``), one cast (``bf16``, ``e8m3/toward_zero``), or two joined by
-    ``+`` (``e4m3fn+e5m2``), as `fpsim.paper.demo.parse_run` reads them. ``bf16`` and ``fp16`` mean casts of operands
-    only, so that they compare with ``e8m6``.
-
-    Raises:
-        ValueError: none of these.
-    """
-    from .demo import parse_run
-
-    if name.startswith("paper:") or name == "fp8_hybrid":
-        return Policy.preset(name).to_dict()
-    return parse_run(name)
 
 
 def grid(
@@ -94,16 +79,16 @@ def grid(
     """Every format with every learning rate, seed and text; seeds vary slowest, so that a sweep is balanced early.
 
     Args:
-        base: all that does not vary.
-        formats: as `condition_options` reads them.
+        base: the fields that do not vary.
+        formats: as `fpsim.policy.shorthand.parse_shorthand` reads them.
         learning_rates, data: None means those of ``base``.
 
     Raises:
-        ValueError: a format that means nothing.
+        ValueError: a format that `parse_shorthand` cannot read.
     """
     texts = list(data or [base.data])
     rates = list(learning_rates or [base.learning_rate])
-    options = {name: condition_options(name) for name in formats}
+    options = {name: parse_shorthand(name) for name in formats}
     return [
         Planned(
             name if len(texts) == 1 else f"{name}, {text.label}",
@@ -131,25 +116,24 @@ def sweep(
     """Compute every run of ``plan`` that ``folder`` does not hold yet.
 
     Args:
-        title: of the report.
+        title: the title of the report.
         executor: ``ray``, ``process`` (without Ray), or ``serial`` (in this process).
         workers: runs at a time; None is one per core, of the cluster where there is one. Ignored by ``serial``.
         address, resources: as for `fpsim.paper.workers.RayPool`.
-        retries: how many times a run is tried again.
-        threads: of torch in each worker; results have the same bits only for the same number.
+        retries: how many times a failed run is tried again.
+        threads: the number of torch's threads in each worker; only the same number gives the same bits.
         checkpoint_seconds: the least time between two writes of a run's state.
         facts: JSON types to keep in ``sweep.json``, such as the reference condition of an experiment.
-        console: where progress is shown; None is standard error.
+        console: the console for progress bars; None is standard error.
 
     Raises:
         ValueError: an empty plan, an unknown executor, or one configuration under two conditions.
         ModuleNotFoundError: Ray or pyarrow is not installed.
-        FileNotFoundError, ConnectionError: a text that is not there, or a Hub that is not reached.
+        FileNotFoundError, ConnectionError: a text that does not exist, or a Hub that does not answer.
     """
     start = time.perf_counter()
     require("pyarrow")
-    if executor not in EXECUTORS:
-        raise ValueError(f"unknown executor {executor!r}: use one of {', '.join(EXECUTORS)}")
+    check_choice("executor", executor, EXECUTORS)
     keyed = _keyed(plan)
     missing = {key: planned for key, planned in keyed.items() if not _result(folder, key).exists()}
     for text in {planned.config.data for planned in missing.values()}:
@@ -269,7 +253,7 @@ def read_sweep(folder: Path) -> tuple[list[Run], dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Told:
-    """A job is done, or is to be tried again."""
+    """A job is done, or will be tried again."""
 
     job: Job
     message: Message
@@ -317,7 +301,7 @@ def _schedule(jobs: Sequence[Job], pool: Pool, retries: int, board: _Board) -> I
 
 
 def _next_job(waiting: Sequence[Job], codes: Mapping[str, str], last: Mapping[int, str], worker: int) -> Job:
-    """One that needs the code that ``worker`` has compiled; else code that nobody has; else the most frequent code."""
+    """A job for ``worker``: one whose code it has compiled, else one whose code nobody has, else the most frequent."""
     own = [job for job in waiting if codes[job.key] == last.get(worker)]
     others = {code for number, code in last.items() if number != worker}
     fresh = [job for job in waiting if codes[job.key] not in others]
@@ -328,11 +312,10 @@ def _next_job(waiting: Sequence[Job], codes: Mapping[str, str], last: Mapping[in
 
 
 class _Board:
-    """The live table: a bar for all runs, and one for what each worker is doing."""
+    """The live table: a bar for all runs, and one for the current run of each worker."""
 
     def __init__(self, console: Console, jobs: Sequence[Job], conditions: Mapping[str, str], pool: Pool) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, TextColumn("{task.fields[state]}"), console=console)
+        self._progress = progress_bars(console, width=24)
         self._conditions = conditions
         self._all = self._progress.add_task("runs", total=len(jobs), state="")
         self._workers: dict[int, TaskID] = {

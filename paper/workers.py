@@ -1,7 +1,7 @@
-"""Where runs are computed: this process, other processes of this machine, or Ray's actors on any machine.
+"""Pools of workers that compute runs: this process, other processes of this machine, or Ray's actors on any machine.
 
-A pool knows a number of workers; each takes one job at a time and sends messages about it. What is done with them, and
-with workers that die, is decided in `fpsim.paper.sweeps`.
+Each worker of a pool takes one job at a time and sends messages about it. `fpsim.paper.sweeps` gives out the jobs, and
+handles messages and the death of workers.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ import torch
 from fpsim.processors import usable_cores
 
 from . import require
+from .checkpoint import Checkpoint
 from .config import compile_key, from_dict
 from .storage import to_parquet, versions
-from .training import Checkpoint, records
+from .training import records
 
 #: Seconds between two messages on the progress of a run.
 _PERIOD = 0.5
-#: Seconds in which a Ray cluster must answer.
+#: Seconds within which a Ray cluster must answer.
 _REACHED = 10.0
-#: What Ray calls resources in the options of an actor, and elsewhere.
+#: Ray's names of resources: in the options of an actor, and elsewhere.
 _RAY_NAMES = {"num_cpus": "CPU", "num_gpus": "GPU"}
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
@@ -41,12 +42,12 @@ class Job:
     """One run to be computed, in types that any executor can send.
 
     Attributes:
-        key: of the run.
-        config: `fpsim.paper.config.to_dict` of it.
-        facts: what else goes into the result's metadata.
-        checkpoint: the file in which its state is kept, or None.
-        checkpoint_seconds: the least time between two writes of it.
-        threads: of torch.
+        key: the run's key (`fpsim.paper.config.run_key`).
+        config: its configuration, by `fpsim.paper.config.to_dict`.
+        facts: further entries of the result's metadata.
+        checkpoint: the file that keeps its state, or None.
+        checkpoint_seconds: the least time between two writes of that file.
+        threads: the number of torch's threads.
     """
 
     key: str
@@ -59,14 +60,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Message:
-    """What a worker says.
+    """A message from a worker.
 
     Attributes:
-        worker: its number.
+        worker: the number of the worker.
         kind: ``progress``, ``done``, ``error`` (the run raised; the worker lives) or ``dead``.
-        step, loss: of ``progress``.
-        result: of ``done``, the run as Parquet.
-        text: of ``error`` and ``dead``, what happened.
+        step, loss: with ``progress``, those of the newest record.
+        result: with ``done``, the run as Parquet.
+        text: with ``error`` and ``dead``, the traceback or the reason.
     """
 
     worker: int
@@ -78,7 +79,7 @@ class Message:
 
 
 def execute(job: Job, worker: int) -> Iterator[Message]:
-    """Compute ``job`` in this process: messages of progress, and at last one that is ``done`` or an ``error``."""
+    """Compute ``job`` in this process, and yield messages: ``progress``, and at last ``done`` or ``error``."""
     start, threads = time.perf_counter(), torch.get_num_threads()
     try:
         torch.set_num_threads(job.threads)
@@ -100,7 +101,7 @@ def execute(job: Job, worker: int) -> Iterator[Message]:
 
 
 class Compiled:
-    """Drops what the process has compiled when a job needs other code, so that memory stays flat over many formats."""
+    """Drops the compiled code of the process when a job needs other code, so that memory stays flat."""
 
     def __init__(self) -> None:
         self._key: str | None = None
@@ -110,7 +111,7 @@ class Compiled:
         try:
             key = compile_key(from_dict(job.config))
         except (TypeError, ValueError):
-            return  # `execute` will say what is wrong
+            return  # `execute` reports the error
         if self._key not in (None, key):
             torch._dynamo.reset()
         self._key = key
@@ -122,10 +123,10 @@ class Pool(Protocol):
     workers: int
 
     def submit(self, worker: int, job: Job) -> None:
-        """Give an idle worker a job; one that has died is started anew."""
+        """Give an idle worker a job; a worker that has died is started again."""
 
     def messages(self) -> Iterator[Message]:
-        """Wait for messages of any worker, and hand out those that are there."""
+        """Wait for a message of any worker, and yield those that have arrived."""
 
     def close(self) -> None:
         """End all workers."""
@@ -152,7 +153,7 @@ class SerialPool:
 
 
 class ProcessPool:
-    """Fresh Python processes on this machine, which keep what they have compiled."""
+    """Fresh Python processes on this machine, which keep their compiled code."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -191,7 +192,7 @@ class ProcessPool:
         for connection in self._connections.values():
             connection.close()
         for process in self._processes.values():
-            process.join(timeout=5)  # an idle one ends by itself, now that its connection is closed
+            process.join(timeout=5)  # an idle process ends now that its connection is closed
             process.terminate()
             process.join()
             process.close()
@@ -200,7 +201,7 @@ class ProcessPool:
 
 
 def _serve(connection: Connection, worker: int) -> None:
-    """What a process of `ProcessPool` does: jobs, until the other end closes."""
+    """The program of a process of `ProcessPool`: it computes jobs until the other end closes."""
     compiled = Compiled()
     while True:
         try:
@@ -215,18 +216,18 @@ def _serve(connection: Connection, worker: int) -> None:
 class RayPool:
     """Actors of Ray, on this machine or, by an address, on a cluster.
 
-    On a cluster fpsim must be installed on all machines; a run goes on elsewhere only if the sweep's folder is on a
-    disk that they share (results come back through Ray and need none).
+    On a cluster fpsim must be installed on all machines. An interrupted run continues on another machine only if the
+    sweep's folder is on a disk that both share; results come back through Ray and need no such disk.
 
     Args:
-        jobs: how many there will be; there are no more workers than that.
-        workers: how many actors at most; None is as many as there is room for. There is room for those whose resources
-            are free now, or for one if it only has to wait: an actor that never starts would hold its job for ever.
-        address: of a running cluster (``auto`` finds one); None starts Ray here and stops it in the end.
-        resources: of one actor, as Ray's options have them: ``{"num_cpus": 1, "num_gpus": 1}``.
+        jobs: the number of jobs; there are no more workers than jobs.
+        workers: the greatest number of actors; None is as many as have free resources now, and at least one. (An actor
+            that never starts would hold its job for ever.)
+        address: the address of a running cluster (``auto`` finds one); None starts Ray here and stops it in the end.
+        resources: the resources of one actor, as Ray's options name them: ``{"num_cpus": 1, "num_gpus": 1}``.
 
     Raises:
-        ConnectionError: no cluster at ``address``.
+        ConnectionError: no cluster answers at ``address``.
         ValueError: no machine of the cluster has the resources of one actor.
     """
 
@@ -256,7 +257,7 @@ class RayPool:
         self._actor = self._ray.remote(**needs)(_Actor)
 
     def _room(self, wanted: Mapping[str, float], *, others: bool) -> int:
-        """How many actors there is room for, beside what ``others`` may be running on the cluster."""
+        """How many actors have room; with ``others`` on the cluster, only the resources that are free now count."""
 
         def fitting(there: Mapping[str, float]) -> int:
             return min(int(there.get(name, 0) / amount) for name, amount in wanted.items())
@@ -297,7 +298,7 @@ class RayPool:
 
 
 def _connect(ray: Any, address: str) -> None:
-    """Join the cluster at ``address``; that something listens there is seen at once, which Ray takes minutes to see."""
+    """Join the cluster at ``address``. A closed port is reported at once; Ray alone takes minutes."""
     remedy = (
         "start one with ray start --head, give the address that it prints, and set RAY_AUTH_MODE=token here too if it "
         "asks for a token"

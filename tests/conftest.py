@@ -1,12 +1,15 @@
-"""What all tests share: hypothesis without a clock, and failures that are told when they happen."""
+"""What all tests share: hypothesis without a clock, failures printed when they happen, and the marker `promise`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from tests.promises import PROMISES
 
 # On a busy machine a slow example says nothing.
 settings.register_profile("fpsim", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -29,6 +32,28 @@ def pytest_configure(config: pytest.Config) -> None:
     """Tell of failures in the one process that reports them."""
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(FailuresAtOnce(config))
+
+
+def only_promises(config: pytest.Config) -> bool:
+    """Whether the tests of promises alone are asked for, as `make quick` does."""
+    return config.option.markexpr.startswith("promise")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave files without a promise unread: importing all tests takes longer than many of them."""
+    if not only_promises(config) or not collection_path.match("test_*.py"):
+        return None
+    name = collection_path.relative_to(Path(__file__).parent).as_posix()
+    return None if any(test.startswith(f"{name}::") for tests in PROMISES.values() for test in tests) else True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests that `promises.py` names."""
+    named = {f"tests/{test}" for tests in PROMISES.values() for test in tests}
+    for item in items:
+        if named & {item.nodeid, item.nodeid.split("[")[0]}:
+            item.add_marker(pytest.mark.promise)
 
 
 @pytest.fixture

@@ -60,8 +60,8 @@ class ProductOperator:
         overloads: the overloads that graphs contain; none where tracing always decomposes the operator.
         form: how it multiplies.
         multiplications: the products that it computes: one, or one for each of its first results.
-        gradients: the operators of this table that autograd calls for the derivative of the first and of the second
-            operand; None where that derivative multiplies no matrices.
+        gradients: the operators that autograd calls for the derivatives of the first and of the second operand;
+            ``aten.mul`` stands for a product that is decomposed into a multiplication and a sum.
         addend: the position of the argument that is added to the product.
         functions: functions of torch that tracing decomposes into multiplications and sums. Every multiplication of two
             tensors in them, forward and backward, belongs to a product.
@@ -72,7 +72,7 @@ class ProductOperator:
     packet: OpOverloadPacket
     form: Form
     multiplications: tuple[Multiplication, ...]
-    gradients: tuple[str | None, ...] = ()
+    gradients: tuple[str, ...] = ()
     overloads: tuple[str, ...] = ("default",)
     addend: int | None = None
     functions: tuple[str, ...] = ()
@@ -158,14 +158,14 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         aten.mv,
         Form.VECTORS,
         _one(0, 1, (-1,), (0,)),
-        gradients=("aten.ger", "aten.mv"),
+        gradients=("aten.mul", "aten.mv"),
         functions=("mv",),
     ),
     ProductOperator(
         aten.addmv,
         Form.VECTORS,
         _one(1, 2, (-1,), (0,)),
-        gradients=("aten.ger", "aten.mv"),
+        gradients=("aten.mul", "aten.mv"),
         addend=0,
         functions=("addmv",),
     ),
@@ -173,14 +173,14 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         aten.dot,
         Form.VECTORS,
         _one(0, 1, (0,), (0,)),
-        gradients=(None, None),
+        gradients=("aten.mul", "aten.mul"),
         functions=("dot", "inner", "vecdot", "linalg_vecdot"),
     ),
     ProductOperator(
         aten.vdot,
         Form.VECTORS,
         _one(0, 1, (0,), (0,)),
-        gradients=(None, None),
+        gradients=("aten.mul", "aten.mul"),
         functions=("vdot",),
     ),
     # An outer product sums over nothing: tracing makes one multiplication of it.
@@ -188,7 +188,7 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         aten.ger,
         Form.VECTORS,
         (),
-        gradients=("aten.mv", "aten.mv"),
+        gradients=("aten.mul", "aten.mul"),
         overloads=(),
         functions=("ger", "outer", "addr", "kron"),
     ),
@@ -313,7 +313,7 @@ def product_operator(target: object) -> ProductOperator | None:
 
 def is_product_packet(packet: object) -> bool:
     """Whether an operator, ``torch.ops.aten.mm``, is a product that graphs contain."""
-    return packet in _BY_PACKET and bool(_BY_PACKET[packet].overloads)  # type: ignore[index]
+    return packet in _BY_PACKET and bool(_BY_PACKET[packet].overloads)
 
 
 def is_product_function(name: str | None) -> bool:

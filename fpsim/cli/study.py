@@ -288,7 +288,7 @@ def list_experiments() -> None:
 @plain_errors
 def rules() -> None:
     """Print the registered rules: when a run counts as diverged, spiking or trained, and how predictions are judged."""
-    from fpsim.paper.outcomes import preregistration
+    from fpsim.paper.verdicts import preregistration
 
     typer.echo(preregistration(), nl=False)
 
@@ -306,10 +306,11 @@ def train(
     """Compute one run, here or under torchrun: torchrun --nproc-per-node 8 -m fpsim.cli.study train CONFIG OUT."""
     import json
 
+    from fpsim.paper.checkpoint import Checkpoint
     from fpsim.paper.config import from_dict, run_key, to_dict
     from fpsim.paper.parallel import from_environment
     from fpsim.paper.storage import replace_file, to_parquet, versions
-    from fpsim.paper.training import Checkpoint, records
+    from fpsim.paper.training import records
 
     chosen = from_dict(json.loads(config.read_text()))
     group = from_environment(parallel, chosen.device)

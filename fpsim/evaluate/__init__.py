@@ -1,1 +1,1 @@
-"""Models from files and scripts, measured unrounded and under formats."""
+"""Models from checkpoints and scripts, measured unrounded and under formats."""

@@ -1,8 +1,8 @@
-"""Models of the user's own, from a Python script: ``path/to/script.py:build``, as the study takes them.
+"""Models from a Hugging Face checkpoint, or from the user's own Python script: ``path/to/script.py:build``.
 
-``build`` returns a `torch.nn.Module` from tokens, int64 of shape (batch, context), to logits of shape (batch, context,
-vocabulary) or to an object with ``.logits``; it may take ``vocabulary`` and ``context``. Tokens are the bytes of a
-text, unless the script has a function ``tokenize`` from a string to integers.
+The script's ``build`` returns a `torch.nn.Module` from tokens, int64 of shape (batch, context), to logits of shape
+(batch, context, vocabulary) or to an object with ``.logits``; it may take ``vocabulary`` and ``context``. Tokens are
+the bytes of a text, unless the script has a function ``tokenize`` from a string to integers.
 """
 
 from __future__ import annotations
@@ -23,25 +23,52 @@ from torch import Tensor, nn
 
 from fpsim.suggestions import did_you_mean
 
-#: Tokens where each is a byte.
+#: The vocabulary of tokens that are bytes.
 BYTES = 256
-#: Tokens per window, where neither the caller nor the script says.
+#: Tokens per window, where neither the caller nor the script gives a number.
 CONTEXT = 128
 
 
 @dataclass(frozen=True, eq=False)
 class Script:
-    """What a script brings.
+    """The model of a script.
 
     Attributes:
         network: the module, in evaluation mode, on the CPU unless the script put it elsewhere.
-        context: tokens per window, as asked for, or else as the script or its module has it.
-        tokenize: from a string to tokens; None where they are its bytes.
+        context: tokens per window: those that the caller asked for, or else those of the script or its module.
+        tokenize: from a string to tokens; None where tokens are bytes.
     """
 
     network: nn.Module
     context: int
     tokenize: Callable[[str], Sequence[int]] | None
+
+
+def load_checkpoint(folder: Path, dtype: torch.dtype) -> Any:
+    """The causal language model of the Hugging Face checkpoint in ``folder``, in evaluation mode and without a cache.
+
+    Nothing is downloaded.
+
+    Args:
+        dtype: the dtype of its weights.
+
+    Raises:
+        FileNotFoundError: ``folder`` holds no checkpoint.
+        ModuleNotFoundError: transformers is not installed.
+    """
+    if not folder.is_dir() or not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no Hugging Face checkpoint at {folder}: name the folder with config.json, as save_pretrained writes it"
+        )
+    try:
+        from transformers import AutoModelForCausalLM
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "transformers is not installed; checkpoints need it: pip install 'fpsim[paper]'", name="transformers"
+        ) from error
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
+    model.config.use_cache = False
+    return model.eval()
 
 
 def is_script(name: str) -> bool:
@@ -54,21 +81,21 @@ def is_script(name: str) -> bool:
 
 
 def load_script(script: str, *, context: int | None = None, weights: Path | None = None, seed: int = 0) -> Script:
-    """What ``path/to/script.py:function`` brings; the script is executed once per process and content.
+    """The model of ``path/to/script.py:function``; the script is executed once per process and content.
 
     Args:
-        script: the file and, after a colon, the function in it that builds the module. It is called with those of
-            ``vocabulary`` (256, unless the script has ``tokenize``) and ``context`` that it has parameters for.
+        script: the file and, after a colon, the function in it that builds the module. The function is called with
+            ``vocabulary`` (256, unless the script has ``tokenize``) and ``context``, if it has these parameters.
         context: tokens per window; None is the default of the function's own parameter, or else the positions of the
             module (``.config.max_position_embeddings``, at most 1024), or else 128.
         weights: a file with the state dict of the module, as ``torch.save(module.state_dict(), file)`` writes it; read
             with ``weights_only=True``, so that it can hold tensors only. None: the weights that the function makes.
-        seed: of torch's generator while the function runs; its state is put back afterwards.
+        seed: the seed of torch's generator while the function runs; its state is restored afterwards.
 
     Raises:
         FileNotFoundError: no such script, or no such weights.
-        ValueError: no such function (those the script has are listed), one that needs other arguments, a result that
-            is not a module or is a compiled one, weights that are not a state dict or do not fit.
+        ValueError: no such function (the message lists those of the script), a function that needs other arguments, a
+            result that is not a module or is a compiled one, weights that are not a state dict or do not fit.
     """
     module, build = script_function(script)
     tokenize = getattr(module, "tokenize", None)
@@ -87,7 +114,7 @@ def load_script(script: str, *, context: int | None = None, weights: Path | None
 
 
 def positions(network: nn.Module) -> int | None:
-    """How many tokens a Hugging Face model has positions for; None if it does not say, or is another module."""
+    """The number of positions of a Hugging Face model; None if its configuration has none, or for another module."""
     config: Any = getattr(network, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "max_position_embeddings", None)
@@ -100,7 +127,7 @@ def script_function(script: str) -> tuple[ModuleType, Callable[..., Any]]:
 
     Raises:
         FileNotFoundError: no such script.
-        ValueError: no function is named, or the script has no such function; those it has are listed.
+        ValueError: no function is named, or the script has no such function; the message lists those of the script.
     """
     path, colon, name = script.rpartition(":")
     if not colon or not name:
@@ -116,7 +143,7 @@ def script_function(script: str) -> tuple[ModuleType, Callable[..., Any]]:
 
 
 def _executed(place: Path) -> ModuleType:
-    """The script at ``place`` as a module, under a name of its own: Dynamo looks modules of functions up by name."""
+    """The script at ``place`` as a module with a name of its own: Dynamo looks up the modules of functions by name."""
     identity = hashlib.sha256(str(place.resolve()).encode() + place.read_bytes()).hexdigest()
     name = f"fpsim_user_{place.stem}_{identity[:12]}"
     if name not in sys.modules:
@@ -133,12 +160,14 @@ def _executed(place: Path) -> ModuleType:
 
 
 def built(script: str, build: Callable[..., Any], known: dict[str, int], seed: int) -> nn.Module:
-    """What ``build`` of ``script`` returns, called with those of ``known`` that it has parameters for.
+    """The module that ``build`` of ``script`` returns.
 
-    ``seed``: of torch's generator while it runs.
+    Args:
+        known: the arguments that ``build`` may take; it is called with those that it has parameters for.
+        seed: the seed of torch's generator while it runs.
 
     Raises:
-        ValueError: it needs other arguments, or returns no module or a compiled one.
+        ValueError: ``build`` needs other arguments, or returns no module or a compiled one.
     """
     parameters = inspect.signature(build).parameters
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -155,7 +184,9 @@ def built(script: str, build: Callable[..., Any], known: dict[str, int], seed: i
     if not isinstance(network, nn.Module):
         raise ValueError(f"{script} must return a torch.nn.Module, got {type(network).__name__}")
     if hasattr(network, "_orig_mod"):
-        raise ValueError(f"{script} returns a compiled module, which formats cannot be simulated in: leave it as it is")
+        raise ValueError(
+            f"{script} returns a compiled module, in which formats cannot be simulated: return it uncompiled"
+        )
     return network
 
 

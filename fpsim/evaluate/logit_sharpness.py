@@ -1,8 +1,8 @@
-"""The work of ``fpsim sharpness``: the logit sharpness of a language model on a text, beside its baselines.
+"""The logit sharpness of a language model on a text, with plain measures beside it, for ``fpsim sharpness``.
 
-The model is a Hugging Face checkpoint, read with its tokenizer from a folder (nothing is downloaded), or what a script
-of the user's builds. Formats are simulated by the compiler backend, so that the same weights can be looked at under
-several precisions.
+The model is a Hugging Face checkpoint, read with its tokenizer from a folder (nothing is downloaded), or the module
+that a user's script builds. The compiler backend simulates formats, so that the same weights are measured under several
+precisions.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fpsim.curvature.losses import IGNORED
-from fpsim.evaluate.load import BYTES, load_script, positions
+from fpsim.evaluate.load import BYTES, load_checkpoint, load_script, positions
 from fpsim.policy import Policy
-from fpsim.sharpness.box import ITERATIONS
+from fpsim.policy.shorthand import UNSIMULATED, parse_shorthand
+from fpsim.sharpness.box import EPSILONS, ITERATIONS
 from fpsim.sharpness.logits import LogitMetrics, Method, last_of, logit_metrics
 from fpsim.sharpness.streaming import Accumulator, LogitSummary, gradient_norm, logits_of, predictions
 
-#: Keskar's two boxes.
-EPSILONS = (5e-4, 1e-3)
 #: Name of the row in which nothing is rounded.
 UNROUNDED = "none"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
-#: More bytes of text per token than any tokenizer makes of prose; what is beyond is not read.
+#: Bytes of text per token to read: more than any tokenizer makes a token of in prose.
 _BYTES_PER_TOKEN = 64
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured under one precision.
+    """The measurements under one precision.
 
     Attributes:
-        format: what all operands of all matrix products were rounded to, or ``none``.
-        every: of all tokens, by epsilon.
-        last: of the last token of every window alone, as in the paper, by epsilon.
-        gradient_norm: of the mean loss with respect to the parameters; None if it was not asked for.
+        format: the policy as `fpsim.policy.shorthand.parse_shorthand` reads it, or ``none``.
+        every: the summary of all tokens, by epsilon.
+        last: the summary of the last token of every window alone, as in the paper, by epsilon.
+        gradient_norm: the norm of the mean loss's gradient with respect to the parameters; None if it was not asked
+            for.
     """
 
     format: str
@@ -56,9 +56,9 @@ class Report:
     """The result of `measure_checkpoint` and `measure_script`.
 
     Attributes:
-        model, text: what was read: a folder or a script with its function, and a file.
-        windows, context: how many stretches of the text, of how many tokens each.
-        method: how the box was searched.
+        model, text: a folder, or a script with its function; and the file of the text.
+        windows, context: the number of windows of the text, and the tokens in each.
+        method: the search of the box, ``exact`` or ``lbfgsb``.
         rows: one per precision, in the order asked for.
     """
 
@@ -142,13 +142,15 @@ def measure_checkpoint(
     Args:
         model: folder of a Hugging Face checkpoint, with its tokenizer; models over bytes (256 words) need none.
         text: a UTF-8 file. No special tokens are added to it.
-        formats: casts of all operands of all matrix products, as in `fpsim.Policy`: ``e4m3fn``, ``e8m3/toward_zero``.
+        formats: policies as `fpsim.policy.shorthand.parse_shorthand` reads them: a cast of all operands of all matrix
+            products (``e4m3fn``, ``e8m3/toward_zero``), two casts (``e4m3fn+e5m2``) or a preset (``paper:e8m3``).
+            Here ``fp32`` rounds operands to float32.
         epsilons, method, iterations: as for `fpsim.sharpness.logit`.
-        windows: how many at most.
+        windows: the greatest number of windows.
         context: tokens per window; None is the model's own, at most 1024.
-        gradients: measure the norm of the parameters' gradient, too, by a second forward and a backward pass.
-        dtype: of the weights: float32, or what the model was trained in.
-        device: where the model runs.
+        gradients: also measure the norm of the parameters' gradient, by a second forward and a backward pass.
+        dtype: of the weights: float32, or the dtype in which the model was trained.
+        device: the device of the model.
         backend: ``fpsim_eager`` or ``fpsim``, which compiles: same values, faster on long texts.
         progress: called with (windows done, windows).
 
@@ -157,7 +159,7 @@ def measure_checkpoint(
         ModuleNotFoundError: transformers is not installed.
         ValueError: text that is not UTF-8 or too short, no tokenizer, an unknown format or choice.
     """
-    network = _load(model, dtype).to(device)
+    network = load_checkpoint(model, dtype).to(device)
     limit = positions(network)
     if context is None:
         context = min(limit or 1024, 1024)
@@ -184,20 +186,20 @@ def measure_script(
     backend: str = "fpsim_eager",
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """The same for a model of the user's own, in the dtypes that it is built in.
+    """`measure_checkpoint` for the model of a user's script, in the dtypes in which it is built.
 
     Args:
         script: ``path/to/script.py:function``, as `fpsim.evaluate.load` describes it.
         text: a UTF-8 file; its bytes are the tokens, unless the script has a function ``tokenize``.
-        weights: a file with the module's state dict; None: as the function built it.
-        context: tokens per window; None is what the script or its module has, or else 128.
+        weights: a file with the module's state dict; None keeps the weights that the function makes.
+        context: tokens per window; None is the number of the script or its module, or else 128.
         formats, epsilons, method, iterations, windows, gradients, device, backend, progress: as for
             `measure_checkpoint`.
 
     Raises:
         FileNotFoundError, IsADirectoryError: no such script, weights or text.
-        ValueError: a function that is not there or builds no module, weights that do not fit, a module that gives no
-            logits or takes no such tokens, text that is not UTF-8 or too short, an unknown format or choice.
+        ValueError: a function that is missing or builds no module, weights that do not fit, a module that gives no
+            logits or does not take such tokens, text that is not UTF-8 or too short, an unknown format or choice.
     """
     own = load_script(script, context=context, weights=weights)
     network = own.network.to(device)
@@ -217,7 +219,7 @@ def _check(windows: int, context: int, limit: int | None) -> None:
 
 
 def _check_logits(script: str, network: nn.Module, inputs: Tensor, highest: int) -> None:
-    """That ``network`` takes these tokens and gives a row of logits for each, by one run of it."""
+    """Check by one run that ``network`` takes these tokens and gives a row of logits for each."""
     with torch.no_grad():
         try:
             logits = logits_of(network(inputs))
@@ -253,7 +255,7 @@ def _rows(
 ) -> tuple[Row, ...]:
     if not epsilons:
         raise ValueError("epsilons is empty: give at least one, such as 5e-4")
-    policies = {UNROUNDED: None, **{name: Policy(format=name) for name in formats}}
+    policies = {UNROUNDED: None, **{name: _policy(name) for name in formats}}
     total = len(policies) * len(batches)
 
     def each() -> Iterator[Row]:
@@ -263,6 +265,11 @@ def _rows(
             yield _row(name, _under(network, policy, backend), batches, epsilons, method, iterations, gradients, tick)
 
     return tuple(each())
+
+
+def _policy(name: str) -> Policy:
+    """The policy that ``name`` stands for; ``fp32`` rounds operands to float32, which changes float64 models."""
+    return Policy.from_options(parse_shorthand(name) or {"format": UNSIMULATED})
 
 
 def _row(
@@ -305,22 +312,6 @@ def _under(model: nn.Module, policy: Policy | None, backend: str) -> Any:
     return torch.compile(model, backend=backend, options=options, dynamic=False)
 
 
-def _load(folder: Path, dtype: torch.dtype) -> Any:
-    if not folder.is_dir() or not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"no Hugging Face checkpoint at {folder}: name the folder with config.json, as save_pretrained writes it"
-        )
-    try:
-        from transformers import AutoModelForCausalLM
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "transformers is not installed; checkpoints need it: pip install 'fpsim[paper]'", name="transformers"
-        ) from error
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
-    model.config.use_cache = False
-    return model.eval()
-
-
 def _tokens(folder: Path, path: Path, vocabulary: int, count: int) -> Tensor:
     """The first ``count`` tokens of the text, or as many as there are: int64, shape (tokens,)."""
     text = _text(path, count * _BYTES_PER_TOKEN)
@@ -342,7 +333,7 @@ def _tokens(folder: Path, path: Path, vocabulary: int, count: int) -> Tensor:
 
 
 def _tokens_of_script(tokenize: Callable[[str], Sequence[int]] | None, path: Path, count: int) -> Tensor:
-    """The same by the script's own function, or bytes."""
+    """The first ``count`` tokens of the text by the script's ``tokenize``, or its bytes."""
     if tokenize is None:
         return _enough(_bytes(_text(path, count)), path)[:count]
     made = tokenize(_text(path, count * _BYTES_PER_TOKEN))
@@ -362,7 +353,7 @@ def _bytes(text: str) -> Tensor:
 
 def _enough(tokens: Tensor, path: Path) -> Tensor:
     if len(tokens) < 2:
-        raise ValueError(f"{path} holds {len(tokens)} tokens: one to predict another from is the least")
+        raise ValueError(f"{path} holds {len(tokens)} tokens: at least two are needed, one to predict from the other")
     return tokens
 
 

@@ -11,8 +11,10 @@ from collections.abc import Callable
 import numpy as np
 from scipy.optimize import Bounds, OptimizeResult, minimize
 
-#: Keskar's smaller epsilon; *To FP8 and Back Again* (arXiv 2405.18710) does not state its own.
-EPSILON = 5e-4
+#: Keskar's two epsilons; *To FP8 and Back Again* (arXiv 2405.18710) does not state its own.
+EPSILONS = (5e-4, 1e-3)
+#: The smaller of them.
+EPSILON = EPSILONS[0]
 #: Iterations of Keskar's L-BFGS-B.
 ITERATIONS = 10
 

@@ -35,15 +35,17 @@ from rich.table import Table
 from fpsim.paper.config import RunConfig
 from fpsim.paper.data import load
 from fpsim.paper.models import MODELS
-from fpsim.paper.sweeps import condition_options, grid, sweep
-from fpsim.paper.training import Record, records, step_seconds
+from fpsim.paper.record import Record, step_seconds
+from fpsim.paper.sweeps import grid, sweep
+from fpsim.paper.training import records
+from fpsim.policy.shorthand import parse_shorthand
 
 _EVERY = 10
 
 
 def cases(base: RunConfig, name: str) -> dict[str, RunConfig]:
     """The runs to compare; for each attention, plain Inductor precedes the simulated runs."""
-    options = dict(condition_options(name) or {})
+    options = dict(parse_shorthand(name) or {})
     fused = {**options, "attention": "keep"}
     return {
         "plain Inductor, attention opened": base,

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 from torch.profiler import ProfilerActivity, profile
 
+from fpsim.paper.compiled_loss import OpenAttention
 from fpsim.paper.models import LanguageModel, ModelConfig, llama
-from fpsim.paper.training import OpenAttention
 from tests.benchmarks import timing
 
 Compile = Callable[[nn.Module], Callable[..., Tensor]]

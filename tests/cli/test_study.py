@@ -12,10 +12,10 @@ from fpsim.cli.main import app
 from fpsim.paper.config import RunConfig, run_key, to_dict
 from fpsim.paper.data import DataConfig
 from fpsim.paper.models import ModelConfig
-from fpsim.paper.outcomes import preregistration
 from fpsim.paper.storage import read_records
 from fpsim.paper.sweeps import read_sweep
 from fpsim.paper.training import run
+from fpsim.paper.verdicts import preregistration
 
 pytest.importorskip("pyarrow")
 

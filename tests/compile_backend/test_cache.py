@@ -20,15 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fpsim
+from tests.shared.models import dyadic
 
-
-def dyadic(*shape: int, seed: int) -> Tensor:
-    """Small multiples of 1/8, which the formats below round in different ways, while sums of products stay exact."""
-    return torch.randint(-63, 64, shape, generator=torch.Generator().manual_seed(seed)) * 0.125
-
-
-X, W, DY = dyadic(4, 8, seed=1), dyadic(8, 8, seed=2), dyadic(4, 8, seed=3)
-Q, V = dyadic(1, 2, 4, 16, seed=4), dyadic(1, 2, 4, 16, seed=5)
+X, W, DY = dyadic(4, 8, seed=1, top=63), dyadic(8, 8, seed=2, top=63), dyadic(4, 8, seed=3, top=63)
+Q, V = dyadic(1, 2, 4, 16, seed=4, top=63), dyadic(1, 2, 4, 16, seed=5, top=63)
 
 
 # -- what a child process runs -----------------------------------------------------------------------------------------
@@ -119,7 +114,8 @@ def in_a_fresh_process(jobs: list[Job], cache: Path) -> list[dict[str, Any]]:
     """The results of ``jobs``, run one after the other by a new process with its cache in ``cache``."""
     settings = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     child = subprocess.run(
-        [sys.executable, __file__],
+        [sys.executable, "-m", "tests.compile_backend.test_cache"],
+        cwd=Path(__file__).parents[2],
         input=json.dumps([vars(job) for job in jobs]),
         env=os.environ | settings,
         capture_output=True,

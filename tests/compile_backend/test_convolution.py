@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import fpsim
 from fpsim.compile_backend import Gap
 from fpsim.compile_backend.passes.rounding_pass import RoundingPass
+from tests.shared.models import Casts, assert_all_equal, dyadic, dyadic_
 
 aten = torch.ops.aten
 
@@ -30,37 +31,6 @@ OPTIONS = {
     "wgrad": {"gradient": "e5m2", "activation": "e4m3"},
     "overflow": "sat_finite",
 }
-
-
-def dyadic(*shape: int, seed: int, bits: int = 4) -> Tensor:
-    """Integers of ``bits`` bits times 1/8: more bits than the formats have, few enough for exact sums."""
-    return torch.randint(-(2**bits), 2**bits + 1, shape, generator=torch.Generator().manual_seed(seed)) * 0.125
-
-
-def dyadic_(model: nn.Module, bits: int = 4) -> nn.Module:
-    """Give a model dyadic parameters."""
-    with torch.no_grad():
-        for seed, parameter in enumerate(model.parameters()):
-            parameter.copy_(dyadic(*parameter.shape, seed=seed, bits=bits))
-    return model
-
-
-class Casts:
-    """What a policy does to the operands of a product, spelled out with `fpsim.round`."""
-
-    def __init__(self, options: Mapping | None) -> None:
-        self.policy = fpsim.Policy.from_options(options)
-
-    def __call__(self, x: Tensor, kind: str, role: str) -> Tensor:
-        cast = self.policy.cast(kind, role)
-        return x if cast is None else fpsim.round(x, cast.format, rounding=cast.rounding, overflow=cast.overflow)
-
-
-def assert_same_bits(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        assert got[name].dtype == value.dtype and got[name].shape == value.shape, name
-        assert torch.equal(got[name], value), f"{name}: {(got[name] != value).sum()} of {value.numel()} differ"
 
 
 def step(model: Callable[..., Tensor], parameters: Mapping[str, Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
@@ -124,13 +94,13 @@ def test_every_convolution_computes_what_the_policy_says(name: str) -> None:
     layer, shape = CONVOLUTIONS[name]
     dyadic_(layer).zero_grad()
     x = dyadic(*shape, seed=10)
-    dy = dyadic(*layer(x).shape, seed=11, bits=3)
+    dy = dyadic(*layer(x).shape, seed=11, top=8)
     compiled = torch.compile(layer, backend="fpsim_eager", options=OPTIONS)
     batched = layer.weight.dim() == x.dim()
     want = by_hand({"": layer}, [Casts(OPTIONS)], *((x, dy) if batched else (x[None], dy[None])))
     if not batched:
         want |= {"y": want["y"][0], "x": want["x"][0]}
-    assert_same_bits(step(compiled, dict(layer.named_parameters()), x, dy), want)
+    assert_all_equal(step(compiled, dict(layer.named_parameters()), x, dy), want)
 
 
 class Network(nn.Sequential):
@@ -139,14 +109,14 @@ class Network(nn.Sequential):
     def __init__(self) -> None:
         stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
         super().__init__(stem, nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.ConvTranspose2d(8, 4, 2, stride=2))
-        dyadic_(self, bits=2)
+        dyadic_(self, top=4)
 
 
 def network_by_hand(model: Network, casts: Sequence[Casts], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     return by_hand({f"{name}.": layer for name, layer in model.named_children()}, casts, x, dy)
 
 
-X, DY = dyadic(2, 3, 9, 9, seed=20, bits=2), dyadic(2, 4, 6, 6, seed=21, bits=2)
+X, DY = dyadic(2, 3, 9, 9, seed=20, top=4), dyadic(2, 4, 6, 6, seed=21, top=4)
 
 
 @BACKENDS
@@ -155,13 +125,13 @@ def test_casts_may_differ_between_layers(backend: str) -> None:
     model = Network()
     casts = [Casts(OPTIONS), Casts({"format": "e5m2", "gradient": "e4m1"}), Casts({"format": "none"})]
     got = step(torch.compile(model, backend=backend, options=options), dict(model.named_parameters()), X, DY)
-    assert_same_bits(got, network_by_hand(model, casts, X, DY))
+    assert_all_equal(got, network_by_hand(model, casts, X, DY))
 
 
 def test_the_channels_may_be_last() -> None:
     model, x = Network().to(memory_format=torch.channels_last), X.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     got = step(torch.compile(model, backend="fpsim", options=OPTIONS), dict(model.named_parameters()), x, DY)
-    assert_same_bits(got, network_by_hand(model, [Casts(OPTIONS)] * 3, x, DY))
+    assert_all_equal(got, network_by_hand(model, [Casts(OPTIONS)] * 3, x, DY))
 
 
 @BACKENDS
@@ -169,11 +139,11 @@ def test_the_channels_may_be_last() -> None:
 def test_bfloat16(memory_format: torch.memory_format, backend: str) -> None:
     """With integers so small that all sums of products are at most 256 and exact."""
     options = {"format": "e5m1", "wgrad": {"activation": "e5m0"}}
-    layer = dyadic_(nn.Conv2d(2, 2, (1, 2)), bits=3).to(dtype=torch.bfloat16, memory_format=memory_format)  # type: ignore[call-overload]
-    x = dyadic(1, 2, 2, 3, seed=1, bits=3).to(torch.bfloat16, memory_format=memory_format)
-    dy = dyadic(1, 2, 2, 2, seed=2, bits=3).bfloat16()
+    layer = dyadic_(nn.Conv2d(2, 2, (1, 2)), top=8).to(dtype=torch.bfloat16, memory_format=memory_format)  # type: ignore[call-overload]
+    x = dyadic(1, 2, 2, 3, seed=1, top=8).to(torch.bfloat16, memory_format=memory_format)
+    dy = dyadic(1, 2, 2, 2, seed=2, top=8).bfloat16()
     got = step(torch.compile(layer, backend=backend, options=options), dict(layer.named_parameters()), x, dy)
-    assert_same_bits(got, by_hand({"": layer}, [Casts(options)], x, dy))
+    assert_all_equal(got, by_hand({"": layer}, [Casts(options)], x, dy))
 
 
 @BACKENDS
@@ -188,10 +158,10 @@ def test_sizes_may_vary() -> None:
     model = Network()
     compiled = torch.compile(model, backend="fpsim_eager", options=OPTIONS, dynamic=True)
     for batch in (2, 3):
-        x, dy = dyadic(batch, 3, 9, 9, seed=1, bits=2), dyadic(batch, 4, 6, 6, seed=2, bits=2)
+        x, dy = dyadic(batch, 3, 9, 9, seed=1, top=4), dyadic(batch, 4, 6, 6, seed=2, top=4)
         model.zero_grad()
         got = step(compiled, dict(model.named_parameters()), x, dy)
-        assert_same_bits(got, network_by_hand(model, [Casts(OPTIONS)] * 3, x, dy))
+        assert_all_equal(got, network_by_hand(model, [Casts(OPTIONS)] * 3, x, dy))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -201,23 +171,23 @@ def test_activation_checkpointing(reentrant: bool) -> None:
         lambda x: checkpoint(model, x, use_reentrant=reentrant), backend="fpsim_eager", options=OPTIONS
     )
     got = step(compiled, dict(model.named_parameters()), X, DY)
-    assert_same_bits(got, network_by_hand(model, [Casts(OPTIONS)] * 3, X, DY))
+    assert_all_equal(got, network_by_hand(model, [Casts(OPTIONS)] * 3, X, DY))
 
 
 @BACKENDS
 def test_each_result_is_rounded_where_the_policy_says_output(backend: str) -> None:
     """Each of the two gradients too, but not that of the bias, which is no product."""
     layer, out = dyadic_(nn.Conv2d(3, 4, 3)), Casts({"format": "e5m1/toward_zero"})
-    x, dy = dyadic(2, 3, 6, 5, seed=10), dyadic(2, 4, 4, 3, seed=11, bits=3)
+    x, dy = dyadic(2, 3, 6, 5, seed=10), dyadic(2, 4, 4, 3, seed=11, top=8)
     want = by_hand({"": layer}, [Casts(OPTIONS)], x, dy)
     want |= {name: out(want[name], "fprop", "weight") for name in ("y", "x", "weight")}
     compiled = torch.compile(layer, backend=backend, options={**OPTIONS, "output": "e5m1/toward_zero/ovf_inf"})
-    assert_same_bits(step(compiled, dict(layer.named_parameters()), x, dy), want)
+    assert_all_equal(step(compiled, dict(layer.named_parameters()), x, dy), want)
 
 
 def test_forward_and_backward_share_their_random_draws() -> None:
     layer = dyadic_(nn.Conv2d(3, 4, 3))
-    x, dy = dyadic(2, 3, 6, 5, seed=10), dyadic(2, 4, 4, 3, seed=11, bits=3)
+    x, dy = dyadic(2, 3, 6, 5, seed=10), dyadic(2, 4, 4, 3, seed=11, top=8)
     compiled = torch.compile(layer, backend="fpsim_eager", options={"format": "e4m1/stochastic"})
     with torch.random.fork_rng():
         seed = torch.randint(-(2**63), 2**63 - 1, [1])
@@ -232,7 +202,7 @@ def test_forward_and_backward_share_their_random_draws() -> None:
         "weight": torch.func.vjp(lambda w: F.conv2d(qx, w), qw)[1](qdy)[0],
         "bias": dy.sum((0, 2, 3)),
     }
-    assert_same_bits(got, want)
+    assert_all_equal(got, want)
 
 
 # -- kinds, roles and modules ------------------------------------------------------------------------------------------
@@ -291,10 +261,10 @@ class HandWritten(torch.autograd.Function):
 
 def test_a_backward_written_by_hand_is_rounded() -> None:
     layer = dyadic_(nn.Conv2d(3, 4, 3, bias=False))
-    x, dy = dyadic(2, 3, 6, 5, seed=10), dyadic(2, 4, 4, 3, seed=11, bits=3)
+    x, dy = dyadic(2, 3, 6, 5, seed=10), dyadic(2, 4, 4, 3, seed=11, top=8)
     compiled = torch.compile(lambda x: HandWritten.apply(x, layer.weight), backend="fpsim_eager", options=OPTIONS)
     got = step(compiled, dict(layer.named_parameters()), x, dy)
-    assert_same_bits(got, by_hand({"": layer}, [Casts(OPTIONS)], x, dy))
+    assert_all_equal(got, by_hand({"": layer}, [Casts(OPTIONS)], x, dy))
 
 
 def test_audit_counts_convolutions_as_covered() -> None:

@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import flex_attention
 import fpsim
 from fpsim.compile_backend import UnroundedError
 from fpsim.compile_backend.passes.rounding_pass import RoundingPass
+from tests.shared.models import dyadic, dyadic_
 
 #: Casts that tell roles and kinds apart.
 OPTIONS: dict[str, Any] = {
@@ -34,19 +35,6 @@ OPTIONS: dict[str, Any] = {
     "overflow": "sat_finite",
 }
 POLICY = fpsim.Policy.from_options(OPTIONS)
-
-
-def dyadic(*shape: int, seed: int, bits: int = 4) -> Tensor:
-    """Integers of ``bits`` bits times 1/8: more bits than the formats have, few enough for exact sums."""
-    return torch.randint(-(2**bits), 2**bits + 1, shape, generator=torch.Generator().manual_seed(seed)) * 0.125
-
-
-def dyadic_(model: nn.Module, bits: int = 3) -> nn.Module:
-    """Give a model dyadic parameters."""
-    with torch.no_grad():
-        for seed, parameter in enumerate(model.parameters()):
-            parameter.copy_(dyadic(*parameter.shape, seed=seed, bits=bits))
-    return model
 
 
 def q(x: Tensor, kind: str, role: str) -> Tensor:
@@ -89,7 +77,7 @@ def results(fn: Callable[..., Any], inputs: Sequence[Tensor], parameters: Sequen
         parameter.grad = None
     values = fn(*leaves)
     values = values if isinstance(values, tuple) else (values,)
-    torch.autograd.backward(values, [dyadic(*y.shape, seed=i, bits=3).to(y.dtype) for i, y in enumerate(values)])
+    torch.autograd.backward(values, [dyadic(*y.shape, seed=i, top=8).to(y.dtype) for i, y in enumerate(values)])
     return [*(y.detach() for y in values), *(x.grad for x in (*leaves, *parameters))]  # type: ignore[misc]
 
 
@@ -208,7 +196,7 @@ CHAINS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[tupl
 @pytest.mark.parametrize("name", CHAINS)
 def test_products_of_several_tensors(name: str) -> None:
     fn, by_hand, shapes = CHAINS[name]
-    assert_rounded(fn, by_hand, [dyadic(*shape, seed=i, bits=2) for i, shape in enumerate(shapes)])
+    assert_rounded(fn, by_hand, [dyadic(*shape, seed=i, top=4) for i, shape in enumerate(shapes)])
 
 
 # -- mixtures of experts -----------------------------------------------------------------------------------------------
@@ -219,7 +207,7 @@ class Experts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(dyadic(2, 8, 16, seed=5, bits=2).bfloat16())
+        self.weight = nn.Parameter(dyadic(2, 8, 16, seed=5, top=4).bfloat16())
 
     def forward(self, x: Tensor) -> Tensor:
         return F.grouped_mm(x, self.weight, offs=torch.tensor([2, 4], dtype=torch.int32, device=x.device))
@@ -230,12 +218,12 @@ class Experts(nn.Module):
 
 @pytest.mark.parametrize("backend", ["fpsim", "fpsim_eager"])
 def test_the_products_of_experts(backend: str) -> None:
-    model, x = Experts(), dyadic(4, 8, seed=1, bits=2).bfloat16()
+    model, x = Experts(), dyadic(4, 8, seed=1, top=4).bfloat16()
     assert_rounded(model, model.by_hand, [x], [model.weight], backend)
 
 
 def test_grouped_products_of_batches() -> None:
-    inputs = [dyadic(2, 8, 8, seed=i, bits=2).bfloat16() for i in range(2)]
+    inputs = [dyadic(2, 8, 8, seed=i, top=4).bfloat16() for i in range(2)]
     assert_rounded(F.grouped_mm, product, inputs)
 
 
@@ -281,7 +269,7 @@ ATTENTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 def heads(length: int, dtype: torch.dtype = torch.float32, groups: int = 1) -> list[Tensor]:
     """Queries, keys and values of two heads; the keys are zero."""
     shapes = [(2, 2, length, 16), *[(2, 2 // groups, length, 16)] * 2]
-    query, key, value = (dyadic(*shape, seed=i, bits=3).to(dtype) for i, shape in enumerate(shapes))
+    query, key, value = (dyadic(*shape, seed=i, top=8).to(dtype) for i, shape in enumerate(shapes))
     return [query, torch.zeros_like(key), value]
 
 
@@ -340,7 +328,7 @@ class HalfUniform(nn.MultiheadAttention):
 
     def __init__(self) -> None:
         super().__init__(32, 2, batch_first=True)
-        dyadic_(self, bits=2)
+        dyadic_(self, top=4)
         with torch.no_grad():
             self.in_proj_weight[32:64] = 0
             self.in_proj_bias[32:64] = 0
@@ -352,7 +340,7 @@ class HalfUniform(nn.MultiheadAttention):
         return linear(y, self.out_proj.weight, self.out_proj.bias)
 
 
-SEQUENCE = dyadic(2, 4, 32, seed=9, bits=1)
+SEQUENCE = dyadic(2, 4, 32, seed=9, top=2)
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
@@ -382,8 +370,8 @@ class Layer(nn.TransformerEncoderLayer):
         super().__init__(32, 2, 16, dropout=0, batch_first=True)
         self.self_attn = HalfUniform()
         self.norm1, self.norm2 = nn.Identity(), nn.Identity()
-        dyadic_(self.linear1, bits=1)
-        dyadic_(self.linear2, bits=1)
+        dyadic_(self.linear1, top=2)
+        dyadic_(self.linear2, top=2)
 
     def by_hand(self, x: Tensor) -> Tensor:
         x = x + self.self_attn.by_hand(x)  # type: ignore[operator]
@@ -427,7 +415,7 @@ def rnn_by_hand(cell: nn.RNNCell, x: Tensor, h: Tensor) -> Tensor:
 
 
 def test_a_recurrent_cell() -> None:
-    cell = dyadic_(nn.RNNCell(4, 5, nonlinearity="relu"))
+    cell = dyadic_(nn.RNNCell(4, 5, nonlinearity="relu"), top=8)
     inputs = [dyadic(2, 4, seed=8), dyadic(2, 5, seed=9)]
     assert_rounded(cell, lambda x, h: rnn_by_hand(cell, x, h), inputs, [*cell.parameters()])
 
@@ -447,7 +435,7 @@ def lstm_by_hand(cell: nn.LSTMCell, x: Tensor, h: Tensor, c: Tensor) -> Tensor:
 
 
 def test_gated_cells_in_inference() -> None:
-    gru, lstm = dyadic_(nn.GRUCell(4, 5)), dyadic_(nn.LSTMCell(4, 5))
+    gru, lstm = dyadic_(nn.GRUCell(4, 5), top=8), dyadic_(nn.LSTMCell(4, 5), top=8)
     x, h, c = dyadic(2, 4, seed=7), dyadic(2, 5, seed=8), dyadic(2, 5, seed=9)
     with torch.no_grad():
         got = torch.compile(gru, backend="fpsim_eager", options=OPTIONS)(x, h)
@@ -457,7 +445,7 @@ def test_gated_cells_in_inference() -> None:
 
 
 def test_a_recurrent_layer() -> None:
-    model = dyadic_(nn.RNN(4, 5, nonlinearity="relu", batch_first=True), bits=1)
+    model = dyadic_(nn.RNN(4, 5, nonlinearity="relu", batch_first=True), top=2)
 
     def by_hand(x: Tensor) -> Tensor:
         """The inputs of all steps are multiplied at once."""
@@ -468,14 +456,14 @@ def test_a_recurrent_layer() -> None:
             states.append(h)
         return torch.stack(states, 1)
 
-    assert_rounded(lambda x: model(x)[0], by_hand, [dyadic(2, 3, 4, seed=8, bits=2)], [*model.parameters()])
+    assert_rounded(lambda x: model(x)[0], by_hand, [dyadic(2, 3, 4, seed=8, top=4)], [*model.parameters()])
 
 
 @pytest.mark.parametrize(("kind", "cell"), [(nn.GRU, nn.GRUCell), (nn.LSTM, nn.LSTMCell)])
 def test_a_layer_of_gated_cells_is_the_cell_step_by_step(
     kind: type[nn.RNNBase], cell: type[nn.GRUCell | nn.LSTMCell]
 ) -> None:
-    layer, one = dyadic_(kind(4, 5)), cell(4, 5)
+    layer, one = dyadic_(kind(4, 5), top=8), cell(4, 5)
     one.load_state_dict({name.removesuffix("_l0"): value for name, value in layer.state_dict().items()})
     x, h, c = dyadic(3, 2, 4, seed=7), torch.zeros(2, 5), torch.zeros(2, 5)
     states = []
@@ -515,7 +503,7 @@ class Outer(torch.autograd.Function):
 
 
 def test_a_function_with_a_backward_of_its_own() -> None:
-    layer = dyadic_(nn.Linear(4, 3, bias=False))
+    layer = dyadic_(nn.Linear(4, 3, bias=False), top=8)
 
     def by_hand(x: Tensor) -> Tensor:
         return product(layer.weight, x, roles="weight activation")
@@ -584,7 +572,7 @@ def test_what_cannot_be_rounded_is_refused_with_a_remedy(name: str) -> None:
 
 def test_weighted_embeddings_are_rounded_as_the_refusal_advises() -> None:
     indices, shapes = torch.tensor([[0, 2, 2], [1, 0, 3]]), ((2, 3), (4, 2))
-    weights, table = (dyadic(*shape, seed=i, bits=2) for i, shape in enumerate(shapes))
+    weights, table = (dyadic(*shape, seed=i, top=4) for i, shape in enumerate(shapes))
     assert_rounded(
         lambda w, t: torch.einsum("bn,bnd->bd", w, F.embedding(indices, t)),
         lambda w, t: product(w, F.embedding(indices, t), lambda w, e: torch.einsum("bn,bnd->bd", w, e)),

@@ -18,7 +18,8 @@ def two_ranks(folder: Path) -> list[dict[str, Any]]:
     """What each rank found in each case."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, str(Path(__file__).parent / "two_ranks.py"), str(folder)],
+        [*torchrun, "--module", "tests.compile_backend.two_ranks", str(folder)],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -12,6 +12,7 @@ from torch._inductor.utils import run_and_get_code
 
 import fpsim
 from fpsim.compile_backend.graph.operations import operations
+from tests.shared.models import assert_all_equal
 
 aten = torch.ops.aten
 BACKENDS = ["fpsim_eager", "fpsim"]
@@ -36,7 +37,7 @@ def sites(model: Callable, *args: Tensor, policy: dict = OPTIONS) -> list[tuple[
     ]
 
 
-class Block(nn.Module):
+class NormAndSoftmax(nn.Module):
     """Two uses of one value, so that two gradients are added up."""
 
     def __init__(self) -> None:
@@ -51,7 +52,7 @@ class Block(nn.Module):
         return (F.softmax(F.gelu(h), -1) * h).sum(1)
 
 
-def block_by_hand(model: Block, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+def block_by_hand(model: NormAndSoftmax, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     weight, bias, eps = model.norm.weight, model.norm.bias, model.norm.eps
     h, mean, rstd = aten.native_layer_norm(x, [8], weight, bias, eps)
     h = forward(h)
@@ -76,20 +77,14 @@ def run(model: nn.Module, x: Tensor, dy: Tensor, backend: str, options: dict) ->
     return {"y": y.detach(), "x": x.grad, **gradients}
 
 
-def assert_same_bits(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        assert torch.equal(got[name], value.detach()), name
-
-
 def test_every_operation_is_rounded_once_forward_and_backward() -> None:
-    model, x, dy = Block(), torch.randn(3, 5, 8), torch.randn(3, 8)
-    assert_same_bits(run(model, x, dy, "fpsim_eager", OPTIONS), block_by_hand(model, x, dy))
+    model, x, dy = NormAndSoftmax(), torch.randn(3, 5, 8), torch.randn(3, 8)
+    assert_all_equal(run(model, x, dy, "fpsim_eager", OPTIONS), block_by_hand(model, x, dy))
 
 
 def test_the_plan_names_the_operators_as_they_were_called() -> None:
     x = torch.randn(3, 5, 8, requires_grad=True)
-    assert sites(Block(), x) == [
+    assert sites(NormAndSoftmax(), x) == [
         ("norm", "forward", "native_layer_norm", FORWARD),
         ("", "forward", "gelu", FORWARD),
         ("", "forward", "_softmax", FORWARD),
@@ -132,7 +127,7 @@ def exact_by_hand(model: Exact, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
 def test_compiled_and_interpreted_values_are_those_by_hand(backend: str) -> None:
     x, dy = torch.randint(-64, 64, (6, 16)) / 16, torch.randint(-16, 16, (16,)) / 8
     model = Exact()
-    assert_same_bits(run(model, x, dy, backend, OPTIONS), exact_by_hand(model, x, dy))
+    assert_all_equal(run(model, x, dy, backend, OPTIONS), exact_by_hand(model, x, dy))
 
 
 def test_compiled_code_has_no_mark_and_no_call_for_rounding() -> None:
@@ -148,8 +143,8 @@ def test_stochastic_results_are_the_same_compiled_and_interpreted() -> None:
     for backend in BACKENDS:
         torch.manual_seed(3)
         results.append(run(Exact(), x, dy, backend, options))
-    assert_same_bits(*results)
-    assert_same_bits({"y": fpsim.round(results[0]["y"], "e4m3fn")}, {"y": results[0]["y"]})
+    assert_all_equal(*results)
+    assert_all_equal({"y": fpsim.round(results[0]["y"], "e4m3fn")}, {"y": results[0]["y"]})
 
 
 # -- what is an operation ----------------------------------------------------------------------------------------------

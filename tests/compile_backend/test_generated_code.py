@@ -17,8 +17,7 @@ from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
-from torch._inductor.utils import fresh_cache, op_dtype_propagation_rules, run_and_get_code
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fpsim
@@ -27,7 +26,7 @@ from fpsim.compile_backend import UnroundedError
 BACKENDS = ("fpsim", "fpsim_eager")
 
 
-class Block(nn.Module):
+class LlamaBlock(nn.Module):
     """A layer of a Llama: norms, grouped-query causal attention, and a gated MLP."""
 
     def __init__(self, width: int = 32, head: int = 8) -> None:
@@ -48,15 +47,15 @@ class Block(nn.Module):
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
-LINEARS = sum(isinstance(module, nn.Linear) for module in Block().modules())
+LINEARS = sum(isinstance(module, nn.Linear) for module in LlamaBlock().modules())
 PASSES = (1, 2)  #: products of a linear layer forward and backward (the weight of the norm needs the first dgrad)
 ATTENTION_PRODUCTS = (2, 4)
 
 
 @functools.cache
 def code_of_a_step(backend: str, *, opened: bool = False, **options: str) -> tuple[str, str]:
-    """The code that is generated for a `Block`, forward and backward; ``opened``: with attention in its parts."""
-    model, x = Block(), torch.randn(2, 16, 32)
+    """The code that is generated for a `LlamaBlock`, forward and backward; ``opened``: with attention in its parts."""
+    model, x = LlamaBlock(), torch.randn(2, 16, 32)
 
     def step() -> None:
         with sdpa_kernel(SDPBackend.MATH) if opened else contextlib.nullcontext():
@@ -119,15 +118,6 @@ def test_rounding_joins_the_kernels_that_are_there() -> None:
     assert [products(code) for code in rounded] == [products(code) for code in plain]
 
 
-def test_inductor_keeps_its_table_of_dtype_rules_until_there_is_another_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.compile(nn.Linear(2, 2), backend="fpsim")(torch.randn(2, 2))  # loads the backend
-    rule = DtypePropagationOpsHandler().add
-    assert DtypePropagationOpsHandler().add is rule
-    monkeypatch.setitem(op_dtype_propagation_rules, "of_a_users_own", op_dtype_propagation_rules["add"])
-    handler = DtypePropagationOpsHandler()
-    assert handler.of_a_users_own is not None and handler.add is not rule
-
-
 def convolutions() -> nn.Module:
     layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)]
     return nn.Sequential(*layers)
@@ -149,7 +139,7 @@ def elements_kept_for_backward(model: nn.Module, x: Tensor, backend: str) -> int
 
 
 @only_code
-@pytest.mark.parametrize(("build", "shape"), [(Block, (2, 16, 32)), (convolutions, (2, 3, 12, 12))])
+@pytest.mark.parametrize(("build", "shape"), [(LlamaBlock, (2, 16, 32)), (convolutions, (2, 3, 12, 12))])
 def test_backward_keeps_no_more_than_without_rounding(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     plain, rounded = (elements_kept_for_backward(build(), torch.randn(shape), name) for name in ("inductor", "fpsim"))
     assert rounded <= plain
@@ -265,7 +255,7 @@ def unchanged(current: Callable[[], dict[str, Any]]) -> Iterator[None]:
 @only_code
 def test_compiling_leaves_the_settings_of_the_process_as_they_were(backend: str, attention: str) -> None:
     with unchanged(settings):
-        y = torch.compile(Block(), backend=backend, options={"attention": attention})(torch.randn(2, 16, 32))
+        y = torch.compile(LlamaBlock(), backend=backend, options={"attention": attention})(torch.randn(2, 16, 32))
         y.sum().backward()
 
 

@@ -17,7 +17,7 @@ from fpsim.compile_backend.passes.rounding_pass import RoundingPass
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
-class Block(nn.Module):
+class AttentionBlock(nn.Module):
     """A pre-norm transformer block whose arithmetic between products is the same in any executor."""
 
     def __init__(self, width: int = 16) -> None:
@@ -67,7 +67,7 @@ def inputs(batch: int = 2, length: int = 4, dtype: torch.dtype = torch.float32) 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_compiled_and_interpreted_give_the_same_bits(dtype: torch.dtype) -> None:
-    model, x = exact_(Block()).to(dtype), inputs(dtype=dtype)
+    model, x = exact_(AttentionBlock()).to(dtype), inputs(dtype=dtype)
     compiled = step(torch.compile(model, backend="fpsim", options=OPTIONS), x)
     same_bits(compiled, step(torch.compile(model, backend="fpsim_eager", options=OPTIONS), x))
     assert not torch.equal(compiled[0], step(model, x)[0])
@@ -142,9 +142,21 @@ def test_bfloat16_results_are_rounded_before_the_next_rounding_sees_them() -> No
     assert not torch.equal(got, unrounded_first)
 
 
+def test_every_bfloat16_operation_before_a_rounding_has_a_bfloat16_result() -> None:
+    """Inductor would keep a sum in float32 until the product of it is rounded."""
+    a, b, c = torch.randn(3, 64, 64, dtype=torch.bfloat16)
+    identity = torch.eye(64, dtype=torch.bfloat16)
+    got = torch.compile(lambda a, b, c, i: ((a + b) * c) @ i, backend="fpsim", options={"activation": "e5m4"})(
+        a, b, c, identity
+    )
+    assert torch.equal(got, fpsim.round((a + b) * c, "e5m4"))
+    sum_in_float32 = ((a.float() + b.float()) * c.float()).bfloat16()
+    assert not torch.equal(got, fpsim.round(sum_in_float32, "e5m4"))
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_inference_is_rounded(mode: type[contextlib.AbstractContextManager]) -> None:
-    model, x = exact_(Block()), inputs()
+    model, x = exact_(AttentionBlock()), inputs()
     want = step(torch.compile(model, backend="fpsim_eager", options=OPTIONS), x)[0]
     with mode():
         got = torch.compile(model, backend="fpsim", options=OPTIONS)(x)
@@ -152,7 +164,7 @@ def test_inference_is_rounded(mode: type[contextlib.AbstractContextManager]) -> 
 
 
 def test_dynamic_shapes_compile_once_and_stay_exact() -> None:
-    model = exact_(Block())
+    model = exact_(AttentionBlock())
     compiled = torch.compile(model, backend="fpsim", options=OPTIONS, dynamic=True)
     interpreted = torch.compile(model, backend="fpsim_eager", options=OPTIONS, dynamic=False)
     with torch._dynamo.config.patch(error_on_recompile=False):

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,21 +37,21 @@ from fpsim.compile_backend.observe.statistics import measure
 from fpsim.compile_backend.report.page import page
 from fpsim.compile_backend.report.profile import bars
 from fpsim.formats import parse_format
+from tests.shared.models import dyadic
 
 HYBRID = {"activation": "e4m3fn", "weight": "e4m3fn", "gradient": "e5m2/sat_finite"}
 
 
-def dyadic(*shape: int, seed: int, step: float = 2.0**-6) -> Tensor:
-    """Small integers times ``step``: more bits than eight-bit formats have, yet sums of products are exact."""
-    return step * torch.randint(-99, 100, shape, generator=torch.Generator().manual_seed(seed)).float()
+#: Random multiples of 2^-6: more bits than formats of eight bits have, yet sums of products are exact.
+numbers = partial(dyadic, top=99, unit=2.0**-6)
 
 
 def linear(inputs: int = 8, outputs: int = 6, bias: bool = True) -> nn.Linear:
     layer = nn.Linear(inputs, outputs, bias=bias)
     with torch.no_grad():
-        layer.weight.copy_(dyadic(outputs, inputs, seed=1))
+        layer.weight.copy_(numbers(outputs, inputs, seed=1))
         if bias:
-            layer.bias.copy_(dyadic(outputs, seed=2, step=1.0))
+            layer.bias.copy_(numbers(outputs, seed=2, unit=1.0))
     return layer
 
 
@@ -84,7 +85,7 @@ def close(a: float) -> Any:
 @pytest.fixture(scope="module")
 def of_linear() -> tuple[nn.Linear, Tensor, Tensor, Profile]:
     """A linear layer whose gradient is not uniform, its input, the gradient of its output, and its profile."""
-    layer, x, factor = linear(), dyadic(5, 8, seed=3).requires_grad_(), dyadic(5, 6, seed=4)
+    layer, x, factor = linear(), numbers(5, 8, seed=3).requires_grad_(), numbers(5, 6, seed=4)
     profile = fpsim.profile(layer, x, policy=HYBRID, loss=lambda y: (y * factor).sum())
     return layer, x, factor, profile
 
@@ -128,7 +129,7 @@ def test_every_product_is_compared_with_that_of_the_unrounded_operands(
 def test_the_values_are_those_of_the_backend() -> None:
     """In the second layer: the profile sees what rounding in the first has made."""
     model = nn.Sequential(linear(), nn.ReLU(), linear(6, 4))
-    x = dyadic(5, 8, seed=3)
+    x = numbers(5, 8, seed=3)
     h = F.relu(F.linear(rounded(x, "e4m3fn"), rounded(model[0].weight, "e4m3fn"), model[0].bias.detach()))
     profile = fpsim.profile(model, x, policy=HYBRID)
     assert the(profile, path="2", kind="fprop", role="activation").statistics == of(h, "e4m3fn")
@@ -139,7 +140,7 @@ def test_the_values_are_those_of_the_backend() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_carriers(dtype: torch.dtype) -> None:
-    layer, x = linear(bias=False).to(dtype), dyadic(5, 8, seed=3).to(dtype)
+    layer, x = linear(bias=False).to(dtype), numbers(5, 8, seed=3).to(dtype)
     profile = fpsim.profile(layer, x, policy={"format": "e3m2fn"})
     site = the(profile, kind="fprop", role="activation")
     assert site.dtype == str(dtype).removeprefix("torch.")
@@ -167,7 +168,7 @@ def test_all_zeros() -> None:
 
 
 def test_what_stays_unrounded_is_measured_too() -> None:
-    x = dyadic(5, 8, seed=3)
+    x = numbers(5, 8, seed=3)
     profile = fpsim.profile(linear(bias=False), x, policy={"weight": "e2m1fn"})
     site = the(profile, kind="fprop", role="activation")
     assert site.cast is None and site.statistics == measure(x, x)
@@ -175,7 +176,7 @@ def test_what_stays_unrounded_is_measured_too() -> None:
 
 
 def test_results_and_other_operations() -> None:
-    layer, x = linear(), dyadic(5, 8, seed=3)
+    layer, x = linear(), numbers(5, 8, seed=3)
     y = layer(x).detach()
     policy = {"activation": "none", "weight": "none", "gradient": "none", "format": "none", "output": "e4m3fn"}
     profile = fpsim.profile(lambda x: torch.tanh(layer(x)), x, policy=policy | {"elementwise": {"forward": "bf16"}})
@@ -190,7 +191,7 @@ def test_results_and_other_operations() -> None:
 
 
 def test_stochastic_rounding_is_measured_as_it_is_drawn() -> None:
-    x, layer = dyadic(16, 8, seed=3), linear(bias=False)
+    x, layer = numbers(16, 8, seed=3), linear(bias=False)
     policy = {"format": "e3m2fn", "rounding": "stochastic"}
     torch.manual_seed(5)
     first = fpsim.profile(layer, x, policy=policy)
@@ -204,9 +205,9 @@ def test_stochastic_rounding_is_measured_as_it_is_drawn() -> None:
 
 # -- every kind of product ---------------------------------------------------------------------------------------------
 
-IMAGE = dyadic(2, 4, 6, 6, seed=5)
-MATRIX, OTHER, VECTOR = dyadic(4, 5, seed=6), dyadic(5, 3, seed=7), dyadic(5, seed=8)
-BATCH, BATCH2 = dyadic(3, 4, 5, seed=9), dyadic(3, 5, 2, seed=10)
+IMAGE = numbers(2, 4, 6, 6, seed=5)
+MATRIX, OTHER, VECTOR = numbers(4, 5, seed=6), numbers(5, 3, seed=7), numbers(5, seed=8)
+BATCH, BATCH2 = numbers(3, 4, 5, seed=9), numbers(3, 5, 2, seed=10)
 
 
 def conv(weight: Tensor, **settings: Any) -> Callable[[Tensor, Tensor], Tensor]:
@@ -223,11 +224,11 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]] 
     "baddbmm": (lambda a, b: torch.baddbmm(100 * torch.ones(2), a, b, beta=2, alpha=4), BATCH, BATCH2),
     "one row": (lambda a, b: torch.addmm(100 * torch.ones(3), a, b), MATRIX[:1], OTHER),
     "einsum": (lambda a, b: torch.einsum("bij,bjk->bik", a, b), BATCH, BATCH2),
-    "conv2d": (lambda x, w: F.conv2d(x, w, 100 * torch.ones(3), padding=1), IMAGE, dyadic(3, 4, 3, 3, seed=11)),
-    "strided": (lambda x, w: F.conv2d(x, w, stride=2, dilation=2), IMAGE, dyadic(3, 4, 2, 2, seed=11)),
-    "grouped": (lambda x, w: F.conv2d(x, w, groups=2), IMAGE, dyadic(6, 2, 3, 3, seed=12)),
-    "depthwise": (lambda x, w: F.conv2d(x, w, groups=4), IMAGE, dyadic(4, 1, 3, 3, seed=12)),
-    "transposed": (lambda x, w: F.conv_transpose2d(x, w, stride=2), IMAGE, dyadic(4, 3, 2, 2, seed=13)),
+    "conv2d": (lambda x, w: F.conv2d(x, w, 100 * torch.ones(3), padding=1), IMAGE, numbers(3, 4, 3, 3, seed=11)),
+    "strided": (lambda x, w: F.conv2d(x, w, stride=2, dilation=2), IMAGE, numbers(3, 4, 2, 2, seed=11)),
+    "grouped": (lambda x, w: F.conv2d(x, w, groups=2), IMAGE, numbers(6, 2, 3, 3, seed=12)),
+    "depthwise": (lambda x, w: F.conv2d(x, w, groups=4), IMAGE, numbers(4, 1, 3, 3, seed=12)),
+    "transposed": (lambda x, w: F.conv_transpose2d(x, w, stride=2), IMAGE, numbers(4, 3, 2, 2, seed=13)),
 }  # fmt: skip
 
 
@@ -246,7 +247,7 @@ def test_the_error_of_every_kind_of_product(name: str) -> None:
     torch.set_default_dtype(torch.float64)  # for the constants within the functions
     try:
         shape = function(a.double(), b.double()).shape
-        upstream = dyadic(*shape, seed=14)
+        upstream = numbers(*shape, seed=14)
         ra, rb, rg = (fpsim.round(t, "e4m3fn") for t in (a, b, upstream))
         exact = gradients(function, a, b, upstream)
         both = gradients(function, ra, rb, rg)
@@ -287,7 +288,7 @@ def grouped_by_hand(a: Tensor, b: Tensor, ends: list[int] | None) -> Tensor:
 )
 def test_the_error_of_grouped_products(first: tuple, second: tuple, ends: list[int] | None) -> None:
     """In bfloat16, the only dtype that has them everywhere: the rounding of the result is part of the error."""
-    a, b = dyadic(*first, seed=1).bfloat16(), dyadic(*second, seed=2).bfloat16()
+    a, b = numbers(*first, seed=1).bfloat16(), numbers(*second, seed=2).bfloat16()
     offsets = {} if ends is None else {"offs": torch.tensor(ends, dtype=torch.int32)}
 
     def grouped(a: Tensor, b: Tensor) -> Tensor:
@@ -301,7 +302,7 @@ def test_the_error_of_grouped_products(first: tuple, second: tuple, ends: list[i
 
 def test_an_operand_that_is_expanded_counts_as_often_as_it_is_multiplied() -> None:
     """Grouped-query attention: one key for two queries."""
-    q, k = dyadic(1, 4, 3, 8, seed=15), dyadic(1, 2, 3, 8, seed=16)
+    q, k = numbers(1, 4, 3, 8, seed=15), numbers(1, 2, 3, 8, seed=16)
 
     def scores(q: Tensor, k: Tensor) -> Tensor:
         return q @ k[:, :, None].expand(1, 2, 2, 3, 8).reshape(1, 4, 3, 8).mT
@@ -383,7 +384,7 @@ class Stateful(nn.Module):
 
 
 def test_nothing_is_changed() -> None:
-    model, x = Stateful(), dyadic(5, 8, seed=3).requires_grad_()
+    model, x = Stateful(), numbers(5, 8, seed=3).requires_grad_()
     model(x).sum().backward()
     before = deepcopy(model.state_dict())
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
@@ -396,7 +397,7 @@ def test_nothing_is_changed() -> None:
 
 def test_without_gradients_the_step_is_a_forward_pass() -> None:
     with torch.no_grad():
-        profile = fpsim.profile(linear(), dyadic(5, 8, seed=3))
+        profile = fpsim.profile(linear(), numbers(5, 8, seed=3))
     assert [site.kind for site in profile.sites] == ["fprop", "fprop"]
 
 
@@ -413,7 +414,7 @@ class WithLoss(nn.Module):
 
 
 def test_the_loss_is_the_models_own_or_the_given_or_the_sum_of_all_outputs() -> None:
-    model, x = WithLoss(), dyadic(5, 8, seed=3)
+    model, x = WithLoss(), numbers(5, 8, seed=3)
 
     def gradient(model: Callable[..., Any], **settings: Any) -> float:
         return the(fpsim.profile(model, x, **settings), kind="wgrad", role="gradient").statistics.amax
@@ -427,12 +428,12 @@ def test_the_loss_is_the_models_own_or_the_given_or_the_sum_of_all_outputs() -> 
 @pytest.mark.parametrize("loss", [lambda y: y.detach().sum(), lambda y: 3.0])
 def test_a_loss_that_is_none_is_an_error(loss: Callable[[Tensor], Any]) -> None:
     with pytest.raises(TypeError, match="loss must give a floating-point tensor that needs a gradient, got"):
-        fpsim.profile(linear(), dyadic(5, 8, seed=3), loss=loss)
+        fpsim.profile(linear(), numbers(5, 8, seed=3), loss=loss)
 
 
 @pytest.mark.parametrize("backend", ["fpsim", "inductor"])
 def test_a_compiled_model_is_profiled_as_what_was_compiled(backend: str) -> None:
-    layer, x = linear(), dyadic(5, 8, seed=3)
+    layer, x = linear(), numbers(5, 8, seed=3)
     assert fpsim.profile(torch.compile(layer, backend=backend), x) == fpsim.profile(layer, x)
 
 
@@ -452,7 +453,7 @@ def test_the_sites_are_those_that_explain_lists() -> None:
 
 
 def test_activation_checkpointing_counts_nothing_twice() -> None:
-    layers, x = nn.Sequential(linear(), nn.Tanh(), linear(6, 8)), dyadic(5, 8, seed=3)
+    layers, x = nn.Sequential(linear(), nn.Tanh(), linear(6, 8)), numbers(5, 8, seed=3)
 
     def checkpointed(x: Tensor) -> Tensor:
         return checkpoint(layers, x, use_reentrant=False)
@@ -464,14 +465,14 @@ def test_activation_checkpointing_counts_nothing_twice() -> None:
 
 def test_what_is_not_rounded_is_a_gap() -> None:
     model = nn.Sequential(linear(), linear(6, 4))
-    profile = fpsim.profile(model, dyadic(5, 8, seed=3), policy={"skip": ["1"]})
+    profile = fpsim.profile(model, numbers(5, 8, seed=3), policy={"skip": ["1"]})
     assert {site.path for site in profile.sites} == {"0"}
     assert Gap("1", "aten.addmm", "fprop left unrounded by the policy") in profile.gaps
     assert "3 gaps are not in this table" in str(profile) and "left unrounded" in page_of(profile)
 
 
 def test_the_graphs_of_a_model_that_breaks_stand_one_after_the_other() -> None:
-    first, second, x = linear(), linear(6, 4), dyadic(5, 8, seed=3)
+    first, second, x = linear(), linear(6, 4), numbers(5, 8, seed=3)
 
     def broken(x: Tensor) -> Tensor:
         h = first(x)
@@ -487,7 +488,7 @@ def test_the_graphs_of_a_model_that_breaks_stand_one_after_the_other() -> None:
 
 
 def test_under_autocast_the_carrier_is_the_dtype_of_the_product() -> None:
-    layer, x = linear(bias=False), dyadic(5, 8, seed=3)
+    layer, x = linear(bias=False), numbers(5, 8, seed=3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         profile = fpsim.profile(layer, x, policy=HYBRID)
     site = the(profile, kind="fprop", role="activation")
@@ -499,7 +500,7 @@ def test_under_autocast_the_carrier_is_the_dtype_of_the_product() -> None:
 
 def test_what_is_not_compiled_is_a_gap() -> None:
     hidden = torch._dynamo.disable(linear())
-    profile = fpsim.profile(lambda x: hidden(x), dyadic(5, 8, seed=3))
+    profile = fpsim.profile(lambda x: hidden(x), numbers(5, 8, seed=3))
     assert profile.sites == () and profile.gaps[-1].operator == "(model)"
     assert "0 sites" in str(profile) and "<html" in page_of(profile)
 
@@ -518,7 +519,7 @@ def page_of(profile: Profile) -> str:
 )
 def test_bad_policies_are_errors(policy: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        fpsim.profile(nn.Sequential(linear()), dyadic(5, 8, seed=3), policy=policy)
+        fpsim.profile(nn.Sequential(linear()), numbers(5, 8, seed=3), policy=policy)
 
 
 # -- training loops ----------------------------------------------------------------------------------------------------
@@ -533,7 +534,7 @@ def train(profiler: Profiler, model: nn.Module, batches: list[Tensor]) -> None:
 
 
 def test_a_profiler_gathers_the_steps_of_a_training_loop() -> None:
-    batches = [dyadic(5, 8, seed=seed) for seed in range(3)]
+    batches = [numbers(5, 8, seed=seed) for seed in range(3)]
     model, reference = linear(), linear()
     profiler = Profiler(model, policy=HYBRID)
     train(profiler, model, batches)
@@ -551,7 +552,7 @@ def test_a_profiler_gathers_the_steps_of_a_training_loop() -> None:
 
 
 def test_steps_add_up() -> None:
-    layer, batches = linear(), [dyadic(n, 8, seed=n) for n in (5, 5, 3)]
+    layer, batches = linear(), [numbers(n, 8, seed=n) for n in (5, 5, 3)]
     same = [fpsim.profile(layer, x, policy=HYBRID) for x in batches[:2]]
     total = sum(same)
     site = the(total, kind="fprop", role="activation")
@@ -573,13 +574,13 @@ def test_a_smaller_batch_is_merged_with_the_others() -> None:
     model = linear()
     profiler = Profiler(model, policy=HYBRID)
     for n in (5, 5, 3):
-        profiler(dyadic(n, 8, seed=n)).sum().backward()
+        profiler(numbers(n, 8, seed=n)).sum().backward()
     (product, _) = profiler.take().products
     assert product.runs == 3 and product.shapes == (("*", 8), (8, 6))
 
 
 def test_profiles_of_different_models_do_not_add_up() -> None:
-    x = dyadic(5, 8, seed=3)
+    x = numbers(5, 8, seed=3)
     one, other = fpsim.profile(linear(), x), fpsim.profile(linear(), x, policy={"format": "e3m4"})
     words = "one has fprop activation of aten.addmm in '.root.' cast to e4m3fn/.* where another has .* cast to e3m4/"
     with pytest.raises(ValueError, match=words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -16,14 +17,13 @@ from torch.utils.checkpoint import checkpoint
 import fpsim
 from fpsim import Policy
 from fpsim.compile_backend.functional import functional
+from tests.shared.models import assert_all_equal, dyadic
 
 SCALED = {"scale": "power_of_two"}
 BACKENDS = ("fpsim", "fpsim_eager")
 
-
-def integers(*shape: int, seed: int, top: int = 7) -> Tensor:
-    """Small integers of both signs, so that sums of their products are exact."""
-    return torch.randint(-top, top + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
+#: Small integers of both signs, so that sums of their products are exact.
+integers = partial(dyadic, top=7, unit=1.0)
 
 
 def scaled(x: Tensor, format: str) -> Tensor:
@@ -38,12 +38,6 @@ def step(model: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     for parameter in model.parameters():
         parameter.grad = None
     return {"y": y.detach(), "x": leaf.grad, **gradients}
-
-
-def assert_same_bits(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    assert got.keys() == want.keys()
-    for name in want:
-        assert torch.equal(got[name], want[name]), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -80,7 +74,7 @@ def test_linear_layers_are_those_of_torchao(backend: str) -> None:
         x, dy = integers(48, 32, seed=22, top=31) * 2.0**power, integers(48, 16, seed=23, top=100) * 2.0**-30
         want = step(float8.convert_to_float8_training(deepcopy(model), config=config), x, dy)
         got = step(torch.compile(model, backend=backend, options=SCALED), x, dy)
-        assert_same_bits({name.removeprefix("_orig_mod."): value for name, value in got.items()}, want)
+        assert_all_equal({name.removeprefix("_orig_mod."): value for name, value in got.items()}, want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -122,7 +116,7 @@ def test_convolutions(backend: str) -> None:
         "x": torch.nn.grad.conv2d_input(x.shape, w, g),
         "_orig_mod.weight": torch.nn.grad.conv2d_weight(a, w.shape, g),
     }
-    assert_same_bits(got, want)
+    assert_all_equal(got, want)
 
 
 class Checkpointed(nn.Module):
@@ -147,10 +141,10 @@ def test_what_is_recomputed_is_scaled_as_before(rounding: str) -> None:
 
     want = result(torch.compile(model, backend="fpsim", options=options))
     again = result(torch.compile(Checkpointed(model), backend="fpsim", options=options))
-    assert_same_bits({name.replace("model.", ""): value for name, value in again.items()}, want)
+    assert_all_equal({name.replace("model.", ""): value for name, value in again.items()}, want)
     torch._dynamo.reset()
     with functorch_config.patch(activation_memory_budget=0.0):
-        assert_same_bits(result(torch.compile(model, backend="fpsim", options=options)), want)
+        assert_all_equal(result(torch.compile(model, backend="fpsim", options=options)), want)
 
 
 @pytest.mark.parametrize("rounding", ["nearest_even", "stochastic"])
@@ -162,7 +156,7 @@ def test_compiled_bits_are_interpreted_bits(rounding: str) -> None:
     for backend in BACKENDS:
         torch.manual_seed(2)
         results.append(step(torch.compile(layer, backend=backend, options=options), x, dy))
-    assert_same_bits(*results)
+    assert_all_equal(*results)
 
 
 def test_scales_follow_new_shapes_and_numbers() -> None:

@@ -17,13 +17,9 @@ from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
 import fpsim
+from tests.shared.models import dyadic
 
 BACKENDS = pytest.mark.parametrize("backend", ["fpsim", "fpsim_eager"])
-
-
-def dyadic(*shape: int, seed: int) -> Tensor:
-    """Integers of 6 bits times 1/8: more bits than the formats have, few enough that sums of products are exact."""
-    return torch.randint(-32, 33, shape, generator=torch.Generator().manual_seed(seed)) * 0.125
 
 
 class Network(nn.Module):
@@ -34,8 +30,8 @@ class Network(nn.Module):
         self.a, self.b = nn.Linear(8, 16, bias=False), nn.Linear(16, 4, bias=False)
         self.wrap = wrap
         with torch.no_grad():
-            self.a.weight.copy_(dyadic(16, 8, seed=1))
-            self.b.weight.copy_(dyadic(4, 16, seed=2))
+            self.a.weight.copy_(dyadic(16, 8, seed=1, top=32))
+            self.b.weight.copy_(dyadic(4, 16, seed=2, top=32))
 
     def block(self, x: Tensor) -> Tensor:
         return F.relu(self.a(x))
@@ -87,7 +83,7 @@ OPTIONS = {**ROLES, "overflow": "sat_finite"}
 
 @BACKENDS
 def test_a_step_is_that_written_by_hand_with_the_seed_of_the_generator(backend: str) -> None:
-    model, x, dy = Network(), dyadic(6, 8, seed=3), dyadic(6, 4, seed=4)
+    model, x, dy = Network(), dyadic(6, 8, seed=3, top=32), dyadic(6, 4, seed=4, top=32)
     compiled = torch.compile(model, backend=backend, options=OPTIONS)
     run(model, compiled, x, dy)
     torch.manual_seed(11)
@@ -104,7 +100,7 @@ def test_a_step_is_that_written_by_hand_with_the_seed_of_the_generator(backend: 
 
 @pytest.mark.parametrize("budget", [0.0, 0.5])
 def test_recomputation_sees_the_same_draw(budget: float) -> None:
-    model, x, dy = Network(), dyadic(6, 8, seed=3), dyadic(6, 4, seed=4)
+    model, x, dy = Network(), dyadic(6, 8, seed=3, top=32), dyadic(6, 4, seed=4, top=32)
     with functorch_config.patch(activation_memory_budget=budget):
         compiled = torch.compile(model, backend="fpsim", options=OPTIONS)
         run(model, compiled, x, dy)
@@ -116,7 +112,7 @@ def test_recomputation_sees_the_same_draw(budget: float) -> None:
 @BACKENDS
 def test_activation_checkpointing_sees_the_same_draw(backend: str) -> None:
     model = Network(lambda block, x: checkpoint(block, x, use_reentrant=False))
-    x, dy = dyadic(6, 8, seed=3), dyadic(6, 4, seed=4)
+    x, dy = dyadic(6, 8, seed=3, top=32), dyadic(6, 4, seed=4, top=32)
     compiled = torch.compile(model, backend=backend, options=OPTIONS)
     run(model, compiled, x, dy)
     torch.manual_seed(5)
@@ -126,9 +122,9 @@ def test_activation_checkpointing_sees_the_same_draw(backend: str) -> None:
 
 @BACKENDS
 def test_one_role_may_be_stochastic(backend: str) -> None:
-    layer, x, dy = nn.Linear(8, 8, bias=False), dyadic(4, 8, seed=1), dyadic(4, 8, seed=2)
+    layer, x, dy = nn.Linear(8, 8, bias=False), dyadic(4, 8, seed=1, top=32), dyadic(4, 8, seed=2, top=32)
     with torch.no_grad():
-        layer.weight.copy_(dyadic(8, 8, seed=3))
+        layer.weight.copy_(dyadic(8, 8, seed=3, top=32))
     options = {"activation": "e4m2", "weight": "e4m2", "gradient": "e5m1/stochastic:8"}
     compiled = torch.compile(layer, backend=backend, options=options)
     seed = next_seed()
@@ -138,7 +134,7 @@ def test_one_role_may_be_stochastic(backend: str) -> None:
 
 
 def test_two_products_of_one_value_share_its_rounding_and_two_casts_do_not() -> None:
-    x, a, b = dyadic(8, 8, seed=1), dyadic(8, 8, seed=2), dyadic(8, 8, seed=3)
+    x, a, b = dyadic(8, 8, seed=1, top=32), dyadic(8, 8, seed=2, top=32), dyadic(8, 8, seed=3, top=32)
     compiled = torch.compile(lambda x: (x @ a, x @ b), backend="fpsim", options={"format": "e4m2/stochastic"})
     seed = next_seed()
     left, right = compiled(x)
@@ -174,7 +170,7 @@ def test_explain_names_the_rounding_and_its_bits() -> None:
 
 @BACKENDS
 def test_the_policy_of_one_module_may_be_stochastic(backend: str) -> None:
-    model, x = Network(), dyadic(6, 8, seed=3)
+    model, x = Network(), dyadic(6, 8, seed=3, top=32)
     compiled = torch.compile(model, backend=backend, options={"format": "none", "modules": {"b": "e4m2/stochastic"}})
     seed = next_seed()
     h = F.relu(x @ model.a.weight.T)
@@ -186,7 +182,7 @@ def test_the_policy_of_one_module_may_be_stochastic(backend: str) -> None:
 
 @BACKENDS
 def test_results_may_be_rounded_stochastically(backend: str) -> None:
-    a, b = dyadic(6, 8, seed=3), dyadic(8, 4, seed=4)
+    a, b = dyadic(6, 8, seed=3, top=32), dyadic(8, 4, seed=4, top=32)
     compiled = torch.compile(lambda a: a @ b, backend=backend, options={"format": "none", "output": "e4m2/stochastic"})
     seed = next_seed()
     assert torch.equal(compiled(a), fpsim.round(a @ b, "e4m2", rounding="stochastic", seed=seed, salt=1))

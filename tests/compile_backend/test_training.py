@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fpsim
+from tests.shared.models import dyadic
 
 BACKENDS = pytest.mark.parametrize("backend", ["fpsim", "fpsim_eager"])
 OPTIONS = {"activation": "e4m2", "weight": "e4m1", "gradient": "e5m1"}
-
-
-def dyadic(*shape: int, seed: int, unit: float = 0.125) -> Tensor:
-    return torch.randint(-15, 16, shape, generator=torch.Generator().manual_seed(seed)) * unit
 
 
 def layer() -> nn.Linear:

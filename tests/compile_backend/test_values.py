@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fpsim
+from tests.shared.models import Casts, assert_equal, dyadic
 
 BACKENDS = ("fpsim", "fpsim_eager")
 
@@ -35,39 +35,15 @@ POLICIES = {
 }
 
 
-def dyadic(*shape: int, seed: int, bits: int = 5, scale: float = 0.125) -> Tensor:
-    """Integers of ``bits`` bits times ``scale``: more bits than the formats have, few enough for exact sums."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-(2**bits), 2**bits + 1, shape, generator=generator) * scale
-
-
-class Casts:
-    """What a policy does to the operands of a product, spelled out with `fpsim.round`."""
-
-    def __init__(self, options: dict) -> None:
-        self.policy = fpsim.Policy.from_options(options)
-
-    def __call__(self, x: Tensor, kind: str, role: str) -> Tensor:
-        cast = self.policy.cast(kind, role)
-        if cast is None:
-            return x
-        return fpsim.round(x, cast.format, rounding=cast.rounding, overflow=cast.overflow, scale=cast.scale)
-
-
-def assert_same_bits(got: Tensor, want: Tensor, what: str) -> None:
-    assert got.dtype == want.dtype and got.shape == want.shape, what
-    assert torch.equal(got, want), f"{what}: {(got != want).sum()} of {got.numel()} differ\n{got}\n{want}"
-
-
 class MLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up = nn.Linear(6, 8)
         self.down = nn.Linear(8, 5, bias=False)
         with torch.no_grad():
-            self.up.weight.copy_(dyadic(8, 6, seed=1))
-            self.up.bias.copy_(dyadic(8, seed=2))
-            self.down.weight.copy_(dyadic(5, 8, seed=3))
+            self.up.weight.copy_(dyadic(8, 6, seed=1, top=32))
+            self.up.bias.copy_(dyadic(8, seed=2, top=32))
+            self.down.weight.copy_(dyadic(5, 8, seed=3, top=32))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.relu(self.up(x)))
@@ -103,17 +79,17 @@ def run(model: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", POLICIES)
 def test_linear_layers_compute_what_the_policy_says(name: str, backend: str) -> None:
     options = POLICIES[name]
-    model, x, dy = MLP(), dyadic(4, 6, seed=4), dyadic(4, 5, seed=5, bits=3)
+    model, x, dy = MLP(), dyadic(4, 6, seed=4, top=32), dyadic(4, 5, seed=5, top=8)
     want = mlp_by_hand(model, x, dy, Casts(options))
     got = run(torch.compile(model, backend=backend, options=options), x, dy)
     assert got.keys() == want.keys()
     for key, value in want.items():
-        assert_same_bits(got[key], value, f"{name} {key}")
+        assert_equal(got[key], value, f"{name} {key}")
 
 
 def test_every_role_of_every_product_shows_in_the_values() -> None:
     """The test above means something: each cast alone changes the numbers that it should, and no others."""
-    model, x, dy = MLP(), dyadic(4, 6, seed=4), dyadic(4, 5, seed=5, bits=3)
+    model, x, dy = MLP(), dyadic(4, 6, seed=4, top=32), dyadic(4, 5, seed=5, top=8)
     plain = mlp_by_hand(model, x, dy, Casts({"format": "none"}))
     touched = {
         ("fprop", "activation"): {"y", "x", "up.weight", "up.bias", "down.weight"},
@@ -138,7 +114,7 @@ class Layers(nn.Module):
         self.head = nn.Linear(6, 4, bias=False)
         with torch.no_grad():
             for seed, layer in enumerate([*self.layers, self.head]):
-                layer.weight.copy_(dyadic(*layer.weight.shape, seed=10 + seed, bits=3))
+                layer.weight.copy_(dyadic(*layer.weight.shape, seed=10 + seed, top=8))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -166,20 +142,20 @@ def test_module_rules_hold_in_forward_and_backward(backend: str) -> None:
     inner = {"activation": "e4m2", "weight": "e3m2", "gradient": "e5m1"}
     options = {"format": "e5m2", "modules": {"layers.1": inner}, "skip": ["head"]}
     casts = {"layers.0": Casts({"format": "e5m2"}), "layers.1": Casts(inner), "head": Casts({"format": "none"})}
-    model, x, dy = Layers(), dyadic(3, 6, seed=20, bits=3), dyadic(3, 4, seed=21, bits=2)
+    model, x, dy = Layers(), dyadic(3, 6, seed=20, top=8), dyadic(3, 4, seed=21, top=4)
     want = layers_by_hand(model, x, dy, casts)
     got = run(torch.compile(model, backend=backend, options=options), x, dy)
     for key, value in want.items():
-        assert_same_bits(got[key], value, key)
+        assert_equal(got[key], value, key)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_results_are_rounded_where_the_policy_says_output(backend: str) -> None:
     options = {"format": "e4m2", "output": "e5m1/toward_zero"}
-    model, x, dy = nn.Linear(6, 4), dyadic(3, 6, seed=30), dyadic(3, 4, seed=31)
+    model, x, dy = nn.Linear(6, 4), dyadic(3, 6, seed=30, top=32), dyadic(3, 4, seed=31, top=32)
     with torch.no_grad():
-        model.weight.copy_(dyadic(4, 6, seed=32))
-        model.bias.copy_(dyadic(4, seed=33))
+        model.weight.copy_(dyadic(4, 6, seed=32, top=32))
+        model.bias.copy_(dyadic(4, seed=33, top=32))
     q = Casts({"format": "e4m2"})
     out = Casts({"format": "e5m1", "rounding": "toward_zero"})
     w, b = model.weight.detach(), model.bias.detach()
@@ -191,7 +167,7 @@ def test_results_are_rounded_where_the_policy_says_output(backend: str) -> None:
     }
     got = run(torch.compile(model, backend=backend, options=options), x, dy)
     for key, value in want.items():
-        assert_same_bits(got[key], value, key)
+        assert_equal(got[key], value, key)
 
 
 def attention_by_hand(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, casts: Casts) -> dict[str, Tensor]:
@@ -221,7 +197,7 @@ def test_the_inner_products_of_attention_are_rounded(form: str, backend: str) ->
     """With k = 0 the softmax is exactly 1/4 in every place, so that even attention is exact."""
     options = {"activation": "e4m1", "weight": "e2m1fn", "gradient": "e5m1"}
     shape = (2, 3, 4, 16)  # scale 1/4, so that its root is exact too
-    q, v, dy = dyadic(*shape, seed=40), dyadic(*shape, seed=41), dyadic(*shape, seed=42)
+    q, v, dy = dyadic(*shape, seed=40, top=32), dyadic(*shape, seed=41, top=32), dyadic(*shape, seed=42, top=32)
     k = torch.zeros(shape)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -238,7 +214,7 @@ def test_the_inner_products_of_attention_are_rounded(form: str, backend: str) ->
         want["v"], attention_by_hand(q, k, v, dy, Casts({"format": "none"}))["v"]
     )
     for key, value in want.items():
-        assert_same_bits(got[key], value, f"{form} {key}")
+        assert_equal(got[key], value, f"{form} {key}")
 
 
 PRODUCTS = {
@@ -268,14 +244,14 @@ def exact_product(fn, a: Tensor, b: Tensor, dy: Tensor, casts: Casts) -> tuple[T
 def test_all_ways_to_write_a_matrix_product(name: str) -> None:
     options = {"activation": "e4m2", "gradient": "e5m1", "weight": "e2m1fn"}
     fn, shape_a, shape_b = PRODUCTS[name]
-    a, b = dyadic(*shape_a, seed=50), dyadic(*shape_b, seed=51)
-    dy = dyadic(*fn(a, b).shape, seed=52)
+    a, b = dyadic(*shape_a, seed=50, top=32), dyadic(*shape_b, seed=51, top=32)
+    dy = dyadic(*fn(a, b).shape, seed=52, top=32)
     want = exact_product(fn, a, b, dy, Casts(options))
     a, b = a.requires_grad_(), b.requires_grad_()
     y = torch.compile(fn, backend="fpsim", options=options)(a, b)
     y.backward(dy)
     for got, value, what in zip((y.detach(), a.grad, b.grad), want, ("value", "da", "db"), strict=True):
-        assert_same_bits(got, value, f"{name}: {what}")
+        assert_equal(got, value, f"{name}: {what}")
 
 
 @pytest.mark.parametrize("k", [1, 2, 8])
@@ -286,9 +262,9 @@ def test_no_shape_is_too_small_to_be_rounded(m: int, n: int, k: int) -> None:
     options = {"activation": "e4m2", "weight": "e3m1", "gradient": "e5m1"}
     model = nn.Linear(k, n)
     with torch.no_grad():
-        model.weight.copy_(dyadic(n, k, seed=60))
-        model.bias.copy_(dyadic(n, seed=61))
-    x, dy, casts = dyadic(m, k, seed=62), dyadic(m, n, seed=63), Casts(options)
+        model.weight.copy_(dyadic(n, k, seed=60, top=32))
+        model.bias.copy_(dyadic(n, seed=61, top=32))
+    x, dy, casts = dyadic(m, k, seed=62, top=32), dyadic(m, n, seed=63, top=32), Casts(options)
     w, b = model.weight.detach(), model.bias.detach()
     want = {
         "y": casts(x, "fprop", "activation") @ casts(w, "fprop", "weight").T + b,
@@ -298,4 +274,4 @@ def test_no_shape_is_too_small_to_be_rounded(m: int, n: int, k: int) -> None:
     }
     got = run(torch.compile(model, backend="fpsim_eager", options=options, dynamic=False), x, dy)
     for key, value in want.items():
-        assert_same_bits(got[key], value, f"{m}x{k} @ {k}x{n}: {key}")
+        assert_equal(got[key], value, f"{m}x{k} @ {k}x{n}: {key}")

@@ -18,17 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import fpsim
+from tests.shared.models import dyadic
 
 #: Few enough bits that rounding matters everywhere.
 OPTIONS = {"activation": "e4m1", "weight": "e4m2", "gradient": "e5m1/toward_zero"}
 SAMPLES = 4
 
 
-def dyadic(*shape: int, seed: int) -> Tensor:
-    return torch.randint(-15, 16, shape, generator=torch.Generator().manual_seed(seed)) / 8.0
-
-
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(8, 16, bias=False), nn.Linear(16, 8)
@@ -43,7 +40,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self, checkpointed: bool = False) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([Block(1), Block(2)])
+        self.blocks = nn.ModuleList([ResidualBlock(1), ResidualBlock(2)])
         self.checkpointed = checkpointed
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""``fpsim sharpness``: what is measured of a checkpoint is what the library measures of its model."""
+"""``fpsim sharpness`` measures for a checkpoint what the library measures for its model."""
 
 from __future__ import annotations
 
@@ -91,6 +91,16 @@ def test_formats_stand_side_by_side_in_the_table(checkpoint, text):
     assert "e5m2" in shown
     assert f"{report.rows[2].every[1e-3].loss:.4f}" in shown
     assert "64 tokens in 2 windows of up to 32" in shown
+
+
+def test_formats_are_read_as_everywhere(checkpoint, text):
+    formats = ["e4m3fn", "e4m3fn+e5m2", "paper:e4m3fn", "fp32"]
+    rows = measure_checkpoint(checkpoint, text, formats=formats, epsilons=[1e-3], windows=1).rows
+    none, one, two, truncated, fp32 = rows
+    assert [row.format for row in rows] == ["none", *formats]
+    assert one.every == two.every and one.gradient_norm != two.gradient_norm  # they differ in backward alone
+    assert truncated.every != one.every
+    assert fp32.every[1e-3].loss == pytest.approx(none.every[1e-3].loss, rel=1e-6)  # the carrier is float32
 
 
 def test_lbfgsb_lies_below(checkpoint, text):

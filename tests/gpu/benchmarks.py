@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._inductor.fx_passes import fuse_attention
 
 import fpsim
-from fpsim.paper.training import OpenAttention
+from fpsim.paper.compiled_loss import OpenAttention
 from tests.benchmarks.timing import interleaved_medians
 from tests.benchmarks.training import peer_cases
 

@@ -22,6 +22,7 @@ from fpsim.formats import OVERFLOWS, ROUNDINGS, FloatFormat, parse_format
 from fpsim.rounding.carriers import CARRIERS
 from tests.compile_backend.interpreted_triton import rounded_from, scaled_and_rounded
 from tests.gpu.kernels import rounded_in_a_kernel
+from tests.shared.models import dyadic
 
 FORMATS = ("e4m3fn", "e5m2", "e4m3fnuz", "e2m1fn", "e3m2fn", "e8m0fnu", "e8m3", "e5m2:nosubnormals", "bf16", "fp16")
 STOCHASTIC = ("stochastic", "stochastic:8", "stochastic:32", "stochastic_b:8", "stochastic_c:30")
@@ -312,10 +313,6 @@ def same(got: Tensor, want: Tensor) -> None:
         raise AssertionError(
             f"{int(differ.sum())} of {got.numel()} differ, first {got.view(-1)[i]}, not {want.view(-1)[i]}"
         )
-
-
-def dyadic(*shape: int, seed: int) -> Tensor:
-    return torch.randint(-15, 16, shape, generator=torch.Generator().manual_seed(seed)) / 8.0
 
 
 def step_of_a_network(device: torch.device, backend: str) -> list[Tensor]:

@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils._triton import has_triton
 
 from fpsim.compile_backend import backend
-from fpsim.paper.training import OpenAttention
+from fpsim.paper.compiled_loss import OpenAttention
 from tests.compile_backend.inductor_triton import kernels_of, pretended_gpu
 from tests.gpu.benchmarks import GPT2, Size
 

@@ -1,4 +1,4 @@
-"""What another process has compiled is found in the cache; what it could not compile is no reason to wait."""
+"""Code that another process has compiled is found in the cache; nobody waits for a run that it could not compile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo trains what it was asked to, and its table, picture and files say what happened."""
+"""The demo trains the runs that were asked for, and its table, plot and files agree with their records."""
 
 from __future__ import annotations
 
@@ -12,53 +12,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fpsim.paper.demo import DEFAULT_FORMATS, Result, _smooth, demo, parse_run
-from fpsim.paper.training import Record, run
+from fpsim.paper.demo import DEFAULT_FORMATS, Result, _smooth, demo
+from fpsim.paper.record import Record
+from fpsim.paper.training import run
 from fpsim.policy import Policy
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("fp32", None),
-        (" FP32", None),
-        ("bf16", {"format": "bf16"}),
-        ("E8M3", {"format": "e8m3"}),
-        ("e8m3/toward_zero", {"format": "e8m3/toward_zero"}),
-        ("e5m2/up/sat_finite", {"format": "e5m2/up/sat_finite"}),
-        ("e4m3:bias=11", {"format": "e4m3:bias=11"}),
-        ("e4m3fn+e5m2", {"activation": "e4m3fn", "weight": "e4m3fn", "gradient": "e5m2"}),
-        (
-            "e8m3/up + e8m3/down",
-            {"activation": "e8m3/up", "weight": "e8m3/up", "gradient": "e8m3/down"},
-        ),
-    ],
-)
-def test_a_run_is_one_cast_or_two(name, options):
-    assert parse_run(name) == options
-
-
-@pytest.mark.parametrize(
-    ("name", "complaint"),
-    [
-        ("e4m3nf", "did you mean"),
-        ("", "unknown format"),
-        ("e8m3/truncate", "toward_zero"),
-        ("e4m3fn+", "unknown format"),
-        ("e4m3fn+e5m2+bf16", "3 casts"),
-        ("e4m3fn,e5m2", "unknown format"),
-    ],
-)
-def test_a_name_without_meaning_is_refused_with_the_remedy(name, complaint):
-    with pytest.raises(ValueError, match=complaint) as error:
-        parse_run(name)
-    assert repr(name) in str(error.value)
-    assert "e4m3fn+e5m2" in str(error.value)
+from fpsim.policy.shorthand import parse_shorthand
 
 
 @pytest.mark.parametrize("name", DEFAULT_FORMATS)
 def test_the_default_runs_are_policies(name):
-    Policy(**parse_run(name))
+    Policy(**parse_shorthand(name))
 
 
 @pytest.fixture
@@ -164,7 +127,7 @@ def test_a_diverged_run_is_drawn_and_summed_up(small_demo):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ({"formats": ["e9z9"]}, "cannot read the run 'e9z9'"),
+        ({"formats": ["e9z9"]}, "cannot read the format 'e9z9'"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"loss_scale": 0.0}, "loss_scale must be above 0"),
     ],

@@ -1,4 +1,4 @@
-"""The paper's experiments compare what they say, and run from plan to report."""
+"""The conditions of the paper's experiments are those that their names say, and they run from plan to report."""
 
 from __future__ import annotations
 

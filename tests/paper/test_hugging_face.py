@@ -1,4 +1,4 @@
-"""What ``hf:...`` names is what the real package ``datasets`` reads from local data; the Hub is never asked."""
+"""``hf:...`` gives the text that the real package ``datasets`` reads from local data; the Hub is never asked."""
 
 from __future__ import annotations
 

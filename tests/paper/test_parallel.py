@@ -14,7 +14,8 @@ import torch
 from fpsim.paper.config import to_dict
 from fpsim.paper.data import DataConfig
 from fpsim.paper.parallel import Parallel
-from fpsim.paper.training import Record, run
+from fpsim.paper.record import Record
+from fpsim.paper.training import run
 
 _CHILD = """
 import json, sys
@@ -22,7 +23,8 @@ from itertools import islice
 from pathlib import Path
 from fpsim.paper.config import from_dict
 from fpsim.paper.parallel import from_environment
-from fpsim.paper.training import Checkpoint, records
+from fpsim.paper.checkpoint import Checkpoint
+from fpsim.paper.training import records
 
 config, folder = from_dict(json.loads(sys.argv[1])), Path(sys.argv[2])
 for kind in ("ddp", "fsdp2"):

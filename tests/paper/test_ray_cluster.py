@@ -1,4 +1,4 @@
-"""A sweep on a cluster that was there before, by its address: the same bits, and errors instead of waiting for ever."""
+"""A sweep on a running cluster, by its address, gives the same bits, and errors instead of waiting for ever."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report says what the runs are, needs nothing beside it, and opens in a browser without an error."""
+"""The report agrees with the runs, needs no other file, and opens in a browser without an error."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import pytest
 
 from fpsim.paper.config import RunConfig, run_key, to_dict
 from fpsim.paper.figures import loss_curves, sharpness_and_loss
+from fpsim.paper.record import Record
 from fpsim.paper.report import judge_sweep, report
 from fpsim.paper.storage import to_parquet
 from fpsim.paper.sweeps import read_sweep
-from fpsim.paper.training import Record
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("matplotlib")

@@ -1,4 +1,4 @@
-"""A run that is interrupted anywhere and goes on gives the bits of a run that is not."""
+"""A run that is interrupted at any step and resumed has the bits of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from itertools import islice
 
 import pytest
 
-from fpsim.paper.config import run_key, to_dict
+from fpsim.paper.checkpoint import Checkpoint
+from fpsim.paper.config import RunConfig, run_key, to_dict
 from fpsim.paper.data import DataConfig
-from fpsim.paper.training import Checkpoint, RunConfig, records, run
+from fpsim.paper.training import records, run
 
 
 @pytest.fixture
@@ -72,7 +73,8 @@ _CHILD = """
 import sys
 from pathlib import Path
 from fpsim.paper.config import from_dict
-from fpsim.paper.training import Checkpoint, records
+from fpsim.paper.checkpoint import Checkpoint
+from fpsim.paper.training import records
 import json
 
 config = from_dict(json.loads(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""A sweep computes each run once, with the same bits wherever it runs, and loses nothing when workers die."""
+"""A sweep computes each run once, with the same bits on any executor, and loses nothing when workers die."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from rich.console import Console
 from fpsim.paper.config import RunConfig, compile_key, from_dict, run_key, to_dict
 from fpsim.paper.data import DataConfig
 from fpsim.paper.models import ModelConfig
+from fpsim.paper.record import Record
 from fpsim.paper.storage import read_records, read_run, to_parquet
-from fpsim.paper.sweeps import Planned, condition_options, grid, read_sweep, sweep
-from fpsim.paper.training import Record, run
+from fpsim.paper.sweeps import Planned, grid, read_sweep, sweep
+from fpsim.paper.training import run
 from fpsim.policy import Policy
+from fpsim.policy.shorthand import parse_shorthand
 
 pytest.importorskip("pyarrow")
 
@@ -191,12 +193,12 @@ def test_a_plan_must_make_sense(own, tmp_path):
 
 
 def test_conditions_are_presets_casts_or_two_casts():
-    assert condition_options("fp32") is None
-    assert condition_options("bf16") == {"format": "bf16"}
-    assert condition_options("paper:e8m3") == Policy.preset("paper:e8m3").to_dict()
-    assert condition_options("e4m3fn+e5m2")["gradient"] == "e5m2"
+    assert parse_shorthand("fp32") is None
+    assert parse_shorthand("bf16") == {"format": "bf16"}
+    assert parse_shorthand("paper:e8m3") == Policy.preset("paper:e8m3").to_dict()
+    assert parse_shorthand("e4m3fn+e5m2")["gradient"] == "e5m2"
     with pytest.raises(ValueError, match="e4m3nf"):
-        condition_options("e4m3nf")
+        parse_shorthand("e4m3nf")
 
 
 def test_records_survive_parquet_bit_by_bit():

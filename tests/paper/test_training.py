@@ -11,19 +11,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fpsim.paper.compiled_loss import OpenAttention, compile_loss
+from fpsim.paper.config import RunConfig
 from fpsim.paper.data import batches, validation_batches
 from fpsim.paper.models import LanguageModel, llama
-from fpsim.paper.training import (
-    OpenAttention,
-    Record,
-    RunConfig,
-    compile_loss,
-    evaluate,
-    learning_rate,
-    records,
-    run,
-    step_seconds,
-)
+from fpsim.paper.record import Record, step_seconds
+from fpsim.paper.trainer import evaluate, learning_rate
+from fpsim.paper.training import records, run
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
+from fpsim.paper.compiled_loss import Loss
+from fpsim.paper.config import RunConfig
 from fpsim.paper.data import Data, split, tokenize
 from fpsim.paper.models import ModelConfig
-from fpsim.paper.training import Loss, RunConfig
 
 TEXT = b"".join(b"It was the best of times, it was the worst of times, line %d.\n" % line for line in range(60))
 
@@ -33,7 +34,7 @@ def text() -> bytes:
 
 @pytest.fixture
 def eager():
-    """In place of `fpsim.paper.training.compile_loss`: the module itself, whatever the options."""
+    """In place of `fpsim.paper.compiled_loss.compile_loss`: the module itself, whatever the options."""
 
     def leave(module: nn.Module, options: Mapping[str, object] | None) -> Loss:
         return module

@@ -1,4 +1,4 @@
-"""What is measured beside the loss is what an independent computation finds."""
+"""Measurements beside the loss agree with an independent computation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import torch
 from scipy.special import log_softmax
 from torch import nn
 
+from fpsim.compile_backend.report.profile import Profiler
 from fpsim.paper.data import batches
-from fpsim.paper.measures import hessian_eigenvalue, logit_signals, range_shares
+from fpsim.paper.measurements import hessian_eigenvalue, logit_signals, range_shares
 from fpsim.paper.models import LanguageModel, LossAndLogits, llama
-from fpsim.paper.training import run, smoothing_span
+from fpsim.paper.record import smoothing_span
+from fpsim.paper.training import run
 
 
 def closed_form(logits: np.ndarray, target: int, epsilon: float) -> float:
@@ -93,8 +95,8 @@ def test_saturated_and_underflowed_values_are_counted_by_role():
     model = OneLayer([[500.0, 1.0], [2.0**-11, 0.0]])
     inputs = torch.tensor([[1e4, 1.0], [-1e4, 448.0], [2.0**-12, 0.0], [1.0, 2.0]])
     factors = torch.tensor([[1e5, 0.0], [1.0, 1.0], [1.0, 1.0], [1.0, 2.0**-10]])
-    loss = torch.compile(model, backend="fpsim_eager", options={"format": "e4m3fn"}, dynamic=False)
-    assert range_shares(model, loss, (inputs, factors), loss_scale=0.5) == {
+    profiler = Profiler(model, policy={"format": "e4m3fn"})
+    assert range_shares(model, profiler, (inputs, factors), loss_scale=0.5) == {
         "saturated_activation": 2 / 8,
         "underflowed_activation": 1 / 8,
         "saturated_weight": 1 / 4,
@@ -105,22 +107,63 @@ def test_saturated_and_underflowed_values_are_counted_by_role():
     assert model.layer.weight.grad is None
 
 
+def test_scaled_operands_are_counted_by_role_as_the_scale_leaves_them():
+    # Largest powers of two that bring 500, 7 and 0.5 * 1e5 to at most 448: 2^-1, 2^6 and 2^-7. What they leave at
+    # 2^-10 or below underflows. Unscaled, 500 and 5e4 would saturate, and other values would underflow.
+    model = OneLayer([[500.0, 2.0**-9], [2.0**-13, 0.0]])
+    inputs = torch.tensor([[7.0, 2.0**-16], [2.0**-15, 0.0], [-7.0, 1.0], [1.0, 2.0]])
+    factors = torch.tensor([[1e5, 0.25], [0.5, 0.0], [1.0, 1.0], [2.0**-20, -1.0]])
+    profiler = Profiler(model, policy={"format": "e4m3fn", "scale": "power_of_two"})
+    assert range_shares(model, profiler, (inputs, factors), loss_scale=0.5) == {
+        "saturated_activation": 0.0,
+        "underflowed_activation": 1 / 8,
+        "saturated_weight": 0.0,
+        "underflowed_weight": 2 / 4,
+        "saturated_gradient": 0.0,
+        "underflowed_gradient": 2 / 8,
+    }
+
+
+def test_operands_count_once_for_every_product_that_reads_them():
+    model = nn.Sequential(OneLayer([[1.0, 2.0**-11], [1.0, 1.0]]).layer, OneLayer([[1.0, 1.0], [1.0, 1.0]]).layer)
+    profiler = Profiler(lambda inputs, _: model(inputs).sum(), policy={"weight": "e4m3fn", "gradient": "none"})
+    shares = range_shares(model, profiler, (torch.ones(2, 2), torch.ones(2, 2)), loss_scale=1.0)
+    # fprop reads both weights, dgrad the second alone: the input's gradient is not asked for.
+    assert shares["underflowed_weight"] == 1 / 12
+    assert not [name for name in shares if name.endswith("gradient")]
+
+
+def test_counting_ranges_leaves_gradients_and_random_state_alone():
+    model = OneLayer([[1.0, 2.0], [3.0, 4.0]])
+    model.layer.weight.grad = gradient = torch.full((2, 2), 7.0)
+    state = torch.get_rng_state()
+    profiler = Profiler(model, policy={"format": "e2m1fn/stochastic"})
+    range_shares(model, profiler, (torch.ones(4, 2), torch.ones(4, 2)), loss_scale=1.0)
+    assert model.layer.weight.grad is gradient
+    assert torch.equal(gradient, torch.full((2, 2), 7.0))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_counting_ranges_changes_no_bit_of_a_stochastic_run(config, data):
+    config = replace(config, options={"format": "e4m3fn/stochastic"}, backend="interpreted")
+    counted = run(replace(config, ranges_every=2), data)
+    assert [record.step for record in counted if record.underflowed_gradient is not None] == [2, 4, 6]
+    facts = ("loss", "gradient_norm", "validation_loss")
+    assert [[getattr(r, f) for f in facts] for r in counted] == [
+        [getattr(r, f) for f in facts] for r in run(config, data)
+    ]
+
+
 def test_values_that_backward_rounds_are_told_apart(config, data):
     model = LossAndLogits(llama(config.model, seed=0))
-    loss = torch.compile(model, backend="fpsim_eager", options={"format": "e8m3"}, fullgraph=True, dynamic=False)
     inputs, targets = next(batches(data.train, batch=4, context=12, seed=0))
-    shares = range_shares(model, loss, (inputs, targets), loss_scale=1.0)
+    shares = range_shares(model, Profiler(model, policy={"format": "e8m3"}), (inputs, targets), loss_scale=1.0)
     assert set(shares.values()) == {0.0}  # the exponents are those of float32
-    loss = torch.compile(
-        model,
-        backend="fpsim_eager",
-        options={"activation": "bf16", "weight": "bf16", "gradient": "e2m1fn"},
-        fullgraph=True,
-        dynamic=False,
-    )
-    shares = range_shares(model, loss, (inputs, targets), loss_scale=1.0)
+    profiler = Profiler(model, policy={"activation": "bf16", "weight": "bf16", "gradient": "e2m1fn"})
+    shares = range_shares(model, profiler, (inputs, targets), loss_scale=1.0)
     # Every gradient of a logit underflows, and what is computed from it is zero already: 48 x 256 of all gradients that
-    # are rounded, with 48 x (16 x 5 + 24 x 2) of linear layers, and of scores and attended values in two heads.
+    # are rounded, with 48 x (16 x 5 + 24 x 2) of linear layers, and of scores and attended values in two heads. Two
+    # products read each of them.
     assert shares["underflowed_gradient"] == 12288 / (12288 + 6144 + 4 * 2 * 12 * 12 + 4 * 2 * 12 * 8)
     assert {name: share for name, share in shares.items() if not name.endswith("gradient")} == dict.fromkeys(
         ["saturated_activation", "underflowed_activation", "saturated_weight", "underflowed_weight"], 0.0

@@ -12,25 +12,11 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from fpsim.paper.config import RunConfig
-from fpsim.paper.outcomes import (
-    auc,
-    bootstrap,
-    compare,
-    divergence,
-    judge,
-    predict,
-    preregistration,
-    roc,
-    rules,
-    scored_steps,
-    share,
-    signal_values,
-    spikes,
-    trained,
-    warn,
-)
+from fpsim.paper.intervals import bootstrap, compare, share
+from fpsim.paper.prediction import auc, predict, roc, scored_steps, signal_values, warn
+from fpsim.paper.record import Record
 from fpsim.paper.storage import Run
-from fpsim.paper.training import Record
+from fpsim.paper.verdicts import divergence, judge, preregistration, rules, spikes, trained
 
 STEPS = 600
 

@@ -1,0 +1,103 @@
+"""Measurements of a run beside its loss: signals that may warn of divergence, and how its operands fit a format."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fpsim import curvature, sharpness
+from fpsim.compile_backend.observe.statistics import merge
+from fpsim.compile_backend.report.profile import Profiler
+from fpsim.policy.policy import ROLES
+from fpsim.sharpness.box import EPSILONS
+
+#: The most products with the Hessian per estimate, and the relative residual at which an estimate ends.
+HESSIAN_PRODUCTS, HESSIAN_TOLERANCE = 40, 0.05
+
+
+def logit_signals(logits: Tensor, targets: Tensor, *, lbfgsb: bool = False) -> dict[str, float]:
+    """Means over tokens of the sharpness in both boxes and of the logits, and the largest |z|.
+
+    Args:
+        logits: shape (tokens, vocabulary).
+        targets: int64, shape (tokens,).
+        lbfgsb: also search the boxes by L-BFGS-B, as the paper did (milliseconds per token).
+
+    Returns:
+        The values by the names of `fpsim.paper.record.Record`; all are NaN where no token has a finite loss.
+    """
+    small, large = EPSILONS
+    found = sharpness.logit_metrics(logits, targets, epsilon=small)
+    signals = {
+        "sharpness_5e4": found.sharpness,
+        "sharpness_1e3": sharpness.logit(logits, targets, epsilon=large),
+        "mean_logit": found.mean_logit,
+    }
+    if lbfgsb:
+        for name, epsilon in (("lbfgsb_5e4", small), ("lbfgsb_1e3", large)):
+            signals[name] = sharpness.logit(logits, targets, epsilon=epsilon, method="lbfgsb")
+    return {
+        **{name: float(values.nanmean()) for name, values in signals.items()},
+        "max_abs_logit": float(found.max_abs_logit.max()),
+    }
+
+
+def hessian_eigenvalue(loss: nn.Module, batch: tuple[Tensor, Tensor], *, seed: int) -> float:
+    """The largest eigenvalue of the Hessian of ``loss`` with respect to its parameters, on one batch.
+
+    Args:
+        loss: from inputs and targets to the loss, neither compiled nor with fused attention (which has no second
+            derivative).
+        seed: of the first vector of the Lanczos iteration, which takes at most 40 products.
+
+    Returns:
+        The eigenvalue, to a relative residual of 0.05 if 40 products reach it; NaN where the loss has no finite
+        derivatives.
+    """
+    operator = curvature.hessian(curvature.functional_loss(loss, batch=batch), dict(loss.named_parameters()))
+    try:
+        found = curvature.eigenpairs(
+            operator,
+            tol=HESSIAN_TOLERANCE,
+            max_products=HESSIAN_PRODUCTS,
+            generator=torch.Generator().manual_seed(seed),
+        )
+    except FloatingPointError:
+        return float("nan")
+    return float(found.eigenvalues[0])
+
+
+def range_shares(
+    model: nn.Module, profiler: Profiler, batch: tuple[Tensor, Tensor], *, loss_scale: float
+) -> dict[str, float]:
+    """The shares of operands that saturate and underflow in one interpreted forward and backward pass, by role.
+
+    The counts are those of `fpsim.profile`: an operand counts once for every matrix product that reads it, and only
+    where a cast rounds it. Gradients that the parameters hold and random state stay as they are.
+
+    Args:
+        model: the parameters to differentiate with respect to.
+        profiler: of ``model``, under the policy in question; nothing has run since its last `take`.
+        batch: inputs and targets of ``model``, which returns the loss, or a tuple that begins with it.
+        loss_scale: the gradient with which the backward pass begins.
+
+    Returns:
+        ``saturated_ROLE``: the share of finite operands beyond the largest finite value of the format, scaled as the
+        cast scales them, that were rounded to a finite value. ``underflowed_ROLE``: the share that is not zero and was
+        rounded to zero. Roles without a rounded operand are missing.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device = parameters[0].device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        outputs = profiler(*batch)
+        loss = outputs[0] if isinstance(outputs, tuple) else outputs
+        torch.autograd.grad(loss, parameters, torch.full_like(loss, loss_scale), allow_unused=True)
+    rounded = [site for site in profiler.take().sites if site.cast is not None]
+    by_role = {role: merge(site.statistics for site in rounded if site.role == role) for role in ROLES}
+    counts = {"saturated": "saturations", "underflowed": "underflows"}
+    return {
+        f"{what}_{role}": statistics.share(count)
+        for role, statistics in by_role.items()
+        if statistics.elements
+        for what, count in counts.items()
+    }
