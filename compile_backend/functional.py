@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -160,7 +159,7 @@ def _differentiable(gm: fx.GraphModule) -> fx.GraphModule:
         if node.target is round_op:
             node.target = _rounded
         elif node.target in SCALE_OPERATORS.values():
-            node.target = partial(_scale, node.target)
+            node.args, node.target = (node.target, *node.args), _scale
         elif node.target is aten.copy_.default and not node.users:
             gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code()
