@@ -1,7 +1,6 @@
 """The compiler backend: find the matrix products of a model, rewrite its graphs, and let Inductor fuse the rounding.
 
-This module only hands names on, each when it is first used: the backends themselves change settings of torch when they
-are imported.
+Each public name is imported when it is first used, because importing the backends changes settings of torch.
 """
 
 from __future__ import annotations

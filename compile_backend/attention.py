@@ -1,4 +1,4 @@
-"""Opening scaled dot-product attention, so that its inner products are products of the graph."""
+"""Decomposing scaled dot-product attention, so that its inner products are products of the graph."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fpsim.compile_backend.graph.nodes import module_path
 from fpsim.policy import Policy
 
 
-def open_attention(gm: fx.GraphModule, policy: Policy) -> tuple[fx.GraphModule, AbstractContextManager[Any]]:
-    """A Dynamo graph, and a context for compiling it, in which attention is opened where ``policy`` says ``"round"``.
+def decompose_attention(gm: fx.GraphModule, policy: Policy) -> tuple[fx.GraphModule, AbstractContextManager[Any]]:
+    """A Dynamo graph and a context for compiling it: attention is decomposed where ``policy`` says ``"round"``.
 
-    Where all modules agree, the context alone decides, and the graph stays as it is. Where they differ, the graph calls
-    `opened_attention` in the modules that round. Modules that the policy skips follow the policy of the whole model.
+    If all modules agree, the context alone decides, and the graph stays as it is. If they differ, the graph calls
+    `decomposed_attention` in the modules that round. Modules that the policy skips follow the whole model's policy.
     """
     if policy.attentions == {"round"}:
         return gm, sdpa_kernel(SDPBackend.MATH)
@@ -30,12 +30,12 @@ def open_attention(gm: fx.GraphModule, policy: Policy) -> tuple[fx.GraphModule, 
         for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
             local = policy.at(module_path(node) or "") or policy
             if node.target is F.scaled_dot_product_attention and local.attention == "round":
-                node.target = opened_attention
+                node.target = decomposed_attention
     copy.recompile()
     return copy, contextlib.nullcontext()
 
 
-def opened_attention(*args: Any, **kwargs: Any) -> Tensor:
+def decomposed_attention(*args: Any, **kwargs: Any) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` as matrix products and a softmax."""
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(*args, **kwargs)

@@ -1,7 +1,7 @@
 """The compiler backends: ``torch.compile(model, backend="fpsim")`` and its interpreted twin ``"fpsim_eager"``.
 
-torch imports this module when it looks one of them up, before it traces a model. That is the moment at which
-`torch_settings` have to change.
+torch imports this module when it looks up a backend, before it traces a model. The settings of `torch_settings` must
+change at that moment.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def fpsim(
     """Backend ``"fpsim"``: Inductor, with the operands of all matrix products rounded.
 
     Args:
-        gm, example_inputs: as Dynamo calls a backend.
-        options: the fields of `fpsim.Policy`, or ``{"policy": policy}``; none means the FP8 hybrid.
+        gm, example_inputs: a graph and examples of its inputs, as Dynamo passes them to a backend.
+        options: the fields of `fpsim.Policy`, or ``{"policy": policy}``. None stands for the FP8 hybrid.
         mode: must be None or ``"default"``.
 
     Raises:
         ValueError: an unknown option or value, a glob that matches no module or no operator, options that have
-            changed since a model was compiled with them, or a policy that is not that of the other ranks.
-        UnroundedError: something that multiplies matrices cannot be rounded and is not listed in ``gaps``.
+            changed since a model was compiled with them, or a policy that differs from that of another rank.
+        UnroundedError: an operator multiplies matrices, cannot be rounded, and is not listed in ``gaps``.
     """
     guards.check_options(options, mode)
     return compile_with_rounding(gm, example_inputs, Policy.from_options(options))
@@ -51,7 +51,8 @@ def fpsim_eager(
 ) -> Callable[..., Any]:
     """Backend ``"fpsim_eager"``: the same rewritten graphs as ``"fpsim"``, interpreted operator by operator.
 
-    For differential tests, for debugging, and for machines without a compiler. Arguments and errors as `fpsim`.
+    It is meant for differential tests, for debugging, and for machines without a compiler. It takes the arguments of
+    `fpsim` and raises the same errors.
     """
     guards.check_options(options, mode)
     return compile_with_rounding(gm, example_inputs, Policy.from_options(options), interpret=True)

@@ -1,7 +1,7 @@
 """Compiling one Dynamo graph under a policy.
 
-The graph goes to Inductor with a `RoundingPass` added to the passes over the joint graph; Inductor does the rest.
-Nothing is kept between calls.
+The graph goes to Inductor with a `RoundingPass` added to the passes over the joint graph. Inductor does the rest.
+No state is kept between calls.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.profiler import record_function
 
 from fpsim.compile_backend import guards
-from fpsim.compile_backend.attention import open_attention
+from fpsim.compile_backend.attention import decompose_attention
 from fpsim.compile_backend.graph.dynamo import copied
 from fpsim.compile_backend.graph.operations import decompositions
 from fpsim.compile_backend.graph.sources import Source
@@ -35,7 +35,7 @@ from fpsim.policy import Policy
 from fpsim.rounding.ops import draw_seed
 from fpsim.training.ranks import refuse_other_policy
 
-#: What the profiler calls a run of a graph that fpsim rewrote, forward (`fpsim.audit` looks for it).
+#: The profiler's name for a forward run of a graph that fpsim rewrote; `fpsim.audit` looks for it.
 GRAPH_EVENT = "fpsim: rewritten graph"
 
 
@@ -53,16 +53,16 @@ def compile_with_rounding(
     """Compile one Dynamo graph with the rounding that ``policy`` asks for.
 
     Args:
-        gm, example_inputs: as Dynamo calls a backend.
-        policy: what is rounded where.
-        interpret: run the rewritten graphs in an interpreter instead of compiling them.
-        observer: told of the plan of every graph (not called where compiled code comes from a cache, so give one
-            only with ``interpret``).
+        gm, example_inputs: a graph and examples of its inputs, as Dynamo passes them to a backend.
+        policy: the casts of every product and operation, by module.
+        interpret: whether to run the rewritten graphs in an interpreter instead of compiling them.
+        observer: called with the plan of every graph; only with ``interpret``, since compiled code that comes from a
+            cache has no plan.
         strict: whether a gap that the policy does not allow is an error.
         recorder: gathers the statistics of the graph's sites when it runs; only with ``interpret``.
-        keep: told of every run of a graph, its inputs and its results; only with ``interpret``.
+        keep: called after every run of a graph with the graph, its inputs and its results; only with ``interpret``.
 
-    Raises: as `fpsim`.
+    Raises: the errors of `fpsim.compile_backend.fpsim`.
     """
     apply_settings()
     guards.refuse_settings(policy)
@@ -79,10 +79,10 @@ def compile_with_rounding(
         gm, seed = _with_seed_input(gm, seed_device)
         example_inputs = [*example_inputs, seed]
         input_sources.append(Source.NONE)
-    gm, attention = open_attention(gm, policy)
+    gm, attention = decompose_attention(gm, policy)
     rounding = RoundingPass(policy, input_sources, identity, observer, strict, seed_input, recorder)
     patches: dict[str, Any] = {
-        "joint_custom_pre_pass": _after_the_users(rounding),
+        "joint_custom_pre_pass": _after_user_passes(rounding),
         # An explicit cast is a precision boundary: without this Inductor keeps 16-bit values in float32 between
         # fused operators, and the rounding would see numbers that the model never had.
         "emulate_precision_casts": True,
@@ -107,7 +107,7 @@ def compile_with_rounding(
 
 
 def _device(inputs: Sequence[Any]) -> torch.device:
-    """Where a graph with these inputs computes: where its first floating-point input is."""
+    """The device of the first floating-point input; the CPU if there is none."""
     floats = [x for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
     return floats[0].device if floats else torch.device("cpu")
 
@@ -115,8 +115,8 @@ def _device(inputs: Sequence[Any]) -> torch.device:
 def _with_seed_input(gm: fx.GraphModule, device: torch.device) -> tuple[fx.GraphModule, torch.Tensor]:
     """The graph with one more input, the seed of stochastic rounding, and an example of it.
 
-    As an input it is at hand in backward whatever the partitioner saves or recomputes. (A seed drawn by a node of the
-    graph is drawn again in backward under ``activation_memory_budget=0``: other random numbers, silently.)
+    Backward has an input, whatever the partitioner saves or recomputes. A seed drawn by a node of the graph would be
+    drawn again in backward under ``activation_memory_budget=0``, and backward would silently use other random numbers.
     """
     example = torch.zeros(1, dtype=torch.int64, device=device)
     copy = copied(gm)
@@ -133,9 +133,9 @@ def _with_seed_input(gm: fx.GraphModule, device: torch.device) -> tuple[fx.Graph
 def _interpreter(
     recorder: Recorder | None, keep: Callable[[fx.GraphModule, Sequence[Any], Any], None] | None
 ) -> Callable[..., Any]:
-    """In place of Inductor's compiler: the graph itself, called with a list that it empties.
+    """A substitute for Inductor's compiler. It returns a function that interprets the graph and empties its argument.
 
-    ``recorder`` and ``keep``: as `compile_with_rounding` takes them.
+    ``recorder`` and ``keep`` are arguments of `compile_with_rounding`.
     """
 
     def interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
@@ -157,7 +157,7 @@ def _interpreter(
 
 
 class _Sequence(CustomGraphPass):
-    """Passes run one after the other; cacheable if all are."""
+    """Passes that run one after the other. Their code can be cached if each of them has a key."""
 
     def __init__(self, passes: Sequence[Any]) -> None:
         self.passes = tuple(passes)
@@ -171,12 +171,12 @@ class _Sequence(CustomGraphPass):
         return None if None in keys else repr(keys)
 
 
-def _after_the_users(rounding: RoundingPass) -> CustomGraphPass:
-    """``rounding``, run after the pass or passes that the user may have configured."""
-    users = inductor_config.joint_custom_pre_pass
-    if users is None:
+def _after_user_passes(rounding: RoundingPass) -> CustomGraphPass:
+    """``rounding``, run after the passes that the user has configured."""
+    configured = inductor_config.joint_custom_pre_pass
+    if configured is None:
         return rounding
-    return _Sequence([*(users if isinstance(users, list | tuple) else [users]), rounding])
+    return _Sequence([*(configured if isinstance(configured, list | tuple) else [configured]), rounding])
 
 
 def _input_sources(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Source]:
@@ -195,7 +195,7 @@ def _source(node: fx.Node, value: Any) -> Source:
 
 
 def _identity(gm: fx.GraphModule, policy: Policy) -> Iterator[str]:
-    """What decides the rewritten graph and need not be in torch's cache key: attention, functions, module paths."""
+    """The facts that the pass reads and that torch's cache key may lack: attention, functions and module paths."""
     yield f"attention={sorted(policy.attentions)}"
     for node in gm.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {"": ("",)}

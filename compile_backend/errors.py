@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class UnroundedError(RuntimeError):
-    """The policy asks for rounding that the backend cannot do; nothing is left unrounded silently."""
+    """The policy asks for rounding that the backend cannot do. No product stays unrounded without this error."""

@@ -1,7 +1,8 @@
 """A module under a policy as a pure function that `torch.func` can differentiate.
 
-`torch.func` runs a compiled module uncompiled. Here the forward graph that the backend rewrites is kept as a graph of
-aten operators, in which `fpsim.round` stands with its straight-through derivative, and called with other parameters.
+`torch.func` runs a compiled module uncompiled. This file keeps the forward graph that the backend rewrites, a graph of
+aten operators, replaces its roundings by `fpsim.round` with its straight-through derivative, and calls the graph with
+other parameters.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fpsim.scaling.ops import scale_op
 
 aten = torch.ops.aten
 
-#: Parameters and buffers by name, positional and keyword arguments, to what the module returns.
+#: From parameters and buffers by name, positional arguments and keyword arguments to the module's result.
 Call = Callable[[Mapping[str, Tensor], tuple[Any, ...], Mapping[str, Any]], Any]
 
 
@@ -35,22 +36,23 @@ def functional(module: nn.Module, policy: Policy) -> Call:
     """``module`` as a function of its parameters, buffers and arguments, with its forward products rounded.
 
     Values are those of the module compiled by backend ``"fpsim_eager"`` under ``policy``. Derivatives, of any order and
-    in both modes, are those of the straight-through surrogate: every rounding passes them as they are, and what
-    the policy says of backward products is not looked at.
+    in both modes, are those of the straight-through surrogate: every rounding passes them unchanged. The policy's
+    casts for backward products are ignored.
 
     Args:
         module: any uncompiled module. It is traced for every new shape of its arguments.
-        policy: what is rounded where. Not stochastic: the surrogate of a random function is another at every call.
+        policy: the casts of every product and operation. It must not be stochastic, because a random function has a
+            different surrogate at every call.
 
     Raises:
-        ValueError: a stochastic policy; when called, a policy that does not fit the module, as the backend.
-        UnroundedError: when called, products that cannot be rounded, as the backend.
-        RuntimeError: when called, a result that is one of the arguments or a view of one.
+        ValueError: a stochastic policy; when called, a policy that does not fit the module (see `compile_backend`).
+        UnroundedError: when called, products that cannot be rounded.
+        RuntimeError: when called, a result that is an argument or a view of one.
     """
     if policy.is_stochastic:
         raise ValueError(
-            "a stochastically rounded loss is another function at every call and has no derivatives of its own: give a "
-            "policy with a deterministic rounding"
+            "a stochastically rounded loss is a different function at every call, so that its derivatives are not "
+            "defined: give a policy with a deterministic rounding"
         )
     traced: dict[Any, _Traced] = {}
 
@@ -67,7 +69,7 @@ def functional(module: nn.Module, policy: Policy) -> Call:
 
 @dataclass(frozen=True)
 class _Traced:
-    """A graph, and how the leaves of arguments and results are its inputs and outputs.
+    """A graph, and how its inputs and outputs correspond to the leaves of arguments and results.
 
     Attributes:
         graph: the rewritten graph.
@@ -97,7 +99,7 @@ def _facts(leaf: Any) -> Any:
 
 
 def _trace(module: nn.Module, policy: Policy, given: tuple[Any, ...]) -> _Traced:
-    """The graph for arguments of these shapes, whatever transforms of `torch.func` are going on around."""
+    """The graph for arguments of these shapes, traced outside of all transforms of `torch.func`."""
     runs: list[tuple[fx.GraphModule, Sequence[Any], Any]] = []
     apply_settings()
 
@@ -108,7 +110,7 @@ def _trace(module: nn.Module, policy: Policy, given: tuple[Any, ...]) -> _Traced
         return functional_call(module, state, args, kwargs, tie_weights=True)
 
     logging_calls = {function for function in vars(logging.Logger).values() if callable(function)}
-    quiet = dynamo_config.patch(ignore_logger_methods=logging_calls)  # a warning is no reason not to trace a model
+    quiet = dynamo_config.patch(ignore_logger_methods=logging_calls)  # a logged warning must not break the graph
     with temporarily_clear_interpreter_stack(), torch.no_grad(), quiet:
         parameters = dict(module.named_parameters(remove_duplicate=False))
         example = pytree.tree_map_only(Tensor, _example, given)
@@ -124,35 +126,35 @@ def _trace(module: nn.Module, policy: Policy, given: tuple[Any, ...]) -> _Traced
 def _refuse_unknown(
     inputs: Sequence[Any], leaves: Sequence[Any], values: Sequence[Any], outputs: Sequence[Any]
 ) -> None:
-    """Refuse what would be kept as a constant although it depends on the arguments: here they are mere examples."""
+    """Refuse tensors that depend on the arguments, and that the graph would keep as constants of the example."""
     known, returned = set(map(id, leaves)), set(map(id, outputs))
     storages = {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
     for value in inputs:
         if isinstance(value, Tensor) and id(value) not in known and value.untyped_storage()._cdata in storages:
             raise RuntimeError(
-                "torch.compile hands over another view of an argument: give the module contiguous copies"
+                "torch.compile replaces an argument by another view of it: give the module contiguous copies"
             )
     for value in values:
         if isinstance(value, Tensor) and id(value) not in returned:
             raise RuntimeError(
-                f"the module returns a tensor of shape {tuple(value.shape)} that its graph does not compute, an "
-                "argument or a view of one: leave it out, or return a copy (.clone())"
+                f"the module returns a tensor of shape {tuple(value.shape)} that its graph does not compute: it is an "
+                "argument or a view of one. Leave it out, or return a copy (.clone())"
             )
 
 
 def _example(leaf: Tensor) -> Tensor:
-    """A tensor like ``leaf`` without the transforms around it."""
+    """A tensor of the shape, dtype and device of ``leaf``, without the transforms around it."""
     return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
 
 
 def _places(values: Sequence[Any], among: Sequence[Any]) -> tuple[Any, ...]:
-    """Where each of ``values`` stands in ``among``, or itself where it is none of them."""
+    """For each of ``values`` its position in ``among``, or the value itself if it is not in there."""
     positions = {id(value): position for position, value in enumerate(among) if isinstance(value, Tensor)}
     return tuple(_Leaf(positions[id(value)]) if id(value) in positions else value for value in values)
 
 
 def _differentiable(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph with differentiable rounding, and without the write of new values into buffers at its end."""
+    """The graph with differentiable rounding, and without the final writes of new values into buffers."""
     for node in list(gm.graph.nodes):
         if node.target is round_op:
             node.target = _rounded

@@ -1,4 +1,4 @@
-"""What the backend refuses before it looks at any product, so that nothing stays unrounded without a word."""
+"""The checks before any product is looked at. They refuse whatever would leave products unrounded without an error."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from fpsim.policy import Policy
 from fpsim.policy.globs import matches
 from fpsim.suggestions import near_names, suggest
 
-# The options of every compiled model, kept alive so that no other takes over the identity, and what they said first.
-_first_said: dict[int, tuple[Mapping[str, Any], Policy]] = {}
+# By identity: the options of every compiled model, and the policy that they described when they were first seen. The
+# options are kept alive, so that no other mapping gets the same identity.
+_first_policies: dict[int, tuple[Mapping[str, Any], Policy]] = {}
 
 
 def check_options(options: Mapping[str, Any] | None, mode: str | None) -> None:
-    """Refuse a mode, and options that were changed after a model was compiled with them.
+    """Refuse a mode, and options that have changed since a model was compiled with them.
 
-    `torch.compile` keeps the mapping it is given and hands it over whenever it compiles: for another shape, in
-    training after inference. Changed in between, one model would run under two policies.
+    `torch.compile` keeps the mapping that it is given, and passes it to the backend at every compilation: for another
+    shape, or in training after inference. If the mapping changed in between, one model would run under two policies.
     """
     if mode not in (None, "default"):
         raise ValueError(
             f"backend 'fpsim' has no mode {mode!r}: leave mode out, and set Inductor's own config if needed"
         )
     policy = Policy.from_options(options)
-    if options is not None and _first_said.setdefault(id(options), (options, policy))[1] != policy:
+    if options is not None and _first_policies.setdefault(id(options), (options, policy))[1] != policy:
         raise ValueError(
             f"the options {dict(options)} have changed since a model was compiled with them: give every torch.compile "
             "a mapping of its own, or a Policy, which cannot change"
@@ -43,28 +44,30 @@ def check_options(options: Mapping[str, Any] | None, mode: str | None) -> None:
 
 
 def refuse_settings(policy: Policy) -> None:
-    """Refuse settings of torch under which products would not be those that the policy describes."""
+    """Refuse settings of torch under which products would differ from those that the policy describes."""
     if inductor_config.freezing and policy.is_stochastic:
         raise ValueError(
-            "torch._inductor.config.freezing makes constants of rounded weights, drawn once for all calls: set it to "
-            "False, or round deterministically"
+            "torch._inductor.config.freezing turns stochastically rounded weights into constants, drawn once for all "
+            "calls: set it to False, or round deterministically"
         )
     precision = torch.get_float32_matmul_precision()
     if precision != "highest" and not all(_fits(cast, precision) for cast in policy.operand_casts()):
         raise ValueError(
-            f"float32 products are computed from shortened operands here: torch.get_float32_matmul_precision() is "
-            f"{precision!r}, and the policy has operands with more bits. Call "
-            "torch.set_float32_matmul_precision('highest')"
+            f"torch shortens the operands of float32 products: torch.get_float32_matmul_precision() is {precision!r}, "
+            "and the policy has operands with more bits. Call torch.set_float32_matmul_precision('highest')"
         )
 
 
 def _fits(cast: Cast | None, precision: str) -> bool:
-    """Whether a rounded operand (None: unrounded) is exact in what products use instead: TF32 or bfloat16."""
+    """Whether the format to which torch shortens operands, TF32 or bfloat16, holds all values of ``cast``.
+
+    None stands for an unrounded operand.
+    """
     return cast is not None and cast.format.is_subset_of(FloatFormat(8, 10 if precision == "high" else 7))
 
 
 def refuse_inner_gradients(gm: fx.GraphModule) -> None:
-    """Refuse a function that takes derivatives itself, by `torch.func`; `torch.vmap` is none of these."""
+    """Refuse a function that takes derivatives itself by `torch.func`. `torch.vmap` is accepted."""
     for node in gm.graph.nodes:
         target = f"{getattr(node.target, '__module__', '')} {node.target}"
         if "_functorch" in target and not re.search("vmap|batch_dim|lazy_load_decompositions", target):
@@ -75,10 +78,10 @@ def refuse_inner_gradients(gm: fx.GraphModule) -> None:
 
 
 def check_globs(gm: fx.GraphModule, policy: Policy) -> None:
-    """Refuse a glob of modules that matches none: a slip, or a part of the model compiled on its own.
+    """Refuse a glob of modules that matches no module of the graph.
 
-    There (a layer compiled by itself, code after a graph break within a module) paths start at that part, and a rule
-    meant for the whole model would silently not hold.
+    Either the glob is misspelt, or the graph is a part of the model that is compiled on its own: a layer, or the code
+    after a graph break. Module paths then start at that part, and a rule for the whole model would silently not apply.
     """
     paths = module_paths(gm)
     for glob in unmatched_globs(policy, paths):
@@ -91,9 +94,9 @@ def check_globs(gm: fx.GraphModule, policy: Policy) -> None:
 
 
 def check_gaps(policy: Policy) -> None:
-    """Refuse a glob of operators that matches none that is registered.
+    """Refuse a glob of operators that matches no registered operator.
 
-    One of a library whose operators are not registered (yet) is let be.
+    A glob for a library that has registered no operators (yet) is accepted.
     """
     known = operator_names() if policy.all_gaps else frozenset()
     for glob in policy.all_gaps:
@@ -109,13 +112,13 @@ def check_gaps(policy: Policy) -> None:
 
 
 def operator_names() -> frozenset[str]:
-    """The names of all operators that are registered, as gaps name them: ``aten.mm``."""
+    """The names of all registered operators, in the spelling of gaps: ``aten.mm``."""
     names = torch._C._dispatch_get_all_op_names()
     return frozenset(name.partition(".")[0].replace("::", ".") for name in names)
 
 
 def near_modules(glob: str, paths: Iterable[str]) -> list[str]:
-    """Up to three paths, or globs of the last part of paths, that ``glob`` may be a slip of."""
+    """Up to three corrections of ``glob``: paths, or globs of the last part of paths."""
     paths = sorted(set(paths) - {""})
     near = near_names(glob, paths, cutoff=0.7)
     names = {path.rpartition(".")[2]: path for path in paths}
@@ -137,9 +140,9 @@ def unmatched_globs(policy: Policy, paths: set[str]) -> list[str]:
 
 
 def module_paths(gm: fx.GraphModule) -> set[str]:
-    """The paths of the modules in whose forward anything of a Dynamo graph arose, and of all that contain them.
+    """The paths of the modules whose forward contributes nodes to a Dynamo graph, and of the modules around them.
 
-    Of the parts into which Dynamo splits a DistributedDataParallel model, those of the whole model.
+    Dynamo splits a DistributedDataParallel model into parts. For such a part the paths are those of the whole model.
     """
     return {path for node in gm.graph.nodes for path in _paths(node)} | set(_paths_in_parallel_model())
 

@@ -18,12 +18,12 @@ class Site:
     Attributes:
         path: the module, ``""`` for the root.
         operator: the aten operator, such as ``aten.mm``.
-        kind: of a product: ``fprop``, ``dgrad`` or ``wgrad``; None for another operation.
+        kind: ``fprop``, ``dgrad`` or ``wgrad`` for a product; None for another operation.
         direction: ``forward`` or ``backward``.
-        role: of a product's value ``activation``, ``weight``, ``gradient`` or ``output``; of another operation
-            ``result``.
-        shape: of the value; symbolic sizes as text.
-        dtype: of the value, the carrier.
+        role: ``activation``, ``weight``, ``gradient`` or ``output`` for a value of a product; ``result`` for the result
+            of another operation.
+        shape: the shape of the value; symbolic sizes are text.
+        dtype: the dtype of the value, its carrier.
         cast: how the value is rounded; None where the policy leaves it unrounded.
         contracted: the axes of an operand along which its product sums; empty for results.
     """
@@ -46,12 +46,12 @@ class Site:
 
 @dataclass(frozen=True)
 class Gap:
-    """Something that multiplies matrices and is not rounded.
+    """An operator that multiplies matrices and is not rounded.
 
     Attributes:
         path: the module, ``""`` for the root.
-        operator: the operator.
-        reason: why it is not rounded, and what would change that.
+        operator: the operator, such as ``aten._cdist_forward``.
+        reason: why it is not rounded, and how to change that.
     """
 
     path: str

@@ -21,15 +21,15 @@ from torch._inductor.utils import op_dtype_propagation_rules
 #: Major and minor version of torch.
 TORCH = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
 
-#: How often Dynamo may compile one function anew (for other policies, shapes, modes) before it is an error.
+#: How often Dynamo may recompile one function (for other policies, shapes, modes) before it raises an error.
 RECOMPILE_LIMIT = 128
 
 
 def fail_at_recompile_limit() -> None:
-    """Raise Dynamo's recompile limit, and let it be an error to hit it.
+    """Raise Dynamo's recompile limit, and turn exceeding it into an error.
 
-    Past its limit (8) Dynamo gives up compiling with a warning only, and runs the model eagerly, unrounded. A sweep
-    over nine policies in one process would find the ninth unrounded.
+    Beyond its own limit (8) Dynamo only warns, and runs the model eagerly, unrounded. In a sweep over nine policies in
+    one process, the ninth would run unrounded.
     """
     dynamo_config.fail_on_recompile_limit_hit = True
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, RECOMPILE_LIMIT)
@@ -39,16 +39,16 @@ def fail_at_recompile_limit() -> None:
 def trace_recurrent_layers() -> None:
     """Let Dynamo trace `nn.RNN`, `nn.GRU` and `nn.LSTM`.
 
-    By default it leaves the function that calls one uncompiled, with everything beside it, and no backend hears of it.
+    By default Dynamo leaves the whole function that calls such a layer uncompiled, and calls no backend for it.
     """
     dynamo_config.allow_rnn = True
 
 
 @lru_cache(maxsize=1)
 def keep_precision_casts_in_cpp() -> None:
-    """Let Inductor's C++ round 16-bit numbers between fused operations under ``emulate_precision_casts``, as 2.13 does.
+    """Make C++ code of Inductor before 2.13 round 16-bit numbers under ``emulate_precision_casts``, as 2.13 does.
 
-    Before 2.13 Inductor remembers the float32 number from which it made a 16-bit one, and goes on with that: sums of
+    Earlier versions remember the float32 number that was converted to 16 bits, and compute with that number. Sums of
     bfloat16 numbers then have more bits than in the model.
     """
     if TORCH >= (2, 13):
@@ -64,9 +64,10 @@ def keep_precision_casts_in_cpp() -> None:
 
 @lru_cache(maxsize=1)
 def keep_dtype_rules() -> None:
-    """Let Inductor keep its table of dtype rules. It builds the same table anew for each operation in generated code.
+    """Let Inductor keep its table of dtype rules, which it rebuilds for each operation in generated code.
 
-    Roundings are many small operations, so that building it is much of what a policy adds to the time of compiling.
+    A rounding consists of many small operations. Rebuilding the table is a large part of the time that a policy adds
+    to compilation.
     """
     build = DtypePropagationOpsHandler.__init__
     built_from: dict[str, object] = {}
@@ -90,6 +91,6 @@ SETTINGS: tuple[Callable[[], None], ...] = (
 
 
 def apply_settings() -> None:
-    """Make all changes, before anything is traced: the first once per compilation, the others once per process."""
+    """Make all changes, before anything is traced: the first at every compilation, the others once per process."""
     for change in SETTINGS:
         change()

@@ -1,4 +1,4 @@
-"""Casts: one way to round as a value, and the one place where it meets a tensor."""
+"""Casts as frozen values (a format, modes and a scale), and the only code that applies them to tensors."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from fpsim.scaling.scale import SCALES, Scale, parse_scale
 
 aten = torch.ops.aten
 
-#: In place of a format: leave the operand as it is.
+#: The name in place of a format that leaves the operand unrounded.
 NONE: Literal["none"] = "none"
-#: In an operand's cast: no scale, whatever scale the policy has.
+#: The name in an operand's cast that excludes a scale, even if the policy has one.
 UNSCALED = "unscaled"
 
-#: A cast as operators and Dynamo take it: the format's name, the rounding, the overflow mode, and for a scaled cast the
-#: format's largest finite value, to which the scale brings numbers.
+#: A cast in the form that operators and Dynamo accept: the format's name, the rounding, the overflow mode, and the
+#: format's largest finite value if the cast is scaled, else None.
 Arguments = tuple[str, str, str, float | None]
 
 
 @dataclass(frozen=True)
 class Cast:
-    """One way to round: a format with its rounding and overflow mode, all resolved, and for operands a scale.
+    """A way to round: a format, a rounding, an overflow mode, and optionally a scale. No default is left open.
 
     ``str(cast)`` is ``format/rounding/overflow`` or ``format/rounding/overflow/scale``, with the format's canonical
     name: equal casts have equal strings.
 
     Attributes:
         format: the format.
-        rounding: any that `fpsim.formats.split_rounding` takes, with its number of random bits.
-        overflow: the mode in force.
+        rounding: the full name of a rounding, including its number of random bits (`fpsim.formats.full_rounding`).
+        overflow: the overflow mode.
         scale: the scale, or None.
-        spelling: the text from which the cast was parsed, for people; it is not part of equality.
+        spelling: the text from which the cast was parsed, for display only. Equality ignores it.
     """
 
     format: FloatFormat
@@ -63,12 +63,12 @@ class Cast:
 
     @property
     def written(self) -> str:
-        """`str` with the format's name as the user wrote it: ``bf16/nearest_even/ovf_inf``."""
+        """The text of `str`, but with the format's name as the user wrote it: ``bf16/nearest_even/ovf_inf``."""
         return self._joined(self._format_as_written)
 
     @property
     def label(self) -> str:
-        """A short text for tables: the format, and each mode that is not the usual one."""
+        """A short text for tables: the format, and every mode that is not its default."""
         parts = [self._format_as_written]
         if self.rounding != "nearest_even":
             parts.append(self.rounding)
@@ -85,7 +85,7 @@ class Cast:
 
     @property
     def arguments(self) -> Arguments:
-        """The cast in the terms of `apply_arguments`."""
+        """The cast in the form that `apply_arguments` takes."""
         return self.format.name, self.rounding, self.overflow, self.format.max if self.scale else None
 
     @property
@@ -96,7 +96,7 @@ class Cast:
         return "/".join([format, self.rounding, self.overflow, *([str(self.scale)] if self.scale else [])])
 
 
-#: What a caller gives for a cast: a format or a cast by name, or either as a value.
+#: The argument type of a cast: the name of a format or a cast, a `FloatFormat`, or a `Cast`.
 CastLike = str | FloatFormat | Cast
 
 
@@ -106,15 +106,15 @@ def parse_cast(
     """The cast that ``text`` denotes: ``format[/rounding][/overflow][/scale]``, or ``none`` for None.
 
     Args:
-        text: a format (name or `FloatFormat`), optionally followed by modes that override the next three. A `Cast` is
-            returned as it is.
-        rounding: the rounding where ``text`` names none.
-        overflow: the overflow mode where ``text`` names none; None is the format's usual one.
-        scale: the scale where ``text`` names none; ``unscaled`` in ``text`` means None.
+        text: a format (name or `FloatFormat`), optionally followed by modes that override the next three arguments. A
+            `Cast` is returned unchanged.
+        rounding: the rounding if ``text`` names none.
+        overflow: the overflow mode if ``text`` names none; None means the format's usual mode.
+        scale: the scale if ``text`` names none; ``unscaled`` in ``text`` means None.
 
     Raises:
-        ValueError: an unknown format or mode; the message names the remedy.
-        TypeError: ``text`` is neither text nor a format nor a cast.
+        ValueError: the format or a mode is unknown. The message names the remedy.
+        TypeError: ``text`` is neither a string nor a format nor a cast.
 
     >>> str(parse_cast("e8m3/toward_zero")), str(parse_cast("e4m3fn/power_of_two"))
     ('e8m3/toward_zero/ovf_inf', 'e4m3fn/nearest_even/sat_finite/power_of_two')
@@ -146,46 +146,48 @@ def parse_cast(
     return Cast(fmt, full_rounding(rounding), resolve_overflow(fmt, overflow), parsed_scale, spelling=text)
 
 
-def parse_unscaled(text: CastLike, rounding: str, overflow: str | None, what: str) -> Cast | None:
-    """`parse_cast` for values that cannot be scaled; ``what`` names them in the message.
+def parse_unscaled(text: CastLike, rounding: str, overflow: str | None, values: str) -> Cast | None:
+    """`parse_cast` for values that cannot be scaled; ``values`` names them in the message.
 
     Raises:
-        ValueError: as `parse_cast`, or ``text`` names a scale.
+        ValueError: in the same cases as `parse_cast`, or if ``text`` names a scale.
     """
     parsed = parse_cast(text, rounding, overflow)
     if parsed is not None and parsed.scale is not None:
-        raise ValueError(f"{what} cannot be scaled: leave {str(parsed.scale)!r} out of {str(text)!r}")
+        raise ValueError(f"{values} cannot be scaled: leave {str(parsed.scale)!r} out of {str(text)!r}")
     return parsed
 
 
 def check_cast(dtype: torch.dtype, cast: Cast) -> None:
-    """Refuse a dtype whose tensors cannot hold the values that ``cast`` gives.
+    """Raise an error if tensors of ``dtype`` cannot hold the results of ``cast``.
 
     Raises:
-        TypeError, ValueError: as `fpsim.rounding.carriers.check_carrier`; or a scale for float16.
+        TypeError, ValueError: in the same cases as `fpsim.rounding.carriers.check_carrier`, or if ``dtype`` is float16
+            and the cast has a scale.
     """
     (check_scaled_carrier if cast.scale else check_carrier)(dtype, cast.format)
 
 
-# -- casts meet tensors ------------------------------------------------------------------------------------------------
+# -- applying casts to tensors -----------------------------------------------------------------------------------------
 
 
 def run(operator: Callable[..., Any], *arguments: Any) -> Any:
-    """``operator(*arguments)``: the way to carry out a cast on tensors."""
+    """``operator(*arguments)``: the ``call`` of the functions below for tensors."""
     return operator(*arguments)
 
 
 def apply_cast(x: Any, cast: Cast, *, key: Any = None, call: Callable[..., Any] = run) -> Any:
-    """``x`` cast: scaled, rounded, and scaled back.
+    """Apply ``cast`` to ``x``: scale, round, and divide by the scale.
 
-    This is the only code that turns a cast into operations. A tensor is cast by running them. The compiler backend
-    passes nodes of a graph and a ``call`` that inserts nodes.
+    This and `apply_arguments` are the only code that turns a cast into operations. For tensors the operations run. The
+    compiler backend passes nodes of a graph, and a ``call`` that inserts nodes.
 
     Args:
-        x: a tensor of a dtype that `check_cast` accepts, or a node that stands for one. It has no part in autograd.
+        x: a tensor of a dtype that `check_cast` accepts, or a node that stands for one. It must be detached from
+            autograd.
         cast: how to round.
-        key: for a stochastic cast, and only for it: the key that ``torch.ops.fpsim.random_key`` makes.
-        call: carries out an operator on arguments.
+        key: for a stochastic cast, and only for it, the key that ``torch.ops.fpsim.random_key`` returns.
+        call: calls an operator with arguments.
 
     Returns:
         A tensor like ``x``, or a node that stands for it.
@@ -194,7 +196,7 @@ def apply_cast(x: Any, cast: Cast, *, key: Any = None, call: Callable[..., Any] 
 
 
 def apply_arguments(x: Any, arguments: Arguments, *, key: Any = None, call: Callable[..., Any] = run) -> Any:
-    """`apply_cast` in terms that Dynamo can trace: `Cast.arguments` in place of the cast."""
+    """`apply_cast` in a form that Dynamo can trace, with `Cast.arguments` in place of the cast."""
     format, rounding, overflow, maximum = arguments
     inverse = None
     if maximum is not None:
@@ -214,7 +216,7 @@ def scale_factors(x: Any, maximum: float, *, call: Callable[..., Any] = run) -> 
 
 
 def in_range_of_format(exact: Tensor, rounded: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
-    """Numbers before and after ``cast``, as the rounding itself saw them: multiplied by the scale, if there is one."""
+    """Tensors before and after ``cast``, both multiplied by the scale of ``exact`` if the cast has a scale."""
     _, _, _, maximum = cast.arguments
     if maximum is None:
         return exact, rounded

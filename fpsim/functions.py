@@ -1,8 +1,8 @@
 """Rounding tensors to a floating-point format, and converting them to and from the format's codes.
 
-Values stay in the tensor's own dtype, the *carrier*; every result is a value of the format, bit for bit what
-`fpsim.reference` says. The derivative is built from arithmetic on detached values, the one form found to be
-exact in value and right under autograd, `torch.func` transforms and `torch.compile` of them.
+Values stay in the tensor's own dtype, the *carrier*. Every result is a value of the format, with the bits that
+`fpsim.reference` computes. The derivative is built from arithmetic on detached values. No other form was found that
+gives exact values and correct derivatives under autograd, `torch.func` transforms, and `torch.compile` of both.
 """
 
 from __future__ import annotations
@@ -49,38 +49,38 @@ def round(
     """``x`` with every element rounded to ``format``.
 
     Args:
-        x: float64, float32, bfloat16 or float16, any shape, strides and device. ``format`` must be a subset of
-            its dtype's values.
+        x: float64, float32, bfloat16 or float16, any shape, strides and device. Its dtype must have all values of
+            ``format``.
         format: a name (`fpsim.parse_format`) or a `FloatFormat`.
         rounding: ``nearest_even`` (ties to the even code), ``nearest_away``, ``toward_zero``, ``up``, ``down``
-            (IEEE 754-2019 section 4.3), ``to_odd``, or a stochastic one: ``stochastic``, ``stochastic_b``,
-            ``stochastic_c`` (`fpsim.formats.split_rounding` defines them).
+            (IEEE 754-2019 section 4.3), ``to_odd``, or a stochastic rounding: ``stochastic``,
+            ``stochastic_b``, ``stochastic_c`` (`fpsim.formats.split_rounding` defines them).
         overflow: ``ovf_inf``, ``sat_finite``, ``sat_propagate`` (IEEE P3109; see
-            `fpsim.formats.resolve_overflow`), or None for the format's usual one.
-        seed: for stochastic rounding, and only for it: an int, or a tensor with one int64, on the device of ``x`` (a
-            compiled function takes a new number without compiling again only if it is a tensor).
-        salt: tells roundings with the same seed apart: give every call site its own.
-        random_bits: of the random numbers in stochastic rounding, 1 to 32 (31 for ``stochastic_b``, 30 for
-            ``stochastic_c``); None means 23, as many as a float32 can drop. Hardware has fewer.
-        scale: ``power_of_two`` multiplies by `fpsim.power_of_two_scale` before rounding and divides again after; both
-            are exact, but for numbers that leave the range of the dtype. None: as it is.
-        gradient: the derivative. ``straight_through``: 1 everywhere; ``clipped``: 1 within the format's finite
-            range, 0 beyond (scaled, nothing is beyond); ``zero``: 0.
+            `fpsim.formats.resolve_overflow`), or None for the format's usual mode.
+        seed: for stochastic rounding, and only for it: an int, or a tensor with one int64, on the device of ``x``. Pass
+            a tensor to a compiled function: for a new int it compiles again.
+        salt: distinguishes roundings with the same seed. Use a different salt at every call site.
+        random_bits: the number of random bits in stochastic rounding: 1 to 32 (31 for ``stochastic_b``, 30 for
+            ``stochastic_c``). None means 23, as many bits as the mantissa of a float32 has. Hardware uses fewer.
+        scale: ``power_of_two`` multiplies by `fpsim.power_of_two_scale` before rounding and divides by it afterwards.
+            Both are exact, except for numbers that leave the range of the dtype. None means no scale.
+        gradient: the derivative. ``straight_through``: 1 everywhere. ``clipped``: 1 within the format's finite range, 0
+            outside it (with a scale no number is outside). ``zero``: 0 everywhere.
 
     Returns:
-        A tensor of the shape, dtype and device of ``x``. NaN stays NaN where the format has one, and becomes the
-        largest finite value where it has none (as NVIDIA's PTX conversions to e2m1, e2m3 and e3m2 do). -0 stays
-        -0, and negative numbers that round to zero become -0, where the format has it.
+        A tensor of the shape, dtype and device of ``x``. NaN stays NaN if the format has a NaN, and otherwise becomes
+        the largest finite value (as in NVIDIA's PTX conversions to e2m1, e2m3 and e3m2). If the format has -0, it stays
+        -0, and negative numbers that round to zero become -0.
 
         Stochastic rounding is a pure function: the random number of an element is a hash of the seed, the salt and the
         element's index (in row-major order, whatever the strides; under `torch.vmap` in the whole batch). It never
-        moves values of the format, and it is the same eager, compiled and recomputed, on every device.
+        changes values of the format. Eager, compiled and recomputed results are the same, on every device.
 
     Raises:
-        ValueError: an unknown format, mode or scale, a format with values that the dtype of ``x`` lacks, a scale for
-            float16, stochastic rounding without a seed, a seed without stochastic rounding, or ``random_bits`` out of
-            range.
-        TypeError: ``x`` is not a tensor of one of the four dtypes, or ``seed`` neither an int nor one int64.
+        ValueError: the format, a mode or the scale is unknown, the format has values that the dtype of ``x`` lacks,
+            ``x`` is float16 and a scale is given, stochastic rounding has no seed, another rounding has a seed, or
+            ``random_bits`` is out of range.
+        TypeError: ``x`` is not a tensor of one of the four dtypes, or ``seed`` is neither an int nor one int64.
 
     >>> round(torch.tensor([0.3, -3.3]), "e4m3fn")
     tensor([ 0.3125, -3.2500])
@@ -99,9 +99,9 @@ def round(
     value = apply_arguments(x.detach(), arguments, key=key)
     if gradient == "zero" or not ((x.requires_grad and torch.is_grad_enabled()) or _transforms_active()):
         return value
-    # Adds an exact zero whose derivative is that of `carrier`; where that is not finite, nothing. Subtracting +0
-    # leaves -0, infinities and NaN as they are.
-    # (Of numbers at the ends of a clamp the derivative depends on the version of torch.)
+    # Add an exact zero that has the derivative of `carrier`, and no derivative where `x` is not finite. Subtracting +0
+    # changes no value: -0, infinities and NaN stay. (`torch.where` and not `torch.clamp`, whose derivative at the ends
+    # of the range depends on the version of torch.)
     detached = x.detach()
     carrier = x if gradient == "straight_through" else torch.where((detached >= low) & (detached <= high), x, detached)
     return value - torch.where(torch.isfinite(detached), detached - carrier, 0.0)
@@ -119,9 +119,11 @@ def encode(
 ) -> Tensor:
     """The integer codes of ``x`` rounded to ``format``: sign, exponent and mantissa fields from the top bit down.
 
-    Args and errors are those of `round`. Returns a tensor of the shape and device of ``x``: uint8 for formats of
-    up to 8 bits, int32 up to 31, else int64 (for 64-bit formats the code's two's complement). NaN has the code
-    `FloatFormat.nan_code`.
+    The arguments and errors are those of `round`.
+
+    Returns:
+        A tensor of the shape and device of ``x``: uint8 for formats of up to 8 bits, int32 for up to 31 bits, else
+        int64 (for 64-bit formats the two's complement of the code). NaN has the code `FloatFormat.nan_code`.
 
     >>> encode(torch.tensor([1.0, -448.0, float("nan")]), "e4m3fn")
     tensor([ 56, 254, 127], dtype=torch.uint8)
@@ -131,7 +133,7 @@ def encode(
     return _encode_values(values, _resolve(_name_of(format), "nearest_even", None, x.dtype)[0][0])
 
 
-@torch.compiler.allow_in_graph  # Dynamo cannot look into it, the tracer below it can
+@torch.compiler.allow_in_graph  # Dynamo cannot trace it, but the tracer after Dynamo can
 def _encode_values(values: Tensor, name: str) -> Tensor:
     fmt, working = parse_format(name), working_dtype(values.dtype)
     ops = TorchOps(working)
@@ -142,15 +144,16 @@ def _encode_values(values: Tensor, name: str) -> Tensor:
 
 
 def decode(codes: Tensor, format: str | FloatFormat, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values of ``format``'s ``codes``, exactly.
+    """The exact values of ``codes`` of ``format``.
 
     Args:
         codes: integers from 0 to ``2**bits - 1`` (64-bit formats: two's complement), any integer dtype and shape.
         format: a name (`fpsim.parse_format`) or a `FloatFormat`.
-        dtype: of the result: a carrier of which ``format`` is a subset.
+        dtype: the dtype of the result, a carrier that has all values of ``format``.
 
     Raises:
-        ValueError: a code out of range (not checked inside `torch.compile`), or ``dtype`` lacks values of the format.
+        ValueError: a code is out of range (not checked inside `torch.compile`), or ``dtype`` lacks values of the
+            format.
         TypeError: ``codes`` is not an integer tensor, or ``dtype`` is not a carrier.
 
     >>> decode(torch.tensor([0x38, 0x7E, 0x80]), "e4m3fn")
@@ -177,7 +180,7 @@ def _decode_codes(codes: Tensor, name: str, dtype: torch.dtype) -> Tensor:
 
 
 def code_dtype(format: str | FloatFormat) -> torch.dtype:
-    """The dtype of ``format``'s codes as `encode` returns them: uint8, int32 or int64."""
+    """The dtype in which `encode` returns codes of ``format``: uint8, int32 or int64."""
     bits = parse_format(format).bits
     return torch.uint8 if bits <= 8 else torch.int32 if bits <= 31 else torch.int64
 
@@ -195,7 +198,7 @@ def _dtype_of(x: Tensor) -> torch.dtype:
 
 
 def _name_of(value: Any) -> Any:
-    """The name of a format or scale: Dynamo of torch 2.11 hands no frozen dataclass to a function it does not enter."""
+    """The name of a format or scale: Dynamo of torch 2.11 passes no frozen dataclass to a function that it skips."""
     if isinstance(value, FloatFormat):
         return value.name
     return str(value) if isinstance(value, Scale) else value
@@ -210,7 +213,7 @@ def _resolve(
     random_bits: int | None = None,
     scale: str | None = None,
 ) -> tuple[Arguments, float, float]:
-    """The cast in the terms of its operators, and the range outside of which the derivative may be clipped."""
+    """The cast as `Arguments`, and the range outside which the derivative may be clipped."""
     fmt, parsed_scale = parse_format(format), parse_scale(scale)
     name, bits = split_rounding(rounding)
     if random_bits is not None:
@@ -242,5 +245,5 @@ def _seed_tensor(seed: int | Tensor | None, rounding: str, device: torch.device)
 
 @torch._dynamo.assume_constant_result  # Dynamo enters the transforms while it traces, and guards on them
 def _transforms_active() -> bool:
-    """Whether a transform of `torch.func`, or forward-mode differentiation, is going on."""
+    """Whether a transform of `torch.func` or forward-mode differentiation is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

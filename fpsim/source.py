@@ -1,4 +1,4 @@
-"""Hashes of fpsim's own source: they tell compiled code and results of another version apart."""
+"""Hashes of fpsim's own source, which distinguish compiled code and results of different versions."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-#: The folders of fpsim. An editable installation keeps them side by side, a wheel keeps the others inside the first.
+#: The packages of fpsim. Their folders are side by side in the repository; in a wheel the others are inside the first.
 PACKAGES = ("fpsim", "fpsim.reference", "fpsim.compile_backend", "fpsim.paper")
 
-#: The endings of the files that can decide a result.
+#: The suffixes of files that can affect a result.
 ENDINGS = (".py", ".cpp", ".h", ".cu")
 
-#: The files that decide every bit of a rounding on the CPU. The record of the exhaustive proofs names their hash: prove
-#: again (``make prove``) when it changes.
+#: The files that determine every bit of a rounding on the CPU. The record of the exhaustive proofs states their hash.
+#: When it changes, prove again with ``make prove``.
 PROVEN = (
     "formats/float.py",
     "formats/modes.py",
@@ -34,7 +34,7 @@ PROVEN = (
 def source_hash() -> str:
     """The hash of all source files of fpsim, in all folders: 64 hexadecimal digits.
 
-    It is part of every cache key, so that code which another version compiled is never used.
+    It is part of every cache key, so that code of another version is never used.
     """
     return hash_of_folders({package: _folder(package) for package in PACKAGES})
 
@@ -50,7 +50,7 @@ def hash_of_folders(folders: Mapping[str, Path]) -> str:
     """The hash of the names and contents of all source files in ``folders`` and in the folders inside them.
 
     Args:
-        folders: the folders, by names that do not depend on where they lie.
+        folders: the folders, with names that do not depend on their location.
     """
     files = (
         (f"{name}/{file.relative_to(folder).as_posix()}", file)

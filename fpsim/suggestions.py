@@ -1,4 +1,4 @@
-"""Suggestions for error messages: the valid names that are nearest to a wrong one."""
+"""Suggestions for error messages: the valid names that are most similar to a wrong one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 def near_names(wrong: object, valid: Iterable[str], *, most: int = 3, cutoff: float = 0.6) -> list[str]:
-    """Up to ``most`` of the ``valid`` names that resemble ``wrong``, the nearest first.
+    """Up to ``most`` of the ``valid`` names that resemble ``wrong``, the most similar first.
 
     Args:
         cutoff: the least similarity, from 0 to 1 (`difflib.get_close_matches`).
@@ -19,7 +19,7 @@ def near_names(wrong: object, valid: Iterable[str], *, most: int = 3, cutoff: fl
 
 
 def did_you_mean(wrong: object, valid: Iterable[str]) -> str:
-    """The nearest of the ``valid`` names as an insertion for a message; empty if none is near.
+    """A phrase for a message that suggests the most similar of the ``valid`` names; empty if none is similar.
 
     >>> did_you_mean("shufled", ["shuffled", "noisy"])
     " (did you mean 'shuffled'?)"
@@ -28,7 +28,7 @@ def did_you_mean(wrong: object, valid: Iterable[str]) -> str:
 
 
 def suggest(names: Sequence[str]) -> str:
-    """``names`` as an insertion for a message; empty if there are none.
+    """A phrase for a message that suggests ``names``; empty if there are none.
 
     >>> suggest(["lm_head", "*.head"])
     " (did you mean 'lm_head' or '*.head'?)"

@@ -1,13 +1,13 @@
-"""Rounding inside people's own Triton kernels, bit for bit that of `fpsim.round`.
+"""Rounding inside Triton kernels, with the bits of `fpsim.round`.
 
-    from fpsim.triton import fpsim_round          # under this name, by which torch.compile finds it too
+    from fpsim.triton import fpsim_round          # keep this name: torch.compile looks it up
 
     @triton.jit
     def kernel(x, out, BLOCK: tl.constexpr):
         index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         tl.store(out + index, fpsim_round(tl.load(x + index), "e4m3fn", "toward_zero"))
 
-The functions are those of `fpsim.rounding.triton_functions`; Triton must be installed.
+The functions are defined in `fpsim.rounding.triton_functions`. Triton must be installed.
 """
 
 try:

@@ -34,7 +34,7 @@ PROMISES: dict[str, tuple[str, ...]] = {
         "rounding/test_packing.py::test_codes_are_a_little_endian_string_of_bits",
     ),
     "a scale is the largest power of two that keeps the format": (
-        "scaling/test_scaling.py::test_the_scale_is_the_largest_power_of_two_that_keeps_the_format",
+        "scaling/test_scaling.py::test_the_scale_is_the_largest_power_of_two_within_the_range",
         "scaling/test_scaling.py::test_scaled_rounding_is_the_reference_on_scaled_numbers",
     ),
     "compiled rounding has the bits of eager rounding": (
@@ -77,7 +77,7 @@ PROMISES: dict[str, tuple[str, ...]] = {
         "test_source.py::test_the_pass_the_kernels_and_the_scales_have_this_hash_in_their_keys",
     ),
     "an optimizer's state and weights are rounded around its own step": (
-        "training/test_optimizers.py::test_each_step_is_the_plain_one_with_its_results_rounded",
+        "training/test_optimizers.py::test_each_step_rounds_the_results_of_the_plain_step",
         "training/test_optimizers.py::test_kahan_compensation_by_hand",
     ),
     "a policy survives JSON": (

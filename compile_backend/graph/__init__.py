@@ -1,1 +1,1 @@
-"""Reading a traced graph: its matrix products, the roles of their operands, and where operations end."""
+"""Reading a traced graph: its matrix products, the roles of their operands, and the ends of operations."""

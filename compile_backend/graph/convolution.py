@@ -1,8 +1,9 @@
-"""The backward pass of a convolution, taken apart: one operator computes two products and the sum of the bias.
+"""Splitting the backward pass of a convolution, in which one operator computes two products and a sum for the bias.
 
-Each product takes both operands of the forward product, one to multiply with and the other for its shape only, so
-that one call serves both as long as they multiply the same gradient; where that is rounded for each in its own way,
-each needs a call of its own. The gradient of the bias is a sum of the gradient as it comes, as in a linear layer.
+Both products take both operands of the forward product: they multiply by one, and use only the shape of the other. One
+call can compute both products while they multiply the same gradient. If the gradient is rounded differently for the
+two, each product needs its own call. The gradient of the bias is the sum of the unrounded gradient, as in a linear
+layer.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from torch import fx
 
 aten = torch.ops.aten
 
-#: The results of `aten.convolution_backward`: the gradients of these.
+#: The positions of the results of `aten.convolution_backward`: the gradients of input, weight and bias.
 INPUT, WEIGHT, BIAS = range(3)
-#: The argument that each product needs for its shape only, and that is an operand of the other.
+#: For each product the position of the argument of which it uses only the shape; it is an operand of the other product.
 SHAPE_ONLY = {INPUT: 1, WEIGHT: 2}
 
 
 def find_bias_gradients(graph: fx.Graph) -> list[fx.Node]:
-    """The gradients of biases that convolutions of ``graph`` compute beside their products."""
+    """The gradients of biases that convolutions in ``graph`` compute besides their products."""
     backward = graph.find_nodes(op="call_function", target=aten.convolution_backward.default)
     return [result for node in backward for result in node.users if result.args[1] == BIAS and result.users]
 
@@ -32,10 +33,11 @@ def backward_of(result: fx.Node) -> fx.Node:
 
 
 def split(backward: fx.Node) -> dict[fx.Node, tuple[int, fx.Node | None]]:
-    """Replace a call of `aten.convolution_backward`, in place, by one for each product and a sum for the bias.
+    """Replace a call of `aten.convolution_backward`, in place, by one call for each product and a sum for the bias.
 
-    Returns: for each new call, the position of the argument that it takes for its shape only, and the call of which
-        that argument is an operand, if there is one.
+    Returns:
+        For each new call the position of the argument of which it uses only the shape, and the call that multiplies by
+        that argument, if there is one.
     """
     graph, calls = backward.graph, dict[int, fx.Node]()
     for result in list(backward.users):
@@ -60,7 +62,7 @@ def split(backward: fx.Node) -> dict[fx.Node, tuple[int, fx.Node | None]]:
 
 
 def join(calls: dict[fx.Node, tuple[int, fx.Node | None]]) -> None:
-    """Let one call compute both products wherever two of ``calls``, as `split` returns them, have the same operands."""
+    """Merge pairs of ``calls``, a result of `split`, that have the same operands: one call computes both products."""
     pairs = {tuple(sorted((call, other))) for call, (_, other) in calls.items() if other is not None}
     for first, second in pairs:
         if first.args[:-1] == second.args[:-1]:

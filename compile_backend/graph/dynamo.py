@@ -1,4 +1,4 @@
-"""Graphs as Dynamo hands them to a backend."""
+"""Graphs as Dynamo passes them to a backend."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import fx
 
 
 def copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose graph may be changed: Dynamo goes on to read its own."""
+    """A copy whose graph may be changed. Dynamo still reads its own graph later."""
     copy = fx.GraphModule(gm, deepcopy(gm.graph))
     copy.meta = gm.meta
     originals = gm.graph.find_nodes(op="placeholder")

@@ -25,17 +25,17 @@ class Product:
     """A matrix product in a graph.
 
     Attributes:
-        value: the value of the multiplication, or what the multiplication gives beside other values.
-        result: the value of the product: `value`, or, where the product is decomposed into a multiplication and a sum,
-            the end of these.
+        value: the node that holds the result of the multiplication; one of several results of a joint operator.
+        result: the node that holds the result of the product. It differs from `value` if the product is decomposed
+            into a multiplication and a sum: then it is the sum, or the mark at the end.
         operands: the positions of its two operands among the arguments of `node`.
         contracted: for each operand the axes along which the product sums (`Multiplication.contracted`).
         roles: ``activation``, ``weight`` or ``gradient``, for each operand.
         kind: ``fprop``, ``dgrad`` or ``wgrad``.
-        operator: the name of the operator it comes from, such as ``aten.mm``.
-        path: the path of the module it belongs to, ``""`` for the root; None if unknown.
-        constant: whether it depends on nothing but buffers, constants and integer inputs (a table of rotary
-            angles, say): part of the model's definition rather than of its arithmetic.
+        operator: the name of the original operator, such as ``aten.mm``.
+        path: the path of its module, ``""`` for the root; None if unknown.
+        constant: whether it depends on buffers, constants and integer inputs only. Such a product (of a table of rotary
+            angles, for example) belongs to the definition of the model.
     """
 
     value: fx.Node
@@ -50,7 +50,7 @@ class Product:
 
     @property
     def has_weight(self) -> bool:
-        """Whether it is the product of a weight, forward, or one of the gradients of such a product."""
+        """Whether it is a forward product with a weight, or a gradient of such a product."""
         return self.kind == "wgrad" or "weight" in self.roles
 
     @property
@@ -60,18 +60,18 @@ class Product:
 
 
 def find_products(graph: fx.Graph, sources: Mapping[fx.Node, Source], input_sources: Sequence[Source]) -> list[Product]:
-    """The floating-point matrix products of ``graph``, in its order.
+    """The floating-point matrix products of ``graph``, in the order of its nodes.
 
     Args:
         graph: a joint or inference graph of aten operators, as Inductor's joint-graph passes see it.
-        sources: what its nodes depend on: `find_sources`.
-        input_sources: what the inputs of the traced function are, in its order.
+        sources: the sources of its nodes (`find_sources`).
+        input_sources: the kinds of the inputs of the traced function, in order.
     """
     found = [(node, multiplication) for node in graph.nodes if (multiplication := multiplication_of(node))]
-    mates = {node.meta.get("seq_nr"): (node, each) for node, each in found if not is_backward(node, sources)}
+    forward = {node.meta.get("seq_nr"): (node, each) for node, each in found if not is_backward(node, sources)}
     ends = ends_of_products(graph)
     return [
-        _classify(node, multiplication, sources, mates.get(node.meta.get("seq_nr")), input_sources, ends.get(node))
+        _classify(node, multiplication, sources, forward.get(node.meta.get("seq_nr")), input_sources, ends.get(node))
         for node, multiplication in found
     ]
 
@@ -80,13 +80,13 @@ def _classify(
     node: fx.Node,
     multiplication: Multiplication,
     sources: Mapping[fx.Node, Source],
-    mate: tuple[fx.Node, Multiplication] | None,
+    forward: tuple[fx.Node, Multiplication] | None,
     input_sources: Sequence[Source],
     end: fx.Node | None,
 ) -> Product:
     """The product whose value is ``node``.
 
-    ``mate`` is the forward product of the same autograd node, if there is one. If ``node`` is part of a decomposed
+    ``forward`` is the forward product of the same autograd node, if there is one. If ``node`` is part of a decomposed
     operator, ``end`` is the mark at which that operator ends.
     """
     values = operands_of(node, multiplication)
@@ -94,14 +94,14 @@ def _classify(
     kind = "fprop"
     if "gradient" in roles:
         other = values[1 - roles.index("gradient")]
-        differentiated = differentiated_role(other, node, sources, mate, input_sources)
+        differentiated = differentiated_role(other, node, sources, forward, input_sources)
         kind = "wgrad" if differentiated == "weight" else "dgrad"
-    depends = sources[values[0]] | sources[values[1]]
+    source = sources[values[0]] | sources[values[1]]
     path = module_path(node)
     if path is None and kind == "fprop":
-        path = ""  # forward code records every module but the root
-    elif path is None and mate is not None:
-        path = module_path(mate[0]) or ""
+        path = ""  # torch records every module but the root for forward nodes
+    elif path is None and forward is not None:
+        path = module_path(forward[0]) or ""
     origin = original_operator(call_of(node))
     name = origin.__name__ if is_product_packet(origin) else source_function(node)  # type: ignore[attr-defined]
     return Product(
@@ -113,5 +113,5 @@ def _classify(
         kind=kind,
         operator=f"aten.{name}",
         path=path,
-        constant=not depends & VARIABLE,
+        constant=not source & VARIABLE,
     )

@@ -1,6 +1,6 @@
-"""Marks in a traced graph: an identity at the end of an operation, with the operator's name.
+"""Marks in a traced graph. A mark is an identity at the end of an operation; it holds the operator's name.
 
-They are put in while a graph is traced (`fpsim.compile_backend.graph.operations`) and taken out by the rounding pass.
+Tracing inserts the marks (`fpsim.compile_backend.graph.operations`), and the rounding pass removes them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ lowering.register_lowering(mark, type_promotion_kind=None)(lambda x, operator: x
 
 
 def find_marks(graph: fx.Graph) -> list[fx.Node]:
-    """The marks in ``graph``, in its order."""
+    """The marks in ``graph``, in the order of its nodes."""
     return graph.find_nodes(op="call_function", target=mark)
 
 
 def replace_mark(node: fx.Node, value: fx.Node) -> None:
-    """Put ``value`` in the place of a mark."""
+    """Replace a mark by ``value``."""
     node.replace_all_uses_with(value)
     node.graph.erase_node(node)

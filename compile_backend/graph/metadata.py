@@ -1,4 +1,4 @@
-"""The metadata of nodes: fake values, and which values share memory."""
+"""The metadata of nodes: their fake values, and the memory that these share."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 
 def describe(node: fx.Node) -> None:
-    """Give a new node the metadata that passes after this one read: its value and where it comes from."""
+    """Give a new node the metadata that later passes read: its fake value and its original operator."""
     node.meta["val"] = value_of(node)
     node.meta["original_aten"] = node.target
 
 
 def value_of(node: fx.Node) -> Any:
-    """What ``node`` computes, as a fake tensor."""
+    """The result of ``node`` as a fake tensor."""
     arguments, named = map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
     fakes = [argument for argument in arguments if isinstance(argument, torch._subclasses.FakeTensor)]
     mode = (
@@ -30,7 +30,7 @@ def value_of(node: fx.Node) -> Any:
 
 
 def is_alias(node: fx.Node) -> bool:
-    """Whether the value of ``node`` lies in the memory of one of its inputs, by their metadata."""
+    """Whether the value of ``node`` shares memory with one of its inputs, according to their metadata."""
     if node.op != "call_function":
         return False
     return not _storages([node]).isdisjoint(_storages(node.all_input_nodes))
@@ -42,10 +42,10 @@ def _storages(nodes: Iterable[fx.Node]) -> set[int]:
 
 
 def update_aliases(graph: fx.Graph, views: set[fx.Node]) -> None:
-    """Let views of what is rounded now be views of it in their metadata too.
+    """Update the metadata of ``views`` whose base is now a rounded value, so that they share its memory.
 
-    AOTAutograd reads there which tensors saved for backward share memory with nothing that the user has, and Inductor
-    writes over these in backward.
+    AOTAutograd reads from the metadata which tensors saved for backward share no memory with tensors of the user.
+    Inductor reuses the memory of these in backward.
     """
     for node in graph.nodes:
         if node in views and not is_alias(node):
@@ -53,10 +53,10 @@ def update_aliases(graph: fx.Graph, views: set[fx.Node]) -> None:
 
 
 def order_in_memory(value: fx.Node) -> list[int] | None:
-    """The dimensions of what an opaque operator (attention) returns, as they lie in memory; None if in their own order.
+    """The order in memory of the dimensions of one result of an opaque operator (attention); None for the usual order.
 
-    Inductor lays out the result of a rounding in the order of its dimensions. What was a view of the operator's result
-    would be a copy then.
+    Inductor lays out the result of a rounding in the usual order. A view of the operator's result would then become a
+    copy.
     """
     tensor = value.meta["val"]
     if value.target is not operator.getitem or not all(isinstance(n, int) for n in (*tensor.shape, *tensor.stride())):

@@ -13,15 +13,15 @@ aten = torch.ops.aten
 
 
 def original_operator(node: fx.Node) -> object:
-    """The operator packet that ``node`` was before decomposition."""
+    """The operator packet from whose decomposition ``node`` comes; its own if it was not decomposed."""
     original = node.meta.get("original_aten") or node.target
     return getattr(original, "overloadpacket", original)
 
 
 def operator_of(node: fx.Node) -> object:
-    """The operator that ``node`` counts as: its own, but for the product that torch makes of a distance.
+    """The operator as which ``node`` is treated: its own, except for the product by which torch computes distances.
 
-    Its operands hold vectors beside their squared lengths, which no narrow format suits both.
+    The operands of that product hold vectors and also their squared lengths. No narrow format suits both.
     """
     within_distance = product_operator(node.target) is not None and original_operator(node) is aten._euclidean_dist
     return node.meta["original_aten"] if within_distance else node.target
@@ -38,7 +38,7 @@ def operator_name(node: fx.Node) -> str:
 
 
 def module_path(node: fx.Node) -> str | None:
-    """The path of the module in whose forward ``node`` arose: ``layers.0.attn``; None if it is not recorded."""
+    """The path of the module whose forward created ``node``: ``layers.0.attn``; None if it is not recorded."""
     stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack")
     if not stack:
         return None
@@ -51,7 +51,7 @@ def stack_path(source: str) -> str:
 
 
 def source_function(node: fx.Node) -> str | None:
-    """The name of the function of torch that the model called and that ``node`` is a part, or the derivative, of."""
+    """The name of the function of torch that the model called and whose value or derivative ``node`` helps compute."""
     stack = node.meta.get("fwd_source_fn_stack") or node.meta.get("source_fn_stack")
     return getattr(stack[-1][1], "__name__", str(stack[-1][1])) if stack else None
 
@@ -59,18 +59,21 @@ def source_function(node: fx.Node) -> str | None:
 def is_body(graph: fx.Graph) -> bool:
     """Whether ``graph`` is the body of a higher-order operator, which is opaque.
 
-    AOTAutograd describes the results of whole graphs only.
+    AOTAutograd describes the results of whole graphs only: the output of a body has no ``desc``.
     """
     return not any("desc" in node.meta for node in graph.find_nodes(op="output"))
 
 
 def is_tensor(argument: object) -> bool:
+    """Whether an argument of a node is a node that holds one tensor."""
     return isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), torch.Tensor)
 
 
 def is_float(value: object) -> bool:
+    """Whether ``value`` is a tensor of floating-point or complex numbers."""
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def has_floats(node: fx.Node) -> bool:
+    """Whether ``node`` has an input of floating-point or complex numbers."""
     return any(is_float(argument.meta.get("val")) for argument in node.all_input_nodes)

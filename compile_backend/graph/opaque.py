@@ -9,7 +9,7 @@ from fpsim.compile_backend.graph.nodes import has_floats, operator_name, operato
 from fpsim.compile_backend.graph.products import opaque_family
 from fpsim.compile_backend.graph.recognition import is_product
 
-#: Namespaces whose operators are known not to hide products, beyond those of the table.
+#: Namespaces whose operators hold no products besides those of the table.
 _TRANSPARENT_NAMESPACES = frozenset(
     {"aten", "prims", "fpsim", "inductor", "inductor_prims", "rngprims", "_c10d_functional", "c10d_functional"}
 )
@@ -36,7 +36,7 @@ def is_opaque(node: fx.Node) -> bool:
 
 
 def _weighs_embeddings(node: fx.Node) -> bool:
-    """Whether ``node`` is a bag of embeddings, or its derivative, that multiplies each by a weight of its sample."""
+    """Whether ``node`` is a bag of embeddings, or its derivative, with a weight for each sample."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
     return given.get("per_sample_weights") is not None

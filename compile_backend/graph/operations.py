@@ -1,9 +1,9 @@
-"""Where operations end: marks in the traced graph, for `Policy.elementwise` and `Policy.output`.
+"""Marking the ends of operations in the traced graph, for `Policy.elementwise` and `Policy.output`.
 
-An operation is one operator of aten as the model or autograd calls it, before anything is decomposed: one rounding
-after a softmax, a layer norm or a GELU, forward and backward, whatever elementary steps this version of torch makes of
-them. To know where such an operation ends, the decompositions that tracing applies are wrapped: each marks its results.
-The same for the matrix products that Inductor decomposes into a multiplication and a sum.
+An operation is one operator of aten as the model or autograd calls it, before decomposition. A softmax, a layer norm or
+a GELU is rounded once, forward and backward, whatever elementary steps this version of torch decomposes it into. The
+decompositions that tracing applies are wrapped, so that each marks its results. The matrix products that Inductor
+decomposes into a multiplication and a sum are marked in the same way.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fpsim.compile_backend.graph.products import opaque_family, product_operator
 
 aten = torch.ops.aten
 
-#: Operators that compute nothing: they copy, rearrange, pick or make numbers. (Views never reach a decomposition.)
+#: Operators that do no arithmetic: they copy, rearrange, select or create numbers. (Views never reach a decomposition.)
 _MOVES = frozenset(
     {
         "_chunk_cat", "_conj_copy", "_copy_from", "_copy_from_and_resize", "_fw_primal_copy", "_index_put_impl",
@@ -50,7 +50,8 @@ _MOVES = frozenset(
     }
 )  # fmt: skip
 
-#: Operators with results beside the first that are statistics for backward, kept within the unit that computes them.
+#: Operators of which only the first result is an operation's. The other results are statistics for backward, which stay
+#: within the unit that computes them.
 _ONE_RESULT = frozenset(
     {
         "_batch_norm_no_update", "_batch_norm_with_update_functional", "_fused_rms_norm", "_native_batch_norm_legit",
@@ -66,7 +67,8 @@ _within: ContextVar[bool] = ContextVar("within an operation", default=False)
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     """Inductor's decompositions, extended to all operations, with marks at their results.
 
-    What is neither an operation nor a matrix product is wrapped too, so that no step of it passes for an operation.
+    Operators that are neither operations nor matrix products are wrapped too, so that no step of their decompositions
+    counts as an operation.
     """
     table: dict[OpOverload, Callable[..., Any]] = dict(select_decomp_table())
     return {op: _wrapped(op, table.get(op), op in operations()) for op in operations() | table.keys()}
@@ -74,7 +76,7 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
 
 @lru_cache(maxsize=1)
 def operations() -> frozenset[OpOverload]:
-    """The operators of aten whose results count as computed: all functions of tensors but `_MOVES` and products."""
+    """The operators of aten that are operations: all functions of tensors except `_MOVES` and products."""
     registered = sorted(
         name.removeprefix("aten::") for name in torch._C._dispatch_get_all_op_names() if "aten::" in name
     )
@@ -88,7 +90,7 @@ def operations() -> frozenset[OpOverload]:
 
 
 def _is_function(op: OpOverload) -> bool:
-    """Whether ``op`` makes new tensors of tensors and is not itself composed of other operators."""
+    """Whether ``op`` returns new tensors, changes no argument, and is not composed of other operators."""
     schema = op._schema
     return (
         not schema.is_mutable
@@ -99,14 +101,14 @@ def _is_function(op: OpOverload) -> bool:
 
 
 def _is_composed(op: OpOverload) -> bool:
-    """Whether torch decomposes ``op`` of itself: it has a kernel made of other operators, and none for the CPU."""
+    """Whether torch always decomposes ``op``: it has a kernel made of other operators, and none for the CPU."""
     return op.has_kernel_for_dispatch_key(
         torch._C.DispatchKey.CompositeImplicitAutograd
     ) and not op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CPU)
 
 
 def _wrapped(op: OpOverload, decomposition: Callable[..., Any] | None, is_operation: bool) -> Callable[..., Any]:
-    """``decomposition`` of ``op`` (None: it has none), with marks; within another one, as it is."""
+    """``decomposition`` of ``op`` (None if it has none) with marks, or without marks inside another decomposition."""
 
     @wraps(decomposition or op)
     def decomposed(*args: Any, **kwargs: Any) -> Any:
@@ -140,7 +142,7 @@ def _one_operation() -> Iterator[None]:
 
 
 def _with_marks(result: Any, op: OpOverload, given: list[Tensor]) -> Any:
-    """``result`` with its new floating-point tensors marked: the first alone for operators of `_ONE_RESULT`."""
+    """``result`` with its new floating-point tensors marked; for operators of `_ONE_RESULT` only the first."""
 
     def marked(value: Any) -> Any:
         new = isinstance(value, Tensor) and value.is_floating_point() and not any(value is tensor for tensor in given)

@@ -1,9 +1,9 @@
 """The table of products: everything that fpsim knows about operators that multiply matrices.
 
-The rounding pass, `explain`, `audit`, `profile`, the error of products and the messages read this table, and nothing
-else knows operators. `PRODUCTS` has an entry for every operator of aten whose operands can be rounded, `OPAQUE` one for
-every family of operators that multiply matrices inside and are refused. A new operator is one entry; the tests of the
-table pick it up.
+The rounding pass, `explain`, `audit`, `profile`, the error of products and the messages read this table; no other file
+knows operators. `PRODUCTS` has an entry for every operator of aten whose operands can be rounded. `OPAQUE` has an entry
+for every family of operators that multiply matrices inside and are refused. A new operator is one entry, and the tests
+of the table cover it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ aten = torch.ops.aten
 #: Axes of an operand, counted from the front or, if negative, from the back.
 Axes = tuple[int, ...]
 
-#: All axes of a batch of images but that of the channels; an image of fewer dimensions lacks the last of them.
+#: All axes of a batch of images except that of the channels; images of fewer dimensions lack the last of these axes.
 ALL_BUT_CHANNELS: Axes = (0, 2, 3, 4)
 
 
 class Form(enum.Enum):
-    """How an operator multiplies: it decides how its product is computed again in float64."""
+    """How an operator multiplies. The form decides how `profile` computes its product again in float64."""
 
     MATRICES = enum.auto()  #: two matrices, or two batches of matrices
     SUM_OF_BATCH = enum.auto()  #: two batches of matrices; the products are added up
     VECTORS = enum.auto()  #: at least one of the two is a vector
-    GROUPS = enum.auto()  #: groups of rows or columns, each with a matrix of its own
+    GROUPS = enum.auto()  #: groups of rows or columns, each with its own matrix
     CONVOLUTION = enum.auto()  #: an image and a kernel
     CONVOLUTION_GRADIENT = enum.auto()  #: the gradient of a convolution
 
@@ -43,8 +43,8 @@ class Multiplication:
 
     Attributes:
         operands: the positions of its two operands among the operator's arguments.
-        contracted: for each operand the axes along which the product sums. Scales of rows and blocks lie along them.
-            (Microscaling: OCP MX 1.0, section 6.) A convolution also sums over the taps of its kernel.
+        contracted: for each operand the axes along which the product sums. Rows and blocks that share a scale lie along
+            these axes (microscaling: OCP MX 1.0, section 6). A convolution also sums over the taps of its kernel.
     """
 
     operands: tuple[int, int]
@@ -57,7 +57,7 @@ class ProductOperator:
 
     Attributes:
         packet: the operator.
-        overloads: the overloads that graphs contain; none where tracing always decomposes the operator.
+        overloads: the overloads that graphs contain; empty if tracing always decomposes the operator.
         form: how it multiplies.
         multiplications: the products that it computes: one, or one for each of its first results.
         gradients: the operators that autograd calls for the derivatives of the first and of the second operand;
@@ -94,10 +94,10 @@ class ProductOperator:
         return len(self.multiplications) > 1
 
     def contracted(self, result: int, arguments: Sequence[Any]) -> tuple[Axes, Axes]:
-        """The axes along which product number ``result`` of a call sums, for each operand.
+        """For each operand the axes along which product number ``result`` of a call sums.
 
         Args:
-            arguments: of the call; only a convolution's ``transposed`` is read.
+            arguments: the arguments of the call; only a convolution's ``transposed`` is read.
         """
         first, second = self.multiplications[result].contracted
         if self.transposed is not None and arguments[self.transposed] and second != ALL_BUT_CHANNELS:
@@ -183,7 +183,7 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         gradients=("aten.mul", "aten.mul"),
         functions=("vdot",),
     ),
-    # An outer product sums over nothing: tracing makes one multiplication of it.
+    # An outer product has no sum: tracing decomposes it into one multiplication.
     ProductOperator(
         aten.ger,
         Form.VECTORS,
@@ -209,7 +209,7 @@ PRODUCTS: tuple[ProductOperator, ...] = (
     ProductOperator(
         aten.convolution_backward,
         Form.CONVOLUTION_GRADIENT,
-        (  # of the input and of the weight; the gradient of the bias is a sum
+        (  # the gradients of the input and of the weight; the gradient of the bias is a sum
             Multiplication((0, 2), ((1,), (0,))),
             Multiplication((0, 1), (ALL_BUT_CHANNELS, ALL_BUT_CHANNELS)),
         ),
@@ -223,9 +223,9 @@ class OpaqueFamily:
     """Operators that hold matrix products which cannot be rounded from outside.
 
     Attributes:
-        names: a pattern of their names in plans (``aten.NAME``).
-        remedy: what to do instead of calling them.
-        events: those that torch's profiler reports when a model runs.
+        names: a regular expression for their names in plans (``aten.NAME``).
+        remedy: advice that avoids these operators.
+        events: the names, without ``aten::``, of those that torch's profiler reports.
         is_attention: whether they are fused scaled-dot-product attention.
     """
 
@@ -235,7 +235,7 @@ class OpaqueFamily:
     is_attention: bool = False
 
 
-#: The operators that are refused, by families; the first that matches a name decides.
+#: The families of operators that are refused. The first family that matches a name decides.
 OPAQUE: tuple[OpaqueFamily, ...] = (
     OpaqueFamily(
         r"aten\.(_transformer_encoder_layer_fwd|_native_multi_head_attention).*",
@@ -267,12 +267,12 @@ OPAQUE: tuple[OpaqueFamily, ...] = (
     ),
     OpaqueFamily(
         r"aten\.mkldnn_rnn.*",
-        "Let torch take the layer apart: torch.backends.mkldnn.enabled = False",
+        "Let torch decompose the layer: torch.backends.mkldnn.enabled = False",
         ("mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"),
     ),
     OpaqueFamily(
         r"aten\._cudnn_rnn.*",
-        "Let torch take the layer apart: torch.backends.cudnn.enabled = False",
+        "Let torch decompose the layer: torch.backends.cudnn.enabled = False",
         ("_cudnn_rnn", "_cudnn_rnn_backward"),
     ),
     OpaqueFamily(r"aten\.(lstm|gru|rnn_|_thnn_).*", events=("lstm", "gru", "rnn_tanh", "rnn_relu")),
@@ -288,15 +288,15 @@ OPAQUE: tuple[OpaqueFamily, ...] = (
     ),
 )
 
-#: Operators that hold products only where they are called in a certain way, and operators of other libraries: remedies
-#: for patterns of their names.
+#: Remedies for operators that hold products only when they are called in a certain way, and for operators of other
+#: libraries.
 OTHER_REMEDIES: tuple[OpaqueFamily, ...] = (
     OpaqueFamily(
         r"aten\._embedding_bag.*", "Write it as torch.einsum('bn,bnd->bd', per_sample_weights, embedding(indices))"
     ),
     OpaqueFamily(r"transformers\.grouped_mm.*", "Set experts_implementation='batched_mm' in the model's configuration"),
     OpaqueFamily(r"higher_order\.flex_attention.*", "Use torch.nn.functional.scaled_dot_product_attention"),
-    OpaqueFamily(r"higher_order\..*", "Write what it does as plain Python, which torch.compile traces"),
+    OpaqueFamily(r"higher_order\..*", "Write the computation as plain Python, which torch.compile traces"),
 )
 
 _BY_OVERLOAD: dict[OpOverload, ProductOperator] = {
@@ -307,17 +307,17 @@ _FUNCTIONS = frozenset(function for entry in PRODUCTS for function in entry.func
 
 
 def product_operator(target: object) -> ProductOperator | None:
-    """The entry of an overload that graphs contain, ``torch.ops.aten.mm.default``; None if it is no product."""
+    """The entry of an overload that graphs contain (``torch.ops.aten.mm.default``); None if it is no product."""
     return _BY_OVERLOAD.get(target) if isinstance(target, OpOverload) else None
 
 
 def is_product_packet(packet: object) -> bool:
-    """Whether an operator, ``torch.ops.aten.mm``, is a product that graphs contain."""
+    """Whether an operator (``torch.ops.aten.mm``) is a product that graphs contain."""
     return packet in _BY_PACKET and bool(_BY_PACKET[packet].overloads)
 
 
 def is_product_function(name: str | None) -> bool:
-    """Whether every multiplication of two tensors in the function of torch of that name belongs to a product."""
+    """Whether every multiplication of two tensors in the function of torch called ``name`` belongs to a product."""
     return name in _FUNCTIONS
 
 
@@ -327,7 +327,7 @@ def opaque_family(operator: str) -> OpaqueFamily | None:
 
 
 def remedy(operator: str) -> str:
-    """What to do instead of calling ``operator``, whose products cannot be rounded."""
+    """Advice that avoids ``operator``, whose products cannot be rounded."""
     families = (*OPAQUE, *OTHER_REMEDIES)
     return next((family.remedy for family in families if re.fullmatch(family.names, operator)), "Replace it")
 

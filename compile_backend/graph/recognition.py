@@ -1,7 +1,7 @@
 """Recognising matrix products among the nodes of a joint forward-and-backward aten graph.
 
-Small products are decomposed into a multiplication and a sum before any pass sees them. These are recognised by the
-operator or the function that they came from.
+Tracing decomposes small products into a multiplication and a sum before any pass sees them. These are recognised by
+their original operator or by the function that the model called.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SUMS = (aten.sum.dim_IntList, aten.sum.default)
 
 
 def is_product(node: fx.Node) -> bool:
-    """Whether ``node`` is the value of a product of matrices of floating-point numbers, or computes several."""
+    """Whether ``node`` is the value of a floating-point matrix product, or computes several such products."""
     entry = product_operator(node.target)
     return (entry is not None and entry.is_joint) or multiplication_of(node) is not None
 
@@ -62,17 +62,17 @@ def multiplication_of(node: fx.Node) -> Multiplication | None:
 
 
 def _decomposed(node: fx.Node) -> Multiplication:
-    """A product that is decomposed into the multiplication ``node`` and a sum: it contracts the axes of the sum."""
+    """The product that is decomposed into the multiplication ``node`` and a sum. It contracts the axes of the sum."""
     end, rank = sum_of(node), node.meta["val"].dim()
     summed: Any = ()
     if end is not None:
         summed = end.args[1] if len(end.args) > 1 else range(rank)
-    from_the_back = tuple(axis if axis < 0 else axis - rank for axis in summed)  # as the operands are broadcast
+    from_the_back = tuple(axis if axis < 0 else axis - rank for axis in summed)  # broadcasting aligns the last axes
     return Multiplication((0, 1), _own_axes(node, (0, 1), (from_the_back, from_the_back)))
 
 
 def _own_axes(call: fx.Node, positions: tuple[int, int], axes: tuple[Axes, Axes]) -> tuple[Axes, Axes]:
-    """``axes`` of the operands of ``call``, counted from the front, without those that an operand lacks."""
+    """``axes`` of the operands of ``call``, counted from the front, without the axes that an operand lacks."""
     ranks = [call.args[i].meta["val"].dim() for i in positions]  # type: ignore[union-attr]
     first, second = (
         tuple(sorted(axis % rank for axis in own if -rank <= axis < rank))
@@ -82,7 +82,7 @@ def _own_axes(call: fx.Node, positions: tuple[int, int], axes: tuple[Axes, Axes]
 
 
 def call_of(value: fx.Node) -> fx.Node:
-    """The node that computes ``value``: itself, or the call of which ``value`` is one of several results."""
+    """The node that computes ``value``: itself, or the call that returns ``value`` as one of several results."""
     return cast(fx.Node, value.args[0]) if value.target is getitem else value
 
 
@@ -97,7 +97,7 @@ def is_of_product(node: fx.Node) -> bool:
 
 
 def sum_of(node: fx.Node) -> fx.Node | None:
-    """The sum that completes the product that begins with ``node``, where autograd makes two operations of it."""
+    """The sum that completes the decomposed product whose multiplication is ``node``, if there is one."""
     if node.target is not aten.mul.Tensor or len(node.users) != 1:
         return None
     (user,) = node.users
@@ -112,7 +112,7 @@ def is_sum_of_product(node: fx.Node) -> bool:
 
 
 def ends_of_products(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """The multiplications of decomposed products, and the marks at which the products end."""
+    """From the multiplications of decomposed products to the marks at the ends of the products."""
     ends = {}
     for end in find_marks(graph):
         waiting = [end.args[0]] if is_product_packet(original_operator(end)) else []

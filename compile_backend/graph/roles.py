@@ -1,4 +1,4 @@
-"""The roles of operands: activation, weight, or gradient, by what a value depends on and how it is used."""
+"""The roles of operands: activation, weight or gradient. They follow from the sources and the uses of a value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fpsim.compile_backend.graph.views import base
 
 
 def role_of(source: Source) -> str:
-    """The role of a value that depends on ``source``."""
+    """The role of a value with the sources ``source``."""
     if source & Source.TANGENT:
         return "gradient"
     if source & (Source.PARAMETER | Source.BUFFER) and not source & (Source.INPUT | Source.INTEGER_INPUT):
@@ -26,7 +26,7 @@ def differentiated_role(
     other: fx.Node,
     node: fx.Node,
     sources: Mapping[fx.Node, Source],
-    mate: tuple[fx.Node, Multiplication] | None,
+    forward: tuple[fx.Node, Multiplication] | None,
     input_sources: Sequence[Source],
 ) -> str:
     """The role of the forward operand with respect to which the backward product ``node`` differentiates.
@@ -34,20 +34,20 @@ def differentiated_role(
     Args:
         other: the operand of ``node`` that is no gradient.
         node: the value of the product.
-        sources: the dependences of the graph's nodes (`find_sources`).
-        mate: the forward product of the same autograd node, if there is one.
-        input_sources: the kinds of the inputs of the traced function, in its order.
+        sources: the sources of the graph's nodes (`find_sources`).
+        forward: the forward product of the same autograd node, if there is one.
+        input_sources: the kinds of the inputs of the traced function, in order.
     """
-    if mate is None:  # a hand-written backward
+    if forward is None:  # a hand-written backward
         return "activation" if role_of(sources[other]) == "weight" else _role_by_use(node, input_sources)
-    forward = operands_of(*mate)
-    bases = [base(value) for value in forward]
+    operands = operands_of(*forward)
+    bases = [base(value) for value in operands]
     kept = bases.index(base(other)) if base(other) in bases else None
-    if kept is None:  # recomputed or copied on the way: then the roles decide
-        roles = [role_of(sources[value]) for value in forward]
+    if kept is None:  # it was recomputed or copied: the roles decide
+        roles = [role_of(sources[value]) for value in operands]
         other_role = role_of(sources[other])
         kept = roles.index(other_role) if other_role in roles else 0
-    return role_of(sources[forward[1 - kept]])
+    return role_of(sources[operands[1 - kept]])
 
 
 def _role_by_use(node: fx.Node, input_sources: Sequence[Source]) -> str:

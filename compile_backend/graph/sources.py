@@ -1,4 +1,4 @@
-"""What each value of a graph depends on: parameters, buffers, inputs, and gradients that come in from outside."""
+"""The sources of each value in a graph: the kinds of parameters, buffers, inputs and gradients that it depends on."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from fpsim.compile_backend.graph.nodes import is_float
 
 
 class Source(enum.Flag):
-    """What a value depends on."""
+    """The kinds of graph inputs that a value depends on."""
 
     NONE = 0
     PARAMETER = enum.auto()
     BUFFER = enum.auto()
     INPUT = enum.auto()  #: a floating-point input of the model
     INTEGER_INPUT = enum.auto()
-    TANGENT = enum.auto()  #: a gradient coming in from outside the graph
+    TANGENT = enum.auto()  #: a gradient that comes from outside the graph
 
 
-#: What varies. A value that depends on none of these is part of the model's definition: a table of angles, say.
+#: The sources that vary. A value with none of these belongs to the definition of the model, like a table of angles.
 VARIABLE = Source.PARAMETER | Source.INPUT | Source.TANGENT
 
 
 def find_sources(graph: fx.Graph, input_sources: Sequence[Source]) -> dict[fx.Node, Source]:
-    """What every node of ``graph`` depends on; ``input_sources`` says what the inputs of the traced function are."""
+    """The sources of every node of ``graph``; ``input_sources``: the kinds of the inputs of the traced function."""
     sources: dict[fx.Node, Source] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -48,7 +48,7 @@ def _placeholder_source(node: fx.Node, input_sources: Sequence[Source]) -> Sourc
     if not isinstance(value, torch.Tensor):
         return Source.NONE  # sizes
     description: Any = node.meta.get("desc")
-    while hasattr(description, "base"):  # views, subclasses: what they were made of
+    while hasattr(description, "base"):  # a view or a subclass: go to the tensor that it was made of
         description = description.base
     name = type(description).__name__
     if name == "TangentAOTInput":

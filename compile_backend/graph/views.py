@@ -1,4 +1,4 @@
-"""Operators that only rearrange their first operand: rounding commutes with them."""
+"""Views and other rearrangements of a value, with which rounding commutes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_view(node: fx.Node) -> bool:
 
 
 def base(node: fx.Node) -> fx.Node:
-    """The value of which ``node`` is a rearrangement."""
+    """The value that ``node`` rearranges; ``node`` itself if it is no rearrangement."""
     while is_view(node):
         node = node.args[0]  # type: ignore[assignment]
     return node

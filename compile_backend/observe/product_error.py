@@ -1,8 +1,9 @@
-"""How far a matrix product of rounded operands is from that of the unrounded ones, computed in float64.
+"""The error of a matrix product of rounded operands, relative to the product of the unrounded operands in float64.
 
-Small products are computed wholly. Of large ones, where that would cost several times the product itself, random
-combinations of the columns are compared: for an error D and a vector g of random signs the mean of |Dg|^2 is |D|^2
-(Hutchinson, Communications in Statistics 19(2), 1990), and Dg costs two products of a matrix and a vector.
+For small products the whole product is compared. For large products that would cost several times the product itself,
+so that random combinations of the columns are compared: for an error D and a vector g of random signs the mean of
+|Dg|^2 is |D|^2 (Hutchinson, Communications in Statistics 19(2), 1990), and Dg costs two products of a matrix and a
+vector.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ aten = torch.ops.aten
 
 #: How many random combinations of columns are compared.
 MIXTURES = 12
-#: Of how many columns on a product of matrices is large; of how many images or channels a convolution, which is slow in
-#: float64.
+#: A product of matrices is large from this number of columns on, and a convolution, which is slow in float64, from this
+#: number of images or channels.
 LARGE = 128
 LARGE_CONVOLUTION = 32
 
-#: What the operator gave, the unrounded operands, its other tensors and the seed of an estimate, to two norms: of the
-#: difference from the product of the unrounded operands, and of that product.
+#: From the operator's result, the unrounded operands, the operator's other tensors and the seed of an estimate to two
+#: norms: that of the difference from the product of the unrounded operands, and that of this product.
 Comparison = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], int], tuple[float, float]]
 
 
 def result_of(product: Product) -> fx.Node:
-    """The node that holds the product: of a multiplication that a sum completes, the sum."""
+    """The node that holds the product; for a decomposed product the sum that completes it."""
     node = product.value
     while _is_decomposed(product) and len(node.users) == 1:
         (node,) = node.users
@@ -51,7 +52,7 @@ def result_of(product: Product) -> fx.Node:
 
 
 def other_tensors(product: Product | None) -> list[fx.Node]:
-    """The arguments of a product's operator beside its operands that are tensors, in their order."""
+    """The tensors among the arguments of a product's operator, in order, without its two operands."""
     if product is None:
         return []
     arguments = enumerate(product.node.args)
@@ -61,7 +62,7 @@ def other_tensors(product: Product | None) -> list[fx.Node]:
 def comparison(product: Product, value: fx.Node, exact: bool) -> Comparison:
     """The function that compares a run of ``product``, whose result is ``value``, with the unrounded operands' product.
 
-    Whatever the operator adds is in neither norm. ``exact``: never estimate.
+    Neither norm contains the addend of the operator. ``exact``: never estimate.
     """
     multiply, mixing = _multiplication(product, value), _mixing(product, value)
     beta = cast(float, product.node.kwargs.get("beta", 1))
@@ -87,10 +88,10 @@ def comparison(product: Product, value: fx.Node, exact: bool) -> Comparison:
 def _estimated(
     got: Tensor, addend: Tensor | None, dim: int, signs: Tensor, mixed_reference: Tensor
 ) -> tuple[float, float]:
-    """Estimates of the two norms from combinations along ``dim``: of the result itself, and of what it should be.
+    """Estimates of the two norms from combinations along ``dim`` of the result and of the exact product.
 
-    The norm of the result R is exact; that of the exact product R - D follows with the mean of (Rg)(Dg), which is the
-    inner product of R and D.
+    The norm of the result R is computed exactly. The norm of the exact product R - D follows from it and from the mean
+    of (Rg)(Dg), which is the inner product of R and D.
     """
     rows, less = _rows(got, dim), None if addend is None else _rows(addend, dim)
     size = max(piece_size(got.device) // rows.shape[1], 1)
@@ -110,9 +111,13 @@ def _estimated(
 
 @dataclass(frozen=True)
 class _Mixing:
-    """A result is linear in its ``operand``: the same combinations along these two dimensions go with each other.
+    """The dimensions of a product's operand and result whose combinations correspond, as the product is linear.
 
-    ``large``: the size from which on combinations are cheaper.
+    Attributes:
+        operand: 0 or 1, the operand whose combinations are multiplied.
+        of_operand: the dimension of that operand.
+        of_result: the dimension of the result.
+        large: the size of that dimension from which on combinations are cheaper than the whole product.
     """
 
     operand: int
@@ -128,7 +133,7 @@ def _mixing(product: Product, value: fx.Node) -> _Mixing | None:
     if form is Form.GROUPS:
         dims = [argument.meta["val"].dim() for argument in node.args[:2]]  # type: ignore[union-attr]
         return None if dims == [3, 2] else _Mixing(1, -1, -1)
-    if form is Form.CONVOLUTION:  # of fewer images: the unfolded image is what costs
+    if form is Form.CONVOLUTION:  # combine images: unfolding them costs most of the time
         return _Mixing(0, 0, 0, LARGE_CONVOLUTION)
     if form is Form.CONVOLUTION_GRADIENT and node.args[9] == 1:
         transposed = bool(node.args[7])
@@ -171,7 +176,7 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _addend(product: Product, others: Sequence[Tensor]) -> Tensor | None:
-    """What the operator adds to the product, in a shape that fits."""
+    """The tensor that the operator adds to the product, in a shape that broadcasts; None if there is none."""
     entry = product_operator(product.node.target)
     if entry is None or entry.addend is None or not others:
         return None
@@ -181,7 +186,7 @@ def _addend(product: Product, others: Sequence[Tensor]) -> Tensor | None:
 
 
 def _multiplication(product: Product, value: fx.Node) -> Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]:
-    """The product in float64, as a function of its operands and of the other tensors that its operator takes."""
+    """The product in float64, as a function of its operands and of the other tensors of its operator."""
     if _form(product) is Form.MATRICES:
         alpha = cast(float, product.node.kwargs.get("alpha", 1))
         return lambda operands, _: _times(*operands) if alpha == 1 else _times(*operands).mul_(alpha)
@@ -190,7 +195,7 @@ def _multiplication(product: Product, value: fx.Node) -> Callable[[Sequence[Tens
 
 
 def _wide_multiplication(product: Product, value: fx.Node) -> Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]:
-    """The same of operands that are float64 already, for the rarer operators."""
+    """The product as a function of operands that are float64 already, for the rarer operators."""
     node, form = product.node, _form(product)
     packet = cast(OpOverload, node.target).overloadpacket
     if form is Form.CONVOLUTION:
@@ -223,7 +228,7 @@ def _convolution_gradient(
 ) -> Tensor:
     """The gradient number ``index`` that a call of `aten.convolution_backward` with ``arguments`` computes.
 
-    Of the argument that is no operand only the shape is used, and of that the channels are those of the operand.
+    Only the shape of the argument that is no operand is used, with the number of channels of the operand.
     """
     gradient, operand = operands
     shape, transposed = list(others[0].shape), arguments[7]
@@ -240,7 +245,7 @@ def _convolution_gradient(
 
 
 def _grouped(a: Tensor, b: Tensor, ends: Tensor | None = None) -> Tensor:
-    """The product of the groups of two matrices or batches, as in `torch.nn.functional.grouped_mm`; zero outside."""
+    """The products of groups of matrices, as `torch.nn.functional.grouped_mm` computes them; zero outside of groups."""
     if a.dim() == b.dim() == 3:
         return a @ b
     assert ends is not None

@@ -1,8 +1,8 @@
-"""Watching one graph: what `fpsim.profile` counts is gathered here.
+"""Recording the statistics of one graph for `fpsim.profile`.
 
 While a graph is rewritten, an identity is inserted behind every matrix product and every rounded result. It also takes
-the operands before and after rounding, so that they are at hand there, in backward too. The interpreter of
-``"fpsim_eager"`` runs, in the place of each identity, a function that measures what it is given.
+the operands before and after rounding, so that they are available there, in backward too. The interpreter of
+``"fpsim_eager"`` replaces each identity by a function that measures its arguments.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ _library.define("observe(Tensor value, Tensor[] exact, Tensor[] rounded, Tensor[
 _library.impl("observe", lambda value, *_: value.clone(), "CompositeExplicitAutograd")
 _library._register_fake("observe", lambda value, *_: torch.empty_like(value))
 
-#: The identity of ``value``, what observation ``number`` looks at. It takes the operands ``exact`` and ``rounded``, and
-#: the ``others`` that the operator has.
+#: The identity of ``value``, the result that observation ``number`` measures. Its other arguments are the operands
+#: before (``exact``) and after rounding (``rounded``), and the ``others``, the further tensors of the operator.
 observe: OpOverload = torch.ops.fpsim.observe.default
 
 
 @dataclass(frozen=True)
 class SiteStatistics(Site):
-    """A site, and what became of the numbers there, over all runs.
+    """A site and the statistics of rounding there, over all runs.
 
     Attributes:
         product: the position of its matrix product among the products of the profile; None for other operations and
             for results of products.
-        statistics: counts, energies and histograms. Numbers that several products read are rounded once, and counted
-            once: their sites have the same statistics.
+        statistics: counts, norms and histograms. Values that several products read are rounded once and counted once:
+            their sites have the same statistics.
     """
 
     product: int | None
@@ -54,16 +54,16 @@ class ProductStatistics:
     """A matrix product, over all of its runs.
 
     Attributes:
-        path, operator, kind: as of a `Site`.
-        shapes: of its two operands.
+        path, operator, kind: those of its sites (`Site`).
+        shapes: the shapes of its two operands.
         runs: how many times it ran.
-        error: the Frobenius norm of what it gave less the product of the unrounded operands in float64, over all runs.
-            What the operator adds (a bias) is taken away again; the rounding of the result comes after.
+        error: the Frobenius norm of its result minus the product of the unrounded operands in float64, over all runs.
+            An addend (a bias) is subtracted first, and the rounding of the result is not included.
         reference: the Frobenius norm of the product of the unrounded operands.
 
-    Of products with 128 columns or more (convolutions: 32 images or channels) both are estimates, from 12 random
-    combinations of the columns: without bias, and with a standard deviation of ``error**2`` of at most 0.41 of it, the
-    less, the more directions the error has.
+    For products with 128 columns or more (convolutions: 32 images or channels) both norms are unbiased estimates from
+    12 random combinations of the columns. The standard deviation of ``error**2`` is at most 0.41 of its value, and
+    less if the error has many directions.
     """
 
     path: str
@@ -82,14 +82,14 @@ class ProductStatistics:
 
 @dataclass(frozen=True)
 class _Observation:
-    """What is observed at one place of a graph.
+    """A product or a rounded result that is observed.
 
     Attributes:
-        value: the node that is looked at.
-        product: the matrix product that it is; None for a rounded result.
-        exact, rounded: its operands; the result before and after rounding.
-        sites: one for each of these.
-        keys: which numbers each holds: the same key, the same statistics.
+        value: the node that holds the product or the rounded result.
+        product: the matrix product; None for a rounded result.
+        exact, rounded: the operands, or the result, before and after rounding.
+        sites: one for each operand, or the one of the result.
+        keys: one for each site. Sites with the same key hold the same numbers, and have the same statistics.
     """
 
     value: fx.Node
@@ -101,10 +101,10 @@ class _Observation:
 
 
 def measure_cast(exact: Tensor, rounded: Tensor, by: Cast | None) -> Statistics:
-    """What the cast ``by`` did to ``exact``; None left it as it is.
+    """The statistics of ``exact``, rounded to ``rounded`` by the cast ``by``; None stands for no rounding.
 
-    Of a scaled cast, subnormals and saturations are those of the scaled numbers, and all else is of the numbers as
-    they come and go.
+    For a scaled cast, subnormals and saturations are counted among the scaled numbers. Everything else is measured on
+    the numbers before scaling and after unscaling.
     """
     if by is None or by.scale is None:
         return measure(exact, rounded, by.format if by is not None else None)
@@ -113,13 +113,13 @@ def measure_cast(exact: Tensor, rounded: Tensor, by: Cast | None) -> Statistics:
 
 
 class Recorder:
-    """The statistics of one graph's sites, gathered while it runs.
+    """The statistics of one graph's sites, gathered while the graph runs.
 
-    The rewriting adds what is to be observed and inserts it (`insert`), the interpreter binds the graphs that come of
-    that (`bind`). Numbers that several products read are measured once.
+    The rounding pass adds observations (`add_product`, `add_result`) and inserts them into the graph (`insert`). The
+    interpreter makes the inserted nodes measure (`bind`). Values that several products read are measured once.
 
     Args:
-        exact: compute the product of the unrounded operands wholly, whatever its size.
+        exact: compare whole products, whatever their size.
     """
 
     def __init__(self, exact: bool = False) -> None:
@@ -131,12 +131,12 @@ class Recorder:
         self.clear()
 
     def add_product(self, product: Product, exact: Sequence[fx.Node], sites: Sequence[Site]) -> None:
-        """Observe ``product``, whose operands were ``exact`` before they were rounded; ``sites``: one for each."""
+        """Observe ``product``. ``exact`` are its operands before rounding, and ``sites`` their sites."""
         rounded = [cast(fx.Node, product.node.args[i]) for i in product.operands]
         self._add(result_of(product), product, exact, rounded, sites)
 
     def add_result(self, exact: fx.Node, rounded: fx.Node, site: Site) -> None:
-        """Observe ``rounded``, the rounded result ``exact`` of an operation or a product."""
+        """Observe ``exact``, the result of an operation or a product, and ``rounded``, the same after rounding."""
         self._add(rounded, None, [exact], [rounded], [site])
 
     def _add(
@@ -154,7 +154,7 @@ class Recorder:
         self._observations.append(_Observation(value, product, tuple(exact), tuple(rounded), tuple(sites), tuple(keys)))
 
     def insert(self, graph: fx.Graph) -> None:
-        """Put the observations into the graph that is being rewritten."""
+        """Insert the observations into the graph that is being rewritten."""
         for number, observation in enumerate(self._observations):
             value, others = observation.value, other_tensors(observation.product)
             arguments = (value, list(observation.exact), list(observation.rounded), others, number)
@@ -166,9 +166,9 @@ class Recorder:
                     user.replace_input_with(value, node)
 
     def bind(self, gm: fx.GraphModule) -> None:
-        """Let the observations in ``gm``, the forward or the backward of the graph, do their work.
+        """Replace the observations in ``gm``, the forward or backward part of the graph, by functions that measure.
 
-        What is computed again in backward is not observed again.
+        An observation that backward recomputes is removed there, so that it is measured once.
         """
         for node in gm.graph.find_nodes(op="call_function", target=observe):
             number = node.args[-1]
@@ -194,20 +194,20 @@ class Recorder:
                 statistics = measure_cast(exact[i], rounded[i], observation.sites[i].cast)
                 self._statistics.setdefault(observation.keys[i], []).append(statistics)
             if compare is not None:
-                seed = (number << 32) + self._runs[number]  # other signs in every run: their errors average out
+                seed = (number << 32) + self._runs[number]  # other signs in every run, so that errors average out
                 self._errors.setdefault(number, []).append(compare(value, exact, others, seed))
             return value
 
         return observed
 
     def clear(self) -> None:
-        """Forget what was measured."""
+        """Forget all measurements."""
         self._runs: Counter[int] = Counter()
         self._errors: dict[int, list[tuple[float, float]]] = {}
         self._statistics: dict[int, list[Statistics]] = {}
 
     def results(self) -> tuple[list[SiteStatistics], list[ProductStatistics]]:
-        """What was measured since the beginning or `clear`: the sites and products that ran, in the graph's order."""
+        """The statistics since the beginning or `clear`: those of sites and products that ran, in the graph's order."""
         sites: list[SiteStatistics] = []
         products: list[ProductStatistics] = []
         statistics = {key: merge(parts) for key, parts in self._statistics.items()}

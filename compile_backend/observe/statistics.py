@@ -1,7 +1,7 @@
-"""What rounding does to the numbers of a tensor, counted: pure functions of the values before and after.
+"""Statistics of rounding: pure functions of the values of a tensor before and after.
 
-Everything is read from the bits of the carrier, so that counts are exact integers and neither flushing of subnormals
-nor inexact logarithms can falsify them; energies are summed in float64. `Statistics` of several tensors add up.
+Counts are read from the bits of the carrier. They are exact integers, which neither flushing of subnormals nor inexact
+logarithms can falsify. Norms are summed in float64. `Statistics` of several tensors add up.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch import Tensor
 from fpsim.formats import FloatFormat
 from fpsim.rounding.carriers import CARRIERS, check_carrier
 
-#: Numbers of elements by exponent, ascending: of a number x, not zero, floor(log2(abs(x))).
+#: Pairs of an exponent and a number of elements, ascending. The exponent of x is floor(log2(abs(x))); zeros have none.
 Histogram = tuple[tuple[int, int], ...]
 
-#: The counts among `Statistics`, all of them numbers of elements.
+#: The names of the counts in `Statistics`. Each is a number of elements.
 COUNTS = ("zeros", "underflows", "subnormals", "saturations", "overflows", "infinities", "nans")
 
-#: From where on a number is doubtful, and from where on bad: shares of elements, dB (downwards), relative errors.
+#: For each statistic the limit beyond which it is doubtful, and the limit beyond which it is bad. Counts are shares of
+#: all elements, and ``sqnr`` is in dB and gets worse downwards.
 LIMITS: dict[str, tuple[float, float]] = {
     "underflows": (0.01, 0.1),
     "subnormals": (0.1, 0.5),
@@ -37,7 +38,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
-# Elements per thread that are handled at a time.
+# How many elements each thread processes at a time.
 _CHUNK = 1 << 16
 
 
@@ -53,23 +54,23 @@ def severity(name: str, value: float) -> int:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What became of ``elements`` numbers that were rounded.
+    """Statistics of ``elements`` numbers (inputs) that were rounded (to results).
 
     Attributes:
-        elements: how many numbers.
+        elements: the number of inputs.
         zeros: inputs that are zero.
-        underflows: inputs other than zero that became zero.
+        underflows: nonzero inputs that became zero.
         subnormals: results that are subnormal numbers of the format.
-        saturations: finite inputs beyond the largest finite value (negative ones of a format without sign too) with a
-            finite result.
+        saturations: finite inputs beyond the largest finite value with a finite result; for a format without sign
+            negative inputs too.
         overflows: finite inputs that became an infinity or NaN.
         infinities: inputs that are infinite.
         nans: inputs that are NaN.
         amax: the largest magnitude of a finite input; 0 if there is none.
         signal: the Euclidean norm of the finite inputs.
         noise: the Euclidean norm of the changes of the finite inputs; infinite if one of them overflowed.
-        exponents: histogram of the finite inputs other than zero.
-        rounded_exponents: histogram of the finite results other than zero.
+        exponents: histogram of the finite nonzero inputs.
+        rounded_exponents: histogram of the finite nonzero results.
     """
 
     elements: int = 0
@@ -90,7 +91,7 @@ class Statistics:
     def sqnr(self) -> float:
         """The signal-to-quantization-noise ratio of the finite inputs in dB, ``10 log10(sum x^2 / sum (x - q)^2)``.
 
-        Infinite if nothing changed, and minus infinity if a finite input overflowed, or if zeros alone changed.
+        It is infinite if no input changed, and minus infinity if a finite input overflowed or if only zeros changed.
         """
         if self.noise == 0:
             return math.inf
@@ -105,7 +106,7 @@ class Statistics:
         return getattr(self, name) / self.elements if self.elements else 0.0
 
     def repeated(self, times: int) -> Statistics:
-        """The statistics of the same numbers ``times`` over."""
+        """The statistics of ``times`` copies of the same numbers."""
         counts = {name: times * getattr(self, name) for name in ("elements", *COUNTS)}
         histograms = {
             name: tuple((exponent, times * count) for exponent, count in getattr(self, name))
@@ -140,16 +141,16 @@ def _added(histograms: Iterable[Histogram]) -> Histogram:
 
 
 def measure(x: Tensor, rounded: Tensor, format: FloatFormat | None = None) -> Statistics:
-    """What rounding did to ``x``.
+    """The statistics of rounding ``x``.
 
     Args:
         x: the inputs: float64, float32, bfloat16 or float16, any shape and strides.
-        rounded: the results, of the same shape and dtype: values of ``format``.
-        format: None stands for the dtype of ``x`` itself.
+        rounded: the results, values of ``format``, of the same shape and dtype.
+        format: None stands for the format of the dtype of ``x``.
 
     Raises:
-        TypeError: a dtype that is no carrier, or two different ones.
-        ValueError: two shapes, or a format with values that the dtype lacks.
+        TypeError: a dtype that is no carrier, or different dtypes.
+        ValueError: different shapes, or a format with values that the dtype lacks.
     """
     if x.dtype != rounded.dtype:
         raise TypeError(f"values before and after rounding differ in dtype: {x.dtype} and {rounded.dtype}")
@@ -165,12 +166,12 @@ def measure(x: Tensor, rounded: Tensor, format: FloatFormat | None = None) -> St
 
 
 def piece_size(device: torch.device) -> int:
-    """How many elements to handle at a time, so that temporaries stay in the caches of a processor."""
+    """How many elements to process at a time, so that temporaries stay in the caches of a processor."""
     return _CHUNK * torch.get_num_threads() if device.type == "cpu" else 1 << 28
 
 
 def relative_error(error: float, reference: float) -> float:
-    """``error / reference``, two norms: 0 if there is no error, infinite if there is nothing but error."""
+    """``error / reference``, the ratio of two norms: 0 if the error is zero, infinite if only the reference is."""
     if error == 0:
         return 0.0
     return error / reference if reference else math.copysign(math.inf, error)
@@ -194,9 +195,9 @@ def norm(values: Tensor) -> float:
 
 
 def _flat(x: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Both as vectors, in the order in which ``x`` lies in memory, and how often each element occurs.
+    """Both tensors as vectors, in the order of ``x`` in memory, and how often each element occurs.
 
-    An element that is expanded lies in memory once.
+    The vectors hold every expanded element once, as memory does.
     """
     times = 1
     for dim, size in enumerate(x.shape):
@@ -238,12 +239,12 @@ def _measure_piece(x: Tensor, rounded: Tensor, format: FloatFormat) -> Statistic
 
 @dataclass(frozen=True)
 class _Reading:
-    """What the bits of a tensor say.
+    """Facts that are read from the bits of a tensor.
 
     Attributes:
-        magnitude: the bits without the sign; in the order of magnitudes.
-        infinity: the magnitude of infinity; those above are NaNs.
-        histogram: of the finite elements other than zero.
+        magnitude: the bits without the sign, as integers; their order is the order of magnitudes.
+        infinity: the bits of infinity; greater magnitudes are NaNs.
+        histogram: the histogram of the finite nonzero elements.
         zeros: how many elements are zero.
         specials: how many are infinite or NaN.
         amax: the largest finite magnitude, 0 if there is none.
@@ -267,7 +268,7 @@ def _read(x: Tensor) -> _Reading:
     zeros = magnitude.numel() - _count(magnitude) if by_field[0] else 0
     if by_field[0] > zeros:
         least = magnitude[fields == 0]
-        # A subnormal number is an integer number of units; as a float64 the integer is exact, and so is its exponent.
+        # A subnormal number is an integer times a unit. The integer is exact in float64, and so is its exponent.
         _, exponents = torch.frexp(least[least != 0].double())
         values, occurrences = torch.unique(exponents, return_counts=True)
         unit = carrier.emin - carrier.mantissa_bits

@@ -1,1 +1,1 @@
-"""Rewriting a traced graph: what is rounded where, as a policy says."""
+"""Rewriting a traced graph: inserting the roundings that a policy asks for."""

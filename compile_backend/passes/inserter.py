@@ -1,4 +1,4 @@
-"""Inserting roundings into a graph: one for each value, cast and axes that share it."""
+"""Inserting roundings into a graph: one for each value and cast, shared by all users."""
 
 from __future__ import annotations
 
@@ -28,70 +28,78 @@ from fpsim.scaling.ops import scale_op
 
 aten = torch.ops.aten
 
-# What a rounding takes over from the value that is rounded, and from where it is needed.
+# The metadata that a rounding copies from the rounded value, and from the node that needs the rounding.
 _COPIED = ("partitioner_tag", "recompute", "ac_graph_id", "seq_nr", "stack_trace")
 _PLACES = ("nn_module_stack", "fwd_nn_module_stack", "stack_trace")
 
-# The operators of a cast that do not go element by element: backward keeps their small results.
+# The operators of a cast that are not elementwise. Backward keeps their results, which are small.
 _OF_WHOLE_TENSORS = (scale_op, aten.select.int)
 
 
 class Inserter:
-    """Inserts rounding nodes into a graph, one per value and cast."""
+    """Inserts rounding nodes into a graph, one for each value and cast.
+
+    Args:
+        graph: the graph that is rewritten.
+        sources: the sources of its nodes; inserted nodes are added.
+        seed: the input that is the seed of stochastic rounding.
+        recorder: observes every rounded value and product.
+    """
 
     def __init__(
         self, graph: fx.Graph, sources: dict[fx.Node, Source], seed: fx.Node | None, recorder: Recorder | None
     ) -> None:
         self.graph = graph
         self.sources = sources
-        self.done: dict[tuple[fx.Node, Cast], fx.Node] = {}
-        # Calls split off a joint one: where each takes an operand for its shape only, and the call that multiplies it.
-        self.separate: dict[fx.Node, tuple[int, fx.Node | None]] = {}
+        self.roundings: dict[tuple[fx.Node, Cast], fx.Node] = {}
+        # The calls into which joint ones were split, as `convolution.split` describes them.
+        self.split_calls: dict[fx.Node, tuple[int, fx.Node | None]] = {}
         self.seed = seed
-        self.keys = 0
+        self.key_count = 0
         self.recorder = recorder
 
     def round_operand(self, product: Product, position: int, cast: Cast) -> None:
-        """Let ``product``, and no product that is computed together with it, see its operand rounded."""
+        """Round one operand of ``product``, and of no other product that the same call computes."""
         operand: fx.Node = product.node.args[position]  # type: ignore[assignment]
         rounded = self.rounded(operand, cast, near=product.node)
         if rounded is operand:
             return
-        if _is_joint(product.node) and product.node not in self.separate:
-            self.separate |= convolution.split(product.node)
+        if _is_joint(product.node) and product.node not in self.split_calls:
+            self.split_calls |= convolution.split(product.node)
         product.node.update_arg(position, rounded)
 
     def release_shapes(self) -> None:
-        """Keep no operand for backward of which only the shape is used: one that is there anyway has the same shape.
+        """Replace operands of which only the shape is used, so that backward keeps none of them for its shape alone.
 
-        Calls that then have the same operands become one again.
+        A tensor of the same shape that backward has anyway takes their place. Calls that then have the same operands
+        are merged again.
         """
-        for call, (position, other) in self.separate.items():
+        for call, (position, other) in self.split_calls.items():
             operand: fx.Node = call.args[position]  # type: ignore[assignment]
             if other is not None:
                 operand = other.args[position]  # type: ignore[assignment]
-            elif not self._is_at_hand_in_backward(operand):
-                operand = next((rounded for (value, _), rounded in self.done.items() if value is operand), operand)
+            elif not self._is_available_in_backward(operand):
+                operand = next((rounded for (value, _), rounded in self.roundings.items() if value is operand), operand)
             call.update_arg(position, operand)
-        convolution.join(self.separate)
+        convolution.join(self.split_calls)
 
     def rounded(self, value: fx.Node, cast: Cast, near: fx.Node) -> fx.Node:
         """The node that holds ``value`` rounded.
 
-        Rounding commutes with rearrangement, so the value is rounded as it first arose and rearranged again: the
-        operand of fprop and its transpose in dgrad and wgrad share one rounding. ``near`` says where it is needed.
+        Rounding commutes with rearrangement, so that the base of a view is rounded and then rearranged again: the
+        operand of fprop and its transpose in dgrad and wgrad share one rounding. ``near`` is the node that needs it.
         """
         if _is_exact(value.meta["val"].dtype, cast):
             return value
-        if (value, cast) not in self.done:
+        if (value, cast) not in self.roundings:
             if is_view(value):
-                self.done[value, cast] = self._rearranged(value, cast, near)
+                self.roundings[value, cast] = self._rearranged(value, cast, near)
             else:
-                self.done[value, cast] = self._insert(value, cast, near)
-        return self.done[value, cast]
+                self.roundings[value, cast] = self._insert(value, cast, near)
+        return self.roundings[value, cast]
 
     def rounded_result(self, value: fx.Node, near: fx.Node, site: Site) -> fx.Node:
-        """The node that holds ``value``, the result of an operation, rounded by the cast of ``site``, as `rounded`."""
+        """The node that holds ``value``, the result of an operation, rounded by the cast of ``site``; as `rounded`."""
         assert site.cast is not None
         result = self.rounded(value, site.cast, near)
         if self.recorder is not None:
@@ -99,7 +107,7 @@ class Inserter:
         return result
 
     def round_result(self, node: fx.Node, site: Site) -> None:
-        """Let every user of ``node`` see it rounded by the cast of ``site``."""
+        """Replace ``node``, for all of its users, by the node that holds it rounded by the cast of ``site``."""
         assert site.cast is not None
         users = list(node.users)
         result = self._insert(node, site.cast, node)
@@ -121,7 +129,7 @@ class Inserter:
         return copy
 
     def _insert(self, value: fx.Node, cast: Cast, near: fx.Node) -> fx.Node:
-        """The node that holds ``value`` rounded, behind it or, if it is an input, behind all inputs."""
+        """A new node that holds ``value`` rounded. It follows ``value`` or, if that is an input, all inputs."""
         check_cast(value.meta["val"].dtype, cast)
         last = value
         while last.op == "placeholder" and last.next.op == "placeholder":
@@ -132,7 +140,7 @@ class Inserter:
         meta = {key: value.meta[key] for key in _COPIED if key in value.meta}
         meta |= {name: near.meta[name] for name in _PLACES if name in near.meta}
         pointwise = dict(meta)
-        if self._is_at_hand_in_backward(value):
+        if self._is_available_in_backward(value):
             pointwise.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
 
         def call(target: Callable[..., Any], *arguments: Any) -> fx.Node:
@@ -145,7 +153,7 @@ class Inserter:
             return last
 
         exact = value
-        order = order_in_memory(value) if key is None else None  # the numbers drawn follow the order of dimensions
+        order = order_in_memory(value) if key is None else None  # random numbers are drawn in the usual order
         if order is not None:
             exact = call(aten.permute.default, exact, order)
         rounded = apply_cast(exact, cast, key=key, call=call)
@@ -154,15 +162,15 @@ class Inserter:
         return rounded
 
     def _random_key(self, value: fx.Node) -> fx.Node:
-        """A key of its own for the rounding of ``value``: the number of the rounding in the graph is the salt.
+        """The key for one stochastic rounding of ``value``: it is made of the seed and the number of the rounding.
 
-        The seed is an input of the graph, not a node: whatever is recomputed in backward draws the same.
+        The seed is an input of the graph, not a node: a rounding that backward recomputes draws the same numbers.
         """
         assert self.seed is not None, "the policy is stochastic, so the graph has a seed"
-        self.keys += 1
+        self.key_count += 1
         last_input = next(node for node in self.graph.nodes if node.next.op != "placeholder")
         with self.graph.inserting_after(last_input):
-            key = self.graph.call_function(random_key_op, (self.seed, self.keys))
+            key = self.graph.call_function(random_key_op, (self.seed, self.key_count))
         describe(key)
         device = value.meta["val"].device
         if device != key.meta["val"].device:
@@ -171,18 +179,18 @@ class Inserter:
             describe(key)
         return key
 
-    def _is_at_hand_in_backward(self, value: fx.Node) -> bool:
-        """Whether backward has ``value`` anyway, so that rounding it again beats keeping the rounded copy.
+    def _is_available_in_backward(self, value: fx.Node) -> bool:
+        """Whether backward has ``value`` anyway, so that rounding it again is cheaper than keeping the rounded copy.
 
-        It has parameters, and whatever the derivative of an elementwise function uses: the result of a softmax, or of a
-        relu, of which it needs to know where it is zero (a table of booleans in its place would be smaller, but
-        Inductor's C++ writes one a hundred times slower than numbers).
+        Backward has all parameters, and the values that the derivative of an elementwise function uses: the result of a
+        softmax, or of a ReLU, whose zeros it needs. (A table of booleans would be smaller, but Inductor's C++ writes
+        booleans a hundred times slower than numbers.)
         """
         if self.sources.get(value, Source.NONE) == Source.PARAMETER:
             return True
         for user in value.users:
             if is_view(user):
-                if self._is_at_hand_in_backward(user):
+                if self._is_available_in_backward(user):
                     return True
             elif not is_product(user) and self._is_used_with_gradients(user):
                 return True
@@ -196,7 +204,7 @@ class Inserter:
 
 
 def _is_exact(carrier: torch.dtype, cast: Cast) -> bool:
-    """Whether every value of ``carrier``, infinities too, already is a value of the format."""
+    """Whether the cast changes no value of ``carrier``: each, infinities included, is a value of the format."""
     return CARRIERS[carrier].is_subset_of(cast.format) and cast.overflow != "sat_finite"
 
 

@@ -1,4 +1,4 @@
-"""Rounding the operands and results of matrix products, and telling which products stay unrounded."""
+"""Rounding the operands and results of matrix products, and listing the products that stay unrounded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def opaque_gaps(graph: fx.Graph, policy: Policy, strict: bool) -> list[Gap]:
     """The operators of ``graph`` that may hold products which cannot be rounded.
 
     Raises:
-        UnroundedError: with ``strict``, one that the policy does not list as a gap.
+        UnroundedError: with ``strict``, such an operator that the policy does not list as a gap.
     """
     return [_opaque_gap(node, name, policy, strict) for node, name in find_opaque(graph)]
 
@@ -54,17 +54,17 @@ def round_products(
     """Round operands and results of ``products`` as ``policy`` says.
 
     Returns:
-        The operands and results, rounded or not, of the products that the policy rounds; and the other products.
+        The sites of the products that the policy rounds, with or without a cast; and the other products as gaps.
 
     Raises:
-        UnroundedError: a product of numbers that no carrier holds, or, with ``strict``, one in an unknown module while
-            the policy has rules for modules.
+        UnroundedError: a product of numbers that no carrier holds, or, with ``strict``, a product in an unknown module
+            while the policy has rules for modules.
     """
     sites: list[Site] = []
     gaps = []
     for product in products:
-        what = f"{product.kind} product {product.node.name} ({product.operator})"
-        local = policy_at(product.path, what, policy, strict)
+        description = f"{product.kind} product {product.node.name} ({product.operator})"
+        local = policy_at(product.path, description, policy, strict)
         reason = _reason_to_leave(product, local)
         if local is not None and reason is None:
             sites += _round_product(product, local, inserter)
@@ -74,7 +74,7 @@ def round_products(
 
 
 def _reason_to_leave(product: Product, local: Policy | None) -> str | None:
-    """Why ``product`` stays unrounded under the policy of its module; None if it does not."""
+    """Why ``product`` stays unrounded under ``local``, the policy of its module; None if it is rounded."""
     if product.constant:
         return "constant: depends on no parameter and no floating-point input (such as rotary angles)"
     if local is None:
@@ -85,7 +85,7 @@ def _reason_to_leave(product: Product, local: Policy | None) -> str | None:
 
 
 def _round_product(product: Product, policy: Policy, inserter: Inserter) -> list[Site]:
-    """Round the operands and the result of one product, and report on them."""
+    """Round the operands and the result of one product, and return their sites."""
     dtype = product.result.meta["val"].dtype
     operands: list[fx.Node] = [product.node.args[i] for i in product.operands]  # type: ignore[misc]
     if not all(operand.meta["val"].dtype in CARRIERS for operand in operands):

@@ -1,4 +1,4 @@
-"""Where in a model something is: the policy that holds there, and its entry in the plan."""
+"""The place of a product or operation in the model: the policy that applies there, and its sites in the plan."""
 
 from __future__ import annotations
 
@@ -12,24 +12,29 @@ from fpsim.compile_backend.plan import Site
 from fpsim.policy import Policy
 
 
-def policy_at(path: str | None, what: str, policy: Policy, strict: bool) -> Policy | None:
-    """The policy for ``what``, in the module ``path``; None where nothing is rounded."""
+def policy_at(path: str | None, description: str, policy: Policy, strict: bool) -> Policy | None:
+    """The policy in the module ``path`` (None: unknown); None where nothing is rounded.
+
+    Raises:
+        UnroundedError: with ``strict``, an unknown module while the policy has rules for modules; ``description`` names
+            the product or operation there.
+    """
     if path is None and policy.uses_paths and strict:
         raise UnroundedError(
-            f"cannot tell which module the {what} belongs to, and the policy has rules for modules: give one policy "
-            "for the whole model, or use autograd's own backward instead of a custom autograd.Function"
+            f"the module of the {description} is unknown, and the policy has rules for modules: give one policy for "
+            "the whole model, or use autograd's own backward instead of a custom autograd.Function"
         )
     return policy.at(path or "")
 
 
 def site_of_product(product: Product, role: str, value: fx.Node, cast: Cast | None, axes: Axes = ()) -> Site:
-    """The entry of an operand of ``product``, which sums along ``axes`` of it, or of its result."""
+    """The site of an operand of ``product``, which is contracted along ``axes``, or of its result."""
     direction = "forward" if product.kind == "fprop" else "backward"
     return _site(product.path, product.operator, product.kind, direction, role, value, cast, axes)
 
 
 def site_of_operation(path: str | None, operator: str, direction: str, value: fx.Node, cast: Cast) -> Site:
-    """The entry of the result of an operation that is no product."""
+    """The site of the result of an operation that is no product."""
     return _site(path, operator, None, direction, "result", value, cast, ())
 
 

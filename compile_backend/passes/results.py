@@ -25,10 +25,10 @@ def round_operations(
     inserter: Inserter,
     strict: bool,
 ) -> list[Site]:
-    """Put rounding in the place of the marks at the ends of operations, or nothing where the policy wants none.
+    """Replace the marks at the ends of operations by roundings, or by nothing where the policy has no cast.
 
-    The marks at the ends of matrix products stay. The gradient of a convolution's bias is an operation of its own, the
-    sum that it is in a linear layer.
+    The marks at the ends of matrix products stay. The gradient of a convolution's bias counts as an operation: it is a
+    sum, as in a linear layer.
     """
     sites = []
     for node in convolution.find_bias_gradients(graph):
@@ -49,7 +49,7 @@ def round_operations(
             direction = "backward" if is_backward(node, sources) else "forward"
             path = module_path(node)
             if path is None and (direction == "forward" or node.meta.get("is_gradient_acc")):
-                path = ""  # forward code records every module but the root; gradients are added up outside of modules
+                path = ""  # the root is never recorded, and autograd adds up gradients outside of modules
             local = policy_at(path, f"{direction} operation {node.name} ({operator})", policy, strict)
             cast = None if local is None else local.elementwise_cast(direction)
         if cast is not None:

@@ -1,7 +1,7 @@
-"""The pass that carries out a policy: it rewrites the joint graph of forward and backward.
+"""The pass that applies a policy: it rewrites the joint graph of forward and backward.
 
 The pass runs after decomposition and before Inductor's own joint-graph passes and the partitioner. Autograd has
-been traced by then, so an inserted rounding is straight-through by itself. Each value is rounded once per cast, and its
+been traced by then, so that every inserted rounding is straight-through. Each value is rounded once per cast, and its
 users share the result. The partitioner is free to save the rounded tensor for backward.
 """
 
@@ -27,7 +27,7 @@ from fpsim.compile_backend.plan import Plan
 from fpsim.policy import Policy
 from fpsim.source import source_hash
 
-#: Told of every rewritten graph's plan.
+#: A function that is called with the plan of every rewritten graph.
 Observer = Callable[[Plan], None]
 
 
@@ -35,10 +35,10 @@ class RoundingPass(CustomGraphPass):
     """The rounding that a policy asks for, as a pass of Inductor over one joint or inference graph.
 
     Args:
-        policy: what is rounded where.
-        input_sources: what each input of the traced function is.
-        identity: everything else that the pass reads from the graph and that Inductor's cache key does not know.
-        observer: told of the plan of every graph that the pass rewrites.
+        policy: the casts of every product and operation, by module.
+        input_sources: the kinds of the inputs of the traced function, in order.
+        identity: the other facts that the pass reads from the graph and that Inductor's cache key lacks.
+        observer: called with the plan of every graph that the pass rewrites.
         strict: whether a gap that the policy does not allow is an error.
         seed_input: the position of the input that is the seed of stochastic rounding.
         recorder: observes every site (for graphs that are interpreted).
@@ -71,7 +71,7 @@ class RoundingPass(CustomGraphPass):
             self.observer(plan)
 
     def uuid(self) -> str:
-        """The key under which compiled code is cached: all that decides what the pass does."""
+        """The key under which compiled code is cached: a hash of everything that the pass depends on."""
         sources = [source.value for source in self.input_sources]
         facts = [source_hash(), self.policy.canonical(), sources, self.identity, self.seed_input]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -86,9 +86,11 @@ def rewrite(
     seed: fx.Node | None = None,
     recorder: Recorder | None = None,
 ) -> Plan:
-    """Round in ``graph``, in place, what ``policy`` asks for; return what was and was not rounded.
+    """Insert the roundings of ``policy`` into ``graph``, in place, and return the plan: its sites and gaps.
 
-    ``seed``: the input of the graph that is the seed of stochastic rounding. ``recorder``: observes every site.
+    Args:
+        seed: the input of the graph that is the seed of stochastic rounding.
+        recorder: observes every site.
 
     Raises:
         UnroundedError: with ``strict``, an operator whose products cannot be rounded and which the policy does not

@@ -1,1 +1,1 @@
-"""Telling what the backend does to a model: `fpsim.explain`, `fpsim.audit` and `fpsim.profile`."""
+"""Reports on the backend's work in a model: `fpsim.explain`, `fpsim.audit` and `fpsim.profile`."""

@@ -22,8 +22,8 @@ from fpsim.compile_backend.plan import render
 from fpsim.compile_backend.report.running import as_policy, gradients_kept, state_kept, uncompiled
 from fpsim.policy import Policy
 
-#: What the profiler calls the autograd function of a compiled graph, and the run of any function's backward; the two
-#: have the same sequence number.
+#: The profiler's names for the autograd function of a compiled graph, and for the backward of any autograd function.
+#: The two events of one call have the same sequence number.
 _COMPILED_EVENT = "CompiledFunction"
 _BACKWARD_EVENT = "autograd::engine::evaluate_function: "
 
@@ -34,9 +34,9 @@ class Escape:
 
     Attributes:
         operator: the operator, such as ``aten.mm``.
-        shapes: of its tensor arguments.
+        shapes: the shapes of its tensor arguments.
         count: how many times it ran with these shapes.
-        inside: whether it ran inside a graph that fpsim rewrote (a gap that the policy allows) or outside of all.
+        inside: whether it ran inside a graph that fpsim rewrote, as a gap that the policy allows.
     """
 
     operator: str
@@ -47,9 +47,12 @@ class Escape:
 
 @dataclass(frozen=True)
 class Audit:
-    """The matrix products of one real step that were not rounded; ``covered`` counts the calls in fpsim's graphs.
+    """The matrix products of one real step that were not rounded.
 
-    One call may compute several products: the backward pass of a convolution, two.
+    Attributes:
+        escaped: the products that were not rounded.
+        covered: the number of calls in graphs that fpsim rewrote. One call may compute several products: the backward
+            pass of a convolution computes two.
     """
 
     escaped: tuple[Escape, ...]
@@ -78,15 +81,16 @@ def audit(
 ) -> Audit:
     """Run one real forward and backward under the profiler and report the matrix products that were not rounded.
 
-    Finds what no graph shows: products in code that `torch.compile` skipped, disabled or broke out of, or compiled
-    with another backend. The loss is the sum of all floating-point outputs that need a gradient. Parameters, buffers
-    (also of modules that a function closes over or is given), gradients and random state are left as they were.
+    The audit finds products that no graph shows: in code that `torch.compile` skipped, in code after a graph break, and
+    in code that another backend compiled. The loss is the sum of all floating-point outputs that need a gradient.
+    Parameters, buffers (also of modules that a function closes over or is given), gradients and random state are left
+    unchanged.
 
     Args:
         model: an `nn.Module` or a function. If it or a module in it was compiled (`torch.compile`,
-            ``module.compile()``), it runs as it is and ``policy`` must be None; else it is compiled with backend
+            ``module.compile()``), it runs unchanged, and ``policy`` must be None. Otherwise it is compiled with backend
             ``"fpsim"`` and ``policy``.
-        args, kwargs: its inputs.
+        args, kwargs: the inputs of the model.
         policy: a `Policy`, a mapping of its fields, the name of a preset, or None for the FP8 hybrid.
 
     Raises:
@@ -119,7 +123,7 @@ def audit(
 
 
 def _warm_up(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Run steps until one compiles nothing: compiling runs products too, on no real numbers."""
+    """Run steps until one compiles nothing, because compiling runs products too, on made-up numbers."""
     graphs = -1
     while graphs != counters["stats"]["unique_graphs"]:
         graphs = counters["stats"]["unique_graphs"]
@@ -147,7 +151,7 @@ def _within(name: str, event: Any) -> bool:
 
 
 def _within_our_graph(event: Any, ours: set[int]) -> bool:
-    """Whether ``event`` is within a run of a graph of fpsim, or the backward of one of them: ``ours``, by number."""
+    """Whether ``event`` lies in the forward of a graph of fpsim, or in a backward whose number is in ``ours``."""
     return _within(GRAPH_EVENT, event) or any(
         ancestor.name.startswith(_BACKWARD_EVENT) and ancestor.sequence_nr in ours for ancestor in _ancestors(event)
     )

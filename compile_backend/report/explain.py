@@ -1,4 +1,4 @@
-"""`fpsim.explain`: what the backend would round in a model, before it runs."""
+"""`fpsim.explain`: the values that the backend would round in a model, listed before the model runs."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ NOTHING = Gap("", "(model)", "nothing was compiled: torch.compile found no graph
 def explain(
     model: Callable[..., Any], /, *args: Any, policy: Policy | Mapping[str, Any] | str | None = None, **kwargs: Any
 ) -> Plan:
-    """Every operand that the backend would round in ``model(*args, **kwargs)``, and everything that it would not.
+    """The values that the backend would round in ``model(*args, **kwargs)``, and the products that it would not.
 
     The model is traced with these inputs, forward and backward (forward only under ``torch.no_grad()``), and the
     forward pass runs once, interpreted, with its products rounded. Parameters, buffers (also of modules that a
-    function closes over or is given), gradients and random state are left as they were. What would be an error when
-    compiling is listed as a gap.
+    function closes over or is given), gradients and random state are left unchanged. A place at which compiling would
+    fail is listed as a gap.
 
     Args:
         model: an `nn.Module` or a function, compiled or not.
-        args, kwargs: its inputs.
+        args, kwargs: the inputs of the model.
         policy: a `Policy`, a mapping of its fields, the name of a preset, or None for the FP8 hybrid.
 
     Raises:
@@ -65,6 +65,6 @@ def _glob_gap(glob: str, paths: Iterable[str]) -> Gap:
 
 
 def break_gap(reason: str) -> Gap:
-    """The gap that a graph break leaves."""
+    """The gap of a graph break."""
     first_line = reason.strip().splitlines()[0]
-    return Gap("", "(graph break)", f"{first_line}: code there runs uncompiled and unrounded; fpsim.audit tells what")
+    return Gap("", "(graph break)", f"{first_line}: code there runs uncompiled and unrounded; fpsim.audit lists it")

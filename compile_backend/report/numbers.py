@@ -1,4 +1,4 @@
-"""Numbers of a profile as text for people."""
+"""The spelling of a profile's numbers in tables and pages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def percent(share: float) -> str:
 
 
 def decibel(ratio: float) -> str:
-    """A signal-to-noise ratio, given in dB: ``exact`` where there is no noise.
+    """A signal-to-noise ratio, given in dB. An infinite ratio, without noise, is ``exact``.
 
     >>> decibel(31.26), decibel(math.inf), decibel(-math.inf)
     ('31.3', 'exact', '-inf')

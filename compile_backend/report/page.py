@@ -1,8 +1,8 @@
 """The page that `Profile.to_html` writes: one file, which needs no network.
 
-This file computes the words and numbers of the page and the positions in its plots. ``page.html.jinja`` writes them as
-HTML and inline SVG, ``page.css`` is the style, and ``page.js`` sorts and filters the rows, and draws the large
-histogram of a row that is opened.
+This file computes the text, the numbers and the positions in the plots. ``page.html.jinja`` writes them as HTML and
+inline SVG. ``page.css`` is the style. ``page.js`` sorts and filters the rows, and draws the large histogram of a row
+that is opened.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Column(NamedTuple):
 
 
 _COLUMNS = (
-    _Column("number", "#", "Place in the order of the graph: forward, then backward."),
+    _Column("number", "#", "Position in the graph: forward, then backward."),
     _Column("path", "module", "Path of the module.", True),
     _Column("operator", "operator", "Operator of aten.", True),
     _Column(
@@ -57,11 +57,11 @@ _COLUMNS = (
     _Column(
         "role",
         "role",
-        "Role of the value in its product; output: the result of a product; result: that of another operation.",
+        "Role of the value in its product; output: result of a product; result: result of another operation.",
         True,
     ),
     _Column("shape", "shape", "Shape of the value.", True),
-    _Column("cast", "cast", "Format, rounding and overflow mode; the usual ones are left out.", True),
+    _Column("cast", "cast", "Format, rounding and overflow mode; default modes are left out.", True),
     _Column(
         "exponents",
         "exponents",
@@ -73,12 +73,12 @@ _COLUMNS = (
     _Column(
         "relative_error",
         "product error",
-        "Frobenius norm of the product less that of the unrounded operands in float64, over the norm of the latter; "
-        "for large products an estimate, unless exact products were asked for.",
+        "Frobenius norm of the product minus the float64 product of the unrounded operands, over the norm of the "
+        "latter; for large products an estimate, unless exact_products is set.",
     ),
     _Column("amax", "amax", "Largest magnitude of a finite input."),
     _Column("zeros", "zero", "Share of inputs that are zero."),
-    _Column("underflows", "underflow", "Share of inputs other than zero that became zero."),
+    _Column("underflows", "underflow", "Share of nonzero inputs that became zero."),
     _Column("subnormals", "subnormal", "Share of results that are subnormal numbers of the format."),
     _Column("saturations", "saturated", "Share of finite inputs beyond the largest finite value that stayed finite."),
     _Column("overflows", "overflow", "Share of finite inputs that became an infinity or NaN."),
@@ -94,11 +94,11 @@ def page(
     gaps: Sequence[Gap],
     title: str,
 ) -> str:
-    """The page for a profile, as HTML.
+    """The page of a profile, as HTML.
 
     Args:
-        rows: `Profile.rows`.
-        sites, products, gaps: those of the profile.
+        rows: the result of `Profile.rows`.
+        sites, products, gaps: the fields of the profile.
         title: the heading of the page.
     """
     rows = [
@@ -138,7 +138,7 @@ def _file(name: str) -> str:
 
 
 class _Tile(NamedTuple):
-    """A number above the table, with a link to ``row`` or a note."""
+    """A number above the table, with a note or a link to ``row``."""
 
     heading: str
     value: str
@@ -174,7 +174,7 @@ def _worst(rows: Sequence[_Row], count: str) -> _Row:
 
 
 def _overview(rows: Sequence[_Row]) -> dict[str, Any]:
-    """A plot of the signal-to-noise ratio of every rounded site, in the order of the graph."""
+    """The plot of the signal-to-noise ratios of all rounded sites, in the order of the graph."""
     width, height, left, top, bottom = 1160, 230, 46, 26, 24
     finite = [row["sqnr"] for row in rows if math.isfinite(row["sqnr"])]
     low = 10 * math.floor(min([0, *finite]) / 10)
@@ -216,7 +216,7 @@ class _Sparkline(NamedTuple):
 
 
 class _Cell(NamedTuple):
-    """A cell of the table, with its CSS classes and the number by which it is sorted; None: sorted by its text."""
+    """A cell of the table, with its CSS classes and its sort key. If ``sort`` is None, the text is the sort key."""
 
     text: str = ""
     style: str = ""
@@ -248,7 +248,7 @@ def _number(key: str, value: float, text: str) -> _Cell:
 
 
 def _axis(histograms: Sequence[Histogram]) -> tuple[int, int]:
-    """The least and the greatest exponent of the small plots: all but the outermost thousandths of each histogram."""
+    """The least and the greatest exponent of the small plots, without the outermost thousandths of each histogram."""
     lows, highs = [0], [0]
     for histogram in histograms:
         total, seen = sum(count for _, count in histogram), 0
@@ -267,7 +267,7 @@ def _mean_exponent(histogram: Histogram) -> float:
 
 
 def _sparkline(row: _Row, low: int, high: int) -> _Sparkline:
-    """Bars for the inputs and a line for the results; exponents beyond the axis are counted at its ends."""
+    """Bars for the inputs and a line for the results. Exponents beyond the axis are counted at its ends."""
     width, height = 168, 30
     step = width / (high - low + 1)
     before, after = (_binned(row[name], low, high) for name in ("exponents", "rounded_exponents"))
@@ -295,7 +295,7 @@ def _binned(histogram: Histogram, low: int, high: int) -> list[int]:
 
 
 def _facts(row: _Row, products: Sequence[ProductStatistics]) -> dict[str, Any]:
-    """The words and numbers from which the script draws the histogram of ``row``."""
+    """The text and numbers from which the script draws the histogram of ``row``."""
     format, product = row["format"], row["product"]
     facts = {
         "name": f"{row['path'] or '(root)'}: {row['role']} of {row['kind']} {row['operator']}",
@@ -310,7 +310,7 @@ def _facts(row: _Row, products: Sequence[ProductStatistics]) -> dict[str, Any]:
         "emax": format.max_exponent,
     }
     if product is not None:
-        of = products[product]
-        shapes = " by ".join(" × ".join(map(str, shape)) for shape in of.shapes)
-        facts["product"] = f"{shapes}; runs: {of.runs}; relative error {of.relative_error:.4g}"
+        statistics = products[product]
+        shapes = " by ".join(" × ".join(map(str, shape)) for shape in statistics.shapes)
+        facts["product"] = f"{shapes}; runs: {statistics.runs}; relative error {statistics.relative_error:.4g}"
     return facts

@@ -1,7 +1,7 @@
-"""Seeing where a model's numbers go: `profile` runs one real step and counts, at every site, what rounding did.
+"""Statistics of rounding at every site of a model: `profile` runs one real step, a `Profiler` many.
 
-The step is interpreted, as by backend ``"fpsim_eager"``: its values are those of the compiled model up to the order of
-sums. A `Profiler` does the same for the steps of a training loop.
+The steps are interpreted, as by backend ``"fpsim_eager"``. Their values are those of the compiled model up to the order
+of sums.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ JSON_VERSION = 2
 
 @dataclass(frozen=True)
 class Profile:
-    """What rounding did at every site of a model, in one step or several.
+    """Statistics of rounding at every site of a model, in one step or several.
 
-    ``str(profile)`` and ``rich.print(profile)`` show a table, the worst sites first; `to_pandas`, `to_dict`, `to_json`
-    and `to_html` hand it on. Profiles of the same model under the same policy add up: ``sum(profiles)``.
+    ``str(profile)`` and ``rich.print(profile)`` show a table with the worst sites first. `to_pandas`, `to_dict`,
+    `to_json` and `to_html` export it. Profiles of the same model under the same policy add up: ``sum(profiles)``.
 
     Attributes:
         sites: every operand of every matrix product that ran, rounded or not, and every other value that was rounded.
         products: every matrix product that ran.
-        gaps: what multiplies matrices and is not rounded, as `fpsim.explain` lists it.
+        gaps: the operators that multiply matrices and are not rounded, as `fpsim.explain` lists them.
     """
 
     sites: tuple[SiteStatistics, ...]
@@ -70,7 +70,7 @@ class Profile:
     gaps: tuple[Gap, ...] = ()
 
     def relative_error(self, site: SiteStatistics) -> float | None:
-        """The relative error of the product whose operand ``site`` is; None if it is no operand."""
+        """The relative error of the product with the operand ``site``; None if ``site`` is no operand."""
         return None if site.product is None else self.products[site.product].relative_error
 
     # -- several steps -----------------------------------------------------------------------------------------------
@@ -87,10 +87,10 @@ class Profile:
     def merge(cls, profiles: Iterable[Profile]) -> Profile:
         """The profile of all steps of ``profiles`` together.
 
-        Sizes that differ from step to step (a last batch that is smaller) are ``"*"`` in the shapes.
+        Sizes that differ between steps (a smaller last batch) are ``"*"`` in the shapes.
 
         Raises:
-            ValueError: none are given, or two have different sites.
+            ValueError: no profiles, or profiles with different sites.
         """
         profiles = list(profiles)
         if not profiles:
@@ -104,25 +104,25 @@ class Profile:
         )
         return cls(sites, products, tuple(dict.fromkeys(gap for profile in profiles for gap in profile.gaps)))
 
-    # -- handing on --------------------------------------------------------------------------------------------------
+    # -- exporting ---------------------------------------------------------------------------------------------------
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat mapping per site.
 
-        It holds the fields of the `Site` (``cast`` as text, and in short as ``label``), counts, shares
+        A row holds the fields of the `Site` (``cast`` as text, and ``label``, its short form), counts, shares
         (``zeros_share``), ``amax``, ``sqnr`` in dB, the ``relative_error`` of its product (None if it is no operand),
         and the two histograms as tuples of pairs.
         """
         return [self._row(site) for site in self.sites]
 
     def _row(self, site: SiteStatistics) -> dict[str, Any]:
-        what = {field.name: getattr(site, field.name) for field in fields(Site)}
-        what["cast"] = None if site.cast is None else site.cast.written
-        what["label"] = "unrounded" if site.cast is None else site.cast.label
+        facts = {field.name: getattr(site, field.name) for field in fields(Site)}
+        facts["cast"] = None if site.cast is None else site.cast.written
+        facts["label"] = "unrounded" if site.cast is None else site.cast.label
         numbers = {field.name: getattr(site.statistics, field.name) for field in fields(Statistics)}
         shares = {f"{name}_share": site.statistics.share(name) for name in COUNTS}
         derived = {"sqnr": site.statistics.sqnr, "relative_error": self.relative_error(site)}
-        return what | {"product": site.product} | numbers | shares | derived
+        return facts | {"product": site.product} | numbers | shares | derived
 
     def to_dict(self) -> dict[str, Any]:
         """``sites`` (`rows`), ``products`` and ``gaps`` as lists of mappings."""
@@ -176,9 +176,9 @@ class Profile:
         """A table for rich.
 
         Args:
-            sort: by which of the `rows`' numbers, the worst first: ``sqnr``, ``relative_error``, ``amax``, a count
+            sort: the number of the `rows` to sort by, the worst first: ``sqnr``, ``relative_error``, ``amax``, a count
                 or its share.
-            limit: how many rows at most; None shows all.
+            limit: the greatest number of rows; None shows all.
 
         Raises:
             ValueError: ``sort`` is no such number.
@@ -228,7 +228,7 @@ def _coloured(name: str, value: float, text: str) -> Text:
 
 
 def bars(histogram: Histogram, width: int = 16) -> str:
-    """A histogram of exponents as one line: the least exponent, bars, the greatest."""
+    """A histogram of exponents as one line: the least exponent, bars, the greatest exponent."""
     if not histogram:
         return "-"
     low, high = histogram[0][0], histogram[-1][0]
@@ -244,7 +244,7 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 
 def _sorted(rows: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
-    """``rows`` with the worst first: the lowest ratios of signal to noise, or the highest of any other number."""
+    """``rows`` with the worst first: the lowest signal-to-noise ratios, or the highest values of any other number."""
     numbers = [name for name, value in (rows[0] if rows else {by: 0}).items() if isinstance(value, int | float)]
     if by != "relative_error" and by not in numbers:
         hint = did_you_mean(by, numbers)
@@ -257,7 +257,7 @@ def _sorted(rows: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
 
 
 def _identity(site: SiteStatistics) -> tuple[Any, ...]:
-    """What two steps have in common at one site: everything but sizes and numbers."""
+    """The facts of a site that must agree between steps: everything except sizes and statistics."""
     return site.path, site.operator, site.step, site.role, len(site.shape), site.dtype, site.cast, site.product
 
 
@@ -298,7 +298,7 @@ def _common(shapes: Sequence[tuple[int | str, ...]]) -> tuple[int | str, ...]:
 
 
 def _together(profiles: Sequence[Profile]) -> Profile:
-    """The sites of different graphs one after the other."""
+    """One profile with the sites of different graphs one after the other."""
     sites: list[SiteStatistics] = []
     products: list[ProductStatistics] = []
     for profile in profiles:
@@ -333,7 +333,7 @@ def _profile_of(text: str) -> Profile:
 
 
 def _of_this_version(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A site's row; version 1 had directions among the kinds, and no axes."""
+    """A site's row in the form of this version. Version 1 had directions among the kinds, and no axes."""
     if "direction" in row:
         return row
     kind = row["kind"] if row["kind"] in KINDS else None
@@ -345,17 +345,17 @@ def _site_of(row: Mapping[str, Any]) -> SiteStatistics:
     numbers: dict[str, Any] = {name: row[name] for name in ("elements", *COUNTS)}
     numbers |= {name: float(row[name]) for name in ("amax", "signal", "noise")}
     numbers |= {name: tuple(map(tuple, row[name])) for name in ("exponents", "rounded_exponents")}
-    what: dict[str, Any] = {field.name: row[field.name] for field in fields(Site)}
-    what |= {name: tuple(what[name]) for name in ("shape", "contracted")}
-    what["cast"] = None if what["cast"] is None else parse_cast(what["cast"])
-    return SiteStatistics(**what, product=row["product"], statistics=Statistics(**numbers))
+    values: dict[str, Any] = {field.name: row[field.name] for field in fields(Site)}
+    values |= {name: tuple(values[name]) for name in ("shape", "contracted")}
+    values["cast"] = None if values["cast"] is None else parse_cast(values["cast"])
+    return SiteStatistics(**values, product=row["product"], statistics=Statistics(**numbers))
 
 
 def _product_of(row: Mapping[str, Any]) -> ProductStatistics:
-    what = {field.name: row[field.name] for field in fields(ProductStatistics)}
+    values = {field.name: row[field.name] for field in fields(ProductStatistics)}
     shapes = tuple(map(tuple, row["shapes"]))
     return ProductStatistics(
-        **what | {"shapes": shapes, "error": float(row["error"]), "reference": float(row["reference"])}
+        **values | {"shapes": shapes, "error": float(row["error"]), "reference": float(row["reference"])}
     )
 
 
@@ -364,7 +364,7 @@ def _product_of(row: Mapping[str, Any]) -> ProductStatistics:
 
 @dataclass(frozen=True)
 class _Graph:
-    """A graph that was traced: of which code, with which gaps, and what has been recorded of it."""
+    """A traced graph: its code (Dynamo's frame), its gaps and its recorder."""
 
     code: object
     gaps: list[Gap]
@@ -377,17 +377,17 @@ class _Graph:
 
 
 class Profiler:
-    """A model that is called as before, interpreted with rounding, and keeps statistics of every site.
+    """A wrapper of a model that interprets it with rounding, and keeps statistics of every site.
 
-    For training loops: the steps are real ones, with the user's own loss and optimizer.
+    It is meant for training loops: the steps are real ones, with the user's own loss and optimizer.
 
     Args:
-        model: an `nn.Module` or a function; if it is compiled, what was compiled.
+        model: an `nn.Module` or a function. A compiled one is interpreted too, from the model that was compiled.
         policy: a `Policy`, a mapping of its fields, the name of a preset, or None for the FP8 hybrid.
+        exact_products: whether to compare whole products, however large; see `ProductStatistics`.
 
-        exact_products: compare large products wholly too; see `ProductStatistics`.
-
-    Raises: as backend ``"fpsim"``: when constructed for a bad policy, when called for what cannot be rounded.
+    Raises: the errors of backend ``"fpsim"``: for a bad policy when it is constructed, for products that cannot be
+        rounded when it is called.
 
     >>> model = torch.nn.Linear(4, 2)
     >>> profiler = Profiler(model, policy="bf16")
@@ -411,14 +411,14 @@ class Profiler:
         self._model = torch.compile(uncompiled(model), backend=self._backend, dynamic=False, **ISOLATED)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's outputs."""
+        """The model's outputs for these inputs."""
         with no_recompile_limit():
             return self._model(*args, **kwargs)
 
     def take(self) -> Profile:
-        """The profile of everything that ran since the last call of `take`.
+        """The profile of all runs since the last call of `take`.
 
-        Graphs of the same code for inputs of other shapes are merged where they have the same sites.
+        Graphs of the same code for inputs of different shapes are merged if they have the same sites.
         """
         profiles: list[tuple[object, Profile]] = []
         for graph in self._graphs:
@@ -433,7 +433,7 @@ class Profiler:
 
     @property
     def compiled_anything(self) -> bool:
-        """Whether torch has found a graph in what ran so far."""
+        """Whether torch has compiled a graph in any run so far."""
         return bool(self._graphs)
 
     def _backend(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -458,27 +458,27 @@ def profile(
     exact_products: bool = False,
     **kwargs: Any,
 ) -> Profile:
-    """Run one real forward and backward, and count at every site what rounding did to the numbers there.
+    """Run one real forward and backward, and return the statistics of rounding at every site.
 
     Parameters, buffers (also of modules that a function closes over or is given), gradients and random state are left
-    as they were; stochastic rounding draws what the next step would draw. Under ``torch.no_grad()``, or where no output
-    needs a gradient, the step is a forward pass.
+    unchanged. Stochastic rounding draws the numbers that the next step would draw. Under ``torch.no_grad()``, or if no
+    output needs a gradient, the step is a forward pass.
 
     Args:
         model: an `nn.Module` or a function, compiled or not.
-        args, kwargs: its inputs.
+        args, kwargs: the inputs of the model.
         policy: a `Policy`, a mapping of its fields, the name of a preset, or None for the FP8 hybrid.
-        loss: the function of the model's outputs to differentiate. None: the output named ``loss`` if there is one that
-            needs a gradient (as of Hugging Face's models called with labels), else the sum of all floating-point
-            outputs that need one.
-        exact_products: compare every product with that of the unrounded operands wholly. By default large ones are
-            compared by random combinations of their columns: see `ProductStatistics`.
+        loss: the function of the model's outputs to differentiate. None stands for the output named ``loss``, if there
+            is one that needs a gradient (as in Hugging Face's models called with labels), and otherwise for the sum of
+            all floating-point outputs that need one.
+        exact_products: whether to compare whole products, however large. By default large products are compared by
+            random combinations of their columns: see `ProductStatistics`.
 
     Raises:
         ValueError: a bad policy.
-        TypeError: ``loss`` gives no floating-point tensor that needs a gradient.
-        BackendCompilerFailed: torch's wrapper around the errors of backend ``"fpsim"``: a product that cannot be
-            rounded, a glob that matches no module, a format that a dtype of the model cannot carry.
+        TypeError: the result of ``loss`` is no floating-point tensor that needs a gradient.
+        BackendCompilerFailed: torch's wrapper of the errors of backend ``"fpsim"``: a product that cannot be rounded, a
+            glob that matches no module, a format that a dtype of the model cannot carry.
 
     >>> model = torch.nn.Linear(4, 2)
     >>> first = profile(model, torch.full((8, 4), 0.3), policy={"format": "e4m3fn"}).sites[0]
@@ -499,7 +499,7 @@ def profile(
 
 
 def _loss(outputs: Any, given: Callable[[Any], Tensor] | None) -> Tensor | None:
-    """What to differentiate; None if nothing needs a gradient."""
+    """The loss to differentiate; None if no output needs a gradient."""
     if given is not None:
         value = given(outputs)
         if not (isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad):

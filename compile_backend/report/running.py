@@ -1,4 +1,4 @@
-"""Running a model to look at it: nothing that the run changes stays changed, and no limit of Dynamo ends it."""
+"""Running a model for a report: the state of the model is restored, and Dynamo's recompile limit does not apply."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from torch.utils import _pytree as pytree
 
 from fpsim.policy import Policy
 
-#: Keeps what `explain` compiles apart from what the user compiles (since torch 2.13), so that it counts against no
-#: limit there.
+#: Options of `torch.compile` that keep compilations by `explain` apart from those of the user (since torch 2.13), so
+#: that they do not count against the user's recompile limit.
 ISOLATED: dict[str, Any] = (
     {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 )
 
 
 def as_policy(policy: Policy | Mapping[str, Any] | str | None) -> Policy:
-    """The policy that a caller of `explain`, `audit` or `profile` gave."""
+    """The policy described by the ``policy`` argument of `explain`, `audit` or `profile`."""
     return Policy.from_options(policy if policy is None else {"policy": policy})
 
 
 def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The model or function that was given to `torch.compile`; any other as it is."""
+    """The model or function that was given to `torch.compile`; ``model`` itself if it is not compiled."""
     return getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
 
 
 @contextlib.contextmanager
 def no_recompile_limit() -> Iterator[None]:
-    """Every call of `explain` compiles anew: let none of them fall back to running uncompiled."""
+    """Lift the recompile limit, because every call of `explain` compiles again and must not fall back to eager mode."""
     with dynamo_config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
         yield
 
 
 @contextlib.contextmanager
 def state_kept(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Restore what running a model forward changes: buffers and random state.
+    """Restore the state that a forward pass changes: buffers and random state.
 
-    Parameters are not copied: of one that the model itself writes in place a warning is given.
+    Parameters are not copied. If the model itself writes one in place, a warning names it.
     """
     modules = list(_modules(model, args, dict(kwargs)))
     buffers = [buffer for module in modules for buffer in module.buffers()]
@@ -69,7 +69,7 @@ def state_kept(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
 
 
 def _modules(*values: Any) -> Iterator[nn.Module]:
-    """The modules among ``values``, and those that functions among them close over, are bound to or refer to."""
+    """The modules among ``values``, and the modules to which functions among them are bound or refer."""
     for value in pytree.tree_leaves(values):
         value = uncompiled(value)
         if isinstance(value, nn.Module):
@@ -84,7 +84,7 @@ def _modules(*values: Any) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def gradients_kept(loss: Tensor) -> Iterator[None]:
-    """Restore the gradients that a backward pass from ``loss`` accumulates: of parameters and of inputs."""
+    """Restore the gradients of parameters and inputs that a backward pass from ``loss`` accumulates."""
     leaves = [node.variable for node in _autograd_nodes(loss) if hasattr(node, "variable")]
     gradients = [leaf.grad for leaf in leaves]
     for leaf in leaves:

@@ -7,7 +7,6 @@ in float64.
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from fpsim.suggestions import near_names
 
 #: A pytree of parameters, usually ``dict(model.named_parameters())``.
 Params = Any
@@ -243,7 +244,7 @@ def choose(names: Sequence[str], select: Select) -> frozenset[str]:
         glob = pattern.removeprefix("!")
         fits = {name for name in names if name == glob or fnmatch.fnmatchcase(name, glob)}
         if not fits:
-            near = difflib.get_close_matches(glob, names, n=3, cutoff=0.3) or list(names[:3])
+            near = near_names(glob, names, cutoff=0.3) or list(names[:3])
             raise ValueError(f"select {pattern!r} fits no parameter: did you mean {', '.join(near)}?")
         chosen = chosen - fits if pattern.startswith("!") else chosen | fits
     return frozenset(chosen)

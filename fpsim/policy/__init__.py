@@ -1,4 +1,4 @@
-"""What is rounded where: policies, and the globs by which they name modules."""
+"""Policies state which operations are rounded, and how; globs name the modules to which a rule applies."""
 
 from fpsim.policy.policy import Policy
 

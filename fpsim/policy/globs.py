@@ -1,4 +1,4 @@
-"""Globs by which policies name modules and parameters."""
+"""Globs, the patterns that name modules and parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import lru_cache
 
 @lru_cache(maxsize=65536)
 def matches(glob: str, path: str) -> bool:
-    """Whether ``glob`` matches ``path``, or a module that contains it.
+    """Whether ``glob`` matches ``path`` or the path of a module that contains it.
 
     Args:
         glob: a pattern of `fnmatch`, case-sensitive: ``layers.*.attn``, ``lm_head``.

@@ -1,9 +1,9 @@
-"""What is rounded where: a policy is a frozen, hashable value that survives a round trip through JSON.
+"""Policies: which operations are rounded, and how. A policy is a frozen, hashable value with a JSON form.
 
-A model's matrix products come in three kinds: ``fprop`` (the forward product), ``dgrad`` (the gradient with
-respect to an activation) and ``wgrad`` (the gradient with respect to a weight). Each has two operands, and each
-operand plays a role: ``activation``, ``weight`` or ``gradient``. A policy gives every (kind, role) a *cast*: the
-format, rounding and overflow mode by which that operand is rounded before it is multiplied.
+A model has three kinds of matrix products: ``fprop`` (the forward product), ``dgrad`` (the gradient with respect to an
+activation) and ``wgrad`` (the gradient with respect to a weight). Each product has two operands, and each operand has a
+role: ``activation``, ``weight`` or ``gradient``. A policy assigns a *cast* to every pair of kind and role: the format,
+the rounding, the overflow mode and the scale with which the operand is rounded before it is multiplied.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from fpsim.suggestions import did_you_mean
 
 ROLES = ("activation", "weight", "gradient")
 KINDS = ("fprop", "dgrad", "wgrad")
-#: The roles of the operands that each kind of product has.
+#: The pairs of kind and role that occur.
 OPERANDS = frozenset(
     {
         ("fprop", "activation"),
         ("fprop", "weight"),
         ("dgrad", "gradient"),
         ("dgrad", "weight"),
-        ("dgrad", "activation"),  # where two activations are multiplied
+        ("dgrad", "activation"),  # in a product of two activations
         ("wgrad", "gradient"),
         ("wgrad", "activation"),
     }
@@ -41,80 +41,87 @@ PRODUCTS = ("all", "weights")
 #: The formats of the OCP FP8 hybrid recipe, by role.
 HYBRID = {"activation": "e4m3fn", "weight": "e4m3fn", "gradient": "e5m2"}
 
-#: Policies by name (`Policy.preset`).
+#: The fields of each named policy (`Policy.preset`).
 PRESETS: dict[str, dict[str, Any]] = {
     "fp8_hybrid": {},
     "bf16": {"format": "bf16", "output": "bf16"},
     "fp16": {"format": "fp16", "output": "fp16"},
 }
-#: Before a format: the preset of the paper's recipe in it.
+#: The prefix of presets that apply the paper's recipe to a format.
 _PAPER = "paper:"
 
-#: The fields that a rule for modules takes over from the policy that holds it, unless the rule is a whole policy.
+#: The fields that a rule for modules inherits from the policy around it, unless the rule is a complete policy.
 _INHERITED = ("rounding", "overflow", "scale", "attention")
 
-#: Version of the JSON form, raised when an older fpsim could misread a newer file.
+#: The version of the JSON form. It increases when an older fpsim could misread a newer file.
 JSON_VERSION = 1
 
-#: What a caller gives for the casts of several roles, or of both directions: one for all, or a mapping.
+#: The argument type for the casts of several roles, or of both directions: one cast for all, or a mapping.
 CastsLike = CastLike | Mapping[str, CastLike | None] | Sequence[tuple[str, CastLike | None]]
 
-#: A cast as a policy keeps it: "none" leaves values unrounded, None says nothing.
-_Kept = Cast | Literal["none"] | None
+#: A cast as a policy stores it: "none" leaves values unrounded, None means that the field states nothing.
+_StoredCast = Cast | Literal["none"] | None
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What the compiler backend rounds, and how. The fields are also the ``options`` of `torch.compile`.
+    """Which values the compiler backend rounds, and how. The fields are also the ``options`` of `torch.compile`.
 
-    Wherever a format is asked for, a cast may stand: ``"e4m3fn"``, ``"e8m3/toward_zero"``,
-    ``"e5m2/nearest_even/sat_finite"``; ``"none"`` leaves the operand unrounded.
+    Every field that takes a format also takes a cast, which adds modes to the format: ``"e8m3/toward_zero"``,
+    ``"e5m2/nearest_even/sat_finite"``. ``"none"`` leaves the values unrounded.
 
     Attributes:
-        format: of every operand of every matrix product, where nothing more specific is given.
-        activation, weight, gradient: of the operands in that role, in all three kinds of product.
-        output: of the results of all matrix products (with the bias of a linear layer added). Default: unrounded.
-        fprop, dgrad, wgrad: a mapping from role to format for the operands of that kind of product, overriding the
-            former (SwitchBack: ``wgrad={"gradient": "bf16", "activation": "bf16"}``); a format alone means all roles.
-            The key ``output`` is for the results of that kind of product.
-        elementwise: of the results of all other operations on floating-point numbers, forward and backward: additions,
-            softmax, normalisation, activation functions, the loss, the gradients of all these and the sums of
-            gradients. A mapping from ``forward`` or ``backward`` to format tells these apart. Default: unrounded. An
-            operation is one operator of aten as the model or autograd calls it, before it is decomposed, and is
-            rounded once; what torch itself composes of several (CompositeImplicitAutograd) is rounded as these. What
-            only moves, picks or makes numbers is not rounded, nor what depends on no parameter and no floating-point
-            input.
-        products: ``"all"`` matrix products, or only those with ``"weights"``: linear layers, convolutions, the LM head,
-            forward and backward; the products of two activations, as in attention, are then listed as gaps.
-        rounding: where a cast names none. Default ``nearest_even``. Stochastic rounding (``stochastic``,
-            ``stochastic:8`` with 8 random bits) draws its seed from torch's generator in every call of the model, so
-            that `torch.manual_seed` reproduces a run; forward and backward see the same draw of the same rounding.
-        overflow: where a cast names none. Default: each format's usual mode.
-        scale: of operands whose cast names none. ``power_of_two`` multiplies every operand, as it is rounded, by the
-            largest power of two that brings it into the format's range (`fpsim.power_of_two_scale`: one factor for a
-            tensor, from its own largest magnitude) and divides again after. Default: None, as operands are. In casts
-            ``"e5m2/power_of_two"`` or ``"e5m2/unscaled"`` may be said. Every rank of parallel training scales its own.
-        skip: globs of module paths whose products stay unrounded; they are listed as gaps in the plan.
-        modules: mapping from globs of module paths to the policy that holds there instead: a `Policy`, a mapping of
-            its fields, a format, or ``"none"``. The first glob that matches decides; `skip` goes before.
-        attention: ``"round"`` opens scaled dot-product attention so that its inner products are rounded; ``"keep"``
-            leaves it fused and unrounded, listed as a gap.
-        gaps: names of operators that hold matrix products the backend cannot round and that may stay unrounded
-            (``"aten.convolution"``, ``"*"``); they are listed in the plan. Anything else of the kind is an error.
+        format: the format of every operand of every matrix product, unless a more specific field names one.
+        activation, weight, gradient: the format of the operands in this role, in all three kinds of product. It
+            overrides `format`.
+        output: the format of the results of all matrix products. The result of a linear layer includes its bias.
+            Default: results are not rounded.
+        fprop, dgrad, wgrad: a mapping from role to format for the operands of this kind of product. It overrides the
+            fields above. SwitchBack, for example, is ``wgrad={"gradient": "bf16", "activation": "bf16"}``. A format
+            alone applies to all roles. The key ``output`` sets the format of the results of this kind of product.
+        elementwise: the format of the results of all other operations on floating-point numbers, forward and backward:
+            additions, softmax, normalisation, activation functions, the loss, the gradients of all these and the sums
+            of gradients. A mapping with the keys ``forward`` and ``backward`` sets two different formats. Default:
+            results are not rounded. An operation is one aten operator as the model or autograd calls it, before
+            decomposition; its result is rounded once. An operator that torch itself composes of others
+            (CompositeImplicitAutograd) counts as these others. Operations that only move, select or create numbers are
+            not rounded, nor are operations that depend on neither a parameter nor a floating-point input.
+        products: ``"all"`` rounds all matrix products. ``"weights"`` rounds only the products with weights, forward
+            and backward: those of linear layers, convolutions and the LM head. Products of two activations, as in
+            attention, are then listed as gaps.
+        rounding: the rounding of every cast that names none. Default: ``nearest_even``. Stochastic rounding
+            (``stochastic``, or ``stochastic:8`` with 8 random bits) draws its seed from torch's generator in every call
+            of the model, so `torch.manual_seed` reproduces a run. Forward and backward see the same draw of the same
+            rounding.
+        overflow: the overflow mode of every cast that names none. Default: the usual mode of the format.
+        scale: the scale of every operand whose cast names none. ``power_of_two`` multiplies an operand before it is
+            rounded by the largest power of two that keeps it in the format's range, and divides by it afterwards
+            (`fpsim.power_of_two_scale`: one factor per tensor, from the tensor's own largest magnitude). Default: None,
+            operands are not scaled. A cast may name a scale too: ``"e5m2/power_of_two"`` or ``"e5m2/unscaled"``. In
+            parallel training every rank computes the scales of its own tensors.
+        skip: globs of module paths. The products in these modules are not rounded; the plan lists them as gaps.
+        modules: a mapping from globs of module paths to the policy that applies to these modules instead: a `Policy`,
+            a mapping of its fields, a format, or ``"none"``. The first glob that matches decides. `skip` has
+            precedence over `modules`.
+        attention: ``"round"`` decomposes scaled dot-product attention, so that its inner products are rounded.
+            ``"keep"`` leaves it fused and unrounded; the plan lists it as a gap.
+        gaps: names of operators that contain matrix products which the backend cannot round, and which may stay
+            unrounded (``"aten.convolution"``, ``"*"``). The plan lists them. Any other such operator is an error.
 
-    A glob (``layers.*.attn``, ``lm_head``) matches a module by its path and, with it, everything inside.
+    A glob (``layers.*.attn``, ``lm_head``) matches the path of a module. It then applies to everything inside the
+    module too.
 
-    Where none of ``format``, ``activation``, ``weight``, ``gradient`` names a format, those that are not ``"none"``
-    are the OCP FP8 hybrid: ``e4m3fn`` activations and weights, ``e5m2`` gradients, ``sat_finite``. Where one does,
-    roles without a format of their own stay unrounded.
+    If none of ``format``, ``activation``, ``weight`` and ``gradient`` names a format, the roles that are not ``"none"``
+    get the OCP FP8 hybrid: ``e4m3fn`` activations and weights, ``e5m2`` gradients, ``sat_finite``. If one of them does,
+    roles for which no field names a format are not rounded.
 
     Raises:
-        ValueError: an unknown format, mode, role or choice; the message names it and the remedy.
-        TypeError: a value of the wrong type.
+        ValueError: a format, mode, role or choice is unknown. The message names it and the remedy.
+        TypeError: a value has the wrong type.
     """
 
-    # The annotations are what a caller passes. Kept are values: a `Cast` or "none" for each cast, a `Scale`, and tuples
-    # for mappings and lists.
+    # The annotations are the types that a caller may pass. `__post_init__` stores values instead: a `Cast` or "none"
+    # for each cast, a `Scale`, and tuples for mappings and lists.
     format: CastLike | None = None
     activation: CastLike | None = None
     weight: CastLike | None = None
@@ -157,20 +164,22 @@ class Policy:
             set_(self, kind, self._casts(kind, ROLES, (*ROLES, "output"), "role"))
         set_(self, "elementwise", self._casts("elementwise", DIRECTIONS, DIRECTIONS, "direction"))
 
-    def _operand(self, given: CastLike | None) -> _Kept:
-        """The cast of an operand, with this policy's modes where it names none."""
+    def _operand(self, given: CastLike | None) -> _StoredCast:
+        """The cast of an operand; it takes the modes that it does not name from this policy."""
         if given is None:
             return None
         return parse_cast(given, self.rounding, self.overflow, self.scale) or NONE
 
-    def _result(self, given: CastLike | None) -> _Kept:
+    def _result(self, given: CastLike | None) -> _StoredCast:
         """`_operand` for the result of an operation, which cannot be scaled."""
         if given is None:
             return None
         return parse_unscaled(given, self.rounding, self.overflow, "the result of an operation") or NONE
 
-    def _casts(self, name: str, usual: Sequence[str], valid: Sequence[str], what: str) -> tuple[tuple[str, _Kept], ...]:
-        """The field ``name``, a mapping from ``valid`` keys to casts; one cast alone means all ``usual`` keys."""
+    def _casts(
+        self, name: str, usual: Sequence[str], valid: Sequence[str], what: str
+    ) -> tuple[tuple[str, _StoredCast], ...]:
+        """The field ``name``, a mapping from ``valid`` keys to casts; a cast alone applies to all ``usual`` keys."""
         given = getattr(self, name)
         if isinstance(given, str | FloatFormat | Cast):
             given = dict.fromkeys(usual, given)
@@ -191,10 +200,10 @@ class Policy:
         return tuple(rules.items())
 
     def _module_policy(self, given: ModuleRule) -> Policy | None:
-        """The policy of a rule for modules; None where nothing is rounded.
+        """The policy of a rule for modules; None if the rule says that nothing is rounded.
 
-        A mapping of fields and a cast inherit the modes and `attention` of this policy. A preset and a `Policy` stand
-        for themselves.
+        A mapping of fields and a cast inherit the modes and `attention` of this policy. A preset and a `Policy` inherit
+        nothing.
         """
         if given is None or given == NONE:
             return None
@@ -208,10 +217,10 @@ class Policy:
             given = {**{name: getattr(self, name) for name in _INHERITED}, **given}
         return Policy.from_options(given)
 
-    # -- what it says ----------------------------------------------------------------------------------------
+    # -- queries ---------------------------------------------------------------------------------------------
 
     def at(self, path: str) -> Policy | None:
-        """The policy for the module ``path``; None where nothing is rounded."""
+        """The policy for the module ``path``; None if nothing in it is rounded."""
         if any(matches(glob, path) for glob in self.skip):
             return None
         for glob, policy in self._rules:
@@ -220,55 +229,55 @@ class Policy:
         return self
 
     def cast(self, kind: str, role: str) -> Cast | None:
-        """How an operand in ``role`` of a product of ``kind`` is rounded; None where it is not."""
-        return _rounding_cast(_kept(self, kind).get(role) or getattr(self, role) or self.format)
+        """The cast of the operand with ``role`` in products of ``kind``; None if it is not rounded."""
+        return _rounding_cast(_casts_by_key(self, kind).get(role) or getattr(self, role) or self.format)
 
     def operand_casts(self) -> list[Cast | None]:
-        """The casts of all operands: every role of every kind of product; None where they are not rounded."""
+        """The casts of all operands, for every role of every kind of product; None for unrounded operands."""
         own = [self.cast(kind, role) for kind in KINDS for role in ROLES if (kind, role) in OPERANDS]
         return own + [cast for policy in self._policies_of_modules for cast in policy.operand_casts()]
 
     def output_cast(self, kind: str) -> Cast | None:
-        """How the result of a product of ``kind`` is rounded; None where it is not."""
-        return _rounding_cast(_kept(self, kind).get("output", cast(_Kept, self.output)))
+        """The cast of the results of products of ``kind``; None if they are not rounded."""
+        return _rounding_cast(_casts_by_key(self, kind).get("output", cast(_StoredCast, self.output)))
 
     def elementwise_cast(self, direction: str) -> Cast | None:
-        """How the results of operations other than products are rounded, ``forward`` or ``backward``."""
-        return _rounding_cast(_kept(self, "elementwise").get(direction))
+        """The cast of the results of other operations, ``forward`` or ``backward``; None if they are not rounded."""
+        return _rounding_cast(_casts_by_key(self, "elementwise").get(direction))
 
     @property
     def rounds_results(self) -> bool:
-        """Whether anything but operands is rounded anywhere: results of products or of other operations."""
+        """Whether results are rounded in any module: results of products or of other operations."""
         own = bool(self.elementwise) or any(self.output_cast(kind) for kind in KINDS)
         return own or any(policy.rounds_results for policy in self._policies_of_modules)
 
     @property
     def uses_paths(self) -> bool:
-        """Whether any rule depends on the module in which a product is."""
+        """Whether any rule depends on the module that contains an operation."""
         return bool(self.skip or self.modules)
 
     @property
     def is_stochastic(self) -> bool:
         """Whether any rounding draws random numbers."""
-        kept = [getattr(self, name) for name in ("format", *ROLES, "output")]
-        kept += [cast for name in (*KINDS, "elementwise") for cast in _kept(self, name).values()]
-        own = any(isinstance(each, Cast) and each.is_stochastic for each in kept)
+        casts = [getattr(self, name) for name in ("format", *ROLES, "output")]
+        casts += [cast for name in (*KINDS, "elementwise") for cast in _casts_by_key(self, name).values()]
+        own = any(isinstance(each, Cast) and each.is_stochastic for each in casts)
         return own or any(policy.is_stochastic for policy in self._policies_of_modules)
 
     @property
     def attentions(self) -> frozenset[str]:
-        """The values that `attention` has here and in the rules for modules."""
+        """The values of `attention` in this policy and in the rules for modules."""
         return frozenset({self.attention}.union(*(policy.attentions for policy in self._policies_of_modules)))
 
     @property
     def globs(self) -> tuple[str, ...]:
-        """The globs of modules in `skip` and `modules`, and in the policies of the rules for modules."""
+        """The globs of `skip` and `modules`, in this policy and in the policies of the rules for modules."""
         nested = (glob for policy in self._policies_of_modules for glob in policy.globs)
         return (*self.skip, *(glob for glob, _ in self._rules), *nested)
 
     @property
     def all_gaps(self) -> tuple[str, ...]:
-        """`gaps`, and those of the policies of the rules for modules."""
+        """`gaps` of this policy and of the policies in the rules for modules."""
         return (*self.gaps, *(glob for policy in self._policies_of_modules for glob in policy.all_gaps))
 
     @property
@@ -283,15 +292,15 @@ class Policy:
         """Whether `gaps` lets ``operator`` (such as ``aten.convolution``) stay unrounded."""
         return any(fnmatch.fnmatchcase(operator, glob) for glob in self.gaps)
 
-    # -- making others ---------------------------------------------------------------------------------------
+    # -- other policies --------------------------------------------------------------------------------------
 
     def with_modules(self, modules: Mapping[str, ModuleRule] | Sequence[tuple[str, ModuleRule]]) -> Policy:
-        """This policy with more rules for modules, which go before its own and replace those of the same glob.
+        """This policy with more rules for modules. They precede its own rules and replace rules with the same glob.
 
         Args:
-            modules: as the field `modules`.
+            modules: the new rules, in the form of the field `modules`.
 
-        Raises: as `Policy`.
+        Raises: the errors of `Policy`.
 
         >>> Policy(format="e8m3", skip="lm_head").with_modules({"lm_head": "bf16"}).skip
         ()
@@ -303,17 +312,17 @@ class Policy:
 
     @staticmethod
     def preset(name: str) -> Policy:
-        """A policy by name.
+        """The policy with this name.
 
-        - ``fp8_hybrid``: the default, the OCP FP8 hybrid.
-        - ``bf16``, ``fp16``: operands and results of all matrix products, as under autocast; all else stays as it is.
-        - ``paper:FORMAT``, such as ``paper:e8m3``: the recipe of arXiv 2405.18710 as far as it is known: both operands
-          of all three products of linear layers, the LM head included, truncated and clipped to the largest value;
-          attention is left alone. (Truncation and clipping follow from reviews; that gradients are truncated too and
-          attention is not are inferences.)
+        - ``fp8_hybrid``: the default policy, the OCP FP8 hybrid.
+        - ``bf16``, ``fp16``: operands and results of all matrix products are rounded, as under autocast; no others.
+        - ``paper:FORMAT``, such as ``paper:e8m3``: the recipe of arXiv 2405.18710, as far as it is known. Both operands
+          of all three products of linear layers, the LM head included, are truncated and clipped to the largest value.
+          Attention is not rounded. (Reviews of the paper state truncation and clipping. It is an inference that
+          gradients are truncated too, and that attention is not.)
 
         Raises:
-            ValueError: an unknown name or format.
+            ValueError: the name or the format is unknown.
         """
         if name.startswith(_PAPER):
             cast = f"{name.removeprefix(_PAPER)}/toward_zero/sat_finite"
@@ -328,11 +337,11 @@ class Policy:
     # -- conversions -----------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, as JSON types; formats in the spelling of the caller."""
+        """The fields that differ from their defaults, as JSON types. Formats are spelled as the caller spelled them."""
         return self._fields(spelled=True)
 
     def canonical(self) -> str:
-        """JSON text that equal policies have in common, however their formats were spelled."""
+        """JSON text that is the same for equal policies, whatever the spelling of their formats."""
         return json.dumps(self._fields(spelled=False))
 
     def _fields(self, spelled: bool) -> dict[str, Any]:
@@ -355,7 +364,7 @@ class Policy:
         return result
 
     def _rule_fields(self, policy: Policy | None, spelled: bool) -> str | dict[str, Any]:
-        """A module's policy, with the fields that it would otherwise inherit from this one."""
+        """The fields of a module's policy, including those that a reader would otherwise inherit from this policy."""
         if policy is None:
             return NONE
         inherited = {"rounding": policy.rounding, "overflow": policy.overflow}
@@ -366,7 +375,7 @@ class Policy:
         return {**inherited, **policy._fields(spelled)}
 
     def _text(self, cast: Cast, spelled: bool) -> str:
-        """A cast as text that this policy reads as the same cast."""
+        """The text from which a policy with this policy's modes parses the same cast."""
         text = cast.written if spelled else str(cast)
         return f"{text}/{UNSCALED}" if self.scale is not None and cast.scale is None else text
 
@@ -379,7 +388,7 @@ class Policy:
         """The policy that `to_json` wrote.
 
         Raises:
-            ValueError: not JSON, not a policy, or written by a newer fpsim.
+            ValueError: ``text`` is not JSON, is not a policy, or was written by a newer fpsim.
         """
         try:
             options = json.loads(text)
@@ -396,13 +405,14 @@ class Policy:
 
     @staticmethod
     def from_options(options: Mapping[str, Any] | None) -> Policy:
-        """The policy given to `torch.compile` as ``options``: its fields, or ``{"policy": policy}``.
+        """The policy that the ``options`` of `torch.compile` state: its fields, or ``{"policy": policy}``.
 
-        There ``policy`` is a `Policy`, the name of a preset, or a mapping of fields.
+        In the second form ``policy`` is a `Policy`, the name of a preset, or a mapping of fields.
 
         Raises:
-            ValueError: a key that is no field (all fields are listed), or ``policy`` together with fields.
-            TypeError: neither a mapping nor, as ``policy``, a `Policy`.
+            ValueError: a key is not a field (the message lists all fields), or ``policy`` is given together with
+                fields.
+            TypeError: ``options`` is not a mapping, or ``policy`` has none of these three types.
         """
         if not isinstance(options, Mapping | None):
             raise TypeError(f"{options!r} is no policy: give a Policy or its fields, such as {{'format': {options!r}}}")
@@ -422,7 +432,7 @@ class Policy:
         return Policy(**options)
 
 
-#: What a caller gives as the rule for the modules that a glob matches.
+#: The argument type of a rule for the modules that a glob matches.
 ModuleRule = Policy | Mapping[str, Any] | CastLike | None
 
 
@@ -447,17 +457,17 @@ def _strings(name: str, given: Any) -> tuple[str, ...]:
 
 
 def _pairs(name: str, given: Any) -> list[tuple[str, Any]]:
-    """The items of a mapping, which may also be given as pairs."""
+    """The items of ``given``, a mapping or a list of pairs."""
     pairs = list(given.items()) if isinstance(given, Mapping) else given
     if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
         raise TypeError(f"{name} must be a mapping, got {given!r}")
     return [(str(key), value) for key, value in pairs]
 
 
-def _kept(policy: Policy, name: str) -> dict[str, _Kept]:
-    """The field ``name`` of a policy, which maps roles or directions to casts."""
+def _casts_by_key(policy: Policy, name: str) -> dict[str, _StoredCast]:
+    """The field ``name`` of a policy, as a mapping from roles or directions to casts."""
     return dict(getattr(policy, name))
 
 
-def _rounding_cast(kept: Any) -> Cast | None:
-    return kept if isinstance(kept, Cast) else None
+def _rounding_cast(stored: Any) -> Cast | None:
+    return stored if isinstance(stored, Cast) else None

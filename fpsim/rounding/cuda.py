@@ -1,7 +1,7 @@
 """The operators of ``torch.ops.fpsim`` on CUDA tensors: one Triton kernel per call.
 
-Importing this module registers them; Triton and the compiler backend are imported at the first call. Where Triton is
-not installed the operators run as the torch operations that define them: the same bits, many times slower.
+Importing this module registers the kernels. The first call imports Triton. If Triton is not installed, the operators
+run as the torch operations that define them, which give the same bits many times slower.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ def _triton_functions() -> ModuleType | None:
 @torch.library.impl(_library, "round", "CUDA")
 def _round_cuda(x: Tensor, format: str, rounding: str, overflow: str, source: str = "") -> Tensor:
     check_arguments(x, format, rounding, overflow)
-    written = _triton_functions()
-    if written is None:
+    kernels = _triton_functions()
+    if kernels is None:
         return round_generally(x, format, rounding, overflow, source)
     with torch.cuda.device_of(x):
-        return written.round_dense(x, format, rounding, overflow)
+        return kernels.round_dense(x, format, rounding, overflow)
 
 
 @torch.library.impl(_library, "round_stochastic", "CUDA")
 def _round_stochastic_cuda(x: Tensor, key: Tensor, format: str, rounding: str, overflow: str, source: str) -> Tensor:
     check_stochastic_arguments(x, format, rounding, overflow)
-    written = _triton_functions()
-    if written is None:
+    kernels = _triton_functions()
+    if kernels is None:
         return round_stochastic(x, key, format, rounding, overflow, source)
     with torch.cuda.device_of(x):
-        return written.round_stochastic_dense(x, key, format, rounding, overflow)
+        return kernels.round_stochastic_dense(x, key, format, rounding, overflow)

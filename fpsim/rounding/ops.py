@@ -1,8 +1,8 @@
-"""The operators of ``torch.ops.fpsim``, complete: with their kernels, and with what torch's compilers ask about them.
+"""The rounding operators of ``torch.ops.fpsim`` with their kernels, and the rules that torch's compilers need.
 
-Each operator has a fake and a vmap rule, and on purpose no autograd rule: `fpsim.round` builds its derivative
-from arithmetic, because `torch.compile` of `torch.func` transforms silently ignores registered derivatives. On
-their own the operators are value functions: use them on detached tensors.
+Each operator has a fake and a vmap rule. It has no autograd rule, on purpose: `torch.compile` of `torch.func`
+transforms silently ignores registered derivatives, so `fpsim.round` builds its derivative from arithmetic. The
+operators compute values only: call them on detached tensors.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import fpsim.rounding.cuda  # noqa: F401  (both register kernels)
 from fpsim.rounding.definitions import check_arguments, check_stochastic_arguments
 from fpsim.source import source_hash
 
-#: What callers pass as ``source``. Torch knows an operator in its caches by name and arguments only: without this,
-#: code that another version of fpsim compiled would go on being used.
+#: The value of the argument ``source``. Torch's caches identify an operator by its name and arguments only. Without
+#: this argument they would return code that another version of fpsim compiled.
 SOURCE = source_hash()
 
 round_op: Callable[[Tensor, str, str, str, str], Tensor] = torch.ops.fpsim.round.default
@@ -31,7 +31,7 @@ _library = torch.library.Library("fpsim", "FRAGMENT")
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed from torch's random state, as one int64."""
+    """A seed from torch's random state: int64, shape (1,)."""
     return torch.randint(-(2**63), 2**63 - 1, [1], device=device)
 
 
@@ -43,7 +43,7 @@ def _round_fake(x: Tensor, format: str, rounding: str, overflow: str, source: st
 
 
 def _register_lowerings() -> None:
-    """Let Inductor know the operators before it asks for them, if it is at work in this process."""
+    """Register the operators with Inductor, if this process uses it."""
     if "torch._inductor.lowering" in sys.modules:
         import fpsim.rounding.inductor  # noqa: F401
 
@@ -93,7 +93,7 @@ def _round_stochastic_vmap(
     source: str,
 ) -> tuple[Tensor, int]:
     xs = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
-    if in_dims[1] is None:  # one key: every element of the batch draws for itself
+    if in_dims[1] is None:  # one key: every sample of the batch has draws of its own
         return round_stochastic_op(xs, key, format, rounding, overflow, source), 0
     keys = key.movedim(in_dims[1], 0)
     return torch.stack(

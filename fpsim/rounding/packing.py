@@ -1,4 +1,4 @@
-"""Codes of less than a byte, packed: several to a byte, as hardware and checkpoints store them."""
+"""Packing of codes that are narrower than a byte, as hardware and checkpoints store them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fpsim.formats import FloatFormat, parse_format
 
 
 def _group(fmt: FloatFormat) -> tuple[int, int]:
-    """How many codes fill how many bytes exactly."""
+    """The smallest number of codes that fills whole bytes, and the number of these bytes."""
     if fmt.bits > 8:
         raise ValueError(f"{fmt.name} has {fmt.bits} bits: only codes of up to 8 bits are packed into bytes")
     common = math.gcd(fmt.bits, 8)
@@ -19,24 +19,26 @@ def _group(fmt: FloatFormat) -> tuple[int, int]:
 
 
 def pack(codes: Tensor, format: str | FloatFormat) -> Tensor:
-    """Codes of ``format`` packed into bytes along the last dimension: a little-endian string of bits.
+    """Pack codes of ``format`` into bytes along the last dimension, as a little-endian string of bits.
 
-    Code number i has the bits from ``i * bits`` upwards, counted from the lowest bit of the first byte. For 4-bit codes
-    the even ones are in the low halves of the bytes, as in `torch.float4_e2m1fn_x2`; four 6-bit codes fill three bytes.
+    Code number i occupies the bits from ``i * bits`` upwards, counted from the lowest bit of the first byte. So 4-bit
+    codes with an even number are in the low halves of the bytes, as in `torch.float4_e2m1fn_x2`, and four 6-bit codes
+    fill three bytes.
 
     Args:
-        codes: uint8 as `fpsim.encode` returns them, shape (..., n); n a multiple of 2 for 4-bit codes, of 4 for 6-bit
-            codes, of 8 for those of an odd number of bits.
+        codes: uint8, shape (..., n), as `fpsim.encode` returns them. n is a multiple of 2 for 4-bit codes, of 4 for
+            2-bit and 6-bit codes, and of 8 for codes with an odd number of bits.
         format: a name or a `FloatFormat` of up to 8 bits.
 
     Returns:
         uint8, shape (..., n * bits / 8).
 
     Raises:
-        ValueError: a format of more than 8 bits, a last dimension that does not fill whole bytes, a code too large.
+        ValueError: the format has more than 8 bits, the last dimension does not fill whole bytes, or a code is too
+            large.
         TypeError: ``codes`` is not uint8.
 
-    Source: OCP Microscaling Formats (MX) 1.0 leaves the layout open; this is the one of torch and of NVIDIA's FP4.
+    Source: OCP Microscaling Formats (MX) 1.0 leaves the layout open. This is the layout of torch and of NVIDIA's FP4.
 
     >>> pack(torch.tensor([0x1, 0x2, 0x3, 0x4], dtype=torch.uint8), "e2m1fn")
     tensor([33, 67], dtype=torch.uint8)
@@ -58,10 +60,17 @@ def pack(codes: Tensor, format: str | FloatFormat) -> Tensor:
 
 
 def unpack(packed: Tensor, format: str | FloatFormat) -> Tensor:
-    """The codes that `pack` packed: uint8, shape (..., n * 8 / bits) of ``packed``'s (..., n).
+    """The inverse of `pack`.
+
+    Args:
+        packed: uint8, shape (..., n), as `pack` returns it.
+        format: the format that `pack` was given.
+
+    Returns:
+        The codes: uint8, shape (..., n * 8 / bits).
 
     Raises:
-        ValueError: a format of more than 8 bits, or a last dimension that does not hold whole groups of codes.
+        ValueError: the format has more than 8 bits, or the last dimension does not hold whole groups of codes.
         TypeError: ``packed`` is not uint8.
 
     >>> unpack(torch.tensor([33, 67], dtype=torch.uint8), "e2m1fn")

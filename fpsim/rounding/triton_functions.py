@@ -1,8 +1,8 @@
-"""Rounding in Triton: device functions for people's own kernels, and the kernels behind eager calls on CUDA.
+"""Rounding in Triton: device functions for users' kernels, and the kernels of eager calls on CUDA.
 
-The algorithm is that of `fpsim.rounding.kernel`, run once per format and mode on names instead of numbers: what it does
-to them, written down, is the body of a ``@triton.jit`` function. So Triton code holds the same integer operations as
-eager and compiled calls; floating-point contraction and flush-to-zero have nothing to act on.
+The algorithm of `fpsim.rounding.kernel` runs once for each format and mode, on names of variables instead of numbers.
+The operations that it applies to them are recorded as the body of a ``@triton.jit`` function. So the Triton code does
+the same integer operations as eager and compiled calls. Floating-point contraction and flush-to-zero cannot affect it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fpsim.rounding.kernel import round_code
 from fpsim.rounding.ops import SOURCE
 from fpsim.rounding.random_words import random_key, random_word
 
-# -- writing the algorithm down ----------------------------------------------------------------------------------------
+# -- recording the algorithm as source ---------------------------------------------------------------------------------
 
 
 @dataclass
 class Text:
-    """The lines of a function, each of which names one result."""
+    """The lines of a function. Each line assigns one result to a variable."""
 
     lines: list[str] = field(default_factory=list)
 
@@ -40,7 +40,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Name:
-    """A result by its name in the text, with the operators that `fpsim.rounding.kernel` uses. Masks are names too."""
+    """A variable of a function, with the operators that `fpsim.rounding.kernel` uses. Masks are variables too."""
 
     name: str
     text: Text
@@ -92,7 +92,7 @@ class Name:
 
 @dataclass(frozen=True)
 class NameOps:
-    """The kernel's executor on `Name` (`fpsim.rounding.kernel.Ops`); ``bits``: the width of the integers."""
+    """The kernel's executor on `Name` (`fpsim.rounding.kernel.Ops`). The integers have ``bits`` bits."""
 
     bits: int
 
@@ -117,7 +117,7 @@ class NameOps:
 
 
 def _function(name: str, arguments: str, text: Text, result: str) -> Any:
-    """The ``@triton.jit`` function with this body; Triton reads its source where Python's tracebacks do."""
+    """The ``@triton.jit`` function with this body. Triton reads its source from `linecache`, as tracebacks do."""
     source = "\n    ".join([f"def {name}({arguments}):", *text.lines, f"return {result}"]) + "\n"
     filename = f"<fpsim {SOURCE[:12]} {name}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
@@ -128,8 +128,9 @@ def _function(name: str, arguments: str, text: Text, result: str) -> Any:
 
 # -- device functions --------------------------------------------------------------------------------------------------
 
-# By the dtype's name in Triton: the torch dtype, and how its working carrier's code is read and written. The 16-bit
-# values of a format are exact in float32 and back; bfloat16 is moved as bits, so that no conversion meets a subnormal.
+# For each dtype's name in Triton: the torch dtype, and the expressions that read and write the code of its working
+# carrier. Converting 16-bit values to float32 and back is exact. bfloat16 is converted by moving its bits, so that no
+# conversion handles a subnormal.
 _CARRIERS: dict[str, tuple[torch.dtype, str, str]] = {
     "fp64": (torch.float64, "x.to(tl.int64, bitcast=True)", "{}.to(tl.float64, bitcast=True)"),
     "fp32": (torch.float32, "x.to(tl.int32, bitcast=True)", "{}.to(tl.float32, bitcast=True)"),
@@ -151,16 +152,16 @@ def device_function(format: str, rounding: str, overflow: str | None, dtype: str
     """The ``@triton.jit`` function that rounds tensors of one dtype to one format in one mode.
 
     Args:
-        format, rounding, overflow: as `fpsim.round` takes them, by name.
-        dtype: ``fp64``, ``fp32``, ``fp16`` or ``bf16``, as Triton calls them.
-        index: for stochastic rounding the dtype of the elements' indices, ``int32`` or ``int64``; else None.
+        format, rounding, overflow: the arguments of `fpsim.round`, as names.
+        dtype: ``fp64``, ``fp32``, ``fp16`` or ``bf16``, the names in Triton.
+        index: for stochastic rounding the dtype of the elements' indices, ``int32`` or ``int64``; None otherwise.
 
     Returns:
         A function of ``x``, or for stochastic rounding of ``(x, low_key, high_key, index)``.
 
     Raises:
-        ValueError: an unknown format, mode or dtype, a format with values that the dtype lacks, a stochastic rounding
-            without an index.
+        ValueError: the format, the mode or the dtype is unknown, the format has values that the dtype lacks, or there
+            is an index without stochastic rounding or the reverse.
     """
     if dtype not in _CARRIERS:
         raise ValueError(f"cannot round Triton's {dtype}: convert it to one of {', '.join(_CARRIERS)} first")
@@ -180,7 +181,7 @@ def device_function(format: str, rounding: str, overflow: str | None, dtype: str
 
 
 def _word(text: Text, index: str, bits: int) -> Name:
-    """The random word of every element, in the topmost bits of integers of the carrier's width."""
+    """The random word of each element, in the topmost bits of an integer of the carrier's width."""
     low_key, high_key, whole = (Name(name, text) for name in ("low_key", "high_key", "index"))
     if index == "int32":
         word = random_word(low_key, high_key, whole)
@@ -194,21 +195,21 @@ def _word(text: Text, index: str, bits: int) -> Name:
 
 @cache
 def key_function(salt: int) -> Any:
-    """The ``@triton.jit`` function from a seed, a scalar int64, to the two halves of its key."""
+    """The ``@triton.jit`` function that computes the two halves of the key of a seed, a scalar int64."""
     text = Text()
     key = random_key(text.name("tl.full([], seed, tl.int64)"), salt)
     name = f"fpsim_random_key_{salt}".replace("-", "minus_")
     return _function(name, "seed", text, f"{key}.to(tl.int32), ({key} >> 32).to(tl.int32)")
 
 
-# Triton and Inductor know what they keep compiled by the source below, not by what is called while it is compiled: this
-# constant stands in for that.
+# The caches of Triton and Inductor identify compiled code by the source below, without the functions that are called
+# during compilation. This constant identifies those functions.
 FPSIM_SOURCE = tl.constexpr(SOURCE)
 
 
 @triton.constexpr_function
 def fpsim_device_function(format, rounding, overflow, dtype, index, kernel):  # type: ignore[no-untyped-def]
-    import fpsim.rounding.triton_functions as written  # under a name that Triton does not find and look into
+    import fpsim.rounding.triton_functions as written  # a local import, which Triton does not inspect
 
     return written.device_function(format, rounding, overflow, str(dtype), None if index is None else str(index))
 
@@ -220,7 +221,7 @@ def fpsim_key_function(salt, kernel):  # type: ignore[no-untyped-def]
     return written.key_function(salt)
 
 
-# Defaults are constants of Triton's: before 3.7 it does not make them of text.
+# Defaults are wrapped in `tl.constexpr`: Triton before 3.7 does not wrap strings itself.
 @triton.jit
 def fpsim_round(  # type: ignore[no-untyped-def]
     x,
@@ -228,11 +229,11 @@ def fpsim_round(  # type: ignore[no-untyped-def]
     rounding: tl.constexpr = tl.constexpr("nearest_even"),  # noqa: B008
     overflow: tl.constexpr = None,
 ):
-    """``x`` rounded to ``format``, inside a Triton kernel: bit for bit what `fpsim.round` gives.
+    """``x`` rounded to ``format`` inside a Triton kernel, with the bits that `fpsim.round` gives.
 
     Args:
         x: a float64, float32, bfloat16 or float16 tensor.
-        format, rounding, overflow: as for `fpsim.round`, by name, and constant. For stochastic rounding see
+        format, rounding, overflow: the arguments of `fpsim.round`, as names and constant. For stochastic rounding use
             `fpsim_round_stochastic`.
     """
     return fpsim_device_function(format, rounding, overflow, x.dtype, None, FPSIM_SOURCE)(x)
@@ -248,14 +249,14 @@ def fpsim_round_stochastic(  # type: ignore[no-untyped-def]
     overflow: tl.constexpr = None,
     salt: tl.constexpr = 0,
 ):
-    """``x`` rounded stochastically to ``format``, inside a Triton kernel: bit for bit what `fpsim.round` gives.
+    """``x`` rounded stochastically to ``format`` inside a Triton kernel, with the bits that `fpsim.round` gives.
 
     Args:
         x: a float64, float32, bfloat16 or float16 tensor.
         seed: a scalar integer of up to 64 bits.
-        index: for each element of ``x`` its index in the whole tensor, in row-major order: int32 or int64.
-        format, rounding, overflow, salt: as for `fpsim.round`, and constant. The number of random bits goes with the
-            rounding: ``"stochastic:8"``.
+        index: the index of each element of ``x`` in the whole tensor, in row-major order: int32 or int64.
+        format, rounding, overflow, salt: the arguments of `fpsim.round`, as names and constant. The number of random
+            bits is part of the rounding: ``"stochastic:8"``.
     """
     low_key, high_key = fpsim_key_function(salt, FPSIM_SOURCE)(seed)
     function: tl.constexpr = fpsim_device_function(format, rounding, overflow, x.dtype, index.dtype, FPSIM_SOURCE)
@@ -289,7 +290,7 @@ def _round_stochastic_kernel(  # type: ignore[no-untyped-def]
 
 
 def round_dense(x: Tensor, format: str, rounding: str, overflow: str, *, block: int = _BLOCK) -> Tensor:
-    """``x`` rounded by one Triton kernel, as the operator ``fpsim::round`` says; ``block``: elements per program."""
+    """The operator ``fpsim::round`` as one Triton kernel; each program rounds ``block`` elements."""
     out = torch.empty_like(x)
     source = x if x.stride() == out.stride() else torch.empty_like(x).copy_(x)  # dense, in the order of `out`
     if x.numel():
@@ -301,8 +302,8 @@ def round_dense(x: Tensor, format: str, rounding: str, overflow: str, *, block: 
 def round_stochastic_dense(
     x: Tensor, key: Tensor, format: str, rounding: str, overflow: str, *, block: int = _BLOCK
 ) -> Tensor:
-    """``x`` rounded stochastically by one Triton kernel, as the operator ``fpsim::round_stochastic`` says."""
-    source = x.contiguous()  # an element's index is that in row-major order
+    """The operator ``fpsim::round_stochastic`` as one Triton kernel; each program rounds ``block`` elements."""
+    source = x.contiguous()  # the index of an element is its index in row-major order
     rounded = torch.empty_like(source)
     if x.numel():
         grid = (triton.cdiv(x.numel(), block),)

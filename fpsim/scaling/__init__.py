@@ -1,1 +1,1 @@
-"""Scales: factors that bring numbers into the range of a format before they are rounded."""
+"""Scales: factors that bring tensors into the range of a format before they are rounded."""

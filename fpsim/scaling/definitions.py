@@ -1,4 +1,4 @@
-"""The meaning of the operator ``torch.ops.fpsim.power_of_two_scale``: its schema, and a kernel for any device."""
+"""The operator ``torch.ops.fpsim.power_of_two_scale``: its schema, and a kernel for any device."""
 
 from __future__ import annotations
 

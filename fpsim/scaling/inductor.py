@@ -1,4 +1,4 @@
-"""How Inductor compiles the scale of a tensor: a reduction, and integer operations on its result."""
+"""Inductor's lowering of the scale of a tensor: a reduction, and integer operations on its result."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def _lower_scale(x: ir.TensorBox, maximum: float, source: str) -> ir.TensorBox:
         return ops.to_dtype(value, dtype, src_dtype=working)
 
     factors = ir.Pointwise.create(device=device, dtype=dtype, inner_fn=factor, ranges=size)
-    factors.realize()  # computed once, not for every element that is scaled
+    factors.realize()  # compute them once, not for every element that is scaled
     return factors

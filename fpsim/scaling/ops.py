@@ -1,4 +1,4 @@
-"""The operator that computes scales, complete, and `fpsim.power_of_two_scale`."""
+"""The operator that computes scales, the rules that torch's compilers need for it, and `fpsim.power_of_two_scale`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from fpsim.formats import FloatFormat, parse_format
 from fpsim.rounding.carriers import check_carrier
 from fpsim.rounding.ops import SOURCE
 
-#: The scale of a tensor and its reciprocal, of shape (2,), for a format with this largest value. The last argument is
-#: `fpsim.rounding.ops.SOURCE`.
+#: Arguments: a tensor, the largest finite value of a format, and `fpsim.rounding.ops.SOURCE`. The result holds
+#: two numbers: the scale of the tensor, and its reciprocal.
 scale_op: Callable[[Tensor, float, str], Tensor] = torch.ops.fpsim.power_of_two_scale.default
 
 _library = torch.library.Library("fpsim", "FRAGMENT")
 
 
 def check_scaled_carrier(dtype: torch.dtype, fmt: FloatFormat) -> None:
-    """Refuse a dtype that cannot carry ``fmt``, or numbers that are scaled into its range and back.
+    """Raise an error if ``dtype`` cannot carry ``fmt``, or numbers that are scaled into its range and back.
 
     Raises:
-        TypeError, ValueError: as `fpsim.rounding.carriers.check_carrier`.
-        ValueError: float16, whose exponents do not suffice: scaled numbers would overflow.
+        TypeError, ValueError: in the same cases as `fpsim.rounding.carriers.check_carrier`.
+        ValueError: ``dtype`` is float16, in which scaled numbers would overflow.
     """
     check_carrier(dtype, fmt)
     if dtype == torch.float16:
@@ -37,23 +37,26 @@ def check_scaled_carrier(dtype: torch.dtype, fmt: FloatFormat) -> None:
 
 
 def power_of_two_scale(x: Tensor, format: str | FloatFormat) -> Tensor:
-    """The largest power of two by which ``x`` can be multiplied without passing ``format``'s largest finite value.
+    """The largest power of two by which ``x`` can be multiplied without exceeding ``format``'s largest finite value.
 
-    ``2**floor(log2(format.max / amax))`` with ``amax`` the largest magnitude in ``x``, computed from bits, so that no
-    logarithm can falsify it. 1 where ``amax`` is zero, infinite or NaN, and where ``x`` is empty. Limited to the powers
-    of two of which the reciprocal is a normal number of the dtype too: 2^-126 to 2^126, in float64 2^-1022 to 2^1022.
+    The scale is ``2**floor(log2(format.max / amax))``, where ``amax`` is the largest magnitude in ``x``. It is computed
+    from bits, without the error of a logarithm. It is 1 if ``amax`` is zero, infinite or NaN, or if ``x`` is empty. It
+    is limited to the powers of two that are normal numbers of the dtype and whose reciprocals are normal numbers too:
+    2^-126 to 2^126, in float64 2^-1022 to 2^1022.
 
-    ``fpsim.round(x * s, format) / s`` is what ``fpsim.round(x, format, scale="power_of_two")`` gives.
+    With this scale ``s``, ``fpsim.round(x, format, scale="power_of_two")`` equals ``fpsim.round(x * s, format) / s``.
 
     Args:
-        x: float64, float32 or bfloat16, any shape, strides and device. Under `torch.vmap` each sample has its scale.
+        x: float64, float32 or bfloat16, any shape, strides and device. Under `torch.vmap` each sample has its own
+            scale.
         format: a name (`fpsim.parse_format`) or a `FloatFormat`.
 
     Returns:
-        A tensor of no dimensions, of the dtype and device of ``x``. It has no derivative.
+        A tensor without dimensions, of the dtype and device of ``x``. It has no derivative.
 
     Raises:
-        TypeError, ValueError: a format with values that the dtype of ``x`` lacks, or float16.
+        TypeError: the dtype of ``x`` is not a carrier.
+        ValueError: the format is unknown or has values that the dtype of ``x`` lacks, or the dtype is float16.
 
     Source: the code of FP8-LM (arXiv 2310.18313), MS-AMP, with a history of one step.
 

@@ -1,7 +1,7 @@
-"""The rules by which scales follow from the largest magnitude of a tensor: integer arithmetic, written once.
+"""The rules that compute a scale from the largest magnitude of a tensor, in integer arithmetic.
 
-As `fpsim.rounding.kernel`, the functions know only integers and an executor (`fpsim.rounding.kernel.Ops`). The same
-text runs on torch tensors, on values of Inductor's intermediate language, and on plain ints.
+Like the functions of `fpsim.rounding.kernel`, they use only integers and an executor (`fpsim.rounding.kernel.Ops`). So
+the same source runs on torch tensors, on values of Inductor's intermediate language, and on plain ints.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from fpsim.rounding.kernel import Int, Ops
 
 
 def factor_codes(amax: Int, maximum: float, carrier: FloatFormat, ops: Ops) -> tuple[Int, Int]:
-    """The codes of the scale and of its reciprocal.
+    """The carrier's codes of the power-of-two scale and of its reciprocal.
 
     Args:
-        amax: the code of the largest magnitude, in the terms of `fpsim.rounding.kernel`.
+        amax: the carrier's code of the largest magnitude.
         maximum: the largest finite value of the format.
         carrier: float32 or float64.
-        ops: does the arithmetic.
+        ops: the executor.
     """
     width, bias = carrier.mantissa_bits, carrier.bias
     fraction, exponent = math.frexp(maximum)
     mantissa = int((2 * fraction - 1) * (1 << width))
-    # A subnormal number is an integer number of units, its code; as a number of its own that integer is normal.
+    # A subnormal number is a multiple of the smallest one, and its code is the factor, which is normal as a number.
     subnormal = ops.less(amax, 1 << width)
     normal = ops.choose(subnormal, ops.code_of_integer(amax), amax)
     power = exponent - 1 + bias - (normal >> width) - ops.choose(subnormal, carrier.emin - width, 0)

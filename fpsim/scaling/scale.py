@@ -1,4 +1,4 @@
-"""A scale as a frozen value: the rule that computes it, the numbers that share it, and the moment it is computed."""
+"""Scales as frozen values: how a scale is computed, which elements share it, and which magnitudes determine it."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ Rule = Literal["power_of_two"]
 Granularity = Literal["tensor"]
 Timing = Literal["current"]
 
-#: How a scale follows from the largest magnitude of the numbers that share it (`fpsim.scaling.rules`).
+#: The rules that compute a scale from the largest magnitude of the elements that share it (`fpsim.scaling.rules`).
 RULES: tuple[str, ...] = get_args(Rule)
-#: Which numbers share a scale: all of a ``tensor``.
+#: The sets of elements that share a scale: all elements of a ``tensor``.
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
-#: Which magnitudes decide: those of the ``current`` tensor.
+#: The tensor whose magnitudes determine the scale: the ``current`` one.
 TIMINGS: tuple[str, ...] = get_args(Timing)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The factor by which numbers are multiplied before they are rounded, and divided after.
+    """A factor by which a tensor is multiplied before it is rounded, and divided afterwards.
 
     Attributes:
-        rule: ``power_of_two``: the largest power of two that keeps the largest magnitude in the format's range
-            (`fpsim.power_of_two_scale`).
-        granularity: ``tensor``: one scale for all numbers of a tensor.
-        timing: ``current``: the scale of the tensor itself, computed when it is rounded.
+        rule: how the factor is computed. ``power_of_two`` is the largest power of two that keeps the largest magnitude
+            in the format's range (`fpsim.power_of_two_scale`).
+        granularity: which elements share a factor. ``tensor`` is one factor for all elements of a tensor.
+        timing: which magnitudes determine the factor. ``current`` means those of the tensor itself, when it is rounded.
 
     ``str(scale)`` is the name that `parse_scale` reads.
 
     Raises:
-        ValueError: an unknown rule, granularity or timing.
+        ValueError: the rule, the granularity or the timing is unknown.
     """
 
     rule: Rule
@@ -46,7 +46,7 @@ class Scale:
         return self.rule
 
 
-#: The scales that have a name.
+#: The scales that have names.
 SCALES: dict[str, Scale] = {rule: Scale(rule) for rule in get_args(Rule)}
 
 
@@ -54,7 +54,7 @@ def parse_scale(name: str | Scale | None) -> Scale | None:
     """The scale that ``name`` denotes; None for None.
 
     Raises:
-        ValueError: no such scale; the message lists the valid names.
+        ValueError: there is no such scale. The message lists the valid names.
 
     >>> parse_scale("power_of_two")
     Scale(rule='power_of_two', granularity='tensor', timing='current')

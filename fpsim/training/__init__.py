@@ -1,1 +1,1 @@
-"""The rest of a training step in simulated precision: optimizers, parameters, gradients, and several ranks."""
+"""Simulated precision outside the model: optimizers, parameters, gradients, and parallel training."""

@@ -1,8 +1,7 @@
 """Gradients that are rounded before processes exchange them.
 
-Rounding happens on each rank, in the tensors that are then exchanged; the sum is that of the exchange itself, in the
-gradients' own dtype. The hooks are those that torch offers: `DistributedDataParallel.register_comm_hook`, and
-`set_custom_reduce_scatter` of what `fully_shard` returns.
+Each rank rounds the tensors that it then sends. The exchange itself computes the sum, in the gradients' dtype. The
+functions use hooks of torch: `DistributedDataParallel.register_comm_hook` and `FSDPModule.set_custom_reduce_scatter`.
 """
 
 from __future__ import annotations
@@ -31,22 +30,24 @@ def round_gradients_hook(
         parallel = DistributedDataParallel(model)
         parallel.register_comm_hook(None, fpsim.round_gradients_hook("e5m2"))
 
-    On ``n`` ranks every gradient becomes ``(q(g_1) + ... + q(g_n)) / n``, sum and quotient in the gradients' dtype.
+    On ``n`` ranks every gradient becomes ``(q(g_1) + ... + q(g_n)) / n``, where ``q`` rounds to the format. The sum and
+    the quotient are computed in the gradients' dtype.
 
     Args:
-        format: of the gradients that a rank sends: a format or a cast, ``format/rounding/overflow``.
-        result: of the averages, which every rank rounds for itself; None leaves them as they are.
-        rounding, overflow: where a cast names none.
-        seed: for stochastic rounding, and only for it. Ranks, buckets and backward passes have draws of their own; the
-            averages, rounded stochastically, the same on all ranks.
+        format: the format of the gradients that a rank sends. It may be a cast, ``format/rounding/overflow``.
+        result: the format of the averages, which every rank rounds itself. None leaves them unrounded.
+        rounding, overflow: the modes of a cast that names none.
+        seed: for stochastic rounding, and only for it. Every rank, bucket and backward pass has its own draw. The draw
+            for the averages is the same on all ranks.
 
     Returns:
-        What `register_comm_hook` takes as ``hook``; its ``state`` is the process group, or None for that of all ranks.
-        It counts the backward passes, which number the draws: make one for each model.
+        The ``hook`` argument of `register_comm_hook`; the ``state`` argument is the process group, or None for the
+        default group. The hook counts the backward passes, and their number selects the draw: create one hook for each
+        model.
 
     Raises:
-        ValueError: an unknown format or mode, a scale, stochastic rounding without a seed or the reverse; in backward,
-            a format with values that the gradients' dtype lacks.
+        ValueError: the format or a mode is unknown, a cast has a scale, or a seed is missing or has no stochastic
+            rounding to seed. In backward: the format has values that the gradients' dtype lacks.
     """
     sent = parse_unscaled(format, rounding, overflow, "a bucket of gradients")
     received = None if result is None else parse_unscaled(result, rounding, overflow, "a bucket of gradients")
@@ -69,21 +70,22 @@ def round_gradients_hook(
 
         return dist.all_reduce(gradients, group=group, async_op=True).get_future().then(average)
 
-    round_gradients.__annotations__ = {}  # register_comm_hook compares them with types, and here they are strings
+    round_gradients.__annotations__ = {}  # register_comm_hook expects types, and in this file annotations are strings
     return round_gradients
 
 
 def rounded_reduce_scatter(
     format: CastLike, *, rounding: str = "nearest_even", overflow: str | None = None, seed: int | None = None
 ) -> Any:
-    """The same for FSDP2: gradients are rounded on each rank before `fully_shard` sums and scatters them.
+    """A reduce-scatter for FSDP2 that rounds each rank's gradients before they are summed and scattered.
 
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_custom_reduce_scatter(fpsim.training.gradients.rounded_reduce_scatter("e5m2"))
 
-    Args and errors are those of `round_gradients_hook`. Each module takes one of its own, with a seed of its own
-    if rounding is stochastic. Where FSDP divides gradients before the sum (as for float16), the quotients are rounded.
+    The arguments and errors are those of `round_gradients_hook`. Create one for each module, with different seeds if
+    rounding is stochastic. If FSDP divides the gradients before the sum, as it does for float16, the quotients are
+    rounded.
     """
     from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 

@@ -1,4 +1,4 @@
-"""Casting many tensors in place, eagerly or by compiled code, and the random draws of a training step."""
+"""Casts of many tensors in place, eager or compiled, and the random draws of a training step."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch import Tensor
 from fpsim.casts import Arguments, Cast, apply_arguments
 from fpsim.rounding.random_words import random_key, to_signed
 
-#: Numbers rounded per step from which on the rounding is compiled, if nothing is said about it.
+#: The number of elements rounded per step from which rounding is compiled by default.
 COMPILE_FROM = 1 << 20
 
-# Tensors of fewer numbers are rounded together, since each call costs some microseconds.
+# Tensors with fewer elements are concatenated and rounded together, because each call costs some microseconds.
 _SMALL = 1 << 14
-# Numbers in a tensor whose indices have 32 bits.
+# Tensors with fewer elements have 32-bit indices.
 _SHORT = 1 << 31
-# Tensors rounded by one call of compiled code, which costs tens of microseconds.
+# The number of tensors that one call of compiled code rounds. A call costs tens of microseconds.
 _BATCH = 4
 
 
 @dataclass(frozen=True)
 class Job:
-    """A tensor to be rounded in place, how, and which draw of the step is its own."""
+    """A tensor to round in place, its cast, and the number of its draw in the step."""
 
     tensor: Tensor
     cast: Cast
@@ -35,15 +35,19 @@ class Job:
 
 
 def draw_of_step(seed: int, step: int) -> int:
-    """The seed from which the draws of one step are counted: 64 bits of a hash of both."""
+    """The seed of the first draw of a step, a 64-bit hash of both arguments; later draws add their number to it."""
     return int(random_key(torch.tensor(seed), step))
 
 
 def round_in_place(jobs: Sequence[Job], draw: int | None, compiled: bool | None = False) -> None:
-    """Round each tensor as by `fpsim.round`; stochastically with seed ``draw + job.draw`` (modulo 2**64).
+    """Round each tensor in place, with the result of `fpsim.round`.
 
-    ``compiled``: by code that Inductor compiles once for every cast; None: where there are over a million numbers in
-    all on the CPU.
+    Args:
+        jobs: the tensors and their casts.
+        draw: for stochastic rounding the result of `draw_of_step`. The seed of a job is ``draw + job.draw`` (modulo
+            2**64).
+        compiled: whether Inductor compiles the rounding, once for every cast. None means that it does if the tensors on
+            the CPU have at least `COMPILE_FROM` elements in total.
     """
     if compiled is None:
         compiled = sum(job.tensor.numel() for job in jobs if job.tensor.device.type == "cpu") >= COMPILE_FROM
@@ -71,7 +75,7 @@ def round_in_place(jobs: Sequence[Job], draw: int | None, compiled: bool | None 
 
 
 def _keys(jobs: Sequence[Job], draw: int | None) -> Sequence[Tensor | None]:
-    """The key of each job's random numbers, int32 ``[2]``; None for deterministic rounding."""
+    """The key of each job's random numbers, int32 of shape (2,); None for deterministic rounding."""
     drawn = [i for i, job in enumerate(jobs) if job.cast.is_stochastic]
     keys: list[Tensor | None] = [None] * len(jobs)
     if drawn:
@@ -82,9 +86,9 @@ def _keys(jobs: Sequence[Job], draw: int | None) -> Sequence[Tensor | None]:
 
 
 def _overwrite(x: Tensor, key: Tensor | None, arguments: Arguments) -> None:
-    """Cast ``x`` in place; ``arguments``: the cast, as `apply_arguments` takes it."""
+    """Cast ``x`` in place; ``arguments`` is `Cast.arguments`."""
     if key is not None and torch.compiler.is_compiling():
-        torch._check(x.numel() < _SHORT)  # so that indices of unknown tensors are taken for 32 bits, not 64
+        torch._check(x.numel() < _SHORT)  # tells Inductor that 32-bit indices suffice, whatever the size
     x.copy_(apply_arguments(x, arguments, key=key))
 
 
@@ -97,9 +101,9 @@ def _overwrite_batch(xs: Sequence[Tensor], keys: Sequence[Tensor] | None, argume
 def _compiled_rounding(
     cast: Cast, dtype: torch.dtype, device: torch.device, stochastic: bool
 ) -> Callable[[Sequence[tuple[Tensor, Tensor | None]]], None]:
-    """`_overwrite` for tensors of one dimension, and their keys, compiled: a batch at a time."""
+    """The compiled `_overwrite_batch`, as a function of pairs of a one-dimensional tensor and its key."""
     arguments = cast.arguments
-    # A function of its own, so that casts do not add up to Dynamo's limit.
+    # Each cast compiles its own function: Dynamo limits the number of recompilations per function.
     name = "_".join(("round", *map(str, arguments)))
     overwrite = torch.compile(
         FunctionType(_overwrite_batch.__code__.replace(co_name=name), globals(), name), dynamic=True
@@ -112,13 +116,13 @@ def _compiled_rounding(
 
     no_key = torch.zeros(2, dtype=torch.int32, device=device) if stochastic else None
     fillers = [(torch.zeros(2, dtype=dtype, device=device), no_key) for _ in range(_BATCH)]
-    # For long tensors, or else the code keeps to one thread; of different lengths, or else it is for equal ones only.
+    # Compile with long tensors, or the code uses one thread, and of different lengths, or it requires equal lengths.
     run([(torch.zeros(COMPILE_FROM + i, dtype=dtype, device=device), no_key) for i in range(_BATCH)])
     return run
 
 
 def check_seed(seed: int | None, casts: Sequence[Cast]) -> None:
-    """Refuse a seed where no cast is stochastic, and the reverse, and what is no seed."""
+    """Raise ValueError if a stochastic cast has no seed, a seed has no stochastic cast, or the seed is not 64 bits."""
     stochastic = [cast for cast in casts if cast.is_stochastic]
     if stochastic and seed is None:
         raise ValueError(f"the cast {stochastic[0]} is stochastic and needs a seed: an int")

@@ -1,4 +1,4 @@
-"""The kinds of state that an optimizer keeps for its parameters."""
+"""The names of the state that an optimizer keeps for its parameters."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.optim import Optimizer
 
 
 def state_names(optimizer: Optimizer) -> list[str]:
-    """The kinds of state that an optimizer keeps for its parameters, as they may be given to `round_optimizer`.
+    """The names of the state that an optimizer keeps for its parameters, which `round_optimizer` accepts.
 
-    Optimizers create their state in their first step, so one is taken on a copy with small parameters. Where that
-    fails, the state of a step that has been taken tells.
+    Optimizers create their state in their first step. So a copy of the optimizer with small parameters takes a step. If
+    that fails, the names are read from the optimizer's own state.
 
     Raises:
-        ValueError: it fails, and no step has been taken.
+        ValueError: the step fails, and the optimizer has no state yet.
     """
     try:
         states = _states_after_a_step(optimizer)
@@ -35,7 +35,7 @@ def state_names(optimizer: Optimizer) -> list[str]:
 
 
 def _is_state(value: Any) -> bool:
-    """Whether it is a tensor (or a list of them) of as many numbers as the parameters have, not a counter."""
+    """Whether ``value`` is a floating-point tensor with dimensions, or a list that holds one: not a counter."""
     if isinstance(value, list):
         return any(_is_state(item) for item in value)
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0
@@ -51,7 +51,7 @@ def _states_after_a_step(optimizer: Optimizer) -> list[dict[str, Any]]:
         {**group, "params": list(_small_parameters(group["params"]))} for group in optimizer.param_groups
     ]
     parameters = [p for group in twin.param_groups for p in group["params"]]
-    if isinstance(twin, torch.optim.LBFGS):  # it has its own list of the parameters, and their number
+    if isinstance(twin, torch.optim.LBFGS):  # it keeps its own list of the parameters, and their number
         twin._params, twin._numel_cache = parameters, None
 
     def closure() -> Tensor:
@@ -69,6 +69,6 @@ def _states_after_a_step(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def _small_parameters(parameters: Iterable[Tensor]) -> Iterator[Tensor]:
-    """One small parameter for each number of dimensions, dtype and device: what state there is may depend on these."""
+    """One small parameter for each number of dimensions, dtype and device, on which the state may depend."""
     for ndim, dtype, device in dict.fromkeys((max(p.ndim, 1), p.dtype, p.device) for p in parameters):
         yield torch.ones([2] * ndim, dtype=dtype, device=device, requires_grad=True)

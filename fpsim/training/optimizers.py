@@ -1,7 +1,7 @@
-"""Optimizers in simulated precision: their state, the weights they keep, and the master copies of the weights.
+"""Optimizers in simulated precision: their state, the weights, and the master copies of the weights.
 
-Everything is done by the hooks that every `torch.optim.Optimizer` has, around its own arithmetic, which stays as it
-is. A tensor is rounded after the step that changes it, so that between steps each is a tensor of values of its format.
+The hooks of `torch.optim.Optimizer` do everything. The optimizer's own arithmetic is unchanged. A tensor is rounded
+after the step that changes it, so between steps it holds values of its format.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fpsim.training.in_place import Job, check_seed, draw_of_step, round_in_plac
 from fpsim.training.optimizer_state import state_names
 from fpsim.training.shards import local, shard_number, sharded_like
 
-#: The names under which a state dict holds what is kept besides the optimizer's own state.
+#: The keys of a state dict for the tensors and the count that are saved with the optimizer's own state.
 MASTER, COMPENSATION, STEPS = "fpsim_master", "fpsim_compensation", "fpsim_steps"
 
 
@@ -28,14 +28,14 @@ MASTER, COMPENSATION, STEPS = "fpsim_master", "fpsim_compensation", "fpsim_steps
 
 @dataclass(frozen=True)
 class RoundedOptimizer:
-    """An optimizer whose state and weights are rounded after each step, and how: see `round_optimizer`.
+    """An optimizer whose state and weights are rounded after each step: the result of `round_optimizer`.
 
     Attributes:
-        optimizer: it is used as before, through ``optimizer.step()``.
-        state: the cast of each kind of state that is rounded, by its name.
-        weights, master: the casts of the parameters and of their master copies; None where there is none.
-        kahan: whether what the weights' rounding loses is kept as compensation.
-        seed: of stochastic rounding, or None.
+        optimizer: the optimizer. It is used as before, through ``optimizer.step()``.
+        state: pairs of the name and the cast of each kind of state that is rounded.
+        weights, master: the casts of the parameters and of their master copies, or None.
+        kahan: whether the rounding errors of the weights are kept as compensations.
+        seed: the seed of stochastic rounding, or None.
     """
 
     optimizer: Optimizer
@@ -44,35 +44,35 @@ class RoundedOptimizer:
     master: Cast | None
     kahan: bool
     seed: int | None
-    _memory: Memory = field(repr=False, compare=False)
+    _hooks: StepHooks = field(repr=False, compare=False)
     _handles: tuple[Any, ...] = field(repr=False, compare=False)
 
     @property
     def steps(self) -> int:
-        """How many steps have been taken; they number the draws of stochastic rounding."""
-        return self._memory.steps
+        """The number of steps since rounding began. It selects the draws of stochastic rounding."""
+        return self._hooks.steps
 
     @property
     def masters(self) -> dict[Tensor, Tensor]:
-        """The master copy of each parameter; empty if there are none. Tensors in use: clone what you keep."""
-        return dict(self._memory.masters)
+        """The master copy of each parameter; empty if there are none. The next step changes the tensors: clone them."""
+        return dict(self._hooks.masters)
 
     @property
     def compensations(self) -> dict[Tensor, Tensor]:
-        """What the rounding of each parameter lost, if ``kahan``. Tensors in use: clone what you keep."""
-        return dict(self._memory.compensations)
+        """The rounding error of each parameter, if ``kahan``. The next step changes the tensors: clone them."""
+        return dict(self._hooks.compensations)
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Stop rounding. Parameters get the values of their master copies, with ``kahan`` the compensation is added."""
+        """Stop rounding. Parameters take the values of their master copies; with ``kahan`` compensations are added."""
         for handle in self._handles:
             handle.remove()
-        for parameter, master in self._memory.masters.items():
+        for parameter, master in self._hooks.masters.items():
             local(parameter).copy_(master)
-        for parameter, compensation in self._memory.compensations.items():
+        for parameter, compensation in self._hooks.compensations.items():
             local(parameter).add_(compensation)
-        self._memory.masters.clear()
-        self._memory.compensations.clear()
+        self._hooks.masters.clear()
+        self._hooks.compensations.clear()
 
 
 @torch.no_grad()
@@ -90,42 +90,43 @@ def round_optimizer(
 ) -> RoundedOptimizer:
     """Simulate an optimizer whose state, weights and master weights are kept in reduced precision.
 
-    The optimizer's own arithmetic stays that of its dtype (float32, say); what it leaves behind is rounded, in place,
-    after every step, and once now. Wherever a format is asked for, a cast may stand: ``"e4m3fn/stochastic"``, or
-    ``"e4m3fn/power_of_two"``, with a scale of its own for every tensor (and shard) after every step.
+    The optimizer computes in its own dtype (for example float32). Its results are rounded in place: once by this call,
+    and after every step. Every argument that takes a format also takes a cast: ``"e4m3fn/stochastic"``, or
+    ``"e4m3fn/power_of_two"``, which computes a scale for every tensor (and shard) after every step.
 
     Args:
-        optimizer: any of `torch.optim`, for-loop, foreach or fused, before or after its first step. Also others that
-            call the hooks of `torch.optim.Optimizer`.
-        state: the format of all its state, or of each kind by name: ``{"exp_avg": "e4m3fn", "exp_avg_sq": "bf16"}``.
-            Counters and other scalars (``step``) are not state in this sense.
-        weights: of the parameters. Alone, the update is applied to rounded weights: ``w = round(w + update)``.
-        master: of a master copy of the parameters, of which the weights are the rounding: ``m = round(m + update,
-            master)``, ``w = round(m, weights)`` (Micikevicius et al., Mixed Precision Training, ICLR 2018).
-        kahan: keep what rounding the weights loses, itself rounded (nearest-even) to the weights' format, and add it
-            to the weights before the next step: ``s = (w + c) + update``, ``w = round(s)``, ``c = round(s - w)``
-            (Kahan 1965; for training: Zamirai et al., Revisiting BFloat16 Training, 2020).
-        rounding, overflow: where a cast names none.
-        seed: for stochastic rounding, and only for it. Every tensor in every step has a draw of its own: with ``n``
-            casts per parameter, of the states in alphabetical order, the master copy and the weights, tensor ``i`` of
-            parameter ``j`` is rounded after step ``t`` (0 now) as by ``fpsim.round(..., seed=s + n * j + i)``, where
-            ``s`` is `draw_of_step(seed, t)`. Each shard of a sharded tensor draws for itself.
-        compiled: whether the rounding is compiled by Inductor, which changes no bit; None means, where over a million
-            numbers are rounded per step on the CPU.
+        optimizer: any optimizer of `torch.optim`, for-loop, foreach or fused, before or after its first step. Other
+            optimizers work too if they call the hooks of `torch.optim.Optimizer`.
+        state: the format of all state of the optimizer, or a mapping from the names of its state to formats:
+            ``{"exp_avg": "e4m3fn", "exp_avg_sq": "bf16"}``. Counters and other scalars (``step``) are not rounded.
+        weights: the format of the parameters. Without ``master`` and ``kahan`` the update is applied to rounded
+            weights: ``w = round(w + update)``.
+        master: the format of a master copy of the parameters. The weights are the rounded master copy: ``m = round(m +
+            update, master)``, ``w = round(m, weights)`` (Micikevicius et al., Mixed Precision Training, ICLR 2018).
+        kahan: whether to compensate the rounding errors of the weights. Each error is rounded (nearest-even) to the
+            weights' format, and added to the weights before the next step: ``s = (w + c) + update``, ``w = round(s)``,
+            ``c = round(s - w)`` (Kahan 1965; for training: Zamirai et al., Revisiting BFloat16 Training, 2020).
+        rounding, overflow: the modes of a cast that names none.
+        seed: for stochastic rounding, and only for it. Every tensor has its own draw in every step. A parameter has
+            ``n`` casts: those of its states, in alphabetical order, then the master copy, then the weights. After step
+            ``t`` (0 for this call) tensor ``i`` of parameter ``j`` is rounded by ``fpsim.round(..., seed=s + n * j +
+            i)``, where ``s`` is `draw_of_step(seed, t)`. Each shard of a sharded tensor has its own draw.
+        compiled: whether Inductor compiles the rounding, which changes no bit. None means that it does if over a
+            million numbers are rounded per step on the CPU.
 
     Returns:
-        A frozen value that says what is rounded, and whose ``remove()`` ends it.
+        A frozen value that describes the rounding. Its ``remove()`` ends the rounding.
 
-    ``optimizer.state_dict()`` from now on holds the master copies, compensations and the number of steps as well, and
-    ``load_state_dict`` wants them. Closures given to ``step`` see rounded weights. `torch.amp.GradScaler` skips steps
-    without a trace.
+    After this call ``optimizer.state_dict()`` also holds the master copies, the compensations and the number of steps,
+    and ``load_state_dict`` requires them. Closures given to ``step`` see rounded weights. A step that
+    `torch.amp.GradScaler` skips changes nothing.
 
     Raises:
-        ValueError: an unknown format or mode; a state that the optimizer does not have; master weights whose format
-            lacks values of the weights'; ``master`` or ``kahan`` without ``weights``, or both; a format with values
-            that a tensor's dtype lacks; a seed without stochastic rounding or the reverse; an optimizer that is rounded
-            already. Nothing has been changed then.
-        TypeError: a tensor to be rounded that is not of a floating-point dtype.
+        ValueError: a format or mode is unknown; the optimizer has no state of this name; the format of the master
+            copies lacks values of the weights' format; ``master`` or ``kahan`` is given without ``weights``, or both
+            are given; a format has values that a tensor's dtype lacks; a seed is missing, or has no stochastic rounding
+            to seed; the optimizer is rounded already. Nothing is changed in these cases.
+        TypeError: a tensor to round does not have a floating-point dtype.
     """
     casts = {"weights": _cast(weights, rounding, overflow), "master": _cast(master, rounding, overflow)}
     state_casts = _state_casts(optimizer, state, rounding, overflow)
@@ -136,18 +137,18 @@ def round_optimizer(
     _check_optimizer(optimizer)
 
     state_items = tuple(sorted(state_casts.items()))
-    memory = Memory(optimizer, state_items, casts["weights"], casts["master"], kahan, seed, compiled)
-    memory.check_carriers()
-    memory.start()
+    hooks = StepHooks(optimizer, state_items, casts["weights"], casts["master"], kahan, seed, compiled)
+    hooks.check_carriers()
+    hooks.start()
     handles = (
-        optimizer.register_step_pre_hook(memory.before_step),
-        optimizer.register_step_post_hook(memory.after_step),
-        optimizer.register_state_dict_post_hook(memory.add_to_state_dict),
-        optimizer.register_load_state_dict_pre_hook(memory.take_from_state_dict),
-        optimizer.register_load_state_dict_post_hook(memory.finish_loading),
+        optimizer.register_step_pre_hook(hooks.before_step),
+        optimizer.register_step_post_hook(hooks.after_step),
+        optimizer.register_state_dict_post_hook(hooks.add_to_state_dict),
+        optimizer.register_load_state_dict_pre_hook(hooks.take_from_state_dict),
+        optimizer.register_load_state_dict_post_hook(hooks.finish_loading),
     )
     return RoundedOptimizer(
-        optimizer, memory.state, memory.weights, memory.master, kahan, seed, _memory=memory, _handles=handles
+        optimizer, hooks.state, hooks.weights, hooks.master, kahan, seed, _hooks=hooks, _handles=handles
     )
 
 
@@ -192,19 +193,19 @@ def _check_weights(weights: Cast | None, master: Cast | None, kahan: bool) -> No
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:
-    hooks = optimizer._optimizer_step_post_hooks.values()
-    if any(isinstance(getattr(hook, "__self__", None), Memory) for hook in hooks):
+    others = optimizer._optimizer_step_post_hooks.values()
+    if any(isinstance(getattr(hook, "__self__", None), StepHooks) for hook in others):
         raise ValueError("this optimizer is rounded already: call remove() of what round_optimizer returned first")
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError("an optimizer with differentiable=True cannot be rounded in place: set it to False")
 
 
-# -- what happens around a step ----------------------------------------------------------------------------------------
+# -- hooks around a step -----------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
-class Memory:
-    """What is kept between steps, and the hooks that keep it."""
+class StepHooks:
+    """The hooks of a rounded optimizer, and the tensors that they keep between steps."""
 
     optimizer: Optimizer
     state: tuple[tuple[str, Cast], ...]
@@ -243,7 +244,7 @@ class Memory:
         self.round_state()
         self.round_weights()
 
-    # The arithmetic below is that of the carrier; hooks run outside of any compiled step.
+    # The arithmetic below is in the carrier's dtype. Hooks run outside any compiled step.
 
     @torch._dynamo.disable
     @torch.no_grad()
@@ -266,14 +267,14 @@ class Memory:
         self.round_weights()
 
     def _widen(self) -> None:
-        """Put into the parameters what the step starts from."""
+        """Set the parameters to the values from which the step starts."""
         if self.masters:
             torch._foreach_copy_([local(p) for p in self.masters], list(self.masters.values()))
         if self.compensations:
             torch._foreach_add_([local(p) for p in self.compensations], list(self.compensations.values()))
 
     def round_state(self) -> None:
-        """Round the state that there is, in place."""
+        """Round the existing state in place."""
         jobs = [
             Job(local(tensor), cast, self._draw_index(j, p, i))
             for j, p in enumerate(self.parameters)
@@ -283,7 +284,7 @@ class Memory:
         self._round(jobs)
 
     def round_weights(self) -> None:
-        """From parameters in which a step has left its result: the master copies, the weights, what they lose."""
+        """Compute the master copies, the weights and the compensations from the parameters after a step."""
         if self.weights is None:
             return
         parameters = [local(p) for p in self.parameters]
@@ -309,7 +310,7 @@ class Memory:
 
     def _draw_index(self, j: int, parameter: Tensor, i: int) -> int:
         shard = shard_number(parameter)
-        before = len(self.parameters) * shard if shard else 0  # counted only if needed: this is called for each of them
+        before = len(self.parameters) * shard if shard else 0  # `parameters` is costly: this runs for each of them
         return i + self.casts_per_parameter * (j + before)
 
     def _round(self, jobs: list[Job]) -> None:
@@ -317,7 +318,7 @@ class Memory:
         round_in_place(jobs, draw, compiled=self.compiled)
 
     def _with_rounded_weights(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """``closure``, evaluated at the rounded weights of what the parameters hold when it is called."""
+        """A closure that rounds the parameters, evaluates ``closure``, and restores the parameters."""
 
         def evaluate() -> Any:
             with torch.no_grad():
@@ -342,7 +343,7 @@ class Memory:
                 "remove() of what it returned, then add_param_group, then round_optimizer"
             )
 
-    # State dicts: what is kept besides the optimizer's own state goes with it, under names of fpsim's.
+    # State dicts hold the kept tensors and the number of steps too, under keys that begin with `fpsim_`.
 
     def add_to_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         states = dict(state_dict["state"])
@@ -353,10 +354,10 @@ class Memory:
         return {**state_dict, "state": states, "param_groups": groups}
 
     def take_from_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The state dict without what is fpsim's, which is put aside until the optimizer has taken the rest.
+        """The state dict without the entries of fpsim, which are kept until the optimizer has loaded the rest.
 
         Raises:
-            ValueError: it is not of an optimizer rounded as this one.
+            ValueError: the state dict comes from an optimizer that was not rounded in the same way.
         """
         self._check_state_dict(state_dict)
         states, groups = state_dict["state"], state_dict["param_groups"]

@@ -26,19 +26,20 @@ def round_parameters(
     """Round the parameters of ``module`` in place, once. Buffers stay as they are.
 
     Args:
-        module: its parameters are float64, float32, bfloat16 or float16 where they are rounded.
-        format: of all parameters, or a mapping from globs of parameter names to formats (``{"*.weight": "e4m3fn",
-            "lm_head": "none"}``): a glob matches a parameter, or a module with all its parameters; the first that
-            matches decides, and what none matches stays unrounded. A format may be a cast,
-            ``format/rounding/overflow/scale``; every parameter, and every shard of one, has a scale of its own.
-        rounding, overflow: where a cast names none.
-        seed: for stochastic rounding, and only for it: parameter ``i`` is rounded as by ``fpsim.round(..., seed=s +
-            i)``, where ``s`` is `draw_of_step` of the seed and 0.
+        module: the module. The parameters to round are float64, float32, bfloat16 or float16.
+        format: the format of all parameters, or a mapping from globs of parameter names to formats
+            (``{"*.weight": "e4m3fn", "lm_head": "none"}``). A glob matches a parameter, or a module with all its
+            parameters. The first glob that matches decides; parameters that no glob matches are not rounded. A format
+            may be a cast, ``format/rounding/overflow/scale``. Every parameter, and every shard of one, has its own
+            scale.
+        rounding, overflow: the modes of a cast that names none.
+        seed: for stochastic rounding, and only for it. Parameter ``i`` is rounded by ``fpsim.round(..., seed=s + i)``,
+            where ``s`` is ``draw_of_step(seed, 0)``.
 
     Raises:
-        ValueError: an unknown format or mode, a glob that matches no parameter, a format with values that a parameter's
-            dtype lacks, stochastic rounding without a seed or a seed without it. Nothing has been rounded then.
-        TypeError: a parameter to be rounded that is not of one of the four dtypes.
+        ValueError: a format or mode is unknown, a glob matches no parameter, a format has values that a parameter's
+            dtype lacks, or a seed is missing or has no stochastic rounding to seed. Nothing is rounded in these cases.
+        TypeError: a parameter to round does not have one of the four dtypes.
     """
     parameters = dict(module.named_parameters())
     casts = _casts_by_glob(format, rounding, overflow, list(parameters))
@@ -67,7 +68,7 @@ def _casts_by_glob(
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    """The nearest of the ``known`` names, or else all (at most twenty) of them."""
+    """A phrase for a message: the ``known`` names most similar to ``name``, or else the first twenty."""
     near = near_names(name, known)
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"

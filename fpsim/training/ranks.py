@@ -1,4 +1,4 @@
-"""One policy for all ranks of a parallel training."""
+"""Checks that all ranks of parallel training use the same policy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fpsim.scaling.scale import Scale
 def check_same_policy(
     policy: Policy | Mapping[str, Any] | None = None, group: dist.ProcessGroup | None = None
 ) -> Policy:
-    """Make sure that every rank has the policy of rank 0. All ranks must call it, as any collective.
+    """Check that every rank has the policy of rank 0. It is a collective: all ranks must call it.
 
     Args:
         policy: a `Policy`, or the ``options`` of `torch.compile`.
@@ -27,7 +27,8 @@ def check_same_policy(
         The policy.
 
     Raises:
-        ValueError: on every rank, if they differ: which ranks differ from rank 0, and in what. Or ``policy`` is none.
+        ValueError: the policies differ. Every rank raises it, and the message says which ranks differ from rank 0, and
+            in which fields. Also if ``policy`` is not a policy.
         RuntimeError: `torch.distributed` is not initialised.
 
     >>> check_same_policy({"format": "e4m3fn"})  # doctest: +SKIP
@@ -40,21 +41,21 @@ def check_same_policy(
     first, *others = map(Policy.from_json, texts)
     differing = {rank: differences(first, other) for rank, other in enumerate(others, 1) if other != first}
     if differing:
-        lines = "; ".join(f"rank {rank}: {what}" for rank, what in differing.items())
-        raise ValueError(f"the policies of these ranks are not that of rank 0: {lines}. Give all the same options")
+        lines = "; ".join(f"rank {rank}: {text}" for rank, text in differing.items())
+        raise ValueError(f"these ranks have other policies than rank 0: {lines}. Give all ranks the same options")
     return own
 
 
-def refuse_other_policy(policy: Policy, what: str) -> None:
-    """Refuse a policy that is not the one with which another rank has compiled the same thing.
+def refuse_other_policy(policy: Policy, function: str) -> None:
+    """Raise an error if another rank compiled the same function with another policy.
 
-    Not a collective: it waits for nobody. The first rank to come leaves its policy in the store through which the ranks
-    found each other, and the others compare theirs with it, the ``n``-th time they compile the same thing with what was
-    left the ``n``-th time. Without other ranks nothing happens.
+    This is not a collective: no rank waits. The first rank stores its policy in the default store of the process group.
+    The other ranks compare their policies with it. If a function is compiled several times, the ``n``-th compilations
+    are compared with each other. Without other ranks nothing happens.
 
     Args:
-        policy: of what is being compiled.
-        what: names what is being compiled, on every rank in the same way.
+        policy: the policy with which this rank compiles.
+        function: a name of the compiled function that is the same on every rank.
 
     Raises:
         ValueError: another rank has another policy.
@@ -63,26 +64,28 @@ def refuse_other_policy(policy: Policy, what: str) -> None:
         return
     store = dist.distributed_c10d._get_default_store()
     own = json.dumps({"rank": dist.get_rank(), "policy": policy.to_json()})
-    times = store.add(f"fpsim/compiled/{what}/{dist.get_rank()}", 1)
-    first = json.loads(store.compare_set(f"fpsim/policy/{what}/{times}", "", own))
-    firsts = Policy.from_json(first["policy"])
-    if firsts != policy:
+    times = store.add(f"fpsim/compiled/{function}/{dist.get_rank()}", 1)
+    first = json.loads(store.compare_set(f"fpsim/policy/{function}/{times}", "", own))
+    other = Policy.from_json(first["policy"])
+    if other != policy:
         raise ValueError(
             f"this is rank {dist.get_rank()}, whose policy is not that of rank {first['rank']}: "
-            f"{differences(firsts, policy)}. Give all ranks the same options"
+            f"{differences(other, policy)}. Give all ranks the same options"
         )
 
 
 def differences(first: Policy, other: Policy) -> str:
-    """Where two policies differ: ``field is this, not that`` for each field, ``that`` being the first's."""
+    """The fields in which two policies differ, as text: ``field is X, not Y``. ``Y`` is the value in ``first``."""
     pairs = {each.name: (getattr(first, each.name), getattr(other, each.name)) for each in fields(Policy)}
     return ", ".join(
-        f"{name} is {_shown(this)!r}, not {_shown(that)!r}" for name, (that, this) in pairs.items() if this != that
+        f"{name} is {_shown(theirs)!r}, not {_shown(ours)!r}"
+        for name, (ours, theirs) in pairs.items()
+        if ours != theirs
     )
 
 
 def _shown(value: Any) -> Any:
-    """The value of a policy's field with text in place of casts and scales."""
+    """The value of a policy's field, with casts and scales as text."""
     if isinstance(value, tuple):
         return tuple(map(_shown, value))
     return str(value) if isinstance(value, Cast | Scale) else value

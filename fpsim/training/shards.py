@@ -1,4 +1,4 @@
-"""Tensors that are sharded over ranks (`DTensor`): the numbers that this rank holds."""
+"""The shards of `DTensor` on this rank."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor that are here, sharing its memory: of a `DTensor` its shard."""
+    """The part of a tensor on this rank, sharing its memory: the shard of a `DTensor`, else the whole tensor."""
     detached = tensor.detach()
     return detached.to_local() if hasattr(detached, "to_local") else detached
 
 
 def sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
-    """``local`` as a `DTensor` laid out as ``parameter``; itself where that is none."""
+    """``local`` as the shard of a `DTensor` laid out like ``parameter``; unchanged if ``parameter`` is no `DTensor`."""
     sharded = _as_dtensor(parameter)
     if sharded is None:
         return local
@@ -29,7 +29,7 @@ def sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
 
 
 def shard_number(parameter: Tensor) -> int:
-    """Which shard of a `DTensor` is here; 0 for what is not sharded."""
+    """The number of the shard of a `DTensor` on this rank; 0 for a tensor that is not sharded."""
     number, sharded = 0, _as_dtensor(parameter)
     if sharded is not None:
         mesh = sharded.device_mesh
@@ -40,5 +40,5 @@ def shard_number(parameter: Tensor) -> int:
 
 
 def _as_dtensor(tensor: Tensor) -> DTensor | None:
-    """The tensor if it is a `DTensor`, whose module takes long to import where it is not used."""
+    """The tensor if it is a `DTensor`, else None. (`isinstance` would import its module, which takes long.)"""
     return typing.cast("DTensor", tensor) if hasattr(tensor, "to_local") else None

@@ -114,7 +114,7 @@ def test_buffers_are_given_and_left_as_they_are() -> None:
 
 
 def test_a_random_function_is_refused(network: Network) -> None:
-    with pytest.raises(ValueError, match="stochastically rounded loss is another function at every call"):
+    with pytest.raises(ValueError, match="stochastically rounded loss is a different function at every call"):
         functional(network, Policy(format="e4m3fn/stochastic"))
 
 

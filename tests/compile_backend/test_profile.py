@@ -506,7 +506,7 @@ def test_what_is_not_compiled_is_a_gap() -> None:
 
 
 def page_of(profile: Profile) -> str:
-    return page(profile.rows(), profile.products, profile.gaps, "a model")
+    return page(profile.rows(), profile.sites, profile.products, profile.gaps, "a model")
 
 
 @pytest.mark.parametrize(

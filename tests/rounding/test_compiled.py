@@ -220,7 +220,7 @@ def test_nans_and_infinities_where_there_are_no_vectors(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_what_is_rounded_has_the_precision_of_its_dtype(dtype):
+def test_operands_have_the_precision_of_their_dtype(dtype):
     """Inductor keeps 16-bit intermediates in float32, where a product would be rounded once instead of twice."""
     generator = torch.Generator().manual_seed(3)
     x, y = (torch.randn(1 << 14, generator=generator).to(dtype) for _ in range(2))
@@ -235,7 +235,7 @@ def test_what_is_rounded_has_the_precision_of_its_dtype(dtype):
 
 
 def test_rounding_between_operations_survives():
-    """Nothing folds it away or contracts across it."""
+    """The compiler does not remove it, and contracts no operations across it."""
 
     def function(x: Tensor, y: Tensor) -> Tensor:
         product = fpsim.round(x * y, "bf16")

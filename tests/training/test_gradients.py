@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing, nn
-from torch import distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fpsim
@@ -17,6 +15,7 @@ from fpsim.training.gradients import rounded_reduce_scatter
 from fpsim.training.in_place import draw_of_step
 from fpsim.training.ranks import differences, refuse_other_policy
 from tests.shared.judge import assert_same_bits
+from tests.shared.ranks import error_of, results_of_two_ranks
 
 HOOKS: dict[str, dict[str, Any]] = {
     "nearest": {"format": "e4m3fn"},
@@ -38,16 +37,8 @@ def gradients(module: nn.Module) -> list[Tensor]:
     return [p.grad.clone() for p in module.parameters() if p.grad is not None]
 
 
-def error_of(function: Any, *arguments: Any) -> str:
-    try:
-        function(*arguments)
-    except ValueError as error:
-        return str(error)
-    return "none"
-
-
 def averaged_gradients(hook: dict[str, Any], rank: int) -> list[list[Tensor]]:
-    """Those of two steps; between them a backward pass that exchanges nothing."""
+    """The averaged gradients of two steps, with a backward pass between them that exchanges nothing."""
     parallel = DistributedDataParallel(model())
     parallel.register_comm_hook(None, fpsim.round_gradients_hook(**hook))
     steps = []
@@ -70,32 +61,20 @@ def sharded_gradients(hook: dict[str, Any], rank: int) -> list[Tensor]:
     return [p.grad.full_tensor() for p in sharded.parameters()]
 
 
-def work(rank: int, address: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+def results_of_rank(rank: int) -> dict[str, Any]:
     result: dict[str, Any] = {name: averaged_gradients(hook, rank) for name, hook in HOOKS.items()}
     result["sharded"] = sharded_gradients({"format": "e4m3fn"}, rank)
     own = {"format": "e4m3fn"} if rank == 0 else {"format": "e5m2", "skip": ["head"]}
-    result["same"] = error_of(fpsim.check_same_policy, {"format": "e8m3"})
-    result["gathered"] = error_of(fpsim.check_same_policy, own)
-    result["stored"] = error_of(refuse_other_policy, fpsim.Policy(**own), "model")
-    result["stored again"] = error_of(refuse_other_policy, fpsim.Policy(format="e8m1"), "model")
-    result["stored apart"] = error_of(refuse_other_policy, fpsim.Policy(**own), f"part {rank}")
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    result["equal policies"] = fpsim.check_same_policy({"format": "e8m3"})
+    result["different policies"] = error_of(lambda: fpsim.check_same_policy(own))
+    result["first compilation"] = error_of(lambda: refuse_other_policy(fpsim.Policy(**own), "model"))
+    result["second compilation"] = error_of(lambda: refuse_other_policy(fpsim.Policy(format="e8m1"), "model"))
+    result["different functions"] = error_of(lambda: refuse_other_policy(fpsim.Policy(**own), f"part {rank}"))
+    return result
 
 
-def two_ranks(folder: Path) -> list[dict[str, Any]]:
-    """What two processes find."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    multiprocessing.spawn(work, args=(address, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-
-
-def local_gradients(step: int, passes: list[int]) -> list[list[Tensor]]:
-    """Of each rank, without exchange: summed over the batches of these steps."""
+def local_gradients(passes: list[int]) -> list[list[Tensor]]:
+    """The gradients of each rank without an exchange, summed over the batches numbered ``passes``."""
     found = []
     for rank in range(2):
         alone = model()
@@ -105,20 +84,20 @@ def local_gradients(step: int, passes: list[int]) -> list[list[Tensor]]:
     return found
 
 
-def test_what_two_ranks_exchange(tmp_path: Path) -> None:
-    ranks = two_ranks(tmp_path)
+def test_gradients_and_policies_of_two_ranks(tmp_path: Path) -> None:
+    ranks = results_of_two_ranks(results_of_rank, tmp_path)
     check_that_gradients_are_rounded_and_then_averaged("nearest", ranks)
     check_that_gradients_are_rounded_and_then_averaged("with the averages rounded", ranks)
-    check_that_ranks_draw_for_themselves_and_averages_are_the_same_on_all(ranks)
-    check_the_same_under_fsdp(ranks)
-    check_that_a_policy_other_than_rank_0s_is_an_error_on_every_rank(ranks)
-    check_that_the_first_ranks_policy_is_left_for_the_others(ranks)
+    check_that_each_rank_has_its_own_draw_and_averages_are_equal(ranks)
+    check_gradients_under_fsdp(ranks)
+    check_that_different_policies_are_an_error_on_every_rank(ranks)
+    check_that_later_ranks_compare_with_the_policy_of_the_first(ranks)
 
 
 def check_that_gradients_are_rounded_and_then_averaged(name: str, ranks: list[dict[str, Any]]) -> None:
     fmt, _, mode = HOOKS[name]["format"].partition("/")
     for step, passes in enumerate([[0], [5, 1]]):
-        own = local_gradients(step, passes)
+        own = local_gradients(passes)
         for i, (got, other) in enumerate(zip(ranks[0][name][step], ranks[1][name][step], strict=True)):
             assert_same_bits(got, other)
             first, second = (fpsim.round(g[i], fmt, rounding=mode or "nearest_even") for g in own)
@@ -126,14 +105,12 @@ def check_that_gradients_are_rounded_and_then_averaged(name: str, ranks: list[di
             assert_same_bits(got, fpsim.round(want, "bf16") if "result" in HOOKS[name] else want)
 
 
-def check_that_ranks_draw_for_themselves_and_averages_are_the_same_on_all(
-    ranks: list[dict[str, Any]],
-) -> None:
-    """All gradients are in one bucket, in the order in which they are ready: the last layer's first."""
+def check_that_each_rank_has_its_own_draw_and_averages_are_equal(ranks: list[dict[str, Any]]) -> None:
+    """All gradients are in one bucket. From the second step on the gradients of the last layer come first."""
     for step, passes in enumerate([[0], [5, 1]]):
         seed = draw_of_step(7, step)
         sent = []
-        for rank, own in enumerate(local_gradients(step, passes)):
+        for rank, own in enumerate(local_gradients(passes)):
             order = own if step == 0 else bucket_order(own)
             flat = torch.cat([g.reshape(-1) for g in order])
             sent.append(fpsim.round(flat, "e4m3fn", rounding="stochastic", seed=seed + rank))
@@ -145,30 +122,34 @@ def check_that_ranks_draw_for_themselves_and_averages_are_the_same_on_all(
 
 
 def bucket_order(tensors: list[Tensor]) -> list[Tensor]:
-    """After the first step DDP orders its buckets as gradients became ready."""
+    """The order in which gradients become ready: DDP uses it for its buckets after the first step."""
     return tensors[::-1]
 
 
-def check_the_same_under_fsdp(ranks: list[dict[str, Any]]) -> None:
-    own = local_gradients(0, [0])
+def check_gradients_under_fsdp(ranks: list[dict[str, Any]]) -> None:
+    own = local_gradients([0])
     for i, (got, other) in enumerate(zip(ranks[0]["sharded"], ranks[1]["sharded"], strict=True)):
         assert_same_bits(got, other)
         assert_same_bits(got, (fpsim.round(own[0][i], "e4m3fn") + fpsim.round(own[1][i], "e4m3fn")) / 2)
 
 
-def check_that_a_policy_other_than_rank_0s_is_an_error_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+def check_that_different_policies_are_an_error_on_every_rank(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        assert rank["same"] == "none"
-        assert "rank 1: format is 'e5m2/nearest_even/ovf_inf', not 'e4m3fn/nearest_even/sat_finite'" in rank["gathered"]
-        assert "skip is ('head',), not ()" in rank["gathered"]
+        assert rank["equal policies"] == fpsim.Policy(format="e8m3")
+        error = rank["different policies"]
+        assert error.startswith("ValueError")
+        assert "rank 1: format is 'e5m2/nearest_even/ovf_inf', not 'e4m3fn/nearest_even/sat_finite'" in error
+        assert "skip is ('head',), not ()" in error
 
 
-def check_that_the_first_ranks_policy_is_left_for_the_others(ranks: list[dict[str, Any]]) -> None:
-    errors = [rank["stored"] for rank in ranks]
-    assert sorted(error == "none" for error in errors) == [False, True]
+def check_that_later_ranks_compare_with_the_policy_of_the_first(ranks: list[dict[str, Any]]) -> None:
+    errors = [rank["first compilation"] for rank in ranks]
+    assert sorted(error == "None" for error in errors) == [False, True]
     second = errors.index(max(errors, key=len))
-    assert f"this is rank {second}, whose policy is not that of rank {1 - second}: format is" in errors[second]
-    assert all(rank["stored apart"] == rank["stored again"] == "none" for rank in ranks)
+    assert (
+        f"ValueError: this is rank {second}, whose policy is not that of rank {1 - second}: format is" in errors[second]
+    )
+    assert all(rank["different functions"] == rank["second compilation"] == "None" for rank in ranks)
 
 
 def test_differences_of_policies() -> None:
@@ -177,7 +158,7 @@ def test_differences_of_policies() -> None:
     assert differences(one, one) == ""
 
 
-def test_alone_there_is_nothing_to_compare_with() -> None:
+def test_a_process_without_a_group_has_no_policy_to_compare_with() -> None:
     refuse_other_policy(fpsim.Policy(), "model")
     with pytest.raises(RuntimeError, match="init_process_group"):
         fpsim.check_same_policy({"format": "bf16"})
