@@ -209,7 +209,7 @@ class Policy:
             return None
         if isinstance(given, Policy):
             return given
-        if isinstance(given, str) and is_preset(given) and not _is_format(given):
+        if isinstance(given, str) and is_preset(given):
             return Policy.preset(given)
         if isinstance(given, str | FloatFormat | Cast):
             given = {"format": given}
@@ -437,16 +437,12 @@ ModuleRule = Policy | Mapping[str, Any] | CastLike | None
 
 
 def is_preset(name: str) -> bool:
-    """Whether `Policy.preset` knows ``name``."""
-    return name in PRESETS or name.startswith(_PAPER)
-
-
-def _is_format(name: str) -> bool:
+    """Whether ``name`` is that of a preset and not of a format too, as ``bf16`` is."""
     try:
         parse_format(name)
     except ValueError:
-        return False
-    return True
+        return name in PRESETS or name.startswith(_PAPER)
+    return False
 
 
 def _strings(name: str, given: Any) -> tuple[str, ...]:

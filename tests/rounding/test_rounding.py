@@ -330,6 +330,21 @@ def test_nearest_even_is_that_of_torch(name, overflow):
     assert_codes(got, want, inputs.codes, name)
 
 
+def test_no_cast_of_torch_to_8_bits_takes_part():
+    """Versions of torch differ in overflow and in the signs of zeros and NaNs."""
+    x = torch.randn(100)
+
+    def dtypes_read(function) -> set[str]:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
+            function()
+        return {dtype for event in profiler.events() for dtype in event.input_dtypes}
+
+    assert dtypes_read(lambda: x.to(torch.float8_e5m2).float()) >= {"float", "c10::Float8_e5m2"}
+    for name in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e8m0fnu"):
+        dtypes = dtypes_read(lambda: fpsim.round(x, name))  # noqa: B023
+        assert "float" in dtypes and not any("Float8" in dtype for dtype in dtypes), name
+
+
 def test_torch_casts_magnitudes_to_e8m0_with_ties_up():
     """torch drops the sign, zero becomes 2**-127, and subnormals above 2**-127 become 2**-126, as in ml_dtypes."""
     inputs = million("float8_e8m0fnu")
