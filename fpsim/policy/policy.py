@@ -161,7 +161,10 @@ class Policy:
         """The cast of an operand, with this policy's modes where it names none."""
         if given is None:
             return None
-        return parse_cast(given, self.rounding, self.overflow, self.scale) or NONE
+        parsed = parse_cast(given, self.rounding, self.overflow, self.scale)
+        if parsed is not None and parsed.scale is None and parsed.leaves_scale_open:
+            parsed = replace(parsed, scale=self.scale)  # a cast of a policy without a scale (`dataclasses.replace`)
+        return parsed or NONE
 
     def _result(self, given: CastLike | None) -> _Kept:
         """`_operand` for the result of an operation, which cannot be scaled."""
@@ -185,7 +188,8 @@ class Policy:
         for glob, given in _pairs("modules", self.modules):
             policy = self._module_policy(given)
             if rules.setdefault(glob, policy) != policy:
-                raise ValueError(f"two rules for modules {glob!r} contradict each other: {rules[glob]} and {policy}")
+                given = " and ".join(str(self._rule_fields(rule, spelled=True)) for rule in (rules[glob], policy))
+                raise ValueError(f"two rules for modules {glob!r} contradict each other: {given}")
             if policy is not None and glob in self.skip:
                 raise ValueError(f"{glob!r} is in skip and has a policy in modules: take it out of one of them")
         return tuple(rules.items())
@@ -207,6 +211,11 @@ class Policy:
         if isinstance(given, Mapping) and "policy" not in given:
             given = {**{name: getattr(self, name) for name in _INHERITED}, **given}
         return Policy.from_options(given)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Restore a policy that was pickled, also by an older fpsim, which kept casts and scales as text."""
+        vars(self).update(state)
+        self.__post_init__()
 
     # -- what it says ----------------------------------------------------------------------------------------
 
@@ -361,9 +370,12 @@ class Policy:
         inherited = {"rounding": policy.rounding, "overflow": policy.overflow}
         if policy.scale != self.scale:
             inherited["scale"] = None if policy.scale is None else str(policy.scale)
-        if policy.attention != self.attention:
+        own = policy._fields(spelled)
+        if policy.attention == self.attention:
+            own.pop("attention", None)
+        else:
             inherited["attention"] = policy.attention
-        return {**inherited, **policy._fields(spelled)}
+        return {**inherited, **own}
 
     def _text(self, cast: Cast, spelled: bool) -> str:
         """A cast as text that this policy reads as the same cast."""
