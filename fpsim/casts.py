@@ -49,7 +49,7 @@ class Cast:
         rounding: the full name of a rounding, including its number of random bits (`fpsim.formats.full_rounding`).
         overflow: the overflow mode.
         scale: the scale, or None.
-        spelling: the text from which the cast was parsed, for display only. Equality ignores it.
+        spelling: the text from which the cast was parsed. Equality ignores it.
     """
 
     format: FloatFormat
@@ -65,6 +65,11 @@ class Cast:
     def written(self) -> str:
         """The text of `str`, but with the format's name as the user wrote it: ``bf16/nearest_even/ovf_inf``."""
         return self._joined(self._format_as_written)
+
+    @property
+    def leaves_scale_open(self) -> bool:
+        """Whether the cast was parsed from text that names no scale, not even ``unscaled``."""
+        return bool(self.spelling) and not {*SCALES, UNSCALED} & set(self.spelling.split("/"))
 
     @property
     def label(self) -> str:
@@ -124,7 +129,7 @@ def parse_cast(
     if isinstance(text, Cast):
         return text
     if isinstance(text, FloatFormat):
-        return Cast(text, full_rounding(rounding), resolve_overflow(text, overflow), parsed_scale)
+        return Cast(text, full_rounding(rounding), resolve_overflow(text, overflow), parsed_scale, spelling=text.name)
     if not isinstance(text, str):
         raise TypeError(f"a cast is a string such as 'e4m3fn' or 'e8m3/toward_zero', got {text!r}")
     if text == NONE:
