@@ -1,4 +1,4 @@
-"""A glob that matches nothing is an error that lists near matches: of modules, of operators."""
+"""A glob that matches no module or no operator is an error that lists near matches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `measure` counts is what exact arithmetic, element by element, counts."""
+"""The counts of `measure` equal those of exact arithmetic, element by element."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_counts_are_those_of_exact_arithmetic(name: str, rounding: str, dtype: t
 
 
 def test_a_scale_format_has_no_zero() -> None:
-    """OCP E8M0 takes zero to its smallest value: nothing underflows, and the noise of zeros counts."""
+    """OCP E8M0 rounds zero to its smallest value: nothing underflows, and the change of zeros is noise."""
     got = check(torch.tensor([0.0, 3.0, 2.0**-140]), "e8m0fnu")
     assert (got.zeros, got.underflows) == (1, 0)
     assert measure(torch.zeros(2), torch.full((2,), 2.0**-127), parse_format("e8m0fnu")).sqnr == -INF
