@@ -286,6 +286,16 @@ def test_one_direction_alone() -> None:
     assert {kind for _, kind, _, _ in sites(Two(), torch.randn(4, requires_grad=True), policy=policy)} == {"backward"}
 
 
+def test_what_backward_computes_from_forward_values_alone_belongs_to_backward() -> None:
+    """The cosine in the derivative of a sine depends on no incoming gradient."""
+    x, dy = torch.randn(2, 64)
+    x.requires_grad_()
+    y = torch.compile(torch.sin, backend="fpsim_eager", options=OPTIONS)(x)
+    y.backward(dy)
+    assert torch.equal(y, forward(torch.sin(x)))
+    assert torch.equal(x.grad, backward(dy * backward(torch.cos(x.detach()))))
+
+
 def test_a_carrier_that_lacks_the_format_is_an_error() -> None:
     with pytest.raises(Exception, match="float16 lacks"):
         fpsim.explain(lambda x: x + x, torch.randn(4, dtype=torch.float16), policy={"elementwise": "bf16"})

@@ -121,14 +121,18 @@ def test_backward_does_not_write_over_what_was_returned(forward: str, options: d
 
 
 def test_autocast_rounds_what_it_casts() -> None:
-    """Under autocast an operand is first cast to bfloat16, then rounded."""
-    model = nn.Linear(6, 4, bias=False)
-    x = torch.randn(3, 6)
+    """Under autocast an operand is first cast to bfloat16, then rounded: the cast moves each of these to a tie."""
+    above_ties = torch.tensor([1.0625, 1.3125, 1.5625, 1.8125]) * (1 + 2.0**-10)
+    model, x = nn.Linear(6, 4, bias=False), above_ties[torch.arange(18) % 4].view(3, 6)
+    with torch.no_grad():
+        model.weight.copy_(above_ties[torch.arange(24) % 4].view(4, 6))
 
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         got = torch.compile(model, backend="fpsim", options={"format": "e4m3fn"})(x)
     operands = [fpsim.round(t.detach().bfloat16(), "e4m3fn") for t in (x, model.weight)]
     assert torch.equal(got, operands[0] @ operands[1].T)
+    rounded_first = [fpsim.round(t.detach(), "e4m3fn").bfloat16() for t in (x, model.weight)]
+    assert all((a != b).all() for a, b in zip(operands, rounded_first, strict=True))
 
 
 def test_bfloat16_results_are_rounded_before_the_next_rounding_sees_them() -> None:

@@ -33,9 +33,9 @@ from fpsim.compile_backend import (
     SiteStatistics,
     Statistics,
 )
-from fpsim.compile_backend.observe.statistics import measure
+from fpsim.compile_backend.observe.rounding_statistics import measure
 from fpsim.compile_backend.report.page import page
-from fpsim.compile_backend.report.profile import bars
+from fpsim.compile_backend.report.profiles import bars
 from fpsim.formats import parse_format
 from tests.shared.models import dyadic
 

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 import fpsim
-from fpsim.compile_backend.observe.statistics import COUNTS, Statistics, measure, merge, norm, relative_error, severity
+from fpsim.compile_backend.observe.rounding_statistics import (
+    COUNTS,
+    Statistics,
+    measure,
+    merge,
+    norm,
+    relative_error,
+    severity,
+)
 from fpsim.formats import OVERFLOWS, FloatFormat, parse_format
 
 INF, NAN = math.inf, math.nan
@@ -188,7 +196,7 @@ def test_strides_and_pieces_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> No
     expected = check(x, "e4m3fn")
     for view in (x.permute(2, 0, 1), x.mT, x.permute(1, 2, 0).contiguous().permute(2, 0, 1)):
         assert_same(check(view, "e4m3fn"), expected)
-    monkeypatch.setattr("fpsim.compile_backend.observe.statistics._CHUNK", 16)
+    monkeypatch.setattr("fpsim.compile_backend.observe.rounding_statistics._CHUNK", 16)
     assert_same(check(x, "e4m3fn"), expected)
 
 

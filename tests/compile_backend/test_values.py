@@ -149,6 +149,70 @@ def test_module_rules_hold_in_forward_and_backward(backend: str) -> None:
         assert_equal(got[key], value, key)
 
 
+class Recomputing(torch.autograd.Function):
+    """Three linear layers whose backward, written by hand, computes the forward pass again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        ctx.save_for_backward(x, a, b, c)
+        return F.relu(F.relu(x @ a) @ b) @ c
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, a, b, c = ctx.saved_tensors
+        first = F.relu(x @ a)
+        second = F.relu(first @ b)
+        dsecond = (dy @ c.T) * (second > 0)
+        dfirst = (dsecond @ b.T) * (first > 0)
+        return dfirst @ a.T, x.T @ dfirst, first.T @ dsecond, second.T @ dy
+
+
+def recomputing_by_hand(x: Tensor, a: Tensor, b: Tensor, c: Tensor, dy: Tensor, casts: Casts) -> dict[str, Tensor]:
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return casts(x, "fprop", "activation") @ casts(w, "fprop", "weight")
+
+    def dgrad(dy: Tensor, w: Tensor) -> Tensor:
+        return casts(dy, "dgrad", "gradient") @ casts(w, "dgrad", "weight").T
+
+    def wgrad(x: Tensor, dy: Tensor) -> Tensor:
+        return casts(x, "wgrad", "activation").T @ casts(dy, "wgrad", "gradient")
+
+    first = F.relu(forward(x, a))
+    second = F.relu(forward(first, b))
+    dsecond = dgrad(dy, c) * (second > 0)
+    dfirst = dgrad(dsecond, b) * (first > 0)
+    gradients = {"a": wgrad(x, dfirst), "b": wgrad(first, dsecond), "c": wgrad(second, dy)}
+    return {"y": forward(second, c), "x": dgrad(dfirst, a), **gradients}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_code_that_runs_in_backward_is_rounded_as_forward_code(backend: str) -> None:
+    """A product belongs to backward if it depends on an incoming gradient, not if it was traced in backward."""
+    options = {
+        "activation": "e4m2",
+        "weight": "e3m1",
+        "gradient": "e5m1",
+        "dgrad": {"weight": "e4m1/toward_zero"},
+        "wgrad": {"activation": "e4m3", "gradient": "e5m2"},
+        "overflow": "sat_finite",
+    }
+    x, dy = dyadic(4, 6, seed=70), dyadic(4, 5, seed=71, top=8)
+    weights = [dyadic(*shape, seed=72 + i) for i, shape in enumerate([(6, 8), (8, 7), (7, 5)])]
+    want = recomputing_by_hand(x, *weights, dy, Casts(options))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = map(nn.Parameter, weights)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Recomputing.apply(x, self.a, self.b, self.c)
+
+    got = run(torch.compile(Model(), backend=backend, options=options), x, dy)
+    for key, value in want.items():
+        assert_equal(got[key], value, key)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_results_are_rounded_where_the_policy_says_output(backend: str) -> None:
     options = {"format": "e4m2", "output": "e5m1/toward_zero"}

@@ -1,4 +1,4 @@
-"""The description of formats: judged by ml_dtypes, torch and the OCP tables, and by counting decoded codes."""
+"""Properties and names of formats, judged by ml_dtypes, torch, the OCP tables and all decoded codes."""
 
 import dataclasses
 import itertools
@@ -30,7 +30,7 @@ TORCH = sorted(
 
 
 def small_formats() -> list[FloatFormat]:
-    """Every convention and switch, at the smallest widths and at usual ones, with the default bias and another."""
+    """Formats with every value of every field, of the smallest and of usual widths, with two biases."""
     formats = []
     for e, m, specials, bias, subnormals, signed, zero in itertools.product(
         (1, 2, 4), (0, 1, 3), SPECIALS, (None, -5), (True, False), (True, False), (True, False)
@@ -170,7 +170,7 @@ def test_is_subset_of_means_that_every_value_fits(name, carrier):
     assert fmt.is_subset_of(carrier) == all(reference.round(v, carrier) == v for v in values)
 
 
-def test_is_subset_of_looks_at_every_switch():
+def test_is_subset_of_compares_every_field():
     small, large = FloatFormat(3, 2), FloatFormat(5, 6)
     assert small.is_subset_of(large) and small.is_subset_of(small) and not large.is_subset_of(small)
     for change in ({"signed": False}, {"specials": "finite"}):
@@ -236,7 +236,7 @@ def test_names_of_p3109(name, canonical):
 
 
 @pytest.mark.parametrize("name", ["binary8p8se", "binary2p1se", "binary16p8se", "binary8p0ue", "binary15p2se"])
-def test_p3109_formats_that_do_not_exist_here(name):
+def test_p3109_names_outside_the_supported_range_are_errors(name):
     with pytest.raises(ValueError, match=f"no such format '{name}'"):
         parse_format(name)
 
@@ -256,7 +256,7 @@ def test_p3109_formats_that_do_not_exist_here(name):
         (" E4M3FN ", FloatFormat(4, 3, specials="fn")),
     ],
 )
-def test_options_say_what_they_mean(name, fmt):
+def test_options_set_the_fields_of_a_format(name, fmt):
     assert parse_format(name) == fmt
 
 
@@ -277,7 +277,7 @@ def test_torch_packed_fp4_is_the_format_of_its_elements():
     assert parse_format("torch.float4_e2m1fn_x2") == parse_format("e2m1fn")
 
 
-def test_a_format_is_returned_as_it_is():
+def test_parse_format_returns_a_format_unchanged():
     fmt = FloatFormat(3, 1)
     assert parse_format(fmt) is fmt
 
@@ -290,7 +290,7 @@ def test_a_format_is_immutable():
         parse_format("bf16").bias = 3  # type: ignore[misc]
 
 
-def test_equal_formats_hash_alike_and_all_are_different():
+def test_equal_formats_have_equal_hashes_and_the_sweep_has_no_duplicates():
     assert len({hash(FloatFormat(4, 3)), hash(parse_format("e4m3")), hash(FloatFormat(4, 3, bias=7))}) == 1
     assert len(set(SMALL)) == len({fmt.name for fmt in SMALL}) == len(SMALL)
 
@@ -313,7 +313,7 @@ def test_equal_formats_hash_alike_and_all_are_different():
         ({"bias": -2000}, r"bias -2000 .* to 2\*\*20\d\d, which float64 .* cannot hold"),
     ],
 )
-def test_no_such_format(arguments, message):
+def test_arguments_that_describe_no_format_are_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         FloatFormat(**{"exponent_bits": 4, "mantissa_bits": 3, **arguments})
 
@@ -333,7 +333,7 @@ def test_no_such_format(arguments, message):
         ("e4m3fnuz:unsigned", ["no such format 'e4m3fnuz:unsigned'", "use 'fn'"]),
     ],
 )
-def test_unknown_names_say_what_is_known(name, messages):
+def test_errors_for_unknown_names_list_the_valid_ones(name, messages):
     with pytest.raises(ValueError) as error:
         parse_format(name)
     for message in messages:
@@ -349,7 +349,7 @@ def test_a_format_that_is_not_a_name_is_a_type_error(thing):
 # -- rounding and overflow modes ---------------------------------------------------------------------------------
 
 
-def test_check_rounding_knows_the_roundings():
+def test_check_rounding_accepts_the_deterministic_roundings_only():
     assert [check_rounding(rounding) for rounding in ROUNDINGS] == list(ROUNDINGS)
     with pytest.raises(ValueError, match="unknown rounding 'nearest': use one of nearest_even, nearest_away"):
         check_rounding("nearest")
@@ -365,7 +365,7 @@ def test_the_usual_overflow_mode(name, usual):
 
 
 @pytest.mark.parametrize("name", ["e2m1fn", "e3m2fn", "e2m3fn", "e4m3finite", "e3m0finite:unsigned"])
-def test_an_overflow_mode_needs_something_to_overflow_to(name):
+def test_an_overflow_mode_may_need_an_infinity_or_a_nan(name):
     fmt = parse_format(name)
     assert resolve_overflow(fmt, "sat_finite") == "sat_finite"
     for mode in ("ovf_inf", "sat_propagate"):
@@ -374,7 +374,7 @@ def test_an_overflow_mode_needs_something_to_overflow_to(name):
 
 
 @pytest.mark.parametrize("name", ["fp16", "e4m3fn", "e4m3fnuz", "e8m0fnu", "e1m0"])
-def test_the_other_formats_take_every_overflow_mode(name):
+def test_formats_with_infinity_or_nan_accept_every_overflow_mode(name):
     assert [resolve_overflow(parse_format(name), mode) for mode in OVERFLOWS] == list(OVERFLOWS)
     with pytest.raises(ValueError, match="unknown overflow mode 'saturate': use one of ovf_inf, sat_finite"):
         resolve_overflow(parse_format(name), "saturate")

@@ -1,10 +1,11 @@
-"""A policy says what is rounded where: its defaults, its overrides, its globs, its JSON form and its errors."""
+"""Policies: their defaults, overrides, globs, JSON form and errors."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import json
+import pickle
 from typing import Any
 
 import hypothesis.strategies as st
@@ -22,7 +23,7 @@ PLACES = list(itertools.product(KINDS, ROLES))
 
 
 def casts(policy: Policy) -> dict[tuple[str, str], str | None]:
-    """Every (kind, role) and how it is rounded."""
+    """The cast of every pair of kind and role."""
     return {place: None if (cast := policy.cast(*place)) is None else str(cast) for place in PLACES}
 
 
@@ -59,7 +60,7 @@ def test_a_cast_is_a_format_and_its_modes(text: str, expected: str) -> None:
     assert hash(parse_cast(expected)) == hash(parse_cast(text))
 
 
-def test_none_is_no_cast() -> None:
+def test_none_denotes_no_cast() -> None:
     assert parse_cast("none") is None
 
 
@@ -82,7 +83,7 @@ def test_modes_in_the_text_override_the_defaults_given_beside_it() -> None:
         ("e5m2/up/sat_finite", "e5m2 up sat_finite"),
     ],
 )
-def test_the_label_of_a_cast_names_what_is_unusual(text: str, label: str) -> None:
+def test_the_label_of_a_cast_names_the_modes_that_differ_from_the_defaults(text: str, label: str) -> None:
     cast = parse_cast(text)
     assert cast is not None and cast.label == label
 
@@ -97,7 +98,7 @@ def test_a_cast_must_be_text_or_a_format() -> None:
         parse_cast(8)  # type: ignore[arg-type]
 
 
-# -- what each field says ----------------------------------------------------------------------------------------------
+# -- fields ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_default_is_the_ocp_hybrid_saturating() -> None:
@@ -107,19 +108,19 @@ def test_the_default_is_the_ocp_hybrid_saturating() -> None:
     assert not Policy().uses_paths
 
 
-def test_the_default_and_what_it_stands_for_are_equal() -> None:
+def test_the_default_equals_the_hybrid_written_out() -> None:
     spelled = Policy(activation="e4m3fn", weight="e4m3fn", gradient="e5m2", overflow="sat_finite")
     assert Policy() == spelled == Policy(**HYBRID, overflow="sat_finite")
     assert hash(Policy()) == hash(spelled)
 
 
-def test_a_format_holds_for_every_operand_and_keeps_its_usual_overflow_mode() -> None:
+def test_a_format_applies_to_every_operand_with_its_usual_overflow_mode() -> None:
     e5m2 = "e5m2/nearest_even/ovf_inf"
     assert casts(Policy(format="e5m2")) == by_role(e5m2, e5m2, e5m2)
     assert casts(Policy(format=FloatFormat(5, 2))) == by_role(e5m2, e5m2, e5m2)  # type: ignore[arg-type]
 
 
-def test_a_role_goes_before_the_format() -> None:
+def test_a_role_overrides_the_format() -> None:
     bf16, e5m2 = "e8m7/nearest_even/ovf_inf", "e5m2/nearest_even/ovf_inf"
     assert casts(Policy(format="bf16", gradient="e5m2")) == by_role(bf16, bf16, e5m2)
     assert casts(Policy(format="bf16", weight="none")) == by_role(bf16, None, bf16)
@@ -132,7 +133,7 @@ def test_a_role_given_alone_leaves_the_others_unrounded(role: str) -> None:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_none_takes_one_role_out_of_the_hybrid(role: str) -> None:
+def test_none_excludes_one_role_from_the_hybrid(role: str) -> None:
     expected = {place: None if place[1] == role else cast for place, cast in casts(Policy()).items()}
     assert casts(Policy(**{role: "none"})) == expected
 
@@ -152,7 +153,7 @@ def test_a_kind_overrides_the_roles_it_names_in_its_own_products_only(kind: str)
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("given", ["e3m4", FloatFormat(3, 4)])
-def test_a_format_for_a_kind_means_all_its_roles(kind: str, given: Any) -> None:
+def test_a_format_for_a_kind_applies_to_all_its_roles(kind: str, given: Any) -> None:
     policy = Policy(format="bf16", **{kind: given})
     expected = {place: "e3m4/nearest_even/ovf_inf" for place in PLACES if place[0] == kind}
     assert casts(policy) == casts(Policy(format="bf16")) | expected
@@ -164,7 +165,7 @@ def test_switchback_keeps_the_weight_gradient_high() -> None:
     assert casts(policy) == casts(Policy()) | {("wgrad", "gradient"): bf16, ("wgrad", "activation"): bf16}
 
 
-def test_a_role_without_a_format_in_a_kind_is_as_if_not_named() -> None:
+def test_a_role_mapped_to_no_format_is_ignored() -> None:
     assert Policy(fprop={"weight": None}) == Policy()
 
 
@@ -173,12 +174,12 @@ def test_forward_only() -> None:
     assert casts(policy) == by_role(None, None, None) | {("fprop", role): E4M3 for role in ROLES}
 
 
-def test_the_output_is_rounded_where_asked() -> None:
+def test_the_output_is_rounded_if_it_has_a_format() -> None:
     assert Policy(format="none", output="bf16").output_cast("fprop") == parse_cast("bf16")
     assert Policy(format="none", output="none").output_cast("fprop") is None
 
 
-def test_rounding_holds_where_a_cast_names_none() -> None:
+def test_rounding_applies_to_casts_that_name_none() -> None:
     policy = Policy(
         format="e5m2", gradient="e5m2/up", output="bf16", rounding="toward_zero", fprop={"weight": "e4m3fn"}
     )
@@ -190,7 +191,7 @@ def test_rounding_holds_where_a_cast_names_none() -> None:
     )
 
 
-def test_overflow_holds_where_a_cast_names_none() -> None:
+def test_overflow_applies_to_casts_that_name_none() -> None:
     policy = Policy(format="e5m2", gradient="e5m2/ovf_inf", output="bf16", overflow="sat_propagate")
     usual = "e5m2/nearest_even/sat_propagate"
     assert casts(policy) == by_role(usual, usual, "e5m2/nearest_even/ovf_inf")
@@ -199,7 +200,7 @@ def test_overflow_holds_where_a_cast_names_none() -> None:
     assert casts(Policy(overflow="ovf_inf")) == by_role(e4m3, e4m3, e5m2)
 
 
-def test_a_scale_holds_where_a_cast_of_an_operand_names_none() -> None:
+def test_a_scale_applies_to_casts_of_operands_that_name_none() -> None:
     policy = Policy(scale="power_of_two", gradient="e5m2/unscaled", output="bf16", wgrad={"activation": "e4m3/up"})
     assert policy.activation is None and policy.cast("fprop", "activation") is None
     assert str(policy.cast("wgrad", "activation")) == "e4m3/up/ovf_inf/power_of_two"
@@ -212,20 +213,20 @@ def test_a_scale_holds_where_a_cast_of_an_operand_names_none() -> None:
     )
 
 
-def test_a_cast_may_be_scaled_alone() -> None:
+def test_a_single_cast_may_have_a_scale() -> None:
     policy = Policy(format="bf16", gradient="e5m2/power_of_two/toward_zero")
     assert str(policy.cast("dgrad", "gradient")) == "e5m2/toward_zero/ovf_inf/power_of_two"
     assert str(policy.cast("dgrad", "weight")) == "e8m7/nearest_even/ovf_inf"
 
 
-def test_a_policy_made_of_a_policy_keeps_what_is_scaled() -> None:
+def test_a_policy_derived_from_a_policy_keeps_the_scales() -> None:
     policy = Policy(scale="power_of_two", format="e4m3fn", gradient="e5m2/unscaled")
     assert dataclasses.replace(policy) == policy
     assert dataclasses.replace(policy, skip=("head",)).cast("dgrad", "gradient").scale is None
     assert dataclasses.replace(policy, skip=("head",)).cast("dgrad", "weight").scale == Scale("power_of_two")
 
 
-def test_modules_inherit_the_scale_and_may_be_without() -> None:
+def test_modules_inherit_the_scale_and_may_exclude_it() -> None:
     policy = Policy(
         scale="power_of_two", modules={"a": "e5m2", "b": {"format": "e5m2", "scale": None}, "c": "e5m2/unscaled"}
     )
@@ -241,12 +242,12 @@ def test_only_operands_are_scaled(field: str) -> None:
         Policy(**{field: "bf16/power_of_two"})
 
 
-def test_an_unknown_scale_names_those_there_are() -> None:
+def test_the_error_for_an_unknown_scale_lists_the_valid_ones() -> None:
     with pytest.raises(ValueError, match="unknown scale 'amax': use one of power_of_two, or None"):
         Policy(scale="amax")
 
 
-def test_equal_meaning_is_an_equal_value_however_it_was_spelled() -> None:
+def test_policies_with_the_same_meaning_are_equal_in_any_spelling() -> None:
     short = Policy(format="bf16", fprop={"weight": "e4m3fn"}, skip="head", gaps="aten.convolution*")
     full = Policy(
         format="torch.bfloat16/nearest_even/ovf_inf",
@@ -322,7 +323,7 @@ def test_a_glob_matches_a_module_and_all_inside_it(glob: str, path: str, matches
     assert (Policy(modules={glob: "none"}).at(path) is None) == matches
 
 
-def test_where_no_glob_matches_the_policy_itself_holds() -> None:
+def test_modules_that_no_glob_matches_have_the_policy_itself() -> None:
     policy = Policy(modules={"head": "bf16"}, skip=["embed"])
     assert policy.at("layers.0") is policy
     assert policy.uses_paths
@@ -356,7 +357,7 @@ def test_with_modules_puts_rules_before_the_others() -> None:
     assert composed.at("layers.2.mlp") == Policy(format="e5m2")
     assert composed.at("head") == Policy(weight="bf16")
     assert composed.at("other") is composed
-    assert policy.at("head") is None  # the policy itself is as it was
+    assert policy.at("head") is None  # the policy itself has not changed
 
 
 def test_rules_of_with_modules_inherit_the_modes() -> None:
@@ -375,12 +376,12 @@ def test_presets() -> None:
 
 
 @pytest.mark.parametrize(("name", "message"), [("fp7", "unknown preset 'fp7': .*fp8_hybrid"), ("paper:e8", "'e8'")])
-def test_an_unknown_preset_names_those_there_are(name: str, message: str) -> None:
+def test_the_error_for_an_unknown_preset_lists_the_valid_ones(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Policy.preset(name)
 
 
-def test_elementwise_tells_forward_from_backward() -> None:
+def test_elementwise_may_differ_between_forward_and_backward() -> None:
     both = Policy(elementwise="bf16", overflow="ovf_inf")
     assert [both.elementwise_cast(direction) for direction in DIRECTIONS] == 2 * [parse_cast("bf16")]
     one = Policy(elementwise={"backward": "e5m2/up"}, overflow="sat_finite")
@@ -401,7 +402,7 @@ def test_a_kind_may_have_its_own_output() -> None:
     assert policy.rounds_results and Policy(dgrad={"output": "bf16"}).rounds_results
 
 
-def test_skip_goes_before_modules() -> None:
+def test_skip_has_precedence_over_modules() -> None:
     policy = Policy(skip=["layers.0.*"], modules={"layers": "bf16"})
     assert policy.at("layers.0.mlp") is None
     assert policy.at("layers.1.mlp") == Policy(format="bf16")
@@ -434,7 +435,7 @@ def test_formats_and_fields_of_a_module_inherit_the_modes_and_nothing_else() -> 
     assert Policy.from_json(policy.to_json()) == policy
 
 
-def test_a_policy_given_for_a_module_stands_as_it_is() -> None:
+def test_a_policy_for_a_module_inherits_nothing() -> None:
     policy = Policy(rounding="up", modules={"a": Policy(format="bf16"), "b": {"policy": Policy(format="bf16")}})
     assert policy.at("a") == policy.at("b") == Policy(format="bf16")
     assert Policy.from_json(policy.to_json()) == policy
@@ -462,21 +463,21 @@ def test_attention_and_gaps_may_differ_from_module_to_module() -> None:
     assert Policy.from_json(policy.to_json()) == policy
 
 
-def test_a_rule_that_is_no_whole_policy_inherits_attention() -> None:
+def test_a_rule_that_is_not_a_complete_policy_inherits_attention() -> None:
     policy = Policy(attention="keep", modules={"a": "bf16", "b": {"format": "bf16"}, "c": Policy(format="bf16")})
     assert [policy.at(path).attention for path in "abc"] == ["keep", "keep", "round"]
     assert Policy.from_json(policy.to_json()) == policy
 
 
 @pytest.mark.parametrize("name", ["fp8_hybrid", "paper:e8m3"])
-def test_a_preset_may_stand_under_modules(name: str) -> None:
+def test_a_rule_for_modules_may_be_a_preset(name: str) -> None:
     policy = Policy(format="e5m7", modules={"head": name, "body": {"policy": name}})
     assert policy.at("head") == policy.at("body") == Policy.preset(name)
     assert Policy.from_json(policy.to_json()) == policy
     assert Policy().with_modules({"head": name}).at("head.proj") == Policy.preset(name)
 
 
-def test_a_name_that_is_a_format_and_a_preset_is_a_format_under_modules() -> None:
+def test_in_modules_a_name_of_both_a_format_and_a_preset_is_a_format() -> None:
     policy = Policy(modules={"format": "bf16", "preset": {"policy": "bf16"}})
     assert policy.at("format").output_cast("fprop") is None
     assert str(policy.at("preset").output_cast("fprop")) == "e8m7/nearest_even/ovf_inf"
@@ -561,7 +562,7 @@ policies = st.fixed_dictionaries(
 
 
 def _not_ruled(options: dict[str, Any]) -> list[str]:
-    """The globs to skip, but those with a policy, which would contradict."""
+    """The globs to skip, without those that have a policy: both would contradict each other."""
     ruled = {glob for glob, policy in options.get("modules", ()) if policy is not None}
     return [glob for glob in options.get("skip", ()) if glob not in ruled]
 
@@ -585,7 +586,7 @@ def test_the_fields_of_a_policy_are_options_that_give_it_again(policy: Policy) -
 
 
 @given(policies, policies)
-def test_policies_are_equal_where_their_json_is(a: Policy, b: Policy) -> None:
+def test_policies_are_equal_exactly_if_their_json_is(a: Policy, b: Policy) -> None:
     assert (a == b) == (a.to_json() == b.to_json())
 
 
@@ -601,7 +602,7 @@ def test_json_is_readable_and_has_a_version() -> None:
     }
 
 
-def test_json_without_a_version_is_of_this_version() -> None:
+def test_json_without_a_version_has_the_current_version() -> None:
     assert Policy.from_json('{"format": "bf16"}') == Policy(format="bf16")
 
 
@@ -626,7 +627,7 @@ def test_json_that_is_no_policy_is_an_error(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("options", [None, {}, {"policy": None}, {"policy": {}}])
-def test_no_options_are_the_default(options: Any) -> None:
+def test_without_options_the_policy_is_the_default(options: Any) -> None:
     assert Policy.from_options(options) == Policy()
 
 
@@ -696,13 +697,13 @@ def test_a_wrong_value_is_an_error_that_names_it(fields: dict[str, Any], error: 
         Policy.from_options(fields)
 
 
-def test_an_overflow_mode_that_only_some_formats_have_may_be_named_where_it_is_possible() -> None:
+def test_an_overflow_mode_that_only_some_formats_have_is_valid_for_those() -> None:
     assert casts(Policy(format="e5m2", weight="e2m1fn/sat_finite", overflow="ovf_inf"))["fprop", "weight"] == (
         "e2m1fn/nearest_even/sat_finite"
     )
 
 
-# -- a value -----------------------------------------------------------------------------------------------------------
+# -- policies are values -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -711,7 +712,7 @@ def test_a_policy_cannot_be_changed(field: str) -> None:
         setattr(Policy(), field, None)
 
 
-def test_what_was_passed_in_may_change_later_without_effect() -> None:
+def test_later_changes_of_arguments_have_no_effect() -> None:
     wgrad, skip, gaps = {"gradient": "bf16"}, ["embed"], ["aten.convolution"]
     inner = {"format": "bf16"}
     modules: dict[str, Any] = {"head": inner}
@@ -729,7 +730,7 @@ def test_what_was_passed_in_may_change_later_without_effect() -> None:
     assert options_policy == policy == Policy.from_json(text)
 
 
-def test_what_is_handed_out_may_be_changed_without_effect() -> None:
+def test_changes_of_returned_values_have_no_effect() -> None:
     policy = Policy(wgrad={"gradient": "bf16"}, skip=["a"], modules={"head": {"wgrad": {"gradient": "bf16"}}})
     text = policy.to_json()
     handed_out = policy.to_dict()
@@ -742,6 +743,40 @@ def test_what_is_handed_out_may_be_changed_without_effect() -> None:
 def test_replacing_one_field_keeps_the_others() -> None:
     assert dataclasses.replace(Policy(), skip=("head",)) == Policy(skip="head")
     assert dataclasses.replace(Policy(format="bf16"), attention="keep") == Policy(format="bf16", attention="keep")
+
+
+@pytest.mark.parametrize("format", [None, "e4m3fn", FloatFormat(4, 3), "bf16/toward_zero"])
+def test_a_scale_put_in_by_replace_holds_for_all_casts_that_name_none(format: str | FloatFormat | None) -> None:
+    replaced = dataclasses.replace(Policy(format=format, output="bf16"), scale="power_of_two")
+    overflow = "sat_finite" if format is None else None
+    assert replaced == Policy(format=format, output="bf16", scale="power_of_two", overflow=overflow)
+    assert dataclasses.replace(replaced) == replaced
+
+
+def test_a_policy_that_an_older_fpsim_pickled_rounds_as_it_did() -> None:
+    policy = Policy(format="e4m3fn", scale="power_of_two", wgrad={"gradient": "bf16/unscaled"})
+    as_text = {
+        "format": "e4m3fn/nearest_even/sat_finite/power_of_two",
+        "wgrad": (("gradient", "e8m7/nearest_even/ovf_inf/unscaled"),),
+        "scale": "power_of_two",
+    }
+    older = Policy.__new__(Policy)
+    vars(older).update({**vars(policy), **as_text})
+    loaded = pickle.loads(pickle.dumps(older))
+    assert loaded == policy
+    assert loaded.cast("fprop", "weight") == policy.cast("fprop", "weight")
+
+
+def test_a_rule_for_modules_writes_attention_only_where_it_differs() -> None:
+    rules = Policy(attention="keep", modules={"a": "bf16", "b": {"attention": "round"}}).to_dict()["modules"]
+    assert "attention" not in rules["a"]
+    assert rules["b"]["attention"] == "round"
+
+
+@pytest.mark.parametrize("scale", [["power_of_two"], 2, ""])
+def test_a_scale_that_is_no_name_is_an_error_that_lists_the_names(scale: object) -> None:
+    with pytest.raises(ValueError, match=r"unknown scale .*: use one of power_of_two"):
+        Policy(scale=scale)
 
 
 def test_policies_serve_as_keys() -> None:

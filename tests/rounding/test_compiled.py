@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -219,7 +220,7 @@ def test_nans_and_infinities_where_there_are_no_vectors(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_what_is_rounded_has_the_precision_of_its_dtype(dtype):
+def test_operands_have_the_precision_of_their_dtype(dtype):
     """Inductor keeps 16-bit intermediates in float32, where a product would be rounded once instead of twice."""
     generator = torch.Generator().manual_seed(3)
     x, y = (torch.randn(1 << 14, generator=generator).to(dtype) for _ in range(2))
@@ -234,7 +235,7 @@ def test_what_is_rounded_has_the_precision_of_its_dtype(dtype):
 
 
 def test_rounding_between_operations_survives():
-    """Nothing folds it away or contracts across it."""
+    """The compiler does not remove it, and contracts no operations across it."""
 
     def function(x: Tensor, y: Tensor) -> Tensor:
         product = fpsim.round(x * y, "bf16")
@@ -255,6 +256,7 @@ def test_the_generated_code_has_no_opaque_call():
     code = "\n".join(line for line in "\n".join(codes).splitlines() if not line.lstrip().startswith(("#", "//")))
     assert "async_compile" in code, "this is the generated code"
     assert "torch.ops.fpsim" not in code and "fpsim.round" not in code
+    assert "float8" not in code.lower(), "no cast of torch to 8 bits takes part"
     assert code.count("async_compile.cpp_pybinding") == 1, "all of it is one kernel"
 
 
@@ -330,10 +332,15 @@ def subnormals_kept_after() -> Iterator[None]:
     torch.set_flush_denormal(False)
 
 
+#: Options of Inductor's C++ compiler under which sums of floating-point numbers may be computed in another way.
+FAST = {"cpp.enable_floating_point_contract_flag": "fast"}
+UNSAFE = {"cpp.enable_unsafe_math_opt_flag": True}
+
+
 @pytest.mark.usefixtures("subnormals_kept_after")
+@pytest.mark.parametrize("flags", [FAST, UNSAFE, FAST | UNSAFE], ids=["contraction", "unsafe", "both"])
 @pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "e8m3"])
-def test_contraction_and_unsafe_mathematics_change_nothing(name: str) -> None:
-    flags = {"cpp.enable_floating_point_contract_flag": "fast", "cpp.enable_unsafe_math_opt_flag": True}
+def test_contraction_and_unsafe_mathematics_change_nothing(name: str, flags: dict[str, Any]) -> None:
     x = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 8
     with torch._inductor.config.patch(flags):
         got = torch.compile(lambda x: fpsim.round(x * 0.75, name) * 4 - fpsim.round(x, name), fullgraph=True)(x)

@@ -8,7 +8,7 @@ import torch
 import fpsim
 from fpsim import reference
 from fpsim.formats import NAMED_FORMATS, ROUNDINGS, FloatFormat, parse_format
-from fpsim.functions import code_dtype
+from fpsim.tensor_functions import code_dtype
 from tests.shared.formats import overflows
 from tests.shared.judge import (
     CARRIERS,
@@ -59,7 +59,7 @@ def listed(codes: torch.Tensor, fmt: FloatFormat) -> list[int]:
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
-def test_every_code_has_the_value_that_the_reference_says(name, dtype):
+def test_every_code_has_the_value_of_the_reference(name, dtype):
     fmt = parse_format(name)
     codes = codes_in(fmt)
     got = fpsim.decode(tensor_of_codes(codes, fmt), name, dtype)
@@ -128,7 +128,7 @@ def test_codes_are_those_of_the_reference(name):
 
 
 @pytest.mark.parametrize("dtype", CARRIERS, ids=str)
-def test_all_nans_have_the_one_code(dtype):
+def test_all_nans_have_the_same_code(dtype):
     nans = specials(dtype).tensor
     nans = nans[nans.isnan()]
     assert len(nans) > 100 or dtype.itemsize == 2
@@ -223,7 +223,7 @@ def test_codes_must_be_integers(dtype):
         fpsim.decode(torch.zeros(2, dtype=dtype), "e4m3fn")
 
 
-def test_decode_needs_a_carrier_that_suffices():
+def test_decode_needs_a_carrier_with_all_values_of_the_format():
     codes = torch.tensor([1])
     with pytest.raises(ValueError, match=r"has values that torch\.float16 lacks.*convert it to torch\.float32"):
         fpsim.decode(codes, "bf16", torch.float16)

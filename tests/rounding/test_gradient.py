@@ -16,7 +16,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import fpsim
 from fpsim.formats import ROUNDINGS, parse_format
-from fpsim.functions import GRADIENTS
+from fpsim.tensor_functions import GRADIENTS
 from tests.shared.judge import CARRIERS, assert_result, assert_same_bits, interesting, suits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,7 +71,7 @@ def test_autograd(gradient):
         assert_same_bits(x.grad, V * DERIVATIVE[gradient], X)
 
 
-def test_autograd_through_more(gradient):
+def test_autograd_through_other_operations(gradient):
     x = X.clone().requires_grad_()
     (got,) = torch.autograd.grad(cubes(gradient)(x), x)
     assert_equal(got, first(gradient))
@@ -313,7 +313,7 @@ def test_compiled_by_inductor(fresh_compiler):
     assert_equal(product(X), second("clipped"))
 
 
-def test_code_compiled_without_a_derivative_is_not_used_where_one_is_asked_for() -> None:
+def test_code_compiled_without_a_derivative_is_not_used_if_one_is_needed() -> None:
     """Code without a derivative leaves its arithmetic out, so a guard must check whether a derivative is needed."""
     x = torch.tensor([0.3, 1.7, -2.2])
     compiled = torch.compile(lambda x: fpsim.round(x, "e4m3fn") * 2, backend="aot_eager")

@@ -1,8 +1,8 @@
 """The rounding algorithm, run on plain integers that refuse operations with undefined behaviour in C++.
 
-`fpsim.rounding.kernel` is one text for torch, Inductor and plain ints. Here the ints have a width. They refuse a shift
-by less than 0 or by the width or more, and a sum out of range. This matters: g++ 12 once turned NaN into the smallest
-number of e5m0, because a sum whose result is not used overflowed for NaN alone.
+`fpsim.rounding.kernel` is one source for torch, Inductor and ints. Here the ints have a width. They raise an error
+for a shift by less than 0 or by at least the width, and for a sum out of range. This matters: g++ 12 once turned NaN
+into the smallest number of e5m0, because a sum whose result is not used overflowed for NaN alone.
 """
 
 from __future__ import annotations

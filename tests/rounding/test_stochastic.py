@@ -175,7 +175,7 @@ def test_the_neighbours_of_values_round_either_way(name: str, dtype: torch.dtype
     ids=str,
 )
 def test_subnormals_of_the_carrier_below_the_smallest_value(name: str, dtype: torch.dtype) -> None:
-    """The extremes and the random numbers at the threshold; with bias 94 a single one of 2**32 rounds up."""
+    """The extreme random numbers and those at the threshold. With bias 94 only one of 2**32 rounds up."""
     fmt, m = parse_format(name), CARRIERS[dtype].mantissa_bits
     normal = 1 << m
     codes = [*(1 << k for k in range(m)), 3 << (m - 2), 5 << (m - 3), normal - 2, normal - 1, normal, normal + 1]
@@ -217,7 +217,7 @@ def test_the_fraction_of_random_numbers_that_round_up_is_the_probability() -> No
 
 
 @pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "e8m3", "e4m3fnuz", "e2m1fn"])
-def test_values_of_the_format_never_move(name: str) -> None:
+def test_values_of_the_format_never_change(name: str) -> None:
     fmt = parse_format(name)
     values = fpsim.decode(torch.arange(1 << fmt.bits), fmt)
     for rounding in ("stochastic", "stochastic:1", "stochastic:32", "stochastic_b", "stochastic_c:2"):
@@ -445,13 +445,13 @@ def test_two_call_sites_do_not_share_a_draw() -> None:
     assert not torch.equal(a, b)
 
 
-def test_encode_draws_as_round_does() -> None:
+def test_encode_and_round_use_the_same_draw() -> None:
     x = numbers(1000)
     draw = {"rounding": "stochastic", "random_bits": 6, "seed": 3, "salt": 8}
     assert torch.equal(fpsim.encode(x, "e4m3fn", **draw), fpsim.encode(fpsim.round(x, "e4m3fn", **draw), "e4m3fn"))
 
 
-def test_random_bits_may_be_given_either_way() -> None:
+def test_random_bits_may_be_an_argument_or_part_of_the_rounding() -> None:
     x = numbers(1000)
     by_name = fpsim.round(x, "e4m3fn", rounding="stochastic:6", seed=3)
     assert torch.equal(fpsim.round(x, "e4m3fn", rounding="stochastic", random_bits=6, seed=3), by_name)

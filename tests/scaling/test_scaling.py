@@ -1,4 +1,4 @@
-"""Scales from their definition in exact rationals, and scaled rounding from the reference."""
+"""Scales, judged by their definition in exact rationals, and scaled rounding, judged by the reference."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import fpsim
 from fpsim import reference
 from fpsim.formats import FloatFormat, parse_format
 from fpsim.reference import Special
+from fpsim.scaling.ops import SCALE_OPERATORS
+from fpsim.scaling.scale import RULES, SCALES, Scale, parse_scale
 
 FORMATS = ("e4m3fn", "e5m2", "e2m1fn", "e3m2fn", "e8m3", "e4m3fnuz", "e8m0fnu", "e4m3:bias=30", "e5m2:bias=-3")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -35,7 +37,7 @@ def exponent_of_scale(amax: Fraction, fmt: FloatFormat, limit: int) -> int:
 
 
 def same(got: Tensor, want: Tensor) -> None:
-    """Equal bit for bit; all NaNs are alike."""
+    """Equal bit for bit, except that all NaNs count as equal."""
     assert got.dtype == want.dtype and got.shape == want.shape
     assert torch.equal(got.isnan(), want.isnan())
     assert torch.equal(got.nan_to_num(nan=7.0), want.nan_to_num(nan=7.0))
@@ -43,7 +45,7 @@ def same(got: Tensor, want: Tensor) -> None:
 
 
 @given(st.data())
-def test_the_scale_is_the_largest_power_of_two_that_keeps_the_format(data: st.DataObject) -> None:
+def test_the_scale_is_the_largest_power_of_two_within_the_range(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))
     fmt = parse_format(data.draw(st.sampled_from(suited(dtype))))
     width = 64 if dtype == torch.float64 else 32
@@ -113,7 +115,7 @@ def test_scaled_rounding_is_the_reference_on_scaled_numbers(dtype: torch.dtype, 
         assert got.tolist() == values
 
 
-def test_the_description_with_the_scale_alone() -> None:
+def test_scaled_rounding_equals_multiplying_rounding_and_dividing() -> None:
     x = torch.randn(1000) * 1e-5
     scale = fpsim.power_of_two_scale(x, "e4m3fn")
     same(fpsim.round(x, "e4m3fn", scale="power_of_two"), fpsim.round(x * scale, "e4m3fn") / scale)
@@ -152,7 +154,7 @@ def test_each_sample_of_vmap_has_its_scale() -> None:
 
 
 @pytest.mark.parametrize("gradient", ["straight_through", "clipped"])
-def test_the_derivative_passes_the_scale_by(gradient: str) -> None:
+def test_the_scale_does_not_affect_the_derivative(gradient: str) -> None:
     def value(x: Tensor) -> Tensor:
         return (fpsim.round(x, "e4m3fn", scale="power_of_two", gradient=gradient) * weights).sum()
 
@@ -175,7 +177,7 @@ def test_float16_is_refused_with_the_remedy() -> None:
             call()
 
 
-def test_an_unknown_scale_names_those_there_are() -> None:
+def test_the_error_for_an_unknown_scale_lists_the_valid_ones() -> None:
     with pytest.raises(ValueError, match="unknown scale 'amax': use one of power_of_two, or None"):
         fpsim.round(torch.ones(3), "e4m3fn", scale="amax")
 
@@ -185,3 +187,14 @@ def test_the_dtype_must_hold_the_format() -> None:
         fpsim.power_of_two_scale(torch.ones(3, dtype=torch.bfloat16), "e5m10")
     with pytest.raises(TypeError, match=r"cannot round a tensor of torch\.int64"):
         fpsim.power_of_two_scale(torch.ones(3, dtype=torch.int64), "e4m3fn")
+
+
+def test_every_rule_has_an_operator_and_a_name() -> None:
+    assert set(SCALE_OPERATORS) == set(RULES) == set(SCALES)
+    assert all(parse_scale(name) == scale and str(scale) == name for name, scale in SCALES.items())
+
+
+@pytest.mark.parametrize("field", ["rule", "granularity", "timing"])
+def test_a_scale_of_an_unknown_kind_is_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown {field} 'amax' of a scale: use one of "):
+        Scale(**{"rule": "power_of_two", field: "amax"})

@@ -1,4 +1,4 @@
-"""Optimizers in simulated precision, against their arithmetic written out."""
+"""Optimizers in simulated precision, judged by their arithmetic written out."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_each_step_is_the_plain_one_with_its_results_rounded(name: str) -> None:
+def test_each_step_rounds_the_results_of_the_plain_step(name: str) -> None:
     params, plain_params = parameters(), parameters()
     optimizer, plain = OPTIMIZERS[name](params), OPTIMIZERS[name](plain_params)
     fpsim.round_optimizer(optimizer, state="e5m2", weights="bf16")
@@ -145,8 +145,8 @@ def test_adamw_with_a_format_for_each_moment_and_master_weights_by_hand() -> Non
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_every_tensor_is_scaled_by_itself(compiled: bool) -> None:
-    """Second moments of 1e-12 survive in FP8, which unscaled they do not; SGD's momentum and weights by hand."""
+def test_every_tensor_has_its_own_scale(compiled: bool) -> None:
+    """Second moments of 1e-12 do not become zero in FP8, as they do without a scale. Also SGD by hand."""
     sizes = [1e-6, 1.0, 1e6]
     params = [nn.Parameter(torch.randn(20) * size) for size in sizes]
     starts = [p.detach().clone() for p in params]
@@ -181,7 +181,7 @@ def test_scaled_stochastic_rounding_has_the_draws_of_the_definition(compiled: bo
     assert_same_bits(p.detach(), want)
 
 
-def test_what_cannot_be_scaled_is_refused() -> None:
+def test_scales_that_are_impossible_are_errors() -> None:
     p = nn.Parameter(torch.ones(4))
     with pytest.raises(ValueError, match="master weights in e5m10 cannot hold scaled weights"):
         fpsim.round_optimizer(torch.optim.SGD([p]), weights="e4m3fn/power_of_two", master="fp16")
@@ -204,7 +204,7 @@ def test_parameters_may_be_scaled() -> None:
 
 
 def test_kahan_compensation_by_hand() -> None:
-    """Updates far below the last place of bfloat16 add up: exact arithmetic, rounded where the definition says."""
+    """Updates far below the last place of bfloat16 add up, as in exact arithmetic rounded as defined."""
     p, plain = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([1.0]))
     optimizer, without = torch.optim.SGD([p], lr=1.0), torch.optim.SGD([plain], lr=1.0)
     rounded = fpsim.round_optimizer(optimizer, weights="bf16", kahan=True)
@@ -226,7 +226,7 @@ def test_kahan_compensation_by_hand() -> None:
 
 
 @pytest.mark.parametrize("master", [None, "e8m12/stochastic"])
-def test_every_tensor_in_every_step_has_the_draw_that_is_documented(master: str | None) -> None:
+def test_every_tensor_in_every_step_has_the_documented_draw(master: str | None) -> None:
     params, plain_params = parameters(), parameters()
     optimizer, plain = OPTIMIZERS["AdamW"](params), OPTIMIZERS["AdamW"](plain_params)
     fpsim.round_optimizer(optimizer, "e4m3fn/stochastic", weights="bf16/stochastic:8", master=master, seed=-5)
@@ -258,7 +258,7 @@ def test_every_tensor_in_every_step_has_the_draw_that_is_documented(master: str 
 def test_compiled_rounding_changes_no_bit() -> None:
     def trained(compiled: bool) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
-        shapes = [*[(130, 130)] * 6, (17,), (3, 5), (), (1 << 14,)]  # more than are rounded by one call
+        shapes = [*[(130, 130)] * 6, (17,), (3, 5), (), (1 << 14,)]  # more tensors than one call rounds
         params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
         params.append(
             nn.Parameter(torch.randn(2, 16, 32, 32, generator=generator).to(memory_format=torch.channels_last))
@@ -326,7 +326,7 @@ def test_a_closure_of_an_ordinary_optimizer_sees_the_weights_and_not_the_master_
     assert_same_bits(p.detach(), fpsim.round(want, "e4m3fn"))
 
 
-# -- around the steps --------------------------------------------------------------------------------------------------
+# -- between the steps -------------------------------------------------------------------------------------------------
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "state": {"state": "e4m3fn"},
@@ -338,7 +338,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("saved_after", [0, 2])
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_a_run_goes_on_from_its_state_dict_as_if_nothing_had_happened(name: str, saved_after: int, tmp_path) -> None:
+def test_a_run_resumed_from_its_state_dict_gives_the_same_bits(name: str, saved_after: int, tmp_path) -> None:
     params, other = parameters(), parameters(seed=1)
     optimizer, resumed = OPTIMIZERS["AdamW"](params), OPTIMIZERS["AdamW"](other)
     fpsim.round_optimizer(optimizer, **CONFIGURATIONS[name])
@@ -373,7 +373,7 @@ def test_param_groups_and_parameters_without_gradients() -> None:
     assert "momentum_buffer" not in optimizer.state[params[1]] or optimizer.state[params[1]]["momentum_buffer"] is None
 
 
-def test_a_learning_rate_scheduler_does_not_see_the_step_that_finds_the_states() -> None:
+def test_a_learning_rate_scheduler_does_not_count_the_step_that_finds_the_states() -> None:
     p = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([p])
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
@@ -387,7 +387,7 @@ def test_a_learning_rate_scheduler_does_not_see_the_step_that_finds_the_states()
     assert len(calls) == 1
 
 
-def test_state_that_is_there_already_is_rounded_at_once() -> None:
+def test_existing_state_is_rounded_at_once() -> None:
     params = parameters()
     optimizer = OPTIMIZERS["AdamW"](params)
     run(optimizer, params, range(1))
@@ -396,7 +396,7 @@ def test_state_that_is_there_already_is_rounded_at_once() -> None:
     assert_same([optimizer.state[p]["exp_avg"] for p in params], want)
 
 
-def test_removed_hooks_leave_the_master_copies_and_round_no_more() -> None:
+def test_remove_restores_the_master_copies_and_ends_rounding() -> None:
     params = parameters()
     before = [p.detach().clone() for p in params]
     optimizer = OPTIMIZERS["AdamW"](params)
@@ -412,7 +412,7 @@ def test_removed_hooks_leave_the_master_copies_and_round_no_more() -> None:
     assert sorted(optimizer.state_dict()["state"][0]) == ["exp_avg", "exp_avg_sq", "step"]
 
 
-def test_a_step_that_the_gradient_scaler_skips_leaves_no_trace() -> None:
+def test_a_step_that_the_gradient_scaler_skips_changes_nothing() -> None:
     params = parameters()
     optimizer = OPTIMIZERS["AdamW"](params)
     rounded = fpsim.round_optimizer(optimizer, "e5m2", weights="e4m3fn", master="bf16")
@@ -507,7 +507,7 @@ def test_bad_input_is_an_error_and_nothing_is_changed(arguments: dict[str, Any],
     fpsim.round_optimizer(optimizer, "bf16")  # and it can still be rounded
 
 
-def test_an_optimizer_is_rounded_once() -> None:
+def test_rounding_an_optimizer_twice_is_an_error() -> None:
     optimizer = OPTIMIZERS["AdamW"](parameters())
     fpsim.round_optimizer(optimizer, "bf16")
     with pytest.raises(ValueError, match="rounded already"):
@@ -519,7 +519,7 @@ def test_an_optimizer_without_state() -> None:
         fpsim.round_optimizer(torch.optim.SGD(parameters(), lr=0.1), "bf16")
 
 
-def test_parameters_added_later_are_refused_where_they_have_no_master_copy() -> None:
+def test_parameters_added_later_without_a_master_copy_are_an_error() -> None:
     params = parameters()
     optimizer = OPTIMIZERS["AdamW"](params[:2])
     rounded = fpsim.round_optimizer(optimizer, weights="bf16", master="fp32")
