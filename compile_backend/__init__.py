@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from fpsim.compile_backend.backend import fpsim, fpsim_eager
     from fpsim.compile_backend.errors import UnroundedError
     from fpsim.compile_backend.observe.recorder import ProductStatistics, SiteStatistics
-    from fpsim.compile_backend.observe.statistics import Statistics
+    from fpsim.compile_backend.observe.rounding_statistics import Statistics
     from fpsim.compile_backend.plan import Gap, Plan, Site
     from fpsim.compile_backend.report.audit import Audit, Escape, audit
     from fpsim.compile_backend.report.explain import explain
-    from fpsim.compile_backend.report.profile import Profile, Profiler, profile
+    from fpsim.compile_backend.report.profiler import Profiler, profile
+    from fpsim.compile_backend.report.profiles import Profile
 
 #: The module that holds each public name.
 _HOMES = {
@@ -25,17 +26,17 @@ _HOMES = {
     "Gap": "plan",
     "Plan": "plan",
     "ProductStatistics": "observe.recorder",
-    "Profile": "report.profile",
-    "Profiler": "report.profile",
+    "Profile": "report.profiles",
+    "Profiler": "report.profiler",
     "Site": "plan",
     "SiteStatistics": "observe.recorder",
-    "Statistics": "observe.statistics",
+    "Statistics": "observe.rounding_statistics",
     "UnroundedError": "errors",
     "audit": "report.audit",
     "explain": "report.explain",
     "fpsim": "backend",
     "fpsim_eager": "backend",
-    "profile": "report.profile",
+    "profile": "report.profiler",
 }
 
 __all__ = [

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -27,13 +26,13 @@ from fpsim.compile_backend import guards
 from fpsim.compile_backend.attention import decompose_attention
 from fpsim.compile_backend.graph.dynamo import copied
 from fpsim.compile_backend.graph.operations import decompositions
-from fpsim.compile_backend.graph.sources import Source
+from fpsim.compile_backend.graph.sources import Source, sources_of_inputs
 from fpsim.compile_backend.observe.recorder import Recorder
 from fpsim.compile_backend.passes.rounding_pass import Observer, RoundingPass
 from fpsim.compile_backend.torch_settings import apply_settings
 from fpsim.policy import Policy
+from fpsim.policy.ranks import refuse_other_policy
 from fpsim.rounding.ops import draw_seed
-from fpsim.training.ranks import refuse_other_policy
 
 #: The profiler's name for a forward run of a graph that fpsim rewrote; `fpsim.audit` looks for it.
 GRAPH_EVENT = "fpsim: rewritten graph"
@@ -71,7 +70,7 @@ def compile_with_rounding(
         guards.check_globs(gm, policy)
         guards.check_gaps(policy)
         refuse_other_policy(policy, hashlib.sha256(gm.code.encode()).hexdigest())
-    input_sources, identity = _input_sources(gm, example_inputs), list(_identity(gm, policy))
+    input_sources, identity = sources_of_inputs(gm, example_inputs), list(_identity(gm, policy))
     seed_device = _device(example_inputs) if policy.is_stochastic else None
     seed_input = None
     if seed_device is not None:
@@ -177,21 +176,6 @@ def _after_user_passes(rounding: RoundingPass) -> CustomGraphPass:
     if configured is None:
         return rounding
     return _Sequence([*(configured if isinstance(configured, list | tuple) else [configured]), rounding])
-
-
-def _input_sources(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Source]:
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    return [_source(node, value) for node, value in zip(placeholders, example_inputs, strict=True)]
-
-
-def _source(node: fx.Node, value: Any) -> Source:
-    if isinstance(value, torch.nn.Parameter):
-        return Source.PARAMETER
-    if not isinstance(value, torch.Tensor):
-        return Source.NONE
-    if re.search(r"_buffers_|_buffers\[", str(node.target)):
-        return Source.BUFFER
-    return Source.INPUT if value.is_floating_point() or value.is_complex() else Source.INTEGER_INPUT
 
 
 def _identity(gm: fx.GraphModule, policy: Policy) -> Iterator[str]:

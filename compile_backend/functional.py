@@ -21,10 +21,10 @@ from torch.utils import _pytree as pytree
 
 from fpsim.compile_backend.compiling import compile_with_rounding
 from fpsim.compile_backend.torch_settings import apply_settings
-from fpsim.functions import round
 from fpsim.policy import Policy
 from fpsim.rounding.ops import round_op
-from fpsim.scaling.ops import scale_op
+from fpsim.scaling.ops import SCALE_OPERATORS
+from fpsim.tensor_functions import round
 
 aten = torch.ops.aten
 
@@ -158,8 +158,8 @@ def _differentiable(gm: fx.GraphModule) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if node.target is round_op:
             node.target = _rounded
-        elif node.target is scale_op:
-            node.target = _scale
+        elif node.target in SCALE_OPERATORS.values():
+            node.args, node.target = (node.target, *node.args), _scale
         elif node.target is aten.copy_.default and not node.users:
             gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code()
@@ -167,9 +167,10 @@ def _differentiable(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _scale(x: Tensor, maximum: float, source: str) -> Tensor:
-    return scale_op(x.detach(), maximum, source)
+def _scale(operator: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
+    """A scale, which has no derivative."""
+    return operator(x.detach(), *arguments)
 
 
-def _rounded(x: Tensor, format: str, rounding: str, overflow: str, kernel: str) -> Tensor:
+def _rounded(x: Tensor, format: str, rounding: str, overflow: str, source: str) -> Tensor:
     return round(x, format, rounding=rounding, overflow=overflow)  # type: ignore[arg-type]

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch._inductor import config as inductor_config
-from torch.nn.parallel import DistributedDataParallel
 
 from fpsim.casts import Cast
 from fpsim.compile_backend.errors import UnroundedError
-from fpsim.compile_backend.graph.nodes import stack_path
+from fpsim.compile_backend.graph.module_paths import module_paths, near_modules, unmatched_globs
 from fpsim.formats import FloatFormat
 from fpsim.policy import Policy
-from fpsim.policy.globs import matches
 from fpsim.suggestions import near_names, suggest
 
 # By identity: the options of every compiled model, and the policy that they described when they were first seen. The
@@ -117,42 +115,8 @@ def operator_names() -> frozenset[str]:
     return frozenset(name.partition(".")[0].replace("::", ".") for name in names)
 
 
-def near_modules(glob: str, paths: Iterable[str]) -> list[str]:
-    """Up to three corrections of ``glob``: paths, or globs of the last part of paths."""
-    paths = sorted(set(paths) - {""})
-    near = near_names(glob, paths, cutoff=0.7)
-    names = {path.rpartition(".")[2]: path for path in paths}
-    for name in near_names(glob.rpartition(".")[2], names, cutoff=0.7):
-        near.append(f"*.{name}" if "." in names[name] else name)
-    return list(dict.fromkeys(near))[:3]
-
-
 def _listed(names: Sequence[str], most: int = 30) -> str:
     if not names:
         return "none"
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def unmatched_globs(policy: Policy, paths: set[str]) -> list[str]:
-    """The globs of ``skip`` and ``modules`` that match none of ``paths``."""
-    return [glob for glob in policy.globs if not any(matches(glob, path) for path in paths)]
-
-
-def module_paths(gm: fx.GraphModule) -> set[str]:
-    """The paths of the modules whose forward contributes nodes to a Dynamo graph, and of the modules around them.
-
-    Dynamo splits a DistributedDataParallel model into parts. For such a part the paths are those of the whole model.
-    """
-    return {path for node in gm.graph.nodes for path in _paths(node)} | set(_paths_in_parallel_model())
-
-
-def _paths(node: fx.Node) -> Iterator[str]:
-    for path, _ in (node.meta.get("nn_module_stack") or {}).values():
-        yield stack_path(path)
-
-
-def _paths_in_parallel_model() -> Iterator[str]:
-    parallel = DistributedDataParallel._get_active_ddp_module()
-    if parallel is not None:
-        yield from (name for name, _ in parallel.module.named_modules())

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from fpsim import curvature, reference, sharpness, testing
     from fpsim.compile_backend import Profiler, audit, explain, profile
     from fpsim.formats import FloatFormat, parse_format
-    from fpsim.functions import decode, encode, round
     from fpsim.policy import Policy
+    from fpsim.policy.ranks import check_same_policy
     from fpsim.rounding.packing import pack, unpack
     from fpsim.scaling.ops import power_of_two_scale
+    from fpsim.tensor_functions import decode, encode, round
     from fpsim.training.gradients import round_gradients_hook
     from fpsim.training.optimizers import round_optimizer
     from fpsim.training.parameters import round_parameters
-    from fpsim.training.ranks import check_same_policy
 
 #: The public modules.
 _MODULES = ("curvature", "reference", "sharpness", "testing")
@@ -31,15 +31,15 @@ _HOMES = {
     "Policy": "fpsim.policy",
     "Profiler": "fpsim.compile_backend",
     "audit": "fpsim.compile_backend",
-    "check_same_policy": "fpsim.training.ranks",
-    "decode": "fpsim.functions",
-    "encode": "fpsim.functions",
+    "check_same_policy": "fpsim.policy.ranks",
+    "decode": "fpsim.tensor_functions",
+    "encode": "fpsim.tensor_functions",
     "explain": "fpsim.compile_backend",
     "pack": "fpsim.rounding.packing",
     "parse_format": "fpsim.formats",
     "power_of_two_scale": "fpsim.scaling.ops",
     "profile": "fpsim.compile_backend",
-    "round": "fpsim.functions",
+    "round": "fpsim.tensor_functions",
     "round_gradients_hook": "fpsim.training.gradients",
     "round_optimizer": "fpsim.training.optimizers",
     "round_parameters": "fpsim.training.parameters",

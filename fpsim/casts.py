@@ -22,7 +22,7 @@ from fpsim.formats import (
 )
 from fpsim.rounding.carriers import check_carrier
 from fpsim.rounding.ops import SOURCE, round_op, round_stochastic_op
-from fpsim.scaling.ops import check_scaled_carrier, scale_op
+from fpsim.scaling.ops import SCALE_OPERATORS, check_scaled_carrier
 from fpsim.scaling.scale import SCALES, Scale, parse_scale
 
 aten = torch.ops.aten
@@ -32,9 +32,9 @@ NONE: Literal["none"] = "none"
 #: The name in an operand's cast that excludes a scale, even if the policy has one.
 UNSCALED = "unscaled"
 
-#: A cast in the form that operators and Dynamo accept: the format's name, the rounding, the overflow mode, and the
-#: format's largest finite value if the cast is scaled, else None.
-Arguments = tuple[str, str, str, float | None]
+#: A cast in the form that operators and Dynamo accept: the format's name, the rounding, the overflow mode, the rule of
+#: the scale (None without a scale), and the format's largest finite value.
+Arguments = tuple[str, str, str, str | None, float]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Cast:
         rounding: the full name of a rounding, including its number of random bits (`fpsim.formats.full_rounding`).
         overflow: the overflow mode.
         scale: the scale, or None.
-        spelling: the text from which the cast was parsed, for display only. Equality ignores it.
+        spelling: the text from which the cast was parsed. Equality ignores it.
     """
 
     format: FloatFormat
@@ -65,6 +65,11 @@ class Cast:
     def written(self) -> str:
         """The text of `str`, but with the format's name as the user wrote it: ``bf16/nearest_even/ovf_inf``."""
         return self._joined(self._format_as_written)
+
+    @property
+    def leaves_scale_open(self) -> bool:
+        """Whether the cast was parsed from text that names no scale, not even ``unscaled``."""
+        return bool(self.spelling) and not {*SCALES, UNSCALED} & set(self.spelling.split("/"))
 
     @property
     def label(self) -> str:
@@ -86,7 +91,8 @@ class Cast:
     @property
     def arguments(self) -> Arguments:
         """The cast in the form that `apply_arguments` takes."""
-        return self.format.name, self.rounding, self.overflow, self.format.max if self.scale else None
+        rule = None if self.scale is None else self.scale.rule
+        return self.format.name, self.rounding, self.overflow, rule, self.format.max
 
     @property
     def _format_as_written(self) -> str:
@@ -123,7 +129,7 @@ def parse_cast(
     if isinstance(text, Cast):
         return text
     if isinstance(text, FloatFormat):
-        return Cast(text, full_rounding(rounding), resolve_overflow(text, overflow), parsed_scale)
+        return Cast(text, full_rounding(rounding), resolve_overflow(text, overflow), parsed_scale, spelling=text.name)
     if not isinstance(text, str):
         raise TypeError(f"a cast is a string such as 'e4m3fn' or 'e8m3/toward_zero', got {text!r}")
     if text == NONE:
@@ -197,10 +203,10 @@ def apply_cast(x: Any, cast: Cast, *, key: Any = None, call: Callable[..., Any] 
 
 def apply_arguments(x: Any, arguments: Arguments, *, key: Any = None, call: Callable[..., Any] = run) -> Any:
     """`apply_cast` in a form that Dynamo can trace, with `Cast.arguments` in place of the cast."""
-    format, rounding, overflow, maximum = arguments
+    format, rounding, overflow, rule, maximum = arguments
     inverse = None
-    if maximum is not None:
-        factor, inverse = scale_factors(x, maximum, call=call)
+    if rule is not None:
+        factor, inverse = scale_factors(x, rule, maximum, call=call)
         x = call(aten.mul.Tensor, x, factor)
     if key is None:
         rounded = call(round_op, x, format, rounding, overflow, SOURCE)
@@ -209,16 +215,16 @@ def apply_arguments(x: Any, arguments: Arguments, *, key: Any = None, call: Call
     return rounded if inverse is None else call(aten.mul.Tensor, rounded, inverse)
 
 
-def scale_factors(x: Any, maximum: float, *, call: Callable[..., Any] = run) -> tuple[Any, Any]:
-    """The scale of ``x`` for a format whose largest finite value is ``maximum``, and the reciprocal of the scale."""
-    factors = call(scale_op, x, maximum, SOURCE)
+def scale_factors(x: Any, rule: str, maximum: float, *, call: Callable[..., Any] = run) -> tuple[Any, Any]:
+    """The scale of ``x`` by a rule, for a format whose largest finite value is ``maximum``, and its reciprocal."""
+    factors = call(SCALE_OPERATORS[rule], x, maximum, SOURCE)
     return call(aten.select.int, factors, 0, 0), call(aten.select.int, factors, 0, 1)
 
 
 def in_range_of_format(exact: Tensor, rounded: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
     """Tensors before and after ``cast``, both multiplied by the scale of ``exact`` if the cast has a scale."""
-    _, _, _, maximum = cast.arguments
-    if maximum is None:
+    _, _, _, rule, maximum = cast.arguments
+    if rule is None:
         return exact, rounded
-    factor, _ = scale_factors(exact, maximum)
+    factor, _ = scale_factors(exact, rule, maximum)
     return exact * factor, rounded * factor

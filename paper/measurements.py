@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fpsim import curvature, sharpness
-from fpsim.compile_backend.observe.statistics import merge
-from fpsim.compile_backend.report.profile import Profiler
+from fpsim.compile_backend.observe.rounding_statistics import merge
+from fpsim.compile_backend.report.profiler import Profiler
 from fpsim.policy.policy import ROLES
 from fpsim.sharpness.box import EPSILONS
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fpsim.compile_backend.report.profile import Profiler
+from fpsim.compile_backend.report.profiler import Profiler
 
 from .compiled_loss import Autocast, Compile, Loss, OpenAttention, compile_loss, with_attention
 from .config import RunConfig

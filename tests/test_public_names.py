@@ -84,3 +84,9 @@ def test_every_package_is_installed() -> None:
     assert found == set(settings["packages"])
     with_sources = {file.parent for folder in folders for file in (ROOT / folder).rglob("*.py")}
     assert all((folder / "__init__.py").exists() for folder in with_sources)
+
+
+def test_no_module_has_the_name_of_one_of_the_standard_library() -> None:
+    folders = ("fpsim", "reference", "compile_backend", "paper")
+    stems = {file.stem for folder in folders for file in (ROOT / folder).rglob("*.py")} - {"__init__"}
+    assert not stems & sys.stdlib_module_names

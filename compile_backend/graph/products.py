@@ -1,9 +1,9 @@
 """The table of products: everything that fpsim knows about operators that multiply matrices.
 
 The rounding pass, `explain`, `audit`, `profile`, the error of products and the messages read this table; no other file
-knows operators. `PRODUCTS` has an entry for every operator of aten whose operands can be rounded. `OPAQUE` has an entry
-for every family of operators that multiply matrices inside and are refused. A new operator is one entry, and the tests
-of the table cover it.
+knows which operators multiply. `PRODUCTS` has an entry for every operator of aten whose operands can be rounded.
+`OPAQUE` has an entry for every family of operators that multiply matrices inside and are refused. A new operator is one
+entry, and the tests of the table cover it.
 """
 
 from __future__ import annotations

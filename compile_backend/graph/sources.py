@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,22 @@ class Source(enum.Flag):
 
 #: The sources that vary. A value with none of these belongs to the definition of the model, like a table of angles.
 VARIABLE = Source.PARAMETER | Source.INPUT | Source.TANGENT
+
+
+def sources_of_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Source]:
+    """The sources of the inputs of a Dynamo graph, in their order."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    return [_source(node, value) for node, value in zip(placeholders, example_inputs, strict=True)]
+
+
+def _source(node: fx.Node, value: Any) -> Source:
+    if isinstance(value, torch.nn.Parameter):
+        return Source.PARAMETER
+    if not isinstance(value, torch.Tensor):
+        return Source.NONE
+    if re.search(r"_buffers_|_buffers\[", str(node.target)):
+        return Source.BUFFER
+    return Source.INPUT if value.is_floating_point() or value.is_complex() else Source.INTEGER_INPUT
 
 
 def find_sources(graph: fx.Graph, input_sources: Sequence[Source]) -> dict[fx.Node, Source]:

@@ -23,7 +23,7 @@ from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.marks import mark
 from fpsim.compile_backend.graph.products import Form, product_operator
 from fpsim.compile_backend.graph.recognition import is_sum_of_product
-from fpsim.compile_backend.observe.statistics import norm, piece_size
+from fpsim.compile_backend.observe.rounding_statistics import norm, piece_size
 
 aten = torch.ops.aten
 

@@ -21,7 +21,7 @@ from fpsim.casts import Cast, in_range_of_format
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.views import base
 from fpsim.compile_backend.observe.product_error import comparison, other_tensors, result_of
-from fpsim.compile_backend.observe.statistics import Statistics, measure, merge, relative_error
+from fpsim.compile_backend.observe.rounding_statistics import Statistics, measure, merge, relative_error
 from fpsim.compile_backend.plan import Site
 
 _library = torch.library.Library("fpsim", "FRAGMENT")

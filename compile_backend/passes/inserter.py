@@ -24,7 +24,7 @@ from fpsim.compile_backend.observe.recorder import Recorder
 from fpsim.compile_backend.plan import Site
 from fpsim.rounding.carriers import CARRIERS
 from fpsim.rounding.ops import random_key_op
-from fpsim.scaling.ops import scale_op
+from fpsim.scaling.ops import SCALE_OPERATORS
 
 aten = torch.ops.aten
 
@@ -33,7 +33,7 @@ _COPIED = ("partitioner_tag", "recompute", "ac_graph_id", "seq_nr", "stack_trace
 _PLACES = ("nn_module_stack", "fwd_nn_module_stack", "stack_trace")
 
 # The operators of a cast that are not elementwise. Backward keeps their results, which are small.
-_OF_WHOLE_TENSORS = (scale_op, aten.select.int)
+_OF_WHOLE_TENSORS = (*SCALE_OPERATORS.values(), aten.select.int)
 
 
 class Inserter:

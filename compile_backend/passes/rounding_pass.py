@@ -21,8 +21,8 @@ from fpsim.compile_backend.graph.nodes import is_body
 from fpsim.compile_backend.graph.sources import Source, find_input, find_sources
 from fpsim.compile_backend.observe.recorder import Recorder
 from fpsim.compile_backend.passes.inserter import Inserter
-from fpsim.compile_backend.passes.operands import opaque_gaps, round_products
-from fpsim.compile_backend.passes.results import round_operations
+from fpsim.compile_backend.passes.operations import round_operations
+from fpsim.compile_backend.passes.products import opaque_gaps, round_products
 from fpsim.compile_backend.plan import Plan
 from fpsim.policy import Policy
 from fpsim.source import source_hash

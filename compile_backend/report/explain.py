@@ -11,7 +11,7 @@ from torch import fx
 from torch._dynamo.utils import counters
 
 from fpsim.compile_backend.compiling import compile_with_rounding
-from fpsim.compile_backend.guards import module_paths, near_modules, unmatched_globs
+from fpsim.compile_backend.graph.module_paths import module_paths, near_modules, unmatched_globs
 from fpsim.compile_backend.plan import Gap, Plan
 from fpsim.compile_backend.report.running import ISOLATED, as_policy, no_recompile_limit, state_kept, uncompiled
 from fpsim.compile_backend.torch_settings import apply_settings

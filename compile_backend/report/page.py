@@ -17,9 +17,9 @@ import jinja2
 from jinja2.utils import htmlsafe_json_dumps
 
 from fpsim.compile_backend.observe.recorder import ProductStatistics
-from fpsim.compile_backend.observe.statistics import COUNTS, Histogram, severity
+from fpsim.compile_backend.observe.rounding_statistics import COUNTS, Histogram, severity
 from fpsim.compile_backend.plan import Gap, Site
-from fpsim.compile_backend.report.numbers import decibel, percent
+from fpsim.compile_backend.report.units import decibel, percent
 from fpsim.rounding.carriers import CARRIERS
 
 #: One site as `Profile.rows` gives it, and its ``number``.

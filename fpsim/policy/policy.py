@@ -168,7 +168,10 @@ class Policy:
         """The cast of an operand; it takes the modes that it does not name from this policy."""
         if given is None:
             return None
-        return parse_cast(given, self.rounding, self.overflow, self.scale) or NONE
+        parsed = parse_cast(given, self.rounding, self.overflow, self.scale)
+        if parsed is not None and parsed.scale is None and parsed.leaves_scale_open:
+            parsed = replace(parsed, scale=self.scale)  # a cast of a policy without a scale (`dataclasses.replace`)
+        return parsed or NONE
 
     def _result(self, given: CastLike | None) -> _StoredCast:
         """`_operand` for the result of an operation, which cannot be scaled."""
@@ -194,7 +197,8 @@ class Policy:
         for glob, given in _pairs("modules", self.modules):
             policy = self._module_policy(given)
             if rules.setdefault(glob, policy) != policy:
-                raise ValueError(f"two rules for modules {glob!r} contradict each other: {rules[glob]} and {policy}")
+                given = " and ".join(str(self._rule_fields(rule, spelled=True)) for rule in (rules[glob], policy))
+                raise ValueError(f"two rules for modules {glob!r} contradict each other: {given}")
             if policy is not None and glob in self.skip:
                 raise ValueError(f"{glob!r} is in skip and has a policy in modules: take it out of one of them")
         return tuple(rules.items())
@@ -209,13 +213,18 @@ class Policy:
             return None
         if isinstance(given, Policy):
             return given
-        if isinstance(given, str) and is_preset(given) and not _is_format(given):
+        if isinstance(given, str) and is_preset(given):
             return Policy.preset(given)
         if isinstance(given, str | FloatFormat | Cast):
             given = {"format": given}
         if isinstance(given, Mapping) and "policy" not in given:
             given = {**{name: getattr(self, name) for name in _INHERITED}, **given}
         return Policy.from_options(given)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Restore a policy that was pickled, also by an older fpsim, which kept casts and scales as text."""
+        vars(self).update(state)
+        self.__post_init__()
 
     # -- queries ---------------------------------------------------------------------------------------------
 
@@ -370,9 +379,12 @@ class Policy:
         inherited = {"rounding": policy.rounding, "overflow": policy.overflow}
         if policy.scale != self.scale:
             inherited["scale"] = None if policy.scale is None else str(policy.scale)
-        if policy.attention != self.attention:
+        own = policy._fields(spelled)
+        if policy.attention == self.attention:
+            own.pop("attention", None)
+        else:
             inherited["attention"] = policy.attention
-        return {**inherited, **policy._fields(spelled)}
+        return {**inherited, **own}
 
     def _text(self, cast: Cast, spelled: bool) -> str:
         """The text from which a policy with this policy's modes parses the same cast."""
@@ -437,16 +449,12 @@ ModuleRule = Policy | Mapping[str, Any] | CastLike | None
 
 
 def is_preset(name: str) -> bool:
-    """Whether `Policy.preset` knows ``name``."""
-    return name in PRESETS or name.startswith(_PAPER)
-
-
-def _is_format(name: str) -> bool:
+    """Whether ``name`` is that of a preset and not of a format too, as ``bf16`` is."""
     try:
         parse_format(name)
     except ValueError:
-        return False
-    return True
+        return name in PRESETS or name.startswith(_PAPER)
+    return False
 
 
 def _strings(name: str, given: Any) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fpsim.casts import parse_cast
-from fpsim.policy.policy import Policy
+from fpsim.policy.policy import Policy, is_preset
 
 #: The word for no simulation.
 UNSIMULATED = "fp32"
@@ -19,7 +19,7 @@ def parse_shorthand(text: str) -> dict[str, Any] | None:
       `fpsim.Policy`: a format, then optionally ``/`` and a rounding, ``/`` and an overflow mode, ``/`` and a scale.
       ``bf16`` and ``fp16`` are casts here, not the presets of that name: results of products stay unrounded.
     - Two casts joined by ``+``, for activations and weights and for gradients: ``e4m3fn+e5m2``.
-    - The presets ``fp8_hybrid`` and ``paper:FORMAT`` of `fpsim.Policy.preset`.
+    - A preset (`fpsim.Policy.preset`) that has not the name of a format: ``fp8_hybrid``, ``paper:FORMAT``.
 
     Raises:
         ValueError: a part of ``text`` is none of these; the message names it.
@@ -30,7 +30,7 @@ def parse_shorthand(text: str) -> dict[str, Any] | None:
     name = text.strip().lower()
     if name == UNSIMULATED:
         return None
-    if name == "fp8_hybrid" or name.startswith("paper:"):
+    if is_preset(name):
         return Policy.preset(name).to_dict()
     casts = [part.strip() for part in name.split("+")]
     try:

@@ -18,6 +18,9 @@ from fpsim.rounding.ops import SOURCE
 #: two numbers: the scale of the tensor, and its reciprocal.
 scale_op: Callable[[Tensor, float, str], Tensor] = torch.ops.fpsim.power_of_two_scale.default
 
+#: The operator of each rule (`fpsim.scaling.scale.RULES`), with the arguments and results of `scale_op`.
+SCALE_OPERATORS: dict[str, Callable[[Tensor, float, str], Tensor]] = {"power_of_two": scale_op}
+
 _library = torch.library.Library("fpsim", "FRAGMENT")
 
 

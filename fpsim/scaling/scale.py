@@ -61,6 +61,6 @@ def parse_scale(name: str | Scale | None) -> Scale | None:
     """
     if name is None or isinstance(name, Scale):
         return name
-    if name not in SCALES:
+    if not isinstance(name, str) or name not in SCALES:
         raise ValueError(f"unknown scale {name!r}: use one of {', '.join(SCALES)}, or None")
     return SCALES[name]

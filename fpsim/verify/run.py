@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from fpsim.formats import FloatFormat, split_rounding
-from fpsim.functions import round as round_tensor
 from fpsim.rounding.carriers import CARRIERS, check_carrier
+from fpsim.tensor_functions import round as round_tensor
 from fpsim.verify.cases import Cases, all_inputs, sample_of_inputs
 from fpsim.verify.codes import Codes, codes_of, differences, is_nan, name_of, tensor_of, unsigned_of
 from fpsim.verify.modes import PATHS, Group, check_paths, mode_of

@@ -1,4 +1,4 @@
-"""What all tests of the backend share: each starts with nothing compiled."""
+"""Fixtures of all tests of the backend: each test starts with nothing compiled."""
 
 import logging
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch._inductor.utils import clear_caches
 
 @pytest.fixture(scope="session", autouse=True)
 def no_trace_of_the_compiler() -> Iterator[None]:
-    """Keep pytest from collecting the trace of each compilation: thousands of empty lines, a quarter of the time."""
+    """Keep pytest from collecting the log of each compilation: thousands of empty lines, a quarter of the time."""
     trace = logging.getLogger("torch.__trace")
     trace.propagate = False
     yield
@@ -20,7 +20,7 @@ def no_trace_of_the_compiler() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> Iterator[None]:
-    """Forget compiled code before and after, so that no test sees another's."""
+    """Forget compiled code before and after, so that no test uses another's."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -30,7 +30,7 @@ def nothing_compiled() -> Iterator[None]:
 def kernels_left_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let Inductor generate its code but not compile the kernels in it, which takes minutes for a transformer.
 
-    What runs then calls every operator that the code calls, on meaningless numbers.
+    The generated code then still calls every operator, on meaningless numbers.
     """
     clear_caches()
     monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *_: lambda *_: None)

@@ -1,10 +1,10 @@
-"""The Triton code that Inductor generates for GPUs, made, compiled to PTX and interpreted on a machine without one.
+"""Inductor's Triton code for GPUs, generated, compiled to PTX and interpreted on a machine without a GPU.
 
     python tests/compile_backend/inductor_triton.py generate FOLDER
     TRITON_INTERPRET=1 python tests/compile_backend/inductor_triton.py interpret FOLDER
 
-The first pretends that there is an H100, lets Inductor generate code for functions of tensors on it, and checks what
-Triton compiles of it. The second runs the same code in Triton's interpreter, and checks its numbers.
+The first command pretends that there is an H100, lets Inductor generate code for it, and checks the PTX that Triton
+compiles. The second command runs the same code in Triton's interpreter, and checks its numbers.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math
 
 
 def rounded(case: tuple[str, ...]) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """A product, rounded, and a sum: what a compiler would like to contract."""
+    """A product, rounded, and a sum, which a compiler might contract to a fused multiply-add."""
     format, rounding, overflow, _ = case
     fmt = parse_format(format)
     arguments = (fmt.name, full_rounding(rounding), resolve_overflow(fmt, overflow), SOURCE)
@@ -108,7 +108,7 @@ def operands(template: tuple[str, ...]) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
-    """As much of an H100 as Inductor asks for while it generates code."""
+    """Pretend that there is an H100, in all that Inductor asks for while it generates code."""
     numbers: dict[str, Any] = {
         "multi_processor_count": 132,
         "major": 9,
@@ -137,7 +137,7 @@ def pretended_gpu() -> Iterator[None]:
 
 
 def generated_code(function: Callable[..., Tensor], arguments: Sequence[Tensor]) -> str:
-    """What Inductor generates, with the settings of fpsim's backend."""
+    """The code that Inductor generates with the settings of fpsim's backend."""
     with FakeTensorMode() as fake, pretended_gpu():
         tensors = [torch.empty_like(x, device="cuda") for x in map(fake.from_tensor, arguments)]
         module = make_fx(function)(*tensors)
@@ -153,7 +153,7 @@ def generated_code(function: Callable[..., Tensor], arguments: Sequence[Tensor])
 
 @contextmanager
 def autotuned() -> Iterator[None]:
-    """As if Inductor had measured that the first of its Triton templates is the fastest matrix product."""
+    """Pretend that the first Triton template is the fastest matrix product in Inductor's measurements."""
     settings = {"max_autotune": True, "max_autotune_gemm_backends": "TRITON", "benchmark_epilogue_fusion": False}
     replaced: list[tuple[Any, str, Any]] = [
         (AlgorithmSelectorCache, "benchmark", lambda _, choices, *__, **___: {c: i for i, c in enumerate(choices)}),
@@ -169,7 +169,7 @@ def autotuned() -> Iterator[None]:
 
 
 def generate(folder: Path) -> None:
-    """Write the code of each case to a file, and check what Triton compiles of it."""
+    """Write the code of each case to a file, and check the PTX that Triton compiles."""
     for i, case in enumerate(CASES):
         code = generated_code(rounded(case), inputs(case))
         (folder / f"case_{i}.txt").write_text(code)
@@ -195,7 +195,7 @@ def kernels_of(code: str) -> list[tuple[str, str]]:
 
 
 def load(name: str, source: str, folder: Path) -> Any:
-    """A kernel; Triton wants its source in a file."""
+    """The kernel with this source, which Triton reads from a file."""
     path = folder / f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:8]}.py"
     path.write_text(HEADER + source[source.index("@triton.jit") :])
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -206,7 +206,7 @@ def load(name: str, source: str, folder: Path) -> Any:
 
 
 def compiled_kernels(code: str, folder: Path) -> list[str]:
-    """The PTX of each kernel, none of which holds what Triton has miscompiled, 8-bit numbers and minima of NaNs."""
+    """The PTX of each kernel, checked for instructions that Triton has miscompiled: 8-bit numbers, minima of NaNs."""
     made = []
     for name, source in kernels_of(code):
         (signature,) = re.findall(r"'signature': (\{.*?\})", source)
@@ -220,7 +220,7 @@ def compiled_kernels(code: str, folder: Path) -> list[str]:
 
 
 def floating(ptx: str) -> set[str]:
-    """The floating-point operations of scalars in PTX."""
+    """The scalar floating-point operations in PTX."""
     return set(re.findall(r"\b((?:add|sub|mul|fma|mad|div|min|max)\.(?:\w+\.)*b?f(?:16x2|16|32))\b", ptx))
 
 
@@ -228,7 +228,7 @@ def floating(ptx: str) -> set[str]:
 
 
 def interpret(folder: Path) -> None:
-    """Run the generated code of each case on its inputs, and compare bits with what it should be."""
+    """Run the generated code of each case on its inputs, and compare the bits with those expected."""
     for i, case in enumerate(CASES):
         got = run((folder / f"case_{i}.txt").read_text(), inputs(case), folder)
         assert_same_bits(got, rounded(case)(*inputs(case)), case)
@@ -250,7 +250,7 @@ def assert_same_bits(got: Tensor, want: Tensor, what: object) -> None:
 
 
 def run(code: str, arguments: Sequence[Tensor], folder: Path) -> Tensor:
-    """What the function `call` of generated code returns, its kernels interpreted."""
+    """The results of the function `call` of generated code, with its kernels interpreted."""
     block = 1 << 13
     kernels = {name: load(name, source, folder) for name, source in kernels_of(code)}
     (body,) = re.findall(r"def call\(self, args\):\n(.*?return .*?)\n", code, re.DOTALL)

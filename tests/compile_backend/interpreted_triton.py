@@ -1,8 +1,8 @@
-"""Runs fpsim's Triton code in Triton's interpreter, on the CPU; prints what differs from what it should be.
+"""Runs fpsim's Triton code in Triton's interpreter, on the CPU, and prints results that differ from those expected.
 
     TRITON_INTERPRET=1 python tests/compile_backend/interpreted_triton.py NAME_OF_A_CHECK
 
-A program of its own, because Triton decides when it is imported whether it interprets, for the whole process.
+It is a separate program, because Triton decides at import, for the whole process, whether it interprets.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ BLOCK = 1 << 13
 
 
 def check_values(dtype: torch.dtype) -> None:
-    """Every format in every mode, against tables and definitions that hold no code of fpsim's kernel."""
+    """Every format in every mode, against tables and definitions that share no code with fpsim's kernel."""
     for fmt in map(parse_format, FORMATS):
         if not suits(fmt, dtype):
             continue
@@ -93,7 +93,7 @@ def layouts() -> Iterator[Tensor]:
 
 
 def check_layouts() -> None:
-    """Any strides, any number of elements: one program more than whole blocks, none, one."""
+    """Any strides and any number of elements: none, one, and more than whole blocks."""
     for x in layouts():
         got = round_dense(x, "e4m3fn", "nearest_even", "sat_finite", block=64)
         want = fpsim.round(x, "e4m3fn")
@@ -120,7 +120,7 @@ def rounded_from(x, out, seed, first, FORMAT: tl.constexpr, ROUNDING: tl.constex
 
 
 def check_user_kernels() -> None:
-    """`fpsim_round` and `fpsim_round_stochastic` inside kernels with arithmetic and blocks of their own."""
+    """`fpsim_round` and `fpsim_round_stochastic` inside a user's kernels."""
     x = torch.randn(37, 16, generator=torch.Generator().manual_seed(0)) * 100
     for dtype in (torch.float32, torch.float64):
         out = torch.empty_like(x, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Attention may be opened in some modules and kept fused in others."""
+"""Attention may be decomposed in some modules and kept fused in others."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The cache trap: torch keeps compiled code on disk, and a backend that says too little gets another policy's code.
+"""Compiled code in torch's cache on disk: a backend with an incomplete key would get the code of another policy.
 
-Fresh processes share one cache directory. Each runs some jobs, and every job must get its own bits, whatever ran
-before it, while a job that ran before must find its code in the cache. This file is also the program that they run.
+Fresh processes share one cache directory and run jobs. Every job must get its own bits, whatever ran before it. A job
+that ran before must find its code in the cache. This file is also the program of these processes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Unchanged(nn.Module):
 
 
 class Holder(nn.Module):
-    """A product under a name: two holders differ in a module path, of which nothing shows in the text of the graph."""
+    """A product under a name. Two holders differ only in a module path, which the text of the graph does not show."""
 
     def __init__(self, name: str, other: str) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Job:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """The values that a job gives, and what happened in the caches."""
+    """The values of a job, and the counters of the caches."""
     from torch._dynamo.utils import counters
 
     from fpsim.compile_backend.passes import rounding_pass as rewrite
@@ -163,7 +163,7 @@ def expected(job: Job) -> dict[str, list]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Job, dict[str, Any], bool]]:
-    """Every job in its order, what it gave, and whether an equal job ran before."""
+    """Every job in order, its result, and whether an equal job ran before."""
     cache = tmp_path_factory.mktemp("cache")
     found: list[tuple[Job, dict[str, Any], bool]] = []
     for jobs in [*PROCESSES, [*AGAIN, CHANGED, CHANGED]]:
@@ -178,7 +178,7 @@ def test_every_policy_gets_its_own_bits_whatever_is_in_the_cache(results: list) 
 
 
 def test_the_bits_tell_the_policies_apart() -> None:
-    """The test above means something: what may be confused differs."""
+    """Jobs that could be confused have different values, so that the tests above can fail."""
     for group in ([PLAIN, A, B], [job for job in AGAIN if job.model == "attention" and job.backend == "fpsim"]):
         values = [str(expected(job)) for job in group]
         assert len(group) > 1 and len(set(values)) == len(values)

@@ -1,4 +1,4 @@
-"""Convolutions, bit for bit: forward, the gradients of input and weight each with its own casts, and the bias.
+"""Convolutions, bit for bit: forward, the gradients of input and weight with separate casts, and the bias.
 
 All numbers are small dyadic rationals, and so are the rounded ones: every sum is exact, whatever its order.
 """
@@ -137,7 +137,7 @@ def test_the_channels_may_be_last() -> None:
 @BACKENDS
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_bfloat16(memory_format: torch.memory_format, backend: str) -> None:
-    """With integers so small that all sums of products are at most 256 and exact."""
+    """The integers are so small that all sums of products are at most 256 and exact."""
     options = {"format": "e5m1", "wgrad": {"activation": "e5m0"}}
     layer = dyadic_(nn.Conv2d(2, 2, (1, 2)), top=8).to(dtype=torch.bfloat16, memory_format=memory_format)  # type: ignore[call-overload]
     x = dyadic(1, 2, 2, 3, seed=1, top=8).to(torch.bfloat16, memory_format=memory_format)
@@ -176,7 +176,7 @@ def test_activation_checkpointing(reentrant: bool) -> None:
 
 @BACKENDS
 def test_each_result_is_rounded_where_the_policy_says_output(backend: str) -> None:
-    """Each of the two gradients too, but not that of the bias, which is no product."""
+    """The two gradients that are products are rounded too; the gradient of the bias is not."""
     layer, out = dyadic_(nn.Conv2d(3, 4, 3)), Casts({"format": "e5m1/toward_zero"})
     x, dy = dyadic(2, 3, 6, 5, seed=10), dyadic(2, 4, 4, 3, seed=11, top=8)
     want = by_hand({"": layer}, [Casts(OPTIONS)], x, dy)
@@ -246,7 +246,7 @@ def test_a_filter_that_is_computed_from_inputs_is_an_activation() -> None:
 
 
 class HandWritten(torch.autograd.Function):
-    """A convolution with a backward of its own, by torch's functions for it."""
+    """A convolution with a hand-written backward that calls torch's functions for it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ def test_audit_counts_convolutions_as_covered() -> None:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
-    """The graphs that are rewritten, as they are afterwards."""
+    """The graphs of a step after rewriting."""
     found: list[fx.Graph] = []
     original = RoundingPass.__call__
 
@@ -336,7 +336,7 @@ def test_two_products_of_one_gradient_are_one_call(options: Mapping, graphs: lis
 
 
 def test_no_operand_is_kept_for_its_shape(graphs: list[fx.Graph]) -> None:
-    """Each of two calls takes from the other what it does not multiply, and a call alone what forward rounded."""
+    """Each of two calls takes the other's operand for its shape; a single call the operand that forward rounded."""
     both, frozen = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3).requires_grad_(False)
     trained({"format": "e4m3", "wgrad": {"gradient": "e5m2"}}, both)
     trained({"format": "e4m3"}, frozen)

@@ -1,4 +1,4 @@
-"""Every way to multiply matrices in torch: each is computed from rounded operands, bit for bit, or refused.
+"""Every way to multiply matrices in torch is computed from rounded operands, bit for bit, or refused.
 
 `product` is the arithmetic by hand: a matrix product and its two derivatives, each from its own rounded operands. All
 numbers are small dyadic rationals, and so are the rounded ones: sums are exact, whatever their order.
@@ -304,7 +304,7 @@ def test_attention_without_gradients_and_in_bfloat16() -> None:
 
 
 def test_attention_with_dropout() -> None:
-    """Multiplied with the identity, the probabilities show what was dropped."""
+    """The product of the probabilities and the identity shows which ones dropout set to zero."""
     query, key, value = heads(4)
 
     def attend(options: Mapping[str, Any]) -> Callable[..., Tensor]:
@@ -345,7 +345,7 @@ SEQUENCE = dyadic(2, 4, 32, seed=9, top=2)
 
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_multi_head_attention(need_weights: bool) -> None:
-    """Asked for its weights, it scales the queries alone."""
+    """With ``need_weights`` torch scales only the queries."""
     model = HalfUniform()
     scales = (0.25, 1.0) if need_weights else None
     assert_rounded(
@@ -489,7 +489,7 @@ def test_a_layer_that_one_operator_computes_is_refused() -> None:
 
 
 class Outer(torch.autograd.Function):
-    """A matrix times a vector, whose gradient of the matrix is written as an outer product."""
+    """A matrix times a vector. The backward computes the gradient of the matrix as an outer product."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
@@ -521,7 +521,7 @@ def refused(fn: Callable[..., Any], *inputs: Tensor) -> str:
     return str(caught.value.inner_exception)
 
 
-def test_of_a_refusal_the_module_the_remedy_and_the_exemption_are_named() -> None:
+def test_a_refusal_names_the_module_the_remedy_and_the_exemption() -> None:
     message = refused(nn.Sequential(nn.ReLU(), nn.Flatten(), Bilinear()), torch.randn(2, 3))
     for part in ("aten._trilinear in module '2.form'", "torch.einsum('bi,kij,bj->bk'", "gaps=['aten._trilinear*']"):
         assert part in message

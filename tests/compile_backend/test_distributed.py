@@ -15,7 +15,7 @@ from tests.compile_backend.two_ranks import CASES, OPTIONS, SAMPLES, Model, trai
 
 
 def two_ranks(folder: Path) -> list[dict[str, Any]]:
-    """What each rank found in each case."""
+    """The results of each rank in each case."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*torchrun, "--module", "tests.compile_backend.two_ranks", str(folder)],
@@ -30,7 +30,7 @@ def two_ranks(folder: Path) -> list[dict[str, Any]]:
 
 
 def alone(options: dict[str, str] | None) -> dict[str, Any]:
-    """The same in one process, on all samples."""
+    """The results of one process on all samples."""
     torch._dynamo.reset()
     model = Model()
     forward = torch.compile(model, backend="fpsim_eager", options=options) if options else model
@@ -42,9 +42,9 @@ def names_without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_two_ranks_compute_what_one_process_does(tmp_path: Path) -> None:
-    """Outputs, gradients, and what an optimizer rounded on each rank makes of them; every case in one `torchrun`.
+    """They agree in outputs, gradients and the parameters after a rounded optimizer step; `torchrun` runs once.
 
-    Where the ranks have different policies, the later one is refused.
+    If the ranks have different policies, the later one is refused.
     """
     ranks, want, unrounded = two_ranks(tmp_path), alone(OPTIONS), alone(None)
     assert not torch.equal(want["outputs"], unrounded["outputs"])

@@ -1,4 +1,4 @@
-"""Rounding the results of all that is no matrix product: where an operation ends, and what then is computed."""
+"""Rounding the results of operations that are no matrix products: where they end, and the values that follow."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_plan_names_the_operators_as_they_were_called() -> None:
 
 
 class Exact(nn.Module):
-    """Arithmetic whose every step is exact in float32, so that compiled code has no other order to sum in."""
+    """Arithmetic with exact steps in float32, so that the order of sums in compiled code does not matter."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A module under a policy as a pure function: values are the backend's, derivatives those of arithmetic by hand."""
+"""A module under a policy as a pure function, with the values of the backend and derivatives checked by hand."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_policy_that_does_not_fit_is_refused(network: Network, state: State) -
 
 
 class Returning(nn.Linear):
-    """Returns an argument, or a view of it, beside its result."""
+    """A module that also returns an argument, or a view of it."""
 
     def __init__(self, passed: Callable[[Tensor], Tensor]) -> None:
         super().__init__(6, 2)

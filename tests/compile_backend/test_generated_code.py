@@ -1,4 +1,4 @@
-"""What Inductor makes of a rounded graph, read from its generated code, and what compiling leaves as it was."""
+"""Inductor's generated code for rounded graphs, and the settings that compiling leaves unchanged."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ ATTENTION_PRODUCTS = (2, 4)
 
 @functools.cache
 def code_of_a_step(backend: str, *, opened: bool = False, **options: str) -> tuple[str, str]:
-    """The code that is generated for a `LlamaBlock`, forward and backward; ``opened``: with attention in its parts."""
+    """The code that is generated for a `LlamaBlock`, forward and backward; ``opened``: with attention decomposed."""
     model, x = LlamaBlock(), torch.randn(2, 16, 32)
 
     def step() -> None:
@@ -110,7 +110,7 @@ def test_attention_that_is_kept_is_called_fused() -> None:
 
 @only_code
 def test_rounding_joins_the_kernels_that_are_there() -> None:
-    """Only what comes from outside may need a kernel of its own: weights in either pass, and the incoming gradient."""
+    """Only values from outside need separate kernels: weights in both passes, and the incoming gradient."""
     rounded, plain = code_of_a_step("fpsim"), code_of_a_step("inductor", opened=True)
     assert not any("round" in name for code in plain for name in launches(code))
     assert len(launches(rounded[0])) <= len(launches(plain[0])) + LINEARS
@@ -124,7 +124,7 @@ def convolutions() -> nn.Module:
 
 
 def elements_kept_for_backward(model: nn.Module, x: Tensor, backend: str) -> int:
-    """How many numbers the compiled forward pass of ``model`` keeps for its backward, parameters not counted."""
+    """How many numbers the compiled forward pass of ``model`` keeps for its backward, without parameters."""
     kept: dict[int, int] = {}
 
     def count(t: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def test_a_policy_for_forward_leaves_the_backward_code_unrounded() -> None:
 
 @only_code
 def test_no_unrounded_copy_of_an_activation_is_written() -> None:
-    """Activation and rounding are one kernel; what is allocated is the two rounded operands and the product."""
+    """Activation and rounding are one kernel. Only the two rounded operands and the product are allocated."""
     x, w = torch.randn(4, 8), torch.randn(8, 8)
     compiled = torch.compile(lambda x, w: torch.relu(x) @ w, backend="fpsim")
     with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
@@ -174,7 +174,7 @@ def test_no_unrounded_copy_of_an_activation_is_written() -> None:
 
 
 def sine_to_cosine(graph: fx.Graph) -> None:
-    """A pass of the user's own, which shows in the values. It must not see our rounding yet."""
+    """A pass of the user that changes values. It must run before the roundings are inserted."""
     assert not any("fpsim" in str(node.target) for node in graph.nodes)
     for node in graph.nodes:
         if node.target is torch.ops.aten.sin.default:

@@ -1,4 +1,4 @@
-"""A glob that matches nothing is an error that lists near matches: of modules, of operators."""
+"""A glob that matches no module or no operator is an error that lists near matches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import fpsim
-from fpsim.compile_backend.guards import check_gaps, near_modules, operator_names
+from fpsim.compile_backend.graph.module_paths import near_modules
+from fpsim.compile_backend.guards import check_gaps, operator_names
 
 PATHS = ["", "lm_head", "model", "model.layers", *(f"model.layers.{i}.{p}" for i in (0, 1) for p in ("attn", "mlp"))]
 

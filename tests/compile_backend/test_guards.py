@@ -1,4 +1,4 @@
-"""What is refused: rules for modules that would silently not hold, and options that change under way."""
+"""The guards refuse rules for modules that would silently not apply, and options that change after compiling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`explain` lists every site and gap of a model without running it; `audit` finds what escapes when it runs."""
+"""`explain` lists every site and gap of a model; `audit` finds the products that escape when it runs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def llama(layers: int = 2, **changes: Any) -> LlamaForCausalLM:
 
 
 def gpt2(layers: int = 2) -> GPT2LMHeadModel:
-    """A tiny GPT-2, whose output layer is its embedding again."""
+    """A tiny GPT-2, whose output layer shares the weight of its embedding."""
     sizes = {"n_embd": WIDTH, "n_head": 4, "n_positions": 64, "resid_pdrop": 0, "attn_pdrop": 0, "embd_pdrop": 0}
     tokens = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
     torch.manual_seed(0)
@@ -74,7 +74,7 @@ def expected_sites(layer: str, linears: list[str], attention: str, layers: int =
 
 
 def counted(plan: Plan) -> dict[str, Counter]:
-    """What `expected_sites` says, as found."""
+    """The sites of a plan in the form of `expected_sites`."""
     counts: dict[str, Counter] = {}
     for site in plan.sites:
         counts.setdefault(site.path, Counter())[site.kind, site.role] += 1
@@ -202,7 +202,7 @@ class Normed(nn.Sequential):
 
 
 def state_of(model: nn.Module, *inputs: Tensor) -> list[Any]:
-    """All that `explain` and `audit` promise to leave as it was."""
+    """The state that `explain` and `audit` promise to leave unchanged."""
     tensors = [*model.parameters(), *model.buffers(), *inputs]
     return [
         [t.detach().clone() for t in tensors],
@@ -238,7 +238,7 @@ def test_looking_changes_no_state(look: Callable[..., Any], gradients: bool) -> 
 
 
 def test_running_the_model_would_have_changed_the_state() -> None:
-    """The test above means something."""
+    """A step of the model changes the state, so that the test above can fail."""
     model, x = Normed(), torch.randn(4, 8, requires_grad=True)
     before = state_of(model, x)
     model(x).sum().backward()
@@ -314,7 +314,7 @@ def test_explaining_a_compiled_model_leaves_its_code_alone() -> None:
 
 
 def test_twenty_explanations_are_equal_and_the_model_can_still_be_compiled() -> None:
-    """Past 8 versions of a function Dynamo gives up on it and would run it uncompiled."""
+    """After 8 versions of a function Dynamo would run it uncompiled."""
     model, x = nn.Linear(8, 8, bias=False), torch.randn(4, 8)
     with dynamo_config.patch(recompile_limit=8, accumulated_recompile_limit=16):
         plans = [fpsim.explain(model, x) for _ in range(20)]
@@ -361,7 +361,7 @@ def test_the_arguments_of_the_model_may_have_names() -> None:
 
 
 def printed(value: object) -> str:
-    """What rich prints on a wide screen."""
+    """The text that rich prints on a wide screen."""
     console = Console(file=io.StringIO(), width=200)
     console.print(value)
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -582,7 +582,7 @@ COMPILES_MORE = TORCH >= (2, 15)
 
 
 def escapes_of(model: nn.Module) -> Counter:
-    """Operator and shapes of all that escapes where Dynamo leaves out recurrent layers, with their counts."""
+    """The operators, shapes and counts of products that escape when Dynamo does not trace recurrent layers."""
     apply_settings()  # they are changed once, and here a user changes one back
     with dynamo_config.patch(allow_rnn=False):
         audit = fpsim.audit(model, torch.randn(3, 4, 8))
@@ -600,7 +600,7 @@ def test_audit_finds_an_lstm_and_what_runs_beside_it() -> None:
 
 
 def test_audit_finds_a_gru_once_forward_and_the_products_of_its_backward() -> None:
-    """Three steps of a batch of four; the products that `aten.gru` calls itself are not counted again."""
+    """Three steps of a batch of four. Products inside `aten.gru` are not counted a second time."""
     assert escapes_of(Recurrent(nn.GRU)) == HEAD + Counter(
         {
             ("aten.gru", ((3, 4, 8), (1, 4, 8))): 1,
@@ -677,7 +677,7 @@ def compiled_in_place(backend: str) -> Callable[..., Any]:
 
 
 class Layer(nn.Linear):
-    """A layer of the user's own: torch skips its own modules when they are compiled in place."""
+    """A user's layer, because torch skips its own modules when they are compiled in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
@@ -730,7 +730,7 @@ def test_what_another_backend_compiled_has_escaped(compiled: Callable[[str], Cal
 
 
 def test_a_layer_of_torch_compiled_in_place_has_escaped() -> None:
-    """Torch before 2.14 compiles nothing there, and does not say so."""
+    """Torch before 2.14 silently compiles nothing there."""
     model = nn.Linear(8, 8)
     model.compile(backend="fpsim")
     audit = fpsim.audit(model, torch.randn(4, 8))
@@ -788,7 +788,7 @@ def test_an_opaque_operator_that_the_policy_allows_is_found_inside() -> None:
 
 
 class Learns(nn.Module):
-    """Compiled twice: the first call changes what the code depends on."""
+    """A model that is compiled twice, because its first call changes a value that the code depends on."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Whole models: compiled and interpreted give the same bits, in every setting in which people run models."""
+"""Whole models: compiled and interpreted code give the same bits in all usual settings."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_compiled_and_interpreted_give_the_same_bits(dtype: torch.dtype) -> None
 
 
 class Returning(nn.Module):
-    """Returns, beside its loss, views of what it has computed; what backward needs lies in the same memory."""
+    """A model that also returns views of its intermediate values, whose memory backward needs."""
 
     def __init__(self, forward: str) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Returning(nn.Module):
     ids=str,
 )
 def test_backward_does_not_write_over_what_was_returned(forward: str, options: dict[str, Any]) -> None:
-    """Backward may reuse memory that nothing else has: a view of a rounded result must count as a view of it."""
+    """Backward may reuse memory that nothing else uses, so that a view of a rounded result must count as a view."""
     torch.manual_seed(0)
     model = torch.compile(Returning(forward), backend="fpsim", options=options)
     loss, *returned = model(torch.randn(32, 16))
@@ -136,7 +136,7 @@ def test_autocast_rounds_what_it_casts() -> None:
 
 
 def test_bfloat16_results_are_rounded_before_the_next_rounding_sees_them() -> None:
-    """Inductor would keep a product in float32 until it is stored; the chip that is simulated would not."""
+    """Inductor would keep a product in float32 until it is stored; the simulated chip would not."""
     a, b = torch.randn(64, 64, dtype=torch.bfloat16), torch.randn(64, 64, dtype=torch.bfloat16)
     identity = torch.eye(64, dtype=torch.bfloat16)
     options = {"activation": "e5m4"}
@@ -147,7 +147,7 @@ def test_bfloat16_results_are_rounded_before_the_next_rounding_sees_them() -> No
 
 
 def test_every_bfloat16_operation_before_a_rounding_has_a_bfloat16_result() -> None:
-    """Inductor would keep a sum in float32 until the product of it is rounded."""
+    """Inductor would keep a sum in float32 until its product is rounded."""
     a, b, c = torch.randn(3, 64, 64, dtype=torch.bfloat16)
     identity = torch.eye(64, dtype=torch.bfloat16)
     got = torch.compile(lambda a, b, c, i: ((a + b) * c) @ i, backend="fpsim", options={"activation": "e5m4"})(
@@ -214,7 +214,7 @@ def test_parameters_may_change_between_calls() -> None:
 
 
 def test_twenty_policies_in_one_process_are_all_rounded() -> None:
-    """Past its recompile limit (8) Dynamo would run the model eagerly, unrounded, with a warning only."""
+    """Beyond its recompile limit (8) Dynamo would only warn, and run the model eagerly, unrounded."""
     model, x = nn.Linear(16, 4, bias=False), torch.randn(2, 16)
     for mantissa_bits in range(1, 21):
         fmt = f"e8m{mantissa_bits}"
@@ -231,7 +231,7 @@ def test_a_changed_options_dict_does_not_change_compiled_code() -> None:
 
 
 def test_equal_values_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three layers share an input: one rounding of it, one per weight, each used by forward and backward."""
+    """Three layers share an input. It is rounded once, as each weight is, for forward and backward."""
 
     class Fan(nn.Module):
         def __init__(self) -> None:

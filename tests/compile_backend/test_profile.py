@@ -1,4 +1,4 @@
-"""`profile` counts at every site what happens there in a real step, and leaves the model as it was."""
+"""`profile` measures rounding at every site in a real step, and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from fpsim.compile_backend import (
     SiteStatistics,
     Statistics,
 )
-from fpsim.compile_backend.observe.statistics import measure
+from fpsim.compile_backend.observe.rounding_statistics import measure
 from fpsim.compile_backend.report.page import page
-from fpsim.compile_backend.report.profile import bars
+from fpsim.compile_backend.report.profiles import bars
 from fpsim.formats import parse_format
 from tests.shared.models import dyadic
 
@@ -55,9 +55,9 @@ def linear(inputs: int = 8, outputs: int = 6, bias: bool = True) -> nn.Linear:
     return layer
 
 
-def the(profile: Profile, **what: Any) -> SiteStatistics:
+def only_site(profile: Profile, **attributes: Any) -> SiteStatistics:
     """The one site with these attributes."""
-    (site,) = (site for site in profile.sites if all(getattr(site, key) == value for key, value in what.items()))
+    (site,) = (site for site in profile.sites if all(getattr(site, key) == value for key, value in attributes.items()))
     return site
 
 
@@ -65,8 +65,8 @@ def rounded(x: Tensor, name: str) -> Tensor:
     return fpsim.round(x.detach(), name, overflow="sat_finite")
 
 
-def of(x: Tensor, name: str) -> Statistics:
-    """What `measure` (tested by exact arithmetic) says of ``x`` rounded."""
+def statistics_of(x: Tensor, name: str) -> Statistics:
+    """The statistics of rounding ``x``, by `measure`, which is tested against exact arithmetic."""
     return measure(x.detach(), rounded(x, name), parse_format(name))
 
 
@@ -99,8 +99,8 @@ def test_every_operand_of_a_linear_layer_is_a_site(of_linear: tuple[nn.Linear, T
     }  # fmt: skip
     assert len(profile.sites) == 6 and profile.gaps == ()
     for (kind, role), (operand, name) in operands.items():
-        site = the(profile, kind=kind, role=role)
-        assert site.statistics == of(operand, name)
+        site = only_site(profile, kind=kind, role=role)
+        assert site.statistics == statistics_of(operand, name)
         assert str(site.cast) == f"{name}/nearest_even/sat_finite"
         assert site.path == "" and site.dtype == "float32" and site.statistics.elements == operand.numel()
 
@@ -108,7 +108,7 @@ def test_every_operand_of_a_linear_layer_is_a_site(of_linear: tuple[nn.Linear, T
 def test_every_product_is_compared_with_that_of_the_unrounded_operands(
     of_linear: tuple[nn.Linear, Tensor, Tensor, Profile],
 ) -> None:
-    """The bias, which is much larger than the product, is in neither."""
+    """Neither product contains the bias, which is much larger."""
     layer, x, gradient, profile = of_linear
     a, w, g = (rounded(t, n) for t, n in ((x, "e4m3fn"), (layer.weight, "e4m3fn"), (gradient, "e5m2")))
     exact = {
@@ -127,34 +127,34 @@ def test_every_product_is_compared_with_that_of_the_unrounded_operands(
 
 
 def test_the_values_are_those_of_the_backend() -> None:
-    """In the second layer: the profile sees what rounding in the first has made."""
+    """The second layer of the profile has the inputs that rounding in the first layer produces."""
     model = nn.Sequential(linear(), nn.ReLU(), linear(6, 4))
     x = numbers(5, 8, seed=3)
     h = F.relu(F.linear(rounded(x, "e4m3fn"), rounded(model[0].weight, "e4m3fn"), model[0].bias.detach()))
     profile = fpsim.profile(model, x, policy=HYBRID)
-    assert the(profile, path="2", kind="fprop", role="activation").statistics == of(h, "e4m3fn")
+    assert only_site(profile, path="2", kind="fprop", role="activation").statistics == statistics_of(h, "e4m3fn")
     ones = torch.ones(5, 4)
     g = torch.where(h > 0, ones @ rounded(model[2].weight, "e4m3fn"), 0)
-    assert the(profile, path="0", kind="wgrad", role="gradient").statistics == of(g, "e5m2")
+    assert only_site(profile, path="0", kind="wgrad", role="gradient").statistics == statistics_of(g, "e5m2")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_carriers(dtype: torch.dtype) -> None:
     layer, x = linear(bias=False).to(dtype), numbers(5, 8, seed=3).to(dtype)
     profile = fpsim.profile(layer, x, policy={"format": "e3m2fn"})
-    site = the(profile, kind="fprop", role="activation")
+    site = only_site(profile, kind="fprop", role="activation")
     assert site.dtype == str(dtype).removeprefix("torch.")
-    assert site.statistics == of(x, "e3m2fn")
+    assert site.statistics == statistics_of(x, "e3m2fn")
 
 
 def test_numbers_that_are_none_and_numbers_out_of_range() -> None:
     layer = linear(bias=False)
     x = torch.tensor([[math.nan, math.inf, -math.inf, 1e30, -500.0, 1e-40, 1e-4, 0.0]])
-    got = the(fpsim.profile(layer, x, policy={"format": "e4m3fn"}), kind="fprop", role="activation").statistics
+    got = only_site(fpsim.profile(layer, x, policy={"format": "e4m3fn"}), kind="fprop", role="activation").statistics
     assert (got.elements, got.nans, got.infinities, got.saturations, got.underflows, got.zeros) == (8, 1, 2, 2, 2, 1)
     assert got.overflows == 0 and got.amax == torch.tensor(1e30).item()
     overflowed = fpsim.profile(layer, x, policy={"format": "e5m2"})
-    got = the(overflowed, kind="fprop", role="activation").statistics
+    got = only_site(overflowed, kind="fprop", role="activation").statistics
     assert (got.saturations, got.overflows, got.sqnr) == (0, 1, -math.inf)
     assert math.isnan(overflowed.products[0].relative_error)
 
@@ -162,7 +162,7 @@ def test_numbers_that_are_none_and_numbers_out_of_range() -> None:
 def test_all_zeros() -> None:
     layer = linear(bias=False)
     profile = fpsim.profile(layer, torch.zeros(3, 8), policy={"format": "e4m3fn"})
-    got = the(profile, kind="fprop", role="activation").statistics
+    got = only_site(profile, kind="fprop", role="activation").statistics
     assert (got.zeros, got.amax, got.sqnr, got.exponents) == (24, 0, math.inf, ())
     assert profile.products[0].relative_error == 0
 
@@ -170,7 +170,7 @@ def test_all_zeros() -> None:
 def test_what_stays_unrounded_is_measured_too() -> None:
     x = numbers(5, 8, seed=3)
     profile = fpsim.profile(linear(bias=False), x, policy={"weight": "e2m1fn"})
-    site = the(profile, kind="fprop", role="activation")
+    site = only_site(profile, kind="fprop", role="activation")
     assert site.cast is None and site.statistics == measure(x, x)
     assert site.statistics.sqnr == math.inf and site.statistics.exponents
 
@@ -180,10 +180,10 @@ def test_results_and_other_operations() -> None:
     y = layer(x).detach()
     policy = {"activation": "none", "weight": "none", "gradient": "none", "format": "none", "output": "e4m3fn"}
     profile = fpsim.profile(lambda x: torch.tanh(layer(x)), x, policy=policy | {"elementwise": {"forward": "bf16"}})
-    of_product = the(profile, role="output", kind="fprop")
+    of_product = only_site(profile, role="output", kind="fprop")
     assert of_product.product is None and profile.relative_error(of_product) is None
-    assert of_product.statistics == of(y, "e4m3fn")
-    result = the(profile, operator="aten.tanh", role="result")
+    assert of_product.statistics == statistics_of(y, "e4m3fn")
+    result = only_site(profile, operator="aten.tanh", role="result")
     h = torch.tanh(rounded(y, "e4m3fn"))
     assert (result.kind, result.direction) == (None, "forward")
     assert result.statistics == measure(h, fpsim.round(h, "bf16"), parse_format("bf16"))
@@ -233,7 +233,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]] 
 
 
 def gradients(function: Callable[..., Tensor], a: Tensor, b: Tensor, upstream: Tensor) -> list[Tensor]:
-    """The product alone (whatever is added taken away) and its two derivatives, in float64."""
+    """The product without its addend, and its two derivatives, in float64."""
     a, b = (t.detach().double().requires_grad_() for t in (a, b))
     zeros = [torch.zeros_like(t) for t in (a, b)]
     product = function(a, b) - function(*zeros)
@@ -242,7 +242,7 @@ def gradients(function: Callable[..., Tensor], a: Tensor, b: Tensor, upstream: T
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_error_of_every_kind_of_product(name: str) -> None:
-    """Against the same function in float64: products of rounded operands, and of unrounded ones."""
+    """The errors are those of the same function in float64, of rounded operands and of unrounded ones."""
     function, a, b = FUNCTIONS[name]
     torch.set_default_dtype(torch.float64)  # for the constants within the functions
     try:
@@ -287,7 +287,7 @@ def grouped_by_hand(a: Tensor, b: Tensor, ends: list[int] | None) -> Tensor:
     ],
 )
 def test_the_error_of_grouped_products(first: tuple, second: tuple, ends: list[int] | None) -> None:
-    """In bfloat16, the only dtype that has them everywhere: the rounding of the result is part of the error."""
+    """Only bfloat16 has grouped products everywhere. The error contains the rounding of the result to bfloat16."""
     a, b = numbers(*first, seed=1).bfloat16(), numbers(*second, seed=2).bfloat16()
     offsets = {} if ends is None else {"offs": torch.tensor(ends, dtype=torch.int32)}
 
@@ -311,8 +311,8 @@ def test_an_operand_that_is_expanded_counts_as_often_as_it_is_multiplied() -> No
     second = profile.sites[1]
     assert second.statistics.elements == 2 * k.numel() == math.prod(second.shape)
     repeated = k.repeat_interleave(2, dim=1)
-    assert second.statistics.exponents == of(repeated, "e4m3fn").exponents
-    assert second.statistics.sqnr == close(of(repeated, "e4m3fn").sqnr)
+    assert second.statistics.exponents == statistics_of(repeated, "e4m3fn").exponents
+    assert second.statistics.sqnr == close(statistics_of(repeated, "e4m3fn").sqnr)
     r = fpsim.round(q, "e4m3fn") @ fpsim.round(repeated, "e4m3fn").mT
     assert profile.products[0].relative_error == close(relative(r, q @ repeated.mT))
 
@@ -341,7 +341,7 @@ def test_the_errors_of_large_products_are_estimated_well(kind: str) -> None:
 
 
 def test_estimates_of_several_runs_average_out() -> None:
-    """Each run draws signs of its own: the mean of many estimates of the energy is nearer than each."""
+    """Each run draws its own signs, so that the mean of many estimates is closer to the exact value than each is."""
     torch.manual_seed(0)
     model, x = nn.Linear(16, 128, bias=False), torch.randn(16, 16)
     (exact,) = (p.error for p in fpsim.profile(model, x, policy=HYBRID, exact_products=True).products[:1])
@@ -373,7 +373,7 @@ def test_what_is_no_number_is_never_estimated() -> None:
 
 
 class Stateful(nn.Module):
-    """Dropout draws, batch norm counts."""
+    """A model that changes state: dropout draws random numbers, and batch norm updates its buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -417,7 +417,7 @@ def test_the_loss_is_the_models_own_or_the_given_or_the_sum_of_all_outputs() -> 
     model, x = WithLoss(), numbers(5, 8, seed=3)
 
     def gradient(model: Callable[..., Any], **settings: Any) -> float:
-        return the(fpsim.profile(model, x, **settings), kind="wgrad", role="gradient").statistics.amax
+        return only_site(fpsim.profile(model, x, **settings), kind="wgrad", role="gradient").statistics.amax
 
     assert gradient(model) == 3
     assert gradient(model, loss=lambda outputs: 5 * outputs["logits"].sum()) == 5
@@ -438,7 +438,7 @@ def test_a_compiled_model_is_profiled_as_what_was_compiled(backend: str) -> None
 
 
 def test_the_sites_are_those_that_explain_lists() -> None:
-    """Of a transformer with grouped-query attention, in the same order; and each product has run once."""
+    """In a transformer with grouped-query attention the sites have the same order, and each product has run once."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     tokens = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0}
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, use_cache=False, **sizes, **tokens))
@@ -483,7 +483,7 @@ def test_the_graphs_of_a_model_that_breaks_stand_one_after_the_other() -> None:
     assert [product.kind for product in profile.products] == ["fprop", "wgrad", "fprop", "dgrad", "wgrad"]
     assert [site.product for site in profile.sites] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     h = F.linear(rounded(x, "e4m3fn"), rounded(first.weight, "e4m3fn"), first.bias.detach())
-    assert profile.sites[4].statistics == of(h, "e4m3fn")
+    assert profile.sites[4].statistics == statistics_of(h, "e4m3fn")
     assert [gap.operator for gap in profile.gaps] == ["(graph break)"]
 
 
@@ -491,8 +491,8 @@ def test_under_autocast_the_carrier_is_the_dtype_of_the_product() -> None:
     layer, x = linear(bias=False), numbers(5, 8, seed=3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         profile = fpsim.profile(layer, x, policy=HYBRID)
-    site = the(profile, kind="fprop", role="activation")
-    assert site.dtype == "bfloat16" and site.statistics == of(x.bfloat16(), "e4m3fn")
+    site = only_site(profile, kind="fprop", role="activation")
+    assert site.dtype == "bfloat16" and site.statistics == statistics_of(x.bfloat16(), "e4m3fn")
     exact = x.bfloat16().double() @ layer.weight.detach().bfloat16().double().T
     result = (rounded(x, "e4m3fn").double() @ rounded(layer.weight, "e4m3fn").double().T).bfloat16()
     assert profile.products[0].relative_error == close(relative(result, exact))
@@ -555,8 +555,8 @@ def test_steps_add_up() -> None:
     layer, batches = linear(), [numbers(n, 8, seed=n) for n in (5, 5, 3)]
     same = [fpsim.profile(layer, x, policy=HYBRID) for x in batches[:2]]
     total = sum(same)
-    site = the(total, kind="fprop", role="activation")
-    whole = of(torch.cat(batches[:2]), "e4m3fn")
+    site = only_site(total, kind="fprop", role="activation")
+    whole = statistics_of(torch.cat(batches[:2]), "e4m3fn")
     assert site.statistics.sqnr == close(whole.sqnr) and site.shape == (5, 8)
     energies = {"signal": whole.signal, "noise": whole.noise}
     assert replace(site.statistics, **energies) == whole
@@ -565,7 +565,7 @@ def test_steps_add_up() -> None:
     assert total.products[0].reference == close(math.hypot(*(p.reference for p in errors)))
     assert total.products[0].runs == 2
     smaller = total + fpsim.profile(layer, batches[2], policy=HYBRID)
-    site = the(smaller, kind="fprop", role="activation")
+    site = only_site(smaller, kind="fprop", role="activation")
     assert site.shape == ("*", 8) and site.statistics.elements == 13 * 8
     assert smaller.products[0].shapes == (("*", 8), (8, 6))
 

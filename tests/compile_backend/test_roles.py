@@ -1,4 +1,4 @@
-"""Every product's kind, roles and module are read off the joint graph as a person would name them."""
+"""The kind, the roles and the module of every product, read from the joint graph."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_what_is_computed_from_parameters_alone_is_a_weight() -> None:
 
 
 class Tied(nn.Module):
-    """An embedding used again as the output layer."""
+    """An embedding whose weight is also that of the output layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def test_a_tied_weight_is_a_weight_and_a_looked_up_embedding_an_activation() -> 
 
 
 class Rotary(nn.Module):
-    """A table of angles, a product of a buffer and integers, used by nothing that needs rounding."""
+    """A table of angles: a product of a buffer and integers that is a constant of the model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def test_a_frozen_buffer_that_multiplies_an_input_is_a_weight() -> None:
 
 
 class HandWritten(torch.autograd.Function):
-    """A linear layer with a backward of its own: no record of modules, no pairing with the forward product."""
+    """A linear layer with a hand-written backward, for which torch records neither module nor forward product."""
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def test_hand_written_backwards_are_told_apart_by_what_they_multiply() -> None:
 
 
 def test_a_no_grad_product_before_an_elementwise_one_lends_it_no_role() -> None:
-    """Operators outside autograd share the sequence number of the next one inside."""
+    """Operators outside of autograd share the sequence number of the next operator inside."""
 
     class Model(nn.Module):
         def __init__(self) -> None:

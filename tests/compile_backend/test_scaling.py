@@ -1,4 +1,4 @@
-"""Scaled operands in compiled models: what hardware gets, each tensor its own scale, derivatives, statistics."""
+"""Scaled operands in compiled models: values of hardware, one scale per tensor, derivatives, statistics."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def step(model: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_linear_layer_is_torch_scaled_mm(backend: str) -> None:
-    """`torch._scaled_mm` multiplies FP8 codes, and the result by both reciprocal scales, as a chip does."""
+    """`torch._scaled_mm` multiplies FP8 codes, then multiplies the result by both reciprocal scales, as a chip does."""
     layer = nn.Linear(32, 16, bias=False)
     layer.weight.data = integers(16, 32, seed=1) * 2.0**-20
     x = integers(48, 32, seed=2) * 2.0**30

@@ -1,4 +1,4 @@
-"""What `measure` counts is what exact arithmetic, element by element, counts."""
+"""The counts of `measure` equal those of exact arithmetic, element by element."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 import fpsim
-from fpsim.compile_backend.observe.statistics import COUNTS, Statistics, measure, merge, norm, relative_error, severity
+from fpsim.compile_backend.observe.rounding_statistics import (
+    COUNTS,
+    Statistics,
+    measure,
+    merge,
+    norm,
+    relative_error,
+    severity,
+)
 from fpsim.formats import OVERFLOWS, FloatFormat, parse_format
 
 INF, NAN = math.inf, math.nan
@@ -119,7 +127,7 @@ def test_counts_are_those_of_exact_arithmetic(name: str, rounding: str, dtype: t
 
 
 def test_a_scale_format_has_no_zero() -> None:
-    """OCP E8M0 takes zero to its smallest value: nothing underflows, and the noise of zeros counts."""
+    """OCP E8M0 rounds zero to its smallest value: nothing underflows, and the change of zeros is noise."""
     got = check(torch.tensor([0.0, 3.0, 2.0**-140]), "e8m0fnu")
     assert (got.zeros, got.underflows) == (1, 0)
     assert measure(torch.zeros(2), torch.full((2,), 2.0**-127), parse_format("e8m0fnu")).sqnr == -INF
@@ -188,7 +196,7 @@ def test_strides_and_pieces_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> No
     expected = check(x, "e4m3fn")
     for view in (x.permute(2, 0, 1), x.mT, x.permute(1, 2, 0).contiguous().permute(2, 0, 1)):
         assert_same(check(view, "e4m3fn"), expected)
-    monkeypatch.setattr("fpsim.compile_backend.observe.statistics._CHUNK", 16)
+    monkeypatch.setattr("fpsim.compile_backend.observe.rounding_statistics._CHUNK", 16)
     assert_same(check(x, "e4m3fn"), expected)
 
 

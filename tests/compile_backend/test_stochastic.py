@@ -1,8 +1,7 @@
 """Stochastic rounding in the backend: a seed per run of a graph, a salt per rounding, shared by forward and backward.
 
-The models are written by hand, with the seed that torch's generator gives next and the salts in the order in which the
-backend meets the values: of each product first the left operand, then the right one, and a value that was met before
-keeps its rounding.
+The models are written by hand, with the next seed of torch's generator and the salts in the backend's order of values:
+for each product first the left operand, then the right one. A value that was rounded before keeps its rounding.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class Network(nn.Module):
 
 
 def next_seed() -> Tensor:
-    """The seed that the next run will draw; the generator is left as it was."""
+    """The seed that the next run will draw. The generator is left unchanged."""
     with torch.random.fork_rng():
         return torch.randint(-(2**63), 2**63 - 1, [1])
 

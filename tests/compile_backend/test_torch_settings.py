@@ -59,7 +59,7 @@ CHANGED = f"[False, False, False, {CPP_STAYS}, False] (True, 128, True)"
         "import fpsim.compile_backend",
         "from fpsim.compile_backend import Plan, UnroundedError, Profiler, explain, audit, profile",
         "import fpsim; fpsim.round(torch.ones(3), 'e4m3fn'); fpsim.Policy()",
-        "import fpsim.functions; torch.compile(nn.Linear(2, 2), backend='eager')",
+        "import fpsim.tensor_functions; torch.compile(nn.Linear(2, 2), backend='eager')",
     ],
 )
 def test_importing_fpsim_changes_nothing(statement: str) -> None:

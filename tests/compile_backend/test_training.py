@@ -1,4 +1,4 @@
-"""What people do in a training loop, with a compiled policy: accumulation, autocast, loss scaling, checkpoints."""
+"""Training loops under a compiled policy: accumulation, autocast, loss scaling, checkpoints."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_gradients_of_several_batches_accumulate() -> None:
 
 @BACKENDS
 def test_autocast_in_training(backend: str) -> None:
-    """Operands are cast to bfloat16 first and rounded then, forward and backward; the weight's gradient is float32."""
+    """Operands are cast to bfloat16, then rounded, forward and backward. The gradient of the weight is float32."""
     linear, x, dy = layer(), dyadic(5, 8, seed=1).requires_grad_(), dyadic(5, 4, seed=2)
     compiled = torch.compile(linear, backend=backend, options=OPTIONS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -47,7 +47,7 @@ def test_autocast_in_training(backend: str) -> None:
 
 
 def test_a_scaled_loss_is_scaled_before_gradients_are_rounded() -> None:
-    """What underflows in the gradient's format survives: the purpose of the scale. `GradScaler` divides after it."""
+    """Gradients that would underflow in their format survive. `GradScaler` divides after the rounding."""
     linear, x, dy = layer(), dyadic(5, 8, seed=1), dyadic(5, 4, seed=2, unit=2.0**-19)
     compiled = torch.compile(linear, backend="fpsim_eager", options=OPTIONS)
     optimizer = torch.optim.SGD(linear.parameters(), lr=2.0**10)
@@ -96,7 +96,7 @@ def test_checkpointed_activations_are_rounded_again_as_they_were(backend: str, r
 
 
 def test_a_whole_step_with_everything_rounded() -> None:
-    """Forward and backward by the policy, then the state and the weights: two steps of SGD with momentum, by hand."""
+    """Two steps of SGD with momentum, by hand: forward and backward, then the optimizer's state and the weights."""
     linear, w = layer(), dyadic(4, 8, seed=0)
     compiled = torch.compile(linear, backend="fpsim", options=OPTIONS)
     optimizer = torch.optim.SGD(linear.parameters(), lr=0.125, momentum=0.5)

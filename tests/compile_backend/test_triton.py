@@ -1,4 +1,4 @@
-"""Rounding in Triton: run in its interpreter, and read in what it compiles for GPUs, neither of which needs one."""
+"""Rounding in Triton, run in its interpreter and compiled to PTX; neither needs a GPU."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run_interpreted(*checks: str) -> None:
     not torch.__version__.startswith("2.13."), reason="pretends that there is a GPU by torch's internals"
 )
 def test_inductors_code_for_gpus_rounds_as_eager_calls_do_and_contracts_nothing(tmp_path: Path) -> None:
-    """Generated for an H100 that is not there, compiled to PTX and read; then run in Triton's interpreter."""
+    """The code is generated for a pretended H100, compiled to PTX and read, then run in Triton's interpreter."""
     program = str(PROGRAM.parent / "inductor_triton.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for mode, more in (("generate", {}), ("interpret", {"TRITON_INTERPRET": "1"})):
@@ -85,7 +85,7 @@ def test_inductors_code_for_gpus_rounds_as_eager_calls_do_and_contracts_nothing(
     not torch.__version__.startswith("2.13."), reason="pretends that there is a GPU by torch's internals"
 )
 def test_a_training_step_on_a_gpu_launches_a_kernel_more_for_each_weight_only() -> None:
-    """And one for the result of attention that is kept fused, and in backward for what norms hand to biases."""
+    """Fused attention adds a kernel for its result; in backward the norms add one for the gradients of biases."""
     program = """
 import json, torch
 from tests.gpu.benchmarks import Size
@@ -136,7 +136,7 @@ def rounded_as_usual(x, out, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
 
 @functools.cache
 def ptx(kernel: Any, gpu: int, types: tuple[str, ...], **constants: Any) -> str:
-    """What Triton compiles for a GPU; ``types``: of the arguments that are no constants, pointers aligned."""
+    """The PTX that Triton compiles; ``types``: of the arguments that are no constants. Pointers are aligned."""
     names = [name for name in kernel.arg_names if name not in constants]
     signature = dict(zip(names, types, strict=True)) | dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants}
@@ -167,7 +167,7 @@ def test_no_floating_point_operation_takes_part(gpu: int, dtype: str, format: st
 
 
 def test_but_one_exact_conversion_for_formats_that_reach_into_the_carriers_subnormals() -> None:
-    """Of integers below 2^23, none of which is near a subnormal; float16 takes its two casts besides."""
+    """It converts integers below 2^23, none of which is near a subnormal. float16 needs its two casts as well."""
     assert set(re.findall(FLOATING, eager_kernel(90, "fp32", "e8m0fnu", "nearest_even", "ovf_inf"))) <= {"cvt.rn.f32"}
     assert set(re.findall(FLOATING, eager_kernel(90, "fp16", "e4m3fn", "up", "sat_finite"))) <= {
         "cvt.f32.f16",
@@ -200,14 +200,14 @@ def test_the_rounding_mode_may_be_left_out() -> None:
 
 
 def test_torch_compile_finds_all_that_a_users_kernel_needs() -> None:
-    """The source that Inductor copies into its code for a user's kernel stands alone, and compiles to the same."""
+    """The source that Inductor copies into its code for a user's kernel is complete, and compiles to the same PTX."""
     source = user_defined_triton_kernel_transitive_closure_source_code(products_rounded_and_added)
     for name in ("fpsim_round", "fpsim_device_function", "FPSIM_SOURCE"):
         assert re.search(rf"^(?:def )?{name}\b", source, re.MULTILINE), name
 
 
 def test_what_is_kept_compiled_is_known_by_fpsims_source() -> None:
-    """Triton keys its cache by the source that it sees, which is not the algorithm's: a constant stands for that."""
+    """Triton's cache key holds only the source of the kernel, in which a constant stands for the algorithm."""
     assert products_rounded_and_added.cache_key
     assert "FPSIM_SOURCE" in {name for name, _ in products_rounded_and_added.used_global_vals}
     assert SOURCE in FPSIM_SOURCE.value

@@ -88,7 +88,7 @@ def test_linear_layers_compute_what_the_policy_says(name: str, backend: str) -> 
 
 
 def test_every_role_of_every_product_shows_in_the_values() -> None:
-    """The test above means something: each cast alone changes the numbers that it should, and no others."""
+    """Each cast alone changes the numbers that it should, and no others, so that the test above can fail."""
     model, x, dy = MLP(), dyadic(4, 6, seed=4, top=32), dyadic(4, 5, seed=5, top=8)
     plain = mlp_by_hand(model, x, dy, Casts({"format": "none"}))
     touched = {
@@ -258,7 +258,7 @@ def attention_by_hand(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, casts: Casts)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", ["sdpa", "written out"])
 def test_the_inner_products_of_attention_are_rounded(form: str, backend: str) -> None:
-    """With k = 0 the softmax is exactly 1/4 in every place, so that even attention is exact."""
+    """With k = 0 the softmax is exactly 1/4 everywhere, so that attention is exact too."""
     options = {"activation": "e4m1", "weight": "e2m1fn", "gradient": "e5m1"}
     shape = (2, 3, 4, 16)  # scale 1/4, so that its root is exact too
     q, v, dy = dyadic(*shape, seed=40, top=32), dyadic(*shape, seed=41, top=32), dyadic(*shape, seed=42, top=32)

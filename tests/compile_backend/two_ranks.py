@@ -1,4 +1,4 @@
-"""What two processes compute under one policy, run by ``torchrun`` (see ``test_distributed.py``); saves it by rank.
+"""The program of two processes under one policy, run by ``torchrun`` (see ``test_distributed.py``). Saves by rank.
 
 All numbers are small multiples of powers of two, so that no sum is rounded and the order of additions cannot matter.
 """
@@ -50,7 +50,7 @@ class Model(nn.Module):
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Inputs, and what the outputs are weighted by."""
+    """Inputs, and the weights of the outputs in the loss."""
     return dyadic(SAMPLES, 8, seed=3), dyadic(SAMPLES, 8, seed=4)
 
 
@@ -98,7 +98,7 @@ def parallel_checkpointed(part: slice) -> dict[str, Any]:
 
 
 def sharded(part: slice) -> dict[str, Any]:
-    """Compiled block by block, as is usual with FSDP2."""
+    """FSDP2 with blocks that are compiled separately, as is usual."""
     from torch.distributed.fsdp import fully_shard
 
     model = Model()
@@ -119,7 +119,7 @@ def sharded_and_compiled_whole(part: slice) -> dict[str, Any]:
 
 
 def refusal_of_another_policy() -> str:
-    """What compiling says where rank 1 has other options; empty on the rank that came first."""
+    """The error of compiling when rank 1 has other options; empty on the rank that compiled first."""
     options = {**OPTIONS, "gradient": ("e5m1", "e5m2")[dist.get_rank()]}
     try:
         torch.compile(Model(), backend="fpsim_eager", options=options)(batch()[0])

@@ -11,7 +11,7 @@ import torch
 from scipy.special import log_softmax
 from torch import nn
 
-from fpsim.compile_backend.report.profile import Profiler
+from fpsim.compile_backend.report.profiler import Profiler
 from fpsim.paper.data import batches
 from fpsim.paper.measurements import hessian_eigenvalue, logit_signals, range_shares
 from fpsim.paper.models import LanguageModel, LossAndLogits, llama

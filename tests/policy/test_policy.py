@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import pickle
 from typing import Any
 
 import hypothesis.strategies as st
@@ -742,6 +743,40 @@ def test_changes_of_returned_values_have_no_effect() -> None:
 def test_replacing_one_field_keeps_the_others() -> None:
     assert dataclasses.replace(Policy(), skip=("head",)) == Policy(skip="head")
     assert dataclasses.replace(Policy(format="bf16"), attention="keep") == Policy(format="bf16", attention="keep")
+
+
+@pytest.mark.parametrize("format", [None, "e4m3fn", FloatFormat(4, 3), "bf16/toward_zero"])
+def test_a_scale_put_in_by_replace_holds_for_all_casts_that_name_none(format: str | FloatFormat | None) -> None:
+    replaced = dataclasses.replace(Policy(format=format, output="bf16"), scale="power_of_two")
+    overflow = "sat_finite" if format is None else None
+    assert replaced == Policy(format=format, output="bf16", scale="power_of_two", overflow=overflow)
+    assert dataclasses.replace(replaced) == replaced
+
+
+def test_a_policy_that_an_older_fpsim_pickled_rounds_as_it_did() -> None:
+    policy = Policy(format="e4m3fn", scale="power_of_two", wgrad={"gradient": "bf16/unscaled"})
+    as_text = {
+        "format": "e4m3fn/nearest_even/sat_finite/power_of_two",
+        "wgrad": (("gradient", "e8m7/nearest_even/ovf_inf/unscaled"),),
+        "scale": "power_of_two",
+    }
+    older = Policy.__new__(Policy)
+    vars(older).update({**vars(policy), **as_text})
+    loaded = pickle.loads(pickle.dumps(older))
+    assert loaded == policy
+    assert loaded.cast("fprop", "weight") == policy.cast("fprop", "weight")
+
+
+def test_a_rule_for_modules_writes_attention_only_where_it_differs() -> None:
+    rules = Policy(attention="keep", modules={"a": "bf16", "b": {"attention": "round"}}).to_dict()["modules"]
+    assert "attention" not in rules["a"]
+    assert rules["b"]["attention"] == "round"
+
+
+@pytest.mark.parametrize("scale", [["power_of_two"], 2, ""])
+def test_a_scale_that_is_no_name_is_an_error_that_lists_the_names(scale: object) -> None:
+    with pytest.raises(ValueError, match=r"unknown scale .*: use one of power_of_two"):
+        Policy(scale=scale)
 
 
 def test_policies_serve_as_keys() -> None:

@@ -8,7 +8,7 @@ import torch
 import fpsim
 from fpsim import reference
 from fpsim.formats import NAMED_FORMATS, ROUNDINGS, FloatFormat, parse_format
-from fpsim.functions import code_dtype
+from fpsim.tensor_functions import code_dtype
 from tests.shared.formats import overflows
 from tests.shared.judge import (
     CARRIERS,

@@ -16,7 +16,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import fpsim
 from fpsim.formats import ROUNDINGS, parse_format
-from fpsim.functions import GRADIENTS
+from fpsim.tensor_functions import GRADIENTS
 from tests.shared.judge import CARRIERS, assert_result, assert_same_bits, interesting, suits
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,6 +15,8 @@ import fpsim
 from fpsim import reference
 from fpsim.formats import FloatFormat, parse_format
 from fpsim.reference import Special
+from fpsim.scaling.ops import SCALE_OPERATORS
+from fpsim.scaling.scale import RULES, SCALES, Scale, parse_scale
 
 FORMATS = ("e4m3fn", "e5m2", "e2m1fn", "e3m2fn", "e8m3", "e4m3fnuz", "e8m0fnu", "e4m3:bias=30", "e5m2:bias=-3")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -185,3 +187,14 @@ def test_the_dtype_must_hold_the_format() -> None:
         fpsim.power_of_two_scale(torch.ones(3, dtype=torch.bfloat16), "e5m10")
     with pytest.raises(TypeError, match=r"cannot round a tensor of torch\.int64"):
         fpsim.power_of_two_scale(torch.ones(3, dtype=torch.int64), "e4m3fn")
+
+
+def test_every_rule_has_an_operator_and_a_name() -> None:
+    assert set(SCALE_OPERATORS) == set(RULES) == set(SCALES)
+    assert all(parse_scale(name) == scale and str(scale) == name for name, scale in SCALES.items())
+
+
+@pytest.mark.parametrize("field", ["rule", "granularity", "timing"])
+def test_a_scale_of_an_unknown_kind_is_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown {field} 'amax' of a scale: use one of "):
+        Scale(**{"rule": "power_of_two", field: "amax"})

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fpsim
+from fpsim.policy.ranks import differences, refuse_other_policy
 from fpsim.training.gradients import rounded_reduce_scatter
 from fpsim.training.in_place import draw_of_step
-from fpsim.training.ranks import differences, refuse_other_policy
 from tests.shared.judge import assert_same_bits
 from tests.shared.ranks import error_of, results_of_two_ranks
 
