@@ -539,6 +539,18 @@ class Bilinear(nn.Module):
 
 X = torch.randn(4, 4)
 
+
+@torch.library.custom_op("fpsim_test::square_matrix", mutates_args=())
+def square_matrix(x: Tensor) -> Tensor:
+    """An operator of another library, of which this backend knows nothing."""
+    return x @ x
+
+
+@square_matrix.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 REFUSALS: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
     "distances of few points": (lambda x: torch.cdist(x, x), "aten._cdist_forward", ".square().sum(-1).sqrt()"),
     "distances of many": (
@@ -560,6 +572,7 @@ REFUSALS: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
     "map": (lambda x: torch_map(lambda row: row @ row, x), "higher_order.map", "plain Python"),
     "inverse": (torch.linalg.inv, "aten.linalg_inv_ex", "Replace it"),
     "decomposition": (torch.linalg.svdvals, "aten._linalg_svd", "Replace it"),
+    "operator of another library": (square_matrix, "fpsim_test.square_matrix", "Replace it"),
 }
 
 
