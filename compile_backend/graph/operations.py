@@ -20,7 +20,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from fpsim.compile_backend.graph.marks import mark
+from fpsim.compile_backend.graph.operation_ends import mark
 from fpsim.compile_backend.graph.products import opaque_family, product_operator
 
 aten = torch.ops.aten

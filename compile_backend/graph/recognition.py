@@ -11,7 +11,6 @@ from typing import Any, cast
 
 from torch import fx
 
-from fpsim.compile_backend.graph.marks import find_marks, mark
 from fpsim.compile_backend.graph.nodes import (
     aten,
     is_float,
@@ -20,6 +19,7 @@ from fpsim.compile_backend.graph.nodes import (
     original_operator,
     source_function,
 )
+from fpsim.compile_backend.graph.operation_ends import find_marks, mark
 from fpsim.compile_backend.graph.products import (
     Axes,
     Multiplication,

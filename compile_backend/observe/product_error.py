@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 
 from fpsim.compile_backend.graph import convolution
 from fpsim.compile_backend.graph.finding import Product
-from fpsim.compile_backend.graph.marks import mark
+from fpsim.compile_backend.graph.operation_ends import mark
 from fpsim.compile_backend.graph.products import Form, product_operator
 from fpsim.compile_backend.graph.recognition import is_sum_of_product
 from fpsim.compile_backend.observe.rounding_statistics import norm, piece_size

@@ -8,8 +8,8 @@ from torch import fx
 
 from fpsim.compile_backend.graph import convolution
 from fpsim.compile_backend.graph.finding import Product
-from fpsim.compile_backend.graph.marks import find_marks, replace_mark
 from fpsim.compile_backend.graph.nodes import module_path
+from fpsim.compile_backend.graph.operation_ends import find_marks, replace_mark
 from fpsim.compile_backend.graph.sources import VARIABLE, Source, is_backward
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.places import policy_at, site_of_operation

@@ -15,9 +15,9 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from fpsim.compile_backend.graph.finding import find_products
-from fpsim.compile_backend.graph.marks import find_marks, replace_mark
 from fpsim.compile_backend.graph.metadata import is_alias, update_aliases
 from fpsim.compile_backend.graph.nodes import is_body
+from fpsim.compile_backend.graph.operation_ends import find_marks, replace_mark
 from fpsim.compile_backend.graph.sources import Source, find_input, find_sources
 from fpsim.compile_backend.observe.recorder import Recorder
 from fpsim.compile_backend.passes.inserter import Inserter
