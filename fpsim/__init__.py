@@ -71,8 +71,12 @@ __all__ = [
 ]
 
 
+#: Packages that documentation names by their path, such as ``fpsim.formats.split_rounding``.
+_PACKAGES = ("compile_backend", "formats", "policy", "rounding", "scaling", "training")
+
+
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
+    if name in _MODULES or name in _PACKAGES:
         return importlib.import_module(f"fpsim.{name}")
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)

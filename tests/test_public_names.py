@@ -49,6 +49,15 @@ def test_all_names_of_the_backend_are_there() -> None:
         compile_backend.fpsmi  # noqa: B018
 
 
+def test_documented_packages_are_attributes_without_an_import_of_their_own() -> None:
+    program = (
+        "import fpsim; print(fpsim.formats.split_rounding('stochastic:8'), fpsim.policy.Policy is fpsim.Policy, "
+        "fpsim.compile_backend.explain is fpsim.explain, fpsim.scaling.__name__, fpsim.rounding.__name__)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "('stochastic', 8) True True fpsim.scaling fpsim.rounding"
+
+
 def test_import_fpsim_imports_neither_torch_nor_numpy() -> None:
     program = "import sys, fpsim, fpsim.formats; print(sorted({'torch', 'numpy', 'rich', 'mpmath'} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

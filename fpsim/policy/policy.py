@@ -101,8 +101,10 @@ class Policy:
             parallel training every rank computes the scales of its own tensors.
         skip: globs of module paths. The products in these modules are not rounded; the plan lists them as gaps.
         modules: a mapping from globs of module paths to the policy that applies to these modules instead: a `Policy`,
-            a mapping of its fields, a format, or ``"none"``. The first glob that matches decides. `skip` has
-            precedence over `modules`.
+            a preset (``"paper:e8m3"``), a mapping of fields, a format, or ``"none"``. A mapping and a format inherit
+            `rounding`, `overflow`, `scale` and `attention` from this policy. The first glob that matches decides.
+            `skip` has precedence over `modules`. The policy of a module may have `skip` and `modules` of its own, with
+            paths from the whole model.
         attention: ``"round"`` decomposes scaled dot-product attention, so that its inner products are rounded.
             ``"keep"`` leaves it fused and unrounded; the plan lists it as a gap.
         gaps: names of operators that contain matrix products which the backend cannot round, and which may stay

@@ -22,7 +22,9 @@ _library = torch.library.Library("fpsim", "IMPL")
 def _triton_functions() -> ModuleType | None:
     if importlib.util.find_spec("triton") is None:
         return None
-    return importlib.import_module("fpsim.rounding.triton_functions")
+    from fpsim.rounding import triton_functions
+
+    return triton_functions
 
 
 @torch.library.impl(_library, "round", "CUDA")

@@ -21,8 +21,8 @@ from torch import Tensor
 from fpsim.formats import parse_format, resolve_overflow, split_rounding
 from fpsim.rounding.carriers import grid_of, working_dtype
 from fpsim.rounding.kernel import round_code
-from fpsim.rounding.ops import SOURCE
 from fpsim.rounding.random_words import random_key, random_word
+from fpsim.source import source_hash
 
 # -- recording the algorithm as source ---------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ class NameOps:
 def _function(name: str, arguments: str, text: Text, result: str) -> Any:
     """The ``@triton.jit`` function with this body. Triton reads its source from `linecache`, as tracebacks do."""
     source = "\n    ".join([f"def {name}({arguments}):", *text.lines, f"return {result}"]) + "\n"
-    filename = f"<fpsim {SOURCE[:12]} {name}>"
+    filename = f"<fpsim {source_hash()[:12]} {name}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     scope: dict[str, Any] = {"tl": tl, "__name__": __name__}
     exec(compile(source, filename, "exec"), scope)
@@ -204,7 +204,7 @@ def key_function(salt: int) -> Any:
 
 # The caches of Triton and Inductor identify compiled code by the source below, without the functions that are called
 # during compilation. This constant identifies those functions.
-FPSIM_SOURCE = tl.constexpr(SOURCE)
+FPSIM_SOURCE = tl.constexpr(source_hash())
 
 
 @triton.constexpr_function

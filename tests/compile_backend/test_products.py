@@ -264,6 +264,36 @@ def test_every_family_of_refused_operators_exists_in_torch() -> None:
         assert all(remedy(name) == family.remedy for name in members)
 
 
+#: One operator for each alternative in the patterns of `OPAQUE`; the beginning of its family's remedy.
+REFUSED = {
+    "_transformer_encoder_layer_fwd": "Turn", "_native_multi_head_attention": "Turn",
+    "_scaled_dot_product_efficient_attention": "Leave", "_flash_attention_forward": "Leave",
+    "_efficient_attention_forward": "Leave", "_fused_sdp_choice": "Leave",
+    "_transform_bias_rescale_qkv": "Replace", "_triton_scaled_dot_attention": "Replace", "_trilinear": "Write it as",
+    "_euclidean_dist": "Write the", "_cdist_backward": "Write the", "_pdist_forward": "Write the",
+    "mkldnn_rnn_layer": "Let", "_cudnn_rnn": "Let", "lstm": "Replace", "gru": "Replace", "rnn_tanh": "Replace",
+    "_thnn_fused_lstm_cell": "Replace", "convolution_overrideable": "Replace", "_convolution": "Replace",
+    "conv_tbc": "Replace", "cudnn_convolution": "Replace", "mkldnn_convolution": "Replace",
+    "miopen_convolution": "Replace", "_grouped_mm": "Replace", "_scaled_grouped_mm": "Replace",
+    "_scaled_mm": "Replace", "_addmm_activation": "Replace", "_sparse_mm": "Replace", "_weight_int8pack_mm": "Replace",
+    "_dyn_quant_matmul_4bit": "Replace", "linalg_inv_ex": "Replace", "_linalg_svd": "Replace", "cholesky": "Replace",
+    "matrix_exp": "Replace", "triangular_solve": "Replace", "lu_solve": "Replace", "ormqr": "Replace",
+    "_compute_linear_combination": "Replace",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_alternative_of_a_pattern_refuses_an_operator(name: str) -> None:
+    assert opaque_family(f"aten.{name}") is not None
+    assert remedy(f"aten.{name}").startswith(REFUSED[name])
+    assert opaque_family(f"aten.{name}").is_attention is (REFUSED[name] == "Leave")
+
+
+@pytest.mark.parametrize("name", ["linalg_vector_norm", "linalg_cross", "mul", "softmax", "embedding"])
+def test_operators_without_products_are_in_no_family(name: str) -> None:
+    assert opaque_family(f"aten.{name}") is None
+
+
 def test_every_event_of_a_family_is_an_operator_of_it() -> None:
     for family in OPAQUE:
         for event in family.events:

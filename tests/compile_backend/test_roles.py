@@ -190,3 +190,9 @@ def test_elementwise_multiplication_is_no_product() -> None:
     x = torch.randn(3, 4, requires_grad=True)
     plan = fpsim.explain(lambda a, b: (a * b).sum(-1), x, torch.randn(3, 4))
     assert plan.sites == () and plan.gaps == ()
+
+
+def test_a_hand_written_gradient_of_an_input_is_no_gradient_of_a_weight() -> None:
+    a, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    found = [(kind, {*roles}) for _, kind, *roles in sites(HandWritten.apply, a, b)]
+    assert found == [("fprop", {"activation"})] + [("dgrad", {"gradient", "activation"})] * 2
