@@ -210,12 +210,16 @@ def test_every_job_ran_more_than_once_and_the_repeats_in_another_process(results
 
 
 def key(
-    policy: fpsim.Policy | None = None, sources: tuple[str, ...] = ("PARAMETER",), identity: tuple[str, ...] = ("a",)
+    policy: fpsim.Policy | None = None,
+    sources: tuple[str, ...] = ("PARAMETER",),
+    identity: tuple[str, ...] = ("a",),
+    seed_input: int | None = None,
 ) -> str:
     from fpsim.compile_backend.graph.sources import Source
     from fpsim.compile_backend.passes.rounding_pass import RoundingPass
 
-    return RoundingPass(policy or fpsim.Policy(), [Source[name] for name in sources], identity).uuid()
+    input_sources = [Source[name] for name in sources]
+    return RoundingPass(policy or fpsim.Policy(), input_sources, identity, seed_input=seed_input).uuid()
 
 
 def test_equal_facts_give_an_equal_key() -> None:
@@ -234,6 +238,8 @@ def test_every_fact_that_the_pass_reads_is_in_its_key(monkeypatch: pytest.Monkey
         key(sources=("PARAMETER", "INPUT")),
         key(identity=("b",)),
         key(identity=("a", "b")),
+        key(seed_input=0),
+        key(seed_input=1),
     ]
     monkeypatch.setattr(rewrite, "source_hash", lambda: "another version of fpsim")
     keys.append(key())
