@@ -615,7 +615,7 @@ def test_audit_finds_a_gru_once_forward_and_the_products_of_its_backward() -> No
 def test_explain_says_where_a_graph_breaks(kind: type[Disabled]) -> None:
     plan = fpsim.explain(kind(), torch.randn(4, 8))
     assert [gap.operator for gap in plan.gaps] == ["(graph break)"]
-    assert "runs uncompiled and unrounded; fpsim.audit tells what" in plan.gaps[0].reason
+    assert "runs uncompiled and unrounded; fpsim.audit lists it" in plan.gaps[0].reason
 
 
 def test_explain_says_where_nothing_is_compiled() -> None:
