@@ -128,9 +128,10 @@ def encode(
     >>> encode(torch.tensor([1.0, -448.0, float("nan")]), "e4m3fn")
     tensor([ 56, 254, 127], dtype=torch.uint8)
     """
+    dtype = _dtype_of(x)
     draw: dict[str, Any] = {"seed": seed, "salt": salt, "random_bits": random_bits}
     values = round(x.detach(), format, rounding=rounding, overflow=overflow, gradient="zero", **draw)
-    return _encode_values(values, _resolve(_name_of(format), "nearest_even", None, x.dtype)[0][0])
+    return _encode_values(values, _resolve(_name_of(format), "nearest_even", None, dtype)[0][0])
 
 
 @torch.compiler.allow_in_graph  # Dynamo cannot trace it, but the tracer after Dynamo can

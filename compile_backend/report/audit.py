@@ -47,11 +47,12 @@ class Escape:
 
 @dataclass(frozen=True)
 class Audit:
-    """The matrix products of one real step that were not rounded.
+    """The matrix products of one real step that escaped: they ran where fpsim could not round them.
 
     Attributes:
-        escaped: the products that were not rounded.
-        covered: the number of calls in graphs that fpsim rewrote. One call may compute several products: the backward
+        escaped: the products that ran outside of the graphs that fpsim rewrote, or fused inside one.
+        covered: the number of calls in graphs that fpsim rewrote, those included that the policy leaves unrounded
+            (`fpsim.explain` lists these). One call may compute several products: the backward
             pass of a convolution computes two.
     """
 
@@ -92,6 +93,9 @@ def audit(
             ``"fpsim"`` and ``policy``.
         args, kwargs: the inputs of the model.
         policy: a `Policy`, a mapping of its fields, the name of a preset, or None for the FP8 hybrid.
+
+    Returns:
+        An `Audit`.
 
     Raises:
         ValueError: a policy for a model that is already compiled.

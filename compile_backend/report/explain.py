@@ -36,6 +36,11 @@ def explain(
         args, kwargs: the inputs of the model.
         policy: a `Policy`, a mapping of its fields, the name of a preset, or None for the FP8 hybrid.
 
+    Returns:
+        A `Plan`: its sites are the operands and results that would be rounded, or that the policy leaves unrounded, and
+        its gaps are the products that stay unrounded, each with the reason. Shapes are those of the operands as the
+        product gets them: a weight of shape (out, in) may be listed as in x out.
+
     Raises:
         ValueError: a bad policy, or a format that a dtype of the model cannot carry.
     """

@@ -242,3 +242,8 @@ def test_decode_of_an_argument_that_is_not_a_tensor():
 def test_unknown_modes(argument, value):
     with pytest.raises(ValueError, match=f"unknown .*{value!r}: use one of"):
         fpsim.encode(torch.ones(2), "e4m3fn", **{argument: value})
+
+
+def test_encoding_a_list_is_the_error_of_rounding_one() -> None:
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got list: use torch\.tensor\(x\)"):
+        fpsim.encode([1.0], "e4m3fn")
