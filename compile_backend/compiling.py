@@ -92,7 +92,7 @@ def compile_with_rounding(
         if interpret:
             stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
             patches["fx_graph_cache"] = False
-        compiler: dict[str, Any] = {"inner_compile": _interpreter(recorder, keep)} if interpret else {}
+        compiler: dict[str, Any] = {"inner_compile": interpreter(recorder, keep)} if interpret else {}
         if policy.rounds_results:
             compiler["decompositions"] = decompositions()
         compiled = cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches, **compiler))
@@ -129,7 +129,7 @@ def _with_seed_input(gm: fx.GraphModule, device: torch.device) -> tuple[fx.Graph
     return copy, example
 
 
-def _interpreter(
+def interpreter(
     recorder: Recorder | None, keep: Callable[[fx.GraphModule, Sequence[Any], Any], None] | None
 ) -> Callable[..., Any]:
     """A substitute for Inductor's compiler. It returns a function that interprets the graph and empties its argument.

@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 
 NO_GPU = """\
-This program needs a CUDA device, but torch.cuda.is_available() is False.
+There is no CUDA device here: torch.cuda.is_available() is False.
 Run it on a machine with an NVIDIA GPU, a build of torch for CUDA and Triton (pip install 'fpsim[gpu]').
 The proofs that need no GPU are part of `make test` (tests/compile_backend/test_triton.py);
 TRITON_INTERPRET=1 python -m tests.gpu --rehearse runs this program on the CPU, without results."""

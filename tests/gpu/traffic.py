@@ -38,7 +38,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torch.utils._triton import has_triton
 
-from fpsim.compile_backend import backend
+from fpsim.compile_backend import compiling
 from fpsim.paper.compiled_loss import OpenAttention
 from tests.compile_backend.inductor_triton import kernels_of, pretended_gpu
 from tests.gpu.benchmarks import GPT2, Size
@@ -88,7 +88,7 @@ def step(size: Size, dtype: torch.dtype, options: dict[str, Any] | None, opened:
     """
     captured = Captured()
     torch._dynamo.reset()
-    with mock.patch.object(backend, "_interpreter", lambda *_: captured), FakeTensorMode():
+    with mock.patch.object(compiling, "interpreter", lambda *_: captured), FakeTensorMode():
         with torch.device("meta"):
             model = GPT2(size)
         for module in model.modules():
