@@ -172,7 +172,7 @@ class Policy:
             return None
         parsed = parse_cast(given, self.rounding, self.overflow, self.scale)
         if parsed is not None and parsed.scale is None and parsed.leaves_scale_open:
-            parsed = replace(parsed, scale=self.scale)  # a cast of a policy without a scale (`dataclasses.replace`)
+            parsed = replace(parsed, scale=parse_scale(self.scale))  # a cast of a policy without a scale (`dataclasses.replace`)
         return parsed or NONE
 
     def _result(self, given: CastLike | None) -> _StoredCast:
