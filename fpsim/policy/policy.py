@@ -172,7 +172,8 @@ class Policy:
             return None
         parsed = parse_cast(given, self.rounding, self.overflow, self.scale)
         if parsed is not None and parsed.scale is None and parsed.leaves_scale_open:
-            parsed = replace(parsed, scale=parse_scale(self.scale))  # a cast of a policy without a scale (`dataclasses.replace`)
+            # The cast is of a policy without a scale, which `dataclasses.replace` gave one.
+            parsed = replace(parsed, scale=parse_scale(self.scale))
         return parsed or NONE
 
     def _result(self, given: CastLike | None) -> _StoredCast:
