@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fpsim.compile_backend.graph.dynamo import copied
+from fpsim.compile_backend.graph.dynamo import all_nodes, copied
 from fpsim.compile_backend.graph.nodes import module_path
 from fpsim.policy import Policy
 
@@ -26,12 +26,13 @@ def decompose_attention(gm: fx.GraphModule, policy: Policy) -> tuple[fx.GraphMod
     if policy.attentions == {"keep"}:
         return gm, contextlib.nullcontext()
     copy = copied(gm)
+    for node in all_nodes(copy):
+        local = policy.at(module_path(node) or "") or policy
+        if node.target is F.scaled_dot_product_attention and local.attention == "round":
+            node.target = decomposed_attention
     for part in copy.modules():
-        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
-            local = policy.at(module_path(node) or "") or policy
-            if node.target is F.scaled_dot_product_attention and local.attention == "round":
-                node.target = decomposed_attention
-    copy.recompile()
+        if isinstance(part, fx.GraphModule):
+            part.recompile()
     return copy, contextlib.nullcontext()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import fx
 from torch.nn.parallel import DistributedDataParallel
 
+from fpsim.compile_backend.graph.dynamo import all_nodes
 from fpsim.compile_backend.graph.nodes import stack_path
 from fpsim.policy import Policy
 from fpsim.policy.globs import matches
@@ -18,7 +19,7 @@ def module_paths(gm: fx.GraphModule) -> set[str]:
 
     Dynamo splits a DistributedDataParallel model into parts. For such a part the paths are those of the whole model.
     """
-    return {path for node in gm.graph.nodes for path in _paths(node)} | set(_paths_in_parallel_model())
+    return {path for node in all_nodes(gm) for path in _paths(node)} | set(_paths_in_parallel_model())
 
 
 def _paths(node: fx.Node) -> Iterator[str]:

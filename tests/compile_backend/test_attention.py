@@ -7,10 +7,13 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import fpsim
+from fpsim.compile_backend.attention import decompose_attention
+from fpsim.compile_backend.graph.dynamo import all_nodes
 
 SHAPE = (1, 2, 8, 16)
 
@@ -100,3 +103,33 @@ def test_the_paper_s_recipe_may_hold_in_one_module() -> None:
     policy = fpsim.Policy(format="none", modules={"1": "paper:e8m3"})
     casts = {(site.path, str(site.cast)) for site in fpsim.explain(model, torch.randn(2, 8), policy=policy).sites}
     assert casts == {("0", "None"), ("1", "e8m3/toward_zero/sat_finite")}
+
+
+class Checkpointed(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(checkpoint(self.first, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("backend", ["fpsim", "fpsim_eager"])
+def test_a_rule_for_a_checkpointed_module_holds_in_it(backend: str) -> None:
+    """Its nodes stand in the body of a higher-order operator, of which Dynamo keeps the graph."""
+    policy = fpsim.Policy(format="e4m3", attention="keep", modules={"first": {"format": "e4m3", "attention": "round"}})
+    graphs = []
+
+    def step(model: nn.Module) -> tuple[Tensor, Tensor]:
+        x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = torch.compile(model, backend=backend, options={"policy": policy}, fullgraph=True)(x)
+        y.sum().backward()
+        return y.detach(), x.grad
+
+    for got, want in zip(step(Checkpointed()), step(Two()), strict=True):
+        assert torch.equal(got, want)
+
+    def backend_that_looks(gm: fx.GraphModule, inputs: list[Tensor]) -> fx.GraphModule:
+        before = [node.target for node in all_nodes(gm)]
+        decompose_attention(gm, policy)
+        graphs.append([node.target for node in all_nodes(gm)] == before)
+        return gm
+
+    torch.compile(Checkpointed(), backend=backend_that_looks)(torch.randn(SHAPE, requires_grad=True))
+    assert graphs == [True]
