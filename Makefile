@@ -24,7 +24,7 @@ quick test: export OMP_NUM_THREADS = 1
 quick: .venv/ready
 	$(PYTEST) -n 2 -m "promise and not exhaustive"
 
-# Everything but the slow proofs, in less than fifteen minutes.
+# Everything but the slow proofs: about 18 minutes on 2 cores with cold caches, most of it compilation.
 test: .venv/ready
 	$(PYTEST) -n 2 -m "not exhaustive" $(TESTS)
 	$(BIN)/fpsim verify --all

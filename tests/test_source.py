@@ -102,7 +102,7 @@ def test_the_proof_names_files_that_exist_and_changes_with_each(
 
 
 def test_the_record_of_the_proofs_is_of_this_source() -> None:
-    """If this fails, a file of `PROVEN` has changed: run ``make prove`` (about 20 minutes on 2 free cores)."""
+    """If this fails, a file of `PROVEN` has changed: run ``make prove`` (36 modes of half a minute or more)."""
     record = (Path(__file__).parent / "exhaustive.md").read_text()
     assert f"source {proven_hash()})" in record
     rows = [line.split(" | ") for line in record.splitlines() if "4,294,967,296" in line]
