@@ -24,6 +24,7 @@ from torch.profiler import record_function
 
 from fpsim.compile_backend import guards
 from fpsim.compile_backend.attention import decompose_attention
+from fpsim.compile_backend.graph.composites import recorded
 from fpsim.compile_backend.graph.dynamo import copied
 from fpsim.compile_backend.graph.operations import decompositions
 from fpsim.compile_backend.graph.sources import Source, sources_of_inputs
@@ -89,6 +90,7 @@ def compile_with_rounding(
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(attention)
+        stack.enter_context(recorded())
         if interpret:
             stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
             patches["fx_graph_cache"] = False

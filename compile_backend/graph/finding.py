@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fpsim.compile_backend.graph.nodes import module_path, original_operator, source_function
-from fpsim.compile_backend.graph.products import Axes, Multiplication, is_product_packet
+from fpsim.compile_backend.graph.nodes import module_path
+from fpsim.compile_backend.graph.products import Axes, Multiplication
 from fpsim.compile_backend.graph.recognition import (
     call_of,
     ends_of_products,
     multiplication_of,
     operands_of,
+    origin_of_product,
     sum_of,
 )
 from fpsim.compile_backend.graph.roles import differentiated_role, role_of
@@ -102,8 +103,6 @@ def _classify(
         path = ""  # torch records every module but the root for forward nodes
     elif path is None and forward is not None:
         path = module_path(forward[0]) or ""
-    origin = original_operator(call_of(node))
-    name = origin.__name__ if is_product_packet(origin) else source_function(node)  # type: ignore[attr-defined]
     return Product(
         value=node,
         result=end or sum_of(node) or node,
@@ -111,7 +110,7 @@ def _classify(
         contracted=multiplication.contracted,
         roles=(roles[0], roles[1]),
         kind=kind,
-        operator=f"aten.{name}",
+        operator=origin_of_product(call_of(node)) or "",
         path=path,
         constant=not source & VARIABLE,
     )

@@ -50,12 +50,6 @@ def stack_path(source: str) -> str:
     return re.sub(r"^[LG]\['[^']*'\](\.|$)", "", source)
 
 
-def source_function(node: fx.Node) -> str | None:
-    """The name of the function of torch that the model called and whose value or derivative ``node`` helps compute."""
-    stack = node.meta.get("fwd_source_fn_stack") or node.meta.get("source_fn_stack")
-    return getattr(stack[-1][1], "__name__", str(stack[-1][1])) if stack else None
-
-
 def is_body(graph: fx.Graph) -> bool:
     """Whether ``graph`` is the body of a higher-order operator, which is opaque.
 
@@ -72,8 +66,3 @@ def is_tensor(argument: object) -> bool:
 def is_float(value: object) -> bool:
     """Whether ``value`` is a tensor of floating-point or complex numbers."""
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def has_floats(node: fx.Node) -> bool:
-    """Whether ``node`` has an input of floating-point or complex numbers."""
-    return any(is_float(argument.meta.get("val")) for argument in node.all_input_nodes)

@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
+from operator import getitem
+
 import torch
 from torch import fx
 
-from fpsim.compile_backend.graph.nodes import has_floats, operator_name, operator_of
-from fpsim.compile_backend.graph.products import opaque_family
+from fpsim.compile_backend.graph.families import is_known
+from fpsim.compile_backend.graph.nodes import is_float, is_tensor, operator_name, operator_of
+from fpsim.compile_backend.graph.products import product_operator
 from fpsim.compile_backend.graph.recognition import is_product
-
-#: Namespaces whose operators hold no products besides those of the table.
-_TRANSPARENT_NAMESPACES = frozenset(
-    {"aten", "prims", "fpsim", "inductor", "inductor_prims", "rngprims", "_c10d_functional", "c10d_functional"}
-)
 
 
 def find_opaque(graph: fx.Graph) -> list[tuple[fx.Node, str]]:
-    """The nodes whose operators may hold floating-point products that cannot be rounded, with their names."""
-    return [
-        (node, name)
-        for node in graph.nodes
-        if node.op == "call_function" and has_floats(node) and (name := operator_name(node)) and is_opaque(node)
-    ]
+    """The nodes whose operators may hold products that cannot be rounded, with their names."""
+    return [(node, operator_name(node)) for node in graph.nodes if node.op == "call_function" and is_opaque(node)]
 
 
 def is_opaque(node: fx.Node) -> bool:
-    """Whether the operator of ``node`` may hold products that this backend cannot reach."""
+    """Whether the operator of ``node`` may hold products that this backend cannot reach.
+
+    An operator is trusted if it is in the table of products, or known to hold none. Any other operator is opaque,
+    whatever the types of its inputs.
+    """
     target = operator_of(node)
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return True
-    if not isinstance(target, torch._ops.OpOverload) or is_product(node):
-        return False
-    hidden = opaque_family(operator_name(node)) is not None or _weighs_embeddings(node)
-    return target.namespace not in _TRANSPARENT_NAMESPACES or hidden
+    if not isinstance(target, torch._ops.OperatorBase):
+        return target is not getitem and any(map(is_tensor, node.all_input_nodes))  # else arithmetic of sizes
+    if not isinstance(target, torch._ops.OpOverload):
+        return True  # a higher-order operator
+    if product_operator(target) is not None:
+        return _has_float_result(node) and not is_product(node)
+    return not is_known(target) or _weighs_embeddings(node)
+
+
+def _has_float_result(node: fx.Node) -> bool:
+    values = node.meta.get("val")
+    return any(map(is_float, values if isinstance(values, list | tuple) else [values]))
 
 
 def _weighs_embeddings(node: fx.Node) -> bool:

@@ -20,35 +20,11 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
+from fpsim.compile_backend.graph.families import Work, family_of
 from fpsim.compile_backend.graph.operation_ends import mark
-from fpsim.compile_backend.graph.products import opaque_family, product_operator
+from fpsim.compile_backend.graph.products import product_of_packet
 
 aten = torch.ops.aten
-
-#: Operators that do no arithmetic: they copy, rearrange, select or create numbers. (Views never reach a decomposition.)
-_MOVES = frozenset(
-    {
-        "_chunk_cat", "_conj_copy", "_copy_from", "_copy_from_and_resize", "_fw_primal_copy", "_index_put_impl",
-        "_lazy_clone", "_make_dual_copy", "_mkldnn_reshape", "_mkldnn_transpose", "_neg_view_copy", "_pin_memory",
-        "_reshape_alias_copy", "_reshape_copy", "_resize_output", "_stack", "_to_copy", "_unsafe_index",
-        "_unsafe_masked_index", "_unsafe_view", "adaptive_max_pool2d", "adaptive_max_pool3d", "alias_copy", "amax",
-        "amin", "aminmax", "as_strided_copy", "as_strided_scatter", "bernoulli", "block_diag", "cat", "cauchy",
-        "channel_shuffle", "clone", "constant_pad_nd", "copy", "cummax", "cummin", "detach_copy", "diag_embed",
-        "diagonal_backward", "diagonal_copy", "diagonal_scatter", "embedding", "empty_like", "expand_copy",
-        "exponential", "fill", "flip", "fmax", "fmin", "full_like", "gather", "geometric", "index", "index_copy",
-        "index_fill", "index_select", "kthvalue", "lift", "lift_fresh_copy", "log_normal", "masked_fill",
-        "masked_scatter", "masked_select", "max", "max_pool2d_with_indices", "max_pool3d_with_indices", "maximum",
-        "median", "min", "minimum", "mode", "nanmedian", "narrow_copy", "new_empty", "new_empty_strided", "new_full",
-        "new_ones", "new_zeros", "normal", "normal_functional", "ones_like", "permute_copy", "pixel_shuffle",
-        "pixel_unshuffle", "rand_like", "randint_like", "randn_like", "random", "reflection_pad1d",
-        "reflection_pad2d", "reflection_pad3d", "repeat", "repeat_interleave", "replication_pad1d",
-        "replication_pad2d", "replication_pad3d", "resize", "resize_as", "roll", "rot90", "select_backward",
-        "select_copy", "select_scatter", "set", "slice_backward", "slice_copy", "slice_scatter", "sort", "split_copy",
-        "split_with_sizes_copy", "squeeze_copy", "stack", "t_copy", "take", "topk", "transpose_copy", "tril", "triu",
-        "unbind_copy", "unfold_copy", "uniform", "unique_consecutive", "unsafe_split", "unsafe_split_with_sizes",
-        "unsqueeze_copy", "view_as_complex_copy", "view_as_real_copy", "view_copy", "where", "zero", "zeros_like",
-    }
-)  # fmt: skip
 
 #: Operators of which only the first result is an operation's. The other results are statistics for backward, which stay
 #: within the unit that computes them.
@@ -76,15 +52,16 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
 
 @lru_cache(maxsize=1)
 def operations() -> frozenset[OpOverload]:
-    """The operators of aten that are operations: all functions of tensors except `_MOVES` and products."""
+    """The operators of aten that are operations: the functions of tensors that compute new numbers, but no products."""
     registered = sorted(
         name.removeprefix("aten::") for name in torch._C._dispatch_get_all_op_names() if "aten::" in name
     )
     found = []
     for name, _, overload in (name.partition(".") for name in registered):
-        if name not in _MOVES and opaque_family(f"aten.{name}") is None:
+        family = family_of(name)
+        if family is not None and family.work is Work.ARITHMETIC:
             op = getattr(getattr(aten, name), overload or "default")
-            if product_operator(op) is None and _is_function(op):
+            if _is_function(op):
                 found.append(op)
     return frozenset(found)
 
@@ -128,7 +105,7 @@ def _wrapped(op: OpOverload, decomposition: Callable[..., Any] | None, is_operat
 
 
 def _is_single_product(op: OpOverload) -> bool:
-    entry = product_operator(op)
+    entry = product_of_packet(op.overloadpacket)
     return entry is not None and not entry.is_joint
 
 

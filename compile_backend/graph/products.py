@@ -1,9 +1,10 @@
 """The table of products: everything that fpsim knows about operators that multiply matrices.
 
-The rounding pass, `explain`, `audit`, `profile`, the error of products and the messages read this table; no other file
-knows which operators multiply. `PRODUCTS` has an entry for every operator of aten whose operands can be rounded.
-`OPAQUE` has an entry for every family of operators that multiply matrices inside and are refused. A new operator is one
-entry, and the tests of the table cover it.
+The rounding pass, `explain`, `profile`, the error of products and the messages read this table; no other file knows
+which operators multiply. `PRODUCTS` has an entry for every operator of aten whose operands can be rounded. `OPAQUE`
+gives remedies for families of operators that multiply matrices inside. These and all operators that nobody has looked
+at are refused (`fpsim.compile_backend.graph.families`). A new operator is one entry, and the tests of the table cover
+it.
 """
 
 from __future__ import annotations
@@ -63,8 +64,9 @@ class ProductOperator:
         gradients: the operators that autograd calls for the derivatives of the first and of the second operand;
             ``aten.mul`` stands for a product that is decomposed into a multiplication and a sum.
         addend: the position of the argument that is added to the product.
-        functions: functions of torch that tracing decomposes into multiplications and sums. Every multiplication of two
-            tensors in them, forward and backward, belongs to a product.
+        composed: operators that torch composes of multiplications and sums. Every multiplication of two tensors in
+            them, forward and backward, belongs to a product.
+        weight: the position of the argument that is a weight, whatever computes it; None if the operator does not say.
         transposed: for a convolution the position of the argument that exchanges the roles of the kernel's first two
             axes.
     """
@@ -75,7 +77,8 @@ class ProductOperator:
     gradients: tuple[str, ...] = ()
     overloads: tuple[str, ...] = ("default",)
     addend: int | None = None
-    functions: tuple[str, ...] = ()
+    composed: tuple[str, ...] = ()
+    weight: int | None = None
     transposed: int | None = None
 
     @property
@@ -118,7 +121,6 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         _one(0, 1, (-1,), (-2,)),
         gradients=("aten.mm", "aten.mm"),
         overloads=("default", "dtype"),
-        functions=("mm", "linear", "matmul", "chain_matmul", "multi_dot", "linalg_multi_dot"),
     ),
     ProductOperator(
         aten.bmm,
@@ -126,7 +128,6 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         _one(0, 1, (-1,), (-2,)),
         gradients=("aten.bmm", "aten.bmm"),
         overloads=("default", "dtype"),
-        functions=("bmm", "einsum", "tensordot"),
     ),
     ProductOperator(
         aten.addmm,
@@ -135,7 +136,6 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         gradients=("aten.mm", "aten.mm"),
         overloads=("default", "dtype"),
         addend=0,
-        functions=("addmm",),
     ),
     ProductOperator(
         aten.baddbmm,
@@ -144,7 +144,6 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         gradients=("aten.bmm", "aten.bmm"),
         overloads=("default", "dtype"),
         addend=0,
-        functions=("baddbmm",),
     ),
     ProductOperator(
         aten.addbmm,
@@ -152,14 +151,12 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         _one(1, 2, (0, -1), (0, -2)),
         gradients=("aten.bmm", "aten.bmm"),
         addend=0,
-        functions=("addbmm",),
     ),
     ProductOperator(
         aten.mv,
         Form.VECTORS,
         _one(0, 1, (-1,), (0,)),
         gradients=("aten.mul", "aten.mv"),
-        functions=("mv",),
     ),
     ProductOperator(
         aten.addmv,
@@ -167,21 +164,18 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         _one(1, 2, (-1,), (0,)),
         gradients=("aten.mul", "aten.mv"),
         addend=0,
-        functions=("addmv",),
     ),
     ProductOperator(
         aten.dot,
         Form.VECTORS,
         _one(0, 1, (0,), (0,)),
         gradients=("aten.mul", "aten.mul"),
-        functions=("dot", "inner", "vecdot", "linalg_vecdot"),
     ),
     ProductOperator(
         aten.vdot,
         Form.VECTORS,
         _one(0, 1, (0,), (0,)),
         gradients=("aten.mul", "aten.mul"),
-        functions=("vdot",),
     ),
     # An outer product has no sum: tracing decomposes it into one multiplication.
     ProductOperator(
@@ -190,8 +184,17 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         (),
         gradients=("aten.mul", "aten.mul"),
         overloads=(),
-        functions=("ger", "outer", "addr", "kron"),
+        composed=("ger", "outer", "kron", "einsum", "linalg_vecdot"),
     ),
+    ProductOperator(
+        aten.addr,
+        Form.VECTORS,
+        _one(1, 2, (), ()),
+        gradients=("aten.mv", "aten.mv"),
+        addend=0,
+    ),
+    # The product of a grid of coordinates and the matrices of affine maps. Tracing decomposes it.
+    ProductOperator(aten.affine_grid_generator, Form.MATRICES, (), overloads=()),
     ProductOperator(
         aten._grouped_mm,
         Form.GROUPS,
@@ -204,6 +207,7 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         _one(0, 1, (1,), (1,)),
         gradients=("aten.convolution_backward", "aten.convolution_backward"),
         addend=2,
+        weight=1,
         transposed=6,
     ),
     ProductOperator(
@@ -235,7 +239,8 @@ class OpaqueFamily:
     is_attention: bool = False
 
 
-#: The families of operators that are refused. The first family that matches a name decides.
+#: Families of operators that are refused. The first family that matches a name decides. An operator of no family is
+#: refused too, unless it is known to hold no product.
 OPAQUE: tuple[OpaqueFamily, ...] = (
     OpaqueFamily(
         r"aten\.(_transformer_encoder_layer_fwd|_native_multi_head_attention).*",
@@ -275,13 +280,26 @@ OPAQUE: tuple[OpaqueFamily, ...] = (
         "Let torch decompose the layer: torch.backends.cudnn.enabled = False",
         ("_cudnn_rnn", "_cudnn_rnn_backward"),
     ),
-    OpaqueFamily(r"aten\.(lstm|gru|rnn_|_thnn_).*", events=("lstm", "gru", "rnn_tanh", "rnn_relu")),
-    OpaqueFamily(r"aten\.(convolution|_convolution|conv_|cudnn_conv|mkldnn_conv|miopen_).*"),
+    OpaqueFamily(
+        r"aten\.(lstm|gru|rnn_|quantized_(lstm|gru)|_lstm_mps|miopen_rnn).*",
+        events=("lstm", "gru", "rnn_tanh", "rnn_relu"),
+    ),
+    OpaqueFamily(
+        r"aten\.(convolution|_convolution|conv_|_conv_|cudnn_conv|mkldnn_conv|miopen_.*conv|_mps_conv|mps_conv|_slow_conv"
+        r"|slow_conv|thnn_conv|_nnpack_spatial_conv).*",
+        "Use torch.nn.functional.conv1d, conv2d, conv3d or their transposed versions",
+    ),
     OpaqueFamily(
         r"aten\.(_grouped_mm|_scaled_grouped_mm|_scaled_mm|_addmm_activation).*",
         events=("_scaled_mm", "_addmm_activation"),
     ),
-    OpaqueFamily(r"aten\.(_sparse_|_weight_int|_dyn_quant).*"),
+    OpaqueFamily(
+        r"aten\.(_sparse_(addmm|mm|semi_structured_(addmm|linear|mm)|sparse_matmul)|sparse_sampled_addmm|s?spaddmm|hspmm"
+        r"|_cslt_sparse_mm).*",
+        "Make the sparse tensor dense: x.to_dense()",
+    ),
+    OpaqueFamily(r"aten\.(_weight_int|_dyn_quant_matmul|_int_mm|_mixed_dtypes_linear).*"),
+    OpaqueFamily(r"aten\.(linear|mkldnn_linear|matmul)_backward.*"),
     OpaqueFamily(
         r"aten\.(linalg_(?!vector_norm|cross|_powsum)|_linalg_|cholesky|matrix_exp|triangular_solve|lu_solve|ormqr"
         r"|_compute_linear_combination).*"
@@ -303,7 +321,11 @@ _BY_OVERLOAD: dict[OpOverload, ProductOperator] = {
     getattr(entry.packet, overload): entry for entry in PRODUCTS for overload in entry.overloads
 }
 _BY_PACKET = {entry.packet: entry for entry in PRODUCTS}
-_FUNCTIONS = frozenset(function for entry in PRODUCTS for function in entry.functions)
+
+#: Composed operators in which every multiplication of two tensors belongs to a product.
+COMPOSED = frozenset(name for entry in PRODUCTS for name in entry.composed)
+#: Composed operators whose product has a weight as its second operand.
+LINEAR = frozenset({"linear"})
 
 
 def product_operator(target: object) -> ProductOperator | None:
@@ -311,14 +333,9 @@ def product_operator(target: object) -> ProductOperator | None:
     return _BY_OVERLOAD.get(target) if isinstance(target, OpOverload) else None
 
 
-def is_product_packet(packet: object) -> bool:
-    """Whether an operator (``torch.ops.aten.mm``) is a product that graphs contain."""
-    return packet in _BY_PACKET and bool(_BY_PACKET[packet].overloads)
-
-
-def is_product_function(name: str | None) -> bool:
-    """Whether every multiplication of two tensors in the function of torch called ``name`` belongs to a product."""
-    return name in _FUNCTIONS
+def product_of_packet(packet: object) -> ProductOperator | None:
+    """The entry of an operator (``torch.ops.aten.mm``); None if it is no product."""
+    return _BY_PACKET.get(packet) if isinstance(packet, OpOverloadPacket) else None
 
 
 def opaque_family(operator: str) -> OpaqueFamily | None:

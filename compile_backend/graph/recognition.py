@@ -1,7 +1,8 @@
 """Recognising matrix products among the nodes of a joint forward-and-backward aten graph.
 
 Tracing decomposes small products into a multiplication and a sum before any pass sees them. These are recognised by
-their original operator or by the function that the model called.
+their original operator of aten: torch remembers it for operators that tracing decomposes, `composites` notes it for
+those that torch composes of others, and the sequence number leads from a derivative to the operator that it is of.
 """
 
 from __future__ import annotations
@@ -11,22 +12,22 @@ from typing import Any, cast
 
 from torch import fx
 
+from fpsim.compile_backend.graph.composites import composed_product, note_product
 from fpsim.compile_backend.graph.nodes import (
     aten,
     is_float,
     is_tensor,
     operator_of,
     original_operator,
-    source_function,
 )
 from fpsim.compile_backend.graph.operation_ends import find_marks, mark
 from fpsim.compile_backend.graph.products import (
     Axes,
     Multiplication,
-    is_product_function,
-    is_product_packet,
+    product_of_packet,
     product_operator,
 )
+from fpsim.compile_backend.graph.views import is_view
 
 _SUMS = (aten.sum.dim_IntList, aten.sum.default)
 
@@ -92,8 +93,37 @@ def operands_of(value: fx.Node, multiplication: Multiplication) -> list[fx.Node]
 
 
 def is_of_product(node: fx.Node) -> bool:
-    """Whether ``node`` comes from an operator or a function that is a matrix product."""
-    return is_product_packet(original_operator(node)) or is_product_function(source_function(node))
+    """Whether ``node`` comes from an operator that is a matrix product, or from its derivative."""
+    return origin_of_product(node) is not None
+
+
+def origin_of_product(node: fx.Node) -> str | None:
+    """The name (``aten.outer``) of the matrix product that ``node`` comes from; None if it comes from none."""
+    entry = product_of_packet(original_operator(node))
+    if entry is not None:
+        return entry.name
+    name = composed_product(node)
+    return None if name is None else f"aten.{name}"
+
+
+def note_gradients(graph: fx.Graph) -> None:
+    """Note which multiplications in the backward pass are derivatives of a matrix product.
+
+    The derivative of a dot product is a multiplication. Nothing but its sequence number tells that it is of a product.
+    The operator that autograd differentiates is the first in the graph with that number; later operators without
+    derivatives have the number too.
+    """
+    operators: dict[int | None, str | None] = {}
+    for node in graph.nodes:
+        number = node.meta.get("seq_nr")
+        if node.op != "call_function" or number is None:
+            continue
+        if node.meta.get("partitioner_tag") != "is_backward":
+            if number not in operators and not is_view(node):
+                entry = product_of_packet(original_operator(node))
+                operators[number] = entry.packet.__name__ if entry and "aten.mul" in entry.gradients else None
+        elif (name := operators.get(number)) and node.target is aten.mul.Tensor and original_operator(node) is aten.mul:
+            note_product(node, name)
 
 
 def sum_of(node: fx.Node) -> fx.Node | None:
@@ -115,7 +145,7 @@ def ends_of_products(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """From the multiplications of decomposed products to the marks at the ends of the products."""
     ends = {}
     for end in find_marks(graph):
-        waiting = [end.args[0]] if is_product_packet(original_operator(end)) else []
+        waiting = [end.args[0]] if product_of_packet(original_operator(end)) else []
         while waiting:
             node: fx.Node = waiting.pop()  # type: ignore[assignment]
             if original_operator(node) is original_operator(end) and node.target is not mark:

@@ -18,6 +18,7 @@ from fpsim.compile_backend.graph.finding import find_products
 from fpsim.compile_backend.graph.metadata import is_alias, update_aliases
 from fpsim.compile_backend.graph.nodes import is_body
 from fpsim.compile_backend.graph.operation_ends import find_marks, replace_mark
+from fpsim.compile_backend.graph.recognition import note_gradients
 from fpsim.compile_backend.graph.sources import Source, find_input, find_sources
 from fpsim.compile_backend.observe.recorder import Recorder
 from fpsim.compile_backend.passes.inserter import Inserter
@@ -98,6 +99,7 @@ def rewrite(
         ValueError: a format with values that the dtype of an operand lacks.
     """
     views = {node for node in graph.nodes if is_alias(node)}
+    note_gradients(graph)
     refused = opaque_gaps(graph, policy, strict)
     sources = find_sources(graph, input_sources)
     inserter = Inserter(graph, sources, seed, recorder)

@@ -6,6 +6,7 @@ axes, gradients and eager spelling against torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,6 @@ from fpsim.compile_backend.graph.products import (
     OPAQUE,
     PRODUCTS,
     ProductOperator,
-    is_product_function,
     opaque_family,
     product_events,
     product_operator,
@@ -62,6 +62,8 @@ CASES: dict[str, list[Case]] = {
     "aten.dot": [Case((VECTOR, VECTOR2))],
     "aten.vdot": [Case((VECTOR, VECTOR2))],
     "aten.ger": [Case((VECTOR, VECTOR2))],
+    "aten.addr": [Case((numbers(6, 6, seed=18), VECTOR, VECTOR2))],
+    "aten.affine_grid_generator": [Case((numbers(1, 2, 3, seed=19), [1, 1, 2, 2], True))],
     "aten._grouped_mm": [Case((numbers(4, 8, seed=17).bfloat16(), numbers(2, 8, 16, seed=14).bfloat16(), GROUPS))],
     "aten.convolution": [
         Case((IMAGES, KERNEL, None, *SETTINGS, False, [0, 0], 1)),
@@ -196,8 +198,11 @@ def test_no_other_overload_that_makes_new_tensors_is_taken_for_a_product() -> No
     left_out = {
         str(op) for op in every if op not in named and not op._schema.is_mutable and not op._schema.name.endswith("_")
     }
-    # Overloads that write into a given tensor are made functional before any pass; an outer product is decomposed.
-    assert {name for name in left_out if not name.endswith("out")} <= {"aten.ger.default"}
+    # Overloads that write into a given tensor are made functional before any pass; tracing decomposes the others.
+    assert {name for name in left_out if not name.endswith("out")} <= {
+        "aten.ger.default",
+        "aten.affine_grid_generator.default",
+    }
 
 
 class Product(nn.Module):
@@ -272,10 +277,15 @@ REFUSED = {
     "_transform_bias_rescale_qkv": "Replace", "_triton_scaled_dot_attention": "Replace", "_trilinear": "Write it as",
     "_euclidean_dist": "Write the", "_cdist_backward": "Write the", "_pdist_forward": "Write the",
     "mkldnn_rnn_layer": "Let", "_cudnn_rnn": "Let", "lstm": "Replace", "gru": "Replace", "rnn_tanh": "Replace",
-    "_thnn_fused_lstm_cell": "Replace", "convolution_overrideable": "Replace", "_convolution": "Replace",
-    "conv_tbc": "Replace", "cudnn_convolution": "Replace", "mkldnn_convolution": "Replace",
-    "miopen_convolution": "Replace", "_grouped_mm": "Replace", "_scaled_grouped_mm": "Replace",
-    "_scaled_mm": "Replace", "_addmm_activation": "Replace", "_sparse_mm": "Replace", "_weight_int8pack_mm": "Replace",
+    "quantized_gru": "Replace", "_lstm_mps": "Replace", "miopen_rnn": "Replace", "convolution_overrideable": "Use",
+    "_convolution": "Use", "conv_tbc": "Use", "_conv_depthwise2d": "Use", "cudnn_convolution": "Use",
+    "mkldnn_convolution": "Use", "miopen_convolution": "Use", "_mps_convolution": "Use",
+    "mps_convolution_backward": "Use", "_slow_conv2d_forward": "Use", "slow_conv_dilated3d": "Use",
+    "thnn_conv2d": "Use", "_nnpack_spatial_convolution": "Use", "_grouped_mm": "Replace", "_scaled_grouped_mm": "Replace",
+    "_scaled_mm": "Replace", "_addmm_activation": "Replace", "_sparse_addmm": "Make", "_sparse_mm_reduce_impl": "Make",
+    "_sparse_semi_structured_mm": "Make", "_sparse_sparse_matmul": "Make", "sparse_sampled_addmm": "Make",
+    "sspaddmm": "Make", "hspmm": "Make", "_cslt_sparse_mm": "Make", "_weight_int8pack_mm": "Replace",
+    "_int_mm": "Replace", "_mixed_dtypes_linear": "Replace", "linear_backward": "Replace",
     "_dyn_quant_matmul_4bit": "Replace", "linalg_inv_ex": "Replace", "_linalg_svd": "Replace", "cholesky": "Replace",
     "matrix_exp": "Replace", "triangular_solve": "Replace", "lu_solve": "Replace", "ormqr": "Replace",
     "_compute_linear_combination": "Replace",
@@ -301,16 +311,6 @@ def test_every_event_of_a_family_is_an_operator_of_it() -> None:
             assert product_events()[f"aten::{event}"] is False
 
 
-@pytest.mark.parametrize("name", ["linear", "matmul", "einsum", "outer", "kron", "addr", "inner", "multi_dot"])
-def test_functions_that_are_decomposed_count_as_products(name: str) -> None:
-    assert is_product_function(name)
-
-
-@pytest.mark.parametrize("name", ["mul", "softmax", "layer_norm", "cross", None])
-def test_other_functions_do_not(name: str | None) -> None:
-    assert not is_product_function(name)
-
-
 FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "vector": lambda a, b: a[0] @ b[:, 0],
     "matrix": lambda a, b: a @ b[:, 0],
@@ -323,3 +323,128 @@ def test_products_that_may_be_decomposed_report_the_axes_of_their_sum(name: str,
     with torch.no_grad():
         sites = fpsim.explain(FUNCTIONS[name], MATRIX, OTHER, policy={"format": "e3m1"}).sites
     assert [site.contracted for site in sites] == axes
+
+
+# -- products under other names ----------------------------------------------------------------------------------------
+
+
+def in_place(x: Tensor, w: Tensor) -> Tensor:
+    x = x * 1.0
+    x @= w
+    return x
+
+
+def added_outer(x: Tensor, w: Tensor) -> Tensor:
+    return torch.zeros(6, 6, dtype=torch.float64).addr_(x, w)
+
+
+def grid(theta: Tensor, w: Tensor) -> Tensor:
+    return torch.nn.functional.affine_grid(theta.reshape(1, 2, 3), [1, 1, 2, 2], align_corners=True).sum() * w
+
+
+SQUARE = numbers(6, 6, seed=20)
+#: Spellings: the function, its arguments, and the same product as a sum over outer indices, which einsum's twin writes.
+SPELLINGS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor, str]] = {
+    "addr_": (added_outer, VECTOR, VECTOR2, "i,j->ij"),
+    "outer": (torch.outer, VECTOR, VECTOR2, "i,j->ij"),
+    "ger": (torch.ger, VECTOR, VECTOR2, "i,j->ij"),
+    "kron": (lambda x, w: torch.kron(x, w).view(6, 6), VECTOR, VECTOR2, "i,j->ij"),
+    "einsum": (lambda x, w: torch.einsum("i,j->ij", x, w), VECTOR, VECTOR2, "i,j->ij"),
+    "tensordot": (lambda x, w: torch.tensordot(x, w, 0), VECTOR, VECTOR2, "i,j->ij"),
+    "multiply.outer": (lambda x, w: torch.linalg.matmul(x[:, None], w[None]), VECTOR, VECTOR2, "i,j->ij"),
+    "linalg.matmul": (torch.linalg.matmul, VECTOR, VECTOR2, "i,i->"),
+    "@=": (in_place, VECTOR, VECTOR2, "i,i->"),
+    "__rmatmul__": (lambda x, w: w.__rmatmul__(x), VECTOR, VECTOR2, "i,i->"),
+    "inner": (torch.inner, VECTOR, VECTOR2, "i,i->"),
+    "vdot": (torch.vdot, VECTOR, VECTOR2, "i,i->"),
+    "linalg.vecdot": (torch.linalg.vecdot, SQUARE, SQUARE + 1, "ij,ij->i"),
+    "vmap of dot": (torch.vmap(torch.dot), SQUARE, SQUARE + 1, "ij,ij->i"),
+    "mv": (torch.mv, SQUARE, VECTOR, "ij,j->i"),
+    "addmv_": (lambda x, w: torch.zeros(6, dtype=x.dtype).addmv_(x, w), SQUARE, VECTOR, "ij,j->i"),
+    "linear": (nn.functional.linear, VECTOR, SQUARE, "j,ij->i"),
+    "linear of a vector": (nn.functional.linear, SQUARE, VECTOR, "ij,j->i"),
+    "matmul of a row": (lambda x, w: (x[None] @ w.T)[0], VECTOR, SQUARE, "j,ij->i"),
+    "chain_matmul": (lambda x, w: torch.linalg.multi_dot([x, w]), SQUARE, SQUARE + 1, "ij,jk->ik"),
+    "foreign sum": (lambda x, w: torch.linalg.vecdot(x[:, None], w.T[None]), SQUARE, SQUARE + 1, "ij,jk->ik"),
+}
+
+
+def exact_product(equation: str, x: Tensor, w: Tensor, rounded: Callable[[Tensor], Tensor], dy: Tensor) -> list[Tensor]:
+    """The product and both derivatives, of operands ``rounded`` once each, written as a sum over all indices."""
+    left, right, out = re.split(",|->", equation)
+    letters = sorted(set(left + right))
+
+    def spread(t: Tensor, own: str) -> Tensor:
+        ordered = t.permute([own.index(c) for c in letters if c in own])
+        return ordered[tuple(slice(None) if c in own else None for c in letters)]
+
+    def total(t: Tensor, own: str) -> Tensor:
+        summed = t.sum([i for i, c in enumerate(letters) if c not in own]) if set(own) != set(letters) else t
+        kept = [c for c in letters if c in own]
+        return summed.permute([kept.index(c) for c in own])
+
+    a, b, g = spread(rounded(x), left), spread(rounded(w), right), spread(rounded(dy), out)
+    return [total(a * b, out), total((g * b).expand(torch.broadcast_shapes(a.shape, b.shape)), left),
+            total((g * a).expand(torch.broadcast_shapes(a.shape, b.shape)), right)]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_product_is_rounded_whatever_it_is_called(name: str) -> None:
+    function, x, w, equation = SPELLINGS[name]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(w.clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x, self.w)
+
+    torch._dynamo.reset()
+    model, given = Model(), x.clone().requires_grad_()
+    result = torch.compile(model, backend="fpsim_eager", options={"format": "e8m1"}, fullgraph=True)(given)
+    dy = numbers(*result.shape, seed=21)
+    result.backward(dy)
+    wanted = exact_product(equation, x, w, lambda t: fpsim.round(t, "e8m1"), dy)
+    for got, exact in zip((result, given.grad, model.w.grad), wanted, strict=True):
+        assert torch.equal(got, exact)
+    assert not torch.equal(wanted[0], exact_product(equation, x, w, lambda t: t, dy)[0])
+
+
+def test_powers_of_a_matrix_of_one_element_are_products() -> None:
+    x = torch.tensor([[3.5]], dtype=torch.float64)
+    torch._dynamo.reset()
+    cube = torch.compile(
+        lambda x: torch.linalg.matrix_power(x, 3), backend="fpsim_eager", options={"format": "e8m0"}, fullgraph=True
+    )
+    assert cube(x).item() == 16 * 4  # 3.5 is rounded to 4
+
+
+def test_the_product_of_a_grid_with_affine_maps_is_rounded() -> None:
+    theta = torch.tensor([1.25, 0.5, 3.0, -0.75, 1.0, 2.5], dtype=torch.float64)
+    torch._dynamo.reset()
+    given = theta.clone().requires_grad_()
+    compiled = torch.compile(
+        lambda t: torch.nn.functional.affine_grid(t.view(1, 2, 3), [1, 1, 2, 2], align_corners=True),
+        backend="fpsim_eager",
+        options={"format": "e8m1"},
+        fullgraph=True,
+    )
+    result = compiled(given)
+    corners = torch.tensor([[-1, -1, 1], [1, -1, 1], [-1, 1, 1], [1, 1, 1]], dtype=torch.float64)
+    rounded = torch.tensor([1.0, 0.5, 3.0, -0.75, 1.0, 2.0], dtype=torch.float64).view(2, 3)
+    assert torch.equal(result.flatten(0, 2), corners @ rounded.T)
+    result.backward(torch.full_like(result, 1.25))
+    assert torch.equal(given.grad, torch.tensor([0.0, 0.0, 4.0] * 2, dtype=torch.float64))
+
+
+def test_a_multiplication_beside_a_product_without_derivative_stays_elementwise() -> None:
+    x, y = numbers(6, seed=22), numbers(6, seed=23)
+    torch._dynamo.reset()
+    a = x.clone().requires_grad_()
+    compiled = torch.compile(
+        lambda a, b: (a * b).sum() + torch.dot(b, b), backend="fpsim_eager", options={"format": "e8m1"}, fullgraph=True
+    )
+    compiled(a, y).backward(torch.tensor(5.0, dtype=torch.float64))
+    assert torch.equal(a.grad, 5 * y)
+    assert not torch.equal(fpsim.round(y, "e8m1"), y)
