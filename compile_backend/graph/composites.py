@@ -1,41 +1,48 @@
 """Composed operators in a traced graph.
 
 torch composes some operators of others (CompositeImplicitAutograd) before tracing records anything: an outer product
-becomes a view and a multiplication. While `recorded` is in force, every node notes the composed operator that made it.
-torch copies the note to the nodes of backward that have the same sequence number.
+becomes a view and a multiplication. While `recorded` is in force, such a node notes the product that made it, and the
+weight of a linear layer passes through an identity that says so. torch copies notes to the nodes of backward that have
+the same sequence number.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._C import DispatchKey
 from torch._ops import OpOverload
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import traceback
 
 from fpsim.compile_backend.graph.products import COMPOSED, LINEAR
 
+aten = torch.ops.aten
 _KEY = DispatchKey.CompositeImplicitAutograd
 _PRODUCT = "fpsim product"
-_WEIGHTED = "fpsim product with a weight"
+_WEIGHT = "fpsim weight"
+
+#: Tensors that have an identity under autograd. Subclasses of the user may lack it.
+_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[None]:
-    """A context for tracing. It notes on every node which operator of `COMPOSED` or `LINEAR` made it.
+    """A context for tracing. It notes on every node which operator of `COMPOSED` made it, and marks weights.
 
     torch's Python dispatcher calls the kernels that this context puts in place of torch's own, and they call those.
     """
     replaced = {}
-    for names, note in ((COMPOSED, _PRODUCT), (LINEAR, _WEIGHTED)):
+    for names, wrap in ((COMPOSED, _noting), (LINEAR, _marking)):
         for op in (op for name in names for op in _composed_overloads(name)):
             replaced[op] = op.py_kernels.get(_KEY)
-            op.py_kernels[_KEY] = _noting(op, replaced[op], note)
+            op.py_kernels[_KEY] = wrap(op, replaced[op] or partial(op._op_dk, _KEY))
             op._dispatch_cache.clear()
     try:
         yield
@@ -57,15 +64,28 @@ def _composed_overloads(name: str) -> Iterator[OpOverload]:
             yield op
 
 
-def _noting(op: OpOverload, kernel: Callable[..., Any] | None, note: str) -> Callable[..., Any]:
-    """The kernel of ``op`` (``kernel``, or torch's in C++) with a note on all nodes that it makes."""
+def _noting(op: OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernel`` of ``op`` with a note on all nodes that it makes."""
 
     @wraps(op)
     def noting(*args: Any, **kwargs: Any) -> Any:
-        with traceback.annotate({note: op._opname}):
-            return kernel(*args, **kwargs) if kernel is not None else op._op_dk(_KEY, *args, **kwargs)
+        with traceback.annotate({_PRODUCT: op._opname}):
+            return kernel(*args, **kwargs)
 
     return noting
+
+
+def _marking(op: OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernel`` of ``op``, an operator of `LINEAR`, with its second argument marked as a weight."""
+
+    @wraps(op)
+    def marking(x: Tensor, weight: Tensor, *others: Any) -> Any:
+        if type(weight) in _PLAIN:
+            with traceback.annotate({_WEIGHT: op._opname}):
+                weight = torch.ops.aten.alias(weight)
+        return kernel(x, weight, *others)
+
+    return marking
 
 
 def composed_product(node: fx.Node) -> str | None:
@@ -78,9 +98,14 @@ def note_product(node: fx.Node, name: str) -> None:
     node.meta["custom"] = {**_notes(node), _PRODUCT: name}
 
 
-def is_of_linear_layer(node: fx.Node) -> bool:
-    """Whether an operator of `LINEAR` made ``node``, or its derivative did."""
-    return _WEIGHTED in _notes(node)
+def find_weight_marks(graph: fx.Graph) -> list[fx.Node]:
+    """The identities through which the weights of linear layers pass."""
+    return [node for node in graph.find_nodes(op="call_function", target=aten.alias.default) if is_weight_mark(node)]
+
+
+def is_weight_mark(node: fx.Node) -> bool:
+    """Whether ``node`` is the identity through which the weight of a linear layer passes."""
+    return _WEIGHT in _notes(node) and node.target is aten.alias.default
 
 
 def _notes(node: fx.Node) -> dict[str, Any]:

@@ -226,9 +226,9 @@ FAMILIES: tuple[Family, ...] = (
         reflection_pad3d repeat repeat_interleave replication_pad1d replication_pad2d replication_pad3d resize
         resize_as roll rot90 select select_backward select_copy select_scatter set slice slice_backward slice_copy
         slice_inverse slice_scatter sort split split_copy split_with_sizes split_with_sizes_copy squeeze squeeze_copy
-        stack t t_copy take topk transpose transpose_copy tril triu unbind unbind_copy unfold unfold_copy unique_consecutive
-        unique_dim unique_dim_consecutive unsafe_split unsafe_split_with_sizes unsqueeze unsqueeze_copy view
-        view_as_complex view_as_complex_copy view_as_real view_as_real_copy view_copy where
+        stack t t_copy take topk transpose transpose_copy tril triu unbind unbind_copy unfold unfold_copy
+        unique_consecutive unique_dim unique_dim_consecutive unsafe_split unsafe_split_with_sizes unsqueeze
+        unsqueeze_copy view view_as_complex view_as_complex_copy view_as_real view_as_real_copy view_copy where
         """,
     ),
     _family(
@@ -261,12 +261,13 @@ FAMILIES: tuple[Family, ...] = (
         sym_stride
         """,
     ),
-)  # fmt: skip
+)
 
-#: Operators outside aten that are known to hold no matrix product, by namespace.
-OTHER_NAMESPACES: dict[str, frozenset[str]] = {
-    "prims": frozenset(
-        """
+#: Operators outside aten that are known to hold no matrix product, by namespace. Collective operations (c10d) move
+#: numbers between ranks, and add them up. The quantization of pt2e works on single elements.
+_OTHERS = {
+    "fpsim": "mark observe power_of_two_scale random_key round round_stochastic",
+    "prims": """
         _low_memory_max_pool_offsets_to_indices _low_memory_max_pool_with_offsets _make_token _sink_tokens
         _unsafe_index_put_ abs acos acosh add amax amin as_strided as_strided_scatter asin asinh atan atan2 atanh
         bessel_i0 bessel_i0e bessel_i1 bessel_i1e bessel_j0 bessel_j1 bitwise_and bitwise_not bitwise_or bitwise_xor
@@ -280,36 +281,31 @@ OTHER_NAMESPACES: dict[str, frozenset[str]] = {
         reshape resize rev round rsqrt scalar_tensor shift_left shift_right_arithmetic sign signbit sin sinh
         spherical_bessel_j0 split_dim sqrt squeeze sub sum tan tanh transpose trunc uniform var view_of view_of_dtype
         where xor_sum zeta
-        """.split()
-    ),
-    "rngprims": frozenset({"philox_rand"}),
-    "inductor": frozenset({"_alloc_from_pool", "_reinterpret_tensor", "accumulate_grad_", "resize_storage_bytes_"}),
-    "inductor_prims": frozenset({"inductor_reserve_rng_state"}),
-    # Collective operations move numbers between ranks, and add them up.
-    "_c10d_functional": frozenset(
-        """
+        """,
+    "rngprims": "philox_rand",
+    "inductor": "_alloc_from_pool _reinterpret_tensor accumulate_grad_ resize_storage_bytes_",
+    "inductor_prims": "inductor_reserve_rng_state",
+    "_c10d_functional": """
         _wrap_tensor_autograd all_gather_into_tensor all_gather_into_tensor_coalesced all_gather_into_tensor_out
         all_reduce all_reduce_ all_reduce_coalesced all_reduce_coalesced_ all_to_all_single batch_p2p_ops broadcast
         broadcast_ irecv isend reduce_scatter_tensor reduce_scatter_tensor_coalesced reduce_scatter_tensor_out
         wait_tensor
-        """.split()
-    ),
-    "_c10d_functional_autograd": frozenset({"all_gather_into_tensor", "all_to_all_single", "reduce_scatter_tensor"}),
-    "fsdp": frozenset({"all_gather_copy_in", "chunk_cat", "copy_", "split_with_sizes_copy"}),
-    "streams": frozenset(
-        {"control_deps", "fork", "join", "record_event", "record_stream", "sync_dealloc", "synchronize_device",
-         "synchronize_event", "synchronize_stream", "wait_event", "wait_stream"}
-    ),
-    "profiler": frozenset({"_record_function_enter", "_record_function_enter_new", "_record_function_exit"}),
-    # The quantization of pt2e: it quantizes each element, or undoes that.
-    "quantized_decomposed": frozenset(
-        {"choose_qparams", "choose_qparams_per_token", "choose_qparams_per_token_asymmetric",
-         "choose_qparams_symmetric", "convert_element_type", "dequantize_per_channel",
-         "dequantize_per_channel_group", "dequantize_per_tensor", "dequantize_per_token", "fake_quant_per_channel",
-         "quantize_per_channel", "quantize_per_channel_group", "quantize_per_tensor", "quantize_per_token"}
-    ),
-    "fpsim": frozenset({"mark", "observe", "power_of_two_scale", "random_key", "round", "round_stochastic"}),
-}  # fmt: skip
+        """,
+    "_c10d_functional_autograd": "all_gather_into_tensor all_to_all_single reduce_scatter_tensor",
+    "fsdp": "all_gather_copy_in chunk_cat copy_ split_with_sizes_copy",
+    "streams": """
+        control_deps fork join record_event record_stream sync_dealloc synchronize_device synchronize_event
+        synchronize_stream wait_event wait_stream
+        """,
+    "profiler": "_record_function_enter _record_function_enter_new _record_function_exit",
+    "quantized_decomposed": """
+        choose_qparams choose_qparams_per_token choose_qparams_per_token_asymmetric choose_qparams_symmetric
+        convert_element_type dequantize_per_channel dequantize_per_channel_group dequantize_per_tensor
+        dequantize_per_token fake_quant_per_channel quantize_per_channel quantize_per_channel_group
+        quantize_per_tensor quantize_per_token
+        """,
+}
+OTHER_NAMESPACES = {namespace: frozenset(names.split()) for namespace, names in _OTHERS.items()}
 
 _FAMILY = {name: family for family in FAMILIES for name in family.names}
 

@@ -17,8 +17,8 @@ from fpsim.compile_backend.graph.recognition import (
     origin_of_product,
     sum_of,
 )
-from fpsim.compile_backend.graph.roles import differentiated_role, role_of
-from fpsim.compile_backend.graph.sources import VARIABLE, Source, is_backward
+from fpsim.compile_backend.graph.roles import differentiated_role, roles_of
+from fpsim.compile_backend.graph.sources import Source, is_backward, is_constant
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Product:
         kind: ``fprop``, ``dgrad`` or ``wgrad``.
         operator: the name of the original operator, such as ``aten.mm``.
         path: the path of its module, ``""`` for the root; None if unknown.
-        constant: whether it depends on buffers, constants and integer inputs only. Such a product (of a table of rotary
-            angles, for example) belongs to the definition of the model.
+        constant: whether it belongs to a table that the model computes from constants alone, such as one of rotary
+            angles. Such a product belongs to the definition of the model.
     """
 
     value: fx.Node
@@ -69,7 +69,10 @@ def find_products(graph: fx.Graph, sources: Mapping[fx.Node, Source], input_sour
         input_sources: the kinds of the inputs of the traced function, in order.
     """
     found = [(node, multiplication) for node in graph.nodes if (multiplication := multiplication_of(node))]
-    forward = {node.meta.get("seq_nr"): (node, each) for node, each in found if not is_backward(node, sources)}
+    forward: dict[int | None, tuple[fx.Node, Multiplication]] = {}
+    for node, multiplication in found:
+        if not is_backward(node, sources):  # later products that have no derivative have the same number
+            forward.setdefault(node.meta.get("seq_nr"), (node, multiplication))
     ends = ends_of_products(graph)
     return [
         _classify(node, multiplication, sources, forward.get(node.meta.get("seq_nr")), input_sources, ends.get(node))
@@ -91,13 +94,12 @@ def _classify(
     operator, ``end`` is the mark at which that operator ends.
     """
     values = operands_of(node, multiplication)
-    roles = [role_of(sources[value]) for value in values]
+    roles = roles_of(node, multiplication, sources)
     kind = "fprop"
     if "gradient" in roles:
-        other = values[1 - roles.index("gradient")]
-        differentiated = differentiated_role(other, node, sources, forward, input_sources)
+        other = 1 - roles.index("gradient")
+        differentiated = differentiated_role(values[other], roles[other], node, sources, forward, input_sources)
         kind = "wgrad" if differentiated == "weight" else "dgrad"
-    source = sources[values[0]] | sources[values[1]]
     path = module_path(node)
     if path is None and kind == "fprop":
         path = ""  # torch records every module but the root for forward nodes
@@ -108,9 +110,9 @@ def _classify(
         result=end or sum_of(node) or node,
         operands=multiplication.operands,
         contracted=multiplication.contracted,
-        roles=(roles[0], roles[1]),
+        roles=roles,
         kind=kind,
         operator=origin_of_product(call_of(node)) or "",
         path=path,
-        constant=not source & VARIABLE,
+        constant=is_constant(node, multiplication, sources),
     )

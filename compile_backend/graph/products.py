@@ -67,6 +67,7 @@ class ProductOperator:
         composed: operators that torch composes of multiplications and sums. Every multiplication of two tensors in
             them, forward and backward, belongs to a product.
         weight: the position of the argument that is a weight, whatever computes it; None if the operator does not say.
+        is_layer_with_bias: whether it is a linear layer if the addend is a vector. Then the second operand is a weight.
         transposed: for a convolution the position of the argument that exchanges the roles of the kernel's first two
             axes.
     """
@@ -79,6 +80,7 @@ class ProductOperator:
     addend: int | None = None
     composed: tuple[str, ...] = ()
     weight: int | None = None
+    is_layer_with_bias: bool = False
     transposed: int | None = None
 
     @property
@@ -136,6 +138,7 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         gradients=("aten.mm", "aten.mm"),
         overloads=("default", "dtype"),
         addend=0,
+        is_layer_with_bias=True,
     ),
     ProductOperator(
         aten.baddbmm,
@@ -217,6 +220,7 @@ PRODUCTS: tuple[ProductOperator, ...] = (
             Multiplication((0, 2), ((1,), (0,))),
             Multiplication((0, 1), (ALL_BUT_CHANNELS, ALL_BUT_CHANNELS)),
         ),
+        weight=2,
         transposed=7,
     ),
 )
@@ -324,7 +328,7 @@ _BY_PACKET = {entry.packet: entry for entry in PRODUCTS}
 
 #: Composed operators in which every multiplication of two tensors belongs to a product.
 COMPOSED = frozenset(name for entry in PRODUCTS for name in entry.composed)
-#: Composed operators whose product has a weight as its second operand.
+#: Composed operators whose second argument is a weight.
 LINEAR = frozenset({"linear"})
 
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from torch import fx
 
-from fpsim.compile_backend.graph.composites import composed_product, note_product
+from fpsim.compile_backend.graph.composites import composed_product, is_weight_mark, note_product
 from fpsim.compile_backend.graph.nodes import (
     aten,
     is_float,
@@ -27,7 +27,7 @@ from fpsim.compile_backend.graph.products import (
     product_of_packet,
     product_operator,
 )
-from fpsim.compile_backend.graph.views import is_view
+from fpsim.compile_backend.graph.views import is_view, rearrangements
 
 _SUMS = (aten.sum.dim_IntList, aten.sum.default)
 
@@ -90,6 +90,44 @@ def call_of(value: fx.Node) -> fx.Node:
 def operands_of(value: fx.Node, multiplication: Multiplication) -> list[fx.Node]:
     """The nodes of the operands of the product whose value is ``value``."""
     return [cast(fx.Node, call_of(value).args[i]) for i in multiplication.operands]
+
+
+def has_weight(value: fx.Node, multiplication: Multiplication) -> bool:
+    """Whether the operator says which operand of the product is a weight: in a linear layer or a convolution."""
+    return any(is_weight(value, multiplication, i) for i in (0, 1))
+
+
+def is_weight(value: fx.Node, multiplication: Multiplication, number: int) -> bool:
+    """Whether operand ``number``, 0 or 1, of the product is the weight of a linear layer or a convolution.
+
+    It is, whatever tensor it is: a parameter, a buffer, an argument, or the result of a computation. A product to which
+    its operator adds a vector is a linear layer too (`ProductOperator.is_layer_with_bias`).
+    """
+    call = call_of(value)
+    position = multiplication.operands[number]
+    entry = product_operator(call.target)
+    if entry is not None and entry.weight == position:
+        return True
+    if number == 1 and _adds_vector(value):
+        return True
+    return any(map(is_weight_mark, rearrangements(call.args[position])))  # type: ignore[arg-type]
+
+
+def _adds_vector(value: fx.Node) -> bool:
+    """Whether the operator of the product also adds a vector, its bias, to a result of more dimensions."""
+    origin = product_of_packet(original_operator(value))
+    if origin is None or origin.addend is None or not origin.is_layer_with_bias:
+        return False
+    if product_operator(value.target) is origin:
+        added, result = value.args[origin.addend], value
+    else:  # decomposed: the addition follows
+        end = sum_of(value) or value
+        sums = [user for user in end.users if user.target is aten.add.Tensor and is_of_product(user)]
+        if not sums:
+            return False
+        result = sums[0]
+        added = next((node for node in result.all_input_nodes if node is not end), None)
+    return is_tensor(added) and added.meta["val"].dim() == 1 < result.meta["val"].dim()  # type: ignore[union-attr]
 
 
 def is_of_product(node: fx.Node) -> bool:

@@ -8,22 +8,47 @@ from typing import Any
 from torch import fx
 
 from fpsim.compile_backend.graph.products import Multiplication
-from fpsim.compile_backend.graph.recognition import is_product, operands_of
+from fpsim.compile_backend.graph.recognition import has_weight, is_product, is_weight, operands_of
 from fpsim.compile_backend.graph.sources import Source
-from fpsim.compile_backend.graph.views import base
+from fpsim.compile_backend.graph.views import base, whole
 
 
-def role_of(source: Source) -> str:
-    """The role of a value with the sources ``source``."""
-    if source & Source.TANGENT:
-        return "gradient"
-    if source & (Source.PARAMETER | Source.BUFFER) and not source & (Source.INPUT | Source.INTEGER_INPUT):
-        return "weight"
-    return "activation"
+def roles_of(value: fx.Node, multiplication: Multiplication, sources: Mapping[fx.Node, Source]) -> tuple[str, str]:
+    """The roles of the operands of the product whose value is ``value``.
+
+    An operand that depends on an incoming gradient is a gradient. The operator of a linear layer or a convolution says
+    which operand is the weight, unless the model has computed that from its input by other products. The other operand
+    is an activation, unless it is a part of a parameter or buffer itself. In other products an operand is a weight if
+    it is computed from parameters and buffers only, and by no layer: ``x @ (w + a @ b)``. If a product of parameters
+    comes first, it is an activation: ``(queries @ w) @ x.mT``.
+    """
+    operands = operands_of(value, multiplication)
+    is_layer = has_weight(value, multiplication)
+
+    def role(number: int) -> str:
+        source = sources[operands[number]]
+        if source & Source.TANGENT:
+            return "gradient"
+        if is_weight(value, multiplication, number):
+            is_computed = source & Source.INPUT and source & _OF_PRODUCTS
+        elif is_layer:
+            is_computed = bool(source & ~_OF_MODEL) or whole(operands[number]).op not in ("placeholder", "get_attr")
+        else:
+            is_computed = (
+                source & ~_OF_MODEL & ~(Source.PRODUCT if number == 1 else Source.NONE) or not source & _OF_MODEL
+            )
+        return "activation" if is_computed else "weight"
+
+    return role(0), role(1)
+
+
+_OF_MODEL = Source.PARAMETER | Source.BUFFER
+_OF_PRODUCTS = Source.PRODUCT | Source.LAYER
 
 
 def differentiated_role(
     other: fx.Node,
+    other_role: str,
     node: fx.Node,
     sources: Mapping[fx.Node, Source],
     forward: tuple[fx.Node, Multiplication] | None,
@@ -32,22 +57,20 @@ def differentiated_role(
     """The role of the forward operand with respect to which the backward product ``node`` differentiates.
 
     Args:
-        other: the operand of ``node`` that is no gradient.
+        other, other_role: the operand of ``node`` that is no gradient, and its role.
         node: the value of the product.
         sources: the sources of the graph's nodes (`find_sources`).
         forward: the forward product of the same autograd node, if there is one.
         input_sources: the kinds of the inputs of the traced function, in order.
     """
     if forward is None:  # a hand-written backward
-        return "activation" if role_of(sources[other]) == "weight" else _role_by_use(node, input_sources)
-    operands = operands_of(*forward)
-    bases = [base(value) for value in operands]
+        return "activation" if other_role == "weight" else _role_by_use(node, input_sources)
+    roles = roles_of(*forward, sources)
+    bases = [base(value) for value in operands_of(*forward)]
     kept = bases.index(base(other)) if base(other) in bases else None
     if kept is None:  # it was recomputed or copied: the roles decide
-        roles = [role_of(sources[value]) for value in operands]
-        other_role = role_of(sources[other])
         kept = roles.index(other_role) if other_role in roles else 0
-    return role_of(sources[operands[1 - kept]])
+    return roles[1 - kept]
 
 
 def _role_by_use(node: fx.Node, input_sources: Sequence[Source]) -> str:

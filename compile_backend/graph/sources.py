@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import enum
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.source import NNModuleSource, UnspecializedNNModuleSource
 
 from fpsim.compile_backend.graph.nodes import is_float
+from fpsim.compile_backend.graph.products import Multiplication
+from fpsim.compile_backend.graph.recognition import has_weight, multiplication_of, operands_of
 
 
 class Source(enum.Flag):
@@ -22,10 +24,12 @@ class Source(enum.Flag):
     INPUT = enum.auto()  #: a floating-point input of the model
     INTEGER_INPUT = enum.auto()
     TANGENT = enum.auto()  #: a gradient that comes from outside the graph
+    PRODUCT = enum.auto()  #: the result of a matrix product that belongs to no table of constants
+    LAYER = enum.auto()  #: the result of a linear layer or a convolution
 
 
 #: The sources that vary. A value with none of these belongs to the definition of the model, like a table of angles.
-VARIABLE = Source.PARAMETER | Source.INPUT | Source.TANGENT
+VARIABLE = Source.PARAMETER | Source.INPUT | Source.TANGENT | Source.PRODUCT | Source.LAYER
 
 
 def sources_of_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Source]:
@@ -39,9 +43,16 @@ def _source(node: fx.Node, value: Any) -> Source:
         return Source.PARAMETER
     if not isinstance(value, torch.Tensor):
         return Source.NONE
-    if re.search(r"_buffers_|_buffers\[", str(node.target)):
+    if _is_of_module(getattr(node, "_dynamo_source", None)):
         return Source.BUFFER
     return Source.INPUT if value.is_floating_point() or value.is_complex() else Source.INTEGER_INPUT
+
+
+def _is_of_module(origin: Any) -> bool:
+    """Whether Dynamo took an input from a module: from its buffers, or from another of its attributes."""
+    while origin is not None and not isinstance(origin, UnspecializedNNModuleSource | NNModuleSource):
+        origin = getattr(origin, "base", None)
+    return origin is not None
 
 
 def find_sources(graph: fx.Graph, input_sources: Sequence[Source]) -> dict[fx.Node, Source]:
@@ -56,8 +67,31 @@ def find_sources(graph: fx.Graph, input_sources: Sequence[Source]) -> dict[fx.No
             result = Source.NONE
             for argument in node.all_input_nodes:
                 result |= sources[argument]
+            multiplication = multiplication_of(node)
+            if multiplication is not None and not is_constant(node, multiplication, sources):
+                result |= Source.LAYER if has_weight(node, multiplication) else Source.PRODUCT
             sources[node] = result
     return sources
+
+
+def is_constant(node: fx.Node, multiplication: Multiplication, sources: Mapping[fx.Node, Source]) -> bool:
+    """Whether the product whose value is ``node`` belongs to a table that the model computes from constants alone.
+
+    Integers that the model is given vary, unless the product is an outer one: then they are positions, of which the
+    model makes a table of angles.
+    """
+    first, second = operands_of(node, multiplication)
+    source = sources[first] | sources[second]
+    if source & VARIABLE:
+        return False
+    return not source & Source.INTEGER_INPUT or (
+        _is_outer(first, multiplication) and not has_weight(node, multiplication)
+    )
+
+
+def _is_outer(first: fx.Node, multiplication: Multiplication) -> bool:
+    shape = first.meta["val"].shape
+    return all(shape[axis] == 1 for axis in multiplication.contracted[0])
 
 
 def _placeholder_source(node: fx.Node, input_sources: Sequence[Source]) -> Source:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from operator import getitem
+
 import torch
 from torch import fx
 
@@ -21,8 +24,30 @@ def is_view(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in VIEWS
 
 
+def rearrangements(node: fx.Node) -> Iterator[fx.Node]:
+    """``node``, the value that it rearranges if it is a rearrangement, and so on up to a value that is none."""
+    yield node
+    while is_view(node):
+        node = node.args[0]  # type: ignore[assignment]
+        yield node
+
+
 def base(node: fx.Node) -> fx.Node:
     """The value that ``node`` rearranges; ``node`` itself if it is no rearrangement."""
-    while is_view(node):
+    return list(rearrangements(node))[-1]
+
+
+#: Operators that select elements of their first operand, or convert them to another type.
+_SELECTIONS = frozenset(
+    {
+        aten.slice, aten.select, aten.split, aten.split_with_sizes, aten.unbind, aten.narrow, aten.diagonal,
+        aten._to_copy, torch.ops.prims.convert_element_type, torch.ops.prims.device_put,
+    }
+)  # fmt: skip
+
+
+def whole(node: fx.Node) -> fx.Node:
+    """The value of which ``node`` is a part: selected, rearranged or converted; ``node`` itself if it is none."""
+    while is_view(node) or node.target is getitem or getattr(node.target, "overloadpacket", None) in _SELECTIONS:
         node = node.args[0]  # type: ignore[assignment]
     return node

@@ -76,7 +76,7 @@ def round_products(
 def _reason_to_leave(product: Product, local: Policy | None) -> str | None:
     """Why ``product`` stays unrounded under ``local``, the policy of its module; None if it is rounded."""
     if product.constant:
-        return "constant: depends on no parameter and no floating-point input (such as rotary angles)"
+        return "constant: a table that the model computes from constants alone (such as rotary angles)"
     if local is None:
         return f"{product.kind} left unrounded by the policy"
     if local.products == "weights" and not product.has_weight:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from fpsim.compile_backend.graph.composites import find_weight_marks
 from fpsim.compile_backend.graph.finding import find_products
 from fpsim.compile_backend.graph.metadata import is_alias, update_aliases
 from fpsim.compile_backend.graph.nodes import is_body
@@ -104,6 +105,10 @@ def rewrite(
     sources = find_sources(graph, input_sources)
     inserter = Inserter(graph, sources, seed, recorder)
     products = find_products(graph, sources, input_sources)
+    for node in find_weight_marks(graph):
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        graph.erase_node(node)
+        views.discard(node)
     results = round_operations(graph, policy, sources, products, inserter, strict)
     operands, gaps = round_products(products, policy, inserter, strict)
     inserter.release_shapes()

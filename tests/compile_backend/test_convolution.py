@@ -236,9 +236,12 @@ def test_without_gradients_there_is_fprop_only() -> None:
         assert sites(nn.Conv1d(2, 3, 3), torch.randn(2, 2, 7)) == [("", *FPROP)]
 
 
-def test_a_filter_that_is_computed_from_inputs_is_an_activation() -> None:
+def test_a_filter_is_a_weight_unless_the_model_computes_it_from_its_input_by_a_product() -> None:
     x, filters = torch.randn(2, 2, 7, requires_grad=True), torch.randn(3, 2, 3, requires_grad=True)
-    assert sites(F.conv1d, x, filters) == [
+    assert sites(F.conv1d, x, filters) == [("", *FPROP), ("", *DGRAD), ("", *WGRAD)]
+    assert sites(lambda x, f: F.conv1d(x, f * 2 - f.mean()), x, filters) == [("", *FPROP), ("", *DGRAD), ("", *WGRAD)]
+    found = sites(lambda x, f: F.conv1d(x, (f.view(3, 6) @ f.view(6, 3) @ f.view(3, 6)).view(3, 2, 3)), x, filters)
+    assert [site for site in found if site[1].startswith("convolution")] == [
         ("", "convolution", "fprop", "activation", "activation"),
         ("", "convolution_backward", "dgrad", "gradient", "activation"),
         ("", "convolution_backward", "dgrad", "gradient", "activation"),

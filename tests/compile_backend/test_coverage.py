@@ -114,6 +114,8 @@ SPELLINGS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "dot": (lambda a, b: torch.dot(a[0], b[:, 0]), lambda a, b: a[0] @ b[:, 0]),
     "outer": (lambda a, b: torch.outer(a[:, 0], b[0]), lambda a, b: a[:, :1] * b[0]),
 }
+#: The spellings that are linear layers: their second operand is a weight, whatever tensor it is.
+LAYERS = ("addmm", "linear")
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [*itertools.product([1, 2, 8], repeat=3)])
@@ -129,12 +131,16 @@ def test_no_shape_of_any_product_is_too_small(m: int, n: int, k: int, monkeypatc
     monkeypatch.setattr(RoundingPass, "__call__", counting)
     inputs = [dyadic(*shape, seed=i) for i, shape in enumerate([(m, k), (k, n)] * len(SPELLINGS))]
 
-    def every(multiply: Callable[[Callable, Callable, Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-        return lambda *x: tuple(multiply(*SPELLINGS[name], x[2 * i], x[2 * i + 1]) for i, name in enumerate(SPELLINGS))
+    def every(multiply: Callable[[str, Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+        return lambda *x: tuple(multiply(name, x[2 * i], x[2 * i + 1]) for i, name in enumerate(SPELLINGS))
 
-    assert_rounded(every(lambda f, _, a, b: f(a, b)), every(lambda _, f, a, b: product(a, b, f)), inputs)
-    # of each product: two operands by two casts, fprop and dgrad, and the gradient
-    assert rounded == [5 * len(SPELLINGS)]
+    def by_hand(name: str, a: Tensor, b: Tensor) -> Tensor:
+        roles = "activation weight" if name in LAYERS else "activation activation"
+        return product(a, b, SPELLINGS[name][1], roles)
+
+    assert_rounded(every(lambda name, a, b: SPELLINGS[name][0](a, b)), every(by_hand), inputs)
+    # of each product: two operands by two casts, fprop and dgrad, and the gradient; a layer's gradient has two casts
+    assert rounded == [5 * len(SPELLINGS) + len(LAYERS)]
 
 
 PAIRS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...]]] = {

@@ -295,12 +295,12 @@ PRODUCTS = {
 }
 
 
-def exact_product(fn, a: Tensor, b: Tensor, dy: Tensor, casts: Casts) -> tuple[Tensor, Tensor, Tensor]:
-    """Value and gradients of a bilinear ``fn``, each computed from its own rounded operands."""
-    y = fn(casts(a, "fprop", "activation"), casts(b, "fprop", "activation"))
-    rounded_dy = casts(dy, "dgrad", "gradient")
-    da = torch.func.vjp(lambda t: fn(t, casts(b, "dgrad", "activation")), a)[1](rounded_dy)[0]
-    db = torch.func.vjp(lambda t: fn(casts(a, "dgrad", "activation"), t), b)[1](rounded_dy)[0]
+def exact_product(fn, a: Tensor, b: Tensor, dy: Tensor, casts: Casts, role: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Value and gradients of a bilinear ``fn`` of rounded operands. ``role`` is that of ``b``."""
+    of_b = "wgrad" if role == "weight" else "dgrad"
+    y = fn(casts(a, "fprop", "activation"), casts(b, "fprop", role))
+    da = torch.func.vjp(lambda t: fn(t, casts(b, "dgrad", role)), a)[1](casts(dy, "dgrad", "gradient"))[0]
+    db = torch.func.vjp(lambda t: fn(casts(a, of_b, "activation"), t), b)[1](casts(dy, of_b, "gradient"))[0]
     return y, da, db
 
 
@@ -310,7 +310,7 @@ def test_all_ways_to_write_a_matrix_product(name: str) -> None:
     fn, shape_a, shape_b = PRODUCTS[name]
     a, b = dyadic(*shape_a, seed=50, top=32), dyadic(*shape_b, seed=51, top=32)
     dy = dyadic(*fn(a, b).shape, seed=52, top=32)
-    want = exact_product(fn, a, b, dy, Casts(options))
+    want = exact_product(fn, a, b, dy, Casts(options), "weight" if name == "linear" else "activation")
     a, b = a.requires_grad_(), b.requires_grad_()
     y = torch.compile(fn, backend="fpsim", options=options)(a, b)
     y.backward(dy)
