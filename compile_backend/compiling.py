@@ -65,6 +65,7 @@ def compile_with_rounding(
     Raises: the errors of `fpsim.compile_backend.fpsim`.
     """
     apply_settings()
+    policy.check_names_format()
     guards.refuse_settings(policy)
     guards.refuse_inner_gradients(gm)
     if strict:

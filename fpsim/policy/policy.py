@@ -38,12 +38,12 @@ DIRECTIONS = ("forward", "backward")
 ATTENTIONS = ("round", "keep")
 PRODUCTS = ("all", "weights")
 
-#: The formats of the OCP FP8 hybrid recipe, by role.
-HYBRID = {"activation": "e4m3fn", "weight": "e4m3fn", "gradient": "e5m2"}
+#: The casts of the OCP FP8 hybrid recipe, by role.
+HYBRID = {"activation": "e4m3fn/sat_finite", "weight": "e4m3fn/sat_finite", "gradient": "e5m2/sat_finite"}
 
 #: The fields of each named policy (`Policy.preset`).
 PRESETS: dict[str, dict[str, Any]] = {
-    "fp8_hybrid": {},
+    "fp8_hybrid": {**HYBRID},
     "bf16": {"format": "bf16", "output": "bf16"},
     "fp16": {"format": "fp16", "output": "fp16"},
 }
@@ -113,9 +113,10 @@ class Policy:
     A glob (``layers.*.attn``, ``lm_head``) matches the path of a module. It then applies to everything inside the
     module too.
 
-    If none of ``format``, ``activation``, ``weight`` and ``gradient`` names a format, the roles that are not ``"none"``
-    get the OCP FP8 hybrid: ``e4m3fn`` activations and weights, ``e5m2`` gradients, ``sat_finite``. If one of them does,
-    roles for which no field names a format are not rounded.
+    A policy rounds what its fields name, and nothing else. Only a policy without any field means the OCP FP8 hybrid:
+    ``e4m3fn`` activations and weights, ``e5m2`` gradients, ``sat_finite``. The preset ``fp8_hybrid`` names it together
+    with other fields: ``Policy.from_options({"policy": "fp8_hybrid", "skip": "lm_head"})``. The backend refuses a
+    policy that names no format at all (`check_names_format`).
 
     Raises:
         ValueError: a format, mode, role or choice is unknown. The message names it and the remedy.
@@ -155,16 +156,15 @@ class Policy:
         set_(self, "skip", _strings("skip", self.skip))
         set_(self, "gaps", _strings("gaps", self.gaps))
         set_(self, "modules", self._module_rules())
-        if self.format is None and all(getattr(self, role) in (None, NONE) for role in ROLES):
-            set_(self, "overflow", self.overflow or "sat_finite")
-            for role, usual in HYBRID.items():
-                set_(self, role, getattr(self, role) or usual)
         for name in ("format", *ROLES):
             set_(self, name, self._operand(getattr(self, name)))
         set_(self, "output", self._result(self.output))
         for kind in KINDS:
             set_(self, kind, self._casts(kind, ROLES, (*ROLES, "output"), "role"))
         set_(self, "elementwise", self._casts("elementwise", DIRECTIONS, DIRECTIONS, "direction"))
+        if all(getattr(self, field.name) == field.default for field in fields(self)):
+            for role, usual in HYBRID.items():
+                set_(self, role, self._operand(usual))
 
     def _operand(self, given: CastLike | None) -> _StoredCast:
         """The cast of an operand; it takes the modes that it does not name from this policy."""
@@ -263,6 +263,28 @@ class Policy:
         own = bool(self.elementwise) or any(self.output_cast(kind) for kind in KINDS)
         return own or any(policy.rounds_results for policy in self._policies_of_modules)
 
+    def check_names_format(self) -> None:
+        """Refuse a policy that names no format, for the whole model or in a rule for modules.
+
+        It would round nothing, without a word. ``format="none"`` says that nothing is to be rounded.
+
+        Raises:
+            ValueError: the message names the fields that the policy has.
+        """
+        for policy in self._policies_of_modules:
+            policy.check_names_format()
+        casts = [getattr(self, name) for name in ("format", *ROLES, "output")]
+        casts += [cast for name in (*KINDS, "elementwise") for cast in _casts_by_key(self, name).values()]
+        is_rounding = any(isinstance(cast, Cast) for cast in casts) or self._policies_of_modules
+        says_none = self.format == NONE or all(getattr(self, role) == NONE for role in ROLES)
+        if not is_rounding and not says_none:
+            given = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+            raise ValueError(
+                f"{' and '.join(given)} alone name no format, so that nothing would be rounded: add a format, such as "
+                "format='e4m3fn', or start from a preset with policy='fp8_hybrid'; format='none' says that nothing is "
+                "to be rounded"
+            )
+
     @property
     def uses_paths(self) -> bool:
         """Whether any rule depends on the module that contains an operation."""
@@ -336,15 +358,7 @@ class Policy:
         Raises:
             ValueError: the name or the format is unknown.
         """
-        if name.startswith(_PAPER):
-            cast = f"{name.removeprefix(_PAPER)}/toward_zero/sat_finite"
-            return Policy(format=cast, products="weights", attention="keep")
-        if name not in PRESETS:
-            raise ValueError(
-                f"unknown preset {name!r}: use one of {', '.join(PRESETS)}, or {_PAPER}FORMAT; one format for all is "
-                f"{{'format': {name!r}}}"
-            )
-        return Policy(**PRESETS[name])
+        return Policy(**_preset_fields(name))
 
     # -- conversions -----------------------------------------------------------------------------------------
 
@@ -422,11 +436,12 @@ class Policy:
     def from_options(options: Mapping[str, Any] | None) -> Policy:
         """The policy that the ``options`` of `torch.compile` state: its fields, or ``{"policy": policy}``.
 
-        In the second form ``policy`` is a `Policy`, the name of a preset, or a mapping of fields.
+        In the second form ``policy`` is a `Policy`, the name of a preset, or a mapping of fields. Fields beside the
+        name of a preset replace those of the preset: ``{"policy": "fp8_hybrid", "skip": ["lm_head"]}``.
 
         Raises:
-            ValueError: a key is not a field (the message lists all fields), or ``policy`` is given together with
-                fields.
+            ValueError: a key is not a field (the message lists all fields), or a `Policy` or a mapping is given
+                together with fields.
             TypeError: ``options`` is not a mapping, or ``policy`` has none of these three types.
         """
         if not isinstance(options, Mapping | None):
@@ -434,10 +449,10 @@ class Policy:
         options = dict(options or {})
         if "policy" in options:
             policy = options.pop("policy")
+            if isinstance(policy, str):
+                return Policy.from_options({**_preset_fields(policy), **options})
             if options:
                 raise ValueError(f"give either 'policy' or its fields, not both: {', '.join(sorted(options))}")
-            if isinstance(policy, str):
-                return Policy.preset(policy)
             return policy if isinstance(policy, Policy) else Policy.from_options(policy)
         valid = [field.name for field in fields(Policy)]
         for key in options:
@@ -449,6 +464,19 @@ class Policy:
 
 #: The argument type of a rule for the modules that a glob matches.
 ModuleRule = Policy | Mapping[str, Any] | CastLike | None
+
+
+def _preset_fields(name: str) -> dict[str, Any]:
+    """The fields of the preset ``name``; raises ValueError if it is unknown."""
+    if name.startswith(_PAPER):
+        cast = f"{name.removeprefix(_PAPER)}/toward_zero/sat_finite"
+        return {"format": cast, "products": "weights", "attention": "keep"}
+    if name not in PRESETS:
+        raise ValueError(
+            f"unknown preset {name!r}: use one of {', '.join(PRESETS)}, or {_PAPER}FORMAT; one format for all is "
+            f"{{'format': {name!r}}}"
+        )
+    return PRESETS[name]
 
 
 def is_preset(name: str) -> bool:

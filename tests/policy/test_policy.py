@@ -33,8 +33,78 @@ def by_role(activation: str | None, weight: str | None, gradient: str | None) ->
     return {(kind, role): roles[role] for kind, role in PLACES}
 
 
+def hybrid(**fields: Any) -> Policy:
+    """The FP8 hybrid with more fields."""
+    return Policy.from_options({"policy": "fp8_hybrid", **fields})
+
+
 E4M3 = "e4m3fn/nearest_even/sat_finite"
 E5M2 = "e5m2/nearest_even/sat_finite"
+
+
+# -- a policy does what its fields name --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"elementwise": "fp16"}, {}),
+        ({"elementwise": {"forward": "fp16"}}, {}),
+        ({"output": "bf16"}, {}),
+        ({"modules": {"2": "e4m3fn"}}, {}),
+        ({"weight": "e4m3fn"}, {(kind, "weight"): E4M3 for kind in KINDS}),
+        ({"dgrad": {"gradient": "e5m2"}}, {("dgrad", "gradient"): "e5m2/nearest_even/ovf_inf"}),
+        ({"wgrad": {"gradient": "bf16"}, "skip": "head"}, {("wgrad", "gradient"): "e8m7/nearest_even/ovf_inf"}),
+        ({"fprop": "e3m4", "rounding": "up"}, {("fprop", role): "e3m4/up/ovf_inf" for role in ROLES}),
+    ],
+)
+def test_options_without_a_format_for_operands_round_no_operand(options: dict[str, Any], named: dict) -> None:
+    policy = Policy.from_options(options)
+    assert casts(policy) == by_role(None, None, None) | {
+        place: cast for place, cast in named.items() if place in PLACES
+    }
+    policy.check_names_format()
+    assert policy.overflow is None
+
+
+def test_no_overflow_mode_reaches_a_cast_that_the_user_wrote() -> None:
+    assert Policy(elementwise="fp16").elementwise_cast("forward") == parse_cast("fp16")
+    assert Policy(output="fp16").output_cast("fprop") == parse_cast("fp16")
+    assert hybrid(output="fp16").output_cast("fprop") == parse_cast("fp16")
+    assert Policy(modules={"a": {"elementwise": "fp16"}}).at("a").elementwise_cast("backward") == parse_cast("fp16")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"skip": "lm_head"},
+        {"rounding": "stochastic"},
+        {"overflow": "ovf_inf", "attention": "keep"},
+        {"scale": "power_of_two"},
+        {"products": "weights"},
+        {"gaps": "*"},
+        {"weight": "none"},
+        {"modules": {"lm_head": "none"}},
+        {"format": "bf16", "modules": {"lm_head": {"attention": "keep"}}},
+    ],
+)
+def test_a_policy_that_names_no_format_is_refused_by_name(options: dict[str, Any]) -> None:
+    policy = Policy.from_options(options)
+    assert casts(policy) == casts(Policy(format=options.get("format", "none")))
+    with pytest.raises(ValueError, match=f"{list(options)[0]}.* alone name no format|attention alone name no format"):
+        policy.check_names_format()
+
+
+@pytest.mark.parametrize("options", [{}, {"format": "none"}, dict.fromkeys(ROLES, "none"), {"policy": "paper:e8m3"}])
+def test_a_policy_that_says_what_it_rounds_is_not(options: dict[str, Any]) -> None:
+    Policy.from_options(options).check_names_format()
+
+
+def test_fields_beside_a_preset_replace_its_fields() -> None:
+    assert Policy.from_options({"policy": "paper:e8m3", "attention": "round"}) == dataclasses.replace(
+        Policy.preset("paper:e8m3"), attention="round"
+    )
+    assert Policy.from_options({"policy": "bf16", "format": "e4m3fn"}) == Policy(format="e4m3fn", output="bf16")
 
 
 # -- casts -------------------------------------------------------------------------------------------------------------
@@ -110,8 +180,9 @@ def test_the_default_is_the_ocp_hybrid_saturating() -> None:
 
 def test_the_default_equals_the_hybrid_written_out() -> None:
     spelled = Policy(activation="e4m3fn", weight="e4m3fn", gradient="e5m2", overflow="sat_finite")
-    assert Policy() == spelled == Policy(**HYBRID, overflow="sat_finite")
-    assert hash(Policy()) == hash(spelled)
+    assert casts(Policy()) == casts(spelled) == by_role(E4M3, E4M3, E5M2)
+    assert Policy() == Policy(**HYBRID) == hybrid()
+    assert hash(Policy()) == hash(hybrid())
 
 
 def test_a_format_applies_to_every_operand_with_its_usual_overflow_mode() -> None:
@@ -135,7 +206,7 @@ def test_a_role_given_alone_leaves_the_others_unrounded(role: str) -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_none_excludes_one_role_from_the_hybrid(role: str) -> None:
     expected = {place: None if place[1] == role else cast for place, cast in casts(Policy()).items()}
-    assert casts(Policy(**{role: "none"})) == expected
+    assert casts(hybrid(**{role: "none"})) == expected
 
 
 def test_none_rounds_nothing() -> None:
@@ -146,8 +217,8 @@ def test_none_rounds_nothing() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_overrides_the_roles_it_names_in_its_own_products_only(kind: str) -> None:
-    policy = Policy(**{kind: {"weight": "bf16", "activation": "none"}})
-    changed = {(kind, "weight"): "e8m7/nearest_even/sat_finite", (kind, "activation"): None}
+    policy = hybrid(**{kind: {"weight": "bf16", "activation": "none"}})
+    changed = {(kind, "weight"): "e8m7/nearest_even/ovf_inf", (kind, "activation"): None}
     assert casts(policy) == casts(Policy()) | changed
 
 
@@ -160,7 +231,7 @@ def test_a_format_for_a_kind_applies_to_all_its_roles(kind: str, given: Any) -> 
 
 
 def test_switchback_keeps_the_weight_gradient_high() -> None:
-    policy = Policy(wgrad={"gradient": "bf16", "activation": "bf16"}, overflow="sat_finite")
+    policy = hybrid(wgrad={"gradient": "bf16", "activation": "bf16"}, overflow="sat_finite")
     bf16 = "e8m7/nearest_even/sat_finite"
     assert casts(policy) == casts(Policy()) | {("wgrad", "gradient"): bf16, ("wgrad", "activation"): bf16}
 
@@ -186,7 +257,7 @@ def test_rounding_applies_to_casts_that_name_none() -> None:
     expected = by_role("e5m2/toward_zero/ovf_inf", "e5m2/toward_zero/ovf_inf", "e5m2/up/ovf_inf")
     assert casts(policy) == expected | {("fprop", "weight"): "e4m3fn/toward_zero/sat_finite"}
     assert str(policy.output_cast("dgrad")) == "e8m7/toward_zero/ovf_inf"
-    assert casts(Policy(rounding="to_odd")) == by_role(
+    assert casts(hybrid(rounding="to_odd")) == by_role(
         "e4m3fn/to_odd/sat_finite", "e4m3fn/to_odd/sat_finite", "e5m2/to_odd/sat_finite"
     )
 
@@ -196,8 +267,7 @@ def test_overflow_applies_to_casts_that_name_none() -> None:
     usual = "e5m2/nearest_even/sat_propagate"
     assert casts(policy) == by_role(usual, usual, "e5m2/nearest_even/ovf_inf")
     assert str(policy.output_cast("dgrad")) == "e8m7/nearest_even/sat_propagate"
-    e4m3, e5m2 = "e4m3fn/nearest_even/ovf_inf", "e5m2/nearest_even/ovf_inf"
-    assert casts(Policy(overflow="ovf_inf")) == by_role(e4m3, e4m3, e5m2)
+    assert casts(hybrid(overflow="ovf_inf")) == by_role(E4M3, E4M3, E5M2)  # the preset's casts name theirs
 
 
 def test_a_scale_applies_to_casts_of_operands_that_name_none() -> None:
@@ -206,11 +276,9 @@ def test_a_scale_applies_to_casts_of_operands_that_name_none() -> None:
     assert str(policy.cast("wgrad", "activation")) == "e4m3/up/ovf_inf/power_of_two"
     assert str(policy.cast("dgrad", "gradient")) == "e5m2/nearest_even/ovf_inf"
     assert str(policy.output_cast("fprop")) == "e8m7/nearest_even/ovf_inf"
-    hybrid = Policy(scale="power_of_two")
-    assert str(hybrid.cast("fprop", "weight")) == "e4m3fn/nearest_even/sat_finite/power_of_two"
-    assert hybrid == Policy(
-        **{role: f"{HYBRID[role]}/power_of_two" for role in ROLES}, overflow="sat_finite", scale="power_of_two"
-    )
+    scaled = hybrid(scale="power_of_two")
+    assert str(scaled.cast("fprop", "weight")) == "e4m3fn/nearest_even/sat_finite/power_of_two"
+    assert scaled == Policy(**{role: f"{HYBRID[role]}/power_of_two" for role in ROLES}, scale="power_of_two")
 
 
 def test_a_single_cast_may_have_a_scale() -> None:
@@ -394,10 +462,10 @@ def test_elementwise_may_differ_between_forward_and_backward() -> None:
 
 def test_a_kind_may_have_its_own_output() -> None:
     policy = Policy(output="bf16", dgrad={"output": "e5m2"}, wgrad={"output": "none"})
-    assert str(policy.output_cast("fprop")) == "e8m7/nearest_even/sat_finite"
-    assert str(policy.output_cast("dgrad")) == "e5m2/nearest_even/sat_finite"
+    assert str(policy.output_cast("fprop")) == "e8m7/nearest_even/ovf_inf"
+    assert str(policy.output_cast("dgrad")) == "e5m2/nearest_even/ovf_inf"
     assert policy.output_cast("wgrad") is None
-    assert policy.cast("dgrad", "weight") == Policy().cast("dgrad", "weight")
+    assert policy.cast("dgrad", "weight") is None
     assert Policy(dgrad="bf16").output_cast("dgrad") is None
     assert policy.rounds_results and Policy(dgrad={"output": "bf16"}).rounds_results
 
@@ -591,13 +659,12 @@ def test_policies_are_equal_exactly_if_their_json_is(a: Policy, b: Policy) -> No
 
 
 def test_json_is_readable_and_has_a_version() -> None:
-    assert json.loads(Policy(modules={"lm_head": "none"}, wgrad={"gradient": "bf16"}).to_json()) == {
+    assert json.loads(hybrid(modules={"lm_head": "none"}, wgrad={"gradient": "bf16"}).to_json()) == {
         "version": 1,
         "activation": E4M3,
         "weight": E4M3,
         "gradient": E5M2,
-        "overflow": "sat_finite",
-        "wgrad": {"gradient": "bf16/nearest_even/sat_finite"},
+        "wgrad": {"gradient": "bf16/nearest_even/ovf_inf"},
         "modules": {"lm_head": "none"},
     }
 
@@ -741,15 +808,14 @@ def test_changes_of_returned_values_have_no_effect() -> None:
 
 
 def test_replacing_one_field_keeps_the_others() -> None:
-    assert dataclasses.replace(Policy(), skip=("head",)) == Policy(skip="head")
+    assert dataclasses.replace(Policy(), skip=("head",)) == hybrid(skip="head")
     assert dataclasses.replace(Policy(format="bf16"), attention="keep") == Policy(format="bf16", attention="keep")
 
 
 @pytest.mark.parametrize("format", [None, "e4m3fn", FloatFormat(4, 3), "bf16/toward_zero"])
 def test_a_scale_put_in_by_replace_holds_for_all_casts_that_name_none(format: str | FloatFormat | None) -> None:
     replaced = dataclasses.replace(Policy(format=format, output="bf16"), scale="power_of_two")
-    overflow = "sat_finite" if format is None else None
-    assert replaced == Policy(format=format, output="bf16", scale="power_of_two", overflow=overflow)
+    assert replaced == Policy(format=format, output="bf16", scale="power_of_two")
     assert dataclasses.replace(replaced) == replaced
 
 
