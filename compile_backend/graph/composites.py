@@ -24,7 +24,12 @@ from torch.fx import traceback
 from fpsim.compile_backend.graph.products import COMPOSED, LINEAR
 
 aten = torch.ops.aten
-_KEY = DispatchKey.CompositeImplicitAutograd
+#: Where torch registers the composition of an operator: in general, for `torch.vmap`, and for all of `torch.func`.
+_KEYS = (
+    DispatchKey.CompositeImplicitAutograd,
+    DispatchKey.FuncTorchBatchedDecomposition,
+    DispatchKey.FuncTorchDynamicLayerFrontMode,
+)
 _PRODUCT = "fpsim product"
 _WEIGHT = "fpsim weight"
 
@@ -38,30 +43,30 @@ def recorded() -> Iterator[None]:
 
     torch's Python dispatcher calls the kernels that this context puts in place of torch's own, and they call those.
     """
-    replaced = {}
+    replaced = []
     for names, wrap in ((COMPOSED, _noting), (LINEAR, _marking)):
-        for op in (op for name in names for op in _composed_overloads(name)):
-            replaced[op] = op.py_kernels.get(_KEY)
-            op.py_kernels[_KEY] = wrap(op, replaced[op] or partial(op._op_dk, _KEY))
+        for op, key in (pair for name in names for pair in _compositions(name)):
+            replaced.append((op, key, op.py_kernels.get(key)))
+            op.py_kernels[key] = wrap(op, op.py_kernels.get(key) or partial(op._op_dk, key))
             op._dispatch_cache.clear()
     try:
         yield
     finally:
-        for op, kernel in replaced.items():
+        for op, key, kernel in replaced:
             if kernel is None:
-                del op.py_kernels[_KEY]
+                del op.py_kernels[key]
             else:
-                op.py_kernels[_KEY] = kernel
+                op.py_kernels[key] = kernel
             op._dispatch_cache.clear()
 
 
-def _composed_overloads(name: str) -> Iterator[OpOverload]:
+def _compositions(name: str) -> Iterator[tuple[OpOverload, DispatchKey]]:
+    """The overloads of the composed operator ``name``, and the keys under which each is composed."""
     registered = torch._C._dispatch_get_all_op_names()
     packet = getattr(torch.ops.aten, name)
-    for overload in packet.overloads():
-        op = getattr(packet, overload)
-        if op.name() in registered and op.has_kernel_for_dispatch_key(_KEY):
-            yield op
+    for op in (getattr(packet, overload) for overload in packet.overloads()):
+        if op.name() in registered and op.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd):
+            yield from ((op, key) for key in _KEYS if op.has_kernel_for_dispatch_key(key))
 
 
 def _noting(op: OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:

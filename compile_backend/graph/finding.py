@@ -13,11 +13,10 @@ from fpsim.compile_backend.graph.recognition import (
     call_of,
     ends_of_products,
     multiplication_of,
-    operands_of,
     origin_of_product,
     sum_of,
 )
-from fpsim.compile_backend.graph.roles import differentiated_role, roles_of
+from fpsim.compile_backend.graph.roles import backward_roles, roles_of
 from fpsim.compile_backend.graph.sources import Source, is_backward, is_constant
 
 
@@ -93,12 +92,10 @@ def _classify(
     ``forward`` is the forward product of the same autograd node, if there is one. If ``node`` is part of a decomposed
     operator, ``end`` is the mark at which that operator ends.
     """
-    values = operands_of(node, multiplication)
     roles = roles_of(node, multiplication, sources)
     kind = "fprop"
     if "gradient" in roles:
-        other = 1 - roles.index("gradient")
-        differentiated = differentiated_role(values[other], roles[other], node, sources, forward, input_sources)
+        roles, differentiated = backward_roles(node, multiplication, sources, forward, input_sources)
         kind = "wgrad" if differentiated == "weight" else "dgrad"
     path = module_path(node)
     if path is None and kind == "fprop":

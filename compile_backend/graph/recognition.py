@@ -119,14 +119,15 @@ def _adds_vector(value: fx.Node) -> bool:
     if origin is None or origin.addend is None or not origin.is_layer_with_bias:
         return False
     if product_operator(value.target) is origin:
-        added, result = value.args[origin.addend], value
+        result, added = value, value.args[origin.addend]
     else:  # decomposed: the addition follows
-        end = sum_of(value) or value
-        sums = [user for user in end.users if user.target is aten.add.Tensor and is_of_product(user)]
-        if not sums:
-            return False
-        result = sums[0]
-        added = next((node for node in result.all_input_nodes if node is not end), None)
+        last, result = value, value
+        while result.target is not aten.add.Tensor:
+            users = [user for user in result.users if original_operator(user) is origin.packet]
+            if len(users) != 1:
+                return False
+            last, result = result, users[0]
+        added = next(node for node in result.all_input_nodes if node is not last)
     return is_tensor(added) and added.meta["val"].dim() == 1 < result.meta["val"].dim()  # type: ignore[union-attr]
 
 

@@ -46,31 +46,37 @@ _OF_MODEL = Source.PARAMETER | Source.BUFFER
 _OF_PRODUCTS = Source.PRODUCT | Source.LAYER
 
 
-def differentiated_role(
-    other: fx.Node,
-    other_role: str,
-    node: fx.Node,
+def backward_roles(
+    value: fx.Node,
+    multiplication: Multiplication,
     sources: Mapping[fx.Node, Source],
     forward: tuple[fx.Node, Multiplication] | None,
     input_sources: Sequence[Source],
-) -> str:
-    """The role of the forward operand with respect to which the backward product ``node`` differentiates.
+) -> tuple[tuple[str, str], str]:
+    """The roles of the operands of a product of backward, and that of the operand which it is the derivative of.
+
+    The operand that is no gradient has the role that it has in the forward product.
 
     Args:
-        other, other_role: the operand of ``node`` that is no gradient, and its role.
-        node: the value of the product.
+        value, multiplication: the product.
         sources: the sources of the graph's nodes (`find_sources`).
         forward: the forward product of the same autograd node, if there is one.
         input_sources: the kinds of the inputs of the traced function, in order.
     """
+    own = roles_of(value, multiplication, sources)
+    number = 1 - own.index("gradient")
+    role, other = own[number], operands_of(value, multiplication)[number]
+    if role == "gradient":  # a derivative of a derivative
+        return own, "activation"
     if forward is None:  # a hand-written backward
-        return "activation" if other_role == "weight" else _role_by_use(node, input_sources)
+        return own, "activation" if role == "weight" else _role_by_use(value, input_sources)
     roles = roles_of(*forward, sources)
-    bases = [base(value) for value in operands_of(*forward)]
-    kept = bases.index(base(other)) if base(other) in bases else None
-    if kept is None:  # it was recomputed or copied: the roles decide
-        kept = roles.index(other_role) if other_role in roles else 0
-    return roles[1 - kept]
+    bases = [base(operand) for operand in operands_of(*forward)]
+    if base(other) in bases:
+        kept = bases.index(base(other))
+    else:  # it was recomputed or copied: the roles decide
+        kept = roles.index(role) if role in roles else 0
+    return ("gradient", roles[kept]) if number == 1 else (roles[kept], "gradient"), roles[1 - kept]
 
 
 def _role_by_use(node: fx.Node, input_sources: Sequence[Source]) -> str:

@@ -91,7 +91,7 @@ def test_no_overflow_mode_reaches_a_cast_that_the_user_wrote() -> None:
 def test_a_policy_that_names_no_format_is_refused_by_name(options: dict[str, Any]) -> None:
     policy = Policy.from_options(options)
     assert casts(policy) == casts(Policy(format=options.get("format", "none")))
-    with pytest.raises(ValueError, match=f"{list(options)[0]}.* alone name no format|attention alone name no format"):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}.* alone name no format"):
         policy.check_names_format()
 
 
