@@ -18,6 +18,12 @@ from fpsim.formats import FloatFormat
 from fpsim.policy import Policy
 from fpsim.suggestions import near_names, suggest
 
+#: Settings of Inductor under which it changes the operands of products, and how.
+_REWRITES = {
+    "freezing": "multiplies constants into rounded weights, and draws stochastically rounded weights only once",
+    "efficient_conv_bn_eval_fx_passes": "multiplies the factors of a batch norm into a weight before it is rounded",
+}
+
 # By identity: the options of every compiled model, and the policy that they described when they were first seen. The
 # options are kept alive, so that no other mapping gets the same identity.
 _first_policies: dict[int, tuple[Mapping[str, Any], Policy]] = {}
@@ -43,11 +49,12 @@ def check_options(options: Mapping[str, Any] | None, mode: str | None) -> None:
 
 def refuse_settings(policy: Policy) -> None:
     """Refuse settings of torch under which products would differ from those that the policy describes."""
-    if inductor_config.freezing and policy.is_stochastic:
-        raise ValueError(
-            "torch._inductor.config.freezing turns stochastically rounded weights into constants, drawn once for all "
-            "calls: set it to False, or round deterministically"
-        )
+    for name, effect in _REWRITES.items():
+        if getattr(inductor_config, name, False):
+            raise ValueError(
+                f"torch._inductor.config.{name} {effect}, so that the model would not compute what the policy says: "
+                "set it to False"
+            )
     precision = torch.get_float32_matmul_precision()
     if precision != "highest" and not all(_fits(cast, precision) for cast in policy.operand_casts()):
         raise ValueError(

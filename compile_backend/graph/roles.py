@@ -72,10 +72,9 @@ def backward_roles(
         return own, "activation" if role == "weight" else _role_by_use(value, input_sources)
     roles = roles_of(*forward, sources)
     bases = [base(operand) for operand in operands_of(*forward)]
-    if base(other) in bases:
-        kept = bases.index(base(other))
-    else:  # it was recomputed or copied: the roles decide
-        kept = roles.index(role) if role in roles else 0
+    matching = bases if base(other) in bases else roles  # if it was recomputed or copied, the roles decide
+    wanted: Any = base(other) if matching is bases else role
+    kept = matching.index(wanted) if wanted in matching else 0  # type: ignore[operator]
     return ("gradient", roles[kept]) if number == 1 else (roles[kept], "gradient"), roles[1 - kept]
 
 

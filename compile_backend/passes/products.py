@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 
 from torch import fx
@@ -16,6 +17,7 @@ from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.places import policy_at, site_of_product
 from fpsim.compile_backend.plan import Gap, Site
 from fpsim.policy import Policy
+from fpsim.policy.policy import KINDS
 from fpsim.rounding.carriers import CARRIERS
 
 
@@ -71,6 +73,19 @@ def round_products(
         else:
             gaps.append(Gap(product.path or "", product.operator, reason or ""))
     return sites, gaps
+
+
+def warn_if_no_weight_is_found(products: Sequence[Product], sites: Sequence[Site], policy: Policy) -> None:
+    """Warn of a graph in which ``policy`` rounds nothing, only because no product has a weight."""
+    asked = [product for product in products if not product.constant and policy.at(product.path or "") == policy]
+    wants_weights = policy.products == "weights" or any(policy.cast(kind, "weight") for kind in KINDS)
+    if asked and wants_weights and not any(site.cast for site in sites) and not any(p.has_weight for p in asked):
+        warnings.warn(
+            f"fpsim rounds nothing in this graph: the policy rounds weights, and none of its {len(asked)} products has "
+            "a weight. Weights are parameters, buffers, and the second arguments of linear layers and convolutions; "
+            "products='all' and format round every operand",
+            stacklevel=2,
+        )
 
 
 def _reason_to_leave(product: Product, local: Policy | None) -> str | None:

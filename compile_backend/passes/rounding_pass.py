@@ -24,7 +24,7 @@ from fpsim.compile_backend.graph.sources import Source, find_input, find_sources
 from fpsim.compile_backend.observe.recorder import Recorder
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.operations import round_operations
-from fpsim.compile_backend.passes.products import opaque_gaps, round_products
+from fpsim.compile_backend.passes.products import opaque_gaps, round_products, warn_if_no_weight_is_found
 from fpsim.compile_backend.plan import Plan
 from fpsim.policy import Policy
 from fpsim.source import source_hash
@@ -111,6 +111,8 @@ def rewrite(
         views.discard(node)
     results = round_operations(graph, policy, sources, products, inserter, strict)
     operands, gaps = round_products(products, policy, inserter, strict)
+    if strict:
+        warn_if_no_weight_is_found(products, [*results, *operands], policy)
     inserter.release_shapes()
     if recorder is not None:
         recorder.insert(graph)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -187,13 +189,35 @@ def test_operands_that_shorter_products_hold_are_not(options: dict, products_of_
     torch.compile(Model(), backend="fpsim_eager", options=options)(X)
 
 
-def test_weights_drawn_once_for_all_calls_are_refused() -> None:
-    options = {"format": "e5m2/stochastic"}
+@pytest.mark.parametrize("format", ["e5m2/stochastic", "e5m2"])
+@pytest.mark.parametrize("setting", ["freezing", "efficient_conv_bn_eval_fx_passes"])
+def test_settings_that_change_the_operands_of_products_are_refused(setting: str, format: str) -> None:
+    """Inductor multiplies constants into weights: into rounded ones, or before they are rounded."""
     with (
-        torch._inductor.config.patch(freezing=True),
-        pytest.raises(BackendCompilerFailed, match=r"freezing.* drawn once for all calls"),
+        torch._inductor.config.patch({setting: True}),
+        pytest.raises(BackendCompilerFailed, match=rf"torch._inductor.config.{setting} multiplies .*set it to False"),
     ):
+        torch.compile(Model(), backend="fpsim_eager", options={"format": format})(X)
+
+
+@pytest.mark.parametrize("options", ["paper:e8m3", {"products": "weights", "format": "bf16"}, {"weight": "e8m3"}])
+def test_a_policy_for_weights_that_finds_none_says_so(options: Any) -> None:
+    options = {"policy": options} if isinstance(options, str) else options
+    with pytest.warns(UserWarning, match="fpsim rounds nothing in this graph.*none of its 1 products has a weight"):
+        torch.compile(lambda a, b: a @ b, backend="fpsim_eager", options=options)(torch.ones(2, 2), torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("options", [{"format": "none"}, {"format": "bf16", "skip": ["*"]}, {"weight": "e8m3"}])
+def test_a_policy_that_finds_what_it_names_says_nothing(options: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fpsim")
         torch.compile(Model(), backend="fpsim_eager", options=options)(X)
+
+
+def test_a_graph_without_products_says_nothing_of_weights() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fpsim")
+        torch.compile(lambda x: x + 1, backend="fpsim_eager", options={"policy": "paper:e8m3"})(X)
 
 
 @pytest.mark.parametrize("setting", ["use_joint_graph_passes", "joint_graph_constant_folding", "pattern_matcher"])
