@@ -297,10 +297,10 @@ def _any(values: np.ndarray) -> bool:
 
 def _failures(facts: Mapping[str, Any]) -> Table:
     rows = [
-        [entry["key"], entry["condition"], str(entry["tries"]), entry["text"].strip().splitlines()[-1]]
+        [entry["key"], entry["condition"], str(entry["tries"]), (entry["text"].strip().splitlines() or ["nothing"])[-1]]
         for entry in facts["failures"]
     ]
-    return Table("Runs given up", "", ["run", "condition", "tries", "what happened"], rows)
+    return Table("Runs given up or broken", "", ["run", "condition", "tries", "what happened"], rows)
 
 
 def _median(values: Sequence[float]) -> str:

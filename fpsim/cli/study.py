@@ -57,8 +57,14 @@ Rates = Annotated[list[float] | None, typer.Option(help="Learning rates.")]
 Model = Annotated[
     str | None, typer.Option(help="tiny, toy, gpt2-124m, llama-120m, llama2-7b, or path/to/script.py:function.")
 ]
-Executor = Annotated[str, typer.Option(help="ray, process (without Ray), or serial (in this process).")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Runs at a time.", show_default="one per core")]
+Executor = Annotated[
+    str | None,
+    typer.Option(
+        help="process (on this machine), ray, or serial (in this process).",
+        show_default="process; with --address: ray",
+    ),
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Runs at a time.", show_default="one per core or GPU")]
 Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster, or auto.")]
 Gpus = Annotated[float, typer.Option(min=0, help="GPUs per run, for Ray.")]
 Cpus = Annotated[float, typer.Option(min=0, help="Cores per run, for Ray.")]
@@ -98,7 +104,7 @@ def run(
     device: Device = None,
     interpret: Interpret = False,
     out: Out = None,
-    executor: Executor = "ray",
+    executor: Executor = None,
     workers: Workers = None,
     address: Address = None,
     gpus: Gpus = 0.0,
@@ -161,7 +167,7 @@ def experiment(
     device: Device = None,
     interpret: Interpret = False,
     out: Out = None,
-    executor: Executor = "ray",
+    executor: Executor = None,
     workers: Workers = None,
     address: Address = None,
     gpus: Gpus = 0.0,
@@ -241,7 +247,12 @@ def _compute(plan: list[Planned], out: Path, *, title: str, facts: dict[str, Any
 
     console = Console(stderr=True)
     console.print(f"{title}: {len(plan)} runs, in {out}")
-    outcome = sweep(plan, out, title=title, facts=facts, console=console, **how)
+    try:
+        outcome = sweep(plan, out, title=title, facts=facts, console=console, **how)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted: {out} keeps finished runs and the state of others; the same command goes on from there"
+        ) from None
     _say(outcome, console)
     if outcome.computed + outcome.reused > 0:
         typer.echo(write(out))
@@ -304,15 +315,15 @@ def train(
     checkpoint: Annotated[Path | None, typer.Option(help="File to keep the state in.")] = None,
 ) -> None:
     """Compute one run, here or under torchrun: torchrun --nproc-per-node 8 -m fpsim.cli.study train CONFIG OUT."""
-    import json
-
     from fpsim.paper.checkpoint import Checkpoint
     from fpsim.paper.config import from_dict, run_key, to_dict
     from fpsim.paper.parallel import from_environment
-    from fpsim.paper.storage import replace_file, to_parquet, versions
+    from fpsim.paper.storage import read_json, replace_file, to_parquet, versions
     from fpsim.paper.training import records
+    from fpsim.processors import check_device
 
-    chosen = from_dict(json.loads(config.read_text()))
+    chosen = from_dict(read_json(config))
+    check_device(chosen.device)
     group = from_environment(parallel, chosen.device)
     state = Checkpoint(checkpoint) if checkpoint else None
     history = list(records(chosen, checkpoint=state, parallel=group))

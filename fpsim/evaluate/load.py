@@ -12,7 +12,9 @@ import importlib.util
 import inspect
 import pickle
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -95,7 +97,8 @@ def load_script(script: str, *, context: int | None = None, weights: Path | None
     Raises:
         FileNotFoundError: no such script, or no such weights.
         ValueError: no such function (the message lists those of the script), a function that needs other arguments, a
-            result that is not a module or is a compiled one, weights that are not a state dict or do not fit.
+            result that is not a module or is a compiled one, weights that are not a state dict or do not fit, or an
+            error of the script's own (the message names its line).
     """
     module, build = script_function(script)
     tokenize = getattr(module, "tokenize", None)
@@ -127,7 +130,8 @@ def script_function(script: str) -> tuple[ModuleType, Callable[..., Any]]:
 
     Raises:
         FileNotFoundError: no such script.
-        ValueError: no function is named, or the script has no such function; the message lists those of the script.
+        ValueError: no function is named, the script has no such function (the message lists those of the script), or
+            the script raises an error (the message names its line).
     """
     path, colon, name = script.rpartition(":")
     if not colon or not name:
@@ -152,11 +156,35 @@ def _executed(place: Path) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # before it runs: its data classes look their own module up
         try:
-            spec.loader.exec_module(module)
+            with errors_of_script(str(place), "when it is executed"):
+                spec.loader.exec_module(module)
         except BaseException:
             del sys.modules[name]
             raise
     return sys.modules[name]
+
+
+@contextmanager
+def errors_of_script(script: str, when: str) -> Iterator[None]:
+    """A block that runs the code of ``script`` (a path, or ``path:function``).
+
+    Raises:
+        ValueError: the code raised an error. The message has one line, and names the error and the line of the script.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except (Exception, SystemExit) as error:
+        path = script.rpartition(":")[0] if ".py:" in script else script
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame.lineno for frame in frames if Path(frame.filename) == Path(path)]
+        if isinstance(error, SyntaxError) and error.filename and Path(error.filename) == Path(path):
+            own, text = [error.lineno], error.msg
+        else:
+            text = " ".join(str(error).split())[:300]
+        place = f", line {own[-1]}" if own else ""
+        raise ValueError(f"{script} fails {when}{place}: {type(error).__name__}{': ' if text else ''}{text}") from error
 
 
 def built(script: str, build: Callable[..., Any], known: dict[str, int], seed: int) -> nn.Module:
@@ -167,7 +195,7 @@ def built(script: str, build: Callable[..., Any], known: dict[str, int], seed: i
         seed: the seed of torch's generator while it runs.
 
     Raises:
-        ValueError: ``build`` needs other arguments, or returns no module or a compiled one.
+        ValueError: ``build`` needs other arguments, raises an error, or returns no module or a compiled one.
     """
     parameters = inspect.signature(build).parameters
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -180,7 +208,8 @@ def built(script: str, build: Callable[..., Any], known: dict[str, int], seed: i
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = build(**{name: value for name, value in known.items() if takes_all or name in parameters})
+        with errors_of_script(script, "when it builds its module"):
+            network = build(**{name: value for name, value in known.items() if takes_all or name in parameters})
     if not isinstance(network, nn.Module):
         raise ValueError(f"{script} must return a torch.nn.Module, got {type(network).__name__}")
     if hasattr(network, "_orig_mod"):

@@ -255,7 +255,7 @@ def test_a_script_that_fails_is_run_again(tmp_path):
     path = tmp_path / "later.py"
     path.write_text("import os\nraise RuntimeError('not yet')\n")
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="not yet"):
+        with pytest.raises(ValueError, match=r"later.py fails when it is executed, line 2: RuntimeError: not yet$"):
             load_script(f"{path}:build")
 
 
