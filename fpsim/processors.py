@@ -32,5 +32,5 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=chosen)
     except (RuntimeError, NotImplementedError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0][:100]
         raise ValueError(f"torch cannot use the device {device!r} here: use cpu, cuda or cuda:N ({reason})") from None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fpsim.evaluate.load import built, errors_of_script, script_function
+from fpsim.evaluate.load import built, errors_of_script, is_script, script_file, script_function
 from fpsim.suggestions import did_you_mean
 
 from . import require
@@ -95,14 +95,16 @@ def model_config(name: str) -> ModelConfig:
     """The configuration that ``name`` stands for: one of `MODELS`, or ``path/to/script.py:function``.
 
     Raises:
-        ValueError: neither.
+        ValueError: neither, or a script without a function.
+        FileNotFoundError: no such script.
 
     >>> model_config("llama-120m").kv_heads
     1
     """
     if name in MODELS:
         return MODELS[name]
-    if ".py:" in name:
+    if is_script(name):
+        script_file(name)
         return ModelConfig(family="script", script=name)
     raise ValueError(
         f"unknown model {name!r}{did_you_mean(name, MODELS)}: "

@@ -19,6 +19,7 @@ from .config import RunConfig, to_dict
 from .figures import Judged
 from .intervals import compare, share
 from .prediction import SIGNALS, Prediction, predict, signal_values, warn
+from .storage import replace_file
 from .sweeps import read_sweep
 from .verdicts import judge, preregistration, rules, trained
 
@@ -67,25 +68,23 @@ def report(folder: Path, out: Path | None = None) -> Path:
     judged = judge_sweep(runs, facts)
     predictions = _predictions(judged)
     tables = _tables(judged, facts, predictions)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
     images = [(picture, _png(picture, out / "figures")) for picture in _pictures(judged, predictions)]
     template = resources.files(__package__).joinpath("report.html.jinja").read_text()
     page = jinja.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     path = out / "report.html"
-    path.write_text(
-        page.render(
-            facts=facts,
-            judged=judged,
-            summary=_summary(judged, facts),
-            images=images,
-            tables=tables,
-            configuration=_configuration([run.config for run in runs]),
-            versions=_versions(judged),
-            preregistration=preregistration(),
-        )
+    content = page.render(
+        facts=facts,
+        judged=judged,
+        summary=_summary(judged, facts),
+        images=images,
+        tables=tables,
+        configuration=_configuration([run.config for run in runs]),
+        versions=_versions(judged),
+        preregistration=preregistration(),
     )
+    replace_file(path, content.encode())
     numbers = {table.heading: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in tables}
-    (out / "outcomes.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    replace_file(out / "outcomes.json", (json.dumps(numbers, indent=1) + "\n").encode())
     return path
 
 
@@ -99,7 +98,7 @@ def judge_sweep(runs: Sequence[Any], facts: Mapping[str, Any]) -> Judged:
 def _png(picture: Picture, folder: Path) -> str:
     buffer = io.BytesIO()
     picture.draw().savefig(buffer, format="png")
-    (folder / f"{picture.name}.png").write_bytes(buffer.getvalue())
+    replace_file(folder / f"{picture.name}.png", buffer.getvalue())
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

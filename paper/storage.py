@@ -177,6 +177,9 @@ def replacing(path: Path) -> Iterator[Path]:
         with partial.open("rb") as written:
             os.fsync(written.fileno())  # else the file may be empty after a power failure
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not name the file
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -30,7 +30,7 @@ from .choices import check_choice
 from .config import RunConfig, compile_key, from_dict, run_key, to_dict
 from .data import DataConfig, check_vocabulary, fetch, load
 from .models import check_script
-from .progress import progress_bars
+from .progress import progress_bars, say
 from .storage import Run, locked, put_aside, read_json, read_run, remove_partial_files, replace_file, versions
 from .workers import Job, Message, Pool, ProcessPool, RayPool, SerialPool
 
@@ -151,6 +151,7 @@ def sweep(
     missing = {key: planned for key, planned in keyed.items() if not _is_finished(folder, key, console)}
     _check([planned.config for planned in missing.values()], devices=address is None)
     _describe(folder, keyed, title, facts or {}, console)
+    say(console, f"{title or folder.name}: {len(keyed)} runs, {len(missing)} of them to compute, in {folder}")
     jobs = [_job(folder, key, planned, threads, checkpoint_seconds) for key, planned in missing.items()]
     computed, retried, failures = 0, 0, []
     if jobs:
@@ -226,7 +227,7 @@ def _is_finished(folder: Path, key: str, console: Console) -> bool:
     except ValueError as error:
         found, reason = "", str(error)
     if found != key:
-        console.print(f"{reason}: it is now {put_aside(path).name}, and its run is computed again", style="red")
+        say(console, f"{reason}: it is now {put_aside(path).name}, and its run is computed again", style="red")
     return found == key
 
 
@@ -451,6 +452,6 @@ class _Board:
         else:
             self._retried += 1
             reason = message.text.strip().splitlines()[-1] if message.text.strip() else message.kind
-            self._progress.console.print(f"{self._conditions[job.key]}, run {job.key}: {reason}", style="red")
+            say(self._progress.console, f"{self._conditions[job.key]}, run {job.key}: {reason}", style="red")
         state = f"{self._retried} interrupted or failed" if self._retried else ""
         self._progress.update(self._all, state=state)

@@ -28,7 +28,7 @@ from fpsim.processors import usable_cores
 from . import require
 from .checkpoint import Checkpoint
 from .config import compile_key, from_dict
-from .storage import to_parquet, versions
+from .storage import one_line, to_parquet, versions
 from .training import records
 
 #: Seconds between two messages on the progress of a run.
@@ -72,7 +72,7 @@ class Message:
         kind: ``progress``, ``done``, ``error`` (the run raised; the worker lives) or ``dead``.
         step, loss: with ``progress``, those of the newest record.
         result: with ``done``, the run as Parquet.
-        text: with ``error`` and ``dead``, the traceback or the reason.
+        text: with ``error`` and ``dead``, the traceback, and the reason in its last line.
     """
 
     worker: int
@@ -99,8 +99,9 @@ def execute(job: Job, worker: int) -> Iterator[Message]:
         facts = {**job.facts, "key": job.key, "config": dict(job.config), **versions()}
         facts |= {"threads": job.threads, "seconds": time.perf_counter() - start}
         yield Message(worker, "done", len(history), result=to_parquet(history, facts))
-    except Exception:
-        yield Message(worker, "error", text=traceback.format_exc())
+    except Exception as error:
+        cause = getattr(error, "inner_exception", error)  # that of an error of torch.compile
+        yield Message(worker, "error", text=f"{traceback.format_exc()}\n{one_line(cause)}")
     finally:
         torch.set_num_threads(threads)
 

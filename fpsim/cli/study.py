@@ -246,7 +246,6 @@ def _compute(plan: list[Planned], out: Path, *, title: str, facts: dict[str, Any
     from fpsim.paper.sweeps import sweep
 
     console = Console(stderr=True)
-    console.print(f"{title}: {len(plan)} runs, in {out}")
     try:
         outcome = sweep(plan, out, title=title, facts=facts, console=console, **how)
     except KeyboardInterrupt:
@@ -261,13 +260,16 @@ def _compute(plan: list[Planned], out: Path, *, title: str, facts: dict[str, Any
 
 
 def _say(outcome: Outcome, console: Console) -> None:
-    console.print(
+    from fpsim.paper.progress import say
+
+    say(
+        console,
         f"{outcome.computed} runs computed, {outcome.reused} reused, {outcome.retries} tried again, "
-        f"{len(outcome.failures)} given up; {outcome.seconds:.0f} s"
+        f"{len(outcome.failures)} given up; {outcome.seconds:.0f} s",
     )
     for failure in outcome.failures:
         last = failure.text.strip().splitlines()[-1] if failure.text.strip() else "no message"
-        console.print(f"{failure.condition}, run {failure.key}, {failure.tries} tries: {last}", style="red")
+        say(console, f"{failure.condition}, run {failure.key}, {failure.tries} tries: {last}", style="red")
 
 
 @app.command()

@@ -133,17 +133,28 @@ def script_function(script: str) -> tuple[ModuleType, Callable[..., Any]]:
         ValueError: no function is named, the script has no such function (the message lists those of the script), or
             the script raises an error (the message names its line).
     """
-    path, colon, name = script.rpartition(":")
-    if not colon or not name:
-        raise ValueError(f"{script!r} names no function: write path/to/script.py:function, {script.rstrip(':')}:build")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no script at {path} (working directory {Path.cwd()}), asked for as {script!r}")
-    module = _executed(Path(path))
+    path, name = script_file(script), script.rpartition(":")[2]
+    module = _executed(path)
     found = getattr(module, name, None)
     if not callable(found):
         own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise ValueError(f"{path} has no function {name!r}{did_you_mean(name, own)}: it has {', '.join(own) or 'none'}")
     return module, found
+
+
+def script_file(script: str) -> Path:
+    """The file of ``path/to/script.py:function``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no function is named.
+    """
+    path, colon, name = script.rpartition(":")
+    if not colon or not name:
+        raise ValueError(f"{script!r} names no function: write path/to/script.py:function, {script.rstrip(':')}:build")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no script at {path} (working directory {Path.cwd()}), asked for as {script!r}")
+    return Path(path)
 
 
 def _executed(place: Path) -> ModuleType:
@@ -176,13 +187,12 @@ def errors_of_script(script: str, when: str) -> Iterator[None]:
     except MemoryError:
         raise
     except (Exception, SystemExit) as error:
-        path = script.rpartition(":")[0] if ".py:" in script else script
+        path = Path(script.rpartition(":")[0] if ".py:" in script else script).resolve()
         frames = traceback.extract_tb(error.__traceback__)
-        own = [frame.lineno for frame in frames if Path(frame.filename) == Path(path)]
-        if isinstance(error, SyntaxError) and error.filename and Path(error.filename) == Path(path):
+        own = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path]
+        text = " ".join(str(error).split())[:300]
+        if isinstance(error, SyntaxError) and error.filename and Path(error.filename).resolve() == path:
             own, text = [error.lineno], error.msg
-        else:
-            text = " ".join(str(error).split())[:300]
         place = f", line {own[-1]}" if own else ""
         raise ValueError(f"{script} fails {when}{place}: {type(error).__name__}{': ' if text else ''}{text}") from error
 
