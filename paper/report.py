@@ -109,6 +109,11 @@ def _summary(judged: Judged, facts: Mapping[str, Any]) -> list[str]:
         f"{diverged} diverged, {sum(verdict.spiked for verdict in judged.verdicts)} spiked, "
         f"{sum(judged.trained)} trained (reference: {judged.reference}).",
     ]
+    undecided = sum(verdict.undecided for verdict in judged.verdicts)
+    if undecided:
+        sentences.append(
+            f"{undecided} ended while the loss rose, too early to call it divergence: run them for more steps."
+        )
     if not diverged:
         sentences.append("No run diverged: this sweep says nothing about what predicts divergence.")
     return sentences
@@ -172,6 +177,7 @@ def _conditions(judged: Judged) -> Table:
             [
                 name,
                 str(share([verdict.diverged for verdict in verdicts])),
+                str(sum(verdict.undecided for verdict in verdicts)),
                 str(share([verdict.spiked for verdict in verdicts])),
                 f"{np.mean([len(verdict.spikes) for verdict in verdicts]):.2f}",
                 str(share([judged.trained[index] for index in chosen])),
@@ -180,11 +186,21 @@ def _conditions(judged: Judged) -> Table:
             ]
         )
     note = (
-        "Shares with exact 95 % intervals (Clopper and Pearson). Trained: the robustness region, the share of seeds "
+        "Shares with exact 95 % intervals (Clopper and Pearson). Undecided: runs that end while the loss rises, before "
+        "the rules call it divergence. Trained: the robustness region, the share of seeds "
         "and learning rates that train. Losses: median [lowest, highest] over runs that did not diverge, nats per "
         "token."
     )
-    columns = ["condition", "diverged", "spiked", "spikes per run", "trained", "final loss", "validation loss"]
+    columns = [
+        "condition",
+        "diverged",
+        "undecided",
+        "spiked",
+        "spikes per run",
+        "trained",
+        "final loss",
+        "validation loss",
+    ]
     return Table("Conditions", note, columns, rows)
 
 

@@ -186,7 +186,7 @@ def experiment(
         "number": number,
         "question": chosen.question,
         "claim": chosen.claim,
-        "differs": chosen.differs,
+        "differs": chosen.differences(size),
         "reference": chosen.reference,
         "pairs": [list(pair) for pair in chosen.pairs],
         "size": f"{size}: {setting.base.model.label}, {setting.base.steps} steps, {setting.seeds} seeds, "
