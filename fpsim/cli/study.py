@@ -13,6 +13,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from fpsim.cli.errors import plain_errors
+from fpsim.cli.output import check_writable
 from fpsim.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -326,6 +327,9 @@ def train(
 
     chosen = from_dict(read_json(config))
     check_device(chosen.device)
+    for path in filter(None, (out, checkpoint)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
     group = from_environment(parallel, chosen.device)
     state = Checkpoint(checkpoint) if checkpoint else None
     history = list(records(chosen, checkpoint=state, parallel=group))

@@ -56,6 +56,7 @@ def load_checkpoint(folder: Path, dtype: torch.dtype) -> Any:
 
     Raises:
         FileNotFoundError: ``folder`` holds no checkpoint.
+        ValueError: its files are broken, or lack weights of the model.
         ModuleNotFoundError: transformers is not installed.
     """
     if not folder.is_dir() or not (folder / "config.json").is_file():
@@ -68,9 +69,33 @@ def load_checkpoint(folder: Path, dtype: torch.dtype) -> Any:
         raise ModuleNotFoundError(
             "transformers is not installed; checkpoints need it: pip install 'fpsim[paper]'", name="transformers"
         ) from error
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
+    with errors_of_checkpoint(folder):
+        model, told = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=dtype, output_loading_info=True
+        )
+    missing = sorted(told["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"the checkpoint at {folder} lacks {len(missing)} weights of its model: {', '.join(missing[:5])}"
+        )
     model.config.use_cache = False
     return model.eval()
+
+
+@contextmanager
+def errors_of_checkpoint(folder: Path) -> Iterator[None]:
+    """A block in which transformers reads files of ``folder``, for which it has errors of many kinds.
+
+    Raises:
+        ValueError: it raised an error. The message has one line.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the checkpoint at {folder} cannot be read: {type(error).__name__}: {reason}") from error
 
 
 def is_script(name: str) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fpsim.compile_backend.errors import UnroundedError
 from fpsim.curvature.losses import IGNORED
-from fpsim.evaluate.load import BYTES, errors_of_script, load_checkpoint, load_script, positions
+from fpsim.evaluate.load import BYTES, errors_of_checkpoint, errors_of_script, load_checkpoint, load_script, positions
 from fpsim.policy import Policy
 from fpsim.policy.shorthand import UNSIMULATED, parse_shorthand
 from fpsim.sharpness.box import EPSILONS, ITERATIONS
@@ -343,7 +343,8 @@ def _tokens(folder: Path, path: Path, vocabulary: int, count: int) -> Tensor:
     if any((folder / name).is_file() for name in _TOKENIZER_FILES):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with errors_of_checkpoint(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     elif vocabulary == BYTES:
         tokens = _bytes(text)
