@@ -56,20 +56,18 @@ class Checkpoint:
         except MemoryError:
             raise
         except Exception as error:  # torch.load raises errors of many kinds for broken files
-            return self._put_aside(f"is broken ({one_line(error)})")
-        if found != key and self.is_own:
-            return self._put_aside(f"is the checkpoint of run {found}, not of {key}")
-        if found != key:
-            raise ValueError(
-                f"{self.path} is the checkpoint of run {found}, not of {key}: name another file or remove it"
-            )
-        if code != _code():
-            return self._put_aside(f"was written by {_said(code)}, and this is {_said(_code())}")
-        return history, state
-
-    def _put_aside(self, reason: str) -> None:
+            reason = f"is broken ({one_line(error)})"
+        else:
+            if (found, code) == (key, _code()):
+                return history, state
+            reason = f"was written by {_said(code)}, and this is {_said(_code())}"
+            if found != key:
+                reason = f"is the checkpoint of run {found}, not of {key}"
+                if not self.is_own:
+                    raise ValueError(f"{self.path} {reason}: name another file or remove it")
         aside = put_aside(self.path)
-        warnings.warn(f"{self.path} {reason}: it is now {aside.name}, and its run starts anew", stacklevel=3)
+        warnings.warn(f"{self.path} {reason}: it is now {aside.name}, and its run starts anew", stacklevel=2)
+        return None
 
 
 def _code() -> dict[str, str]:

@@ -70,9 +70,10 @@ def load_checkpoint(folder: Path, dtype: torch.dtype) -> Any:
             "transformers is not installed; checkpoints need it: pip install 'fpsim[paper]'", name="transformers"
         ) from error
     with errors_of_checkpoint(folder):
-        model, told = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True
         )
+    model, told = loaded
     missing = sorted(told["missing_keys"])
     if missing:
         raise ValueError(

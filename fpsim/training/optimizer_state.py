@@ -38,9 +38,9 @@ def state_names(optimizer: Optimizer) -> list[str]:
     return sorted({name for each in states for name, value in each.items() if _is_state(value)})
 
 
-def states_of_parameters(state: Mapping[Any, Any]) -> list[Mapping[str, Any]]:
+def states_of_parameters(state: Mapping[Any, Any]) -> list[dict[str, Any]]:
     """The states of the parameters in the ``state`` of an optimizer, where some keep entries of their own too."""
-    return [each for each in state.values() if isinstance(each, Mapping)]
+    return [each for each in state.values() if isinstance(each, dict)]
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -57,7 +57,7 @@ def _is_state(value: Any) -> bool:
     return any(tensor.ndim > 0 for tensor in tensors_in(value))
 
 
-def _states_after_a_step(optimizer: Optimizer, *, sparse: bool) -> list[Mapping[str, Any]]:
+def _states_after_a_step(optimizer: Optimizer, *, sparse: bool) -> list[dict[str, Any]]:
     twin = copy.copy(optimizer)
     twin.__dict__ = {**vars(optimizer), **vars(twin)}
     own = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}

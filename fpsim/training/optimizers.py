@@ -440,12 +440,12 @@ class StepHooks:
         names = (MASTER, COMPENSATION, WEIGHTS, STEPS)
 
         def own(state: Any) -> Any:
-            return {k: v for k, v in state.items() if k not in names} if isinstance(state, Mapping) else state
+            return {k: v for k, v in state.items() if k not in names} if isinstance(state, dict) else state
 
         return {
             **state_dict,
             # an optimizer expects all its state, or none
-            "state": {i: own(state) for i, state in states.items() if not isinstance(state, Mapping) or own(state)},
+            "state": {i: own(state) for i, state in states.items() if not isinstance(state, dict) or own(state)},
             "param_groups": [{key: value for key, value in group.items() if key not in names} for group in groups],
         }
 
