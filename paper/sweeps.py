@@ -136,8 +136,9 @@ def sweep(
     same time; its plan is then that of all.
 
     Raises:
-        ValueError: an empty plan, an unknown executor, one configuration under two conditions, or, before the first
-            run, a script whose model cannot be built and run, a text that does not fit, a device that is not there.
+        ValueError: an empty plan, an unknown executor, an address without Ray, one configuration under two conditions,
+            or, before the first run, a script whose model cannot be built and run, a text that does not fit, a device
+            that is not there.
         ModuleNotFoundError: Ray, pyarrow or transformers is not installed.
         FileNotFoundError, ConnectionError: a text that does not exist, or a Hub that does not answer.
         OSError: the folder cannot be written.
@@ -146,6 +147,8 @@ def sweep(
     require("pyarrow")
     executor = executor or ("ray" if address else "process")
     check_choice("executor", executor, EXECUTORS)
+    if address and executor != "ray":
+        raise ValueError(f"the address {address} is that of a Ray cluster, and the executor is {executor}: use ray")
     console = console or Console(stderr=True)
     keyed = _keyed(plan)
     missing = {key: planned for key, planned in keyed.items() if not _is_finished(folder, key, console)}

@@ -147,7 +147,7 @@ def run(
         executor=executor,
         workers=workers,
         address=address,
-        resources={"num_cpus": cpus, "num_gpus": gpus},
+        resources=_resources(executor, address, cpus, gpus),
         retries=retries,
     )
 
@@ -193,6 +193,7 @@ def experiment(
         "size": f"{size}: {setting.base.model.label}, {setting.base.steps} steps, {setting.seeds} seeds, "
         f"learning rates {', '.join(f'{rate:g}' for rate in setting.rates)}",
     }
+    on_gpu = setting.base.device.startswith("cuda")
     _compute(
         _only(chosen.plan(setting), conditions),
         out or Path(f"runs/experiment-{number}-{size}"),
@@ -201,9 +202,17 @@ def experiment(
         executor=executor,
         workers=workers,
         address=address,
-        resources={"num_cpus": cpus, "num_gpus": gpus or (1.0 if setting.base.device == "cuda" else 0.0)},
+        resources=_resources(executor, address, cpus, gpus) | ({} if gpus or not on_gpu else {"num_gpus": 1.0}),
         retries=retries,
     )
+
+
+def _resources(executor: str | None, address: str | None, cpus: float, gpus: float) -> dict[str, float]:
+    """The resources of one of Ray's workers."""
+    is_ray = executor == "ray" or (executor is None and address is not None)
+    if not is_ray and (cpus, gpus) != (1.0, 0.0):
+        raise ValueError("--cpus and --gpus are for the workers of Ray: add --executor ray, or leave them out")
+    return {"num_cpus": cpus, "num_gpus": gpus}
 
 
 def _only(plan: list[Planned], globs: list[str] | None) -> list[Planned]:

@@ -57,12 +57,12 @@ class RoundedOptimizer:
 
     @property
     def masters(self) -> dict[Tensor, Tensor]:
-        """The master copy of each parameter; empty if there are none. The next step changes the tensors: clone them."""
+        """The master copies of the parameters after the last step; none without ``master``. The next step changes them."""
         return dict(self._hooks.masters)
 
     @property
     def compensations(self) -> dict[Tensor, Tensor]:
-        """The rounding error of each parameter, if ``kahan``. The next step changes the tensors: clone them."""
+        """The rounding errors of the parameters in the last step, if ``kahan``. The next step changes them."""
         return dict(self._hooks.compensations)
 
     @torch.no_grad()

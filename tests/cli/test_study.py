@@ -130,6 +130,8 @@ def test_a_wrong_script_is_found_before_the_first_run_in_one_line(own, tmp_path,
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
+        (["--gpus", "1"], "--cpus and --gpus are for the workers of Ray: add --executor ray"),
+        (["--address", "auto"], "the address auto is that of a Ray cluster, and the executor is serial"),
         (["--device", "gpu"], "unknown device 'gpu': use cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "CUDA devices here: use device='cpu'"),
         (["--device", "meta"], "device 'meta' holds no values"),
