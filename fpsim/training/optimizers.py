@@ -57,7 +57,7 @@ class RoundedOptimizer:
 
     @property
     def masters(self) -> dict[Tensor, Tensor]:
-        """The master copies of the parameters after the last step; none without ``master``. The next step changes them."""
+        """The master copies of the parameters after the last step, if there are any. The next step changes them."""
         return dict(self._hooks.masters)
 
     @property
