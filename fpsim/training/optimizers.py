@@ -480,9 +480,11 @@ class StepHooks:
 def _skips_step(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> bool:
     """Whether ``optimizer`` itself will skip the step that begins, since a `GradScaler` found a gradient not finite.
 
-    Optimizers that declare this read ``found_inf`` in their kernels, which skip at 1, or take the scaler in ``step``.
+    Optimizers that declare this, and fused ones, read ``found_inf`` in their kernels, which skip at 1, or take the
+    scaler in ``step``. (A group may be fused without a declaration, after the state dict of a fused optimizer.)
     """
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+    is_fused = any(group.get("fused") for group in optimizer.param_groups)
+    if not is_fused and not getattr(optimizer, "_step_supports_amp_scaling", False):
         return False
     scaler = kwargs.get("grad_scaler")
     if scaler is not None:

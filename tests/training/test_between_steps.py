@@ -111,10 +111,16 @@ def test_a_step_that_the_scaler_skips_leaves_no_trace(name: str, rounding: str, 
     assert_same(skipped, trained([1, 2, 3])[0])
 
 
-@pytest.mark.parametrize("name", FUSED)
-def test_the_attribute_found_inf_skips_a_fused_step(name: str) -> None:
+def _fused_by_its_state_dict(params: list[nn.Parameter]) -> Optimizer:
+    optimizer = torch.optim.AdamW(params)
+    optimizer.load_state_dict(torch.optim.AdamW(parameters(), fused=True).state_dict())
+    return optimizer
+
+
+@pytest.mark.parametrize("make", [*FUSED.values(), _fused_by_its_state_dict], ids=[*FUSED, "by its state dict"])
+def test_the_attribute_found_inf_skips_a_fused_step(make: Callable[[Any], Optimizer]) -> None:
     params = parameters()
-    optimizer = FUSED[name](params)
+    optimizer = make(params)
     rounded = fpsim.round_optimizer(optimizer, **ROUNDINGS["kahan"])
     set_gradients(params, 0)
     optimizer.step()
