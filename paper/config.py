@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import types
+import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
+from fpsim.evaluate.load import script_file
 from fpsim.policy import Policy
 from fpsim.suggestions import did_you_mean
 
@@ -115,8 +118,11 @@ class RunConfig:
         for name in ("measure_every", "lbfgsb_every", "hessian_every", "ranges_every", "stop_nonfinite"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}: 0 is never")
-        if not self.loss_scale > 0:
-            raise ValueError(f"loss_scale must be above 0, got {self.loss_scale}")
+        if not 0 < self.loss_scale < math.inf:
+            raise ValueError(f"loss_scale must be above 0 and finite, got {self.loss_scale}")
+        for name in ("learning_rate", "weight_decay", "floor", "warmup"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or above and finite, got {getattr(self, name)}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip must be above 0, or None for no clipping, got {self.clip}")
         for name, choices in _CHOICES.items():
@@ -155,7 +161,7 @@ def from_dict(plain: Mapping[str, Any]) -> RunConfig:
     """The configuration from which `to_dict` made ``plain``; missing fields have their defaults.
 
     Raises:
-        ValueError: an unknown field, or a value that `RunConfig` refuses.
+        ValueError: an unknown field, a value of a wrong type, or one that `RunConfig` refuses.
     """
     _check_fields(RunConfig, plain)
     given = dict(plain)
@@ -166,12 +172,31 @@ def from_dict(plain: Mapping[str, Any]) -> RunConfig:
     return RunConfig(**given)
 
 
-def _check_fields(kind: type, given: Mapping[str, Any]) -> None:
+def _check_fields(kind: type, given: Any) -> None:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"the fields of {kind.__name__} are a JSON object, got {given!r}")
     valid = [entry.name for entry in fields(kind)]
-    for name in given:
+    hints = typing.get_type_hints(kind)
+    for name, value in given.items():
         if name not in valid:
             hint = did_you_mean(name, valid)
             raise ValueError(f"unknown field {name!r} of {kind.__name__}{hint}: it has {', '.join(valid)}")
+        allowed = _json_types(hints[name])
+        if type(value) not in allowed:
+            wanted = " or ".join(each.__name__ for each in allowed)
+            raise ValueError(f"{name} of {kind.__name__} is a value of type {wanted}, got {value!r}")
+
+
+def _json_types(hint: Any) -> tuple[type, ...]:
+    """The types of the values of JSON that stand for a field with this type hint."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return tuple(each for part in typing.get_args(hint) for each in _json_types(part))
+    kind = typing.get_origin(hint) or hint
+    if kind is tuple:
+        return list, tuple
+    if kind is float:
+        return int, float
+    return (kind,) if kind in (int, str, bool, type(None)) else (dict,)
 
 
 def run_key(config: RunConfig) -> str:
@@ -186,7 +211,7 @@ def run_key(config: RunConfig) -> str:
     facts = {name: value for name, value in to_dict(config).items() if value != default[name]}
     content = [CONFIG_VERSION, facts, fingerprint(config.data)]
     if config.model.script:
-        content.append(hashlib.sha256(Path(config.model.script.rpartition(":")[0]).read_bytes()).hexdigest())
+        content.append(hashlib.sha256(script_file(config.model.script).read_bytes()).hexdigest())
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -68,6 +68,22 @@ class Experiment:
     settings: Mapping[str, Setting]
     pairs: tuple[tuple[str, str], ...] = ()
 
+    def differences(self, size: str) -> str:
+        """`differs`, and whether the runs of ``size`` use the bf16 mixed precision in which the paper trained."""
+        base, changes = self.settings[size].base, self.conditions(self.settings[size]).values()
+        used = {each.get("autocast", base.autocast) for each in changes}
+        carrier = " and ".join(sorted({each.get("dtype", base.dtype) for each in changes}))
+        if None not in used:
+            precision = "The runs train in bf16 mixed precision with float32 weights and optimizer, as the paper's did."
+        elif len(used) == 1:
+            precision = f"The paper trained in bf16 mixed precision. Here everything that is not rounded is {carrier}."
+        else:
+            precision = (
+                "The paper trained in bf16 mixed precision. Here only the conditions named autocast do; in the others "
+                f"everything that is not rounded is {carrier}."
+            )
+        return f"{self.differs} {precision}"
+
     def plan(self, setting: Setting) -> list[Planned]:
         """All runs: seeds vary slowest, so that an interrupted experiment is balanced."""
         chosen = self.conditions(setting)
@@ -85,7 +101,8 @@ def _linears(cast: str) -> dict[str, Any]:
 
 
 def _masked(bits: int, rounding: str = _TRUNCATED) -> dict[str, Any]:
-    return _linears(f"e8m{bits}/{rounding}/sat_finite")
+    """With ``_TRUNCATED``, the paper's bit mask: infinities and NaN pass."""
+    return _linears(f"e8m{bits}/{rounding}/sat_propagate")
 
 
 def _mantissa(_: Setting) -> Conditions:
@@ -104,7 +121,7 @@ def _exponent(_: Setting) -> Conditions:
     """
 
     def rounded(name: str) -> dict[str, Any]:
-        return {"options": _linears(f"{name}/toward_zero/sat_finite"), "dtype": "float64"}
+        return {"options": _linears(f"{name}/toward_zero/sat_finite"), "dtype": "float64", "autocast": None}
 
     conditions = {
         "e8m7": rounded("e8m7"),
@@ -131,13 +148,15 @@ def _rates(_: Setting) -> Conditions:
 
 def _bf16_or_tf32(_: Setting) -> Conditions:
     bf16, tf32 = {"format": "bf16", "output": "bf16"}, {"format": "tf32"}
+    precisions: dict[str, dict[str, Any]] = {
+        "tf32": {"options": tf32, "autocast": None},
+        "bf16": {"options": bf16, "autocast": None},
+        "autocast bf16": {"options": None, "autocast": "bfloat16"},
+    }
     return {
-        "tf32, opened": {"options": tf32, "attention": "opened"},
-        "tf32, fused": {"options": tf32, "attention": "fused"},
-        "bf16, opened": {"options": bf16, "attention": "opened"},
-        "bf16, fused": {"options": bf16, "attention": "fused"},
-        "autocast bf16, opened": {"options": None, "autocast": "bfloat16", "attention": "opened"},
-        "autocast bf16, fused": {"options": None, "autocast": "bfloat16", "attention": "fused"},
+        f"{name}, {attention}": {**changes, "attention": attention}
+        for name, changes in precisions.items()
+        for attention in ("opened", "fused")
     }
 
 
@@ -224,7 +243,8 @@ FULL = replace(
     validation_batches=8,
     measure_every=10,
 )
-#: TinyLlama's recipe for 120 M parameters: a million tokens per step; the learning rate of the repository.
+#: TinyLlama's recipe for 120 M parameters: a million tokens per step in bf16 mixed precision; the learning rate of the
+#: repository.
 LLAMA_120M = RunConfig(
     model=MODELS["llama-120m"],
     steps=10_000,
@@ -236,6 +256,7 @@ LLAMA_120M = RunConfig(
     measure_every=10,
     stop_nonfinite=10,
     data=DataConfig("data/slimpajama"),
+    autocast="bfloat16",
     device="cuda",
 )
 #: nanoGPT's recipe for GPT-2, the first 5 % of its 600,000 steps.

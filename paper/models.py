@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fpsim.evaluate.load import built, script_function
+from fpsim.evaluate.load import built, errors_of_script, is_script, script_file, script_function
 from fpsim.suggestions import did_you_mean
 
 from . import require
@@ -95,14 +95,16 @@ def model_config(name: str) -> ModelConfig:
     """The configuration that ``name`` stands for: one of `MODELS`, or ``path/to/script.py:function``.
 
     Raises:
-        ValueError: neither.
+        ValueError: neither, or a script without a function.
+        FileNotFoundError: no such script.
 
     >>> model_config("llama-120m").kv_heads
     1
     """
     if name in MODELS:
         return MODELS[name]
-    if ".py:" in name:
+    if is_script(name):
+        script_file(name)
         return ModelConfig(family="script", script=name)
     raise ValueError(
         f"unknown model {name!r}{did_you_mean(name, MODELS)}: "
@@ -132,11 +134,46 @@ def from_script(config: ModelConfig, *, seed: int) -> nn.Module:
     Raises:
         FileNotFoundError: no such script.
         ValueError: the script has no such function (those it has are listed), it needs other arguments, or it returns
-            no `nn.Module` or a compiled one.
+            no `nn.Module` or a compiled one, or the script raises an error.
     """
     script = config.script or ""
     known = {"vocabulary": config.vocabulary, "context": config.context}
     return built(script, script_function(script)[1], known, seed)
+
+
+def check_script(config: ModelConfig, *, batch: int, device: str, dtype: torch.dtype) -> None:
+    """Build the user's own model and run it once forward, if ``config`` names a script.
+
+    Where ``device`` is on other machines alone, the model is built and not run.
+
+    Args:
+        batch: the number of windows.
+        dtype: of the weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as `from_script`, or the module does not map tokens to logits of the vocabulary.
+    """
+    if config.script is None:
+        return
+    network = from_script(config, seed=0)
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        return
+    shape = (batch, config.context)
+    tokens = (torch.arange(batch * config.context) % config.vocabulary).flip(0).view(shape)
+    told = f"on tokens of shape {shape} below {config.vocabulary}"
+    with torch.no_grad(), torch.random.fork_rng(), errors_of_script(config.script, told):
+        output = network.to(device, dtype)(tokens.to(device))
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"the module of {config.script} must return logits, or an object with .logits: it returns "
+            f"{type(output).__name__}"
+        )
+    if logits.shape[:2] != shape or logits.dim() != 3 or logits.shape[2] < config.vocabulary:
+        raise ValueError(
+            f"the module of {config.script} must map tokens of shape {shape} to logits of shape "
+            f"{(*shape, config.vocabulary)}: it returns shape {tuple(logits.shape)}"
+        )
 
 
 def llama(config: ModelConfig, *, seed: int) -> LlamaForCausalLM:

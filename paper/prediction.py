@@ -103,7 +103,8 @@ def scored_steps(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All steps at which ``signal`` was measured, after the warmup and before divergence.
 
-    All signals are scored at the same steps: those with a measurement of the logits, if there are any.
+    All signals are scored at the same steps: those with a measurement of the logits, if there are any. The last steps
+    of an undecided run, from the horizon before its rise on, are left out: what is ahead of them is not known.
 
     Args:
         score: ``value``, or ``rise`` over the median of the run's own past.
@@ -119,6 +120,8 @@ def scored_steps(
         known = np.isfinite(values) & (steps > run.config.warmup) & (measured if measured.any() else True)
         onset = verdict.diverged_at or math.inf
         known &= steps < onset
+        if verdict.rising_since is not None:
+            known &= verdict.rising_since - steps > horizon * run.config.steps
         chosen = values[known]
         if score == "rise":
             with np.errstate(divide="ignore"):
@@ -165,7 +168,7 @@ class Warning:
         signal: one of `SIGNALS`.
         threshold: the registered quantile of its values in runs that do not diverge.
         warned: diverging runs with an alarm before they diverge.
-        false_alarms: runs that do not diverge, with an alarm at any step.
+        false_alarms: runs that do not diverge, undecided ones left out, with an alarm at any step.
         lead: median steps between the first alarm and divergence, over the runs that were warned.
     """
 
@@ -182,11 +185,12 @@ def warn(runs: Sequence[Run], verdicts: Sequence[Verdict], signal: str) -> Warni
     pairs = [
         (np.where(run["step"] > run.config.warmup, signal_values(run, signal), math.nan), run, verdict)
         for run, verdict in zip(runs, verdicts, strict=True)
+        if not verdict.undecided
     ]
     for values, _, verdict in pairs:
         if not verdict.diverged:
             calm.append(values[np.isfinite(values)])
-    if not calm or len(calm) == len(runs) or not len(np.concatenate(calm)):
+    if not calm or len(calm) == len(pairs) or not len(np.concatenate(calm)):
         return None
     threshold = float(np.quantile(np.concatenate(calm), rules().prediction["alarm_quantile"]))
     for values, run, verdict in pairs:

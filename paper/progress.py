@@ -8,5 +8,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 def progress_bars(console: Console, *, width: int | None = 40) -> Progress:
     """Bars of ``width`` characters (None: as wide as the console) with steps, time, and the tasks' field ``state``."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=width), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("{task.fields[state]}"), console=console)
+    name, state = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[state]}"))
+    return Progress(name, BarColumn(bar_width=width), MofNCompleteColumn(), TimeElapsedColumn(), state, console=console)
+
+
+def say(console: Console, text: str, *, style: str = "") -> None:
+    """Print ``text`` as one line, whatever its length, with brackets that stand for themselves."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -19,6 +19,7 @@ from .config import RunConfig, to_dict
 from .figures import Judged
 from .intervals import compare, share
 from .prediction import SIGNALS, Prediction, predict, signal_values, warn
+from .storage import replace_file
 from .sweeps import read_sweep
 from .verdicts import judge, preregistration, rules, trained
 
@@ -67,25 +68,23 @@ def report(folder: Path, out: Path | None = None) -> Path:
     judged = judge_sweep(runs, facts)
     predictions = _predictions(judged)
     tables = _tables(judged, facts, predictions)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
     images = [(picture, _png(picture, out / "figures")) for picture in _pictures(judged, predictions)]
     template = resources.files(__package__).joinpath("report.html.jinja").read_text()
     page = jinja.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     path = out / "report.html"
-    path.write_text(
-        page.render(
-            facts=facts,
-            judged=judged,
-            summary=_summary(judged, facts),
-            images=images,
-            tables=tables,
-            configuration=_configuration([run.config for run in runs]),
-            versions=_versions(judged),
-            preregistration=preregistration(),
-        )
+    content = page.render(
+        facts=facts,
+        judged=judged,
+        summary=_summary(judged, facts),
+        images=images,
+        tables=tables,
+        configuration=_configuration([run.config for run in runs]),
+        versions=_versions(judged),
+        preregistration=preregistration(),
     )
+    replace_file(path, content.encode())
     numbers = {table.heading: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in tables}
-    (out / "outcomes.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    replace_file(out / "outcomes.json", (json.dumps(numbers, indent=1) + "\n").encode())
     return path
 
 
@@ -99,7 +98,7 @@ def judge_sweep(runs: Sequence[Any], facts: Mapping[str, Any]) -> Judged:
 def _png(picture: Picture, folder: Path) -> str:
     buffer = io.BytesIO()
     picture.draw().savefig(buffer, format="png")
-    (folder / f"{picture.name}.png").write_bytes(buffer.getvalue())
+    replace_file(folder / f"{picture.name}.png", buffer.getvalue())
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -110,6 +109,11 @@ def _summary(judged: Judged, facts: Mapping[str, Any]) -> list[str]:
         f"{diverged} diverged, {sum(verdict.spiked for verdict in judged.verdicts)} spiked, "
         f"{sum(judged.trained)} trained (reference: {judged.reference}).",
     ]
+    undecided = sum(verdict.undecided for verdict in judged.verdicts)
+    if undecided:
+        sentences.append(
+            f"{undecided} ended while the loss rose, too early to call it divergence: run them for more steps."
+        )
     if not diverged:
         sentences.append("No run diverged: this sweep says nothing about what predicts divergence.")
     return sentences
@@ -173,6 +177,7 @@ def _conditions(judged: Judged) -> Table:
             [
                 name,
                 str(share([verdict.diverged for verdict in verdicts])),
+                str(sum(verdict.undecided for verdict in verdicts)),
                 str(share([verdict.spiked for verdict in verdicts])),
                 f"{np.mean([len(verdict.spikes) for verdict in verdicts]):.2f}",
                 str(share([judged.trained[index] for index in chosen])),
@@ -181,11 +186,21 @@ def _conditions(judged: Judged) -> Table:
             ]
         )
     note = (
-        "Shares with exact 95 % intervals (Clopper and Pearson). Trained: the robustness region, the share of seeds "
+        "Shares with exact 95 % intervals (Clopper and Pearson). Undecided: runs that end while the loss rises, before "
+        "the rules call it divergence. Trained: the robustness region, the share of seeds "
         "and learning rates that train. Losses: median [lowest, highest] over runs that did not diverge, nats per "
         "token."
     )
-    columns = ["condition", "diverged", "spiked", "spikes per run", "trained", "final loss", "validation loss"]
+    columns = [
+        "condition",
+        "diverged",
+        "undecided",
+        "spiked",
+        "spikes per run",
+        "trained",
+        "final loss",
+        "validation loss",
+    ]
     return Table("Conditions", note, columns, rows)
 
 
@@ -297,10 +312,10 @@ def _any(values: np.ndarray) -> bool:
 
 def _failures(facts: Mapping[str, Any]) -> Table:
     rows = [
-        [entry["key"], entry["condition"], str(entry["tries"]), entry["text"].strip().splitlines()[-1]]
+        [entry["key"], entry["condition"], str(entry["tries"]), (entry["text"].strip().splitlines() or ["nothing"])[-1]]
         for entry in facts["failures"]
     ]
-    return Table("Runs given up", "", ["run", "condition", "tries", "what happened"], rows)
+    return Table("Runs given up or broken", "", ["run", "condition", "tries", "what happened"], rows)
 
 
 def _median(values: Sequence[float]) -> str:

@@ -6,29 +6,32 @@ whose worker dies, is tried again and reported.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
-import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import TaskID
 
 from fpsim.policy.shorthand import parse_shorthand
-from fpsim.processors import usable_cores
+from fpsim.processors import check_device, usable_cores
 
 from . import require
 from .choices import check_choice
 from .config import RunConfig, compile_key, from_dict, run_key, to_dict
-from .data import DataConfig, fetch
-from .progress import progress_bars
-from .storage import Run, read_run, replace_file, versions
+from .data import DataConfig, check_vocabulary, fetch, load
+from .models import check_script
+from .progress import progress_bars, say
+from .storage import Run, locked, put_aside, read_json, read_run, remove_partial_files, replace_file, versions
 from .workers import Job, Message, Pool, ProcessPool, RayPool, SerialPool
 
 EXECUTORS = ("ray", "process", "serial")
@@ -103,7 +106,7 @@ def sweep(
     folder: Path,
     *,
     title: str = "",
-    executor: str = "ray",
+    executor: str | None = None,
     workers: int | None = None,
     address: str | None = None,
     resources: Mapping[str, float] | None = None,
@@ -117,8 +120,11 @@ def sweep(
 
     Args:
         title: the title of the report.
-        executor: ``ray``, ``process`` (without Ray), or ``serial`` (in this process).
-        workers: runs at a time; None is one per core, of the cluster where there is one. Ignored by ``serial``.
+        executor: ``ray``, ``process`` (without Ray), or ``serial`` (in this process). None is ``ray`` with an
+            ``address``, and ``process`` without: on a single machine Ray's workers would have a lower priority (nice
+            15) than all other programs.
+        workers: runs at a time; None is one per core, of the cluster where there is one, or one per GPU where the
+            executor is ``process`` and the runs ask for ``cuda``. Ignored by ``serial``.
         address, resources: as for `fpsim.paper.workers.RayPool`.
         retries: how many times a failed run is tried again.
         threads: the number of torch's threads in each worker; only the same number gives the same bits.
@@ -126,24 +132,33 @@ def sweep(
         facts: JSON types to keep in ``sweep.json``, such as the reference condition of an experiment.
         console: the console for progress bars; None is standard error.
 
+    Results that are broken files are put aside, and their runs computed again. Several sweeps may use one folder at the
+    same time; its plan is then that of all.
+
     Raises:
-        ValueError: an empty plan, an unknown executor, or one configuration under two conditions.
-        ModuleNotFoundError: Ray or pyarrow is not installed.
+        ValueError: an empty plan, an unknown executor, an address without Ray, one configuration under two conditions,
+            or, before the first run, a script whose model cannot be built and run, a text that does not fit, a device
+            that is not there.
+        ModuleNotFoundError: Ray, pyarrow or transformers is not installed.
         FileNotFoundError, ConnectionError: a text that does not exist, or a Hub that does not answer.
+        OSError: the folder cannot be written.
     """
     start = time.perf_counter()
     require("pyarrow")
+    executor = executor or ("ray" if address else "process")
     check_choice("executor", executor, EXECUTORS)
+    if address and executor != "ray":
+        raise ValueError(f"the address {address} is that of a Ray cluster, and the executor is {executor}: use ray")
+    console = console or Console(stderr=True)
     keyed = _keyed(plan)
-    missing = {key: planned for key, planned in keyed.items() if not _result(folder, key).exists()}
-    for text in {planned.config.data for planned in missing.values()}:
-        fetch(text)
-    _describe(folder, keyed, title, facts or {})
+    missing = {key: planned for key, planned in keyed.items() if not _is_finished(folder, key, console)}
+    _check([planned.config for planned in missing.values()], devices=address is None)
+    _describe(folder, keyed, title, facts or {}, console)
+    say(console, f"{title or folder.name}: {len(keyed)} runs, {len(missing)} of them to compute, in {folder}")
     jobs = [_job(folder, key, planned, threads, checkpoint_seconds) for key, planned in missing.items()]
     computed, retried, failures = 0, 0, []
-    console = console or Console(stderr=True)
     if jobs:
-        pool = _pool(executor, len(jobs), workers, address, resources or {})
+        pool = _pool(executor, jobs, workers, address, resources or {})
         try:
             with _Board(console, jobs, {key: planned.condition for key, planned in keyed.items()}, pool) as board:
                 for event in _schedule(jobs, pool, retries, board):
@@ -157,13 +172,34 @@ def sweep(
                         retried += 1
         finally:
             pool.close()
+            remove_partial_files(folder)
     return Outcome(computed, len(keyed) - len(missing), tuple(failures), retried, time.perf_counter() - start)
 
 
-def _pool(executor: str, jobs: int, workers: int | None, address: str | None, resources: Mapping[str, float]) -> Pool:
+def _pool(
+    executor: str, jobs: Sequence[Job], workers: int | None, address: str | None, resources: Mapping[str, float]
+) -> Pool:
     if executor == "ray":
-        return RayPool(jobs, workers=workers, address=address, resources=resources)
-    return ProcessPool(min(workers or usable_cores(), jobs)) if executor == "process" else SerialPool()
+        return RayPool(len(jobs), workers=workers, address=address, resources=resources)
+    if executor == "serial":
+        return SerialPool()
+    on_gpu = any(torch.device(job.config["device"]).type == "cuda" for job in jobs)
+    return ProcessPool(min(workers or (torch.cuda.device_count() if on_gpu else usable_cores()), len(jobs)))
+
+
+def _check(configs: Sequence[RunConfig], *, devices: bool) -> None:
+    """Find what would make every run fail: a device, a text or the user's own model. Each is tried once."""
+    if devices:
+        for device in {config.device for config in configs}:
+            check_device(device)
+    for text in {config.data for config in configs}:
+        fetch(text)
+    if any(config.model.script is None for config in configs):
+        require("transformers")
+    for text, model in {(config.data, config.model) for config in configs}:
+        check_vocabulary(load(text, context=model.context), model.vocabulary)
+    for model, batch, device, dtype in {(c.model, c.batch, c.device, c.dtype) for c in configs}:
+        check_script(model, batch=batch, device=device, dtype=getattr(torch, dtype))
 
 
 def _keyed(plan: Sequence[Planned]) -> dict[str, Planned]:
@@ -181,6 +217,21 @@ def _keyed(plan: Sequence[Planned]) -> dict[str, Planned]:
 
 def _result(folder: Path, key: str) -> Path:
     return folder / "runs" / f"{key}.parquet"
+
+
+def _is_finished(folder: Path, key: str, console: Console) -> bool:
+    """Whether the folder holds the whole result of the run ``key``; a broken one is put aside."""
+    path = _result(folder, key)
+    if not path.exists():
+        return False
+    try:
+        found = read_run(path, "").key
+        reason = f"{path} is the result of run {found}"
+    except ValueError as error:
+        found, reason = "", str(error)
+    if found != key:
+        say(console, f"{reason}: it is now {put_aside(path).name}, and its run is computed again", style="red")
+    return found == key
 
 
 def _checkpoint(folder: Path, key: str) -> Path:
@@ -204,27 +255,68 @@ def _note(folder: Path, failure: Failure) -> None:
     replace_file(folder / "failures" / f"{failure.key}.json", json.dumps(facts, indent=2).encode())
 
 
-def _describe(folder: Path, keyed: Mapping[str, Planned], title: str, facts: Mapping[str, Any]) -> None:
+def _describe(
+    folder: Path, keyed: Mapping[str, Planned], title: str, facts: Mapping[str, Any], console: Console
+) -> None:
     """Add this sweep's plan to the folder's; copy the scripts of users' models."""
+    for script in {planned.config.model.script for planned in keyed.values() if planned.config.model.script}:
+        _copy(Path(script.rpartition(":")[0]), folder / "scripts")
     path = folder / "sweep.json"
-    old = json.loads(path.read_text()) if path.exists() else {}
-    plan = {entry["key"]: entry for entry in old.get("plan", [])}
-    for key, planned in keyed.items():
-        plan[key] = {"key": key, "condition": planned.condition, "config": to_dict(planned.config)}
-        if planned.config.model.script:
-            script = Path(planned.config.model.script.rpartition(":")[0])
-            (folder / "scripts").mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(script, folder / "scripts" / script.name)
     now = time.strftime("%Y-%m-%d %H:%M:%S %z")
     started = {"time": now, "command": " ".join(["fpsim", *sys.argv[1:]]) if sys.argv else "", **versions()}
-    content = {
-        **old,
-        **facts,
-        "title": title or old.get("title") or folder.name,
-        "starts": [*old.get("starts", []), started],
-        "plan": list(plan.values()),
-    }
-    replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
+    own = [_entry(key, planned.condition, planned.config) for key, planned in keyed.items()]
+    remove_partial_files(folder)
+    with locked(path):  # other sweeps add their plans
+        old = _described(folder, console)
+        plan = {entry["key"]: entry for entry in [*old.get("plan", []), *own]}
+        content = {
+            **old,
+            **facts,
+            "title": title or old.get("title") or folder.name,
+            "starts": [*old.get("starts", []), started],
+            "plan": list(plan.values()),
+        }
+        replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _entry(key: str, condition: str, config: RunConfig) -> dict[str, Any]:
+    return {"key": key, "condition": condition, "config": to_dict(config)}
+
+
+def _described(folder: Path, console: Console) -> dict[str, Any]:
+    """The content of ``sweep.json``. If it is broken it is put aside, and the plan is that of the finished runs."""
+    path = folder / "sweep.json"
+    if not path.exists():
+        return {}
+    try:
+        return _read_description(path)
+    except ValueError as error:
+        console.print(
+            f"{error}: it is now {put_aside(path).name}, and its plan is that of the finished runs", style="red"
+        )
+    found = []
+    for result in sorted((folder / "runs").glob("*.parquet")):
+        with suppress(ValueError):
+            run = read_run(result, "")
+            found.append(_entry(run.key, run.facts.get("condition", run.key), run.config))
+    return {"plan": found}
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    plan = content.get("plan")
+    if not isinstance(plan, list) or not all(isinstance(e, dict) and {"key", "condition"} <= set(e) for e in plan):
+        raise ValueError(f"{path} is broken: it holds no plan of runs")
+    return content
+
+
+def _copy(script: Path, folder: Path) -> None:
+    """Copy ``script`` into ``folder``; beside another script of the same name, under a name with a hash."""
+    content = script.read_bytes()
+    path = folder / script.name
+    if path.exists() and path.read_bytes() != content:
+        path = path.with_stem(f"{path.stem}-{hashlib.sha256(content).hexdigest()[:8]}")
+    replace_file(path, content)
 
 
 def read_sweep(folder: Path) -> tuple[list[Run], dict[str, Any]]:
@@ -232,20 +324,34 @@ def read_sweep(folder: Path) -> tuple[list[Run], dict[str, Any]]:
 
     Raises:
         FileNotFoundError: no sweep at ``folder``, or none of its runs has finished.
+        ValueError: ``sweep.json`` is broken. (A broken result is among the ``failures``.)
     """
     path = folder / "sweep.json"
     if not path.is_file():
         raise FileNotFoundError(f"no sweep at {folder}: name the folder that fpsim study wrote, with sweep.json in it")
-    facts = json.loads(path.read_text())
-    runs = [
-        read_run(_result(folder, entry["key"]), entry["condition"])
-        for entry in facts["plan"]
-        if _result(folder, entry["key"]).exists()
-    ]
+    facts = _read_description(path)
+    runs, failures = [], []
+    for entry in facts["plan"]:
+        try:
+            if _result(folder, entry["key"]).exists():
+                runs.append(read_run(_result(folder, entry["key"]), entry["condition"]))
+        except ValueError as error:
+            failures.append({"key": entry["key"], "condition": entry["condition"], "tries": 0, "text": str(error)})
     if not runs:
         raise FileNotFoundError(f"the sweep at {folder} has no finished run yet: run its command again")
-    failures = sorted((folder / "failures").glob("*.json"))
-    return runs, {**facts, "failures": [{"key": f.stem, **json.loads(f.read_text())} for f in failures]}
+    return runs, {**facts, "failures": failures + [_failure(path) for path in _failures(folder)]}
+
+
+def _failures(folder: Path) -> list[Path]:
+    return sorted((folder / "failures").glob("*.json"))
+
+
+def _failure(path: Path) -> dict[str, Any]:
+    known: dict[str, Any] = {"key": path.stem, "condition": "unknown", "tries": 0}
+    try:
+        return {**known, "text": "", **read_json(path)}
+    except ValueError as error:
+        return {**known, "text": str(error)}
 
 
 # -- giving jobs to workers --------------------------------------------------------------------------------------------
@@ -349,6 +455,6 @@ class _Board:
         else:
             self._retried += 1
             reason = message.text.strip().splitlines()[-1] if message.text.strip() else message.kind
-            self._progress.console.print(f"{self._conditions[job.key]}, run {job.key}: {reason}", style="red")
+            say(self._progress.console, f"{self._conditions[job.key]}, run {job.key}: {reason}", style="red")
         state = f"{self._retried} interrupted or failed" if self._retried else ""
         self._progress.update(self._all, state=state)

@@ -80,6 +80,7 @@ class Trainer:
         module: nn.Module = self.model
         if config.autocast:
             module = Autocast(module, getattr(torch, config.autocast), torch.device(config.device).type)
+        self.trained = module
         self.install(self.compile(module, self.options))
 
     def install(self, compiled: Loss) -> None:
@@ -158,8 +159,8 @@ class Trainer:
     def range_shares(self, batch: Batch) -> dict[str, float]:
         """`fpsim.paper.measurements.range_shares` on ``batch``, under the policy of the current stage."""
         if self.profiler is None:
-            self.profiler = Profiler(self.model, policy=with_attention(self.options or {}, self.config.attention))
-        return range_shares(self.model, self.profiler, batch, loss_scale=self.config.loss_scale)
+            self.profiler = Profiler(self.trained, policy=with_attention(self.options or {}, self.config.attention))
+        return range_shares(self.trained, self.profiler, batch, loss_scale=self.config.loss_scale)
 
     def logit_signals(self, last_tokens: Sequence[tuple[Tensor, Tensor]], *, lbfgsb: bool) -> dict[str, float]:
         """`fpsim.paper.measurements.logit_signals` of the last tokens of all micro-batches."""

@@ -48,12 +48,20 @@ class Verdict:
         spikes: the first step of every spike.
         final_loss: smoothed training loss at the end, nats per token; it may be NaN or infinite.
         final_validation_loss: the last one; NaN if there is none.
+        rising_since: the step from which the loss of a run that did not diverge is too high until the end, which comes
+            too early to call that divergence; None where the loss is not too high at the end.
     """
 
     diverged_at: int | None
     spikes: tuple[int, ...]
     final_loss: float
     final_validation_loss: float
+    rising_since: int | None = None
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the run ended before it was clear that it diverges."""
+        return self.rising_since is not None
 
     @property
     def diverged(self) -> bool:
@@ -71,11 +79,13 @@ def judge(run: Run, by: Rules | None = None) -> Verdict:
     by = by or rules()
     steps, warmup = run.config.steps, run.config.warmup
     validation = run["validation_loss"][~np.isnan(run["validation_loss"])]
+    onset = divergence(run["loss"], run["smoothed_loss"], run["gradient_norm"], steps=steps, by=by)
     return Verdict(
-        divergence(run["loss"], run["smoothed_loss"], run["gradient_norm"], steps=steps, by=by),
+        onset,
         spikes(run["loss"], run["smoothed_loss"], warmup=warmup, by=by),
         float(run["smoothed_loss"][-1]),
         float(validation[-1]) if len(validation) else math.nan,
+        rising_since(run["smoothed_loss"], by=by) if onset is None else None,
     )
 
 
@@ -93,13 +103,22 @@ def divergence(
     if broken.any():
         onsets.append(int(broken.argmax()) + 1)
     needed = max(int(by.diverged["steps_least"]), math.ceil(by.diverged["steps_share"] * steps))
-    with np.errstate(invalid="ignore"):
-        above = smoothed - np.fmin.accumulate(smoothed) >= by.diverged["rise"]
-    for start, length in _stretches(above):
+    for start, length in _stretches(_too_high(smoothed, by)):
         if length >= needed:
             onsets.append(start + 1)
             break
     return min(onsets, default=None)
+
+
+def rising_since(smoothed: np.ndarray, *, by: Rules) -> int | None:
+    """The first step (from 1) of the stretch in which a run's loss is too high, if the run ends in one; else None."""
+    stretches = _stretches(_too_high(smoothed, by))
+    return stretches[-1][0] + 1 if stretches and sum(stretches[-1]) == len(smoothed) else None
+
+
+def _too_high(smoothed: np.ndarray, by: Rules) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        return smoothed - np.fmin.accumulate(smoothed) >= by.diverged["rise"]
 
 
 def spikes(loss: np.ndarray, smoothed: np.ndarray, *, warmup: int, by: Rules) -> tuple[int, ...]:
@@ -127,12 +146,13 @@ def _stretches(flags: np.ndarray) -> list[tuple[int, int]]:
 
 
 def trained(runs: Sequence[Run], verdicts: Sequence[Verdict], reference: str, by: Rules | None = None) -> list[bool]:
-    """Whether each run trained: it did not diverge, and is not far above the condition ``reference`` at its rate."""
+    """Whether each run trained: it did not diverge, is decided, and is not far above ``reference`` at its rate."""
     by = by or rules()
     levels = _reference_levels(runs, verdicts, reference)
     best = min(levels.values(), default=math.nan)
     return [
         not verdict.diverged
+        and not verdict.undecided
         and not verdict.final_loss > levels.get(run.config.learning_rate, best) + by.trained["margin"]
         for run, verdict in zip(runs, verdicts, strict=True)
     ]
@@ -141,6 +161,6 @@ def trained(runs: Sequence[Run], verdicts: Sequence[Verdict], reference: str, by
 def _reference_levels(runs: Sequence[Run], verdicts: Sequence[Verdict], reference: str) -> dict[float, float]:
     finals: dict[float, list[float]] = {}
     for run, verdict in zip(runs, verdicts, strict=True):
-        if run.condition == reference and not verdict.diverged:
+        if run.condition == reference and not verdict.diverged and not verdict.undecided:
             finals.setdefault(run.config.learning_rate, []).append(verdict.final_loss)
     return {rate: float(np.median(values)) for rate, values in finals.items()}

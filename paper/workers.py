@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import signal
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -25,11 +28,13 @@ from fpsim.processors import usable_cores
 from . import require
 from .checkpoint import Checkpoint
 from .config import compile_key, from_dict
-from .storage import to_parquet, versions
+from .storage import one_line, to_parquet, versions
 from .training import records
 
 #: Seconds between two messages on the progress of a run.
 _PERIOD = 0.5
+#: Seconds in which processes may end by themselves.
+_GRACE = 2.0
 #: Seconds within which a Ray cluster must answer.
 _REACHED = 10.0
 #: Ray's names of resources: in the options of an actor, and elsewhere.
@@ -67,7 +72,7 @@ class Message:
         kind: ``progress``, ``done``, ``error`` (the run raised; the worker lives) or ``dead``.
         step, loss: with ``progress``, those of the newest record.
         result: with ``done``, the run as Parquet.
-        text: with ``error`` and ``dead``, the traceback or the reason.
+        text: with ``error`` and ``dead``, the traceback, and the reason in its last line.
     """
 
     worker: int
@@ -84,7 +89,7 @@ def execute(job: Job, worker: int) -> Iterator[Message]:
     try:
         torch.set_num_threads(job.threads)
         config = from_dict(job.config)
-        checkpoint = Checkpoint(Path(job.checkpoint), job.checkpoint_seconds) if job.checkpoint else None
+        checkpoint = Checkpoint(Path(job.checkpoint), job.checkpoint_seconds, is_own=True) if job.checkpoint else None
         history, told = [], 0.0
         for record in records(config, checkpoint=checkpoint):
             history.append(record)
@@ -94,8 +99,9 @@ def execute(job: Job, worker: int) -> Iterator[Message]:
         facts = {**job.facts, "key": job.key, "config": dict(job.config), **versions()}
         facts |= {"threads": job.threads, "seconds": time.perf_counter() - start}
         yield Message(worker, "done", len(history), result=to_parquet(history, facts))
-    except Exception:
-        yield Message(worker, "error", text=traceback.format_exc())
+    except Exception as error:
+        cause = getattr(error, "inner_exception", error)  # that of an error of torch.compile
+        yield Message(worker, "error", text=f"{traceback.format_exc()}\n{one_line(cause)}")
     finally:
         torch.set_num_threads(threads)
 
@@ -153,7 +159,10 @@ class SerialPool:
 
 
 class ProcessPool:
-    """Fresh Python processes on this machine, which keep their compiled code."""
+    """Fresh Python processes on this machine, which keep their compiled code.
+
+    On several GPUs worker ``i`` computes on GPU ``i`` modulo their number where a run asks for ``cuda``.
+    """
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -165,7 +174,8 @@ class ProcessPool:
         if worker not in self._connections:
             here, there = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(there, worker), daemon=True)
-            process.start()
+            with _without_interrupts():
+                process.start()
             there.close()
             self._processes[worker], self._connections[worker] = process, here
         self._connections[worker].send(job)
@@ -191,8 +201,9 @@ class ProcessPool:
     def close(self) -> None:
         for connection in self._connections.values():
             connection.close()
+        deadline = time.monotonic() + _GRACE
         for process in self._processes.values():
-            process.join(timeout=5)  # an idle process ends now that its connection is closed
+            process.join(timeout=max(0.0, deadline - time.monotonic()))  # it ends now that its connection is closed
             process.terminate()
             process.join()
             process.close()
@@ -200,17 +211,32 @@ class ProcessPool:
         self._processes.clear()
 
 
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """A block whose child processes ignore Ctrl-C, which reaches all processes of a terminal: the parent ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _serve(connection: Connection, worker: int) -> None:
     """The program of a process of `ProcessPool`: it computes jobs until the other end closes."""
     compiled = Compiled()
-    while True:
-        try:
+    try:
+        while True:
             job = connection.recv()
-        except (EOFError, OSError):
-            return
-        compiled.prepare(job)
-        for message in execute(job, worker):
-            connection.send(message)
+            if torch.device(job.config["device"]) == torch.device("cuda") and torch.cuda.device_count():
+                torch.cuda.set_device(worker % torch.cuda.device_count())
+            compiled.prepare(job)
+            for message in execute(job, worker):
+                connection.send(message)
+    except (EOFError, OSError):
+        return
 
 
 class RayPool:

@@ -89,6 +89,10 @@ PROMISES: dict[str, tuple[str, ...]] = {
         "training/test_optimizers.py::test_each_step_rounds_the_results_of_the_plain_step",
         "training/test_optimizers.py::test_kahan_compensation_by_hand",
     ),
+    "a skipped step leaves no trace, and weights that are written hold": (
+        "training/test_between_steps.py::test_a_step_that_the_scaler_skips_leaves_no_trace",
+        "training/test_between_steps.py::test_the_next_step_starts_from_the_weights_that_were_written",
+    ),
     "a policy survives JSON": (
         "policy/test_policy.py::test_a_policy_survives_the_round_trip_through_json",
         "policy/test_policy.py::test_every_field_makes_a_difference",
@@ -116,5 +120,10 @@ PROMISES: dict[str, tuple[str, ...]] = {
         "paper/test_training.py::test_the_run_is_the_recipe_written_out",
         "paper/test_training.py::test_the_same_configuration_gives_the_same_bits",
         "paper/test_resume.py::test_a_finished_run_is_not_run_again",
+    ),
+    "a sweep outlives broken files and other sweeps": (
+        "paper/test_broken_files.py::test_a_broken_checkpoint_is_put_aside_and_its_run_starts_anew",
+        "paper/test_broken_files.py::test_a_broken_result_is_put_aside_and_computed_again",
+        "paper/test_broken_files.py::test_sweeps_that_start_at_the_same_time_keep_all_plans",
     ),
 }

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fpsim.cli.errors import plain_errors
+from fpsim.cli.output import check_writable
 
 
 @plain_errors
@@ -30,4 +31,6 @@ def demo(
     """Train a small Llama in several formats side by side, and show their cost. Needs fpsim\\[paper]."""
     from fpsim.paper.demo import demo as run
 
+    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out / "summary.json")
     run(steps=steps, formats=format or None, text=text, out=out, loss_scale=loss_scale)

@@ -1,9 +1,12 @@
-"""Tables on standard output, progress bars on standard error, and the names of formats."""
+"""Tables on standard output, progress bars on standard error, files to write, and the names of formats."""
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -28,6 +31,22 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def check_writable(path: Path) -> None:
+    """Check that a file can be written at ``path``, before the work whose results it will hold.
+
+    Raises:
+        OSError: ``path`` is a folder, its folder is missing, or it may not be written.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file to write")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {path.parent}, to which {path.name} is to be written: make it first"
+        )
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, "this may not be written", str(path))
 
 
 def familiar_name(fmt: FloatFormat) -> str:

@@ -13,6 +13,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from fpsim.cli.errors import plain_errors
+from fpsim.cli.output import check_writable
 from fpsim.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -57,8 +58,14 @@ Rates = Annotated[list[float] | None, typer.Option(help="Learning rates.")]
 Model = Annotated[
     str | None, typer.Option(help="tiny, toy, gpt2-124m, llama-120m, llama2-7b, or path/to/script.py:function.")
 ]
-Executor = Annotated[str, typer.Option(help="ray, process (without Ray), or serial (in this process).")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Runs at a time.", show_default="one per core")]
+Executor = Annotated[
+    str | None,
+    typer.Option(
+        help="process (on this machine), ray, or serial (in this process).",
+        show_default="process; with --address: ray",
+    ),
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Runs at a time.", show_default="one per core or GPU")]
 Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster, or auto.")]
 Gpus = Annotated[float, typer.Option(min=0, help="GPUs per run, for Ray.")]
 Cpus = Annotated[float, typer.Option(min=0, help="Cores per run, for Ray.")]
@@ -98,7 +105,7 @@ def run(
     device: Device = None,
     interpret: Interpret = False,
     out: Out = None,
-    executor: Executor = "ray",
+    executor: Executor = None,
     workers: Workers = None,
     address: Address = None,
     gpus: Gpus = 0.0,
@@ -140,7 +147,7 @@ def run(
         executor=executor,
         workers=workers,
         address=address,
-        resources={"num_cpus": cpus, "num_gpus": gpus},
+        resources=_resources(executor, address, cpus, gpus),
         retries=retries,
     )
 
@@ -161,7 +168,7 @@ def experiment(
     device: Device = None,
     interpret: Interpret = False,
     out: Out = None,
-    executor: Executor = "ray",
+    executor: Executor = None,
     workers: Workers = None,
     address: Address = None,
     gpus: Gpus = 0.0,
@@ -180,12 +187,13 @@ def experiment(
         "number": number,
         "question": chosen.question,
         "claim": chosen.claim,
-        "differs": chosen.differs,
+        "differs": chosen.differences(size),
         "reference": chosen.reference,
         "pairs": [list(pair) for pair in chosen.pairs],
         "size": f"{size}: {setting.base.model.label}, {setting.base.steps} steps, {setting.seeds} seeds, "
         f"learning rates {', '.join(f'{rate:g}' for rate in setting.rates)}",
     }
+    on_gpu = setting.base.device.startswith("cuda")
     _compute(
         _only(chosen.plan(setting), conditions),
         out or Path(f"runs/experiment-{number}-{size}"),
@@ -194,9 +202,17 @@ def experiment(
         executor=executor,
         workers=workers,
         address=address,
-        resources={"num_cpus": cpus, "num_gpus": gpus or (1.0 if setting.base.device == "cuda" else 0.0)},
+        resources=_resources(executor, address, cpus, gpus) | ({} if gpus or not on_gpu else {"num_gpus": 1.0}),
         retries=retries,
     )
+
+
+def _resources(executor: str | None, address: str | None, cpus: float, gpus: float) -> dict[str, float]:
+    """The resources of one of Ray's workers."""
+    is_ray = executor == "ray" or (executor is None and address is not None)
+    if not is_ray and (cpus, gpus) != (1.0, 0.0):
+        raise ValueError("--cpus and --gpus are for the workers of Ray: add --executor ray, or leave them out")
+    return {"num_cpus": cpus, "num_gpus": gpus}
 
 
 def _only(plan: list[Planned], globs: list[str] | None) -> list[Planned]:
@@ -240,8 +256,12 @@ def _compute(plan: list[Planned], out: Path, *, title: str, facts: dict[str, Any
     from fpsim.paper.sweeps import sweep
 
     console = Console(stderr=True)
-    console.print(f"{title}: {len(plan)} runs, in {out}")
-    outcome = sweep(plan, out, title=title, facts=facts, console=console, **how)
+    try:
+        outcome = sweep(plan, out, title=title, facts=facts, console=console, **how)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted: {out} keeps finished runs and the state of others; the same command goes on from there"
+        ) from None
     _say(outcome, console)
     if outcome.computed + outcome.reused > 0:
         typer.echo(write(out))
@@ -250,13 +270,16 @@ def _compute(plan: list[Planned], out: Path, *, title: str, facts: dict[str, Any
 
 
 def _say(outcome: Outcome, console: Console) -> None:
-    console.print(
+    from fpsim.paper.progress import say
+
+    say(
+        console,
         f"{outcome.computed} runs computed, {outcome.reused} reused, {outcome.retries} tried again, "
-        f"{len(outcome.failures)} given up; {outcome.seconds:.0f} s"
+        f"{len(outcome.failures)} given up; {outcome.seconds:.0f} s",
     )
     for failure in outcome.failures:
         last = failure.text.strip().splitlines()[-1] if failure.text.strip() else "no message"
-        console.print(f"{failure.condition}, run {failure.key}, {failure.tries} tries: {last}", style="red")
+        say(console, f"{failure.condition}, run {failure.key}, {failure.tries} tries: {last}", style="red")
 
 
 @app.command()
@@ -304,15 +327,18 @@ def train(
     checkpoint: Annotated[Path | None, typer.Option(help="File to keep the state in.")] = None,
 ) -> None:
     """Compute one run, here or under torchrun: torchrun --nproc-per-node 8 -m fpsim.cli.study train CONFIG OUT."""
-    import json
-
     from fpsim.paper.checkpoint import Checkpoint
     from fpsim.paper.config import from_dict, run_key, to_dict
     from fpsim.paper.parallel import from_environment
-    from fpsim.paper.storage import replace_file, to_parquet, versions
+    from fpsim.paper.storage import read_json, replace_file, to_parquet, versions
     from fpsim.paper.training import records
+    from fpsim.processors import check_device
 
-    chosen = from_dict(json.loads(config.read_text()))
+    chosen = from_dict(read_json(config))
+    check_device(chosen.device)
+    for path in filter(None, (out, checkpoint)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
     group = from_environment(parallel, chosen.device)
     state = Checkpoint(checkpoint) if checkpoint else None
     history = list(records(chosen, checkpoint=state, parallel=group))

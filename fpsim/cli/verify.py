@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 
 from fpsim.cli.errors import plain_errors
 from fpsim.cli.options import ROUNDINGS_HELP, OverflowOption
-from fpsim.cli.output import familiar_name, progress_bar
+from fpsim.cli.output import check_writable, familiar_name, progress_bar
 from fpsim.formats import NAMED_FORMATS, ROUNDINGS, full_rounding, parse_format
 from fpsim.processors import usable_cores
 
@@ -106,6 +106,9 @@ def verify(
         )
     if jobs is not None and not everything:
         raise ValueError("--jobs is for --all: without it, torch's threads work side by side")
+    for file in (markdown, None if json_file in (None, "-") else Path(json_file or "")):
+        if file is not None:
+            check_writable(file)
     paths = list(PATHS) if path == "both" else [path]
     expanded = [each for name in rounding or () for each in (ROUNDINGS if name == "all" else (full_rounding(name),))]
     roundings = list(dict.fromkeys(expanded))

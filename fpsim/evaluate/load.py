@@ -12,7 +12,9 @@ import importlib.util
 import inspect
 import pickle
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -54,6 +56,7 @@ def load_checkpoint(folder: Path, dtype: torch.dtype) -> Any:
 
     Raises:
         FileNotFoundError: ``folder`` holds no checkpoint.
+        ValueError: its files are broken, or lack weights of the model.
         ModuleNotFoundError: transformers is not installed.
     """
     if not folder.is_dir() or not (folder / "config.json").is_file():
@@ -66,9 +69,34 @@ def load_checkpoint(folder: Path, dtype: torch.dtype) -> Any:
         raise ModuleNotFoundError(
             "transformers is not installed; checkpoints need it: pip install 'fpsim[paper]'", name="transformers"
         ) from error
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
+    with errors_of_checkpoint(folder):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=dtype, output_loading_info=True
+        )
+    model, told = loaded
+    missing = sorted(told["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"the checkpoint at {folder} lacks {len(missing)} weights of its model: {', '.join(missing[:5])}"
+        )
     model.config.use_cache = False
     return model.eval()
+
+
+@contextmanager
+def errors_of_checkpoint(folder: Path) -> Iterator[None]:
+    """A block in which transformers reads files of ``folder``, for which it has errors of many kinds.
+
+    Raises:
+        ValueError: it raised an error. The message has one line.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the checkpoint at {folder} cannot be read: {type(error).__name__}: {reason}") from error
 
 
 def is_script(name: str) -> bool:
@@ -95,7 +123,8 @@ def load_script(script: str, *, context: int | None = None, weights: Path | None
     Raises:
         FileNotFoundError: no such script, or no such weights.
         ValueError: no such function (the message lists those of the script), a function that needs other arguments, a
-            result that is not a module or is a compiled one, weights that are not a state dict or do not fit.
+            result that is not a module or is a compiled one, weights that are not a state dict or do not fit, or an
+            error of the script's own (the message names its line).
     """
     module, build = script_function(script)
     tokenize = getattr(module, "tokenize", None)
@@ -127,19 +156,31 @@ def script_function(script: str) -> tuple[ModuleType, Callable[..., Any]]:
 
     Raises:
         FileNotFoundError: no such script.
-        ValueError: no function is named, or the script has no such function; the message lists those of the script.
+        ValueError: no function is named, the script has no such function (the message lists those of the script), or
+            the script raises an error (the message names its line).
+    """
+    path, name = script_file(script), script.rpartition(":")[2]
+    module = _executed(path)
+    found = getattr(module, name, None)
+    if not callable(found):
+        own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise ValueError(f"{path} has no function {name!r}{did_you_mean(name, own)}: it has {', '.join(own) or 'none'}")
+    return module, found
+
+
+def script_file(script: str) -> Path:
+    """The file of ``path/to/script.py:function``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no function is named.
     """
     path, colon, name = script.rpartition(":")
     if not colon or not name:
         raise ValueError(f"{script!r} names no function: write path/to/script.py:function, {script.rstrip(':')}:build")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no script at {path} (working directory {Path.cwd()}), asked for as {script!r}")
-    module = _executed(Path(path))
-    found = getattr(module, name, None)
-    if not callable(found):
-        own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise ValueError(f"{path} has no function {name!r}{did_you_mean(name, own)}: it has {', '.join(own) or 'none'}")
-    return module, found
+    return Path(path)
 
 
 def _executed(place: Path) -> ModuleType:
@@ -152,11 +193,34 @@ def _executed(place: Path) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # before it runs: its data classes look their own module up
         try:
-            spec.loader.exec_module(module)
+            with errors_of_script(str(place), "when it is executed"):
+                spec.loader.exec_module(module)
         except BaseException:
             del sys.modules[name]
             raise
     return sys.modules[name]
+
+
+@contextmanager
+def errors_of_script(script: str, when: str) -> Iterator[None]:
+    """A block that runs the code of ``script`` (a path, or ``path:function``).
+
+    Raises:
+        ValueError: the code raised an error. The message has one line, and names the error and the line of the script.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except (Exception, SystemExit) as error:
+        path = Path(script.rpartition(":")[0] if ".py:" in script else script).resolve()
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path]
+        text = " ".join(str(error).split())[:300]
+        if isinstance(error, SyntaxError) and error.filename and Path(error.filename).resolve() == path:
+            own, text = [error.lineno], error.msg
+        place = f", line {own[-1]}" if own else ""
+        raise ValueError(f"{script} fails {when}{place}: {type(error).__name__}{': ' if text else ''}{text}") from error
 
 
 def built(script: str, build: Callable[..., Any], known: dict[str, int], seed: int) -> nn.Module:
@@ -167,7 +231,7 @@ def built(script: str, build: Callable[..., Any], known: dict[str, int], seed: i
         seed: the seed of torch's generator while it runs.
 
     Raises:
-        ValueError: ``build`` needs other arguments, or returns no module or a compiled one.
+        ValueError: ``build`` needs other arguments, raises an error, or returns no module or a compiled one.
     """
     parameters = inspect.signature(build).parameters
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -180,7 +244,8 @@ def built(script: str, build: Callable[..., Any], known: dict[str, int], seed: i
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = build(**{name: value for name, value in known.items() if takes_all or name in parameters})
+        with errors_of_script(script, "when it builds its module"):
+            network = build(**{name: value for name, value in known.items() if takes_all or name in parameters})
     if not isinstance(network, nn.Module):
         raise ValueError(f"{script} must return a torch.nn.Module, got {type(network).__name__}")
     if hasattr(network, "_orig_mod"):

@@ -8,6 +8,7 @@ precisions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
+from fpsim.compile_backend.errors import UnroundedError
 from fpsim.curvature.losses import IGNORED
-from fpsim.evaluate.load import BYTES, load_checkpoint, load_script, positions
+from fpsim.evaluate.load import BYTES, errors_of_checkpoint, errors_of_script, load_checkpoint, load_script, positions
 from fpsim.policy import Policy
 from fpsim.policy.shorthand import UNSIMULATED, parse_shorthand
 from fpsim.sharpness.box import EPSILONS, ITERATIONS
@@ -137,7 +139,8 @@ def measure_checkpoint(
 
     The text is cut into windows that follow each other; every token but the first is predicted once. Under a format,
     logits are the rounded model's own; the norm of the gradient is then that of its straight-through surrogate.
-    Simulating a format drops what the process had compiled (``torch._dynamo.reset``).
+    Simulating a format drops what the process had compiled (``torch._dynamo.reset``). The fused kernels of
+    `torch.nn.TransformerEncoder` are off meanwhile, unrounded and rounded.
 
     Args:
         model: folder of a Hugging Face checkpoint, with its tokenizer; models over bytes (256 words) need none.
@@ -157,7 +160,8 @@ def measure_checkpoint(
     Raises:
         FileNotFoundError, IsADirectoryError: ``model`` is not a checkpoint's folder, or ``text`` not a file.
         ModuleNotFoundError: transformers is not installed.
-        ValueError: text that is not UTF-8 or too short, no tokenizer, an unknown format or choice.
+        ValueError: text that is not UTF-8 or too short, no tokenizer, an unknown format or choice, a model with
+            operators that cannot be rounded.
     """
     network = load_checkpoint(model, dtype).to(device)
     limit = positions(network)
@@ -199,7 +203,8 @@ def measure_script(
     Raises:
         FileNotFoundError, IsADirectoryError: no such script, weights or text.
         ValueError: a function that is missing or builds no module, weights that do not fit, a module that gives no
-            logits or does not take such tokens, text that is not UTF-8 or too short, an unknown format or choice.
+            logits or does not take such tokens, text that is not UTF-8 or too short, an unknown format or choice, a
+            model with operators that cannot be rounded.
     """
     own = load_script(script, context=context, weights=weights)
     network = own.network.to(device)
@@ -222,14 +227,15 @@ def _check_logits(script: str, network: nn.Module, inputs: Tensor, highest: int)
     """Check by one run that ``network`` takes these tokens and gives a row of logits for each."""
     with torch.no_grad():
         try:
-            logits = logits_of(network(inputs))
-        except IndexError as error:
-            raise ValueError(
-                f"the module of {script} does not take tokens up to {highest} in windows of {inputs.shape[1]}: let it "
-                f"take vocabulary and context, or pass a context ({error})"
-            ) from error
-        except TypeError as error:
-            raise ValueError(f"{script}: {error}") from error
+            with errors_of_script(script, f"on tokens of shape {tuple(inputs.shape)}"):
+                logits = logits_of(network(inputs))
+        except ValueError as error:
+            if isinstance(error.__cause__, IndexError):
+                raise ValueError(
+                    f"the module of {script} does not take tokens up to {highest} in windows of {inputs.shape[1]}: let "
+                    f"it take vocabulary and context, or pass a context ({error.__cause__})"
+                ) from error
+            raise
     if not logits.is_floating_point() or logits.dim() != 3 or logits.shape[:2] != inputs.shape:
         raise ValueError(
             f"the module of {script} must map tokens of shape {tuple(inputs.shape)} to floating-point logits of shape "
@@ -257,14 +263,33 @@ def _rows(
         raise ValueError("epsilons is empty: give at least one, such as 5e-4")
     policies = {UNROUNDED: None, **{name: _policy(name) for name in formats}}
     total = len(policies) * len(batches)
-
-    def each() -> Iterator[Row]:
+    rows = []
+    with _unfused():
         for index, (name, policy) in enumerate(policies.items()):
             done = index * len(batches)
             tick = (lambda count, done=done: progress(done + count, total)) if progress is not None else None
-            yield _row(name, _under(network, policy, backend), batches, epsilons, method, iterations, gradients, tick)
+            model = _under(network, policy, backend)
+            try:
+                rows.append(_row(name, model, batches, epsilons, method, iterations, gradients, tick))
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                if isinstance(error.inner_exception, UnroundedError):
+                    raise ValueError(f"the model cannot be rounded to {name}: {error.inner_exception}") from error
+                raise
+    return tuple(rows)
 
-    return tuple(each())
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """A block without the fused kernels of `nn.TransformerEncoder` and its like, whose products cannot be rounded.
+
+    They run in evaluation mode alone, so that training, as in the study, does not see them.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _policy(name: str) -> Policy:
@@ -318,7 +343,8 @@ def _tokens(folder: Path, path: Path, vocabulary: int, count: int) -> Tensor:
     if any((folder / name).is_file() for name in _TOKENIZER_FILES):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with errors_of_checkpoint(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     elif vocabulary == BYTES:
         tokens = _bytes(text)

@@ -31,7 +31,7 @@ def round_gradients_hook(
         parallel.register_comm_hook(None, fpsim.round_gradients_hook("e5m2"))
 
     On ``n`` ranks every gradient becomes ``(q(g_1) + ... + q(g_n)) / n``, where ``q`` rounds to the format. The sum and
-    the quotient are computed in the gradients' dtype.
+    the quotient are computed in the gradients' dtype. A sparse gradient is coalesced first, and its values are rounded.
 
     Args:
         format: the format of the gradients that a rank sends. It may be a cast, ``format/rounding/overflow``.
@@ -57,14 +57,14 @@ def round_gradients_hook(
     def round_gradients(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         nonlocal passes
         group = group if group is not None else dist.group.WORLD
-        ranks, rank, gradients = dist.get_world_size(group), dist.get_rank(group), bucket.buffer()
+        ranks, rank, gradients = dist.get_world_size(group), dist.get_rank(group), _whole(bucket.buffer())
         draw = None if seed is None else draw_of_step(seed, passes)
         passes += bucket.is_last()
         first = bucket.index() * (ranks + 1)
         _round(gradients, sent, draw, first + rank)
 
         def average(done: torch.futures.Future[list[Tensor]]) -> Tensor:
-            total = done.value()[0].div_(ranks)
+            total = _whole(done.value()[0].div_(ranks))
             _round(total, received, draw, first + ranks)
             return total
 
@@ -106,8 +106,13 @@ def rounded_reduce_scatter(
     return RoundedReduceScatter()
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.coalesce() if tensor.is_sparse else tensor
+
+
 @torch.no_grad()
 def _round(tensor: Tensor, cast: Cast | None, draw: int | None, number: int) -> None:
     if cast is not None:
         check_cast(tensor.dtype, cast)
-        round_in_place([Job(tensor, cast, number)], draw if cast.is_stochastic else None, compiled=None)
+        values = tensor.values() if tensor.is_sparse else tensor
+        round_in_place([Job(values, cast, number)], draw if cast.is_stochastic else None, compiled=None)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import typing
-from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,16 +16,20 @@ from torch.optim import Optimizer
 def state_names(optimizer: Optimizer) -> list[str]:
     """The names of the state that an optimizer keeps for its parameters, which `round_optimizer` accepts.
 
-    Optimizers create their state in their first step. So a copy of the optimizer with small parameters takes a step. If
-    that fails, the names are read from the optimizer's own state.
+    Optimizers create their state in their first step. So a copy of the optimizer with small parameters takes a step,
+    with dense gradients or, if it takes only these, sparse ones. If both fail, the names are read from the optimizer's
+    own state.
 
     Raises:
         ValueError: the step fails, and the optimizer has no state yet.
     """
     try:
-        states = _states_after_a_step(optimizer)
+        states = _states_after_a_step(optimizer, sparse=False)
     except Exception as error:
-        states = list(optimizer.state.values())
+        try:
+            states = _states_after_a_step(optimizer, sparse=True)
+        except Exception:
+            states = states_of_parameters(optimizer.state)
         if not states:
             raise ValueError(
                 f"cannot tell what state {type(optimizer).__name__} keeps: a step on a small copy of it failed "
@@ -34,17 +38,30 @@ def state_names(optimizer: Optimizer) -> list[str]:
     return sorted({name for each in states for name, value in each.items() if _is_state(value)})
 
 
+def states_of_parameters(state: Mapping[Any, Any]) -> list[dict[str, Any]]:
+    """The states of the parameters in the ``state`` of an optimizer, where some keep entries of their own too."""
+    return [each for each in state.values() if isinstance(each, dict)]
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The floating-point tensors of a state: the state itself, or those in its lists, tuples, deques and mappings."""
+    if isinstance(value, Mapping):
+        return tensors_in(list(value.values()))
+    if isinstance(value, (list, tuple, deque)):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return [value] if isinstance(value, Tensor) and value.is_floating_point() else []
+
+
 def _is_state(value: Any) -> bool:
-    """Whether ``value`` is a floating-point tensor with dimensions, or a list that holds one: not a counter."""
-    if isinstance(value, list):
-        return any(_is_state(item) for item in value)
-    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0
+    """Whether ``value`` holds a floating-point tensor with dimensions. (Counters are scalars.)"""
+    return any(tensor.ndim > 0 for tensor in tensors_in(value))
 
 
-def _states_after_a_step(optimizer: Optimizer) -> list[dict[str, Any]]:
+def _states_after_a_step(optimizer: Optimizer, *, sparse: bool) -> list[dict[str, Any]]:
     twin = copy.copy(optimizer)
     twin.__dict__ = {**vars(optimizer), **vars(twin)}
-    twin.state = defaultdict(dict)
+    own = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
+    twin.state = defaultdict(dict, copy.deepcopy(own))
     for name in [name for name in vars(twin) if name.startswith("_optimizer_") and name.endswith("_hooks")]:
         setattr(twin, name, OrderedDict())
     twin.param_groups = [
@@ -58,14 +75,14 @@ def _states_after_a_step(optimizer: Optimizer) -> list[dict[str, Any]]:
         with torch.enable_grad():
             loss = sum(((p - 3) ** 4).sum() for p in parameters)
         for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            p.grad = gradient
+            p.grad = gradient.to_sparse() if sparse else gradient
         return loss.detach()
 
     closure()
     type(twin).step(
         twin, typing.cast(Any, closure)
     )  # not twin.step, which a learning rate scheduler binds to the original
-    return list(twin.state.values())
+    return states_of_parameters(twin.state)
 
 
 def _small_parameters(parameters: Iterable[Tensor]) -> Iterator[Tensor]:

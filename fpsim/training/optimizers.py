@@ -16,11 +16,14 @@ from torch.optim import Optimizer
 
 from fpsim.casts import Cast, CastLike, check_cast, parse_cast
 from fpsim.training.in_place import Job, check_seed, draw_of_step, round_in_place
-from fpsim.training.optimizer_state import state_names
+from fpsim.training.optimizer_state import state_names, states_of_parameters, tensors_in
 from fpsim.training.shards import local, shard_number, sharded_like
 
 #: The keys of a state dict for the tensors and the count that are saved with the optimizer's own state.
-MASTER, COMPENSATION, STEPS = "fpsim_master", "fpsim_compensation", "fpsim_steps"
+MASTER, COMPENSATION, WEIGHTS, STEPS = "fpsim_master", "fpsim_compensation", "fpsim_weights", "fpsim_steps"
+
+
+_HOOKS = ("step_pre", "step_post", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
 
 
 # -- optimizers --------------------------------------------------------------------------------------------------------
@@ -54,25 +57,24 @@ class RoundedOptimizer:
 
     @property
     def masters(self) -> dict[Tensor, Tensor]:
-        """The master copy of each parameter; empty if there are none. The next step changes the tensors: clone them."""
+        """The master copies of the parameters after the last step, if there are any. The next step changes them."""
         return dict(self._hooks.masters)
 
     @property
     def compensations(self) -> dict[Tensor, Tensor]:
-        """The rounding error of each parameter, if ``kahan``. The next step changes the tensors: clone them."""
+        """The rounding errors of the parameters in the last step, if ``kahan``. The next step changes them."""
         return dict(self._hooks.compensations)
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Stop rounding. Parameters take the values of their master copies; with ``kahan`` compensations are added."""
+        """Stop rounding. Parameters take the values of their master copies; with ``kahan`` compensations are added.
+
+        Elements that were written since the last step stay as they are, and so do parameters that have another shape,
+        dtype or device since then.
+        """
         for handle in self._handles:
             handle.remove()
-        for parameter, master in self._hooks.masters.items():
-            local(parameter).copy_(master)
-        for parameter, compensation in self._hooks.compensations.items():
-            local(parameter).add_(compensation)
-        self._hooks.masters.clear()
-        self._hooks.compensations.clear()
+        self._hooks.end()
 
 
 @torch.no_grad()
@@ -117,24 +119,33 @@ def round_optimizer(
     Returns:
         A frozen value that describes the rounding. Its ``remove()`` ends the rounding.
 
-    After this call ``optimizer.state_dict()`` also holds the master copies, the compensations and the number of steps,
-    and ``load_state_dict`` requires them. Closures given to ``step`` see rounded weights. A step that
-    `torch.amp.GradScaler` skips changes nothing.
+    After this call ``optimizer.state_dict()`` also holds the number of steps and, with ``master`` or ``kahan``, the
+    master copies or compensations and the weights that belong to them; ``load_state_dict`` requires them. Closures
+    given to ``step`` see rounded weights. A step that `torch.amp.GradScaler` skips changes nothing, also where a fused
+    optimizer skips it itself: by its attribute ``found_inf``, or the scaler that its ``step`` is given.
+
+    Parameters that are written between steps (``model.load_state_dict``, an average of weights, clipping) keep the
+    values written. With ``master`` or ``kahan`` the next step compares each element with the weight that the last step
+    left. Where they differ, the master copy starts anew from the value written, and the compensation from zero.
+
+    A sparse state, such as the momentum of SGD with sparse gradients, is coalesced and its values are rounded.
 
     Raises:
         ValueError: a format or mode is unknown; the optimizer has no state of this name; the format of the master
             copies lacks values of the weights' format; ``master`` or ``kahan`` is given without ``weights``, or both
             are given; a format has values that a tensor's dtype lacks; a seed is missing, or has no stochastic rounding
-            to seed; the optimizer is rounded already. Nothing is changed in these cases.
+            to seed; the optimizer is rounded already, or lacks the hooks of `torch.optim.Optimizer`. Nothing is changed
+            in these cases.
         TypeError: a tensor to round does not have a floating-point dtype.
+        RuntimeError: in a step, parameters were added, or have another shape, dtype or device than their kept copies.
     """
+    _check_optimizer(optimizer)
     casts = {"weights": _cast(weights, rounding, overflow), "master": _cast(master, rounding, overflow)}
     state_casts = _state_casts(optimizer, state, rounding, overflow)
     _check_weights(casts["weights"], casts["master"], kahan)
     if not state_casts and casts["weights"] is None:
         raise ValueError("nothing to round: give a format for state, weights, or both")
     check_seed(seed, [cast for cast in (*state_casts.values(), *casts.values()) if cast])
-    _check_optimizer(optimizer)
 
     state_items = tuple(sorted(state_casts.items()))
     hooks = StepHooks(optimizer, state_items, casts["weights"], casts["master"], kahan, seed, compiled)
@@ -193,6 +204,11 @@ def _check_weights(weights: Cast | None, master: Cast | None, kahan: bool) -> No
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:
+    if any(not hasattr(optimizer, f"_optimizer_{name}_hooks") for name in _HOOKS):
+        raise ValueError(
+            f"{type(optimizer).__name__} lacks the hooks of torch.optim.Optimizer, by which its steps are rounded: "
+            "if it wraps another optimizer, round that one"
+        )
     others = optimizer._optimizer_step_post_hooks.values()
     if any(isinstance(getattr(hook, "__self__", None), StepHooks) for hook in others):
         raise ValueError("this optimizer is rounded already: call remove() of what round_optimizer returned first")
@@ -217,7 +233,10 @@ class StepHooks:
     steps: int = 0
     masters: dict[Tensor, Tensor] = field(default_factory=dict)
     compensations: dict[Tensor, Tensor] = field(default_factory=dict)
+    #: The weights as the last step left them, for the parameters that have a master copy or a compensation.
+    written: dict[Tensor, Tensor] = field(default_factory=dict)
     loading: dict[str, Any] = field(default_factory=dict)
+    skipping: bool = False
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -233,7 +252,7 @@ class StepHooks:
                 if cast is not None:
                     check_cast(p.dtype, cast)
             for name, cast in self.state:
-                for tensor in _tensors(self.optimizer.state.get(p, {}).get(name)) or [p]:
+                for tensor in tensors_in(self.optimizer.state.get(p, {}).get(name)) or [p]:
                     check_cast(tensor.dtype, cast)
 
     def start(self) -> None:
@@ -241,6 +260,7 @@ class StepHooks:
             self.masters = {p: local(p).clone() for p in self.parameters}
         if self.kahan:
             self.compensations = {p: torch.zeros_like(local(p)) for p in self.parameters}
+        self.written = {p: local(p).clone() for p in self.masters or self.compensations}
         self.round_state()
         self.round_weights()
 
@@ -249,7 +269,12 @@ class StepHooks:
     @torch._dynamo.disable
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        self._refuse_added_parameters()
+        self._drop_loaded_entries()
+        self._refuse_other_parameters()
+        self.skipping = _skips_step(optimizer, kwargs)
+        if self.skipping:
+            return None
+        self._start_anew_where_written()
         self._widen()
         if self.weights is None:
             return None
@@ -262,9 +287,36 @@ class StepHooks:
     @torch._dynamo.disable
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.skipping:
+            return
         self.steps += 1
         self.round_state()
         self.round_weights()
+
+    def end(self) -> None:
+        """Give the parameters the values from which the next step would have started, and forget what was kept."""
+        self._drop_loaded_entries()
+        for kept in (self.masters, self.compensations, self.written):
+            for p in [p for p in kept if not _is_like(local(p), kept[p])]:
+                del kept[p]
+        self._start_anew_where_written()
+        self._widen()
+        for kept in (self.masters, self.compensations, self.written):
+            kept.clear()
+
+    def _start_anew_where_written(self) -> None:
+        """Start master copies and compensations anew at the elements that were written since the last step."""
+        jobs = []
+        for j, p in enumerate(self.parameters):
+            if p not in self.written or torch.equal(now := local(p), left := self.written[p]):
+                continue
+            changed = (now != left) & ~(now.isnan() & left.isnan())
+            if p in self.compensations:
+                self.compensations[p].masked_fill_(changed, 0)
+            elif self.master is not None and changed.any():
+                self.masters[p].copy_(torch.where(changed, now, self.masters[p]))
+                jobs.append(Job(self.masters[p], self.master, self._draw_index(j, p, len(self.state))))
+        self._round(jobs)
 
     def _widen(self) -> None:
         """Set the parameters to the values from which the step starts."""
@@ -276,10 +328,10 @@ class StepHooks:
     def round_state(self) -> None:
         """Round the existing state in place."""
         jobs = [
-            Job(local(tensor), cast, self._draw_index(j, p, i))
+            Job(_values(tensor), cast, self._draw_index(j, p, i))
             for j, p in enumerate(self.parameters)
             for i, (name, cast) in enumerate(self.state)
-            for tensor in _tensors(self.optimizer.state.get(p, {}).get(name))
+            for tensor in tensors_in(self.optimizer.state.get(p, {}).get(name))
         ]
         self._round(jobs)
 
@@ -301,6 +353,8 @@ class StepHooks:
             torch._foreach_sub_(lost, parameters)
             nearest = replace(self.weights, rounding="nearest_even")
             self._round(self._jobs(lost, nearest, 0))
+        for p, left in self.written.items():
+            left.copy_(local(p))
 
     def _jobs(self, tensors: Sequence[Tensor], cast: Cast, i: int) -> list[Job]:
         return [
@@ -318,7 +372,10 @@ class StepHooks:
         round_in_place(jobs, draw, compiled=self.compiled)
 
     def _with_rounded_weights(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """A closure that rounds the parameters, evaluates ``closure``, and restores the parameters."""
+        """A closure that rounds the parameters, evaluates ``closure``, and restores the parameters.
+
+        If ``closure`` raises, the parameters have the values from before the step.
+        """
 
         def evaluate() -> Any:
             with torch.no_grad():
@@ -326,22 +383,37 @@ class StepHooks:
                 exact = [p.clone() for p in parameters]
                 assert self.weights is not None
                 self._round(self._jobs(parameters, self.weights, len(self.state) + 1))
+            after = list(self.written.values()) or exact
             try:
                 with torch.enable_grad():
-                    return closure()
+                    result = closure()
+                after = exact
+                return result
             finally:
                 with torch.no_grad():
-                    torch._foreach_copy_(parameters, exact)
+                    torch._foreach_copy_(parameters, after)
 
         return evaluate
 
-    def _refuse_added_parameters(self) -> None:
-        kept = self.masters or self.compensations
-        if kept and len(self.parameters) != len(kept):
+    def _refuse_other_parameters(self) -> None:
+        remedy = "call remove() of what round_optimizer returned before, and round_optimizer after"
+        if self.written and len(self.parameters) != len(self.written):
             raise RuntimeError(
-                "parameters were added to the optimizer after round_optimizer, and have no master copies: call "
-                "remove() of what it returned, then add_param_group, then round_optimizer"
+                "parameters were added to the optimizer after round_optimizer, and have no master copies or "
+                f"compensations: {remedy}"
             )
+        for p, left in self.written.items():
+            if not _is_like(now := local(p), left):
+                raise RuntimeError(
+                    f"a parameter was changed from {left.dtype} of shape {tuple(left.shape)} on {left.device} to "
+                    f"{now.dtype} of shape {tuple(now.shape)} on {now.device} after round_optimizer: {remedy}"
+                )
+
+    def _drop_loaded_entries(self) -> None:
+        """Drop the entries of fpsim that `finish_loading` left in the optimizer's state."""
+        for state in states_of_parameters(self.optimizer.state):
+            for name in (MASTER, COMPENSATION, WEIGHTS):
+                state.pop(name, None)
 
     # State dicts hold the kept tensors and the number of steps too, under keys that begin with `fpsim_`.
 
@@ -365,24 +437,28 @@ class StepHooks:
         self.loading = {name: [states[index][name] for index in indices] for name, kept in self._kept() if kept} | {
             STEPS: max(group[STEPS] for group in groups)
         }
-        names = (MASTER, COMPENSATION, STEPS)
-        own = {i: {key: value for key, value in state.items() if key not in names} for i, state in states.items()}
+        names = (MASTER, COMPENSATION, WEIGHTS, STEPS)
+
+        def own(state: Any) -> Any:
+            return {k: v for k, v in state.items() if k not in names} if isinstance(state, dict) else state
+
         return {
             **state_dict,
-            "state": {i: state for i, state in own.items() if state},  # an optimizer expects all its state, or none
+            # an optimizer expects all its state, or none
+            "state": {i: own(state) for i, state in states.items() if not isinstance(state, dict) or own(state)},
             "param_groups": [{key: value for key, value in group.items() if key not in names} for group in groups],
         }
 
     def _kept(self) -> list[tuple[str, dict[Tensor, Tensor]]]:
-        return [(MASTER, self.masters), (COMPENSATION, self.compensations)]
+        return [(MASTER, self.masters), (COMPENSATION, self.compensations), (WEIGHTS, self.written)]
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         if any(STEPS not in group for group in state_dict["param_groups"]):
             raise ValueError(
                 "the state dict is of an optimizer that was not rounded: load it before you call round_optimizer"
             )
-        for (name, kept), option in zip(self._kept(), ("master", "kahan"), strict=True):
-            count = sum(name in state for state in state_dict["state"].values())
+        for (name, kept), option in zip(self._kept(), ("master", "kahan", "master and kahan"), strict=True):
+            count = sum(name in state for state in states_of_parameters(state_dict["state"]))
             if count != len(kept):
                 raise ValueError(
                     f"the state dict holds {name!r} of {count} parameters, and this optimizer of {len(kept)}: call "
@@ -394,12 +470,39 @@ class StepHooks:
         for name, kept in self._kept():
             for p, value in zip(list(kept), self.loading.get(name, []), strict=False):
                 kept[p] = local(value).to(kept[p], copy=True)
+                # Some optimizers then walk over what they were given, and expect all of it in their state.
+                optimizer.state[p][name] = kept[p]
         self.steps = self.loading[STEPS]
         self.loading = {}
         self.round_state()
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, list):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return [value] if isinstance(value, Tensor) else []
+def _skips_step(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``optimizer`` itself will skip the step that begins, since a `GradScaler` found a gradient not finite.
+
+    Optimizers that declare this, and fused ones, read ``found_inf`` in their kernels, which skip at 1, or take the
+    scaler in ``step``. (A group may be fused without a declaration, after the state dict of a fused optimizer.)
+    """
+    is_fused = any(group.get("fused") for group in optimizer.param_groups)
+    if not is_fused and not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    scaler = kwargs.get("grad_scaler")
+    if scaler is not None:
+        return any(float(found) for found in scaler._check_inf_per_device(optimizer).values())
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and float(found) == 1
+
+
+def _is_like(tensor: Tensor, other: Tensor) -> bool:
+    return (tensor.shape, tensor.dtype, tensor.device) == (other.shape, other.dtype, other.device)
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """The numbers of a state, in its own memory; a sparse state is coalesced first, in place."""
+    if tensor.layout is torch.strided:
+        return local(tensor)
+    if tensor.layout is not torch.sparse_coo:
+        raise ValueError(f"a state of layout {tensor.layout} cannot be rounded: leave it out of state")
+    if not tensor.is_coalesced():
+        tensor.copy_(tensor.coalesce())
+    return tensor.values()

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from fpsim.formats import FloatFormat, split_rounding
+from fpsim.processors import check_device
 from fpsim.rounding.carriers import CARRIERS, check_carrier
 from fpsim.tensor_functions import round as round_tensor
 from fpsim.verify.cases import Cases, all_inputs, sample_of_inputs
@@ -94,7 +95,7 @@ def verify(
     start = _now()
     check_carrier(dtype, group.modes[0].format)
     ways = _rounding_functions(group)
-    _check_device(device)
+    check_device(device)
     cases = all_inputs(group) if exhaustive else sample_of_inputs(group, samples, seed, _TABLE_BITS)
     [verdict] = _verdicts(group, cases, ways, device, exhaustive, start, progress)
     return verdict
@@ -129,7 +130,7 @@ def verify_together(
     for mode in group.modes:
         check_carrier(group.dtype, mode.format)
     ways = _rounding_functions(group)
-    _check_device(device)
+    check_device(device)
     cases = sample_of_inputs(group, samples, seed, _TABLE_BITS_TOGETHER, _BATCH_TOGETHER)
     return _verdicts(group, cases, ways, device, False, start, progress)
 
@@ -156,7 +157,7 @@ def verify_groups(
     """
     if jobs < 1:
         raise ValueError(f"jobs={jobs}: use 1 process or more")
-    _check_device(device)
+    check_device(device)
     check = partial(verify_together, samples=samples, seed=seed, device=device)
     if jobs == 1 or len(groups) == 1:
         yield from map(check, groups)
@@ -179,18 +180,6 @@ def _use_one_thread() -> None:
 
 def _now() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
-
-
-def _check_device(device: str) -> None:
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"unknown device {device!r}: use cpu, cuda or cuda:N") from None
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {device!r}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here: use "
-            "device='cpu' (on the command line --device cpu), or a CUDA build of torch on a machine with a GPU"
-        )
 
 
 def _verdicts(

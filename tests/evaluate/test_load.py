@@ -255,7 +255,7 @@ def test_a_script_that_fails_is_run_again(tmp_path):
     path = tmp_path / "later.py"
     path.write_text("import os\nraise RuntimeError('not yet')\n")
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="not yet"):
+        with pytest.raises(ValueError, match=r"later.py fails when it is executed, line 2: RuntimeError: not yet$"):
             load_script(f"{path}:build")
 
 
@@ -277,3 +277,64 @@ def test_the_command_line_takes_scripts(script, text, weights, table):
     ):
         code, output = shown(*arguments)
         assert (code, message in output) == (2, True)
+
+
+ENCODER = """
+import torch
+
+class Encoder(torch.nn.Module):
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.embed = torch.nn.Embedding(vocabulary, 8)
+        layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.body = torch.nn.TransformerEncoder(layer, 1)
+        self.head = torch.nn.Linear(8, vocabulary)
+
+    def forward(self, tokens):
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        return self.head(self.body(self.embed(tokens), mask=mask, is_causal=True))
+
+def build(vocabulary): return Encoder(vocabulary)
+"""
+
+
+def test_a_transformer_encoder_is_measured_as_the_study_trains_it(tmp_path, text):
+    """In training mode, in which torch has no fused kernel for it, the same module has the same losses."""
+    (tmp_path / "encoder.py").write_text(ENCODER)
+    name = f"{tmp_path}/encoder.py:build"
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    options = {"formats": ["e4m3fn"], "epsilons": [1e-3], "windows": 1, "context": CONTEXT, "gradients": False}
+    plain, rounded = measure_script(name, text, **options).rows
+    assert torch.backends.mha.get_fastpath_enabled() == enabled
+    network = load_script(name).network.train()
+    tokens = torch.tensor([list(text.read_bytes())])[:, : CONTEXT + 1]
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend="fpsim_eager", options={"format": "e4m3fn"})
+    for row, model in ((plain, network), (rounded, compiled)):
+        with torch.no_grad():
+            loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1])[0].double(), tokens[0, 1:])
+        assert row.every[1e-3].loss == pytest.approx(float(loss), rel=1e-6)
+    assert rounded.every[1e-3].loss != plain.every[1e-3].loss
+
+
+def test_a_model_that_cannot_be_rounded_ends_the_command_in_one_line(tmp_path, text):
+    (tmp_path / "recurrent.py").write_text(
+        """
+import torch
+
+class Recurrent(torch.nn.Module):
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(vocabulary, 4), torch.nn.Linear(4, vocabulary)
+
+    def forward(self, tokens):
+        y = self.embed(tokens)
+        return self.head(y @ torch.linalg.inv(torch.eye(4) + y[0, :4]))
+
+def build(vocabulary): return Recurrent(vocabulary)
+"""
+    )
+    result = CliRunner().invoke(app, ["sharpness", f"{tmp_path}/recurrent.py:build", str(text), "--format", "bf16"])
+    assert result.exit_code == 2
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: the model cannot be rounded to bf16: aten.linalg_inv")

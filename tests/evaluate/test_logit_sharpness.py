@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,22 @@ def test_errors_name_the_value_and_the_remedy(checkpoint, network, text, tmp_pat
     transformers.LlamaForCausalLM(smaller).save_pretrained(tmp_path / "smaller")
     with pytest.raises(ValueError, match=r"no tokenizer in .* its model has 100 words"):
         measure_checkpoint(tmp_path / "smaller", text)
+
+
+@pytest.mark.parametrize("change", ["cut off", "without the head"])
+def test_a_broken_checkpoint_is_an_error(checkpoint, text, tmp_path, change):
+    """Weights that are missing would be random."""
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    weights = broken / "model.safetensors"
+    if change == "cut off":
+        weights.write_bytes(weights.read_bytes()[:1000])
+        message = r"broken cannot be read: SafetensorError: "
+    else:
+        kept = {name: tensor for name, tensor in load_file(weights).items() if name != "lm_head.weight"}
+        save_file(kept, weights, metadata={"format": "pt"})
+        message = r"broken lacks 1 weights of its model: lm_head.weight"
+    with pytest.raises(ValueError, match=message):
+        measure_checkpoint(broken, text, windows=1)

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from torch import nn
 
+import fpsim
 from fpsim import parse_format, reference
 from fpsim.casts import parse_cast
 from fpsim.paper.config import run_key
-from fpsim.paper.data import DataConfig
+from fpsim.paper.data import DataConfig, batches, load
 from fpsim.paper.experiments import EXPERIMENTS, SIZES, Setting, experiment
 from fpsim.paper.models import ModelConfig, build
 from fpsim.paper.report import report
 from fpsim.paper.storage import read_records
 from fpsim.paper.sweeps import Planned, read_sweep, sweep
+from fpsim.paper.training import run
 from fpsim.policy import Policy
 
 SCRIPT = """
@@ -174,12 +178,101 @@ def test_every_remedy_rounds_other_layers_or_at_other_times(size):
     assert len(casts["low, head and both ends high"]) == 15
 
 
-def test_the_paper_s_recipe_is_the_preset():
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_truncation_is_the_mask_of_the_bits_of_every_bfloat16(bits):
+    """The mask keeps sign, exponent and the highest bits of the mantissa. Infinities pass, and NaN stays NaN."""
+    options = experiment(1).conditions(experiment(1).settings["paper"])[f"e8m{bits} truncated"]["options"]
+    cast = Policy.from_options(options).cast("dgrad", "gradient")
+    codes = torch.arange(1 << 16, dtype=torch.int32)
+    values, masked = ((each << 16).view(torch.float32) for each in (codes, codes & (0xFFFF << (7 - bits))))
+    for dtype in (torch.bfloat16, torch.float32):
+        got = fpsim.round(values.to(dtype), cast.format, rounding=cast.rounding, overflow=cast.overflow).float()
+        number = ~values.isnan()
+        assert got[~number].isnan().all()
+        assert torch.equal(got[number].view(torch.int32), masked[number].view(torch.int32))
+
+
+def test_the_paper_s_recipe_is_the_preset_but_for_infinities():
     masked = experiment(1).conditions(experiment(1).settings["quick"])["e8m3 truncated"]["options"]
-    preset = Policy.preset("paper:e8m3")
     own = Policy.from_options({**masked, "attention": "keep"})
-    assert own == preset
-    assert parse_cast("e8m3/toward_zero/sat_finite") == own.cast("wgrad", "gradient")
+    preset = Policy.preset("paper:e8m3")
+    assert replace(own, format=preset.format) == preset
+    assert parse_cast("e8m3/toward_zero/sat_propagate") == own.cast("wgrad", "gradient")
+    assert parse_cast("e8m3/toward_zero") == replace(own.cast("wgrad", "gradient"), overflow="ovf_inf")
+
+
+class _Mask(torch.autograd.Function):
+    """A linear layer without bias in bf16, whose operands a bit mask truncates in all three products."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bits):
+        ctx.bits = bits
+        ctx.save_for_backward(x, weight)
+        return (_masked(x, bits).float() @ _masked(weight, bits).float().t()).bfloat16()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = (_masked(each, ctx.bits).float() for each in ctx.saved_tensors)
+        masked = _masked(gradient, ctx.bits).float()
+        return (masked @ weight).bfloat16(), (masked.flatten(0, 1).t() @ x.flatten(0, 1)).bfloat16(), None
+
+
+def _masked(x: torch.Tensor, bits: int) -> torch.Tensor:
+    assert x.dtype == torch.bfloat16
+    codes = x.view(torch.int16).to(torch.int32) & (0xFFFF << (7 - bits))
+    return codes.to(torch.int16).view(torch.bfloat16)
+
+
+def test_the_paper_s_size_is_a_mask_in_bf16_mixed_precision(toy):
+    """One layer and three steps of AdamW, with the mask written out; accumulation may differ in the last place."""
+    setting = toy(experiment(1).settings["paper"])
+    changes = experiment(1).conditions(setting)["e8m3 truncated"]
+    config = replace(setting.base, **changes, device="cpu", accumulate=1, warmup=0, steps=3, learning_rate=0.01)
+    assert config.autocast == "bfloat16"
+    network = build(config.model, seed=config.seed)
+    data = load(config.data, context=12)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
+    stream = batches(data.train, batch=4, context=12, seed=config.seed)
+    losses = []
+    for step in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (0.1 + 0.45 * (1 + math.cos(math.pi * step / 3)))
+        inputs, targets = next(stream)
+        hidden = network.embed(inputs).bfloat16()
+        logits = _Mask.apply(hidden, network.lm_head.weight.bfloat16(), 3)
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert [record.loss for record in run(config, data)] == pytest.approx(losses, rel=1e-5)
+    unmasked = [record.loss for record in run(replace(config, options=None), data)]
+    assert unmasked != pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("number", "size", "sentence"),
+    [
+        (1, "paper", "The runs train in bf16 mixed precision with float32 weights and optimizer, as the paper's did."),
+        (1, "quick", "The paper trained in bf16 mixed precision. Here everything that is not rounded is float32."),
+        (2, "paper", "The paper trained in bf16 mixed precision. Here everything that is not rounded is float64."),
+        (4, "paper", "in the others everything that is not rounded is float32."),
+    ],
+)
+def test_the_report_says_whether_the_runs_use_the_mixed_precision_of_the_paper(number, size, sentence):
+    assert experiment(number).differences(size).endswith(sentence)
+
+
+def test_mixed_precision_is_used_at_the_paper_s_size_alone():
+    for number, chosen in EXPERIMENTS.items():
+        for size in SIZES:
+            setting = chosen.settings[size]
+            used = {planned.config.autocast for planned in chosen.plan(replace(setting, seeds=1))}
+            if number == 4:
+                assert used == {None, "bfloat16"}
+            else:
+                assert used == ({"bfloat16"} if size == "paper" and number != 2 else {None})
 
 
 def test_the_readme_in_python_is_short():

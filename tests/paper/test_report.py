@@ -89,6 +89,7 @@ def test_conditions_are_counted(folder, page):
     assert high == {
         "condition": "high",
         "diverged": "0/6 [0.00, 0.46]",
+        "undecided": "0",
         "spiked": "0/6 [0.00, 0.46]",
         "spikes per run": "0.00",
         "trained": "6/6 [0.54, 1.00]",

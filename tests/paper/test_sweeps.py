@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import textwrap
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from fpsim.paper import sweeps, workers
 from fpsim.paper.config import RunConfig, compile_key, from_dict, run_key, to_dict
 from fpsim.paper.data import DataConfig
 from fpsim.paper.models import ModelConfig
@@ -19,12 +21,14 @@ from fpsim.paper.record import Record
 from fpsim.paper.storage import read_records, read_run, to_parquet
 from fpsim.paper.sweeps import Planned, grid, read_sweep, sweep
 from fpsim.paper.training import run
+from fpsim.paper.workers import Job
 from fpsim.policy import Policy
 from fpsim.policy.shorthand import parse_shorthand
+from fpsim.processors import usable_cores
 
 pytest.importorskip("pyarrow")
 
-#: The user's own model: it kills its process in a chosen call of forward, once, and raises in every one if told so.
+#: The user's own model: it kills its process in a chosen call of forward, once, and raises in training if told so.
 SCRIPT = """
     import os, pathlib, signal
     import torch
@@ -46,9 +50,12 @@ SCRIPT = """
                 fatal.unlink()
                 (FOLDER / "killed").write_text(str(os.getpid()))
                 os.kill(os.getpid(), signal.SIGKILL)
-            if (FOLDER / "raise").exists():
+            if (FOLDER / "raise").exists() and self.training_has_begun():
                 raise ArithmeticError("this model never works")
             return self.head(self.embed(tokens))
+
+        def training_has_begun(self):
+            return torch.is_grad_enabled()
 
 
     def build(vocabulary, context):
@@ -190,6 +197,27 @@ def test_a_plan_must_make_sense(own, tmp_path):
         sweep([Planned("a", own), Planned("b", own)], tmp_path, executor="serial")
     with pytest.raises(FileNotFoundError, match="no sweep at"):
         read_sweep(tmp_path / "nothing")
+
+
+def test_each_worker_has_its_own_gpu(base, monkeypatch):
+    """By torch's current device, which cuda without a number means."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    job = Job("key", to_dict(replace(base, device="cuda")), {}, None, 0.0, 1)
+    assert sweeps._pool("process", [job] * 5, None, None, {}).workers == 2
+    assert sweeps._pool("process", [job] * 5, 4, None, {}).workers == 4
+    on_cpu = replace(job, config=to_dict(base))
+    assert sweeps._pool("process", [on_cpu] * 99, None, None, {}).workers == usable_cores()
+
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(workers, "execute", lambda job, worker: iter([]))
+    for worker in range(3):
+        for each in (job, on_cpu, replace(job, config=to_dict(replace(base, device="cuda:1")))):
+            here, there = multiprocessing.Pipe()
+            here.send(each)
+            here.close()
+            workers._serve(there, worker)
+    assert chosen == [0, 1, 0]
 
 
 def test_conditions_are_presets_casts_or_two_casts():

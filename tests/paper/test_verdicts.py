@@ -78,6 +78,35 @@ def test_a_rise_must_last(length, diverged):
     assert (divergence(smoothed, smoothed, np.ones(STEPS), steps=STEPS, by=rules()) == 401) is diverged
 
 
+@pytest.mark.parametrize(("length", "diverged_at", "rising_since"), [(1, None, 600), (19, None, 582), (20, 581, None)])
+def test_a_run_that_blows_up_in_its_last_steps_is_undecided(length, diverged_at, rising_since):
+    """STEPS is 600, and a rise counts from 20 steps on."""
+    run = curve(np.full(STEPS, 2.0))
+    run["smoothed_loss"][STEPS - length :] = 4.0
+    verdict = judge(run)
+    assert (verdict.diverged_at, verdict.rising_since) == (diverged_at, rising_since)
+    assert verdict.undecided == (rising_since is not None)
+    assert trained([run], [verdict], "a") == [False]
+
+
+def test_a_rise_that_is_over_before_the_end_is_decided():
+    run = curve(np.full(STEPS, 2.0))
+    run["smoothed_loss"][STEPS - 15 : STEPS - 1] = 4.0
+    verdict = judge(run)
+    assert (verdict.diverged_at, verdict.undecided) == (None, False)
+    assert trained([run], [verdict], "a") == [True]
+
+
+def test_the_last_steps_of_an_undecided_run_are_not_scored():
+    """With a horizon of 60 steps, those before step 535 are: the loss rises from step 595 on."""
+    steps = np.arange(1.0, STEPS + 1)
+    run = curve(np.full(STEPS, 2.0), sharpness_5e4=steps)
+    run["smoothed_loss"][594:] = 4.0
+    scores, labels, _ = scored_steps([run], [judge(run)], "sharpness_5e4", score="value", horizon=0.1)
+    assert scores.tolist() == list(range(1, 535))
+    assert not labels.any()
+
+
 def test_in_long_runs_it_must_last_longer():
     smoothed = np.full(30_000, 2.0)
     smoothed[400:900] = 3.0

@@ -61,8 +61,25 @@ def sharded_gradients(hook: dict[str, Any], rank: int) -> list[Tensor]:
     return [p.grad.full_tensor() for p in sharded.parameters()]
 
 
+def words() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 2))
+
+
+def tokens(rank: int) -> Tensor:
+    return torch.tensor([[1, 2 + rank], [2, 1]])
+
+
+def sparse_gradients(rank: int) -> list[Tensor]:
+    parallel = DistributedDataParallel(words())
+    parallel.register_comm_hook(None, fpsim.round_gradients_hook("e4m3fn", result="e5m2"))
+    parallel(tokens(rank)).square().sum().backward()
+    return [gradient.to_dense() for gradient in gradients(parallel)]
+
+
 def results_of_rank(rank: int) -> dict[str, Any]:
     result: dict[str, Any] = {name: averaged_gradients(hook, rank) for name, hook in HOOKS.items()}
+    result["sparse"] = sparse_gradients(rank)
     result["sharded"] = sharded_gradients({"format": "e4m3fn"}, rank)
     own = {"format": "e4m3fn"} if rank == 0 else {"format": "e5m2", "skip": ["head"]}
     result["equal policies"] = fpsim.check_same_policy({"format": "e8m3"})
@@ -89,6 +106,7 @@ def test_gradients_and_policies_of_two_ranks(tmp_path: Path) -> None:
     check_that_gradients_are_rounded_and_then_averaged("nearest", ranks)
     check_that_gradients_are_rounded_and_then_averaged("with the averages rounded", ranks)
     check_that_each_rank_has_its_own_draw_and_averages_are_equal(ranks)
+    check_that_sparse_gradients_are_rounded_as_dense_ones(ranks)
     check_gradients_under_fsdp(ranks)
     check_that_different_policies_are_an_error_on_every_rank(ranks)
     check_that_later_ranks_compare_with_the_policy_of_the_first(ranks)
@@ -124,6 +142,18 @@ def check_that_each_rank_has_its_own_draw_and_averages_are_equal(ranks: list[dic
 def bucket_order(tensors: list[Tensor]) -> list[Tensor]:
     """The order in which gradients become ready: DDP uses it for its buckets after the first step."""
     return tensors[::-1]
+
+
+def check_that_sparse_gradients_are_rounded_as_dense_ones(ranks: list[dict[str, Any]]) -> None:
+    own = []
+    for rank in range(2):
+        alone = words()
+        alone(tokens(rank)).square().sum().backward()
+        own.append([gradient.to_dense() for gradient in gradients(alone)])
+    for i, (got, other) in enumerate(zip(ranks[0]["sparse"], ranks[1]["sparse"], strict=True)):
+        assert_same_bits(got, other)
+        want = fpsim.round((fpsim.round(own[0][i], "e4m3fn") + fpsim.round(own[1][i], "e4m3fn")) / 2, "e5m2")
+        assert_same_bits(got + 0.0, want + 0.0)
 
 
 def check_gradients_under_fsdp(ranks: list[dict[str, Any]]) -> None:
