@@ -1,18 +1,19 @@
 """Rounding tensors to a floating-point format, and converting them to and from the format's codes.
 
 Values stay in the tensor's own dtype, the *carrier*. Every result is a value of the format, with the bits that
-`fpsim.reference` computes. The derivative is built from arithmetic on detached values. No other form was found that
-gives exact values and correct derivatives under autograd, `torch.func` transforms, and `torch.compile` of both.
+`fpsim.reference` computes. The derivative is that of a ``torch.where`` whose values are then overwritten. No
+other form was found that gives exact values, also where subnormals are flushed to zero, and correct derivatives under
+autograd, `torch.func` transforms, and `torch.compile` of both.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fpsim.casts import Arguments, Cast, apply_arguments, check_cast
 from fpsim.formats import (
@@ -24,14 +25,17 @@ from fpsim.formats import (
     resolve_overflow,
     split_rounding,
 )
-from fpsim.rounding.carriers import grid_of, working_dtype
-from fpsim.rounding.kernel import decode_code, encode_code
+from fpsim.rounding.carriers import CARRIERS, INTEGER_OF, grid_of, working_dtype
+from fpsim.rounding.kernel import Grid, decode_code, encode_code
 from fpsim.rounding.ops import random_key_op
 from fpsim.rounding.tensors import TorchOps
 from fpsim.scaling.scale import Scale, parse_scale
 
 Gradient = Literal["straight_through", "clipped", "zero"]
 GRADIENTS: tuple[str, ...] = ("straight_through", "clipped", "zero")
+
+#: The integer dtype that shows the codes of each carrier.
+_CODES_OF = {**INTEGER_OF, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
 def round(
@@ -90,7 +94,9 @@ def round(
     if gradient not in GRADIENTS:
         raise ValueError(f"unknown gradient {gradient!r}: use one of {', '.join(GRADIENTS)}")
     dtype = _dtype_of(x)
-    arguments, low, high = _resolve(_name_of(format), rounding, overflow, dtype, random_bits, _name_of(scale))
+    arguments, limit, negative = _resolve(
+        _name_of(format), rounding, overflow, dtype, random_bits, _name_of(scale), gradient == "clipped"
+    )
     key = None
     if ":" in arguments[1]:
         key = random_key_op(_seed_tensor(seed, rounding, x.device), salt)
@@ -99,12 +105,22 @@ def round(
     value = apply_arguments(x.detach(), arguments, key=key)
     if gradient == "zero" or not ((x.requires_grad and torch.is_grad_enabled()) or _transforms_active()):
         return value
-    # Add an exact zero that has the derivative of `carrier`, and no derivative where `x` is not finite. Subtracting +0
-    # changes no value: -0, infinities and NaN stay. (`torch.where` and not `torch.clamp`, whose derivative at the ends
-    # of the range depends on the version of torch.)
-    detached = x.detach()
-    carrier = x if gradient == "straight_through" else torch.where((detached >= low) & (detached <= high), x, detached)
-    return value - torch.where(torch.isfinite(detached), detached - carrier, 0.0)
+    has_derivative = _has_derivative(x.detach(), limit, negative)
+    if _is_recorded():
+        carrier = torch.where(has_derivative, x, 0.0)
+        return value - (carrier.detach() - carrier)
+    # Replace the numbers of `x` by the values, through an alias that autograd does not see. Arithmetic would flush
+    # subnormal values to zero where the process does so.
+    out = torch.where(has_derivative, x, value)
+    out.detach().copy_(value)
+    return out
+
+
+def _has_derivative(x: Tensor, limit: int, negative: bool) -> Tensor:
+    """Where the magnitude's code is at most ``limit`` and, unless ``negative`` is set, the number is not below 0."""
+    bits = x.view(_CODES_OF[x.dtype])
+    magnitude = bits & ((1 << (8 * x.dtype.itemsize - 1)) - 1)
+    return (magnitude <= limit) if negative else (magnitude <= limit) & ((bits >= 0) | (magnitude == 0))
 
 
 def encode(
@@ -213,8 +229,9 @@ def _resolve(
     dtype: torch.dtype,
     random_bits: int | None = None,
     scale: str | None = None,
-) -> tuple[Arguments, float, float]:
-    """The cast as `Arguments`, and the range outside which the derivative may be clipped."""
+    clipped: bool = False,
+) -> tuple[Arguments, int, bool]:
+    """The cast as `Arguments`, and where the derivative is not 0: the largest code, and whether below zero too."""
     fmt, parsed_scale = parse_format(format), parse_scale(scale)
     name, bits = split_rounding(rounding)
     if random_bits is not None:
@@ -225,9 +242,9 @@ def _resolve(
         rounding = f"{name}:{random_bits}"
     cast = Cast(fmt, full_rounding(rounding), resolve_overflow(fmt, overflow), parsed_scale)
     check_cast(dtype, cast)
-    if parsed_scale is not None:
-        return cast.arguments, -math.inf, math.inf
-    return cast.arguments, -fmt.max if fmt.signed else 0.0, fmt.max
+    if parsed_scale is not None or not clipped:
+        return cast.arguments, CARRIERS[dtype].max_code, True
+    return cast.arguments, Grid(fmt, CARRIERS[dtype]).plain_max, fmt.signed
 
 
 def _seed_tensor(seed: int | Tensor | None, rounding: str, device: torch.device) -> Tensor:
@@ -242,6 +259,12 @@ def _seed_tensor(seed: int | Tensor | None, rounding: str, device: torch.device)
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed {seed} is no 64-bit integer: use one from -2**63 to 2**63 - 1")
     return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+@torch._dynamo.assume_constant_result
+def _is_recorded() -> bool:
+    """Whether `torch.func.linearize` or ``make_fx`` records the operations: they lose writes to an alias."""
+    return get_proxy_mode() is not None
 
 
 @torch._dynamo.assume_constant_result  # Dynamo enters the transforms while it traces, and guards on them

@@ -8,6 +8,7 @@ IEEE P3109 and ml_dtypes.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -175,20 +176,30 @@ class FloatFormat:
     @property
     def max(self) -> float:
         """The largest finite value."""
+        return float64_of(self.max_units)
+
+    @property
+    def max_units(self) -> int:
+        """The largest finite value in units of 2**-1074, the smallest subnormal of float64."""
         field, mantissa = divmod(self.max_code, 1 << self.mantissa_bits)
         if field == 0 and self.zero:
-            return mantissa * 2.0 ** (self.emin - self.mantissa_bits) if self.subnormals else 0.0
-        return ((1 << self.mantissa_bits) + mantissa) * 2.0 ** (field - self.bias - self.mantissa_bits)
+            return mantissa << (self.emin - self.mantissa_bits + 1074) if self.subnormals else 0
+        return ((1 << self.mantissa_bits) + mantissa) << (field - self.bias - self.mantissa_bits + 1074)
 
     @property
     def smallest_normal(self) -> float:
         """The smallest positive normal value, ``2**emin``."""
-        return 2.0**self.emin
+        return float64_of(1 << (self.emin + 1074))
+
+    @property
+    def smallest_exponent(self) -> int:
+        """The exponent of the smallest positive value, a power of two: a subnormal if the format has subnormals."""
+        return self.emin - self.mantissa_bits if self.subnormals else self.emin
 
     @property
     def smallest_subnormal(self) -> float:
         """The smallest positive value: a subnormal if the format has subnormals, else `smallest_normal`."""
-        return 2.0 ** (self.emin - self.mantissa_bits) if self.subnormals else self.smallest_normal
+        return float64_of(1 << (self.smallest_exponent + 1074))
 
     @property
     def num_values(self) -> int:
@@ -203,8 +214,8 @@ class FloatFormat:
         return (
             self.mantissa_bits <= carrier.mantissa_bits
             and self.emin - self.mantissa_bits >= carrier.emin - carrier.mantissa_bits
-            and (carrier.subnormals or self.smallest_subnormal >= carrier.smallest_normal)
-            and self.max <= carrier.max
+            and (carrier.subnormals or self.smallest_exponent >= carrier.emin)
+            and self.max_units <= carrier.max_units
             and self.signed <= carrier.signed
             and self.has_infinity <= carrier.has_infinity
             and self.has_nan <= carrier.has_nan
@@ -243,6 +254,15 @@ class FloatFormat:
 
     def __str__(self) -> str:
         return self.name
+
+
+def float64_of(units: int) -> float:
+    """The float64 that equals ``units`` * 2**-1074, for a number that float64 has.
+
+    The bits are assembled from integers: if a process flushes subnormals to zero, floating-point operations lose them.
+    """
+    shift = max(units.bit_length() - 53, 0)
+    return float(struct.unpack("<d", struct.pack("<Q", (shift << 52) + (units >> shift)))[0])
 
 
 #: The suffix of a format's name for each value of `FloatFormat.specials`.

@@ -29,7 +29,7 @@ def check_carrier(dtype: torch.dtype, fmt: FloatFormat) -> FloatFormat:
         ValueError: ``fmt`` has values that ``dtype`` lacks (the message names a dtype that has them), or ``fmt`` has
             no finite value except zero (for example E1M0 with infinities).
     """
-    if fmt.max == 0:
+    if fmt.max_units == 0:
         raise ValueError(f"{fmt.name} has no finite value but zero: give it a mantissa bit, or specials='finite'")
     if dtype not in CARRIERS:
         names = ", ".join(str(d).removeprefix("torch.") for d in CARRIERS)

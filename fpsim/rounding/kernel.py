@@ -14,7 +14,6 @@ elements where it is set.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -88,24 +87,35 @@ class Grid:
         """The code of zero, extended if codes are."""
         return self.extended_zero if self.extended else 0
 
-    def code_of(self, value: float) -> int:
-        """The code of ``value >= 0``, a number of the carrier; extended if codes are."""
-        return self.zero if value == 0 else self._code(value, None if self.extended else self.carrier.emin)
+    def code_of(self, units: int) -> int:
+        """The code of ``units * 2**-1074``, a number of the carrier; extended if codes are."""
+        return self._code(units, None if self.extended else self.carrier.emin) if units else self.zero
 
-    def plain_code_of(self, value: float) -> int:
-        """The carrier's code of ``value >= 0``, never extended."""
-        return 0 if value == 0 else self._code(value, self.carrier.emin)
+    def plain_code_of(self, units: int) -> int:
+        """The carrier's code of ``units * 2**-1074``, never extended."""
+        return self._code(units, self.carrier.emin) if units else 0
 
-    def _code(self, value: float, emin: int | None) -> int:
-        exponent = math.frexp(value)[1] - 1
+    def _code(self, units: int, emin: int | None) -> int:
+        exponent = units.bit_length() - 1 - 1074
         exponent = exponent if emin is None else max(exponent, emin)
-        significand = int(math.ldexp(value, self.carrier.mantissa_bits - exponent))
+        shift = exponent - self.carrier.mantissa_bits + 1074
+        significand = units >> shift if shift > 0 else units << -shift
         return ((exponent + self.carrier.bias - 1) << self.carrier.mantissa_bits) + significand
 
     @cached_property
     def max(self) -> int:
         """The code of the format's largest finite value."""
-        return self.code_of(self.fmt.max)
+        return self.code_of(self.fmt.max_units)
+
+    @cached_property
+    def plain_max(self) -> int:
+        """The carrier's code of the format's largest finite value, never extended."""
+        return self.plain_code_of(self.fmt.max_units)
+
+    @cached_property
+    def smallest(self) -> int:
+        """The code of the format's smallest positive value."""
+        return self.code_of(1 << (self.fmt.smallest_exponent + 1074))
 
     @cached_property
     def shift(self) -> int:
@@ -160,7 +170,7 @@ def round_code(code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops, wo
     is_nan = ~ops.less(magnitude, infinity + 1)
     # Clamp large magnitudes: a signed sum that overflows is undefined in C++, and its compilers exploit that.
     nearest_overflows = overflow == "ovf_inf" and (rounding in ("nearest_even", "nearest_away") or random_bits > 0)
-    a = ops.clamp(magnitude, None, infinity if nearest_overflows else grid.plain_code_of(fmt.max))
+    a = ops.clamp(magnitude, None, infinity if nearest_overflows else grid.plain_max)
     if grid.extended:
         a = _extend(a, grid, ops)
 
@@ -175,7 +185,7 @@ def round_code(code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops, wo
         becomes_infinity = ~ops.less(r, grid.max + 1)
     else:
         becomes_infinity = _becomes_infinity(magnitude, code, grid, rounding, overflow, ops)
-    smallest = grid.code_of(fmt.smallest_subnormal)
+    smallest = grid.smallest
     if grid.tiny and not linear:
         if random_bits:
             becomes_zero = ops.less(a, smallest) & ~_randomly_up(a, grid, rounding, ops, word, random_bits)
@@ -200,12 +210,12 @@ def round_code(code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops, wo
     else:
         negative = ops.less(code, 0)
         below = negative & ~ops.less(r, 1) if fmt.zero else negative | ops.less(magnitude, 1)
-        r = ops.choose(below, 0 if fmt.zero else grid.plain_code_of(fmt.smallest_normal), r)
+        r = ops.choose(below, 0 if fmt.zero else grid.plain_code_of(1 << (fmt.emin + 1074)), r)
         if overflow == "ovf_inf":
             is_nan = is_nan | below
         elif overflow == "sat_propagate":
             is_nan = is_nan | (negative & ~ops.less(magnitude, infinity))
-    return ops.choose(is_nan, carrier.nan_code if fmt.has_nan else grid.plain_code_of(fmt.max), r)
+    return ops.choose(is_nan, carrier.nan_code if fmt.has_nan else grid.plain_max, r)
 
 
 def _becomes_infinity(magnitude: Int, code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops) -> Mask | None:
@@ -218,7 +228,7 @@ def _becomes_infinity(magnitude: Int, code: Int, grid: Grid, rounding: str, over
     is_infinity = ~ops.less(magnitude, grid.carrier.max_code + 1)
     if overflow == "sat_propagate" or rounding in ("toward_zero", "to_odd"):
         return is_infinity
-    exceeds = ~ops.less(magnitude, grid.plain_code_of(grid.fmt.max) + 1)
+    exceeds = ~ops.less(magnitude, grid.plain_max + 1)
     return is_infinity | (exceeds & (~ops.less(code, 0) if rounding == "up" else ops.less(code, 0)))
 
 
@@ -277,7 +287,7 @@ def _round_magnitude(
 
 def _becomes_zero(a: Int, code: Int, grid: Grid, rounding: str, ops: Ops) -> Mask:
     """Numbers that become zero, if a unit exceeds a binade below the format's smallest subnormal."""
-    smallest = grid.code_of(grid.fmt.smallest_subnormal)
+    smallest = grid.smallest
     half = smallest - grid.implicit
     if rounding == "nearest_even":
         return ops.less(a, half + 1)  # the tie goes to zero, because its code is even
@@ -316,7 +326,7 @@ def _significand_below(a: Int, grid: Grid, ops: Ops) -> tuple[Int, Int]:
         the smallest subnormal. The fraction is ``significand * 2**-(mantissa_bits + 1 + binades)``.
     """
     m = grid.carrier.mantissa_bits
-    smallest_field = grid.code_of(grid.fmt.smallest_subnormal) >> m
+    smallest_field = grid.smallest >> m
     significand = (a & (grid.implicit - 1)) + grid.implicit
     if (
         not grid.extended and smallest_field <= grid.carrier.bits + 1
@@ -331,7 +341,7 @@ def _linear_below(a: Int, grid: Grid, ops: Ops) -> Int:
     So the distance of two codes there is proportional to the distance of their numbers. Bits of a number that do not
     fit into its code are dropped.
     """
-    smallest = grid.code_of(grid.fmt.smallest_subnormal)
+    smallest = grid.smallest
     significand, binades = _significand_below(a, grid, ops)
     spread = (significand >> ops.clamp(binades + 1, 0, grid.carrier.bits - 1)) + (smallest - grid.implicit)
     return ops.larger(a, spread)  # from the smallest subnormal on, `spread` does not exceed the code
