@@ -25,7 +25,7 @@ from fpsim.formats import (
     resolve_overflow,
     split_rounding,
 )
-from fpsim.rounding.carriers import CARRIERS, INTEGER_OF, grid_of, working_dtype
+from fpsim.rounding.carriers import CARRIERS, CODES_OF, grid_of, working_dtype
 from fpsim.rounding.kernel import Grid, decode_code, encode_code
 from fpsim.rounding.ops import random_key_op
 from fpsim.rounding.tensors import TorchOps
@@ -33,9 +33,6 @@ from fpsim.scaling.scale import Scale, parse_scale
 
 Gradient = Literal["straight_through", "clipped", "zero"]
 GRADIENTS: tuple[str, ...] = ("straight_through", "clipped", "zero")
-
-#: The integer dtype that shows the codes of each carrier.
-_CODES_OF = {**INTEGER_OF, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
 def round(
@@ -103,9 +100,23 @@ def round(
     elif seed is not None:
         raise ValueError(f"a seed has no meaning with rounding={rounding!r}: use rounding='stochastic'")
     value = apply_arguments(x.detach(), arguments, key=key)
-    if gradient == "zero" or not ((x.requires_grad and torch.is_grad_enabled()) or _transforms_active()):
+    if gradient == "zero":
         return value
-    has_derivative = _has_derivative(x.detach(), limit, negative)
+    return straight_through(x, value, limit, negative)
+
+
+def straight_through(x: Tensor, value: Tensor, limit: int | None = None, negative: bool = True) -> Tensor:
+    """``value``, with the derivative 1 with respect to ``x`` at some numbers, and 0 at the others.
+
+    Args:
+        x: a tensor of a carrier dtype.
+        value: a tensor like ``x`` without a derivative.
+        limit: the code of the largest magnitude at which the derivative is 1; None means the largest finite one.
+        negative: whether the derivative is 1 below zero too.
+    """
+    if not ((x.requires_grad and torch.is_grad_enabled()) or _transforms_active()):
+        return value
+    has_derivative = _has_derivative(x.detach(), CARRIERS[x.dtype].max_code if limit is None else limit, negative)
     if _is_recorded():
         carrier = torch.where(has_derivative, x, 0.0)
         return value - (carrier.detach() - carrier)
@@ -118,7 +129,7 @@ def round(
 
 def _has_derivative(x: Tensor, limit: int, negative: bool) -> Tensor:
     """Where the magnitude's code is at most ``limit`` and, unless ``negative`` is set, the number is not below 0."""
-    bits = x.view(_CODES_OF[x.dtype])
+    bits = x.resolve_neg().view(CODES_OF[x.dtype])
     magnitude = bits & ((1 << (8 * x.dtype.itemsize - 1)) - 1)
     return (magnitude <= limit) if negative else (magnitude <= limit) & ((bits >= 0) | (magnitude == 0))
 
@@ -230,8 +241,8 @@ def _resolve(
     random_bits: int | None = None,
     scale: str | None = None,
     clipped: bool = False,
-) -> tuple[Arguments, int, bool]:
-    """The cast as `Arguments`, and where the derivative is not 0: the largest code, and whether below zero too."""
+) -> tuple[Arguments, int | None, bool]:
+    """The cast as `Arguments`, and the last two arguments of `straight_through`."""
     fmt, parsed_scale = parse_format(format), parse_scale(scale)
     name, bits = split_rounding(rounding)
     if random_bits is not None:
@@ -239,11 +250,15 @@ def _resolve(
             raise ValueError(f"random_bits={random_bits} has no meaning with rounding={rounding!r}: use 'stochastic'")
         if type(random_bits) is not int:
             raise TypeError(f"random_bits must be an int from 1 to {STOCHASTIC_ROUNDINGS[name]}, got {random_bits!r}")
+        if ":" in rounding:
+            raise ValueError(
+                f"rounding={rounding!r} has its own number of random bits: leave out random_bits={random_bits}"
+            )
         rounding = f"{name}:{random_bits}"
     cast = Cast(fmt, full_rounding(rounding), resolve_overflow(fmt, overflow), parsed_scale)
     check_cast(dtype, cast)
     if parsed_scale is not None or not clipped:
-        return cast.arguments, CARRIERS[dtype].max_code, True
+        return cast.arguments, None, True
     return cast.arguments, Grid(fmt, CARRIERS[dtype]).plain_max, fmt.signed
 
 

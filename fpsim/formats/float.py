@@ -42,6 +42,7 @@ class FloatFormat:
             holds one more binade of normals.
 
     Raises:
+        TypeError: a width or the bias is not an int.
         ValueError: the attributes describe no format, or a format with values that float64 does not have (no
             carrier could hold them).
 
@@ -61,6 +62,8 @@ class FloatFormat:
 
     def __post_init__(self) -> None:
         e, m = self.exponent_bits, self.mantissa_bits
+        if type(e) is not int or type(m) is not int or not (self.bias is None or type(self.bias) is int):
+            raise TypeError(f"the widths and the bias of a format are ints, got {(e, m, self.bias)!r}")
         if not 1 <= e <= 11:
             raise ValueError(f"exponent_bits must be 1 to 11, got {e}: wider formats have values that float64 lacks")
         if not 0 <= m <= 52:

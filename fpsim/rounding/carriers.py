@@ -20,6 +20,9 @@ CARRIERS: dict[torch.dtype, FloatFormat] = {
 #: The working carriers, and the integer dtype of the same width.
 INTEGER_OF = {torch.float32: torch.int32, torch.float64: torch.int64}
 
+#: The integer dtype that shows the codes of each carrier.
+CODES_OF = {**INTEGER_OF, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
 
 def check_carrier(dtype: torch.dtype, fmt: FloatFormat) -> FloatFormat:
     """The format of ``dtype``, after checking that it can carry ``fmt``.
@@ -48,7 +51,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @lru_cache(maxsize=1024)
-def grid_of(fmt: FloatFormat, dtype: torch.dtype) -> Grid:
+def grid_of(fmt: FloatFormat, dtype: torch.dtype, scaled: bool = False) -> Grid:
     """The grid of ``fmt`` in the working carrier of ``dtype``; raises the errors of `check_carrier`."""
     check_carrier(dtype, fmt)
-    return Grid(fmt, CARRIERS[working_dtype(dtype)])
+    return Grid(fmt, CARRIERS[working_dtype(dtype)], scaled)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fpsim.formats import FloatFormat
-from fpsim.rounding.definitions import CHUNK, check_arguments
+from fpsim.rounding.definitions import CHUNK, check_arguments, scales_of
 from fpsim.rounding.kernel import FLOAT32
 from fpsim.rounding.tensors import round_with_torch_ops
 
@@ -21,23 +21,46 @@ _MAGNITUDE = (1 << 31) - 1  # all bits of a float32 except the sign
 
 
 @torch.library.impl(_library, "round", "CPU")
-def _round_cpu(x: Tensor, format: str, rounding: str, overflow: str, source: str = "") -> Tensor:
+def _round_cpu(
+    x: Tensor, format: str, rounding: str, overflow: str, source: str = "", scale: Tensor | None = None
+) -> Tensor:
     fmt = check_arguments(x, format, rounding, overflow)
     out = torch.empty_like(x)
     if out.stride() != x.stride():
         x = torch.empty_like(x).copy_(x)  # dense and in the order of `out`, but another tensor: `out` is overwritten
+    if scale is not None and scale.numel() > 1:
+        scale = _flat(torch.empty_like(x).copy_(scale))
     values, result = _flat(x), _flat(out)
     chunk = CHUNK * torch.get_num_threads()
     by_scaling = x.dtype == torch.float32 and can_round_by_scaling(fmt, overflow)
     at_one_unit = x.dtype == torch.float32 and has_one_unit(fmt, overflow)
-    for piece, target in zip(values.split(chunk), result.split(chunk), strict=True):
-        if by_scaling and not (rounding in ("up", "down", "to_odd") and has_subnormal(piece)):
+    pieces = zip(values.split(chunk), result.split(chunk), scales_of(scale, values, chunk), strict=False)
+    for piece, target, factor in pieces:
+        if factor is not None and by_scaling and is_scaled_exactly(piece, factor, fmt):
+            round_by_scaling(piece * factor, fmt, rounding, overflow, target)
+            target.div_(factor)
+        elif factor is not None:
+            target.copy_(round_with_torch_ops(piece, fmt, rounding, overflow, scale=factor))
+        elif by_scaling and not (rounding in ("up", "down", "to_odd") and has_subnormal(piece)):
             round_by_scaling(piece, fmt, rounding, overflow, target)
         elif at_one_unit:
             round_at_one_unit(piece, fmt, rounding, target)
         else:
             target.copy_(round_with_torch_ops(piece, fmt, rounding, overflow))
     return out
+
+
+def is_scaled_exactly(x: Tensor, scale: Tensor, fmt: FloatFormat) -> bool:
+    """Whether no product of float32 ``x`` with ``scale`` is subnormal, and no quotient of a value of ``fmt`` and it.
+
+    ``scale`` is one power of two. Then multiplication and division are exact, whether subnormals are flushed or not.
+    """
+    if scale.numel() > 1:
+        return False
+    power = (int(scale.view(torch.int32)) >> FLOAT32.mantissa_bits) - FLOAT32.bias
+    smallest = (1 + max(0, -power)) << FLOAT32.mantissa_bits  # the code of the smallest number whose product is normal
+    quotients_are_normal = fmt.emin - fmt.mantissa_bits - power >= FLOAT32.emin
+    return quotients_are_normal and not has_magnitude_below(x, smallest)
 
 
 def has_one_unit(fmt: FloatFormat, overflow: str) -> bool:
@@ -129,8 +152,13 @@ def round_by_scaling(x: Tensor, fmt: FloatFormat, rounding: str, overflow: str, 
 
 def has_subnormal(x: Tensor) -> bool:
     """Whether any element of a float32 tensor is subnormal, decided from its bits."""
+    return has_magnitude_below(x, 1 << FLOAT32.mantissa_bits)
+
+
+def has_magnitude_below(x: Tensor, code: int) -> bool:
+    """Whether any element of a float32 tensor is not zero and has a magnitude whose code is less than ``code``."""
     before = (x.view(torch.int32) & _MAGNITUDE).sub_(1).bitwise_and_(_MAGNITUDE)
-    return x.numel() > 0 and int(before.amin()) < (1 << FLOAT32.mantissa_bits) - 1
+    return x.numel() > 0 and int(before.amin()) < code - 1
 
 
 def _flat(x: Tensor) -> Tensor:

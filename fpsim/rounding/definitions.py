@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -19,11 +22,13 @@ CHUNK = 1 << 17
 
 _library = torch.library.Library("fpsim", "DEF")
 _library.define(
-    'round(Tensor x, str format, str rounding, str overflow, str source="") -> Tensor', tags=(torch.Tag.pointwise,)
+    'round(Tensor x, str format, str rounding, str overflow, str source="", Tensor? scale=None) -> Tensor',
+    tags=(torch.Tag.pointwise,),
 )
 _library.define("random_key(Tensor seed, int salt) -> Tensor")
 _library.define(
-    "round_stochastic(Tensor x, Tensor key, str format, str rounding, str overflow, str source) -> Tensor",
+    "round_stochastic(Tensor x, Tensor key, str format, str rounding, str overflow, str source, "
+    "Tensor? scale=None) -> Tensor",
     tags=(torch.Tag.pointwise,),
 )
 
@@ -53,12 +58,21 @@ def random_words_at(key: Tensor, first: int, count: int) -> Tensor:
     return random_word(key[0], key[1], index.to(torch.int32), (index >> 32).to(torch.int32))
 
 
+def scales_of(scale: Tensor | None, x: Tensor, chunk: int) -> Iterable[Tensor | None]:
+    """The scale of each piece of ``x``, which is split into pieces of ``chunk`` elements in row-major order."""
+    if scale is None or scale.numel() == 1:
+        return itertools.repeat(None if scale is None else scale.reshape(()))
+    return scale.expand_as(x).reshape(-1).split(chunk)
+
+
 @torch.library.impl(_library, "round", "CompositeExplicitAutograd")
-def round_generally(x: Tensor, format: str, rounding: str, overflow: str, source: str = "") -> Tensor:
+def round_generally(
+    x: Tensor, format: str, rounding: str, overflow: str, source: str = "", scale: Tensor | None = None
+) -> Tensor:
     """``fpsim::round`` on any device."""
     fmt = check_arguments(x, format, rounding, overflow)
     out = torch.empty_like(x)
-    return out.copy_(round_with_torch_ops(x, fmt, rounding, overflow))
+    return out.copy_(round_with_torch_ops(x, fmt, rounding, overflow, scale=scale))
 
 
 @torch.library.impl(_library, "random_key", "CompositeExplicitAutograd")
@@ -68,13 +82,16 @@ def _random_key(seed: Tensor, salt: int) -> Tensor:
 
 
 @torch.library.impl(_library, "round_stochastic", "CompositeExplicitAutograd")
-def round_stochastic(x: Tensor, key: Tensor, format: str, rounding: str, overflow: str, source: str) -> Tensor:
+def round_stochastic(
+    x: Tensor, key: Tensor, format: str, rounding: str, overflow: str, source: str, scale: Tensor | None = None
+) -> Tensor:
     """``fpsim::round_stochastic`` on any device. Random words are assigned to the elements in row-major order."""
     fmt = check_stochastic_arguments(x, format, rounding, overflow)
     values = x.contiguous().view(-1)
     rounded = torch.empty_like(values)
     chunk = CHUNK * torch.get_num_threads() if x.device.type == "cpu" else max(x.numel(), 1)
-    for first, (piece, target) in enumerate(zip(values.split(chunk), rounded.split(chunk), strict=True)):
+    pieces = zip(values.split(chunk), rounded.split(chunk), scales_of(scale, x, chunk), strict=False)
+    for first, (piece, target, factor) in enumerate(pieces):
         word = random_words_at(key, first * chunk, piece.numel())
-        target.copy_(round_with_torch_ops(piece, fmt, rounding, overflow, word))
+        target.copy_(round_with_torch_ops(piece, fmt, rounding, overflow, word, factor))
     return torch.empty_like(x).copy_(rounded.view(x.shape))

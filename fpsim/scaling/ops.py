@@ -14,12 +14,11 @@ from fpsim.formats import FloatFormat, parse_format
 from fpsim.rounding.carriers import check_carrier
 from fpsim.rounding.ops import SOURCE
 
-#: Arguments: a tensor, the largest finite value of a format, and `fpsim.rounding.ops.SOURCE`. The result holds
-#: two numbers: the scale of the tensor, and its reciprocal.
-scale_op: Callable[[Tensor, float, str], Tensor] = torch.ops.fpsim.power_of_two_scale.default
+#: Arguments: a tensor, the name of a format, and `fpsim.rounding.ops.SOURCE`. The result is the scale of the tensor.
+scale_op: Callable[[Tensor, str, str], Tensor] = torch.ops.fpsim.power_of_two_scale.default
 
 #: The operator of each rule (`fpsim.scaling.scale.RULES`), with the arguments and results of `scale_op`.
-SCALE_OPERATORS: dict[str, Callable[[Tensor, float, str], Tensor]] = {"power_of_two": scale_op}
+SCALE_OPERATORS: dict[str, Callable[[Tensor, str, str], Tensor]] = {"power_of_two": scale_op}
 
 _library = torch.library.Library("fpsim", "FRAGMENT")
 
@@ -68,19 +67,17 @@ def power_of_two_scale(x: Tensor, format: str | FloatFormat) -> Tensor:
     """
     fmt = parse_format(format)
     check_scaled_carrier(x.dtype, fmt)
-    return scale_op(x.detach(), fmt.max, SOURCE)[0]
+    return scale_op(x.detach(), fmt.name, SOURCE)
 
 
 @torch.library.register_fake("fpsim::power_of_two_scale", lib=_library)
-def _scale_fake(x: Tensor, maximum: float, source: str) -> Tensor:
+def _scale_fake(x: Tensor, format: str, source: str) -> Tensor:
     if "torch._inductor.lowering" in sys.modules:  # something is being compiled
         import fpsim.scaling.inductor  # noqa: F401
-    return x.new_empty(2)
+    return x.new_empty(())
 
 
 @torch.library.register_vmap("fpsim::power_of_two_scale", lib=_library)
-def _scale_vmap(
-    info: Any, in_dims: tuple[int | None, ...], x: Tensor, maximum: float, source: str
-) -> tuple[Tensor, int]:
+def _scale_vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, format: str, source: str) -> tuple[Tensor, int]:
     xs = x.movedim(in_dims[0] or 0, 0)
-    return torch.stack([scale_op(each, maximum, source) for each in xs]), 0
+    return torch.stack([scale_op(each, format, source) for each in xs]), 0

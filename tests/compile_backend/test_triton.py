@@ -48,6 +48,10 @@ def test_interpreted_triton_rounds_as_the_reference_says(dtypes: tuple[str, ...]
     run_interpreted(*(f"values torch.{dtype}" for dtype in dtypes))
 
 
+def test_interpreted_scaled_rounding() -> None:
+    run_interpreted(*(f"scaled torch.{dtype}" for dtype in ("float32", "bfloat16", "float64")))
+
+
 def test_interpreted_stochastic_rounding_any_layout_and_kernels_of_ones_own() -> None:
     dtypes = ("float32", "bfloat16", "float64", "float16")
     run_interpreted(*(f"stochastic torch.{dtype}" for dtype in dtypes), "layouts", "user kernels")
@@ -151,6 +155,7 @@ def eager_kernel(gpu: int, dtype: str, format: str, rounding: str, overflow: str
         triton_rounding._round_kernel,
         gpu,
         (f"*{dtype}", f"*{dtype}", "i32"),
+        scale=None,
         FORMAT=format,
         ROUNDING=rounding,
         OVERFLOW=overflow,
