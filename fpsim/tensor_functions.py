@@ -25,7 +25,7 @@ from fpsim.formats import (
     resolve_overflow,
     split_rounding,
 )
-from fpsim.rounding.carriers import CARRIERS, CODES_OF, grid_of, working_dtype
+from fpsim.rounding.carriers import CARRIERS, CODES_OF, check_tensor, grid_of, working_dtype
 from fpsim.rounding.kernel import Grid, decode_code, encode_code
 from fpsim.rounding.ops import random_key_op
 from fpsim.rounding.tensors import TorchOps
@@ -33,6 +33,11 @@ from fpsim.scaling.scale import Scale, parse_scale
 
 Gradient = Literal["straight_through", "clipped", "zero"]
 GRADIENTS: tuple[str, ...] = ("straight_through", "clipped", "zero")
+
+#: The dtypes of codes that `decode` takes.
+_INTEGERS = (
+    torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64,
+)  # fmt: skip
 
 
 def round(
@@ -81,7 +86,8 @@ def round(
         ValueError: the format, a mode or the scale is unknown, the format has values that the dtype of ``x`` lacks,
             ``x`` is float16 and a scale is given, stochastic rounding has no seed, another rounding has a seed, or
             ``random_bits`` is out of range.
-        TypeError: ``x`` is not a tensor of one of the four dtypes, or ``seed`` is neither an int nor one int64.
+        TypeError: ``x`` is not a dense tensor of one of the four dtypes (`fpsim.rounding.carriers.check_tensor`),
+            ``seed`` is neither an int nor one int64, or ``salt`` is not an int.
 
     >>> round(torch.tensor([0.3, -3.3]), "e4m3fn")
     tensor([ 0.3125, -3.2500])
@@ -90,11 +96,12 @@ def round(
     """
     if gradient not in GRADIENTS:
         raise ValueError(f"unknown gradient {gradient!r}: use one of {', '.join(GRADIENTS)}")
-    dtype = _dtype_of(x)
+    dtype = check_tensor(x)
     arguments, limit, negative = _resolve(
         _name_of(format), rounding, overflow, dtype, random_bits, _name_of(scale), gradient == "clipped"
     )
     key = None
+    _check_salt(salt)
     if ":" in arguments[1]:
         key = random_key_op(_seed_tensor(seed, rounding, x.device), salt)
     elif seed is not None:
@@ -155,7 +162,7 @@ def encode(
     >>> encode(torch.tensor([1.0, -448.0, float("nan")]), "e4m3fn")
     tensor([ 56, 254, 127], dtype=torch.uint8)
     """
-    dtype = _dtype_of(x)
+    dtype = check_tensor(x, "encode")
     draw: dict[str, Any] = {"seed": seed, "salt": salt, "random_bits": random_bits}
     values = round(x.detach(), format, rounding=rounding, overflow=overflow, gradient="zero", **draw)
     return _encode_values(values, _resolve(_name_of(format), "nearest_even", None, dtype)[0][0])
@@ -190,8 +197,9 @@ def decode(codes: Tensor, format: str | FloatFormat, dtype: torch.dtype = torch.
     name = _resolve(_name_of(format), "nearest_even", None, dtype)[0][0]
     if not isinstance(codes, Tensor):
         raise TypeError(f"codes must be an integer tensor, got {type(codes).__name__}: use torch.tensor(codes)")
-    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+    if codes.dtype not in _INTEGERS:
         raise TypeError(f"codes must be an integer tensor, got {codes.dtype}: did you mean fpsim.encode?")
+    check_tensor(codes, "decode")
     if not torch.compiler.is_compiling():
         _check_codes(codes.to(torch.int64), parse_format(name))
     return _decode_codes(codes, name, dtype)
@@ -217,12 +225,6 @@ def _check_codes(codes: Tensor, fmt: FloatFormat) -> None:
     wrong = codes[(codes < 0) | (codes > (1 << fmt.bits) - 1)] if fmt.bits < 64 else codes[:0]
     if wrong.numel():
         raise ValueError(f"code {int(wrong[0])} is not one of {fmt.name}: codes are 0 to {(1 << fmt.bits) - 1}")
-
-
-def _dtype_of(x: Tensor) -> torch.dtype:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}: use torch.tensor(x), or fpsim.reference")
-    return x.dtype
 
 
 def _name_of(value: Any) -> Any:
@@ -260,6 +262,13 @@ def _resolve(
     if parsed_scale is not None or not clipped:
         return cast.arguments, None, True
     return cast.arguments, Grid(fmt, CARRIERS[dtype]).plain_max, fmt.signed
+
+
+def _check_salt(salt: int) -> None:
+    if isinstance(salt, bool) or not isinstance(salt, int | torch.SymInt):
+        raise TypeError(f"salt must be an int, got {salt!r} of type {type(salt).__name__}")
+    if not -(2**63) <= salt < 2**63:
+        raise ValueError(f"salt {salt} is no 64-bit integer: use one from -2**63 to 2**63 - 1")
 
 
 def _seed_tensor(seed: int | Tensor | None, rounding: str, device: torch.device) -> Tensor:

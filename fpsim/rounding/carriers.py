@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fpsim.formats import FloatFormat
 from fpsim.rounding.kernel import FLOAT32, FLOAT64, Grid
@@ -43,6 +45,39 @@ def check_carrier(dtype: torch.dtype, fmt: FloatFormat) -> FloatFormat:
             f"{fmt.name} has values that {dtype} lacks, so a {dtype} tensor cannot carry it: convert it to {enough[0]}"
         )
     return CARRIERS[dtype]
+
+
+def check_tensor(x: object, verb: str = "round") -> torch.dtype:
+    """The dtype of ``x``, after checking that it is a tensor whose elements are read and written as they stand.
+
+    Such tensors are dense and of plain types: `torch.Tensor`, its subclasses that leave the operators alone
+    (`torch.nn.Parameter`), and the tensors without data that compilers use.
+
+    Raises:
+        TypeError: ``x`` is none of these: no tensor, a sparse, nested or mkldnn tensor, or a subclass with operators of
+            its own, such as DTensor. The message names a remedy.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}: use torch.tensor(x), or fpsim.reference")
+    if x.is_nested:
+        raise TypeError(f"cannot {verb} a nested tensor: {verb} its parts, x.unbind(), or its values, x.values()")
+    if x.layout is not torch.strided:
+        remedy = "x.to_dense()" if x.layout is torch._mkldnn else "x.values() or x.to_dense()"  # type: ignore[attr-defined]
+        raise TypeError(f"cannot {verb} a tensor of layout {x.layout}: {verb} {remedy} in its place")
+    if not _leaves_operators_alone(type(x)):
+        raise TypeError(
+            f"cannot {verb} a tensor of type {type(x).__name__}, whose operators are its own: {verb} the plain tensor "
+            "that it holds (of a DTensor, x.to_local() or x.full_tensor())"
+        )
+    return x.dtype
+
+
+@torch._dynamo.assume_constant_result
+def _leaves_operators_alone(kind: type) -> bool:
+    own = getattr(kind, "__torch_dispatch__", None)
+    return own in (None, torch._C._disabled_torch_dispatch_impl, torch.Tensor.__torch_dispatch__) or issubclass(
+        kind, FakeTensor | FunctionalTensor
+    )
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

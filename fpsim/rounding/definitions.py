@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fpsim.formats import FloatFormat, check_rounding, parse_format, resolve_overflow, split_rounding
-from fpsim.rounding.carriers import check_carrier
+from fpsim.rounding.carriers import check_carrier, check_tensor
 from fpsim.rounding.random_words import random_key, random_word
 from fpsim.rounding.tensors import round_with_torch_ops
 
@@ -36,6 +36,8 @@ _library.define(
 def check_arguments(x: Tensor, format: str, rounding: str, overflow: str) -> FloatFormat:
     """The format named by the arguments of ``fpsim::round``; raises if they are wrong or ``x`` cannot carry it."""
     fmt = parse_format(format)
+    if x.layout is not torch.strided:
+        check_tensor(x)
     check_carrier(x.dtype, fmt)
     check_rounding(rounding)
     resolve_overflow(fmt, overflow)
@@ -45,6 +47,8 @@ def check_arguments(x: Tensor, format: str, rounding: str, overflow: str) -> Flo
 def check_stochastic_arguments(x: Tensor, format: str, rounding: str, overflow: str) -> FloatFormat:
     """The same for the arguments of ``fpsim::round_stochastic``."""
     fmt = parse_format(format)
+    if x.layout is not torch.strided:
+        check_tensor(x)
     check_carrier(x.dtype, fmt)
     if not split_rounding(rounding)[1]:
         raise ValueError(f"rounding {rounding!r} is not stochastic: use fpsim::round")

@@ -207,6 +207,8 @@ def _word(text: Text, index: str, bits: int) -> Name:
 @cache
 def key_function(salt: int) -> Any:
     """The ``@triton.jit`` function that computes the two halves of the key of a seed, a scalar int64."""
+    if type(salt) is not int or not -(2**63) <= salt < 2**63:
+        raise ValueError(f"salt must be an int of 64 bits, got {salt!r}")
     text = Text()
     key = random_key(text.name("tl.full([], seed, tl.int64)"), salt)
     name = f"fpsim_random_key_{salt}".replace("-", "minus_")

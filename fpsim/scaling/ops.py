@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fpsim.scaling.definitions  # noqa: F401  (registers the operator)
 from fpsim.formats import FloatFormat, parse_format
-from fpsim.rounding.carriers import check_carrier
+from fpsim.rounding.carriers import check_carrier, check_tensor
 from fpsim.rounding.ops import SOURCE
 
 #: Arguments: a tensor, the name of a format, and `fpsim.rounding.ops.SOURCE`. The result is the scale of the tensor.
@@ -57,7 +57,7 @@ def power_of_two_scale(x: Tensor, format: str | FloatFormat) -> Tensor:
         A tensor without dimensions, of the dtype and device of ``x``. It has no derivative.
 
     Raises:
-        TypeError: the dtype of ``x`` is not a carrier.
+        TypeError: ``x`` is not a dense tensor (`fpsim.rounding.carriers.check_tensor`) of a carrier dtype.
         ValueError: the format is unknown or has values that the dtype of ``x`` lacks, or the dtype is float16.
 
     Source: the code of FP8-LM (arXiv 2310.18313), MS-AMP, with a history of one step.
@@ -66,7 +66,7 @@ def power_of_two_scale(x: Tensor, format: str | FloatFormat) -> Tensor:
     tensor(256.)
     """
     fmt = parse_format(format)
-    check_scaled_carrier(x.dtype, fmt)
+    check_scaled_carrier(check_tensor(x, "scale"), fmt)
     return scale_op(x.detach(), fmt.name, SOURCE)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fpsim.casts import Cast, CastLike, check_cast, parse_unscaled
+from fpsim.rounding.carriers import check_tensor
 from fpsim.training.in_place import Job, check_seed, draw_of_step, round_in_place
 
 
@@ -109,5 +110,5 @@ def rounded_reduce_scatter(
 @torch.no_grad()
 def _round(tensor: Tensor, cast: Cast | None, draw: int | None, number: int) -> None:
     if cast is not None:
-        check_cast(tensor.dtype, cast)
+        check_cast(check_tensor(tensor), cast)
         round_in_place([Job(tensor, cast, number)], draw if cast.is_stochastic else None, compiled=None)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fpsim.casts import Cast, CastLike, check_cast, parse_cast
+from fpsim.rounding.carriers import check_tensor
 from fpsim.policy.globs import matches
 from fpsim.suggestions import near_names
 from fpsim.training.in_place import Job, check_seed, draw_of_step, round_in_place
@@ -51,7 +52,7 @@ def round_parameters(
         if (cast := chosen[name]) is not None
     ]
     for job in jobs:
-        check_cast(job.tensor.dtype, job.cast)
+        check_cast(check_tensor(job.tensor), job.cast)
     round_in_place(jobs, None if seed is None else draw_of_step(seed, 0))
 
 
