@@ -26,6 +26,7 @@ from fpsim.formats import (
     split_rounding,
 )
 from fpsim.rounding.carriers import CARRIERS, CODES_OF, check_tensor, grid_of, working_dtype
+from fpsim.rounding.definitions import pieces
 from fpsim.rounding.kernel import Grid, decode_code, encode_code
 from fpsim.rounding.ops import random_key_op
 from fpsim.rounding.tensors import TorchOps
@@ -171,11 +172,14 @@ def encode(
 @torch.compiler.allow_in_graph  # Dynamo cannot trace it, but the tracer after Dynamo can
 def _encode_values(values: Tensor, name: str) -> Tensor:
     fmt, working = parse_format(name), working_dtype(values.dtype)
-    ops = TorchOps(working)
-    code = encode_code(values.to(working).view(ops.integer), grid_of(fmt, values.dtype), ops)
-    if fmt.bits == 32:
-        code = code.to(torch.int64) & 0xFFFFFFFF
-    return code.to(code_dtype(fmt))
+    ops, grid = TorchOps(working), grid_of(fmt, values.dtype)
+    out = torch.empty_like(values, dtype=code_dtype(fmt))
+    for part, target in pieces(values, out):
+        code = encode_code(part.to(working).view(ops.integer), grid, ops)
+        if fmt.bits == 32:
+            code = code.to(torch.int64) & 0xFFFFFFFF
+        target.copy_(code)
+    return out
 
 
 def decode(codes: Tensor, format: str | FloatFormat, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -201,18 +205,22 @@ def decode(codes: Tensor, format: str | FloatFormat, dtype: torch.dtype = torch.
         raise TypeError(f"codes must be an integer tensor, got {codes.dtype}: did you mean fpsim.encode?")
     check_tensor(codes, "decode")
     if not torch.compiler.is_compiling():
-        _check_codes(codes.to(torch.int64), parse_format(name))
+        for (part,) in pieces(codes):
+            _check_codes(part.to(torch.int64), parse_format(name))
     return _decode_codes(codes, name, dtype)
 
 
 @torch.compiler.allow_in_graph
 def _decode_codes(codes: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     fmt, working = parse_format(name), working_dtype(dtype)
-    ops = TorchOps(working)
-    wide = codes.to(torch.int64)
-    if fmt.bits == 32:  # the top bit becomes the sign of the working integer
-        wide = (wide ^ 0x80000000) - 0x80000000
-    return decode_code(wide.to(ops.integer), grid_of(fmt, dtype), ops).view(working).to(dtype)
+    ops, grid = TorchOps(working), grid_of(fmt, dtype)
+    out = torch.empty_like(codes, dtype=dtype)
+    for part, target in pieces(codes, out):
+        wide = part.to(torch.int64)
+        if fmt.bits == 32:  # the top bit becomes the sign of the working integer
+            wide = (wide ^ 0x80000000) - 0x80000000
+        target.copy_(decode_code(wide.to(ops.integer), grid, ops).view(working))
+    return out
 
 
 def code_dtype(format: str | FloatFormat) -> torch.dtype:

@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fpsim.formats import FloatFormat, check_rounding, parse_format, resolve_overflow, split_rounding
 from fpsim.rounding.carriers import check_carrier, check_tensor
@@ -62,6 +64,29 @@ def random_words_at(key: Tensor, first: int, count: int) -> Tensor:
     return random_word(key[0], key[1], index.to(torch.int32), (index >> 32).to(torch.int32))
 
 
+def pieces(*tensors: Tensor, keep: int = 0) -> Iterator[tuple[Tensor, ...]]:
+    """Views of tensors of one shape: the same parts of each, so small that their temporaries stay in the cache.
+
+    Tensors on other devices, and tensors that a transform or a tracer holds, stay whole.
+
+    Args:
+        keep: the number of the last dimensions that are not split. In these the shapes may differ.
+    """
+    x = tensors[0]
+    size = CHUNK * torch.get_num_threads()
+    whole = x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter)
+    if x.numel() <= size or whole or is_functorch_wrapped_tensor(x) or get_proxy_mode() is not None:
+        yield tensors
+        return
+    dim = max(range(x.dim() - keep), key=lambda d: x.shape[d])
+    count = min(-(-x.numel() // size), x.shape[dim])
+    if count < 2:
+        yield tensors
+        return
+    for parts in zip(*(tensor.tensor_split(count, dim) for tensor in tensors), strict=True):
+        yield from pieces(*parts, keep=keep)
+
+
 def scales_of(scale: Tensor | None, x: Tensor, chunk: int) -> Iterable[Tensor | None]:
     """The scale of each piece of ``x``, which is split into pieces of ``chunk`` elements in row-major order."""
     if scale is None or scale.numel() == 1:
@@ -98,4 +123,5 @@ def round_stochastic(
     for first, (piece, target, factor) in enumerate(pieces):
         word = random_words_at(key, first * chunk, piece.numel())
         target.copy_(round_with_torch_ops(piece, fmt, rounding, overflow, word, factor))
-    return torch.empty_like(x).copy_(rounded.view(x.shape))
+    rounded = rounded.view(x.shape)
+    return rounded if rounded.stride() == x.stride() else torch.empty_like(x).copy_(rounded)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fpsim.formats import parse_format
 from fpsim.rounding.carriers import CARRIERS, CODES_OF, working_dtype
+from fpsim.rounding.definitions import pieces
 from fpsim.rounding.tensors import TorchOps
 from fpsim.scaling.rules import power_of_two_code
 
@@ -22,6 +23,8 @@ def _scale(x: Tensor, format: str, source: str) -> Tensor:
     ops = TorchOps(working)
     # The codes of magnitudes are in their order. A comparison of floats would take subnormals for zeros where the
     # process does so.
-    largest = (x.view(CODES_OF[x.dtype]) & (CARRIERS[x.dtype].sign_code - 1)).amax().view(x.dtype)
+    magnitude = CARRIERS[x.dtype].sign_code - 1
+    codes = torch.stack([(part & magnitude).amax() for (part,) in pieces(x.view(CODES_OF[x.dtype]))])
+    largest = codes.amax().view(x.dtype)
     code = power_of_two_code(largest.to(working).view(ops.integer), parse_format(format), CARRIERS[working], ops)
     return code.view(working).to(x.dtype)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fpsim.casts import Cast, CastLike, check_cast, parse_cast
-from fpsim.rounding.carriers import check_tensor
 from fpsim.policy.globs import matches
+from fpsim.rounding.carriers import check_tensor
 from fpsim.suggestions import near_names
 from fpsim.training.in_place import Job, check_seed, draw_of_step, round_in_place
 from fpsim.training.shards import local, shard_number
