@@ -8,6 +8,7 @@ autograd, `torch.func` transforms, and `torch.compile` of both.
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any, Literal
 
 import torch
@@ -96,7 +97,7 @@ def round(
     tensor([1.0000, 1.0000, 1.0000, 1.5000, 1.5000, 1.0000])
     """
     if gradient not in GRADIENTS:
-        raise ValueError(f"unknown gradient {gradient!r}: use one of {', '.join(GRADIENTS)}")
+        raise ValueError(f"unknown gradient {reprlib.repr(gradient)}: use one of {', '.join(GRADIENTS)}")
     dtype = check_tensor(x)
     arguments, limit, negative = _resolve(
         _name_of(format), rounding, overflow, dtype, random_bits, _name_of(scale), gradient == "clipped"
@@ -257,9 +258,13 @@ def _resolve(
     name, bits = split_rounding(rounding)
     if random_bits is not None:
         if not bits:
-            raise ValueError(f"random_bits={random_bits} has no meaning with rounding={rounding!r}: use 'stochastic'")
+            raise ValueError(
+                f"random_bits={reprlib.repr(random_bits)} has no meaning with rounding={rounding!r}: use 'stochastic'"
+            )
         if type(random_bits) is not int:
-            raise TypeError(f"random_bits must be an int from 1 to {STOCHASTIC_ROUNDINGS[name]}, got {random_bits!r}")
+            raise TypeError(
+                f"random_bits must be an int from 1 to {STOCHASTIC_ROUNDINGS[name]}, got {reprlib.repr(random_bits)}"
+            )
         if ":" in rounding:
             raise ValueError(
                 f"rounding={rounding!r} has its own number of random bits: leave out random_bits={random_bits}"
@@ -274,7 +279,7 @@ def _resolve(
 
 def _check_salt(salt: int) -> None:
     if isinstance(salt, bool) or not isinstance(salt, int | torch.SymInt):
-        raise TypeError(f"salt must be an int, got {salt!r} of type {type(salt).__name__}")
+        raise TypeError(f"salt must be an int, got {reprlib.repr(salt)} of type {type(salt).__name__}")
     if not -(2**63) <= salt < 2**63:
         raise ValueError(f"salt {salt} is no 64-bit integer: use one from -2**63 to 2**63 - 1")
 
@@ -287,7 +292,9 @@ def _seed_tensor(seed: int | Tensor | None, rounding: str, device: torch.device)
             raise TypeError(f"a seed is an int or one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
         return seed.to(device)
     if isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt):
-        raise TypeError(f"a seed is an int or a tensor with one int64, got {seed!r} of type {type(seed).__name__}")
+        raise TypeError(
+            f"a seed is an int or a tensor with one int64, got {reprlib.repr(seed)} of type {type(seed).__name__}"
+        )
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed {seed} is no 64-bit integer: use one from -2**63 to 2**63 - 1")
     return torch.full((), seed, dtype=torch.int64, device=device)

@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import TaskID
 
+from fpsim.json_text import parse_json
 from fpsim.policy.shorthand import parse_shorthand
 from fpsim.processors import usable_cores
 
@@ -207,7 +208,7 @@ def _note(folder: Path, failure: Failure) -> None:
 def _describe(folder: Path, keyed: Mapping[str, Planned], title: str, facts: Mapping[str, Any]) -> None:
     """Add this sweep's plan to the folder's; copy the scripts of users' models."""
     path = folder / "sweep.json"
-    old = json.loads(path.read_text()) if path.exists() else {}
+    old = parse_json(path.read_text()) if path.exists() else {}
     plan = {entry["key"]: entry for entry in old.get("plan", [])}
     for key, planned in keyed.items():
         plan[key] = {"key": key, "condition": planned.condition, "config": to_dict(planned.config)}
@@ -236,7 +237,7 @@ def read_sweep(folder: Path) -> tuple[list[Run], dict[str, Any]]:
     path = folder / "sweep.json"
     if not path.is_file():
         raise FileNotFoundError(f"no sweep at {folder}: name the folder that fpsim study wrote, with sweep.json in it")
-    facts = json.loads(path.read_text())
+    facts = parse_json(path.read_text())
     runs = [
         read_run(_result(folder, entry["key"]), entry["condition"])
         for entry in facts["plan"]
@@ -245,7 +246,7 @@ def read_sweep(folder: Path) -> tuple[list[Run], dict[str, Any]]:
     if not runs:
         raise FileNotFoundError(f"the sweep at {folder} has no finished run yet: run its command again")
     failures = sorted((folder / "failures").glob("*.json"))
-    return runs, {**facts, "failures": [{"key": f.stem, **json.loads(f.read_text())} for f in failures]}
+    return runs, {**facts, "failures": [{"key": f.stem, **parse_json(f.read_text())} for f in failures]}
 
 
 # -- giving jobs to workers --------------------------------------------------------------------------------------------

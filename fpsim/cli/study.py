@@ -304,15 +304,14 @@ def train(
     checkpoint: Annotated[Path | None, typer.Option(help="File to keep the state in.")] = None,
 ) -> None:
     """Compute one run, here or under torchrun: torchrun --nproc-per-node 8 -m fpsim.cli.study train CONFIG OUT."""
-    import json
-
+    from fpsim.json_text import parse_json
     from fpsim.paper.checkpoint import Checkpoint
     from fpsim.paper.config import from_dict, run_key, to_dict
     from fpsim.paper.parallel import from_environment
     from fpsim.paper.storage import replace_file, to_parquet, versions
     from fpsim.paper.training import records
 
-    chosen = from_dict(json.loads(config.read_text()))
+    chosen = from_dict(parse_json(config.read_text()))
     group = from_environment(parallel, chosen.device)
     state = Checkpoint(checkpoint) if checkpoint else None
     history = list(records(chosen, checkpoint=state, parallel=group))
