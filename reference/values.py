@@ -75,7 +75,8 @@ def as_value(number: Number) -> Value:
     if isinstance(number, (int, Fraction)):
         return Fraction(number)
     raise TypeError(
-        f"a number is an int, a float, a Fraction or a Special, got {reprlib.repr(number)} of {type(number)}: use float(x)"
+        f"a number is an int, a float, a Fraction or a Special, got {reprlib.repr(number)} of {type(number)}: "
+        "use float(x)"
     )
 
 

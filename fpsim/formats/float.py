@@ -8,6 +8,7 @@ IEEE P3109 and ml_dtypes.
 
 from __future__ import annotations
 
+import reprlib
 import struct
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -63,13 +64,13 @@ class FloatFormat:
     def __post_init__(self) -> None:
         e, m = self.exponent_bits, self.mantissa_bits
         if type(e) is not int or type(m) is not int or not (self.bias is None or type(self.bias) is int):
-            raise TypeError(f"the widths and the bias of a format are ints, got {(e, m, self.bias)!r}")
+            raise TypeError(f"the widths and the bias of a format are ints, got {reprlib.repr((e, m, self.bias))}")
         if not 1 <= e <= 11:
             raise ValueError(f"exponent_bits must be 1 to 11, got {e}: wider formats have values that float64 lacks")
         if not 0 <= m <= 52:
             raise ValueError(f"mantissa_bits must be 0 to 52, got {m}: wider formats have values that float64 lacks")
-        if self.specials not in SPECIALS:
-            raise ValueError(f"specials must be one of {', '.join(SPECIALS)}, got {self.specials!r}")
+        if not isinstance(self.specials, str) or self.specials not in SPECIALS:
+            raise ValueError(f"specials must be one of {', '.join(SPECIALS)}, got {reprlib.repr(self.specials)}")
         if self.specials == "fnuz" and not self.signed:
             raise ValueError("an unsigned format cannot be 'fnuz', which keeps its NaN at negative zero: use 'fn'")
         if not self.zero and (self.subnormals or self.signed):

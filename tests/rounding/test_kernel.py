@@ -144,6 +144,7 @@ FORMATS = [
     "e4m0finite:unsigned", "binary8p3se", "binary8p4ue", "binary5p1se", "binary4p3se",
     "e5m2:bias=126", "e5m2:bias=127", "e5m2:bias=140", "e3m2:bias=-5", "e8m2:nosubnormals", "e4m3:nosubnormals",
     "e4m3:bias=127:nosubnormals", "e4m3:bias=129:nosubnormals", "e5m2:bias=145:nosubnormals:unsigned",
+    "e5m0:unsigned", "e3m0:nosubnormals:unsigned:nozero",
     "e4m3fn:nosubnormals:unsigned:nozero", "e7m23", "e7m23:nosubnormals", "e8m23:unsigned", "e10m52",
 ]  # fmt: skip
 CASES = [
