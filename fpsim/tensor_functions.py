@@ -71,7 +71,8 @@ def round(
         random_bits: the number of random bits in stochastic rounding: 1 to 32 (31 for ``stochastic_b``, 30 for
             ``stochastic_c``). None means 23, as many bits as the mantissa of a float32 has. Hardware uses fewer.
         scale: ``power_of_two`` multiplies by `fpsim.power_of_two_scale` before rounding and divides by it afterwards.
-            Both are exact, except for numbers that leave the range of the dtype. None means no scale.
+            The product is exact, even where it is below the smallest number of the dtype. The quotient is rounded to
+            the dtype, to nearest, where the dtype does not have it. None means no scale.
         gradient: the derivative. ``straight_through``: 1 everywhere. ``clipped``: 1 within the format's finite range, 0
             outside it (with a scale no number is outside). ``zero``: 0 everywhere.
 

@@ -32,35 +32,48 @@ def _round_cpu(
         scale = _flat(torch.empty_like(x).copy_(scale))
     values, result = _flat(x), _flat(out)
     chunk = CHUNK * torch.get_num_threads()
-    by_scaling = x.dtype == torch.float32 and can_round_by_scaling(fmt, overflow)
-    at_one_unit = x.dtype == torch.float32 and has_one_unit(fmt, overflow)
     pieces = zip(values.split(chunk), result.split(chunk), scales_of(scale, values, chunk), strict=False)
     for piece, target, factor in pieces:
-        if factor is not None and by_scaling and is_scaled_exactly(piece, factor, fmt):
-            round_by_scaling(piece * factor, fmt, rounding, overflow, target)
-            target.div_(factor)
-        elif factor is not None:
-            target.copy_(round_with_torch_ops(piece, fmt, rounding, overflow, scale=factor))
-        elif by_scaling and not (rounding in ("up", "down", "to_odd") and has_subnormal(piece)):
-            round_by_scaling(piece, fmt, rounding, overflow, target)
-        elif at_one_unit:
-            round_at_one_unit(piece, fmt, rounding, target)
+        if factor is None:
+            done = _round_quickly(piece, fmt, rounding, overflow, target)
         else:
-            target.copy_(round_with_torch_ops(piece, fmt, rounding, overflow))
+            done = _round_scaled_quickly(piece, factor, fmt, rounding, overflow, target)
+        if not done:
+            target.copy_(round_with_torch_ops(piece, fmt, rounding, overflow, scale=factor))
     return out
 
 
-def is_scaled_exactly(x: Tensor, scale: Tensor, fmt: FloatFormat) -> bool:
-    """Whether no product of float32 ``x`` with ``scale`` is subnormal, and no quotient of a value of ``fmt`` and it.
+def _round_quickly(x: Tensor, fmt: FloatFormat, rounding: str, overflow: str, out: Tensor) -> bool:
+    """Round ``x`` into ``out`` by a shortcut, if one gives the bits of the kernel. Whether one does."""
+    if x.dtype != torch.float32:
+        return False
+    if can_round_by_scaling(fmt, overflow) and not (rounding in ("up", "down", "to_odd") and has_subnormal(x)):
+        round_by_scaling(x, fmt, rounding, overflow, out)
+        return True
+    if has_one_unit(fmt, overflow):
+        round_at_one_unit(x, fmt, rounding, out)
+        return True
+    return False
 
-    ``scale`` is one power of two. Then multiplication and division are exact, whether subnormals are flushed or not.
+
+def _round_scaled_quickly(
+    x: Tensor, scale: Tensor, fmt: FloatFormat, rounding: str, overflow: str, out: Tensor
+) -> bool:
+    """`_round_quickly` between a multiplication by ``scale`` and a division by it.
+
+    Both are exact, whether subnormals are flushed or not, unless an operand or a result is subnormal.
     """
-    if scale.numel() > 1:
+    if x.dtype != torch.float32 or scale.numel() > 1:
         return False
     power = (int(scale.view(torch.int32)) >> FLOAT32.mantissa_bits) - FLOAT32.bias
-    smallest = (1 + max(0, -power)) << FLOAT32.mantissa_bits  # the code of the smallest number whose product is normal
-    quotients_are_normal = fmt.emin - fmt.mantissa_bits - power >= FLOAT32.emin
-    return quotients_are_normal and not has_magnitude_below(x, smallest)
+    if has_magnitude_below(x, (1 + max(0, -power)) << FLOAT32.mantissa_bits):
+        return False
+    if not _round_quickly(x * scale, fmt, rounding, overflow, out):
+        return False
+    if has_magnitude_below(out, (1 + max(0, power)) << FLOAT32.mantissa_bits):
+        return False
+    out.div_(scale)
+    return True
 
 
 def has_one_unit(fmt: FloatFormat, overflow: str) -> bool:

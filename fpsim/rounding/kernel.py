@@ -465,5 +465,6 @@ def _unextend_rounded(r: Int, grid: Grid, ops: Ops) -> Int:
     """The plain codes of extended codes ``r``, rounded to numbers of the carrier: to nearest, ties to even."""
     m = grid.carrier.mantissa_bits
     significand = (r & (grid.implicit - 1)) + grid.implicit
-    shift = ops.clamp(1 - (r >> m), 0, m + 2)
-    return ops.choose(ops.less(r, grid.implicit), _nearest_multiple(significand, shift) >> shift, r)
+    shift = ops.clamp(1 - (r >> m), 1, m + 2)  # from `implicit` on, where it would be below 1, it has no effect
+    even = (~significand >> shift) & 1
+    return ops.choose(ops.less(r, grid.implicit), (significand - (-1 << (shift - 1)) - even) >> shift, r)

@@ -212,9 +212,13 @@ def test_torch_compile_finds_all_that_a_users_kernel_needs() -> None:
 
 
 def test_what_is_kept_compiled_is_known_by_fpsims_source() -> None:
-    """Triton's cache key holds only the source of the kernel, in which a constant stands for the algorithm."""
-    assert products_rounded_and_added.cache_key
-    assert "FPSIM_SOURCE" in {name for name, _ in products_rounded_and_added.used_global_vals}
+    """Triton's cache key holds only the source of a function, in which a constant stands for the algorithm.
+
+    The key of a kernel contains those of the functions that it calls.
+    """
+    for function in (fpsim_round, fpsim_round_stochastic, triton_rounding._round_kernel):
+        assert function.cache_key
+        assert "FPSIM_SOURCE" in {name for name, _ in function.used_global_vals}
     assert SOURCE in FPSIM_SOURCE.value
 
 

@@ -22,8 +22,8 @@ from fpsim.policy.shorthand import parse_shorthand
 CASES = 400
 WORDS = (
     "e m e4m3 e11m52 e12m3 e2m60 e0m0 float8_ float4_ torch. _x2 binary binary15p2se 8p3 p u s f bias= :bias=7 "
-    ":bias=-0 :bias=99999999999999999999 :nosubnormals :unsigned :nozero : :: / // + - = :8 :33 :0 power_of_two unscaled "
-    "none paper: fp8_hybrid fp32 int8 \u0663 \xb2 \xe9 0 1 53 * { \" ' %s {0}"
+    ":bias=-0 :bias=99999999999999999999 :nosubnormals :unsigned :nozero : :: / // + - = :8 :33 :0 power_of_two "
+    "unscaled none paper: fp8_hybrid fp32 int8 \u0663 \xb2 \xe9 0 1 53 * { \" ' %s {0}"
 )
 PARTS = [
     *NAMED_FORMATS, *SPECIALS, *ROUNDINGS, *OVERFLOWS, *STOCHASTIC_ROUNDINGS, *WORDS.split(" "), "9" * 5000, " ", "\n",
