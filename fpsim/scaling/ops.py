@@ -46,8 +46,8 @@ def power_of_two_scale(x: Tensor, format: str | FloatFormat) -> Tensor:
     is limited to the powers of two that are normal numbers of the dtype and whose reciprocals are normal numbers too:
     2^-126 to 2^126, in float64 2^-1022 to 2^1022.
 
-    With this scale ``s``, ``fpsim.round(x, format, scale="power_of_two")`` equals ``fpsim.round(x * s, format) / s`` with an
-    exact product.
+    With this scale ``s``, ``fpsim.round(x, format, scale="power_of_two")`` equals ``fpsim.round(x * s, format) / s``
+    with an exact product.
 
     Args:
         x: float64, float32 or bfloat16, any shape, strides and device. Under `torch.vmap` each sample has its own
