@@ -24,7 +24,7 @@ from fpsim.compile_backend.torch_settings import apply_settings
 from fpsim.policy import Policy
 from fpsim.rounding.ops import round_op
 from fpsim.scaling.ops import SCALE_OPERATORS
-from fpsim.tensor_functions import round
+from fpsim.tensor_functions import straight_through
 
 aten = torch.ops.aten
 
@@ -172,5 +172,5 @@ def _scale(operator: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tenso
     return operator(x.detach(), *arguments)
 
 
-def _rounded(x: Tensor, format: str, rounding: str, overflow: str, source: str) -> Tensor:
-    return round(x, format, rounding=rounding, overflow=overflow)  # type: ignore[arg-type]
+def _rounded(x: Tensor, *arguments: Any) -> Tensor:
+    return straight_through(x, round_op(x.detach(), *arguments))

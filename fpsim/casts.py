@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,16 +26,14 @@ from fpsim.rounding.ops import SOURCE, round_op, round_stochastic_op
 from fpsim.scaling.ops import SCALE_OPERATORS, check_scaled_carrier
 from fpsim.scaling.scale import SCALES, Scale, parse_scale
 
-aten = torch.ops.aten
-
 #: The name in place of a format that leaves the operand unrounded.
 NONE: Literal["none"] = "none"
 #: The name in an operand's cast that excludes a scale, even if the policy has one.
 UNSCALED = "unscaled"
 
-#: A cast in the form that operators and Dynamo accept: the format's name, the rounding, the overflow mode, the rule of
-#: the scale (None without a scale), and the format's largest finite value.
-Arguments = tuple[str, str, str, str | None, float]
+#: A cast in the form that operators and Dynamo accept: the format's name, the rounding, the overflow mode, and the
+#: rule of the scale (None without a scale).
+Arguments = tuple[str, str, str, str | None]
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,11 @@ class Cast:
         overflow: the overflow mode.
         scale: the scale, or None.
         spelling: the text from which the cast was parsed. Equality ignores it.
+
+    Raises:
+        ValueError: the rounding or the overflow mode is unknown, or the mode needs an infinity or a NaN and the format
+            has neither.
+        TypeError: a field has another type.
     """
 
     format: FloatFormat
@@ -57,6 +61,15 @@ class Cast:
     overflow: Overflow
     scale: Scale | None = None
     spelling: str = field(default="", compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.format, FloatFormat):
+            raise TypeError(f"the format of a cast is a FloatFormat, got {reprlib.repr(self.format)}: use parse_cast")
+        if self.overflow is None or not isinstance(self.scale, Scale | None):
+            given = reprlib.repr((self.overflow, self.scale))
+            raise TypeError(f"a cast has an overflow mode, and a Scale or None, got {given}: use parse_cast")
+        object.__setattr__(self, "rounding", full_rounding(self.rounding))
+        resolve_overflow(self.format, self.overflow)
 
     def __str__(self) -> str:
         return self._joined(self.format.name)
@@ -92,7 +105,7 @@ class Cast:
     def arguments(self) -> Arguments:
         """The cast in the form that `apply_arguments` takes."""
         rule = None if self.scale is None else self.scale.rule
-        return self.format.name, self.rounding, self.overflow, rule, self.format.max
+        return self.format.name, self.rounding, self.overflow, rule
 
     @property
     def _format_as_written(self) -> str:
@@ -131,23 +144,27 @@ def parse_cast(
     if isinstance(text, FloatFormat):
         return Cast(text, full_rounding(rounding), resolve_overflow(text, overflow), parsed_scale, spelling=text.name)
     if not isinstance(text, str):
-        raise TypeError(f"a cast is a string such as 'e4m3fn' or 'e8m3/toward_zero', got {text!r}")
+        raise TypeError(f"a cast is a string such as 'e4m3fn' or 'e8m3/toward_zero', got {reprlib.repr(text)}")
     if text == NONE:
         return None
     name, *modes = text.split("/")
+    named: dict[str, str] = {}
     for mode in modes:
         if mode in ROUNDINGS or mode.partition(":")[0] in STOCHASTIC_ROUNDINGS:
-            rounding = mode
+            kind, rounding = "roundings", mode
         elif mode in OVERFLOWS:
-            overflow = mode
+            kind, overflow = "overflow modes", mode
         elif mode in (*SCALES, UNSCALED):
-            parsed_scale = SCALES.get(mode)
+            kind, parsed_scale = "scales", SCALES.get(mode)
         else:
             raise ValueError(
                 f"unknown mode {mode!r} in cast {text!r}: after the format may come a rounding "
                 f"({', '.join([*ROUNDINGS, *STOCHASTIC_ROUNDINGS])}), an overflow mode ({', '.join(OVERFLOWS)}) and a "
                 f"scale ({', '.join([*SCALES, UNSCALED])})"
             )
+        if kind in named:
+            raise ValueError(f"cast {text!r} has two {kind}, {named[kind]} and {mode}: leave one of them out")
+        named[kind] = mode
     fmt = parse_format(name)
     return Cast(fmt, full_rounding(rounding), resolve_overflow(fmt, overflow), parsed_scale, spelling=text)
 
@@ -183,7 +200,7 @@ def run(operator: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def apply_cast(x: Any, cast: Cast, *, key: Any = None, call: Callable[..., Any] = run) -> Any:
-    """Apply ``cast`` to ``x``: scale, round, and divide by the scale.
+    """Apply ``cast`` to ``x``: compute its scale, multiply by it, round, and divide by it.
 
     This and `apply_arguments` are the only code that turns a cast into operations. For tensors the operations run. The
     compiler backend passes nodes of a graph, and a ``call`` that inserts nodes.
@@ -203,28 +220,17 @@ def apply_cast(x: Any, cast: Cast, *, key: Any = None, call: Callable[..., Any] 
 
 def apply_arguments(x: Any, arguments: Arguments, *, key: Any = None, call: Callable[..., Any] = run) -> Any:
     """`apply_cast` in a form that Dynamo can trace, with `Cast.arguments` in place of the cast."""
-    format, rounding, overflow, rule, maximum = arguments
-    inverse = None
-    if rule is not None:
-        factor, inverse = scale_factors(x, rule, maximum, call=call)
-        x = call(aten.mul.Tensor, x, factor)
+    format, rounding, overflow, rule = arguments
+    scale = () if rule is None else (call(SCALE_OPERATORS[rule], x, format, SOURCE),)
     if key is None:
-        rounded = call(round_op, x, format, rounding, overflow, SOURCE)
-    else:
-        rounded = call(round_stochastic_op, x, key, format, rounding, overflow, SOURCE)
-    return rounded if inverse is None else call(aten.mul.Tensor, rounded, inverse)
-
-
-def scale_factors(x: Any, rule: str, maximum: float, *, call: Callable[..., Any] = run) -> tuple[Any, Any]:
-    """The scale of ``x`` by a rule, for a format whose largest finite value is ``maximum``, and its reciprocal."""
-    factors = call(SCALE_OPERATORS[rule], x, maximum, SOURCE)
-    return call(aten.select.int, factors, 0, 0), call(aten.select.int, factors, 0, 1)
+        return call(round_op, x, format, rounding, overflow, SOURCE, *scale)
+    return call(round_stochastic_op, x, key, format, rounding, overflow, SOURCE, *scale)
 
 
 def in_range_of_format(exact: Tensor, rounded: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
     """Tensors before and after ``cast``, both multiplied by the scale of ``exact`` if the cast has a scale."""
-    _, _, _, rule, maximum = cast.arguments
+    format, _, _, rule = cast.arguments
     if rule is None:
         return exact, rounded
-    factor, _ = scale_factors(exact, rule, maximum)
-    return exact * factor, rounded * factor
+    scale = SCALE_OPERATORS[rule](exact, format, SOURCE)
+    return exact * scale, rounded * scale

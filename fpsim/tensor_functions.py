@@ -1,18 +1,20 @@
 """Rounding tensors to a floating-point format, and converting them to and from the format's codes.
 
 Values stay in the tensor's own dtype, the *carrier*. Every result is a value of the format, with the bits that
-`fpsim.reference` computes. The derivative is built from arithmetic on detached values. No other form was found that
-gives exact values and correct derivatives under autograd, `torch.func` transforms, and `torch.compile` of both.
+`fpsim.reference` computes. The derivative is that of a ``torch.where`` whose values are then overwritten. No
+other form was found that gives exact values, also where subnormals are flushed to zero, and correct derivatives under
+autograd, `torch.func` transforms, and `torch.compile` of both.
 """
 
 from __future__ import annotations
 
-import math
+import reprlib
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fpsim.casts import Arguments, Cast, apply_arguments, check_cast
 from fpsim.formats import (
@@ -24,14 +26,20 @@ from fpsim.formats import (
     resolve_overflow,
     split_rounding,
 )
-from fpsim.rounding.carriers import grid_of, working_dtype
-from fpsim.rounding.kernel import decode_code, encode_code
+from fpsim.rounding.carriers import CARRIERS, CODES_OF, check_tensor, grid_of, working_dtype
+from fpsim.rounding.definitions import pieces
+from fpsim.rounding.kernel import Grid, decode_code, encode_code
 from fpsim.rounding.ops import random_key_op
 from fpsim.rounding.tensors import TorchOps
 from fpsim.scaling.scale import Scale, parse_scale
 
 Gradient = Literal["straight_through", "clipped", "zero"]
 GRADIENTS: tuple[str, ...] = ("straight_through", "clipped", "zero")
+
+#: The dtypes of codes that `decode` takes.
+_INTEGERS = (
+    torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64,
+)  # fmt: skip
 
 
 def round(
@@ -63,7 +71,8 @@ def round(
         random_bits: the number of random bits in stochastic rounding: 1 to 32 (31 for ``stochastic_b``, 30 for
             ``stochastic_c``). None means 23, as many bits as the mantissa of a float32 has. Hardware uses fewer.
         scale: ``power_of_two`` multiplies by `fpsim.power_of_two_scale` before rounding and divides by it afterwards.
-            Both are exact, except for numbers that leave the range of the dtype. None means no scale.
+            The product is exact, even where it is below the smallest number of the dtype. The quotient is rounded to
+            the dtype, to nearest, where the dtype does not have it. None means no scale.
         gradient: the derivative. ``straight_through``: 1 everywhere. ``clipped``: 1 within the format's finite range, 0
             outside it (with a scale no number is outside). ``zero``: 0 everywhere.
 
@@ -80,7 +89,8 @@ def round(
         ValueError: the format, a mode or the scale is unknown, the format has values that the dtype of ``x`` lacks,
             ``x`` is float16 and a scale is given, stochastic rounding has no seed, another rounding has a seed, or
             ``random_bits`` is out of range.
-        TypeError: ``x`` is not a tensor of one of the four dtypes, or ``seed`` is neither an int nor one int64.
+        TypeError: ``x`` is not a dense tensor of one of the four dtypes (`fpsim.rounding.carriers.check_tensor`),
+            ``seed`` is neither an int nor one int64, or ``salt`` is not an int.
 
     >>> round(torch.tensor([0.3, -3.3]), "e4m3fn")
     tensor([ 0.3125, -3.2500])
@@ -88,23 +98,50 @@ def round(
     tensor([1.0000, 1.0000, 1.0000, 1.5000, 1.5000, 1.0000])
     """
     if gradient not in GRADIENTS:
-        raise ValueError(f"unknown gradient {gradient!r}: use one of {', '.join(GRADIENTS)}")
-    dtype = _dtype_of(x)
-    arguments, low, high = _resolve(_name_of(format), rounding, overflow, dtype, random_bits, _name_of(scale))
+        raise ValueError(f"unknown gradient {reprlib.repr(gradient)}: use one of {', '.join(GRADIENTS)}")
+    dtype = check_tensor(x)
+    arguments, limit, negative = _resolve(
+        _name_of(format), rounding, overflow, dtype, random_bits, _name_of(scale), gradient == "clipped"
+    )
     key = None
+    _check_salt(salt)
     if ":" in arguments[1]:
         key = random_key_op(_seed_tensor(seed, rounding, x.device), salt)
     elif seed is not None:
         raise ValueError(f"a seed has no meaning with rounding={rounding!r}: use rounding='stochastic'")
     value = apply_arguments(x.detach(), arguments, key=key)
-    if gradient == "zero" or not ((x.requires_grad and torch.is_grad_enabled()) or _transforms_active()):
+    if gradient == "zero":
         return value
-    # Add an exact zero that has the derivative of `carrier`, and no derivative where `x` is not finite. Subtracting +0
-    # changes no value: -0, infinities and NaN stay. (`torch.where` and not `torch.clamp`, whose derivative at the ends
-    # of the range depends on the version of torch.)
-    detached = x.detach()
-    carrier = x if gradient == "straight_through" else torch.where((detached >= low) & (detached <= high), x, detached)
-    return value - torch.where(torch.isfinite(detached), detached - carrier, 0.0)
+    return straight_through(x, value, limit, negative)
+
+
+def straight_through(x: Tensor, value: Tensor, limit: int | None = None, negative: bool = True) -> Tensor:
+    """``value``, with the derivative 1 with respect to ``x`` at some numbers, and 0 at the others.
+
+    Args:
+        x: a tensor of a carrier dtype.
+        value: a tensor like ``x`` without a derivative.
+        limit: the code of the largest magnitude at which the derivative is 1; None means the largest finite one.
+        negative: whether the derivative is 1 below zero too.
+    """
+    if not ((x.requires_grad and torch.is_grad_enabled()) or _transforms_active()):
+        return value
+    has_derivative = _has_derivative(x.detach(), CARRIERS[x.dtype].max_code if limit is None else limit, negative)
+    if _is_recorded():
+        carrier = torch.where(has_derivative, x, 0.0)
+        return value - (carrier.detach() - carrier)
+    # Replace the numbers of `x` by the values, through an alias that autograd does not see. Arithmetic would flush
+    # subnormal values to zero where the process does so.
+    out = torch.where(has_derivative, x, value)
+    out.detach().copy_(value)
+    return out
+
+
+def _has_derivative(x: Tensor, limit: int, negative: bool) -> Tensor:
+    """Where the magnitude's code is at most ``limit`` and, unless ``negative`` is set, the number is not below 0."""
+    bits = x.resolve_neg().view(CODES_OF[x.dtype])
+    magnitude = bits & ((1 << (8 * x.dtype.itemsize - 1)) - 1)
+    return (magnitude <= limit) if negative else (magnitude <= limit) & ((bits >= 0) | (magnitude == 0))
 
 
 def encode(
@@ -128,7 +165,7 @@ def encode(
     >>> encode(torch.tensor([1.0, -448.0, float("nan")]), "e4m3fn")
     tensor([ 56, 254, 127], dtype=torch.uint8)
     """
-    dtype = _dtype_of(x)
+    dtype = check_tensor(x, "encode")
     draw: dict[str, Any] = {"seed": seed, "salt": salt, "random_bits": random_bits}
     values = round(x.detach(), format, rounding=rounding, overflow=overflow, gradient="zero", **draw)
     return _encode_values(values, _resolve(_name_of(format), "nearest_even", None, dtype)[0][0])
@@ -137,11 +174,14 @@ def encode(
 @torch.compiler.allow_in_graph  # Dynamo cannot trace it, but the tracer after Dynamo can
 def _encode_values(values: Tensor, name: str) -> Tensor:
     fmt, working = parse_format(name), working_dtype(values.dtype)
-    ops = TorchOps(working)
-    code = encode_code(values.to(working).view(ops.integer), grid_of(fmt, values.dtype), ops)
-    if fmt.bits == 32:
-        code = code.to(torch.int64) & 0xFFFFFFFF
-    return code.to(code_dtype(fmt))
+    ops, grid = TorchOps(working), grid_of(fmt, values.dtype)
+    out = torch.empty_like(values, dtype=code_dtype(fmt))
+    for part, target in pieces(values, out):
+        code = encode_code(part.to(working).view(ops.integer), grid, ops)
+        if fmt.bits == 32:
+            code = code.to(torch.int64) & 0xFFFFFFFF
+        target.copy_(code)
+    return out
 
 
 def decode(codes: Tensor, format: str | FloatFormat, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -163,21 +203,26 @@ def decode(codes: Tensor, format: str | FloatFormat, dtype: torch.dtype = torch.
     name = _resolve(_name_of(format), "nearest_even", None, dtype)[0][0]
     if not isinstance(codes, Tensor):
         raise TypeError(f"codes must be an integer tensor, got {type(codes).__name__}: use torch.tensor(codes)")
-    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+    if codes.dtype not in _INTEGERS:
         raise TypeError(f"codes must be an integer tensor, got {codes.dtype}: did you mean fpsim.encode?")
+    check_tensor(codes, "decode")
     if not torch.compiler.is_compiling():
-        _check_codes(codes.to(torch.int64), parse_format(name))
+        for (part,) in pieces(codes):
+            _check_codes(part.to(torch.int64), parse_format(name))
     return _decode_codes(codes, name, dtype)
 
 
 @torch.compiler.allow_in_graph
 def _decode_codes(codes: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     fmt, working = parse_format(name), working_dtype(dtype)
-    ops = TorchOps(working)
-    wide = codes.to(torch.int64)
-    if fmt.bits == 32:  # the top bit becomes the sign of the working integer
-        wide = (wide ^ 0x80000000) - 0x80000000
-    return decode_code(wide.to(ops.integer), grid_of(fmt, dtype), ops).view(working).to(dtype)
+    ops, grid = TorchOps(working), grid_of(fmt, dtype)
+    out = torch.empty_like(codes, dtype=dtype)
+    for part, target in pieces(codes, out):
+        wide = part.to(torch.int64)
+        if fmt.bits == 32:  # the top bit becomes the sign of the working integer
+            wide = (wide ^ 0x80000000) - 0x80000000
+        target.copy_(decode_code(wide.to(ops.integer), grid, ops).view(working))
+    return out
 
 
 def code_dtype(format: str | FloatFormat) -> torch.dtype:
@@ -190,12 +235,6 @@ def _check_codes(codes: Tensor, fmt: FloatFormat) -> None:
     wrong = codes[(codes < 0) | (codes > (1 << fmt.bits) - 1)] if fmt.bits < 64 else codes[:0]
     if wrong.numel():
         raise ValueError(f"code {int(wrong[0])} is not one of {fmt.name}: codes are 0 to {(1 << fmt.bits) - 1}")
-
-
-def _dtype_of(x: Tensor) -> torch.dtype:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}: use torch.tensor(x), or fpsim.reference")
-    return x.dtype
 
 
 def _name_of(value: Any) -> Any:
@@ -213,21 +252,37 @@ def _resolve(
     dtype: torch.dtype,
     random_bits: int | None = None,
     scale: str | None = None,
-) -> tuple[Arguments, float, float]:
-    """The cast as `Arguments`, and the range outside which the derivative may be clipped."""
+    clipped: bool = False,
+) -> tuple[Arguments, int | None, bool]:
+    """The cast as `Arguments`, and the last two arguments of `straight_through`."""
     fmt, parsed_scale = parse_format(format), parse_scale(scale)
     name, bits = split_rounding(rounding)
     if random_bits is not None:
         if not bits:
-            raise ValueError(f"random_bits={random_bits} has no meaning with rounding={rounding!r}: use 'stochastic'")
+            raise ValueError(
+                f"random_bits={reprlib.repr(random_bits)} has no meaning with rounding={rounding!r}: use 'stochastic'"
+            )
         if type(random_bits) is not int:
-            raise TypeError(f"random_bits must be an int from 1 to {STOCHASTIC_ROUNDINGS[name]}, got {random_bits!r}")
+            raise TypeError(
+                f"random_bits must be an int from 1 to {STOCHASTIC_ROUNDINGS[name]}, got {reprlib.repr(random_bits)}"
+            )
+        if ":" in rounding:
+            raise ValueError(
+                f"rounding={rounding!r} has its own number of random bits: leave out random_bits={random_bits}"
+            )
         rounding = f"{name}:{random_bits}"
     cast = Cast(fmt, full_rounding(rounding), resolve_overflow(fmt, overflow), parsed_scale)
     check_cast(dtype, cast)
-    if parsed_scale is not None:
-        return cast.arguments, -math.inf, math.inf
-    return cast.arguments, -fmt.max if fmt.signed else 0.0, fmt.max
+    if parsed_scale is not None or not clipped:
+        return cast.arguments, None, True
+    return cast.arguments, Grid(fmt, CARRIERS[dtype]).plain_max, fmt.signed
+
+
+def _check_salt(salt: int) -> None:
+    if isinstance(salt, bool) or not isinstance(salt, int | torch.SymInt):
+        raise TypeError(f"salt must be an int, got {reprlib.repr(salt)} of type {type(salt).__name__}")
+    if not -(2**63) <= salt < 2**63:
+        raise ValueError(f"salt {salt} is no 64-bit integer: use one from -2**63 to 2**63 - 1")
 
 
 def _seed_tensor(seed: int | Tensor | None, rounding: str, device: torch.device) -> Tensor:
@@ -238,10 +293,18 @@ def _seed_tensor(seed: int | Tensor | None, rounding: str, device: torch.device)
             raise TypeError(f"a seed is an int or one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
         return seed.to(device)
     if isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt):
-        raise TypeError(f"a seed is an int or a tensor with one int64, got {seed!r} of type {type(seed).__name__}")
+        raise TypeError(
+            f"a seed is an int or a tensor with one int64, got {reprlib.repr(seed)} of type {type(seed).__name__}"
+        )
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed {seed} is no 64-bit integer: use one from -2**63 to 2**63 - 1")
     return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+@torch._dynamo.assume_constant_result
+def _is_recorded() -> bool:
+    """Whether `torch.func.linearize` or ``make_fx`` records the operations: they lose writes to an alias."""
+    return get_proxy_mode() is not None
 
 
 @torch._dynamo.assume_constant_result  # Dynamo enters the transforms while it traces, and guards on them

@@ -29,6 +29,8 @@ from typing import Any
 
 import numpy as np
 
+from fpsim.json_text import parse_json
+
 from . import require
 from .config import RunConfig, from_dict
 from .record import Record
@@ -114,7 +116,7 @@ def _read(source: Path | bytes) -> tuple[Any, dict[str, Any]]:
     try:
         table = parquet.read_table(arrow.BufferReader(source) if isinstance(source, bytes) else source)
         stored = (table.schema.metadata or {}).get(_METADATA)
-        facts = None if stored is None else json.loads(stored)
+        facts = None if stored is None else parse_json(stored.decode())
     except (OSError, ValueError, arrow.ArrowException) as error:
         raise ValueError(f"{_named(source)} is broken: {one_line(error)}") from error
     if facts is None:
@@ -141,8 +143,8 @@ def read_json(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+        content = parse_json(path.read_text())
+    except ValueError as error:
         raise ValueError(f"{path} is broken: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is broken: it holds no JSON object but {type(content).__name__}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import math
+import reprlib
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -113,7 +114,7 @@ def drawn(rounding: str, random: int | None) -> tuple[str, Draw | None]:
     """The name of a rounding, and the `Draw` of a stochastic one; the errors are those of `round`."""
     name, bits = split_rounding(rounding)
     if random is not None and not isinstance(random, int):
-        raise TypeError(f"random is an int, got {random!r} of type {type(random)}: use int(x)")
+        raise TypeError(f"random is an int, got {reprlib.repr(random)} of {type(random)}: use int(x)")
     if not bits:
         if random is not None:
             raise ValueError(f"random={random} has no meaning with rounding={rounding!r}: use 'stochastic:BITS'")

@@ -27,7 +27,7 @@ def for_nan(fmt: FloatFormat) -> Value:
 def for_infinity(fmt: FloatFormat, overflow: Overflow, *, negative: bool) -> Value:
     """The value for an infinite input, in every rounding direction."""
     if negative and not fmt.signed:
-        return smallest(fmt) if overflow == "sat_finite" else for_nan(fmt)
+        return NAN if overflow != "sat_finite" and fmt.has_nan else smallest(fmt)
     if overflow == "sat_finite":
         return with_sign(largest(fmt), negative)
     return with_sign(INFINITY, negative) if fmt.has_infinity else for_nan(fmt)
@@ -47,12 +47,16 @@ def for_overflow(fmt: FloatFormat, rounding: str, overflow: Overflow, *, negativ
 
 
 def for_negative(fmt: FloatFormat, overflow: Overflow) -> Value:
-    """The value for a finite result below zero in an unsigned format."""
-    return for_nan(fmt) if overflow == "ovf_inf" else smallest(fmt)
+    """The value for a finite result below zero in an unsigned format: NaN, or the smallest value.
+
+    IEEE P3109 has the second case only under saturation, because all its unsigned formats have a NaN. Where the format
+    has none, the smallest value is the nearest one.
+    """
+    return NAN if overflow == "ovf_inf" and fmt.has_nan else smallest(fmt)
 
 
 def for_zero(fmt: FloatFormat, overflow: Overflow, *, negative: bool) -> Value:
     """The value for a zero: itself; +0 where ``fmt`` has no -0; NaN or the smallest value where it has no zero."""
     if not fmt.zero:
-        return for_nan(fmt) if overflow == "ovf_inf" else smallest(fmt)
+        return NAN if overflow == "ovf_inf" and fmt.has_nan else smallest(fmt)
     return NEGATIVE_ZERO if negative and fmt.has_negative_zero else Fraction(0)

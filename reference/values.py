@@ -8,9 +8,13 @@ members of `Special`. Values are compared as data: NaN equals itself, and -0 dif
 from __future__ import annotations
 
 import math
+import reprlib
+import struct
 from enum import Enum
 from fractions import Fraction
 from typing import Final, TypeAlias
+
+from fpsim.formats.float import float64_of
 
 
 class Special(Enum):
@@ -71,7 +75,8 @@ def as_value(number: Number) -> Value:
     if isinstance(number, (int, Fraction)):
         return Fraction(number)
     raise TypeError(
-        f"a number is an int, a float, a Fraction or a Special, got {number!r} of type {type(number)}: use float(x)"
+        f"a number is an int, a float, a Fraction or a Special, got {reprlib.repr(number)} of {type(number)}: "
+        "use float(x)"
     )
 
 
@@ -80,9 +85,11 @@ def _from_float(number: float) -> Value:
         return NAN
     if math.isinf(number):
         return INFINITY if number > 0 else NEGATIVE_INFINITY
-    if number == 0 and math.copysign(1, number) < 0:
-        return NEGATIVE_ZERO
-    return Fraction(number)
+    # The bits, because arithmetic and comparisons take subnormals for zeros where the process flushes them.
+    (bits,) = struct.unpack("<Q", struct.pack("<d", number))
+    field, mantissa = bits >> 52 & 0x7FF, bits & ((1 << 52) - 1)
+    size = scale_b(mantissa + (1 << 52) if field else mantissa, max(field, 1) - 1075)
+    return with_sign(size, bits >> 63 == 1)
 
 
 def to_float(value: Number) -> float:
@@ -94,13 +101,16 @@ def to_float(value: Number) -> float:
     value = as_value(value)
     if isinstance(value, Special):
         return _FLOATS[value]
+    units = abs(value) * 2**1074
+    if units.denominator == 1 and units < 1 << 2098:
+        size = float64_of(units.numerator)
+        if _from_float(size) == abs(value):
+            return math.copysign(size, -1 if value < 0 else 1)
     try:
-        number = float(value)
+        nearest = float(value)
     except OverflowError:
-        number = math.inf
-    if math.isinf(number) or Fraction(number) != value:
-        raise ValueError(f"no float64 equals {value}; the nearest is {number!r}")
-    return number
+        nearest = math.inf
+    raise ValueError(f"no float64 equals {value}; the nearest is {nearest!r}")
 
 
 def negate(value: Value) -> Value:

@@ -20,6 +20,7 @@ from fpsim.compile_backend.observe.rounding_statistics import COUNTS, Histogram,
 from fpsim.compile_backend.plan import Gap, Site, render
 from fpsim.compile_backend.report.page import page
 from fpsim.compile_backend.report.units import decibel, percent
+from fpsim.json_text import parse_json
 from fpsim.policy.policy import KINDS
 from fpsim.suggestions import did_you_mean
 
@@ -299,7 +300,7 @@ def _spelled(value: Any) -> Any:
 
 def _profile_of(text: str) -> Profile:
     try:
-        facts = json.loads(text)
+        facts = parse_json(text)
         if facts["fpsim_profile"] > JSON_VERSION:
             raise ValueError(f"it was written by a newer version of fpsim (form {facts['fpsim_profile']})")
         sites = [_site_of(_of_this_version(row)) for row in facts["sites"]]

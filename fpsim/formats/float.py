@@ -8,6 +8,8 @@ IEEE P3109 and ml_dtypes.
 
 from __future__ import annotations
 
+import reprlib
+import struct
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -41,6 +43,7 @@ class FloatFormat:
             holds one more binade of normals.
 
     Raises:
+        TypeError: a width or the bias is not an int.
         ValueError: the attributes describe no format, or a format with values that float64 does not have (no
             carrier could hold them).
 
@@ -60,12 +63,14 @@ class FloatFormat:
 
     def __post_init__(self) -> None:
         e, m = self.exponent_bits, self.mantissa_bits
+        if type(e) is not int or type(m) is not int or not (self.bias is None or type(self.bias) is int):
+            raise TypeError(f"the widths and the bias of a format are ints, got {reprlib.repr((e, m, self.bias))}")
         if not 1 <= e <= 11:
             raise ValueError(f"exponent_bits must be 1 to 11, got {e}: wider formats have values that float64 lacks")
         if not 0 <= m <= 52:
             raise ValueError(f"mantissa_bits must be 0 to 52, got {m}: wider formats have values that float64 lacks")
-        if self.specials not in SPECIALS:
-            raise ValueError(f"specials must be one of {', '.join(SPECIALS)}, got {self.specials!r}")
+        if not isinstance(self.specials, str) or self.specials not in SPECIALS:
+            raise ValueError(f"specials must be one of {', '.join(SPECIALS)}, got {reprlib.repr(self.specials)}")
         if self.specials == "fnuz" and not self.signed:
             raise ValueError("an unsigned format cannot be 'fnuz', which keeps its NaN at negative zero: use 'fn'")
         if not self.zero and (self.subnormals or self.signed):
@@ -175,20 +180,30 @@ class FloatFormat:
     @property
     def max(self) -> float:
         """The largest finite value."""
+        return float64_of(self.max_units)
+
+    @property
+    def max_units(self) -> int:
+        """The largest finite value in units of 2**-1074, the smallest subnormal of float64."""
         field, mantissa = divmod(self.max_code, 1 << self.mantissa_bits)
         if field == 0 and self.zero:
-            return mantissa * 2.0 ** (self.emin - self.mantissa_bits) if self.subnormals else 0.0
-        return ((1 << self.mantissa_bits) + mantissa) * 2.0 ** (field - self.bias - self.mantissa_bits)
+            return mantissa << (self.emin - self.mantissa_bits + 1074) if self.subnormals else 0
+        return ((1 << self.mantissa_bits) + mantissa) << (field - self.bias - self.mantissa_bits + 1074)
 
     @property
     def smallest_normal(self) -> float:
         """The smallest positive normal value, ``2**emin``."""
-        return 2.0**self.emin
+        return float64_of(1 << (self.emin + 1074))
+
+    @property
+    def smallest_exponent(self) -> int:
+        """The exponent of the smallest positive value, a power of two: a subnormal if the format has subnormals."""
+        return self.emin - self.mantissa_bits if self.subnormals else self.emin
 
     @property
     def smallest_subnormal(self) -> float:
         """The smallest positive value: a subnormal if the format has subnormals, else `smallest_normal`."""
-        return 2.0 ** (self.emin - self.mantissa_bits) if self.subnormals else self.smallest_normal
+        return float64_of(1 << (self.smallest_exponent + 1074))
 
     @property
     def num_values(self) -> int:
@@ -203,8 +218,8 @@ class FloatFormat:
         return (
             self.mantissa_bits <= carrier.mantissa_bits
             and self.emin - self.mantissa_bits >= carrier.emin - carrier.mantissa_bits
-            and (carrier.subnormals or self.smallest_subnormal >= carrier.smallest_normal)
-            and self.max <= carrier.max
+            and (carrier.subnormals or self.smallest_exponent >= carrier.emin)
+            and self.max_units <= carrier.max_units
             and self.signed <= carrier.signed
             and self.has_infinity <= carrier.has_infinity
             and self.has_nan <= carrier.has_nan
@@ -243,6 +258,15 @@ class FloatFormat:
 
     def __str__(self) -> str:
         return self.name
+
+
+def float64_of(units: int) -> float:
+    """The float64 that equals ``units`` * 2**-1074, for a number that float64 has.
+
+    The bits are assembled from integers: if a process flushes subnormals to zero, floating-point operations lose them.
+    """
+    shift = max(units.bit_length() - 53, 0)
+    return float(struct.unpack("<d", struct.pack("<Q", (shift << 52) + (units >> shift)))[0])
 
 
 #: The suffix of a format's name for each value of `FloatFormat.specials`.

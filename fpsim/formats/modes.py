@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from typing import Literal, get_args
 
 from fpsim.formats.float import FloatFormat
@@ -27,11 +28,11 @@ def check_rounding(rounding: str) -> Rounding:
     Raises:
         ValueError: it is not one of them.
     """
-    if rounding not in ROUNDINGS:
+    if not isinstance(rounding, str) or rounding not in ROUNDINGS:
         hint = ""
-        if str(rounding).partition(":")[0] in STOCHASTIC_ROUNDINGS:
+        if isinstance(rounding, str) and rounding.partition(":")[0] in STOCHASTIC_ROUNDINGS:
             hint = " (stochastic rounding depends on a random number, which is not taken here)"
-        raise ValueError(f"unknown rounding {rounding!r}: use one of {', '.join(ROUNDINGS)}{hint}")
+        raise ValueError(f"unknown rounding {reprlib.repr(rounding)}: use one of {', '.join(ROUNDINGS)}{hint}")
     return rounding  # type: ignore[return-value]
 
 
@@ -56,15 +57,17 @@ def split_rounding(rounding: str) -> tuple[str, int]:
     >>> split_rounding("stochastic:8"), split_rounding("up")
     (('stochastic', 8), ('up', 0))
     """
-    name, colon, bits = str(rounding).partition(":")
+    name, colon, bits = rounding.partition(":") if isinstance(rounding, str) else ("", "", "")
     if name not in STOCHASTIC_ROUNDINGS:
-        if rounding not in ROUNDINGS:
+        if name not in ROUNDINGS or colon:
             known = ", ".join([*ROUNDINGS, *STOCHASTIC_ROUNDINGS])
-            raise ValueError(f"unknown rounding {rounding!r}: use one of {known} (the last three also with :BITS)")
+            raise ValueError(
+                f"unknown rounding {reprlib.repr(rounding)}: use one of {known} (the last three also with :BITS)"
+            )
         return rounding, 0
     if not colon:
         return name, USUAL_RANDOM_BITS
-    if not re.fullmatch(r"[0-9]+", bits) or not 1 <= int(bits) <= STOCHASTIC_ROUNDINGS[name]:
+    if not re.fullmatch(r"[0-9]{1,2}", bits) or not 1 <= int(bits) <= STOCHASTIC_ROUNDINGS[name]:
         raise ValueError(f"rounding {rounding!r}: random bits are 1 to {STOCHASTIC_ROUNDINGS[name]}, got {bits!r}")
     return name, int(bits)
 
@@ -94,15 +97,16 @@ def resolve_overflow(fmt: FloatFormat, overflow: str | None) -> Overflow:
 
     None means ``ovf_inf`` for formats with infinities, else ``sat_finite``. In an unsigned format a result below zero
     overflows too. It becomes NaN under ``ovf_inf``, and the smallest value under the other modes, except that -inf
-    becomes NaN under ``sat_propagate``. In a format without zero the same holds for an input of zero.
+    becomes NaN under ``sat_propagate``. If the format has no NaN, the smallest value takes its place. In a format
+    without zero the same holds for an input of zero.
 
     Raises:
         ValueError: the mode is unknown, or it needs an infinity or a NaN and ``fmt`` has neither.
     """
     if overflow is None:
         return "ovf_inf" if fmt.has_infinity else "sat_finite"
-    if overflow not in OVERFLOWS:
-        raise ValueError(f"unknown overflow mode {overflow!r}: use one of {', '.join(OVERFLOWS)}, or None")
+    if not isinstance(overflow, str) or overflow not in OVERFLOWS:
+        raise ValueError(f"unknown overflow mode {reprlib.repr(overflow)}: use one of {', '.join(OVERFLOWS)}, or None")
     if overflow != "sat_finite" and not (fmt.has_infinity or fmt.has_nan):
         raise ValueError(
             f"overflow={overflow!r} needs an infinity or a NaN and {fmt.name} has neither: use overflow='sat_finite'"

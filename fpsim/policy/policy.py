@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 
 from fpsim.casts import NONE, UNSCALED, Cast, CastLike, parse_cast, parse_unscaled
 from fpsim.formats import OVERFLOWS, FloatFormat, full_rounding, parse_format
+from fpsim.json_text import check_depth, parse_json
 from fpsim.policy.globs import matches
 from fpsim.scaling.scale import Scale, parse_scale
 from fpsim.suggestions import did_you_mean
@@ -144,6 +145,7 @@ class Policy:
     gaps: str | Iterable[str] = ()
 
     def __post_init__(self) -> None:
+        check_depth([getattr(self, field.name) for field in fields(self)])
         object.__setattr__(self, "rounding", full_rounding(self.rounding))
         if self.overflow is not None and self.overflow not in OVERFLOWS:
             raise ValueError(f"unknown overflow mode {self.overflow!r}: use one of {', '.join(OVERFLOWS)}, or None")
@@ -420,8 +422,8 @@ class Policy:
             ValueError: ``text`` is not JSON, is not a policy, or was written by a newer fpsim.
         """
         try:
-            options = json.loads(text)
-        except json.JSONDecodeError as error:
+            options = parse_json(text)
+        except ValueError as error:
             raise ValueError(f"a policy must be valid JSON: {error}") from None
         if not isinstance(options, dict):
             raise ValueError(f"a policy must be a JSON object, got {type(options).__name__}")
@@ -444,6 +446,7 @@ class Policy:
                 together with fields.
             TypeError: ``options`` is not a mapping, or ``policy`` has none of these three types.
         """
+        check_depth(options)
         if not isinstance(options, Mapping | None):
             raise TypeError(f"{options!r} is no policy: give a Policy or its fields, such as {{'format': {options!r}}}")
         options = dict(options or {})

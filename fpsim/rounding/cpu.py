@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fpsim.formats import FloatFormat
-from fpsim.rounding.definitions import CHUNK, check_arguments
+from fpsim.rounding.definitions import CHUNK, check_arguments, scales_of
 from fpsim.rounding.kernel import FLOAT32
 from fpsim.rounding.tensors import round_with_torch_ops
 
@@ -21,23 +21,59 @@ _MAGNITUDE = (1 << 31) - 1  # all bits of a float32 except the sign
 
 
 @torch.library.impl(_library, "round", "CPU")
-def _round_cpu(x: Tensor, format: str, rounding: str, overflow: str, source: str = "") -> Tensor:
+def _round_cpu(
+    x: Tensor, format: str, rounding: str, overflow: str, source: str = "", scale: Tensor | None = None
+) -> Tensor:
     fmt = check_arguments(x, format, rounding, overflow)
     out = torch.empty_like(x)
     if out.stride() != x.stride():
         x = torch.empty_like(x).copy_(x)  # dense and in the order of `out`, but another tensor: `out` is overwritten
+    if scale is not None and scale.numel() > 1:
+        scale = _flat(torch.empty_like(x).copy_(scale))
     values, result = _flat(x), _flat(out)
     chunk = CHUNK * torch.get_num_threads()
-    by_scaling = x.dtype == torch.float32 and can_round_by_scaling(fmt, overflow)
-    at_one_unit = x.dtype == torch.float32 and has_one_unit(fmt, overflow)
-    for piece, target in zip(values.split(chunk), result.split(chunk), strict=True):
-        if by_scaling and not (rounding in ("up", "down", "to_odd") and has_subnormal(piece)):
-            round_by_scaling(piece, fmt, rounding, overflow, target)
-        elif at_one_unit:
-            round_at_one_unit(piece, fmt, rounding, target)
+    pieces = zip(values.split(chunk), result.split(chunk), scales_of(scale, values, chunk), strict=False)
+    for piece, target, factor in pieces:
+        if factor is None:
+            done = _round_quickly(piece, fmt, rounding, overflow, target)
         else:
-            target.copy_(round_with_torch_ops(piece, fmt, rounding, overflow))
+            done = _round_scaled_quickly(piece, factor, fmt, rounding, overflow, target)
+        if not done:
+            target.copy_(round_with_torch_ops(piece, fmt, rounding, overflow, scale=factor))
     return out
+
+
+def _round_quickly(x: Tensor, fmt: FloatFormat, rounding: str, overflow: str, out: Tensor) -> bool:
+    """Round ``x`` into ``out`` by a shortcut, if one gives the bits of the kernel. Whether one does."""
+    if x.dtype != torch.float32:
+        return False
+    if can_round_by_scaling(fmt, overflow) and not (rounding in ("up", "down", "to_odd") and has_subnormal(x)):
+        round_by_scaling(x, fmt, rounding, overflow, out)
+        return True
+    if has_one_unit(fmt, overflow):
+        round_at_one_unit(x, fmt, rounding, out)
+        return True
+    return False
+
+
+def _round_scaled_quickly(
+    x: Tensor, scale: Tensor, fmt: FloatFormat, rounding: str, overflow: str, out: Tensor
+) -> bool:
+    """`_round_quickly` between a multiplication by ``scale`` and a division by it.
+
+    Both are exact, whether subnormals are flushed or not, unless an operand or a result is subnormal.
+    """
+    if x.dtype != torch.float32 or scale.numel() > 1:
+        return False
+    power = (int(scale.view(torch.int32)) >> FLOAT32.mantissa_bits) - FLOAT32.bias
+    if has_magnitude_below(x, (1 + max(0, -power)) << FLOAT32.mantissa_bits):
+        return False
+    if not _round_quickly(x * scale, fmt, rounding, overflow, out):
+        return False
+    if has_magnitude_below(out, (1 + max(0, power)) << FLOAT32.mantissa_bits):
+        return False
+    out.div_(scale)
+    return True
 
 
 def has_one_unit(fmt: FloatFormat, overflow: str) -> bool:
@@ -129,8 +165,13 @@ def round_by_scaling(x: Tensor, fmt: FloatFormat, rounding: str, overflow: str, 
 
 def has_subnormal(x: Tensor) -> bool:
     """Whether any element of a float32 tensor is subnormal, decided from its bits."""
+    return has_magnitude_below(x, 1 << FLOAT32.mantissa_bits)
+
+
+def has_magnitude_below(x: Tensor, code: int) -> bool:
+    """Whether any element of a float32 tensor is not zero and has a magnitude whose code is less than ``code``."""
     before = (x.view(torch.int32) & _MAGNITUDE).sub_(1).bitwise_and_(_MAGNITUDE)
-    return x.numel() > 0 and int(before.amin()) < (1 << FLOAT32.mantissa_bits) - 1
+    return x.numel() > 0 and int(before.amin()) < code - 1
 
 
 def _flat(x: Tensor) -> Tensor:

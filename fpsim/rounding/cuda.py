@@ -28,20 +28,24 @@ def _triton_functions() -> ModuleType | None:
 
 
 @torch.library.impl(_library, "round", "CUDA")
-def _round_cuda(x: Tensor, format: str, rounding: str, overflow: str, source: str = "") -> Tensor:
+def _round_cuda(
+    x: Tensor, format: str, rounding: str, overflow: str, source: str = "", scale: Tensor | None = None
+) -> Tensor:
     check_arguments(x, format, rounding, overflow)
     kernels = _triton_functions()
     if kernels is None:
-        return round_generally(x, format, rounding, overflow, source)
+        return round_generally(x, format, rounding, overflow, source, scale)
     with torch.cuda.device_of(x):
-        return kernels.round_dense(x, format, rounding, overflow)
+        return kernels.round_dense(x, format, rounding, overflow, scale)
 
 
 @torch.library.impl(_library, "round_stochastic", "CUDA")
-def _round_stochastic_cuda(x: Tensor, key: Tensor, format: str, rounding: str, overflow: str, source: str) -> Tensor:
+def _round_stochastic_cuda(
+    x: Tensor, key: Tensor, format: str, rounding: str, overflow: str, source: str, scale: Tensor | None = None
+) -> Tensor:
     check_stochastic_arguments(x, format, rounding, overflow)
     kernels = _triton_functions()
     if kernels is None:
-        return round_stochastic(x, key, format, rounding, overflow, source)
+        return round_stochastic(x, key, format, rounding, overflow, source, scale)
     with torch.cuda.device_of(x):
-        return kernels.round_stochastic_dense(x, key, format, rounding, overflow)
+        return kernels.round_stochastic_dense(x, key, format, rounding, overflow, scale)

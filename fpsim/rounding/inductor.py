@@ -123,18 +123,27 @@ class LaneOps:
 
 
 def _lower(
-    x: ir.TensorBox, format: str, rounding: str, overflow: str, word_at: Callable[[Any], Lanes] | None = None
+    x: ir.TensorBox,
+    format: str,
+    rounding: str,
+    overflow: str,
+    scale: ir.TensorBox | None,
+    word_at: Callable[[Any], Lanes] | None = None,
 ) -> ir.TensorBox:
     """The lowering of a rounding of ``x``; ``word_at`` returns the 32-bit random word of the element at an index."""
     carrier, fmt = x.get_dtype(), parse_format(format)
     working = working_dtype(carrier)
     lane_ops = LaneOps(working)
-    grid = grid_of(fmt, carrier)
+    grid = grid_of(fmt, carrier, scale is not None)
     load = x.make_loader()
+    load_scale = None if scale is None else lowering.expand(scale, x.get_size()).make_loader()
+
+    def code_of(value: Any) -> Lanes:
+        value = ops.to_dtype(value, working, src_dtype=carrier)
+        return Lanes(ops.to_dtype_bitcast(value, lane_ops.integer, working), lane_ops.integer)
 
     def rounded(index: Any) -> Any:
-        value = ops.to_dtype(load(index), working, src_dtype=carrier)
-        code = Lanes(ops.to_dtype_bitcast(value, lane_ops.integer, working), lane_ops.integer)
+        code = code_of(load(index))
         if working != carrier:
             # Inductor keeps 16-bit intermediates in float32, unrounded: round them to their own dtype first.
             code = round_code(code, Grid(CARRIERS[carrier], CARRIERS[working]), "nearest_even", "ovf_inf", lane_ops)
@@ -143,7 +152,8 @@ def _lower(
             word = word_at(index)
             if lane_ops.integer == torch.int64:
                 word = _converted(word, torch.int64) << 32
-        code = round_code(code, grid, rounding, overflow, lane_ops, word)
+        powers = None if load_scale is None else code_of(load_scale(index))
+        code = round_code(code, grid, rounding, overflow, lane_ops, word, powers)
         value = ops.to_dtype_bitcast(code.value, working, lane_ops.integer)
         return ops.to_dtype(value, carrier, src_dtype=working)
 
@@ -151,13 +161,21 @@ def _lower(
 
 
 @lowering.register_lowering(torch.ops.fpsim.round.default, type_promotion_kind=None)
-def _lower_round(x: ir.TensorBox, format: str, rounding: str, overflow: str, source: str = "") -> ir.TensorBox:
-    return _lower(x, format, rounding, overflow)
+def _lower_round(
+    x: ir.TensorBox, format: str, rounding: str, overflow: str, source: str = "", scale: ir.TensorBox | None = None
+) -> ir.TensorBox:
+    return _lower(x, format, rounding, overflow, scale)
 
 
 @lowering.register_lowering(torch.ops.fpsim.round_stochastic.default, type_promotion_kind=None)
 def _lower_round_stochastic(
-    x: ir.TensorBox, key: ir.TensorBox, format: str, rounding: str, overflow: str, source: str
+    x: ir.TensorBox,
+    key: ir.TensorBox,
+    format: str,
+    rounding: str,
+    overflow: str,
+    source: str,
+    scale: ir.TensorBox | None = None,
 ) -> ir.TensorBox:
     key.realize()  # compute it once, not for every element
     load_key = key.make_loader()
@@ -178,7 +196,7 @@ def _lower_round_stochastic(
         vector = Lanes(ops.index_expr(FloorDiv(linear, lanes), torch.int32), torch.int32)
         return random_word(low_key, high_key, (vector << (lanes.bit_length() - 1)) | lane)
 
-    return _lower(x, format, rounding, overflow, word_at)
+    return _lower(x, format, rounding, overflow, scale, word_at)
 
 
 def _lanes(device: torch.device, sizes: Sequence[sympy.Expr]) -> int:

@@ -14,7 +14,6 @@ elements where it is set.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -57,6 +56,8 @@ class Grid:
 
     fmt: FloatFormat
     carrier: FloatFormat
+    scaled: bool = False  # whether numbers are scaled before they are rounded: then codes are extended
+    nan_code: int | None = None  # the carrier's code of a NaN result, as a signed integer; None: the usual one
 
     @cached_property
     def first_field(self) -> int:
@@ -66,7 +67,7 @@ class Grid:
     @cached_property
     def extended(self) -> bool:
         """Whether codes are extended."""
-        return self.first_field < 1 or (self.first_field == 1 and not self.fmt.subnormals)
+        return self.scaled or self.first_field < 1 or (self.first_field == 1 and not self.fmt.subnormals)
 
     @cached_property
     def implicit(self) -> int:
@@ -88,24 +89,35 @@ class Grid:
         """The code of zero, extended if codes are."""
         return self.extended_zero if self.extended else 0
 
-    def code_of(self, value: float) -> int:
-        """The code of ``value >= 0``, a number of the carrier; extended if codes are."""
-        return self.zero if value == 0 else self._code(value, None if self.extended else self.carrier.emin)
+    def code_of(self, units: int) -> int:
+        """The code of ``units * 2**-1074``, a number of the carrier; extended if codes are."""
+        return self._code(units, None if self.extended else self.carrier.emin) if units else self.zero
 
-    def plain_code_of(self, value: float) -> int:
-        """The carrier's code of ``value >= 0``, never extended."""
-        return 0 if value == 0 else self._code(value, self.carrier.emin)
+    def plain_code_of(self, units: int) -> int:
+        """The carrier's code of ``units * 2**-1074``, never extended."""
+        return self._code(units, self.carrier.emin) if units else 0
 
-    def _code(self, value: float, emin: int | None) -> int:
-        exponent = math.frexp(value)[1] - 1
+    def _code(self, units: int, emin: int | None) -> int:
+        exponent = units.bit_length() - 1 - 1074
         exponent = exponent if emin is None else max(exponent, emin)
-        significand = int(math.ldexp(value, self.carrier.mantissa_bits - exponent))
+        shift = exponent - self.carrier.mantissa_bits + 1074
+        significand = units >> shift if shift > 0 else units << -shift
         return ((exponent + self.carrier.bias - 1) << self.carrier.mantissa_bits) + significand
 
     @cached_property
     def max(self) -> int:
         """The code of the format's largest finite value."""
-        return self.code_of(self.fmt.max)
+        return self.code_of(self.fmt.max_units)
+
+    @cached_property
+    def plain_max(self) -> int:
+        """The carrier's code of the format's largest finite value, never extended."""
+        return self.plain_code_of(self.fmt.max_units)
+
+    @cached_property
+    def smallest(self) -> int:
+        """The code of the format's smallest positive value."""
+        return self.code_of(1 << (self.fmt.smallest_exponent + 1074))
 
     @cached_property
     def shift(self) -> int:
@@ -135,7 +147,9 @@ class Grid:
         return 0 if field_of_first_value % 2 == self.fmt.zero else self.implicit
 
 
-def round_code(code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops, word: Int = 0) -> Int:
+def round_code(
+    code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops, word: Int = 0, scale: Int | None = None
+) -> Int:
     """Round a number of the carrier to ``grid.fmt``.
 
     Args:
@@ -146,6 +160,9 @@ def round_code(code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops, wo
         ops: the executor.
         word: for stochastic rounding, integers of the carrier's width. The topmost bits are random, as many as
             ``rounding`` states. The other bits do not affect the result.
+        scale: None, or if ``grid.scaled`` the codes of powers of two. The number is multiplied by the power before it
+            is rounded, and the result is divided by it. The product is exact. The quotient is rounded to the carrier,
+            ties to even. The power is the one that `fpsim.scaling.rules` computes for this magnitude or a larger one.
 
     Returns:
         The carrier's codes of the rounded numbers.
@@ -160,9 +177,18 @@ def round_code(code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops, wo
     is_nan = ~ops.less(magnitude, infinity + 1)
     # Clamp large magnitudes: a signed sum that overflows is undefined in C++, and its compilers exploit that.
     nearest_overflows = overflow == "ovf_inf" and (rounding in ("nearest_even", "nearest_away") or random_bits > 0)
-    a = ops.clamp(magnitude, None, infinity if nearest_overflows else grid.plain_code_of(fmt.max))
-    if grid.extended:
-        a = _extend(a, grid, ops)
+    binades: Int = 0
+    if scale is None:
+        exceeds = None if nearest_overflows else ~ops.less(magnitude, grid.plain_max + 1)
+        a = ops.clamp(magnitude, None, infinity if nearest_overflows else grid.plain_max)
+        if grid.extended:
+            a = extend(a, grid, ops)
+    else:
+        binades = scale - (carrier.bias << carrier.mantissa_bits)  # as a difference of codes
+        a = extend(ops.clamp(magnitude, 1, None), grid, ops) + binades
+        a = ops.choose(ops.less(magnitude, 1), grid.zero, a)
+        exceeds = None if nearest_overflows else ~ops.less(a, grid.max + 1)
+        a = ops.clamp(a, None, infinity if nearest_overflows else grid.max)
 
     linear = (
         grid.tiny
@@ -174,8 +200,8 @@ def round_code(code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops, wo
     if nearest_overflows:
         becomes_infinity = ~ops.less(r, grid.max + 1)
     else:
-        becomes_infinity = _becomes_infinity(magnitude, code, grid, rounding, overflow, ops)
-    smallest = grid.code_of(fmt.smallest_subnormal)
+        becomes_infinity = _becomes_infinity(magnitude, exceeds, code, grid, rounding, overflow, ops)
+    smallest = grid.smallest
     if grid.tiny and not linear:
         if random_bits:
             becomes_zero = ops.less(a, smallest) & ~_randomly_up(a, grid, rounding, ops, word, random_bits)
@@ -186,7 +212,11 @@ def round_code(code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops, wo
         r = ops.clamp(r, smallest, None)
     elif linear or not fmt.subnormals:
         r = ops.choose(ops.less(r, smallest), grid.zero, r)
-    if grid.extended:
+    is_zero: Mask = None
+    if scale is not None:
+        is_zero = ops.less(r, grid.zero + 1)
+        r = ops.choose(is_zero, 0, _unextend_rounded(ops.clamp(r, grid.smallest, None) - binades, grid, ops))
+    elif grid.extended:
         r = _unextend(r, grid, ops)
     if becomes_infinity is not None and fmt.has_infinity:
         r = ops.choose(becomes_infinity, infinity, r)
@@ -199,26 +229,37 @@ def round_code(code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops, wo
         r = r | ((code ^ magnitude) & -r)  # -r has the sign bit unless r is 0
     else:
         negative = ops.less(code, 0)
-        below = negative & ~ops.less(r, 1) if fmt.zero else negative | ops.less(magnitude, 1)
-        r = ops.choose(below, 0 if fmt.zero else grid.plain_code_of(fmt.smallest_normal), r)
-        if overflow == "ovf_inf":
+        if fmt.zero:
+            below = negative & ~(ops.less(r, 1) if is_zero is None else is_zero)
+        else:
+            below = negative | ops.less(magnitude, 1)
+        lowest: Int = 0
+        if not fmt.zero and scale is None:
+            lowest = grid.plain_code_of(1 << (fmt.emin + 1074))
+        elif not fmt.zero:
+            lowest = _unextend_rounded(grid.smallest - binades, grid, ops)
+        r = ops.choose(below, lowest, r)
+        if overflow == "ovf_inf" and fmt.has_nan:
             is_nan = is_nan | below
-        elif overflow == "sat_propagate":
+        elif overflow == "sat_propagate" and fmt.has_nan:
             is_nan = is_nan | (negative & ~ops.less(magnitude, infinity))
-    return ops.choose(is_nan, carrier.nan_code if fmt.has_nan else grid.plain_code_of(fmt.max), r)
+    nan_code = carrier.nan_code if grid.nan_code is None else grid.nan_code
+    return ops.choose(is_nan, nan_code if fmt.has_nan else grid.plain_max, r)
 
 
-def _becomes_infinity(magnitude: Int, code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops) -> Mask | None:
+def _becomes_infinity(
+    magnitude: Int, exceeds: Mask, code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops
+) -> Mask | None:
     """Numbers that become infinity, or NaN if the format has none, in modes where rounding does not produce it.
 
-    The result is None if there are none. For NaNs it is undefined.
+    ``exceeds`` are the numbers above the format's largest finite value. The result is None if there are none. For NaNs
+    it is undefined.
     """
     if overflow == "sat_finite":
         return None
     is_infinity = ~ops.less(magnitude, grid.carrier.max_code + 1)
     if overflow == "sat_propagate" or rounding in ("toward_zero", "to_odd"):
         return is_infinity
-    exceeds = ~ops.less(magnitude, grid.plain_code_of(grid.fmt.max) + 1)
     return is_infinity | (exceeds & (~ops.less(code, 0) if rounding == "up" else ops.less(code, 0)))
 
 
@@ -277,7 +318,7 @@ def _round_magnitude(
 
 def _becomes_zero(a: Int, code: Int, grid: Grid, rounding: str, ops: Ops) -> Mask:
     """Numbers that become zero, if a unit exceeds a binade below the format's smallest subnormal."""
-    smallest = grid.code_of(grid.fmt.smallest_subnormal)
+    smallest = grid.smallest
     half = smallest - grid.implicit
     if rounding == "nearest_even":
         return ops.less(a, half + 1)  # the tie goes to zero, because its code is even
@@ -316,7 +357,7 @@ def _significand_below(a: Int, grid: Grid, ops: Ops) -> tuple[Int, Int]:
         the smallest subnormal. The fraction is ``significand * 2**-(mantissa_bits + 1 + binades)``.
     """
     m = grid.carrier.mantissa_bits
-    smallest_field = grid.code_of(grid.fmt.smallest_subnormal) >> m
+    smallest_field = grid.smallest >> m
     significand = (a & (grid.implicit - 1)) + grid.implicit
     if (
         not grid.extended and smallest_field <= grid.carrier.bits + 1
@@ -331,7 +372,7 @@ def _linear_below(a: Int, grid: Grid, ops: Ops) -> Int:
     So the distance of two codes there is proportional to the distance of their numbers. Bits of a number that do not
     fit into its code are dropped.
     """
-    smallest = grid.code_of(grid.fmt.smallest_subnormal)
+    smallest = grid.smallest
     significand, binades = _significand_below(a, grid, ops)
     spread = (significand >> ops.clamp(binades + 1, 0, grid.carrier.bits - 1)) + (smallest - grid.implicit)
     return ops.larger(a, spread)  # from the smallest subnormal on, `spread` does not exceed the code
@@ -358,7 +399,7 @@ def encode_code(code: Int, grid: Grid, ops: Ops) -> Int:
     fmt, m = grid.fmt, grid.carrier.mantissa_bits
     infinity = grid.carrier.max_code + 1
     magnitude = code & (grid.carrier.sign_code - 1)
-    a = _extend(magnitude, grid, ops)
+    a = extend(magnitude, grid, ops)
 
     field = (a >> m) - grid.first_field  # 0 for the smallest normals
     significand = (a & (grid.implicit - 1)) + grid.implicit
@@ -406,7 +447,7 @@ def _as_signed(code: int, grid: Grid) -> int:
     return code - 2 * grid.carrier.sign_code if code >= grid.carrier.sign_code else code
 
 
-def _extend(a: Int, grid: Grid, ops: Ops) -> Int:
+def extend(a: Int, grid: Grid, ops: Ops) -> Int:
     """The extended codes of plain codes ``a >= 0``."""
     extended = ops.code_of_integer(a) + grid.extended_zero  # gives `extended_zero` for zero
     return ops.choose(ops.less(a, grid.implicit), extended, a)
@@ -418,3 +459,12 @@ def _unextend(r: Int, grid: Grid, ops: Ops) -> Int:
     significand = (r & (grid.implicit - 1)) + grid.implicit
     shift = ops.clamp(1 - (r >> m), 0, m + 1)
     return ops.choose(ops.less(r, grid.implicit), significand >> shift, r)
+
+
+def _unextend_rounded(r: Int, grid: Grid, ops: Ops) -> Int:
+    """The plain codes of extended codes ``r``, rounded to numbers of the carrier: to nearest, ties to even."""
+    m = grid.carrier.mantissa_bits
+    significand = (r & (grid.implicit - 1)) + grid.implicit
+    shift = ops.clamp(1 - (r >> m), 1, m + 2)  # from `implicit` on, where it would be below 1, it has no effect
+    even = (~significand >> shift) & 1
+    return ops.choose(ops.less(r, grid.implicit), (significand - (-1 << (shift - 1)) - even) >> shift, r)

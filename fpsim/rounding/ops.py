@@ -1,7 +1,7 @@
 """The rounding operators of ``torch.ops.fpsim`` with their kernels, and the rules that torch's compilers need.
 
 Each operator has a fake and a vmap rule. It has no autograd rule, on purpose: `torch.compile` of `torch.func`
-transforms silently ignores registered derivatives, so `fpsim.round` builds its derivative from arithmetic. The
+transforms silently ignores registered derivatives, so `fpsim.round` builds its derivative from other operators. The
 operators compute values only: call them on detached tensors.
 """
 
@@ -23,9 +23,9 @@ from fpsim.source import source_hash
 #: this argument they would return code that another version of fpsim compiled.
 SOURCE = source_hash()
 
-round_op: Callable[[Tensor, str, str, str, str], Tensor] = torch.ops.fpsim.round.default
+round_op: Callable[..., Tensor] = torch.ops.fpsim.round.default
 random_key_op: Callable[[Tensor, int], Tensor] = torch.ops.fpsim.random_key.default
-round_stochastic_op: Callable[[Tensor, Tensor, str, str, str, str], Tensor] = torch.ops.fpsim.round_stochastic.default
+round_stochastic_op: Callable[..., Tensor] = torch.ops.fpsim.round_stochastic.default
 
 _library = torch.library.Library("fpsim", "FRAGMENT")
 
@@ -36,7 +36,9 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 @torch.library.register_fake("fpsim::round", lib=_library)
-def _round_fake(x: Tensor, format: str, rounding: str, overflow: str, source: str = "") -> Tensor:
+def _round_fake(
+    x: Tensor, format: str, rounding: str, overflow: str, source: str = "", scale: Tensor | None = None
+) -> Tensor:
     check_arguments(x, format, rounding, overflow)
     _register_lowerings()
     return torch.empty_like(x)
@@ -50,15 +52,29 @@ def _register_lowerings() -> None:
 
 @torch.library.register_vmap("fpsim::round", lib=_library)
 def _round_vmap(
-    info: object,
+    info: Any,
     in_dims: tuple[int | None, ...],
     x: Tensor,
     format: str,
     rounding: str,
     overflow: str,
     source: str = "",
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, int | None]:
-    return round_op(x, format, rounding, overflow, source), in_dims[0]
+    if scale is None or in_dims[-1] is None:
+        return round_op(x, format, rounding, overflow, source, scale), in_dims[0]
+    xs = _with_batch_first(x, in_dims[0], info.batch_size)
+    return round_op(xs, format, rounding, overflow, source, _scales_of_batch(scale, in_dims[-1], xs)), 0
+
+
+def _with_batch_first(x: Tensor, batch_dim: int | None, batch_size: int) -> Tensor:
+    return x.expand(batch_size, *x.shape) if batch_dim is None else x.movedim(batch_dim, 0)
+
+
+def _scales_of_batch(scale: Tensor, batch_dim: int, xs: Tensor) -> Tensor:
+    """The scales of the samples of ``xs``, whose first dimension is the batch, in a shape that broadcasts."""
+    scales = scale.movedim(batch_dim, 0)
+    return scales.reshape(scales.shape[0], *[1] * (xs.dim() - scales.dim()), *scales.shape[1:])
 
 
 @torch.library.register_fake("fpsim::random_key", lib=_library)
@@ -70,7 +86,9 @@ def _random_key_fake(seed: Tensor, salt: int) -> Tensor:
 
 
 @torch.library.register_fake("fpsim::round_stochastic", lib=_library)
-def _round_stochastic_fake(x: Tensor, key: Tensor, format: str, rounding: str, overflow: str, source: str) -> Tensor:
+def _round_stochastic_fake(
+    x: Tensor, key: Tensor, format: str, rounding: str, overflow: str, source: str, scale: Tensor | None = None
+) -> Tensor:
     check_stochastic_arguments(x, format, rounding, overflow)
     _register_lowerings()
     return torch.empty_like(x)
@@ -91,11 +109,18 @@ def _round_stochastic_vmap(
     rounding: str,
     overflow: str,
     source: str,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, int]:
-    xs = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+    xs = _with_batch_first(x, in_dims[0], info.batch_size)
+    if scale is not None and in_dims[-1] is not None:
+        scale = _scales_of_batch(scale, in_dims[-1], xs)
     if in_dims[1] is None:  # one key: every sample of the batch has draws of its own
-        return round_stochastic_op(xs, key, format, rounding, overflow, source), 0
+        return round_stochastic_op(xs, key, format, rounding, overflow, source, scale), 0
     keys = key.movedim(in_dims[1], 0)
+    scales = [scale] * len(xs) if scale is None or in_dims[-1] is None else scale
     return torch.stack(
-        [round_stochastic_op(a, k, format, rounding, overflow, source) for a, k in zip(xs, keys, strict=True)]
+        [
+            round_stochastic_op(a, k, format, rounding, overflow, source, s)
+            for a, k, s in zip(xs, keys, scales, strict=True)
+        ]
     ), 0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fpsim.formats import FloatFormat, parse_format
+from fpsim.rounding.definitions import pieces
 
 
 def _group(fmt: FloatFormat) -> tuple[int, int]:
@@ -54,9 +55,12 @@ def pack(codes: Tensor, format: str | FloatFormat) -> Tensor:
         )
     if codes.numel() and int(codes.max()) >> fmt.bits:
         raise ValueError(f"code {int(codes.max())} is not one of {fmt.name}: codes are 0 to {(1 << fmt.bits) - 1}")
-    groups = codes.to(torch.int64).unflatten(-1, (-1, count))
-    word = (groups << fmt.bits * torch.arange(count, device=codes.device)).sum(-1, keepdim=True)  # up to 56 bits
-    return (word >> 8 * torch.arange(width, device=codes.device) & 0xFF).to(torch.uint8).flatten(-2)
+    groups = codes.unflatten(-1, (-1, count))
+    packed = codes.new_empty((*groups.shape[:-1], width))
+    for part, target in pieces(groups, packed, keep=1):
+        word = (part.to(torch.int64) << fmt.bits * torch.arange(count, device=codes.device)).sum(-1, keepdim=True)
+        target.copy_(word >> 8 * torch.arange(width, device=codes.device) & 0xFF)  # the word has up to 56 bits
+    return packed.flatten(-2)
 
 
 def unpack(packed: Tensor, format: str | FloatFormat) -> Tensor:
@@ -85,7 +89,9 @@ def unpack(packed: Tensor, format: str | FloatFormat) -> Tensor:
             f"{count} codes of {fmt.name} fill {width} bytes: the last dimension must be a multiple of {width}, got "
             f"shape {tuple(packed.shape)}"
         )
-    groups = packed.to(torch.int64).unflatten(-1, (-1, width))
-    word = (groups << 8 * torch.arange(width, device=packed.device)).sum(-1, keepdim=True)
-    codes = word >> fmt.bits * torch.arange(count, device=packed.device) & ((1 << fmt.bits) - 1)
-    return codes.to(torch.uint8).flatten(-2)
+    groups = packed.unflatten(-1, (-1, width))
+    codes = packed.new_empty((*groups.shape[:-1], count))
+    for part, target in pieces(groups, codes, keep=1):
+        word = (part.to(torch.int64) << 8 * torch.arange(width, device=packed.device)).sum(-1, keepdim=True)
+        target.copy_(word >> fmt.bits * torch.arange(count, device=packed.device) & ((1 << fmt.bits) - 1))
+    return codes.flatten(-2)

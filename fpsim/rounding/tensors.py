@@ -43,7 +43,9 @@ class TorchOps:
         return a.to(self.floating).view(self.integer)
 
 
-def round_with_torch_ops(x: Tensor, fmt: FloatFormat, rounding: str, overflow: str, word: Int = 0) -> Tensor:
+def round_with_torch_ops(
+    x: Tensor, fmt: FloatFormat, rounding: str, overflow: str, word: Int = 0, scale: Tensor | None = None
+) -> Tensor:
     """``x`` rounded by plain torch operations only. This defines the result of the operators on every device.
 
     Args:
@@ -52,10 +54,13 @@ def round_with_torch_ops(x: Tensor, fmt: FloatFormat, rounding: str, overflow: s
         rounding: any rounding that `fpsim.formats.split_rounding` takes.
         overflow: one of `fpsim.formats.OVERFLOWS`.
         word: for stochastic rounding, 32-bit random words (int32) of the shape of ``x``.
+        scale: None, or powers of two of the dtype of ``x``, in a shape that broadcasts to the shape of ``x``.
     """
     working = working_dtype(x.dtype)
     ops = TorchOps(working)
     code = x.to(working).view(ops.integer)
     if isinstance(word, Tensor) and ops.integer == torch.int64:
         word = word.to(torch.int64) << 32
-    return round_code(code, grid_of(fmt, x.dtype), rounding, overflow, ops, word).view(working).to(x.dtype)
+    grid = grid_of(fmt, x.dtype, scale is not None)
+    powers = None if scale is None else scale.to(working).view(ops.integer)
+    return round_code(code, grid, rounding, overflow, ops, word, powers).view(working).to(x.dtype)

@@ -11,15 +11,14 @@ from torch import Tensor
 
 import fpsim.scaling.definitions  # noqa: F401  (registers the operator)
 from fpsim.formats import FloatFormat, parse_format
-from fpsim.rounding.carriers import check_carrier
+from fpsim.rounding.carriers import check_carrier, check_tensor
 from fpsim.rounding.ops import SOURCE
 
-#: Arguments: a tensor, the largest finite value of a format, and `fpsim.rounding.ops.SOURCE`. The result holds
-#: two numbers: the scale of the tensor, and its reciprocal.
-scale_op: Callable[[Tensor, float, str], Tensor] = torch.ops.fpsim.power_of_two_scale.default
+#: Arguments: a tensor, the name of a format, and `fpsim.rounding.ops.SOURCE`. The result is the scale of the tensor.
+scale_op: Callable[[Tensor, str, str], Tensor] = torch.ops.fpsim.power_of_two_scale.default
 
 #: The operator of each rule (`fpsim.scaling.scale.RULES`), with the arguments and results of `scale_op`.
-SCALE_OPERATORS: dict[str, Callable[[Tensor, float, str], Tensor]] = {"power_of_two": scale_op}
+SCALE_OPERATORS: dict[str, Callable[[Tensor, str, str], Tensor]] = {"power_of_two": scale_op}
 
 _library = torch.library.Library("fpsim", "FRAGMENT")
 
@@ -47,7 +46,8 @@ def power_of_two_scale(x: Tensor, format: str | FloatFormat) -> Tensor:
     is limited to the powers of two that are normal numbers of the dtype and whose reciprocals are normal numbers too:
     2^-126 to 2^126, in float64 2^-1022 to 2^1022.
 
-    With this scale ``s``, ``fpsim.round(x, format, scale="power_of_two")`` equals ``fpsim.round(x * s, format) / s``.
+    With this scale ``s``, ``fpsim.round(x, format, scale="power_of_two")`` equals ``fpsim.round(x * s, format) / s``
+    with an exact product.
 
     Args:
         x: float64, float32 or bfloat16, any shape, strides and device. Under `torch.vmap` each sample has its own
@@ -58,7 +58,7 @@ def power_of_two_scale(x: Tensor, format: str | FloatFormat) -> Tensor:
         A tensor without dimensions, of the dtype and device of ``x``. It has no derivative.
 
     Raises:
-        TypeError: the dtype of ``x`` is not a carrier.
+        TypeError: ``x`` is not a dense tensor (`fpsim.rounding.carriers.check_tensor`) of a carrier dtype.
         ValueError: the format is unknown or has values that the dtype of ``x`` lacks, or the dtype is float16.
 
     Source: the code of FP8-LM (arXiv 2310.18313), MS-AMP, with a history of one step.
@@ -67,20 +67,18 @@ def power_of_two_scale(x: Tensor, format: str | FloatFormat) -> Tensor:
     tensor(256.)
     """
     fmt = parse_format(format)
-    check_scaled_carrier(x.dtype, fmt)
-    return scale_op(x.detach(), fmt.max, SOURCE)[0]
+    check_scaled_carrier(check_tensor(x, "scale"), fmt)
+    return scale_op(x.detach(), fmt.name, SOURCE)
 
 
 @torch.library.register_fake("fpsim::power_of_two_scale", lib=_library)
-def _scale_fake(x: Tensor, maximum: float, source: str) -> Tensor:
+def _scale_fake(x: Tensor, format: str, source: str) -> Tensor:
     if "torch._inductor.lowering" in sys.modules:  # something is being compiled
         import fpsim.scaling.inductor  # noqa: F401
-    return x.new_empty(2)
+    return x.new_empty(())
 
 
 @torch.library.register_vmap("fpsim::power_of_two_scale", lib=_library)
-def _scale_vmap(
-    info: Any, in_dims: tuple[int | None, ...], x: Tensor, maximum: float, source: str
-) -> tuple[Tensor, int]:
+def _scale_vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, format: str, source: str) -> tuple[Tensor, int]:
     xs = x.movedim(in_dims[0] or 0, 0)
-    return torch.stack([scale_op(each, maximum, source) for each in xs]), 0
+    return torch.stack([scale_op(each, format, source) for each in xs]), 0

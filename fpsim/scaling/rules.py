@@ -6,29 +6,23 @@ the same source runs on torch tensors, on values of Inductor's intermediate lang
 
 from __future__ import annotations
 
-import math
-
 from fpsim.formats import FloatFormat
-from fpsim.rounding.kernel import Int, Ops
+from fpsim.rounding.kernel import Grid, Int, Ops, extend
 
 
-def factor_codes(amax: Int, maximum: float, carrier: FloatFormat, ops: Ops) -> tuple[Int, Int]:
-    """The carrier's codes of the power-of-two scale and of its reciprocal.
+def power_of_two_code(amax: Int, fmt: FloatFormat, carrier: FloatFormat, ops: Ops) -> Int:
+    """The carrier's code of the power-of-two scale.
 
     Args:
         amax: the carrier's code of the largest magnitude.
-        maximum: the largest finite value of the format.
+        fmt: the format.
         carrier: float32 or float64.
         ops: the executor.
     """
-    width, bias = carrier.mantissa_bits, carrier.bias
-    fraction, exponent = math.frexp(maximum)
-    mantissa = int((2 * fraction - 1) * (1 << width))
-    # A subnormal number is a multiple of the smallest one, and its code is the factor, which is normal as a number.
-    subnormal = ops.less(amax, 1 << width)
-    normal = ops.choose(subnormal, ops.code_of_integer(amax), amax)
-    power = exponent - 1 + bias - (normal >> width) - ops.choose(subnormal, carrier.emin - width, 0)
-    power = power - ops.choose(ops.less((normal & ((1 << width) - 1)), mantissa + 1), 0, 1)
-    usable = ops.less(amax, ((1 << carrier.exponent_bits) - 1) << width) & ~ops.less(amax, 1)
-    power = ops.choose(usable, ops.clamp(power, 1 - bias, bias - 1), 0)
-    return (bias + power) << width, (bias - power) << width
+    m, bias, grid = carrier.mantissa_bits, carrier.bias, Grid(fmt, carrier, scaled=True)
+    largest, largest_mantissa = grid.max >> m, grid.max & (grid.implicit - 1)
+    a = extend(amax, grid, ops)
+    power = largest - (a >> m)
+    power = power - ops.choose(ops.less(a & (grid.implicit - 1), largest_mantissa + 1), 0, 1)
+    usable = ops.less(amax, carrier.max_code + 1) & ~ops.less(amax, 1)
+    return (ops.choose(usable, ops.clamp(power, 1 - bias, bias - 1), 0) + bias) << m

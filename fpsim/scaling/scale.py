@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -39,8 +40,9 @@ class Scale:
 
     def __post_init__(self) -> None:
         for name, valid in (("rule", RULES), ("granularity", GRANULARITIES), ("timing", TIMINGS)):
-            if getattr(self, name) not in valid:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r} of a scale: use one of {', '.join(valid)}")
+            given = getattr(self, name)
+            if not isinstance(given, str) or given not in valid:
+                raise ValueError(f"unknown {name} {reprlib.repr(given)} of a scale: use one of {', '.join(valid)}")
 
     def __str__(self) -> str:
         return self.rule
@@ -62,5 +64,5 @@ def parse_scale(name: str | Scale | None) -> Scale | None:
     if name is None or isinstance(name, Scale):
         return name
     if not isinstance(name, str) or name not in SCALES:
-        raise ValueError(f"unknown scale {name!r}: use one of {', '.join(SCALES)}, or None")
+        raise ValueError(f"unknown scale {reprlib.repr(name)}: use one of {', '.join(SCALES)}, or None")
     return SCALES[name]

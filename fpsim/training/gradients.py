@@ -14,6 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fpsim.casts import Cast, CastLike, check_cast, parse_unscaled
+from fpsim.rounding.carriers import check_tensor
 from fpsim.training.in_place import Job, check_seed, draw_of_step, round_in_place
 
 
@@ -113,6 +114,6 @@ def _whole(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def _round(tensor: Tensor, cast: Cast | None, draw: int | None, number: int) -> None:
     if cast is not None:
-        check_cast(tensor.dtype, cast)
         values = tensor.values() if tensor.is_sparse else tensor
+        check_cast(check_tensor(values), cast)
         round_in_place([Job(values, cast, number)], draw if cast.is_stochastic else None, compiled=None)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fpsim.casts import Cast, CastLike, check_cast, parse_cast
+from fpsim.rounding.carriers import check_tensor
 from fpsim.training.in_place import Job, check_seed, draw_of_step, round_in_place
 from fpsim.training.optimizer_state import state_names, states_of_parameters, tensors_in
 from fpsim.training.shards import local, shard_number, sharded_like
@@ -250,10 +251,10 @@ class StepHooks:
         for p in self.parameters:
             for cast in (self.weights, self.master):
                 if cast is not None:
-                    check_cast(p.dtype, cast)
+                    check_cast(check_tensor(local(p)), cast)
             for name, cast in self.state:
                 for tensor in tensors_in(self.optimizer.state.get(p, {}).get(name)) or [p]:
-                    check_cast(tensor.dtype, cast)
+                    check_cast(check_tensor(local(tensor)), cast)
 
     def start(self) -> None:
         if self.master is not None:

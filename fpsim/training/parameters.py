@@ -9,6 +9,7 @@ from torch import nn
 
 from fpsim.casts import Cast, CastLike, check_cast, parse_cast
 from fpsim.policy.globs import matches
+from fpsim.rounding.carriers import check_tensor
 from fpsim.suggestions import near_names
 from fpsim.training.in_place import Job, check_seed, draw_of_step, round_in_place
 from fpsim.training.shards import local, shard_number
@@ -51,7 +52,7 @@ def round_parameters(
         if (cast := chosen[name]) is not None
     ]
     for job in jobs:
-        check_cast(job.tensor.dtype, job.cast)
+        check_cast(check_tensor(job.tensor), job.cast)
     round_in_place(jobs, None if seed is None else draw_of_step(seed, 0))
 
 

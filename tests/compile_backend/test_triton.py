@@ -48,6 +48,10 @@ def test_interpreted_triton_rounds_as_the_reference_says(dtypes: tuple[str, ...]
     run_interpreted(*(f"values torch.{dtype}" for dtype in dtypes))
 
 
+def test_interpreted_scaled_rounding() -> None:
+    run_interpreted(*(f"scaled torch.{dtype}" for dtype in ("float32", "bfloat16", "float64")))
+
+
 def test_interpreted_stochastic_rounding_any_layout_and_kernels_of_ones_own() -> None:
     dtypes = ("float32", "bfloat16", "float64", "float16")
     run_interpreted(*(f"stochastic torch.{dtype}" for dtype in dtypes), "layouts", "user kernels")
@@ -151,6 +155,7 @@ def eager_kernel(gpu: int, dtype: str, format: str, rounding: str, overflow: str
         triton_rounding._round_kernel,
         gpu,
         (f"*{dtype}", f"*{dtype}", "i32"),
+        scale=None,
         FORMAT=format,
         ROUNDING=rounding,
         OVERFLOW=overflow,
@@ -207,9 +212,13 @@ def test_torch_compile_finds_all_that_a_users_kernel_needs() -> None:
 
 
 def test_what_is_kept_compiled_is_known_by_fpsims_source() -> None:
-    """Triton's cache key holds only the source of the kernel, in which a constant stands for the algorithm."""
-    assert products_rounded_and_added.cache_key
-    assert "FPSIM_SOURCE" in {name for name, _ in products_rounded_and_added.used_global_vals}
+    """Triton's cache key holds only the source of a function, in which a constant stands for the algorithm.
+
+    The key of a kernel contains those of the functions that it calls.
+    """
+    for function in (fpsim_round, fpsim_round_stochastic, triton_rounding._round_kernel):
+        assert function.cache_key
+        assert "FPSIM_SOURCE" in {name for name, _ in function.used_global_vals}
     assert SOURCE in FPSIM_SOURCE.value
 
 

@@ -228,11 +228,24 @@ def test_p3109_formats_have_the_values_that_gfloat_gives_them(k, p, sign, domain
         ("binary8p3sf", "e5m2fnuz"),
         ("binary8p4sf", "e4m3fnuz"),
         ("binary8p8uf", "e1m7fn:bias=1:unsigned"),
-        ("Binary8P3SE:bias=3", "e5m2:p3109:bias=3"),
+        ("e5m2:P3109:bias=3", "e5m2:p3109:bias=3"),
     ],
 )
 def test_names_of_p3109(name, canonical):
     assert parse_format(name).name == canonical
+
+
+def test_just_the_p3109_formats_with_more_exponent_bits_than_float64_are_refused_for_want_of_a_carrier():
+    for k, sign, domain in itertools.product(range(3, 16), "su", "ef"):
+        for p in range(1, k + (sign == "u")):
+            name, exponent_bits = f"binary{k}p{p}{sign}{domain}", k - p + (sign == "u")
+            if exponent_bits <= 11:
+                assert parse_format(name).is_subset_of(FloatFormat(11, 52)) and parse_format(name).max > 0
+            else:
+                with pytest.raises(
+                    ValueError, match=f"no carrier has its values: it has {exponent_bits} exponent bits"
+                ):
+                    parse_format(name)
 
 
 @pytest.mark.parametrize("name", ["binary8p8se", "binary2p1se", "binary16p8se", "binary8p0ue", "binary15p2se"])
@@ -245,7 +258,6 @@ def test_p3109_names_outside_the_supported_range_are_errors(name):
     ("name", "fmt"),
     [
         ("e2m1fn", FloatFormat(2, 1, specials="finite")),
-        ("e2m1fn:fn", FloatFormat(2, 1, specials="fn")),
         ("e2m1finite", FloatFormat(2, 1, specials="finite")),
         ("e2m1:fn", FloatFormat(2, 1, specials="fn")),
         ("e4m3b11fnuz", FloatFormat(4, 3, bias=11, specials="fnuz")),
@@ -307,6 +319,7 @@ def test_equal_formats_have_equal_hashes_and_the_sweep_has_no_duplicates():
         ({"mantissa_bits": 53}, "mantissa_bits must be 0 to 52, got 53"),
         ({"specials": "ocp"}, "specials must be one of ieee, fn, fnuz, finite, p3109, got 'ocp'"),
         ({"specials": "fnuz", "signed": False}, "an unsigned format cannot be 'fnuz'.* use 'fn'"),
+        ({"specials": ["fn"]}, "specials must be one of ieee, fn, fnuz, finite, p3109"),
         ({"zero": False}, "a format without zero must be unsigned and without subnormals"),
         ({"zero": False, "signed": False}, "a format without zero must be unsigned and without subnormals"),
         ({"bias": 2000}, r"bias 2000 gives values from 2\*\*-2002 .* float64"),
@@ -331,6 +344,26 @@ def test_arguments_that_describe_no_format_are_errors(arguments, message):
         ("e0m3", ["no such format 'e0m3'", "exponent_bits must be 1 to 11, got 0"]),
         ("e5m53", ["no such format 'e5m53'", "mantissa_bits must be 0 to 52, got 53"]),
         ("e4m3fnuz:unsigned", ["no such format 'e4m3fnuz:unsigned'", "use 'fn'"]),
+        ("e4m3fn:bias=1:bias=2", ["'e4m3fn:bias=1:bias=2' has two options for its bias", "leave out 'bias=2'"]),
+        ("e4m3fn:bias=1:bias=1", ["two options for its bias"]),
+        ("e4m3:fn:ieee", ["two options for its specials", "leave out 'ieee'"]),
+        ("e4m3:unsigned:unsigned", ["two options for its signed"]),
+        ("e4m3fn:ieee", ["e4m3fn has a meaning that 'ieee' repeats or contradicts"]),
+        ("e4m3fn:fn", ["e4m3fn has a meaning that 'fn' repeats or contradicts"]),
+        ("e2m1fn:fn", ["e2m1fn has a meaning"]),
+        ("bf16:finite", ["bf16 has a meaning that 'finite'"]),
+        ("e8m0fnu:unsigned", ["e8m0fnu has a meaning that 'unsigned'"]),
+        ("e8m0fnu:nozero", ["'nozero'"]),
+        ("e4m3b11fnuz:bias=8", ["e4m3b11fnuz has a meaning that 'bias=8'"]),
+        ("binary8p3se:unsigned", ["binary8p3se has a meaning that 'unsigned'"]),
+        ("binary8p3uf:bias=3", ["binary8p3uf has a meaning that 'bias=3'"]),
+        ("binary8p3se:p3109", ["binary8p3se has a meaning that 'p3109'"]),
+        ("float8_e5m10", ["e5m10 has 16 bits, and not the 8 of 'float8_'"]),
+        ("float4_e4m3fn", ["e4m3fn has 8 bits, and not the 4 of 'float4_'"]),
+        ("e4m3fn_x2", ["unknown format 'e4m3fn_x2'"]),
+        ("binary15p2se", ["no carrier has its values: it has 13 exponent bits, and float64 has 11"]),
+        ("binary12p1ue", ["no carrier has its values: it has 12 exponent bits"]),
+        ("binary16p8se", ["3 to 15 bits"]),
     ],
 )
 def test_errors_for_unknown_names_list_the_valid_ones(name, messages):

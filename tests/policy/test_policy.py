@@ -732,6 +732,13 @@ def test_a_format_is_no_policy_and_the_error_says_what_to_write(options: Any, er
         ({"modules": {"a": "what"}}, ValueError, "unknown format 'what'"),
         ({"modules": {"a": {"fromat": "bf16"}}}, ValueError, "unknown option 'fromat'"),
         ({"format": "e5m2/sideways"}, ValueError, "unknown mode 'sideways'"),
+        ({"format": "e5m2/up/down"}, ValueError, "has two roundings, up and down: leave one of them out"),
+        ({"weight": "e5m2/up/up"}, ValueError, "has two roundings, up and up"),
+        ({"format": "e5m2/stochastic:8/stochastic:4"}, ValueError, "has two roundings"),
+        ({"format": "e5m2/ovf_inf/sat_finite"}, ValueError, "has two overflow modes, ovf_inf and sat_finite"),
+        ({"format": "e5m2/power_of_two/unscaled"}, ValueError, "has two scales, power_of_two and unscaled"),
+        ({"gradient": "e4m3fn:bias=1:bias=2"}, ValueError, "two options for its bias"),
+        ({"elementwise": "e4m3fn:ieee"}, ValueError, "e4m3fn has a meaning that 'ieee' repeats or contradicts"),
         (
             {"fprop": {"weights": "bf16"}},
             ValueError,

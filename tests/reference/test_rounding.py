@@ -179,6 +179,11 @@ OVERFLOW = {
     ("e1m0", "ovf_inf", "-big"): (NINF, NINF, NEGATIVE_ZERO, NEGATIVE_ZERO, NINF, NEGATIVE_ZERO),
     ("e1m0", "sat_finite", "-inf"): (NEGATIVE_ZERO,) * 6,
     ("e1m0:unsigned", "ovf_inf", "-big"): (0,) * 6,
+    ("e5m0:unsigned", "ovf_inf", "-big"): (0,) * 6,  # the nearest value: there is no NaN
+    ("e5m0:unsigned", "ovf_inf", "-inf"): (0,) * 6,
+    ("e5m0:unsigned", "sat_propagate", "-big"): (0,) * 6,
+    ("e5m0:unsigned", "sat_propagate", "-inf"): (0,) * 6,
+    ("e5m0:unsigned", "sat_finite", "-inf"): (0,) * 6,
 }
 
 

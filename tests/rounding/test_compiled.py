@@ -101,6 +101,7 @@ FLOAT32: dict[str, list[Mode]] = {
         ("e8m0fnu", "nearest_away", None),
         ("e8m0fnu", "to_odd", "sat_propagate"),
         ("e4m3fn:nosubnormals:unsigned:nozero", "nearest_even", None),
+        ("e5m0:unsigned", "nearest_even", None),
         ("e4m3:unsigned", "nearest_even", "ovf_inf"),
         ("e4m3:unsigned", "to_odd", "sat_propagate"),
         ("e4m3finite:unsigned", "up", None),

@@ -7,6 +7,7 @@ into the smallest number of e5m0, because a sum whose result is not used overflo
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 
 from fpsim import reference
 from fpsim.formats import NAMED_FORMATS, ROUNDINGS, FloatFormat, full_rounding, parse_format, split_rounding
+from fpsim.reference.values import floor_log2
 from fpsim.rounding.kernel import Grid, decode_code, encode_code, round_code
 from fpsim.verify.codes import code_of
 from tests.shared.formats import overflows
@@ -142,6 +144,7 @@ FORMATS = [
     "e4m0finite:unsigned", "binary8p3se", "binary8p4ue", "binary5p1se", "binary4p3se",
     "e5m2:bias=126", "e5m2:bias=127", "e5m2:bias=140", "e3m2:bias=-5", "e8m2:nosubnormals", "e4m3:nosubnormals",
     "e4m3:bias=127:nosubnormals", "e4m3:bias=129:nosubnormals", "e5m2:bias=145:nosubnormals:unsigned",
+    "e5m0:unsigned", "e3m0:nosubnormals:unsigned:nozero",
     "e4m3fn:nosubnormals:unsigned:nozero", "e7m23", "e7m23:nosubnormals", "e8m23:unsigned", "e10m52",
 ]  # fmt: skip
 CASES = [
@@ -200,6 +203,43 @@ def test_stochastic_rounding_on_plain_integers_without_overflow(name, dtype):
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
+def test_scaled_rounding_on_plain_integers_without_overflow(name, dtype):
+    """The product with the scale is exact, and the quotient is the carrier's number nearest to the exact one."""
+    fmt, carrier = parse_format(name), CARRIERS[dtype]
+    grid, ops = Grid(fmt, carrier, scaled=True), WordOps(carrier)
+    extremes = [0, 1, 2, 3, 1 << (carrier.mantissa_bits - 1), (1 << carrier.mantissa_bits) - 1, carrier.max_code]
+    magnitudes = [*extremes, *ends(fmt, carrier), *interesting.__wrapped__(fmt, dtype).sample(16).codes.tolist()]
+    limit = carrier.bias - 1
+    lowest = max(-limit, fmt.max_exponent - carrier.max_exponent - 1)
+    rng = np.random.default_rng(7)
+    for code in {code % carrier.sign_code for code in magnitudes}:
+        x = reference.decode(code, carrier)
+        exponent = floor_log2(x) if isinstance(x, Fraction) and x else 0
+        highest = min(limit, carrier.max_exponent - exponent) if isinstance(x, Fraction) else 0
+        near = [fmt.emin - fmt.mantissa_bits - exponent + step for step in (-1, 0, 1, fmt.mantissa_bits)]
+        powers = [lowest, -1, 0, highest, *near] if isinstance(x, Fraction) else [0]
+        for power in {min(max(p, lowest), highest) for p in powers}:
+            for sign, rounding in itertools.product((0, carrier.sign_code), (*ROUNDINGS, "stochastic:7")):
+                overflow = overflows(fmt)[rng.integers(len(overflows(fmt)))]
+                word = int(rng.integers(-(2**31), 2**31)) << (carrier.bits - 32)
+                drawn = {"random": (word >> (carrier.bits - 7)) % 128} if ":" in rounding else {}
+                value = reference.decode(code | sign, carrier)
+                product = value * Fraction(2) ** power if isinstance(value, Fraction) else value
+                rounded = reference.round(product, fmt, rounding, overflow, **drawn)
+                quotient = rounded / Fraction(2) ** power if isinstance(rounded, Fraction) else rounded
+                want = reference.encode(quotient, carrier)
+                if want == 0 and quotient != 0 and sign and fmt.has_negative_zero:
+                    want = carrier.sign_code
+                if want == carrier.sign_code and not fmt.has_negative_zero:
+                    want = 0
+                scale = Word((carrier.bias + power) << carrier.mantissa_bits, carrier.bits)
+                signed = Word(code - carrier.sign_code if sign else code, carrier.bits)
+                random = Word(word, carrier.bits) if drawn else 0
+                got = round_code(signed, grid, rounding, overflow, ops, random, scale).value % (1 << carrier.bits)
+                assert got == want, (name, rounding, overflow, hex(code | sign), power, drawn, rounded)
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
 def test_encoding_and_decoding_on_plain_integers_without_overflow(name, dtype):
     fmt, carrier = parse_format(name), CARRIERS[dtype]
     grid, ops = Grid(fmt, carrier), WordOps(carrier)
@@ -220,6 +260,7 @@ def test_constants_of_a_grid_are_the_carriers_codes(name):
     for carrier in [c for c in CARRIERS.values() if c.bits > 16 and fmt.is_subset_of(c)]:
         grid = Grid(fmt, carrier)
         for value in (fmt.max, fmt.smallest_normal, fmt.smallest_subnormal, 0.0):
-            assert grid.plain_code_of(value) == reference.encode(value, carrier)
+            units = int(Fraction(value) * 2**1074)
+            assert grid.plain_code_of(units) == reference.encode(value, carrier)
             if not grid.extended:
-                assert grid.code_of(value) == reference.encode(value, carrier)
+                assert grid.code_of(units) == reference.encode(value, carrier)

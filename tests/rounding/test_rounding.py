@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import fpsim
 from fpsim import reference
+from fpsim.casts import Cast
 from fpsim.formats import NAMED_FORMATS, OVERFLOWS, ROUNDINGS, SPECIALS, FloatFormat, parse_format, resolve_overflow
 from tests.shared.formats import overflows
 from tests.shared.judge import (
@@ -578,3 +579,59 @@ def test_results_in_a_finite_format_are_finite(overflow):
         else:
             with pytest.raises(ValueError, match="use overflow='sat_finite'"):
                 fpsim.round(x, name, overflow=overflow)
+
+
+@pytest.mark.parametrize("rounding", [*ROUNDINGS, "stochastic"])
+@pytest.mark.parametrize("overflow", ["ovf_inf", "sat_finite", "sat_propagate"])
+def test_below_zero_an_unsigned_format_without_nan_has_its_smallest_value(rounding, overflow):
+    """Never the largest: it has an infinity, and so takes all overflow modes, but it has no NaN."""
+    x = torch.tensor([-1.0, -1e30, -float("inf"), -0.0, 1e30])
+    modes = {"rounding": rounding, "overflow": overflow, "seed": 0 if rounding == "stochastic" else None}
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        got = fpsim.round(x.to(dtype), "e5m0:unsigned", **modes)
+        assert got[:4].tolist() == [0, 0, 0, 0] and not got[:4].signbit().any() and got[4] >= 2**15
+        lowest = fpsim.round(x.to(dtype), "e3m0:nosubnormals:unsigned:nozero", **modes)
+        assert lowest[:4].tolist() == [2**-3] * 4
+
+
+def test_the_number_of_random_bits_is_given_once():
+    x = torch.ones(2)
+    for call in (fpsim.round, fpsim.encode):
+        for bits in (4, 8):
+            with pytest.raises(ValueError, match=f"'stochastic:8' has its own number .* random_bits={bits}"):
+                call(x, "e4m3fn", rounding="stochastic:8", random_bits=bits, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("salt", "error", "message"),
+    [
+        (2**64, ValueError, "salt 18446744073709551616 is no 64-bit integer"),
+        (2**63, ValueError, "is no 64-bit integer"),
+        (-(2**63) - 1, ValueError, "is no 64-bit integer"),
+        ("a", TypeError, "salt must be an int, got 'a' of type str"),
+        (1.0, TypeError, "salt must be an int, got 1.0 of type float"),
+        (True, TypeError, "salt must be an int, got True of type bool"),
+        (None, TypeError, "salt must be an int, got None of type NoneType"),
+    ],
+)
+def test_a_salt_is_an_int_of_64_bits(salt, error, message):
+    for mode in ({"rounding": "stochastic", "seed": 1}, {}):
+        with pytest.raises(error, match=message):
+            fpsim.round(torch.ones(2), "e4m3fn", salt=salt, **mode)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"rounding": "sideways"}, ValueError, "unknown rounding 'sideways'"),
+        ({"rounding": "up:3"}, ValueError, "unknown rounding 'up:3'"),
+        ({"overflow": None}, TypeError, "a cast has an overflow mode"),
+        ({"overflow": "wrap"}, ValueError, "unknown overflow mode 'wrap'"),
+        ({"scale": "power_of_two"}, TypeError, "a cast has an overflow mode, and a Scale or None"),
+        ({"format": "bf16"}, TypeError, "the format of a cast is a FloatFormat"),
+    ],
+)
+def test_a_cast_checks_its_fields(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Cast(**{"format": parse_format("bf16"), "rounding": "up", "overflow": "ovf_inf", **arguments})
+    assert Cast(parse_format("bf16"), "stochastic", "ovf_inf").rounding == "stochastic:23"

@@ -6,6 +6,7 @@ are tried on either side of the threshold where the result changes.
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -30,6 +31,7 @@ from fpsim.rounding.definitions import random_words_at
 from fpsim.rounding.ops import draw_seed, random_key_op
 from fpsim.rounding.tensors import round_with_torch_ops
 from fpsim.verify.codes import codes_of, tensor_of
+from tests.shared.formats import overflows
 from tests.shared.judge import CARRIERS, suits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -205,6 +207,39 @@ def test_overflow_modes(name: str, overflow: str) -> None:
     x = as_carried(values_of(fmt), torch.float32)
     for number in range(4):
         assert_rounds(x, fmt, "stochastic:2", overflow, [number] * len(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rounding", ["stochastic:8", "stochastic_b:8", "stochastic_c:8"])
+@pytest.mark.parametrize("name", ["e5m2", "e4m3fn", "e4m3fnuz", "e2m1fn", "binary8p3se", "e5m2:unsigned", "e5m0"])
+def test_beyond_the_largest_value_the_probabilities_are_exact(name: str, rounding: str, dtype: torch.dtype) -> None:
+    """Numbers from the largest value to beyond the one that would follow it: all 2**8 random numbers are tried.
+
+    The probability of overflow is the fraction of the way to the next value, as far as 8 bits tell. So rounding is
+    unbiased there too, if an overflow counts as the value that it stands for.
+    """
+    fmt = parse_format(name)
+    field, mantissa = divmod(fmt.max_code + 1, 1 << fmt.mantissa_bits)
+    above = ((1 << fmt.mantissa_bits) + mantissa) * Fraction(2) ** (field - fmt.bias - fmt.mantissa_bits)
+    largest, unit = Fraction(fmt.max), above - Fraction(fmt.max)
+    steps = [Fraction(k, 16 if dtype == torch.bfloat16 else 512) for k in range(24)]
+    x = torch.tensor([float(largest + step * unit) for step in (*steps, 1, Fraction(5, 4), 2)], dtype=dtype)
+    numbers = [Fraction(value) for value in x.tolist()]
+    words = (torch.arange(256) << 24).to(torch.int32)
+    probability = {
+        "stochastic:8": lambda d: math.floor(d * 256),
+        "stochastic_b:8": lambda d: math.floor(d * 256 + Fraction(1, 2)),
+        "stochastic_c:8": lambda d: round(d * 256),  # of a Fraction: ties to even
+    }[rounding]
+    ups = [min(probability((number - largest) / unit), 256) for number in numbers]
+    for overflow, sign in itertools.product(overflows(fmt), (1, -1) if fmt.signed else (1,)):
+        beyond = fmt.max if overflow != "ovf_inf" else math.inf if fmt.has_infinity else math.nan
+        results = torch.stack(
+            [round_with_torch_ops(sign * x, fmt, rounding, overflow, w.expand(x.shape)) for w in words]
+        )
+        for count, column in zip(ups, results.double().T, strict=True):
+            want = [sign * fmt.max] * (256 - count) + [sign * beyond] * count
+            np.testing.assert_array_equal(np.sort(column.numpy()), np.sort(want), overflow)
 
 
 def test_the_fraction_of_random_numbers_that_round_up_is_the_probability() -> None:

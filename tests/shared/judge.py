@@ -189,10 +189,11 @@ def by_definition(inputs: Inputs, fmt: FloatFormat, rounding: str, overflow: str
     result[infinite] = fmt.max if overflow == "sat_finite" else infinity
     if not fmt.signed:
         below_range = negative & (rounded > 0)
-        result[below_range] = nan if overflow == "ovf_inf" else lowest
-        result[negative & infinite] = lowest if overflow == "sat_finite" else nan
+        below = nan if fmt.has_nan else lowest
+        result[below_range] = below if overflow == "ovf_inf" else lowest
+        result[negative & infinite] = lowest if overflow == "sat_finite" else below
         if not fmt.zero:
-            result[x == 0] = nan if overflow == "ovf_inf" else lowest
+            result[x == 0] = below if overflow == "ovf_inf" else lowest
         negative[:] = False
     result = np.where(negative & ((result != 0) | fmt.has_negative_zero), -result, result)
     result[np.isnan(x)] = nan
