@@ -161,7 +161,7 @@ def _bf16_or_tf32(_: Setting) -> Conditions:
 
 
 def _hybrid(_: Setting) -> Conditions:
-    hybrid: dict[str, Any] = {"products": "weights"}
+    hybrid: dict[str, Any] = {"policy": "fp8_hybrid", "products": "weights"}
     per_tensor = {**hybrid, "scale": "power_of_two"}
     unscaled = {"loss_scale": 1.0}
     return {

@@ -40,8 +40,8 @@ from fpsim.paper.models import LanguageModel, ModelConfig, llama
 from tests.benchmarks import timing
 
 Compile = Callable[[nn.Module], Callable[..., Tensor]]
-STOCHASTIC = {"rounding": "stochastic"}
-SCALED = {"scale": "power_of_two"}
+STOCHASTIC = {"policy": "fp8_hybrid", "rounding": "stochastic"}
+SCALED = {"policy": "fp8_hybrid", "scale": "power_of_two"}
 
 
 @dataclass(frozen=True)

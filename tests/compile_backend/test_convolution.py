@@ -302,7 +302,13 @@ def backwards(graph: fx.Graph) -> list[fx.Node]:
 
 
 @pytest.mark.parametrize(
-    "options", [{"format": "none"}, {"skip": ["*"]}, {"format": "none", "fprop": "e4m3"}, {"format": "fp32"}]
+    "options",
+    [
+        {"format": "none"},
+        {"policy": "fp8_hybrid", "skip": ["*"]},
+        {"format": "none", "fprop": "e4m3"},
+        {"format": "fp32"},
+    ],
 )
 def test_an_unrounded_backward_stays_one_operator(options: Mapping, graphs: list[fx.Graph]) -> None:
     trained(options, nn.Conv2d(3, 4, 3))
@@ -312,7 +318,7 @@ def test_an_unrounded_backward_stays_one_operator(options: Mapping, graphs: list
 
 def test_the_plan_lists_both_gradients_of_a_convolution_that_is_skipped() -> None:
     model = nn.Sequential(nn.Conv1d(2, 3, 3))
-    plan = fpsim.explain(model, torch.randn(2, 2, 7, requires_grad=True), policy={"skip": "0"})
+    plan = fpsim.explain(model, torch.randn(2, 2, 7, requires_grad=True), policy={"policy": "fp8_hybrid", "skip": "0"})
     kinds = [("convolution", "fprop"), ("convolution_backward", "dgrad"), ("convolution_backward", "wgrad")]
     assert plan.gaps == tuple(Gap("0", f"aten.{name}", f"{kind} left unrounded by the policy") for name, kind in kinds)
 

@@ -255,7 +255,9 @@ def unchanged(current: Callable[[], dict[str, Any]]) -> Iterator[None]:
 @only_code
 def test_compiling_leaves_the_settings_of_the_process_as_they_were(backend: str, attention: str) -> None:
     with unchanged(settings):
-        y = torch.compile(LlamaBlock(), backend=backend, options={"attention": attention})(torch.randn(2, 16, 32))
+        y = torch.compile(LlamaBlock(), backend=backend, options={"policy": "fp8_hybrid", "attention": attention})(
+            torch.randn(2, 16, 32)
+        )
         y.sum().backward()
 
 

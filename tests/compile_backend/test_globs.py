@@ -62,7 +62,7 @@ def test_long_lists_of_modules_are_cut() -> None:
 
 def test_near_matches_in_a_profile_too() -> None:
     with pytest.raises(BackendCompilerFailed, match=r"did you mean 'lm_head'"):
-        fpsim.profile(Model(), torch.randn(2, 4), policy={"skip": ["lm_haed"]})
+        fpsim.profile(Model(), torch.randn(2, 4), policy={"policy": "fp8_hybrid", "skip": ["lm_haed"]})
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ class Model(nn.Module):
 
 X = torch.randn(3, 8)
 RULES = [
-    {"skip": ["layers.2"]},
+    {"policy": "fp8_hybrid", "skip": ["layers.2"]},
     {"modules": {"*.up": "bf16"}},
     {"skip": ["head"], "modules": {"layers.0": "bf16", "haed": "bf16"}},
 ]
@@ -139,7 +139,7 @@ def test_rules_hold_in_the_parts_into_which_ddp_splits_a_model() -> None:
 def test_a_glob_that_matches_no_module_of_a_ddp_model_is_an_error() -> None:
     parallel = DistributedDataParallel(Model(), bucket_cap_mb=1e-4)
     with pytest.raises(BackendCompilerFailed, match=r"'haed' matches no module"):
-        torch.compile(parallel, backend="fpsim_eager", options={"skip": ["haed"]})(X)
+        torch.compile(parallel, backend="fpsim_eager", options={"policy": "fp8_hybrid", "skip": ["haed"]})(X)
 
 
 # -- options -----------------------------------------------------------------------------------------------------------

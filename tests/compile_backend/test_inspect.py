@@ -452,10 +452,10 @@ def test_compiling_an_opaque_operator_raises_and_names_the_remedies() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"gaps": ["aten._cdist*"]}, "allowed by the policy's gaps"),
-        ({"gaps": DISTANCES}, "allowed by the policy's gaps"),
-        ({"gaps": "*"}, "allowed by the policy's gaps"),
-        ({"skip": ["0"]}, "left unrounded by the policy"),
+        ({"policy": "fp8_hybrid", "gaps": ["aten._cdist*"]}, "allowed by the policy's gaps"),
+        ({"policy": "fp8_hybrid", "gaps": DISTANCES}, "allowed by the policy's gaps"),
+        ({"policy": "fp8_hybrid", "gaps": "*"}, "allowed by the policy's gaps"),
+        ({"policy": "fp8_hybrid", "skip": ["0"]}, "left unrounded by the policy"),
         ({"modules": {"0": "none"}}, "left unrounded by the policy"),
     ],
 )
@@ -471,7 +471,14 @@ def test_a_gap_that_the_policy_names_stays_unrounded_and_the_rest_is_rounded(opt
     assert model[0].points.grad is not None
 
 
-@pytest.mark.parametrize("options", [{"gaps": ["aten._cdist"]}, {"gaps": ["_cdist_forward"]}, {"skip": ["2"]}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"policy": "fp8_hybrid", "gaps": ["aten._cdist"]},
+        {"policy": "fp8_hybrid", "gaps": ["_cdist_forward"]},
+        {"policy": "fp8_hybrid", "skip": ["2"]},
+    ],
+)
 def test_a_gap_that_the_policy_does_not_name_is_still_an_error(options: dict) -> None:
     with pytest.raises(BackendCompilerFailed, match=r"aten\._cdist_forward"):
         torch.compile(OfDistances(), backend="fpsim_eager", options=options)(torch.randn(4, 3))
@@ -485,7 +492,7 @@ def attention(x: Tensor, w: Tensor) -> Tensor:
 
 def test_attention_kept_fused_is_a_gap() -> None:
     x, w = torch.randn(2, 4, 16, requires_grad=True), torch.randn(16, 16, requires_grad=True)
-    plan = fpsim.explain(attention, x, w, policy={"attention": "keep"})
+    plan = fpsim.explain(attention, x, w, policy={"policy": "fp8_hybrid", "attention": "keep"})
     assert {gap.reason for gap in plan.gaps} == {"attention kept fused by the policy"}
     assert [gap.operator.removesuffix("_backward") for gap in plan.gaps] == [plan.gaps[0].operator] * 2
     assert plan.gaps[0].operator.startswith("aten._scaled_dot_product")
@@ -628,7 +635,7 @@ def test_explain_says_where_nothing_is_compiled() -> None:
 
 def test_audit_lists_fused_attention_as_inside() -> None:
     x, w = torch.randn(2, 4, 16, requires_grad=True), torch.randn(16, 16, requires_grad=True)
-    kept = fpsim.audit(attention, x, w, policy={"attention": "keep"})
+    kept = fpsim.audit(attention, x, w, policy={"policy": "fp8_hybrid", "attention": "keep"})
     assert {escape.inside for escape in kept.escaped} == {True}
     assert [escape.count for escape in kept.escaped] == [1, 1]
     name = kept.escaped[0].operator
@@ -779,7 +786,7 @@ def test_what_a_policy_does_not_allow_is_an_error_in_audit_too() -> None:
 
 
 def test_an_opaque_operator_that_the_policy_allows_is_found_inside() -> None:
-    audit = fpsim.audit(OfDistances(), torch.randn(4, 3), policy={"gaps": "aten._cdist*"})
+    audit = fpsim.audit(OfDistances(), torch.randn(4, 3), policy={"policy": "fp8_hybrid", "gaps": "aten._cdist*"})
     assert [(escape.operator, escape.count, escape.inside) for escape in audit.escaped] == [
         ("aten._cdist_forward", 1, True),
         ("aten._cdist_backward", 1, True),

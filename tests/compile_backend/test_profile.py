@@ -465,7 +465,7 @@ def test_activation_checkpointing_counts_nothing_twice() -> None:
 
 def test_what_is_not_rounded_is_a_gap() -> None:
     model = nn.Sequential(linear(), linear(6, 4))
-    profile = fpsim.profile(model, numbers(5, 8, seed=3), policy={"skip": ["1"]})
+    profile = fpsim.profile(model, numbers(5, 8, seed=3), policy={"policy": "fp8_hybrid", "skip": ["1"]})
     assert {site.path for site in profile.sites} == {"0"}
     assert Gap("1", "aten.addmm", "fprop left unrounded by the policy") in profile.gaps
     assert "3 gaps are not in this table" in str(profile) and "left unrounded" in page_of(profile)

@@ -19,7 +19,7 @@ from fpsim import Policy
 from fpsim.compile_backend.functional import functional
 from tests.shared.models import assert_all_equal, dyadic
 
-SCALED = {"scale": "power_of_two"}
+SCALED = {"policy": "fp8_hybrid", "scale": "power_of_two"}
 BACKENDS = ("fpsim", "fpsim_eager")
 
 #: Small integers of both signs, so that sums of their products are exact.

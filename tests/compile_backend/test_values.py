@@ -29,7 +29,7 @@ POLICIES = {
     "forward only": {"fprop": "e4m1", "format": "none"},
     "weights only": {"weight": "e2m1fn"},
     "nothing": {"format": "none"},
-    "scaled": {"scale": "power_of_two"},
+    "scaled": {"policy": "fp8_hybrid", "scale": "power_of_two"},
     "scaled to fewer bits": {"scale": "power_of_two", "format": "e2m1fn", "gradient": "e4m1:bias=20/toward_zero"},
     "one role scaled": {"activation": "e4m1", "weight": "e3m1", "gradient": "e2m1fn/power_of_two"},
 }

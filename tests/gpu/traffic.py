@@ -136,7 +136,7 @@ def code_for_a_gpu(gm: fx.GraphModule, inputs: Sequence[Any], is_backward: bool)
 
 CASES: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "plain Inductor, attention fused": (None, False),
-    "fpsim, attention kept fused": ({"attention": "keep"}, False),
+    "fpsim, attention kept fused": ({"policy": "fp8_hybrid", "attention": "keep"}, False),
     "plain Inductor, attention opened": (None, True),
     "fpsim, everything rounded": ({}, True),
 }
