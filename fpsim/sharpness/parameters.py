@@ -105,7 +105,7 @@ def sam(loss: Loss, params: PyTree, *, rho: float = 0.05, adaptive: bool = False
         eta: lets parameters near zero move; ASAM uses 0.01. It is only used if adaptive.
 
     Raises:
-        ValueError: rho is not positive, eta is negative, or the loss is not a scalar or has no gradient.
+        ValueError: rho is not positive, eta is negative, or the loss is not a scalar, not finite or without gradient.
 
     Source: arXiv 2010.01412 equation 2; ASAM: arXiv 2102.11600 section 3.
 
@@ -118,6 +118,8 @@ def sam(loss: Loss, params: PyTree, *, rho: float = 0.05, adaptive: bool = False
         raise ValueError(f"eta must not be negative, got {eta}: ASAM uses 0.01")
     arranged = layout(params)
     value, gradient = value_and_gradient(loss, arranged, arranged.values)
+    if not math.isfinite(value):
+        raise ValueError(f"the loss at params is {value}: no step from there has a rise")
     gradient_norm = total_norm(gradient)
     gradient = [part.to(accumulation_dtype(part.dtype)) for part in gradient]
     if adaptive:

@@ -24,9 +24,15 @@ Loss = Callable[[PyTree], Tensor]
 
 
 def evaluate(loss: Loss, layout: Layout, point: Sequence[Tensor]) -> float:
-    """The loss at ``point``, computed without a graph."""
-    with torch.no_grad():
-        return scalar_loss(loss(layout.substitute(point))).item()
+    """The loss at ``point``, computed without a graph, unless the loss takes derivatives itself."""
+    try:
+        with torch.no_grad():
+            return scalar_loss(loss(layout.substitute(point))).item()
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+    with torch.enable_grad():
+        return scalar_loss(loss(layout.substitute([piece.detach().requires_grad_() for piece in point]))).item()
 
 
 def value_and_gradient(loss: Loss, layout: Layout, point: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
