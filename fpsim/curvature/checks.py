@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpsim.curvature.data import Data, Weight, call, fingerprint, why_batches_differ
+from fpsim.curvature.data import NO_DATA, Data, Weight, call, fingerprint, why_batches_differ
 from fpsim.curvature.linear import Operator, symmetry_tolerance
 from fpsim.curvature.losses import scalar_loss
 from fpsim.curvature.products import OperationsSeen
@@ -95,7 +95,10 @@ def check_determinism(
     arranged = layout(params, select=select)
     data = Data.of(batches, weight)
     passes = ([fingerprint(batch) for batch, _ in data] for _ in range(2))
-    reasons = list(why_batches_differ(*passes))
+    first, second = passes
+    if not first:
+        raise ValueError(NO_DATA)
+    reasons = list(why_batches_differ(first, second))
     deterministic = not reasons
     difference, training = 0.0, False
     for index, (batch, _) in enumerate(data):

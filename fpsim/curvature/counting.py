@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fpsim.curvature.linear import Operator, symmetry_tolerance
+from fpsim.curvature.vectors import dot, norm
 
 
 class Products:
@@ -73,6 +74,30 @@ def as_operator(operator: Operator | Tensor) -> Operator:
     if isinstance(operator, Tensor):
         return Operator.of_matrix(operator)
     raise TypeError(f"expected an Operator or a matrix, got {type(operator).__name__}: make one with hessian(...)")
+
+
+class Asymmetry:
+    """An estimate of ``|A - A^T| / |A|`` from products with random vectors, each compared with the one before.
+
+    It is that of `Operator.symmetry_error`, without products of its own; it keeps two vectors.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._difference = self._size = 0.0
+
+    def add(self, vector: Tensor, image: Tensor) -> None:
+        """Take account of ``image``, the operator times ``vector``."""
+        if self._last is not None:
+            other, mapped = self._last
+            self._difference += (dot(other, image) - dot(vector, mapped)) ** 2
+            self._size += norm(image) ** 2
+        self._last = vector, image
+
+    @property
+    def error(self) -> float:
+        """The estimate; zero before the second product."""
+        return (self._difference / self._size) ** 0.5 if self._size else 0.0
 
 
 def doubts(operator: Operator, asymmetry: float) -> tuple[str, ...]:

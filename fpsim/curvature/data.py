@@ -17,6 +17,9 @@ from torch.utils import _pytree as pytree
 #: The weight of each batch: a function of a batch, numbers in the order of the batches, or "equal".
 Weight = Callable[[Any], float | Tensor] | Sequence[float] | str | None
 
+#: The message where there is nothing to average over.
+NO_DATA = "no batch has a weight above zero: there is no data (or a loader that was empty)"
+
 #: Stands for "no batch": the loss is a function of the parameters alone.
 NO_BATCH = object()
 
@@ -73,8 +76,14 @@ class Data:
         return cls(batches, weight, count)
 
     def first(self) -> Any:
-        """The first batch."""
-        return next(iter(self.batches))
+        """The first batch.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for batch in self.batches:
+            return batch
+        raise ValueError(NO_DATA)
 
     def __iter__(self) -> Iterator[tuple[Any, float]]:
         weights = None if self.weight is None or callable(self.weight) else iter(self.weight)
@@ -160,8 +169,11 @@ class Witness:
 
         Raises:
             FloatingPointError: it is NaN, or an infinite loss.
+            ValueError: there are no outputs.
         """
         value = value.detach()
+        if not value.numel():
+            raise ValueError(f"the outputs are empty, of shape {tuple(value.shape)}: give a batch with samples")
         scalar = value.dim() == 0
         total = value.item() if scalar else value.abs().sum(dtype=torch.float64).item()
         if math.isnan(total) or (scalar and not math.isfinite(total)):

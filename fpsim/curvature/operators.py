@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from fpsim.curvature import products
-from fpsim.curvature.data import NO_BATCH, Data, Weight, Witness, call
+from fpsim.curvature.data import NO_BATCH, NO_DATA, Data, Weight, Witness, call
 from fpsim.curvature.linear import Operator
 from fpsim.curvature.losses import scalar_loss
 from fpsim.curvature.products import MODES, Function, Mode, OutputProduct, Product, Tensors
-from fpsim.curvature.second_derivatives import RightDerivatives, refuse_wrong
+from fpsim.curvature.second_derivatives import RightDerivatives, nodes_of, refuse_wrong
 from fpsim.curvature.vectors import Layout, Params, Select, layout
 
 #: Takes the value of the loss, or the outputs, at each evaluation.
@@ -172,6 +172,9 @@ def gauss_newton(
         def outputs_at(values: Tensors) -> Tensor:
             with RightDerivatives(mode):
                 found = call(outputs, arranged.substitute(values), batch)
+            if not isinstance(found, Tensor) or not found.is_floating_point():
+                kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+                raise TypeError(f"the outputs must be one real floating-point tensor, got {kind}")
             look(found)
             return found
 
@@ -181,7 +184,7 @@ def gauss_newton(
         return build(function(batch, look), output_product(batch), arranged.values)
 
     def examine(batch: Any, look: Look) -> None:
-        _examined(function(batch, look), arranged.values, "gauss_newton")
+        _examined(function(batch, look), arranged.values, f"gauss_newton_{mode}")
 
     return operator_of(linearise, examine, arranged, data, keep=_keeps(mode, keep, data), name="Gauss-Newton")
 
@@ -275,7 +278,7 @@ def operator_of(
                 result.add_(term, alpha=weight)
                 total += weight
         if result is None:
-            raise ValueError("no batch has a weight above zero: there is no data (or a loader that was empty)")
+            raise ValueError(NO_DATA)
         return result if only else result.div_(total)
 
     return Operator(
@@ -284,10 +287,23 @@ def operator_of(
 
 
 def _examined(function: Function, values: Tensors, mode: str) -> frozenset[str]:
-    """Evaluates ``function`` once and refuses operators with wrong second derivatives; the unknown ones."""
+    """Evaluates ``function`` once and refuses operators with wrong second derivatives; the unknown ones.
+
+    Raises:
+        CurvatureError: an operator has a wrong second derivative in ``mode``.
+        ValueError: the result does not depend on ``values``.
+    """
     variables = tuple(value.detach().requires_grad_() for value in values)
     with torch.enable_grad(), products.attention_kernel(mode):
-        return refuse_wrong(function(variables), mode)
+        found = function(variables)
+    unknown = refuse_wrong(found, mode)
+    reached = {id(getattr(node, "variable", None)) for node in nodes_of(found)}
+    if not found.requires_grad or not (unknown or reached & {id(variable) for variable in variables}):
+        raise ValueError(
+            "the loss does not depend on the params that it gets, so its curvature would be zero: compute it from them "
+            "(as fpsim.curvature.functional_loss does for a module), and not under torch.no_grad()"
+        )
+    return unknown
 
 
 def _overlook(value: Tensor) -> None:

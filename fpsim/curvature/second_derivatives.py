@@ -37,7 +37,8 @@ class Wrong:
 
     Attributes:
         node: the name of its node in an autograd graph, without the number at its end.
-        modes: the modes of `fpsim.curvature.hessian` in which it is wrong.
+        modes: the modes of `fpsim.curvature.hessian` in which it is wrong; ``gauss_newton_forward`` is the mode
+            ``forward`` of `fpsim.curvature.gauss_newton`, which needs first derivatives only.
         operator: the operator, as the message names it.
         why: what is wrong.
         remedy: what to use instead.
@@ -93,14 +94,14 @@ WRONG: tuple[Wrong, ...] = (
         "LogcumsumexpBackward",
         _FORWARD,
         "logcumsumexp",
-        "the forward-mode derivative of its backward is wrong where an incoming gradient is zero",
+        "the forward-mode derivative of its backward is wrong for entries that differ by more than exp can hold",
         _USE_REVERSE,
     ),
     Wrong(
         "CholeskyInverseBackward",
-        _FORWARD,
+        (*_FORWARD, "gauss_newton_forward"),
         "cholesky_inverse",
-        "the forward-mode derivative of its backward reads the triangle that the operator ignores",
+        "its forward-mode derivative is wrong",
         _USE_REVERSE,
     ),
     Wrong(
@@ -151,9 +152,10 @@ def refuse_wrong(value: Tensor, mode: str) -> frozenset[str]:
         name = node.name()
         for entry in WRONG:
             if mode in entry.modes and name.rstrip("0123456789").startswith(entry.node) and entry.applies(node):
+                or_else = "" if mode.startswith("gauss_newton") else ", or use mode='finite_difference' (approximate)"
                 raise CurvatureError(
-                    f"the loss contains {entry.operator}, whose second derivative torch computes wrong: {entry.why} "
-                    f"(torch {entry.torch}). To avoid it, {entry.remedy}, or use mode='finite_difference' (approximate)"
+                    f"the loss contains {entry.operator}, whose derivative torch computes wrong: {entry.why} "
+                    f"(torch {entry.torch}). To avoid it, {entry.remedy}{or_else}"
                 )
         if name.removeprefix("torch::autograd::").removesuffix("_copy") not in CHECKED:
             unknown.add(name)
@@ -191,11 +193,15 @@ class RightDerivatives(TorchFunctionMode):
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    return _weight_norm_interface(v, g, dim)[0]
 
 
 def _weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
-    norms = torch.norm_except_dim(v, 2, dim)
+    if dim == -1:  # torch's sign for the norm of all entries
+        norms = torch.linalg.vector_norm(v)
+    else:
+        others = [other for other in range(v.dim() + 1) if other != dim]  # never empty, which would mean all
+        norms = torch.linalg.vector_norm(v.unsqueeze(-1), dim=others, keepdim=True).squeeze(-1)
     return v * (g / norms), norms
 
 

@@ -54,6 +54,21 @@ def value_and_gradient(loss: Loss, layout: Layout, point: Sequence[Tensor]) -> t
     return value.item(), list(gradient)
 
 
+def why_it_changes(loss: Loss, layout: Layout, value: float) -> str:
+    """Why ``value``, the loss at the parameters, is not the loss there when it is computed again; empty if it is.
+
+    It takes one evaluation. Differences that rounding errors explain do not count.
+    """
+    again = evaluate(loss, layout, layout.values)
+    tolerance = max(min(1000 * torch.finfo(piece.dtype).eps, 0.02) for piece in layout.values)
+    if abs(again - value) <= tolerance * abs(value):
+        return ""
+    return (
+        f"the loss changes from call to call (from {value:.6g} to {again:.6g}): dropout is active, it draws other "
+        "random numbers, or it keeps a state. Call model.eval(); fpsim.curvature.check_determinism says more"
+    )
+
+
 def direction_pieces(layout: Layout, direction: PyTree, name: str) -> list[Tensor]:
     """The pieces of ``direction``: a pytree like the parameters, or one flat vector of ``layout.size`` numbers.
 
