@@ -137,7 +137,7 @@ def test_what_torch_differentiates_wrong_is_right_or_refused(entry):
     want = judged(function, point, vector)
     assert want is not None
     seen = []
-    for mode in entry.modes:
+    for mode in set(entry.modes) & set(EXACT):
         try:
             seen.append(relative(product(mode, function, point, vector), want))
         except (RuntimeError, NotImplementedError):
