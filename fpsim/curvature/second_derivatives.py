@@ -205,16 +205,9 @@ def _weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, 
     return v * (g / norms), norms
 
 
-def _mse_loss(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    weight: Tensor | None = None,
-) -> Tensor:
-    if size_average is not None or reduce is not None or weight is not None:
-        return functional.mse_loss(input, target, size_average, reduce, reduction, weight)
+def _mse_loss(input: Tensor, target: Tensor, *deprecated: Any, reduction: str = "mean", **others: Any) -> Tensor:
+    if deprecated or any(value is not None for value in others.values()):
+        return functional.mse_loss(input, target, *deprecated, reduction=reduction, **others)
     squares = (input - target) ** 2
     return squares.mean() if reduction == "mean" else squares.sum() if reduction == "sum" else squares
 

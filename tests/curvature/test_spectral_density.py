@@ -53,7 +53,7 @@ def test_density_is_within_its_error_bars(reorthogonalise):
 def test_intervals_contain_the_density():
     inside = []
     for seed in range(6):
-        result = density(MATRIX, steps=20, probes=20, grid=40, generator=torch.Generator().manual_seed(seed))
+        result = density(MATRIX, steps=40, probes=20, grid=20, sigma=0.5, generator=torch.Generator().manual_seed(seed))
         low, high = result.interval(0.95)
         want = exact(result.grid, result.sigma)
         inside.append(((low - 1e-6 <= want) & (want <= high + 1e-6)).double().mean())
