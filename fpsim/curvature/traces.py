@@ -23,7 +23,7 @@ from fpsim.curvature.vectors import dot, gaussian, rademacher, seeded
 Probe = Literal["rademacher", "gaussian"]
 PROBES = {"rademacher": rademacher, "gaussian": gaussian}
 
-#: The probes of the first stage, and the least number of the second.
+#: The probes of the first stage, and the least number of the second for a plain trace, whose probes cost one product.
 PILOT, LEAST = 10, 30
 
 #: The variance of ten normal samples, times this, is at least the true variance in 90 % of cases: 9 / 4.168, where
@@ -95,7 +95,7 @@ def trace(
 
         known, basis = _sketched(product, operator, sketch, lambda: draw(*_vectors_of(operator), generator))
         exact = sketch == operator.size
-        samples = [] if exact else _in_two_stages(sample, float, tol, max_products - products.count)
+        samples = [] if exact else _in_two_stages(sample, float, tol, LEAST, max_products - products.count)
     values = torch.tensor(samples or [known], dtype=torch.float64)
     error = 0.0 if exact else standard_error(values)
     reasons = (*_too_large(error, "standard error", values, tol), *doubts(operator, asymmetry.error))
@@ -120,7 +120,8 @@ def function_trace(
         function: an elementwise function of eigenvalues, from a float64 tensor to one of the same shape.
         steps: the Lanczos steps per probe, one product each.
         tol: the relative standard error to reach, and the bound on the relative quadrature error.
-        max_probes: the largest number of probes. They are chosen in two stages, as by `trace`.
+        max_probes: the largest number of probes. They are chosen in two stages as by `trace`, with at least ten in the
+            second.
         probe: the distribution of the probes' entries.
         generator: the source of the probes; None is a fresh one with seed 0.
         progress: whether to show a progress bar.
@@ -147,7 +148,7 @@ def function_trace(
             part = square * _quadrature(found, function, len(found.diagonal) - (steps + 3) // 4)
             return whole, part, found.asymmetry
 
-        rows = _in_two_stages(sample, lambda row: row[0], tol, max_probes)
+        rows = _in_two_stages(sample, lambda row: row[0], tol, PILOT, max_probes)
     values, short, asymmetry = torch.tensor(rows, dtype=torch.float64).T
     estimate, error = float(values.mean()), standard_error(values)
     rough = abs(estimate - float(short.mean()))
@@ -208,7 +209,7 @@ def probe_spectrum(
 
 
 def _in_two_stages(
-    sample: Callable[[], _Probe], value: Callable[[_Probe], float], tol: float, most: int
+    sample: Callable[[], _Probe], value: Callable[[_Probe], float], tol: float, least: int, most: int
 ) -> list[_Probe]:
     """Independent samples, of a number that does not depend on their values: at most ``most``, with the first stage.
 
@@ -216,15 +217,16 @@ def _in_two_stages(
         sample: draws a sample.
         value: the number whose mean is to be found with a relative standard error of ``tol``.
         tol: the tolerance; zero draws ``most`` samples.
+        least: the least number of samples in the second stage.
         most: the largest number of samples.
     """
-    if tol == 0 or most < PILOT + LEAST:
+    if tol == 0 or most < PILOT + least:
         return [sample() for _ in range(most)]
     pilot = torch.tensor([value(sample()) for _ in range(PILOT)], dtype=torch.float64)
     allowed, left = tol * abs(float(pilot.mean())), most - PILOT
     variance = CAUTION * float(pilot.var())
     enough = variance <= left * allowed**2
-    count = max(LEAST, math.ceil(variance / allowed**2)) if enough and variance else LEAST if enough else left
+    count = max(least, math.ceil(variance / allowed**2) if variance else 0) if enough else left
     return [sample() for _ in range(count)]
 
 
