@@ -37,8 +37,8 @@ class Wrong:
 
     Attributes:
         node: the name of its node in an autograd graph, without the number at its end.
-        modes: the modes of `fpsim.curvature.hessian` in which it is wrong; ``gauss_newton_forward`` is the mode
-            ``forward`` of `fpsim.curvature.gauss_newton`, which needs first derivatives only.
+        modes: the modes of `fpsim.curvature.hessian` in which it is wrong; ``gauss_newton_forward`` and
+            ``gauss_newton_reverse`` are those of `fpsim.curvature.gauss_newton`.
         operator: the operator, as the message names it.
         why: what is wrong.
         remedy: what to use instead.
@@ -84,17 +84,17 @@ WRONG: tuple[Wrong, ...] = (
     ),
     Wrong(
         "ScatterReduceBackward",
-        _FORWARD,
+        (*_FORWARD, "gauss_newton_forward"),
         "scatter_reduce(reduce='prod')",
-        "the forward-mode derivative of its backward is wrong",
+        "its forward-mode derivative is wrong",
         _USE_REVERSE,
         applies=_multiplies,
     ),
     Wrong(
         "LogcumsumexpBackward",
-        _FORWARD,
+        (*_FORWARD, "gauss_newton_forward", "gauss_newton_reverse"),
         "logcumsumexp",
-        "the forward-mode derivative of its backward is wrong for entries that differ by more than exp can hold",
+        "the derivative of its backward is wrong at zero gradients and for entries too far apart for exp",
         _USE_REVERSE,
     ),
     Wrong(
