@@ -18,8 +18,8 @@ from fpsim.curvature.losses import (
     shifted_labels,
 )
 from fpsim.curvature.operators import empirical_fisher, gauss_newton, hessian
-from fpsim.curvature.products import CurvatureError
 from fpsim.curvature.results import DensityResult, EigenResult, TraceResult
+from fpsim.curvature.second_derivatives import CurvatureError
 from fpsim.curvature.spectral_density import density
 from fpsim.curvature.traces import function_trace, log_determinant, trace
 from fpsim.curvature.vectors import Layout, layers, layout

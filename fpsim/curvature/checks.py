@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from fpsim.curvature.data import NO_BATCH, Data, Weight, call
-from fpsim.curvature.linear import Operator
+from fpsim.curvature.data import NO_DATA, Data, Weight, call, fingerprint, why_batches_differ
+from fpsim.curvature.linear import Operator, symmetry_tolerance
+from fpsim.curvature.losses import scalar_loss
 from fpsim.curvature.products import OperationsSeen
 from fpsim.curvature.vectors import Layout, Params, Select, layout
 
@@ -45,13 +45,14 @@ def check_symmetry(
 
     Args:
         operator: any operator.
-        tolerance: the largest error; None is 1e-9 for float64 vectors, and 1e-4 for float32 vectors, where forward
-            rounding and float32 arithmetic stay below 1e-5.
+        tolerance: the largest error; None depends on the narrowest dtype of the parameters: 1e-6 for float64 (a loss
+            may compute a part in float32), 1e-4 for float32, where forward rounding and float32 arithmetic stay below
+            1e-5, 0.02 for float16 and 0.1 for bfloat16.
         pairs: the number of pairs of random vectors.
         generator: the source of the vectors; None is a fresh one with seed 0.
     """
     if tolerance is None:
-        tolerance = 1e-9 if operator.dtype == torch.float64 else 1e-4
+        tolerance = symmetry_tolerance(operator)
     error = operator.symmetry_error(pairs=pairs, generator=generator)
     return Symmetry(error, tolerance, error <= tolerance)
 
@@ -87,10 +88,17 @@ def check_determinism(
     Args:
         loss, params, batches, weight, select: as for `hessian`.
         limit: how many batches to differentiate; all batches are read, twice.
+
+    Raises:
+        FloatingPointError: the loss, or its gradient, has infinities or NaN.
     """
     arranged = layout(params, select=select)
     data = Data.of(batches, weight)
-    reasons = _order_of(data)
+    passes = ([fingerprint(batch) for batch, _ in data] for _ in range(2))
+    first, second = passes
+    if not first:
+        raise ValueError(NO_DATA)
+    reasons = list(why_batches_differ(first, second))
     deterministic = not reasons
     difference, training = 0.0, False
     for index, (batch, _) in enumerate(data):
@@ -161,43 +169,17 @@ def _why_otherwise(difference: float) -> str:
 
 def _gradient(loss: Callable[..., Tensor], arranged: Layout, batch: Any) -> Tensor:
     variables = [value.detach().requires_grad_() for value in arranged.values]
-    value = call(loss, arranged.substitute(variables), batch)
+    value = scalar_loss(call(loss, arranged.substitute(variables), batch))
+    if not torch.isfinite(value):
+        raise FloatingPointError(f"the loss is {float(value)}: there is nothing to compare")
     pieces = torch.autograd.grad(value, variables, materialize_grads=True)
-    return torch.cat([value.detach().reshape(1).to(arranged.dtype), arranged.join(pieces).to(value.device)])
+    joined = arranged.join(pieces).to(value.device)
+    if not torch.isfinite(joined).all():
+        raise FloatingPointError("the gradient has infinities or NaN: there is nothing to compare")
+    return torch.cat([value.detach().reshape(1).to(arranged.dtype), joined])
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
     scale = float(torch.linalg.vector_norm(a, dtype=torch.float64))
     gap = float(torch.linalg.vector_norm(a - b, dtype=torch.float64))
     return gap / scale if scale else gap
-
-
-def _order_of(data: Data) -> list[str]:
-    """Why the batches differ between two passes, if they do."""
-    first, second = ([_fingerprint(batch) for batch, _ in data] for _ in range(2))
-    if first == second:
-        return []
-    if sorted(first) == sorted(second):
-        return [
-            "the batches come in another order at each pass (shuffle=True): results differ only by rounding errors, "
-            "but pass shuffle=False for results that repeat"
-        ]
-    return [
-        "the batches differ from pass to pass: the loader shuffles samples between batches (shuffle=True), or augments "
-        "at random; pass shuffle=False, or list(loader)"
-    ]
-
-
-def _fingerprint(batch: Any) -> tuple[str, ...]:
-    """The shape, the dtype and two weighted sums of each tensor of a batch; other leaves as text."""
-    if batch is NO_BATCH:
-        return ()
-    parts = []
-    for leaf in pytree.tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            flat = leaf.detach().reshape(-1).to(torch.float64)
-            ramp = torch.arange(1, flat.numel() + 1, dtype=torch.float64, device=flat.device)
-            parts.append(f"{tuple(leaf.shape)} {leaf.dtype} {float(flat.sum())!r} {float((flat * ramp).sum())!r}")
-        else:
-            parts.append(repr(leaf))
-    return tuple(parts)

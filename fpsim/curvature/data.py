@@ -1,15 +1,24 @@
-"""The data that a curvature operator goes through: batches, and the weight of each in the mean loss."""
+"""The data that a curvature operator goes through: batches, and the weight of each in the mean loss.
+
+A `Witness` compares the data and the values of the loss between the passes of an operator.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 #: The weight of each batch: a function of a batch, numbers in the order of the batches, or "equal".
 Weight = Callable[[Any], float | Tensor] | Sequence[float] | str | None
+
+#: The message where there is nothing to average over.
+NO_DATA = "no batch has a weight above zero: there is no data (or a loader that was empty)"
 
 #: Stands for "no batch": the loss is a function of the parameters alone.
 NO_BATCH = object()
@@ -67,8 +76,14 @@ class Data:
         return cls(batches, weight, count)
 
     def first(self) -> Any:
-        """The first batch."""
-        return next(iter(self.batches))
+        """The first batch.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for batch in self.batches:
+            return batch
+        raise ValueError(NO_DATA)
 
     def __iter__(self) -> Iterator[tuple[Any, float]]:
         weights = None if self.weight is None or callable(self.weight) else iter(self.weight)
@@ -97,3 +112,93 @@ def _next_weight(weights: Iterator[float]) -> float:
     if value is None:
         raise ValueError("there are fewer weights than batches")
     return value
+
+
+def fingerprint(batch: Any) -> tuple[str, ...]:
+    """The shape, the dtype and two weighted sums of each tensor of a batch; other leaves as text."""
+    if batch is NO_BATCH:
+        return ()
+    parts = []
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            flat = leaf.detach().reshape(-1).to(torch.complex128 if leaf.is_complex() else torch.float64)
+            ramp = torch.arange(1, flat.numel() + 1, dtype=torch.float64, device=flat.device)
+            parts.append(f"{tuple(leaf.shape)} {leaf.dtype} {flat.sum().item()!r} {(flat * ramp).sum().item()!r}")
+        else:
+            parts.append(repr(leaf))
+    return tuple(parts)
+
+
+def why_batches_differ(first: Sequence[tuple[str, ...]], second: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """Why the fingerprints of two passes over the data differ, if they do."""
+    if list(first) == list(second):
+        return ()
+    if sorted(first) == sorted(second):
+        return (
+            "the batches come in another order at each pass (shuffle=True): results differ only by rounding errors, "
+            "but pass shuffle=False for results that repeat",
+        )
+    return (
+        "the batches differ from pass to pass: the loader shuffles samples between batches (shuffle=True), or augments "
+        "at random; pass shuffle=False, or list(loader)",
+    )
+
+
+class Witness:
+    """Compares the batches of the first two passes over the data, and the values of the loss at all of them.
+
+    `reasons` says why an operator is not the matrix of one function. It stays empty if nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self._passes: list[list[tuple[str, ...]]] = []
+        self._values: dict[Hashable, float] = {}
+        self._changed: tuple[float, float] | None = None
+
+    def begin(self) -> None:
+        """A pass over the data begins."""
+        self._passes = [*self._passes[:2], []]
+
+    def batch(self, batch: Any) -> None:
+        """The pass reads ``batch``."""
+        if len(self._passes) <= 2:
+            self._passes[-1].append(fingerprint(batch))
+
+    def value(self, place: Hashable, value: Tensor) -> None:
+        """The loss, or the outputs, of the batch at ``place`` have this value.
+
+        Raises:
+            FloatingPointError: it is NaN, or an infinite loss.
+            ValueError: there are no outputs.
+        """
+        value = value.detach()
+        if not value.numel():
+            raise ValueError(f"the outputs are empty, of shape {tuple(value.shape)}: give a batch with samples")
+        scalar = value.dim() == 0
+        total = value.item() if scalar else value.abs().sum(dtype=torch.float64).item()
+        if math.isnan(total) or (scalar and not math.isfinite(total)):
+            raise FloatingPointError(
+                f"the {'loss is' if scalar else 'outputs have'} {total if scalar else math.nan}: there is no curvature "
+                "to measure. Look for labels that all are ignored, for a mean over nothing, and for overflow"
+            )
+        first = self._values.setdefault(place, total)
+        tolerance = min(1000 * torch.finfo(value.dtype).eps, 0.02)
+        if self._changed is None and abs(total - first) > tolerance * abs(first):
+            self._changed = first, total
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the loss is another function from product to product, if it is."""
+        complete = self._passes[:2]
+        if len(complete) == 2 and len(complete[0]) == len(complete[1]):
+            differ = why_batches_differ(*complete)
+            if differ:
+                return differ
+        if self._changed is None:
+            return ()
+        return (
+            "the loss changes from call to call (from {:.6g} to {:.6g}): dropout is active, it draws other random "
+            "numbers, or it keeps a state. Call model.eval(); fpsim.curvature.check_determinism says more".format(
+                *self._changed
+            ),
+        )

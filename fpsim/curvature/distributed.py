@@ -49,7 +49,14 @@ def averaged(operator: Operator, *, weight: float = 1.0, group: dist.ProcessGrou
         dist.all_reduce(result, group=group)
         return result
 
-    return replace(operator, multiply=multiply, name=f"{operator.name} over {dist.get_world_size(group)} ranks")
+    def doubts() -> tuple[str, ...]:
+        """Those of all ranks, so that all ranks come to the same verdict."""
+        found: list[tuple[str, ...]] = [()] * dist.get_world_size(group)
+        dist.all_gather_object(found, operator.doubts(), group=group)
+        return tuple(dict.fromkeys(reason for reasons in found for reason in reasons))
+
+    name = f"{operator.name} over {dist.get_world_size(group)} ranks"
+    return replace(operator, multiply=multiply, name=name, doubts=doubts)
 
 
 def _check_agreement(vector: Tensor, group: dist.ProcessGroup | None) -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fpsim.curvature.counting import Products, as_operator, products_of
+from fpsim.curvature.counting import Products, as_operator, doubts, products_of
 from fpsim.curvature.lanczos import CONFIRMATIONS, MIN_PRODUCTS, RitzPairs, lanczos_eigenpairs, rounding_noise
 from fpsim.curvature.linear import Operator
 from fpsim.curvature.lobpcg import lobpcg
@@ -45,7 +45,7 @@ def eigenpairs(
         which: ``largest`` or ``smallest`` (algebraically), ``both`` ends, or largest in ``magnitude``.
         method: ``lanczos`` (any ``which``): fewest products, memory of ``max_basis`` vectors. ``lobpcg`` (``largest``
             or ``smallest``): memory of six vectors per pair; it finds repeated eigenvalues. ``power``
-            (``magnitude``): slow and simple, memory of two vectors.
+            (``magnitude``): slow and simple, memory of three vectors.
         tol: the relative residual at which a pair counts as converged. The eigenvalue is usually much more accurate:
             its error is of the order of the squared residual over the gap to the next eigenvalue. But a small residual
             only proves that *some* eigenvalue is near. If the first two are within a few ``tol`` of each other, the
@@ -59,7 +59,8 @@ def eigenpairs(
         progress: whether to show a progress bar.
 
     Returns:
-        An `EigenResult`. If ``converged`` is False, some eigenvalue still lies within each residual.
+        An `EigenResult`. If ``converged`` is False, its ``reasons`` say why. If the operator is symmetric, some
+        eigenvalue still lies within each residual.
 
     Raises:
         ValueError: a choice is unknown or impossible.
@@ -100,14 +101,22 @@ def eigenpairs(
             found = _lobpcg(products, draw, k, which, tol, max_products)
         else:
             found = power_iteration(products, next_start, count=k, tol=tol, max_products=max_products)
+    reasons = doubts(operator, found.asymmetry)
+    if not found.converged:
+        reasons = (
+            f"after {products.count} products the residuals of {len(found.values)} of {pairs} pairs exceed "
+            f"{tol:g} of the eigenvalues: raise max_products",
+            *reasons,
+        )
     return EigenResult(
         found.values,
         found.vectors.T,
         found.residuals,
         products.count,
-        found.converged,
+        not reasons,
         found.asymmetry,
         method,
+        reasons,
     )
 
 
@@ -132,14 +141,16 @@ def power_iteration(
     inner = tol if count == 1 else tol / 2  # errors of earlier pairs add to the residuals of later ones
     vectors: list[Tensor] = []
     images: list[Tensor] = []
-    products, scale = 0, 0.0
+    products, scale, difference = 0, 0.0, 0.0
     while len(vectors) < count and products < max_products:
         x = _project(start(), vectors)
         x /= norm(x)
+        previous, coupling = torch.zeros_like(x), 0.0
         own, in_a_row, done = 0, 0, False
         while not done:
             image = matvec(x)
             products, own = products + 1, own + 1
+            difference = max(difference, abs(dot(previous, image) - coupling))
             inside = _project(image, vectors)
             theta, length = dot(x, inside), norm(inside)
             scale = max(scale, length)
@@ -149,7 +160,8 @@ def power_iteration(
             done = residual <= floor or (in_a_row >= CONFIRMATIONS and own >= MIN_PRODUCTS)
             if products >= max_products or done:
                 break
-            x = inside / length
+            previous, x = x, inside / length
+            coupling = dot(x, image)
         vectors.append(x)
         images.append(image)
     basis, mapped = torch.stack(vectors), torch.stack(images)
@@ -161,7 +173,7 @@ def power_iteration(
     residuals = torch.tensor([norm(row) for row in mapped - values.to(basis).unsqueeze(1) * basis], dtype=torch.float64)
     floor = rounding_noise(basis.dtype) * scale
     converged = len(values) == count and bool((residuals <= (tol * values.abs()).clamp(min=floor)).all())
-    return RitzPairs(values, residuals, basis, converged, float("nan"))
+    return RitzPairs(values, residuals, basis, converged, difference / scale if scale else 0.0)
 
 
 def _lobpcg(

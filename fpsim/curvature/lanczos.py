@@ -77,10 +77,13 @@ class Tridiagonal:
     Attributes:
         diagonal: float64, shape ``(steps,)``.
         off_diagonal: float64, shape ``(steps,)``; the last entry couples the last vector to the next one.
+        asymmetry: the largest difference between ``q_i . A q_(i+1)`` and ``q_(i+1) . A q_i``, relative to the largest
+            entry.
     """
 
     diagonal: Tensor
     off_diagonal: Tensor
+    asymmetry: float = 0.0
 
     def ritz(self, steps: int | None = None) -> tuple[Tensor, Tensor]:
         """Nodes and weights of Gauss quadrature (Golub and Welsch 1969) from the first ``steps`` steps.
@@ -115,9 +118,10 @@ def lanczos(matvec: Matvec, start: Tensor, steps: int, *, reorthogonalise: bool 
     basis = Basis(start)
     diagonal: list[float] = []
     off_diagonal: list[float] = []
-    beta = 0.0
+    beta = coupling = difference = scale = 0.0
     for _ in range(min(steps, start.numel())):
         image = matvec(current)
+        difference = max(difference, abs(dot(previous, image) - coupling))
         alpha = dot(current, image)
         if reorthogonalise:
             basis.append(current)
@@ -127,10 +131,16 @@ def lanczos(matvec: Matvec, start: Tensor, steps: int, *, reorthogonalise: bool 
         beta = norm(remainder)
         diagonal.append(alpha)
         off_diagonal.append(beta)
-        if beta <= rounding_noise(start.dtype) * max(map(abs, diagonal + off_diagonal)):
+        scale = max(scale, abs(alpha), beta)
+        if beta <= rounding_noise(start.dtype) * scale:
             break  # the vectors so far span an invariant subspace
         previous, current = current, remainder / beta
-    return Tridiagonal(torch.tensor(diagonal, dtype=torch.float64), torch.tensor(off_diagonal, dtype=torch.float64))
+        coupling = dot(current, image)
+    return Tridiagonal(
+        torch.tensor(diagonal, dtype=torch.float64),
+        torch.tensor(off_diagonal, dtype=torch.float64),
+        difference / scale if scale else 0.0,
+    )
 
 
 def rounding_noise(dtype: torch.dtype) -> float:
@@ -147,7 +157,7 @@ class RitzPairs:
         residuals: float64, shape ``(k,)``: ``|A x - theta x|``.
         vectors: shape ``(k, size)``: orthonormal rows.
         converged: whether all wanted pairs met the tolerance.
-        asymmetry: as in `fpsim.curvature.EigenResult`; NaN if not measured.
+        asymmetry: as in `fpsim.curvature.EigenResult`.
     """
 
     values: Tensor

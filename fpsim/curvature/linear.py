@@ -35,6 +35,8 @@ class Operator:
         device: the device of vectors.
         layout: which parameters the entries of a vector belong to; None if they are not parameters.
         name: the name in messages and plots.
+        doubts: why the operator is not the matrix of one function, as far as its products have shown: the loss or
+            the data changed. Results that have doubts have not converged.
     """
 
     size: int
@@ -43,6 +45,7 @@ class Operator:
     device: torch.device = CPU
     layout: Layout | None = field(default=None, repr=False)
     name: str = "operator"
+    doubts: Callable[[], tuple[str, ...]] = field(default=tuple, repr=False)
 
     @classmethod
     def of_matrix(cls, matrix: Tensor) -> Operator:
@@ -98,7 +101,12 @@ class Operator:
             if other.size != self.size:
                 raise ValueError(f"cannot add operators of sizes {self.size} and {other.size}")
             added = lambda v: self.multiply(v) + other.matvec(v).to(dtype=self.dtype, device=self.device)  # noqa: E731
-            return replace(self, multiply=added, name=f"({self.name} + {other.name})")
+            return replace(
+                self,
+                multiply=added,
+                name=f"({self.name} + {other.name})",
+                doubts=lambda: (*self.doubts(), *other.doubts()),
+            )
         return replace(self, multiply=lambda v: self.multiply(v) + other * v, name=f"({self.name} + {other:g} I)")
 
     __radd__ = __add__
@@ -184,3 +192,13 @@ class Operator:
             numerator += (dot(v, aw) - dot(w, av)) ** 2
             denominator += (norm(av) ** 2 + norm(aw) ** 2) / 2
         return (numerator / denominator) ** 0.5 if denominator else 0.0
+
+
+#: The largest asymmetry, `Operator.symmetry_error`, that rounding errors explain, by the dtype of the parameters.
+_SYMMETRY = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def symmetry_tolerance(operator: Operator) -> float:
+    """The largest relative asymmetry of ``operator`` that rounding errors explain."""
+    dtypes = [operator.dtype] if operator.layout is None else [value.dtype for value in operator.layout.values]
+    return max(_SYMMETRY.get(dtype, 1e-1) for dtype in dtypes)

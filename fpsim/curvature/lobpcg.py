@@ -34,6 +34,7 @@ def lobpcg(matvec: Matvec, start: Callable[[], Tensor], *, count: int, tol: floa
     ax = torch.stack([matvec(row) for row in x])
     products, scale, in_a_row = len(x), _longest(ax), 0
     p, ap = x[:0], x[:0]
+    fresh, asymmetry = True, 0.0  # images that are products, not combinations of products, show asymmetry
     while True:
         values, rotation = _ritz(_gram(x, ax), _gram(x, x))
         rotation = rotation.T.to(x)
@@ -56,15 +57,24 @@ def lobpcg(matvec: Matvec, start: Callable[[], Tensor], *, count: int, tol: floa
         aw = torch.stack([matvec(row) for row in w])
         products += len(w)
         scale = max(scale, _longest(aw))
-        if float((_gram(w, ax) - _gram(aw, x)).abs().max()) > 10 * rounding_noise(x.dtype) * scale:
+        if not fresh and _gap(x, ax, w, aw) > 10 * rounding_noise(x.dtype) * scale:
             # The images are combined from step to step and have drifted from the vectors; the error would grow.
             if products + len(x) > max_products:
                 break
             ax, p, ap = torch.stack([matvec(row) for row in x]), p[:0], ap[:0]
             products += len(x)
+            fresh = True
+        if fresh:
+            asymmetry = max(asymmetry, _gap(x, ax, w, aw) / scale)
         x, ax, p, ap = _step(x, ax, w, aw, p, ap)
+        fresh = False
         del w, aw
-    return RitzPairs(values[:count], residuals[:count], x[:count], converged, float("nan"))
+    return RitzPairs(values[:count], residuals[:count], x[:count], converged, asymmetry)
+
+
+def _gap(x: Tensor, ax: Tensor, w: Tensor, aw: Tensor) -> float:
+    """The largest difference between ``w . A x`` and ``x . A w`` of all pairs of rows."""
+    return float((_gram(w, ax) - _gram(aw, x)).abs().max())
 
 
 def _step(x: Tensor, ax: Tensor, w: Tensor, aw: Tensor, p: Tensor, ap: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -7,7 +7,8 @@ adaptation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,6 +186,10 @@ class CrossEntropy:
             if targets.shape != logits.shape[:-1]:
                 raise ValueError(f"targets of shape {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}")
             counted = (targets != self.ignore_index).reshape(-1)
+            if not counted.any():
+                raise FloatingPointError(
+                    f"the loss is the mean over no token: all targets are {self.ignore_index} (ignore_index)"
+                )
             rows = logits.flatten(0, -2)
             scale = counted.to(logits.dtype) / counted.sum()
 
@@ -219,11 +224,15 @@ def scalar_loss(value: object) -> Tensor:
     """``value``, the result of a loss, as a tensor of shape ``()``.
 
     Raises:
-        TypeError: it is not a tensor.
+        TypeError: it is not a tensor of real floating-point numbers.
         ValueError: it has more or fewer elements than one.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"the loss must be a tensor, got {type(value).__name__}: return outputs.loss, or a sum")
+    if not value.is_floating_point():
+        raise TypeError(
+            f"the loss must be a real floating-point tensor, got {value.dtype}: take its real part or .float()"
+        )
     if value.numel() != 1:
         raise ValueError(f"the loss must be one number, got a tensor of shape {tuple(value.shape)}: take its mean")
     return value.reshape(())
@@ -254,11 +263,31 @@ def _functional(
         state.update(given)
         if any(part.training for part in module.modules()):
             state.update((name, buffer.clone()) for name, buffer in module.named_buffers())
-        if rounded is not None:
-            return rounded(state, args, kwargs)
-        return functional_call(module, state, args, kwargs, tie_weights=True)
+        with _same_attributes(module):
+            if rounded is not None:
+                return rounded(state, args, kwargs)
+            return functional_call(module, state, args, kwargs, tie_weights=True)
 
     return call
+
+
+@contextmanager
+def _same_attributes(module: nn.Module) -> Iterator[None]:
+    """Restores tensors that are plain attributes of modules, such as the weight that `weight_norm` sets in a hook.
+
+    Otherwise a tensor of a transform of `torch.func` would stay in the module.
+    """
+    held = [(part, dict(vars(part))) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, before in held:
+            for name, value in list(vars(part).items()):
+                if isinstance(value, Tensor) and before.get(name) is not value:
+                    if name in before:
+                        vars(part)[name] = before[name]
+                    else:
+                        del vars(part)[name]
 
 
 def _rounded(module: nn.Module, policy: Policy | Mapping[str, Any] | str) -> Callable[..., Any]:

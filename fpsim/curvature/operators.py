@@ -14,20 +14,24 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fpsim.curvature import products
-from fpsim.curvature.data import NO_BATCH, Data, Weight, call
+from fpsim.curvature.data import NO_BATCH, NO_DATA, Data, Weight, Witness, call
 from fpsim.curvature.linear import Operator
 from fpsim.curvature.losses import scalar_loss
 from fpsim.curvature.products import MODES, Function, Mode, OutputProduct, Product, Tensors
+from fpsim.curvature.second_derivatives import RightDerivatives, nodes_of, refuse_wrong
 from fpsim.curvature.vectors import Layout, Params, Select, layout
 
+#: Takes the value of the loss, or the outputs, at each evaluation.
+Look = Callable[[Tensor], None]
 #: From one batch to its map ``v -> A v``.
-Linearise = Callable[[Any], Product]
+Linearise = Callable[[Any, Look], Product]
 
 
 def hessian(
@@ -80,8 +84,9 @@ def hessian(
         ValueError: the mode is unknown, options exclude each other, several batches have no weight, the batches can be
             read only once, or finite differences are asked for of a loss that rounds (they see its steps, not its
             slope).
-        CurvatureError: at a product, if an operation in the loss cannot be differentiated twice; the message names a
-            remedy.
+        CurvatureError: at a product, if an operation in the loss cannot be differentiated twice in this mode, or if
+            torch computes its second derivative wrong; the message names a remedy.
+        FloatingPointError: at a product, if the loss is infinite or NaN.
 
     >>> quadratic = hessian(lambda p: (p["x"] ** 3).sum(), {"x": torch.tensor([1.0, 2.0])})
     >>> quadratic @ torch.ones(2)
@@ -91,23 +96,38 @@ def hessian(
     arranged = layout(params, select=select, dtype=vector_dtype, device=vector_device)
     data = Data.of(batches, weight)
 
-    def function(batch: Any) -> Function:
-        return lambda values: scalar_loss(call(loss, arranged.substitute(values), batch))
+    def function(batch: Any, look: Look) -> Function:
+        def value_at(values: Tensors) -> Tensor:
+            with RightDerivatives(mode):
+                value = scalar_loss(call(loss, arranged.substitute(values), batch))
+            look(value)
+            return value
+
+        return value_at
 
     if mode == "finite_difference":
-        _refuse_rounding(function(data.first()), arranged.values)
+        _refuse_rounding(function(data.first(), _overlook), arranged.values)
 
-    def linearise(batch: Any) -> Product:
+    def linearise(batch: Any, look: Look) -> Product:
         if mode == "reverse":
-            return products.reverse(function(batch), arranged.values)
+            return products.reverse(function(batch, look), arranged.values)
         if mode == "double_backward":
-            return products.double_backward(function(batch), arranged.values)
+            return products.double_backward(function(batch, look), arranged.values)
         if mode == "finite_difference":
-            return products.finite_difference(function(batch), arranged.values, step)
-        return products.forward(function(batch), arranged.values)
+            return products.finite_difference(function(batch, _refuse_nonfinite), arranged.values, step)
+        return products.forward(function(batch, look), arranged.values)
+
+    def examine(batch: Any, look: Look) -> None:
+        unknown = _examined(function(batch, look), arranged.values, mode)
+        if mode == "finite_difference":  # its evaluations are elsewhere, so this one shows whether the loss changes
+            _examined(function(batch, look), arranged.values, mode)
+        elif unknown:
+            products.refuse_contradicted(
+                function(batch, _overlook), arranged.values, linearise(batch, _overlook), sorted(unknown), mode
+            )
 
     chosen = _compiled(loss, arranged) if compile else linearise
-    return operator_of(chosen, arranged, data, keep=_keeps(mode, keep, data), name="Hessian")
+    return operator_of(chosen, examine, arranged, data, keep=_keeps(mode, keep, data), name="Hessian")
 
 
 def gauss_newton(
@@ -139,7 +159,7 @@ def gauss_newton(
         params, batches, weight, select, keep, vector_dtype, vector_device: as for `hessian`.
 
     Raises:
-        ValueError, CurvatureError: as `hessian`.
+        ValueError, CurvatureError, FloatingPointError: as `hessian`.
     """
     output_product = _output_product(loss)
     if mode not in ("reverse", "forward"):
@@ -148,13 +168,25 @@ def gauss_newton(
     arranged = layout(params, select=select, dtype=vector_dtype, device=vector_device)
     data = Data.of(batches, weight)
 
-    def linearise(batch: Any) -> Product:
-        def function(values: Tensors) -> Tensor:
-            return call(outputs, arranged.substitute(values), batch)
+    def function(batch: Any, look: Look) -> Function:
+        def outputs_at(values: Tensors) -> Tensor:
+            with RightDerivatives(mode):
+                found = call(outputs, arranged.substitute(values), batch)
+            if not isinstance(found, Tensor) or not found.is_floating_point():
+                kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+                raise TypeError(f"the outputs must be one real floating-point tensor, got {kind}")
+            look(found)
+            return found
 
-        return build(function, output_product(batch), arranged.values)
+        return outputs_at
 
-    return operator_of(linearise, arranged, data, keep=_keeps(mode, keep, data), name="Gauss-Newton")
+    def linearise(batch: Any, look: Look) -> Product:
+        return build(function(batch, look), output_product(batch), arranged.values)
+
+    def examine(batch: Any, look: Look) -> None:
+        _examined(function(batch, look), arranged.values, f"gauss_newton_{mode}")
+
+    return operator_of(linearise, examine, arranged, data, keep=_keeps(mode, keep, data), name="Gauss-Newton")
 
 
 def empirical_fisher(
@@ -181,7 +213,7 @@ def empirical_fisher(
             should be its number of samples.
 
     Raises:
-        ValueError, CurvatureError: as `hessian`.
+        ValueError, CurvatureError, FloatingPointError: as `hessian`.
     """
 
     operator = gauss_newton(
@@ -199,22 +231,46 @@ def empirical_fisher(
     return replace(operator, name="empirical Fisher")
 
 
-def operator_of(linearise: Linearise, arranged: Layout, data: Data, *, keep: bool, name: str) -> Operator:
-    """The operator ``sum(w_b P_b) / sum(w_b)`` of the products ``P_b = linearise(batch)``."""
+def operator_of(
+    linearise: Linearise,
+    examine: Callable[[Any, Look], None],
+    arranged: Layout,
+    data: Data,
+    *,
+    keep: bool,
+    name: str,
+) -> Operator:
+    """The operator ``sum(w_b P_b) / sum(w_b)`` of the products ``P_b = linearise(batch)``.
+
+    Before the first product, ``examine`` evaluates the loss of the first batch once, so that even a graph that is
+    computed only once shows whether the loss changes from call to call.
+    """
     kept: list[tuple[Product, float]] = []
+    witness = Witness()
+    examined = False
 
     def terms() -> Iterator[tuple[Product, float]]:
-        if not keep:
-            yield from ((linearise(batch), weight) for batch, weight in data if weight)
-            return
-        if not kept:
-            kept.extend([(linearise(batch), weight) for batch, weight in data if weight])
-        yield from kept
+        nonlocal examined
+        witness.begin()
+        for place, (batch, weight) in enumerate(data):
+            witness.batch(batch)
+            if not weight:
+                continue
+            look = partial(witness.value, place)
+            if not examined:
+                examine(batch, look)
+                examined = True
+            yield linearise(batch, look), weight
 
     def multiply(vector: Tensor) -> Tensor:
         pieces = arranged.split(vector)
         total, result = 0.0, None
-        for product, weight in terms():
+        if keep and not kept:
+            kept.extend(terms())
+            witness.begin()
+            for batch, _ in data:
+                witness.batch(batch)
+        for product, weight in kept or terms():
             term = arranged.join(product(pieces))
             if result is None:
                 result, total, only = term.mul_(weight) if data.count != 1 else term, weight, data.count == 1
@@ -222,10 +278,40 @@ def operator_of(linearise: Linearise, arranged: Layout, data: Data, *, keep: boo
                 result.add_(term, alpha=weight)
                 total += weight
         if result is None:
-            raise ValueError("no batch has a weight above zero: there is no data (or a loader that was empty)")
+            raise ValueError(NO_DATA)
         return result if only else result.div_(total)
 
-    return Operator(arranged.size, multiply, arranged.dtype, arranged.device, arranged, name)
+    return Operator(
+        arranged.size, multiply, arranged.dtype, arranged.device, arranged, name, doubts=lambda: witness.reasons
+    )
+
+
+def _examined(function: Function, values: Tensors, mode: str) -> frozenset[str]:
+    """Evaluates ``function`` once and refuses operators with wrong second derivatives; the unknown ones.
+
+    Raises:
+        CurvatureError: an operator has a wrong second derivative in ``mode``.
+        ValueError: the result does not depend on ``values``.
+    """
+    variables = tuple(value.detach().requires_grad_() for value in values)
+    with torch.enable_grad(), products.attention_kernel(mode):
+        found = function(variables)
+    unknown = refuse_wrong(found, mode)
+    reached = {id(getattr(node, "variable", None)) for node in nodes_of(found)}
+    if not found.requires_grad or not (unknown or reached & {id(variable) for variable in variables}):
+        raise ValueError(
+            "the loss does not depend on the params that it gets, so its curvature would be zero: compute it from them "
+            "(as fpsim.curvature.functional_loss does for a module), and not under torch.no_grad()"
+        )
+    return unknown
+
+
+def _overlook(value: Tensor) -> None:
+    """Pays no attention to a value of the loss."""
+
+
+def _refuse_nonfinite(value: Tensor) -> None:
+    Witness().value(None, value)
 
 
 def _output_product(loss: Callable[..., Tensor] | str) -> Callable[[Any], OutputProduct]:
@@ -237,7 +323,17 @@ def _output_product(loss: Callable[..., Tensor] | str) -> Callable[[Any], Output
     closed_form = getattr(loss, "output_product", None)
     if closed_form is not None:
         return closed_form
-    return lambda batch: products.hessian_of_output(lambda outputs: scalar_loss(call(loss, outputs, batch)))
+
+    def of_batch(batch: Any) -> OutputProduct:
+        def value_at(outputs: Tensor) -> Tensor:
+            with RightDerivatives("reverse"):
+                value = scalar_loss(call(loss, outputs, batch))
+            _refuse_nonfinite(value)
+            return value
+
+        return products.hessian_of_output(value_at)
+
+    return of_batch
 
 
 class _MeanOfTerms:
@@ -257,37 +353,42 @@ def _compiled(loss: Callable[..., Tensor], arranged: Layout) -> Linearise:
     default torch makes shapes symbolic when it sees a second one.
     """
 
-    def product_of(values: Tensors, vector: Tensors, batch: Any) -> Tensors:
+    def product_of(values: Tensors, vector: Tensors, batch: Any) -> tuple[Tensors, Tensor]:
         def function(moved: Tensors) -> Tensor:
-            return call(loss, arranged.substitute(moved), batch)
+            with RightDerivatives("forward"):
+                return call(loss, arranged.substitute(moved), batch)
 
-        return products.jvp(torch.func.grad(function), (values,), (vector,))[1]
+        (_, value), (product, _) = products.jvp(torch.func.grad_and_value(function), (values,), (vector,))
+        return product, value
 
-    def without_batch(values: Tensors, vector: Tensors) -> Tensors:
+    def without_batch(values: Tensors, vector: Tensors) -> tuple[Tensors, Tensor]:
         return product_of(values, vector, NO_BATCH)
 
     compiled = torch.compile(_with_its_own_code(product_of), fullgraph=True, dynamic=False)
     compiled_without_batch = torch.compile(_with_its_own_code(without_batch), fullgraph=True, dynamic=False)
 
-    def linearise(batch: Any) -> Product:
+    def linearise(batch: Any, look: Look) -> Product:
         def product(vector: Tensors) -> Tensors:
             with products.differentiable("forward"), products.PaddingIsConstant(), torch.no_grad():
                 try:
                     if batch is NO_BATCH:
-                        return compiled_without_batch(arranged.values, vector)
-                    return compiled(arranged.values, vector, batch)
+                        found, value = compiled_without_batch(arranged.values, vector)
+                    else:
+                        found, value = compiled(arranged.values, vector, batch)
                 except torch._dynamo.exc.FailOnRecompileLimitHit as error:
                     raise products.CurvatureError(
                         f"the batches have more than {torch._dynamo.config.recompile_limit} shapes, each compiled "
                         "apart: pad them to a few shapes, raise torch._dynamo.config.recompile_limit, or omit compile"
                     ) from error
+            look(value)
+            return found
 
         return product
 
     return linearise
 
 
-def _with_its_own_code(function: Callable[..., Tensors]) -> Callable[..., Tensors]:
+def _with_its_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """A copy of ``function`` with a code object of its own: Dynamo counts and limits compilations per code object."""
     assert isinstance(function, types.FunctionType)
     return types.FunctionType(

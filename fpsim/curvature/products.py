@@ -21,6 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fpsim.curvature.second_derivatives import INNER_DERIVATIVES, CurvatureError
+
 Tensors = tuple[Tensor, ...]
 #: A scalar function of the varying tensors.
 Function = Callable[[Tensors], Tensor]
@@ -32,10 +34,6 @@ OutputProduct = Callable[[Tensor], Callable[[Tensor], Tensor]]
 
 Mode = Literal["reverse", "forward", "double_backward", "finite_difference"]
 MODES: tuple[str, ...] = ("reverse", "forward", "double_backward", "finite_difference")
-
-
-class CurvatureError(RuntimeError):
-    """A function cannot be differentiated twice; the message names the operation and a remedy."""
 
 
 def vjp(function: Callable[..., Any], *values: Any) -> tuple[Any, Callable[..., Any]]:
@@ -108,14 +106,13 @@ def finite_difference(function: Function, values: Tensors, step: float | None = 
     if narrow:
         raise ValueError(f"finite differences of parameters in {narrow.pop()} are noise: use mode='reverse'")
     if step is None:
-        length = _length(values)
-        step = max(torch.finfo(value.dtype).eps for value in values) ** (1 / 3) * max(1.0, length)
+        step = _step(values)
 
     def gradient(scale: float, vector: Tensors) -> Tensors:
-        moved = tuple((v.detach() + scale * t).requires_grad_() for v, t in zip(values, vector, strict=True))
+        moved = _moved(values, vector, scale)
         fixed = list(zip(moved, values, strict=True))
-        with torch.enable_grad(), differentiable("finite_difference"), PaddingIsConstant(fixed):
-            return torch.autograd.grad(function(moved), moved, materialize_grads=True)
+        with differentiable("finite_difference"), PaddingIsConstant(fixed):
+            return _value_and_gradient(function, moved)[1]
 
     def product(vector: Tensors) -> Tensors:
         length = _length(vector)
@@ -125,6 +122,69 @@ def finite_difference(function: Function, values: Tensors, step: float | None = 
         return tuple((a - b) * (length / (2 * step)) for a, b in zip(plus, minus, strict=True))
 
     return product
+
+
+def _step(values: Tensors) -> float:
+    """The Euclidean length of a step at which differences of gradients have about the least error."""
+    return max(torch.finfo(value.dtype).eps for value in values) ** (1 / 3) * max(1.0, _length(values))
+
+
+def _moved(values: Tensors, vector: Tensors, scale: float) -> Tensors:
+    """``values + scale * vector`` as variables of autograd."""
+    return tuple((v.detach() + scale * t).requires_grad_() for v, t in zip(values, vector, strict=True))
+
+
+def _value_and_gradient(function: Function, variables: Tensors) -> tuple[float, Tensors]:
+    with torch.enable_grad():
+        value = function(variables)
+        return float(value.detach()), torch.autograd.grad(value, variables, materialize_grads=True)
+
+
+#: A product counts as wrong if it differs from differences by this part of their length.
+_CONTRADICTION = {torch.float64: 1e-3, torch.float32: 0.1}
+
+
+def refuse_contradicted(function: Function, values: Tensors, product: Product, names: Sequence[str], mode: str) -> None:
+    """Raise a `CurvatureError` if differences of gradients contradict ``product``, the Hessian's.
+
+    Differences judge only where the function is smooth: its first gradient must be its slope, and two steps must agree.
+    So a straight-through derivative, which is no slope, is never judged.
+
+    Args:
+        function, values, product: a scalar function, a point, and the map ``v -> H v`` there.
+        names: the nodes whose second derivatives nobody has checked, for the message.
+        mode: the mode of ``product``.
+    """
+    dtypes = {value.dtype for value in values}
+    if not dtypes <= set(_CONTRADICTION):
+        return
+    limit = max(_CONTRADICTION[dtype] for dtype in dtypes)
+    generator = torch.Generator().manual_seed(0)
+    vector = tuple(
+        torch.randn(value.shape, dtype=value.dtype, generator=generator).to(value.device) for value in values
+    )
+    step = _step(values)
+    near, far = (finite_difference(function, values, scale * step)(vector) for scale in (1, 2))
+    size, length = _length(near), _length(vector)
+    _, gradient = _value_and_gradient(function, _moved(values, vector, 0.0))
+    above, below = (_value_and_gradient(function, _moved(values, vector, s * step / length))[0] for s in (1, -1))
+    rise = (above - below) * length / (2 * step)
+    slope = sum(float((g * t).sum(dtype=torch.float64)) for g, t in zip(gradient, vector, strict=True))
+    smooth = _distance(near, far) <= limit / 3 * size and abs(slope - rise) <= limit * abs(slope)
+    if not smooth or size == 0:
+        return
+    error = _distance(product(vector), near) / size
+    if error > limit:
+        raise CurvatureError(
+            f"the second derivative of the loss is wrong in mode={mode!r}: it differs by {error:.0%} from differences "
+            f"of gradients, which are right. Nobody has checked {', '.join(names[:5])}; the backward of one of them is "
+            "probably not differentiable: write it with operators of torch, or use mode='finite_difference' "
+            "(approximate)"
+        )
+
+
+def _distance(a: Tensors, b: Tensors) -> float:
+    return _length(tuple(x - y for x, y in zip(a, b, strict=True)))
 
 
 def _length(tensors: Tensors) -> float:
@@ -249,15 +309,39 @@ class OperationsSeen(TorchDispatchMode):
 
 
 def operations(function: Function, values: Tensors) -> OperationsSeen:
-    """The operators of one forward pass of ``function``."""
-    with torch.no_grad():
-        function(values)  # a function under a policy traces itself at its first call, which fails inside the mode
+    """The operators of one forward pass of ``function``, which may take derivatives itself."""
+    variables = tuple(value.detach().requires_grad_() for value in values)
+    with torch.enable_grad():
+        function(variables)  # a function under a policy traces itself at its first call, which fails inside the mode
         with OperationsSeen() as seen:
-            function(values)
+            function(variables)
     return seen
 
 
+#: The mode to try where torch fails in another one.
+_OTHER_MODE = {
+    "forward": "use mode='reverse'",
+    "reverse": "use mode='double_backward', or mode='finite_difference' (approximate)",
+    "double_backward": "use mode='reverse', or mode='finite_difference' (approximate)",
+    "finite_difference": "use mode='reverse'",
+}
+
 _REMEDIES: tuple[tuple[str, str], ...] = (
+    (
+        r"Tensor\.requires_grad_\(\)|setting \.requires_grad|backward\(\) called inside a functorch|"
+        r"appears to not have been used in the graph|does not require grad and does not have a grad_fn",
+        INNER_DERIVATIVES,
+    ),
+    (
+        r"backward through the graph a second time",
+        "the loss takes a derivative itself and frees its graph: pass create_graph=True to its torch.autograd.grad, or "
+        "detach that derivative if it is a constant",
+    ),
+    (
+        r"Nested forward mode AD",
+        "the loss takes a forward-mode derivative itself, which mode='forward' cannot differentiate again: use "
+        "mode='reverse'",
+    ),
     (
         r"don't yet support saved tensor hooks",
         "torch.func cannot differentiate through gradient checkpointing (torch.utils.checkpoint) or other saved-tensor "
@@ -288,7 +372,10 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
 
 @contextmanager
 def differentiable(mode: str) -> Iterator[None]:
-    """Selects an attention kernel that fits, and turns torch's refusals into a `CurvatureError` with a remedy."""
+    """Selects an attention kernel that fits, and turns torch's errors into a `CurvatureError` with a remedy.
+
+    The loss itself has run before without an error, so an error inside is one of the mode.
+    """
     try:
         with attention_kernel(mode):
             yield
@@ -302,7 +389,9 @@ def differentiable(mode: str) -> Iterator[None]:
         for pattern, remedy in _REMEDIES:
             if re.search(pattern, text, re.DOTALL):
                 raise CurvatureError(f"{remedy} (torch: {text.splitlines()[0]})") from error
-        raise
+        raise CurvatureError(
+            f"torch cannot differentiate the loss in mode={mode!r}: {_OTHER_MODE[mode]} (torch: {text.splitlines()[0]})"
+        ) from error
 
 
 def _underivable(name: str, mode: str) -> str:

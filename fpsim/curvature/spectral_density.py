@@ -7,13 +7,15 @@ weights of a Gauss quadrature of its own spectral measure. The mean of these mea
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fpsim.curvature.counting import as_operator, products_of
+from fpsim.curvature.counting import as_operator, doubts, products_of
+from fpsim.curvature.lanczos import Tridiagonal
 from fpsim.curvature.linear import Operator
-from fpsim.curvature.results import DensityResult
+from fpsim.curvature.results import DensityResult, smoothed
 from fpsim.curvature.traces import Probe, check_probes, probe_spectrum
 from fpsim.curvature.vectors import seeded
 
@@ -37,8 +39,10 @@ def density(
     Args:
         operator: an `Operator`, or a dense symmetric matrix.
         steps: the Lanczos steps per probe, one product each; more steps resolve more detail.
-        probes: the first number of probes, at least 2 for error bars.
-        max_probes: while the error is above ``tol``, probes are added up to this number; None is ``probes``.
+        probes: the number of probes, at least 2 for error bars.
+        max_probes: the largest number of probes; None is ``probes``. If it is at least twice ``probes``, the first
+            ``probes`` only choose how many more reach ``tol``, and those alone make the result: a stop as soon as the
+            error looks small would prefer probes that happen to agree. Otherwise all ``max_probes`` are used.
         tol: the tolerance of the integral of the standard error (the integral of the density is 1).
         sigma: the standard deviation of the smoothing; None is a hundredth of the spectrum's width.
         grid: the eigenvalues at which to give the density (float64, shape ``(points,)``), or how many to spread
@@ -59,22 +63,42 @@ def density(
     if sigma is not None and not sigma > 0:
         raise ValueError(f"sigma must be positive, got {sigma}")
     generator = seeded(generator)
-    rows: list[tuple[Tensor, Tensor]] = []
     with products_of(operator, f"density of the {operator.name}", steps * most, progress) as products:
-        while True:
-            found, _ = probe_spectrum(products, steps, probe, generator, reorthogonalise=reorthogonalise)
-            rows.append(found.ritz())
-            if len(rows) < probes:
-                continue
-            nodes, weights = _padded([row[0] for row in rows]), _padded([row[1] for row in rows], 0.0)
-            width = _width(nodes) if sigma is None else sigma
-            points = _spread(nodes, width, grid) if isinstance(grid, int) else grid.to("cpu", torch.float64)
-            each = torch.stack([_widened(points, n, w, width) for n, w in zip(nodes, weights, strict=True)])
-            stderr = each.std(0) / len(rows) ** 0.5
-            converged = float(torch.trapezoid(stderr, points)) <= tol
-            if converged or len(rows) >= most:
-                break
-    return DensityResult(points, each.mean(0), stderr, width, nodes, weights, operator.size, products.count, converged)
+
+        def drawn(count: int) -> tuple[list[Tridiagonal], DensityResult]:
+            found = [
+                probe_spectrum(products, steps, probe, generator, reorthogonalise=reorthogonalise)[0]
+                for _ in range(count)
+            ]
+            return found, _density([row.ritz() for row in found], sigma, grid, operator.size)
+
+        count = probes
+        found, result = drawn(most if most < 2 * probes else probes)
+        if most >= 2 * probes:  # the first probes only choose the number of those that count
+            needed = math.ceil(probes * (1.4 * _error(result) / tol) ** 2) if tol else most
+            count = min(most - probes, max(probes, needed))
+            found, result = drawn(count)
+    reasons = doubts(operator, max(row.asymmetry for row in found))
+    if _error(result) > tol:
+        reasons = (
+            f"the integral of the standard error is {_error(result):.2g}, above {tol:g}: raise max_probes, or sigma",
+            *reasons,
+        )
+    return replace(result, products=products.count, converged=not reasons, reasons=reasons)
+
+
+def _density(rows: list[tuple[Tensor, Tensor]], sigma: float | None, grid: Tensor | int, size: int) -> DensityResult:
+    """The density from the nodes and weights of each probe, without products and verdict."""
+    nodes, weights = _padded([row[0] for row in rows]), _padded([row[1] for row in rows], 0.0)
+    width = _width(nodes) if sigma is None else sigma
+    points = _spread(nodes, width, grid) if isinstance(grid, int) else grid.to("cpu", torch.float64)
+    each = smoothed(points, nodes, weights, width)
+    stderr = each.std(0) / len(rows) ** 0.5
+    return DensityResult(points, each.mean(0), stderr, width, nodes, weights, size, 0, False)
+
+
+def _error(result: DensityResult) -> float:
+    return float(torch.trapezoid(result.stderr, result.grid))
 
 
 def _padded(rows: list[Tensor], value: float | None = None) -> Tensor:
@@ -97,8 +121,3 @@ def _spread(nodes: Tensor, sigma: float, count: int) -> Tensor:
     """``count`` points, evenly spaced from five standard deviations below the nodes to five above."""
     low, high = float(nodes.min()) - 5 * sigma, float(nodes.max()) + 5 * sigma
     return torch.linspace(low, high, count, dtype=torch.float64)
-
-
-def _widened(points: Tensor, nodes: Tensor, weights: Tensor, sigma: float) -> Tensor:
-    shapes = torch.exp(-((points.unsqueeze(1) - nodes) ** 2) / (2 * sigma**2)) / (sigma * math.sqrt(2 * math.pi))
-    return shapes @ weights

@@ -166,8 +166,8 @@ def layout(
             of an algorithm off the accelerator.
 
     Raises:
-        ValueError: no leaf varies, a glob matches no name, the dtype is another one, or a leaf is sharded (a
-            `DTensor`).
+        ValueError: no leaf varies, ``select`` is empty or a glob of it matches no name, the dtype is another one, or a
+            leaf is sharded (a `DTensor`).
 
     >>> layout({"a": torch.ones(2), "b": torch.ones(3)}, select="b").size
     3
@@ -232,13 +232,15 @@ def choose(names: Sequence[str], select: Select) -> frozenset[str]:
     """The elements of ``names`` that ``select`` matches.
 
     Raises:
-        ValueError: a glob matches no name; the message lists near matches.
+        ValueError: there is no glob, or one matches no name; the message lists near matches.
     """
     if select is None:
         return frozenset(names)
     if callable(select):
         return frozenset(name for name in names if select(name))
     patterns = [select] if isinstance(select, str) else list(select)
+    if not patterns:
+        raise ValueError("select is empty, so no parameter would vary: pass None for all, or at least one glob")
     chosen: set[str] = set() if any(not p.startswith("!") for p in patterns) else set(names)
     for pattern in patterns:
         glob = pattern.removeprefix("!")

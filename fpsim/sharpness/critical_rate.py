@@ -6,7 +6,15 @@ import math
 from dataclasses import dataclass
 
 from fpsim.curvature.vectors import layout
-from fpsim.sharpness.steps import Loss, PyTree, direction_pieces, evaluate, moved, value_and_gradient
+from fpsim.sharpness.steps import (
+    Loss,
+    PyTree,
+    direction_pieces,
+    evaluate,
+    moved,
+    value_and_gradient,
+    why_it_changes,
+)
 
 
 @dataclass(frozen=True)
@@ -21,8 +29,10 @@ class CriticalResult:
         upper: the smallest tried rate whose step raises the loss.
         loss: the loss at the parameters.
         lower_loss: the loss at ``lower``. If it equals ``loss``, the loss is flat there to all its digits.
-        evaluations: the number of evaluations of the loss; one of them computes the gradient if no direction is given.
-        converged: whether ``lower`` and ``upper`` are within the tolerance.
+        evaluations: the number of evaluations of the loss; one of them computes the gradient if no direction is given,
+            and one is a second one at the parameters, which shows whether the loss changes from call to call.
+        converged: whether ``lower`` and ``upper`` are within the tolerance, and the loss does not change.
+        message: why ``converged`` is False; empty if it is True.
     """
 
     sharpness: float
@@ -33,6 +43,7 @@ class CriticalResult:
     lower_loss: float
     evaluations: int
     converged: bool
+    message: str = ""
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -92,7 +103,8 @@ def critical(
         raise ValueError(f"the loss at params is {start}: no rate is critical")
     if not any(bool(part.any()) for part in along):
         raise ValueError("the direction is zero: at a stationary point, pass a direction")
-    evaluations = 1
+    changes = why_it_changes(loss, arranged, start)
+    evaluations = 2
 
     def at(rate: float) -> float:
         nonlocal evaluations
@@ -111,6 +123,8 @@ def critical(
             break
     bracketed = lower > 0 and upper < math.inf
     rate = (lower + upper) / 2 if bracketed else math.inf if lower else 0.0
+    close = bracketed and 1 - lower / upper <= tolerance
+    message = changes or ("" if close else f"no critical rate within {tolerance:g} in {evaluations} evaluations")
     return CriticalResult(
         sharpness=_sharpness(rate),
         learning_rate=rate,
@@ -119,7 +133,8 @@ def critical(
         loss=start,
         lower_loss=lower_loss,
         evaluations=evaluations,
-        converged=bracketed and 1 - lower / upper <= tolerance,
+        converged=not message,
+        message=message,
     )
 
 

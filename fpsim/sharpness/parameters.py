@@ -32,6 +32,7 @@ from fpsim.sharpness.steps import (
     normal_like,
     total_norm,
     value_and_gradient,
+    why_it_changes,
 )
 
 Search = Literal["lbfgsb", "pga"]
@@ -49,9 +50,11 @@ class KeskarResult:
         sharpness: 100 * (maximum - loss) / (1 + loss), percent; a lower bound.
         loss: the loss at the parameters.
         maximum: the largest loss that the search found in the box.
-        evaluations: the number of evaluations of the loss and its gradient.
-        converged: whether the search ended because the gradient points out of the box in every coordinate, or is zero.
-        message: why the search ended.
+        evaluations: the number of evaluations of the loss; all but the last, which shows whether the loss changes from
+            call to call, compute its gradient as well.
+        converged: whether the search ended because the gradient points out of the box in every coordinate, or is zero,
+            and the loss does not change from call to call.
+        message: why the search ended, or that the loss changes.
         perturbation: the difference of that point from the parameters, a pytree like them.
     """
 
@@ -75,8 +78,11 @@ class SamResult:
         predicted: the increase that the gradient predicts: rho times the gradient's norm (the scaled norm if
             adaptive).
         gradient_norm: Euclidean norm of the gradient.
-        evaluations: the number of evaluations of the loss; one of them computes the gradient.
-        converged: whether a step was taken; False if the gradient is zero or not finite.
+        evaluations: the number of evaluations of the loss; one of them computes the gradient, and one is a second one
+            at the parameters, which shows whether the loss changes from call to call.
+        converged: whether a step was taken; False if the gradient is zero or not finite, or the loss changes from call
+            to call.
+        message: why ``converged`` is False; empty if it is True.
         perturbation: the step, a pytree like the parameters.
     """
 
@@ -87,6 +93,7 @@ class SamResult:
     gradient_norm: float
     evaluations: int
     converged: bool
+    message: str
     perturbation: PyTree = field(repr=False, compare=False)
 
 
@@ -105,7 +112,7 @@ def sam(loss: Loss, params: PyTree, *, rho: float = 0.05, adaptive: bool = False
         eta: lets parameters near zero move; ASAM uses 0.01. It is only used if adaptive.
 
     Raises:
-        ValueError: rho is not positive, eta is negative, or the loss is not a scalar or has no gradient.
+        ValueError: rho is not positive, eta is negative, or the loss is not a scalar, not finite or without gradient.
 
     Source: arXiv 2010.01412 equation 2; ASAM: arXiv 2102.11600 section 3.
 
@@ -118,6 +125,8 @@ def sam(loss: Loss, params: PyTree, *, rho: float = 0.05, adaptive: bool = False
         raise ValueError(f"eta must not be negative, got {eta}: ASAM uses 0.01")
     arranged = layout(params)
     value, gradient = value_and_gradient(loss, arranged, arranged.values)
+    if not math.isfinite(value):
+        raise ValueError(f"the loss at params is {value}: no step from there has a rise")
     gradient_norm = total_norm(gradient)
     gradient = [part.to(accumulation_dtype(part.dtype)) for part in gradient]
     if adaptive:
@@ -130,14 +139,18 @@ def sam(loss: Loss, params: PyTree, *, rho: float = 0.05, adaptive: bool = False
     taken = 0 < length < math.inf
     step = [part * (rho / length) if taken else torch.zeros_like(part) for part in gradient]
     perturbed = evaluate(loss, arranged, moved(arranged.values, step, 1.0))
+    message = why_it_changes(loss, arranged, value)
+    if not taken:
+        message = "the gradient is zero or not finite, so there is no direction for a step"
     return SamResult(
         sharpness=perturbed - value,
         loss=value,
         perturbed_loss=perturbed,
         predicted=rho * length,
         gradient_norm=gradient_norm,
-        evaluations=2,
-        converged=taken,
+        evaluations=3,
+        converged=not message,
+        message=message,
         perturbation=arranged.unflatten(arranged.join(step)),
     )
 
@@ -203,11 +216,14 @@ def keskar(
         ]
         search.at(start)
     converged, message = (_ascend if method == "pga" else _lbfgsb_search)(search, bounds, iterations)
+    changes = why_it_changes(loss, arranged, search.initial)
+    if changes:
+        converged, message = False, changes
     return KeskarResult(
         sharpness=100 * (search.best - search.initial) / (1 + search.initial),
         loss=search.initial,
         maximum=search.best,
-        evaluations=search.evaluations,
+        evaluations=search.evaluations + 1,
         converged=converged,
         message=message,
         perturbation=arranged.unflatten(arranged.join(space.step(search.best_y))),

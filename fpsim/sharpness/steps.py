@@ -24,9 +24,15 @@ Loss = Callable[[PyTree], Tensor]
 
 
 def evaluate(loss: Loss, layout: Layout, point: Sequence[Tensor]) -> float:
-    """The loss at ``point``, computed without a graph."""
-    with torch.no_grad():
-        return scalar_loss(loss(layout.substitute(point))).item()
+    """The loss at ``point``, computed without a graph, unless the loss takes derivatives itself."""
+    try:
+        with torch.no_grad():
+            return scalar_loss(loss(layout.substitute(point))).item()
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+    with torch.enable_grad():
+        return scalar_loss(loss(layout.substitute([piece.detach().requires_grad_() for piece in point]))).item()
 
 
 def value_and_gradient(loss: Loss, layout: Layout, point: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
@@ -46,6 +52,21 @@ def value_and_gradient(loss: Loss, layout: Layout, point: Sequence[Tensor]) -> t
             )
         gradient = torch.autograd.grad(value, variables, allow_unused=True, materialize_grads=True)
     return value.item(), list(gradient)
+
+
+def why_it_changes(loss: Loss, layout: Layout, value: float) -> str:
+    """Why ``value``, the loss at the parameters, is not the loss there when it is computed again; empty if it is.
+
+    It takes one evaluation. Differences that rounding errors explain do not count.
+    """
+    again = evaluate(loss, layout, layout.values)
+    tolerance = max(min(1000 * torch.finfo(piece.dtype).eps, 0.02) for piece in layout.values)
+    if abs(again - value) <= tolerance * abs(value):
+        return ""
+    return (
+        f"the loss changes from call to call (from {value:.6g} to {again:.6g}): dropout is active, it draws other "
+        "random numbers, or it keeps a state. Call model.eval(); fpsim.curvature.check_determinism says more"
+    )
 
 
 def direction_pieces(layout: Layout, direction: PyTree, name: str) -> list[Tensor]:

@@ -50,6 +50,16 @@ def test_density_is_within_its_error_bars(reorthogonalise):
     assert float(inside.double().mean()) > 0.98
 
 
+def test_intervals_contain_the_density():
+    inside = []
+    for seed in range(6):
+        result = density(MATRIX, steps=40, probes=20, grid=20, sigma=0.5, generator=torch.Generator().manual_seed(seed))
+        low, high = result.interval(0.95)
+        want = exact(result.grid, result.sigma)
+        inside.append(((low - 1e-6 <= want) & (want <= high + 1e-6)).double().mean())
+    assert 0.88 < float(torch.stack(inside).mean()) < 0.995
+
+
 def test_probes_are_added_until_the_error_is_small():
     result = density(MATRIX, steps=30, probes=2, max_probes=100, tol=0.1)
     assert result.converged and 2 < len(result.nodes) < 100

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import fpsim
 from fpsim.curvature import functional_loss
-from fpsim.sharpness import adaptive, keskar, logit, sam
+from fpsim.sharpness import adaptive, critical, keskar, logit, sam, slice_1d
 
 METHODS = ("lbfgsb", "pga")
 
@@ -73,7 +73,7 @@ def test_sam_on_a_quadratic_is_the_textbook_formula(quadratic, rho):
     assert result.gradient_norm == pytest.approx(g.norm().item(), rel=1e-13)
     assert result.predicted == pytest.approx(rho * g.norm().item(), rel=1e-13)
     torch.testing.assert_close(quadratic.flat(result.perturbation), rho * unit, rtol=1e-13, atol=1e-15)
-    assert (result.evaluations, result.converged) == (2, True)
+    assert (result.evaluations, result.converged) == (3, True)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.01, 1.0])
@@ -183,7 +183,7 @@ def test_keskar_of_cross_entropy_over_its_logits_is_the_logit_sharpness(generato
     exact = logit(z, target, epsilon=1e-2).item()
     results = {m: keskar(lambda z: functional.cross_entropy(z, target), z, epsilon=1e-2, method=m) for m in METHODS}
     assert results["pga"].sharpness == pytest.approx(exact, rel=1e-11)
-    assert results["pga"].evaluations == 2
+    assert results["pga"].evaluations == 3
     assert 0.5 * exact < results["lbfgsb"].sharpness <= exact * (1 + 1e-11)
 
 
@@ -227,7 +227,7 @@ def test_a_stationary_point_is_reported_and_a_random_start_leaves_it(generator, 
         return (x**2).sum()
 
     stuck = keskar(loss, torch.zeros(5), epsilon=0.1, method=method)
-    assert (stuck.sharpness, stuck.converged, stuck.evaluations) == (0.0, False, 1)
+    assert (stuck.sharpness, stuck.converged, stuck.evaluations) == (0.0, False, 2)
     assert "random_start" in stuck.message
     free = keskar(loss, torch.zeros(5), epsilon=0.1, method=method, random_start=True, generator=generator)
     assert free.loss == 0
@@ -325,3 +325,43 @@ def test_errors_name_the_value_and_the_remedy(call, message):
 def test_a_loss_that_is_no_tensor_is_a_type_error():
     with pytest.raises(TypeError, match="the loss must be a tensor, got float"):
         sam(lambda x: x.sum().item(), torch.ones(3))
+
+
+def test_a_loss_that_changes_from_call_to_call_has_not_converged():
+    """The rise would be that of another draw of dropout."""
+    x = torch.linspace(0.5, 1.5, 50, dtype=torch.float64)
+
+    def loss(p):
+        return 1 + functional.dropout(p, 0.5).square().sum()
+
+    torch.manual_seed(0)
+    for result in (sam(loss, x), adaptive(loss, x), keskar(loss, x), keskar(loss, x, method="pga"), critical(loss, x)):
+        assert not result.converged and "dropout" in result.message
+
+
+def test_losses_that_are_not_finite_are_errors():
+    x = torch.ones(3)
+    for value in (float("nan"), float("inf")):
+        for measure in (sam, adaptive, keskar, critical):
+            with pytest.raises(ValueError, match=str(value)):
+                measure(lambda p, value=value: p.sum() * 0 + value, x)
+
+
+def test_losses_that_take_derivatives_themselves():
+    """The squared slope of p x^2 at 1, 4 p^2, and a penalty on the gradient with respect to p, 4 p^2 as well."""
+
+    def slope(p):
+        x = torch.ones((), dtype=torch.float64, requires_grad=True)
+        (found,) = torch.autograd.grad(p.sum() * x**2, x, create_graph=True)
+        return found**2
+
+    def penalty(p):
+        (found,) = torch.autograd.grad(p.square().sum(), p, create_graph=True)
+        return found.square().sum()
+
+    p = torch.tensor([3.0], dtype=torch.float64)
+    for loss in (slope, penalty):
+        assert sam(loss, p, rho=0.5).sharpness == pytest.approx(4 * (3.5**2 - 9), rel=1e-12)
+        assert keskar(loss, p, epsilon=0.125, method="pga").maximum == pytest.approx(4 * 3.5**2, rel=1e-12)
+        assert critical(loss, p, tolerance=1e-9).sharpness == pytest.approx(8.0, rel=1e-6)
+        assert slice_1d(loss, p, torch.ones(1), x=[0, 1]).losses.tolist() == pytest.approx([36.0, 64.0])
