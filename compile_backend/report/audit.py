@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
+from fpsim.compile_backend.calls import unwatched
 from fpsim.compile_backend.compiling import GRAPH_EVENT
 from fpsim.compile_backend.graph.products import product_events
 from fpsim.compile_backend.plan import render
@@ -106,7 +107,7 @@ def audit(
         compiled = torch.compile(model, backend="fpsim", options=options)
     elif policy is not None:
         raise ValueError("the model is already compiled and keeps its policy: audit it without policy")
-    with state_kept(model, args, kwargs):
+    with state_kept(model, args, kwargs), unwatched():
         _warm_up(compiled, args, kwargs)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
             _step(compiled, args, kwargs)
