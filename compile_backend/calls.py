@@ -70,6 +70,14 @@ def own_work() -> Iterator[None]:
         _thread.running -= 1
 
 
+def policy_options(model: Any) -> tuple[Mapping[str, Any] | None] | None:
+    """The options under which the whole of ``model`` is compiled by fpsim, in a tuple; None if it is not."""
+    for part in (model, getattr(model, "forward", None), getattr(model, "_compiled_call_impl", None)):
+        if "_fpsim_options" in getattr(part, "__dict__", ()):
+            return (part.__dict__["_fpsim_options"],)
+    return None
+
+
 @contextlib.contextmanager
 def graph_runs() -> Iterator[None]:
     """The run of a graph that fpsim rewrote."""
@@ -90,10 +98,21 @@ def unwatched() -> Iterator[None]:
 
 def is_ours(backend: Any) -> bool:
     """Whether ``backend``, as it stands or as torch has wrapped it, is a backend of fpsim."""
-    wrappers = ("_torchdynamo_orig_backend", "compiler_fn", "func")  # Dynamo's, torch.compile's, functools.partial's
-    while (inner := next((getattr(backend, name) for name in wrappers if hasattr(backend, name)), None)) is not None:
-        backend = inner
-    return getattr(backend, "__module__", None) == _BACKENDS
+    return getattr(_layers(backend)[-1], "__module__", None) == _BACKENDS
+
+
+def options_of(backend: Any) -> Mapping[str, Any] | None:
+    """The options that ``backend``, as torch has wrapped it, passes to a backend of fpsim."""
+    given = [getattr(layer, "kwargs", getattr(layer, "keywords", None)) for layer in _layers(backend)]
+    return next((each["options"] for each in given if isinstance(each, Mapping) and "options" in each), None)
+
+
+def _layers(backend: Any) -> list[Any]:
+    """``backend`` and what it wraps: in Dynamo's wrappers, in that of `torch.compile`, in a partial."""
+    layers, names = [backend], ("_torchdynamo_orig_backend", "compiler_fn", "func")
+    while (inner := next((getattr(layers[-1], name) for name in names if hasattr(layers[-1], name)), None)) is not None:
+        layers.append(inner)
+    return layers
 
 
 def warn_disabled() -> None:
@@ -104,11 +123,14 @@ def warn_disabled() -> None:
     )
 
 
-def watched(compiled: Callable[..., Any]) -> Callable[..., Any]:
+def watched(compiled: Callable[..., Any], options: Mapping[str, Any] | None) -> Callable[..., Any]:
     """``compiled``, a function that Dynamo returned, with an error or a warning for calls that run without fpsim.
 
     While Dynamo still compiles parts of it, calls are watched by a `Witness`, and a warning names the products that ran
     beside the graphs that fpsim rewrote. Later calls cost a few microseconds more.
+
+    Args:
+        options: those of the backend. They become the attribute ``_fpsim_options``.
     """
     original = getattr(compiled, "_torchdynamo_orig_callable", compiled)
     name = _name(original)
@@ -144,7 +166,7 @@ def watched(compiled: Callable[..., Any]) -> Callable[..., Any]:
     outside = torch.compiler.disable(call, reason="it is compiled by fpsim, under a policy of its own")
     marks = {"_torchdynamo_wrapper_id": id(outside), "_torchdynamo_disable_msg": outside._torchdynamo_disable_msg}
     functools.update_wrapper(outside, compiled)
-    outside.__dict__.update(marks)
+    outside.__dict__.update(marks, _fpsim_options=options)
     outside.__dict__.pop("_torchdynamo_inline", None)
     return outside
 

@@ -20,7 +20,7 @@ from torch._inductor.codegen.cpp import CppKernel
 from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
 from torch._inductor.utils import op_dtype_propagation_rules
 
-from fpsim.compile_backend.calls import is_ours, warn_disabled, watched
+from fpsim.compile_backend.calls import is_ours, options_of, warn_disabled, watched
 
 #: Major and minor version of torch.
 TORCH = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
@@ -97,7 +97,9 @@ def watch_compiled_calls() -> None:
     def and_watch(context: OptimizeContext, fn: Any) -> Any:
         compiled = compile_callable(context, fn)
         is_function = hasattr(compiled, "__code__")  # a module or a class holds functions that came through here
-        return watched(compiled) if is_function and is_ours(context.callback) else compiled
+        if is_function and is_ours(context.callback):
+            return watched(compiled, options_of(context.callback))
+        return compiled
 
     @wraps(optimize)
     def or_warn(*args: Any, **kwargs: Any) -> Any:

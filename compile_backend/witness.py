@@ -98,11 +98,16 @@ def may_multiply(operator: str, shapes: Sequence[Sequence[int]] = ()) -> bool:
     Args:
         shapes: the shapes of all arguments, empty for those that are no tensors.
     """
-    if "::" not in operator or not torch._C._jit_get_schemas_for_operator(operator):
+    if not _is_operator(operator):
         return False
     if _WEIGHTED.fullmatch(operator.removeprefix("aten::")):
         return _has_weights(operator, shapes)
     return _is_suspect(operator)
+
+
+@lru_cache(maxsize=4096)
+def _is_operator(name: str) -> bool:
+    return "::" in name and bool(torch._C._jit_get_schemas_for_operator(name))
 
 
 def may_multiply_in_call(overload: OpOverload, arguments: Sequence[Any]) -> bool:
