@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
 from fpsim.compile_backend.compiling import GRAPH_EVENT
-from fpsim.compile_backend.witness import Shapes, may_multiply
+from fpsim.compile_backend.witness import may_multiply
 
 #: The profiler's names for the autograd function of a compiled graph, and for the backward of any autograd function.
 #: The two events of one call have the same sequence number.
@@ -29,7 +29,7 @@ class Call:
     """
 
     operator: str
-    shapes: Shapes
+    shapes: tuple[tuple[int, ...], ...]
     is_inside: bool
     is_backward: bool
 
