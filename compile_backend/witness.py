@@ -18,11 +18,12 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-#: Libraries of torch and of fpsim whose operators multiply no matrices.
+#: Libraries of torch and of fpsim whose operators multiply no matrices, but for `_EXCEPTIONS`.
 _HARMLESS_LIBRARIES = frozenset(
-    {"_c10d_functional", "_c10d_functional_autograd", "c10d", "c10d_functional", "fpsim", "prim", "profiler",
-     "rngprims", "streams"}
+    {"_c10d_functional", "_c10d_functional_autograd", "c10d", "c10d_functional", "fpsim", "inductor_prims", "prim",
+     "prims", "profiler", "rngprims", "streams"}
 )  # fmt: skip
+_EXCEPTIONS = frozenset({"prims::svd"})
 
 #: Operators of aten that multiply no matrices, as regular expressions. Most pointwise operations are missing here, for
 #: torch tags them. A name stands for its in-place form, its derivative (``_backward``), its copying form (``_copy``)
@@ -123,7 +124,7 @@ def may_multiply_in_call(overload: OpOverload, arguments: Sequence[Any]) -> bool
 def _is_suspect(operator: str) -> bool:
     library, _, name = operator.partition("::")
     if library != "aten":
-        return library not in _HARMLESS_LIBRARIES
+        return library not in _HARMLESS_LIBRARIES or operator in _EXCEPTIONS
     packet = getattr(torch.ops.aten, name)
     if name in _COMPOSED or packet in flop_registry:
         return True
@@ -143,6 +144,8 @@ def _is_known(overload: OpOverload) -> bool:
 
 def _is_composed(overload: OpOverload) -> bool:
     """Whether torch composes ``overload`` of other operators, which are then seen too."""
+    if not torch._C._dispatch_has_kernel(overload.name()):
+        return False  # an overload for TorchScript alone
     key = torch._C.DispatchKey
     return overload.has_kernel_for_dispatch_key(
         key.CompositeImplicitAutograd

@@ -7,8 +7,8 @@ list of its own (`witness`), and compares the graphs of fpsim with an eager run 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,8 +35,9 @@ from fpsim.compile_backend.report.running import (
 from fpsim.compile_backend.report.seen import Call, seen
 from fpsim.policy import Policy
 
-#: Why a product of the eager run alone has escaped.
-_UNKNOWN = "computed by an eager run, and rounded by no graph of fpsim"
+#: Why an operator has escaped inside a graph, if no gap of the policy says so.
+_UNKNOWN = "inside, and not taken for a product"
+_MISSING = "computed by an eager run, and rounded by no graph of fpsim (or its result is unused)"
 
 #: Libraries whose kernels Inductor calls in the place of products of a graph.
 _KERNELS = ("inductor.", "mkldnn.", "mkldnn_prepacked.", "onednn.")
@@ -50,9 +51,9 @@ class Escape:
         operator: the operator, such as ``aten.mm``.
         shapes: the shapes of its tensor arguments.
         count: how many times it ran with these shapes.
-        inside: whether it ran inside a graph that fpsim rewrote: as a gap that the policy allows, or because the pass
-            does not know the product.
-        reason: why it is listed.
+        inside: whether it ran inside a graph that fpsim rewrote: as a gap that the policy allows, or as an operator
+            that the pass does not take for a product.
+        reason: where it ran and why it is listed.
     """
 
     operator: str
@@ -86,29 +87,26 @@ class Audit:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(f"{self.covered} matrix products ran inside graphs that fpsim rewrote")
-        if not self.compiled:
-            yield Text("nothing was compiled: no graph ran that fpsim rewrote, and nothing was rounded", style="red")
-        if not self.compared:
-            yield Text("not compared with an eager run: only parts of the model are compiled by fpsim")
+        if self.escaped:
+            yield _table(
+                f"{sum(escape.count for escape in self.escaped)} matrix products escaped",
+                ("operator", "shapes", "count", "where"),
+                [(each.operator, _written(each.shapes), str(each.count), _where(each)) for each in self.escaped],
+            )
+        elif self.compiled:
+            yield Text("no matrix product escaped", style="green")
         if self.unrounded:
             yield _table(
                 f"{len(self.unrounded)} matrix products that the policy leaves unrounded",
                 ("module", "operator", "reason"),
                 [(gap.path or "(root)", gap.operator, gap.reason) for gap in self.unrounded],
             )
-        if self.escaped:
-            yield _table(
-                f"{sum(escape.count for escape in self.escaped)} matrix products escaped",
-                ("operator", "shapes", "count", "where"),
-                [
-                    (escape.operator, _written(escape.shapes), str(escape.count), _where(escape))
-                    for escape in self.escaped
-                ],
-            )
-        elif self.compiled:
-            yield Text("no matrix product escaped", style="green")
+        if not self.compiled:
+            yield Text("nothing was compiled: no graph ran that fpsim rewrote, and nothing was rounded", style="red")
+        if not self.compared:
+            yield Text("not compared with an eager run, because only parts of the model are compiled by fpsim")
         yield Text(
-            "(seen: operators of torch and of libraries that register theirs; not numpy, nor kernels called directly)"
+            "seen are operators of torch and of libraries that register theirs, but no numpy and no bare kernels"
         )
 
     def __str__(self) -> str:
@@ -172,22 +170,37 @@ def audit(
         if plan is not None:
             with torch.compiler.set_stance("force_eager"):
                 eager, _ = seen(lambda: _step(compiled, args, kwargs))
+    return _judged(calls, is_compiled, plan, eager)
+
+
+def _judged(calls: Sequence[Call], is_compiled: bool, plan: Plan | None, eager: Sequence[Call]) -> Audit:
+    """The audit of ``calls``, which the compiled model made; ``plan`` and ``eager`` are None and empty if unknown."""
     can_be_rounded = {name.replace("::", ".") for name, is_rounded in product_events().items() if is_rounded}
-    covered = [call for call in calls if call.is_inside and (call.operator in can_be_rounded or _is_kernel(call))]
-    found = Counter((call.operator, call.shapes, call.is_inside, "") for call in calls if call not in covered)
+    covered = [
+        call
+        for call in calls
+        if call.is_inside and (call.operator in can_be_rounded or call.operator.startswith(_KERNELS))
+    ]
+    gaps = {gap.operator for gap in plan.gaps} if plan is not None else set()
+    found = Counter(
+        (call.operator, call.shapes, call.is_inside, _UNKNOWN if call.is_inside and call.operator not in gaps else "")
+        for call in calls
+        if call not in covered
+    )
     left: tuple[Gap, ...] = ()
+    unrounded = 0
     if plan is not None:
         named = {(operator, shapes) for operator, shapes, _, _ in found}
         unknown = [call for call in missing(plan, eager) if (call.operator, call.shapes) not in named]
-        found.update((call.operator, call.shapes, True, _UNKNOWN) for call in unknown)
-        signatures = {(call.operator, call.shapes, call.is_backward) for call in unknown}
-        covered = [call for call in covered if (call.operator, call.shapes, call.is_backward) not in signatures]
+        found.update((call.operator, call.shapes, True, _MISSING) for call in unknown)
+        covered = [call for call in covered if replace(call, is_inside=False) not in unknown]
         left, share = left_by_policy(plan)
-        covered_by_operator = Counter(call.operator for call in covered)
-        unrounded = sum(round(n * share.get(operator, 0)) for operator, n in covered_by_operator.items())
+        unrounded = sum(
+            round(n * share.get(operator, 0)) for operator, n in Counter(call.operator for call in covered).items()
+        )
     return Audit(
         escaped=tuple(Escape(name, shapes, n, inside, why) for (name, shapes, inside, why), n in found.items()),
-        covered=len(covered) - (unrounded if plan is not None else 0),
+        covered=len(covered) - unrounded,
         unrounded=left,
         compiled=is_compiled,
         compared=plan is not None or not is_compiled,
@@ -210,10 +223,6 @@ def _plan(compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
     with no_recompile_limit():
         _step(torch.compile(plain, backend=backend, **ISOLATED), args, kwargs)
     return Plan(tuple(s for plan in plans for s in plan.sites), tuple(g for plan in plans for g in plan.gaps))
-
-
-def _is_kernel(call: Call) -> bool:
-    return call.operator.startswith(_KERNELS)
 
 
 def _warm_up(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

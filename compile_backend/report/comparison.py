@@ -71,7 +71,7 @@ def _way(call: Call) -> str:
 def _has(call: Call, planned: tuple[int | None, int | None]) -> bool:
     """Whether the arguments of ``call`` can be operands of these sizes."""
     given = [math.prod(shape) for shape in call.shapes]
-    if _SEVERAL.fullmatch(call.operator):
+    if _SEVERAL.fullmatch(call.operator) or len(given) == 1:
         return any(size is None or size in given for size in planned)
     wanted = Counter(size for size in planned if size is not None)
     return any(wanted <= Counter(pair) for pair in combinations(given, 2))

@@ -16,6 +16,9 @@ from fpsim.compile_backend.witness import may_multiply
 _COMPILED_EVENT = "CompiledFunction"
 _BACKWARD_EVENT = "autograd::engine::evaluate_function: "
 
+#: Backward functions of products that call no product themselves, but a multiplication for each operand.
+_MULTIPLYING = tuple(f"{_BACKWARD_EVENT}{name}Backward0" for name in ("Dot", "Vdot"))
+
 
 @dataclass(frozen=True)
 class Call:
@@ -50,6 +53,8 @@ def seen(step: Callable[[], None]) -> tuple[list[Call], bool]:
 
 
 def _is_suspect(event: Any) -> bool:
+    if event.name == "aten::mul":
+        return any(each.name in _MULTIPLYING for each in _above(event))
     return may_multiply(event.name, event.input_shapes or ())
 
 
