@@ -72,7 +72,8 @@ def own_work() -> Iterator[None]:
 
 def policy_options(model: Any) -> tuple[Mapping[str, Any] | None] | None:
     """The options under which the whole of ``model`` is compiled by fpsim, in a tuple; None if it is not."""
-    for part in (model, getattr(model, "forward", None), getattr(model, "_compiled_call_impl", None)):
+    own = getattr(model, "__dict__", {})  # a compiled module looks other attributes up in the module that it wraps
+    for part in (model, own.get("forward"), own.get("_compiled_call_impl")):
         if "_fpsim_options" in getattr(part, "__dict__", ()):
             return (part.__dict__["_fpsim_options"],)
     return None
@@ -171,6 +172,24 @@ def watched(compiled: Callable[..., Any], options: Mapping[str, Any] | None) -> 
     return outside
 
 
+def watched_method(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method`` of a compiled module, which torch runs uncompiled, with a warning of the products in it."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _witness(settled=_thread.is_quiet) as witness:
+            result = method(*args, **kwargs)
+        if witness is not None and witness.products:
+            name = _name(method)
+            _warn(
+                f"{_listed(witness.products)} ran unrounded in {name}.{method.__name__}: torch.compile compiles the "
+                f"forward method alone. Compile this method too: torch.compile(model.{method.__name__}, backend='fpsim')"
+            )
+        return result
+
+    return call
+
+
 def _refuse_call(name: str) -> None:
     """Refuse a call that Dynamo would run without the backend, before Dynamo remembers to leave the code out."""
     transform = torch._C._functorch.peek_interpreter_stack()
@@ -200,7 +219,7 @@ def _refuse_call(name: str) -> None:
 
 def _any_mode() -> bool:
     """Whether a mode is on under which Dynamo compiles nothing."""
-    modes = getattr(_python_dispatch, "_get_current_dispatch_mode_stack", list)()
+    modes: list[Any] = getattr(_python_dispatch, "_get_current_dispatch_mode_stack", list)()
     return (
         any(not mode.is_infra_mode() and not mode.ignore_compile_internals() for mode in modes) if CAN_WATCH else False
     )

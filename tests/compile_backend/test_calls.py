@@ -528,3 +528,24 @@ def test_copies_and_methods_are_watched_too() -> None:
     for function in (model, copied):
         with pytest.raises(UnroundedError, match=r"torch\.func\.vmap"):
             torch.vmap(function)(X[None])
+
+
+class WithMethods(Model):
+    def encode(self, x: Tensor) -> Tensor:
+        return self.first(x)
+
+    def shape(self, x: Tensor) -> torch.Size:
+        return (x + 1).shape
+
+
+def test_another_method_of_a_compiled_module_is_a_warning() -> None:
+    model = WithMethods()
+    function = compiled(model)
+    with pytest.warns(
+        UnroundedWarning, match=r"1 aten\.mm ran unrounded in WithMethods\.encode: .*model\.encode"
+    ) as caught:
+        assert torch.equal(function.encode(X), model.first(X))
+    assert caught[0].filename == __file__
+    assert function.shape(X) == X.shape  # without a product in it
+    assert torch.equal(compiled(model.encode)(X), rounded(X) @ rounded(model.first.weight).T)  # the remedy
+    assert torch.compile(model, backend="eager").encode == model.encode
