@@ -183,7 +183,7 @@ def watched_method(method: Callable[..., Any]) -> Callable[..., Any]:
             name = _name(method)
             _warn(
                 f"{_listed(witness.products)} ran unrounded in {name}.{method.__name__}: torch.compile compiles the "
-                f"forward method alone. Compile this method too: torch.compile(model.{method.__name__}, backend='fpsim')"
+                f"forward method alone. Compile this one too: torch.compile(model.{method.__name__}, backend='fpsim')"
             )
         return result
 

@@ -121,7 +121,7 @@ def watch_compiled_calls() -> None:
         return watched_method(value) if is_method and policy_options(module) is not None else value
 
     OptimizeContext.__call__ = and_watch  # type: ignore[method-assign, assignment]
-    OptimizedModule.__getattr__ = or_watched_method  # type: ignore[method-assign, assignment]
+    OptimizedModule.__getattr__ = or_watched_method  # type: ignore[method-assign]
     torch._dynamo.optimize = or_warn
 
 
