@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fpsim.compile_backend.backend import fpsim, fpsim_eager
-    from fpsim.compile_backend.errors import UnroundedError
+    from fpsim.compile_backend.errors import UnroundedError, UnroundedWarning
     from fpsim.compile_backend.observe.recorder import ProductStatistics, SiteStatistics
     from fpsim.compile_backend.observe.rounding_statistics import Statistics
     from fpsim.compile_backend.plan import Gap, Plan, Site
@@ -32,6 +32,7 @@ _HOMES = {
     "SiteStatistics": "observe.recorder",
     "Statistics": "observe.rounding_statistics",
     "UnroundedError": "errors",
+    "UnroundedWarning": "errors",
     "audit": "report.audit",
     "explain": "report.explain",
     "fpsim": "backend",
@@ -51,6 +52,7 @@ __all__ = [
     "SiteStatistics",
     "Statistics",
     "UnroundedError",
+    "UnroundedWarning",
     "audit",
     "explain",
     "fpsim",

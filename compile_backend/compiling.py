@@ -24,6 +24,7 @@ from torch.profiler import record_function
 
 from fpsim.compile_backend import guards
 from fpsim.compile_backend.attention import decompose_attention
+from fpsim.compile_backend.calls import graph_runs, own_work
 from fpsim.compile_backend.graph.composites import recorded
 from fpsim.compile_backend.graph.dynamo import copied
 from fpsim.compile_backend.graph.operations import decompositions
@@ -90,6 +91,7 @@ def compile_with_rounding(
         "use_joint_graph_passes": True,  # without them the rounding would not run
     }
     with contextlib.ExitStack() as stack:
+        stack.enter_context(own_work())
         stack.enter_context(attention)
         stack.enter_context(recorded())
         if interpret:
@@ -102,7 +104,7 @@ def compile_with_rounding(
 
     @functools.wraps(compiled)
     def run(*inputs: Any) -> Any:
-        with record_function(GRAPH_EVENT):
+        with record_function(GRAPH_EVENT), graph_runs():
             return compiled(*inputs) if seed_device is None else compiled(*inputs, draw_seed(seed_device))
 
     return run

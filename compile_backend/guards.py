@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo import compiled_autograd
 from torch._inductor import config as inductor_config
 
 from fpsim.casts import Cast
 from fpsim.compile_backend.errors import UnroundedError
+from fpsim.compile_backend.graph.dynamo import all_nodes
 from fpsim.compile_backend.graph.module_paths import module_paths, near_modules, unmatched_globs
 from fpsim.formats import FloatFormat
 from fpsim.policy import Policy
@@ -23,6 +25,9 @@ _REWRITES = {
     "freezing": "multiplies constants into rounded weights, and draws stochastically rounded weights only once",
     "efficient_conv_bn_eval_fx_passes": "multiplies the factors of a batch norm into a weight before it is rounded",
 }
+#: Functions in graphs that belong to transforms of `torch.func` or to forward mode, and those of `torch.vmap`.
+_DERIVATIVE = re.compile(r"_functorch|torch\.autograd\.forward_ad|_(make|unpack)_dual|_(enter|exit)_dual_level")
+_EXAMPLES = re.compile("vmap|batch_dim|lazy_load_decompositions")
 
 # By identity: the options of every compiled model, and the policy that they described when they were first seen. The
 # options are kept alive, so that no other mapping gets the same identity.
@@ -72,14 +77,31 @@ def _fits(cast: Cast | None, precision: str) -> bool:
 
 
 def refuse_inner_gradients(gm: fx.GraphModule) -> None:
-    """Refuse a function that takes derivatives itself by `torch.func`. `torch.vmap` is accepted."""
-    for node in gm.graph.nodes:
+    """Refuse a graph that takes derivatives itself, in which forward and backward products cannot be told apart.
+
+    `torch.func` takes derivatives in a graph, and so do `torch.autograd` if ``torch._dynamo.config.trace_autograd_ops``
+    is set and compiled autograd. `torch.vmap` is accepted.
+    """
+    if getattr(compiled_autograd, "in_compiled_autograd_region", False):
+        raise UnroundedError(
+            "compiled autograd hands a backward pass to fpsim, which cannot tell forward from backward products in it: "
+            "compile the forward pass with fpsim, and leave torch._dynamo.config.compiled_autograd off"
+        )
+    for node in all_nodes(gm):
         target = f"{getattr(node.target, '__module__', '')} {node.target}"
-        if "_functorch" in target and not re.search("vmap|batch_dim|lazy_load_decompositions", target):
-            raise UnroundedError(
-                f"the compiled function takes derivatives itself ({node.name}), so that forward and backward products "
-                "cannot be told apart: compile the model, and take the derivative of the compiled model"
+        if node.target in (torch.autograd.grad, torch.autograd.backward, "backward"):
+            remedy = "set torch._dynamo.config.trace_autograd_ops to False; backward then runs compiled, outside"
+        elif _DERIVATIVE.search(target) and not _EXAMPLES.search(target):
+            remedy = (
+                "compile the model alone, and call backward() or torch.autograd.grad on its results, or transform "
+                "fpsim.curvature.functional_loss of the uncompiled model by torch.func"
             )
+        else:
+            continue
+        raise UnroundedError(
+            f"the compiled function takes derivatives itself ({node.name}), so that forward and backward products "
+            f"cannot be told apart: {remedy}"
+        )
 
 
 def check_globs(gm: fx.GraphModule, policy: Policy) -> None:

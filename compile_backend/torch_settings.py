@@ -7,16 +7,21 @@ Importing fpsim changes nothing. The settings change when a model is first compi
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import Any
 
 import torch
 from torch._dynamo import config as dynamo_config
+from torch._dynamo.eval_frame import OptimizeContext, OptimizedModule
 from torch._inductor import config as inductor_config
 from torch._inductor.codegen.cpp import CppKernel
 from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
 from torch._inductor.utils import op_dtype_propagation_rules
+
+from fpsim.compile_backend.calls import is_ours, options_of, policy_options, warn_disabled, watched, watched_method
 
 #: Major and minor version of torch.
 TORCH = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
@@ -81,12 +86,52 @@ def keep_dtype_rules() -> None:
     DtypePropagationOpsHandler.__init__ = build_once  # type: ignore[method-assign]
 
 
+@lru_cache(maxsize=1)
+def watch_compiled_calls() -> None:
+    """Let a call of a model compiled with fpsim be an error, or a warning, if Dynamo runs it without fpsim.
+
+    Dynamo says nothing when it leaves code out, or when a method other than forward is called on a compiled module.
+    Callables of other backends stay as they are.
+    """
+    compile_callable, optimize, attribute = (
+        OptimizeContext.__call__,
+        torch._dynamo.optimize,
+        OptimizedModule.__getattr__,
+    )
+
+    @wraps(compile_callable)
+    def and_watch(context: OptimizeContext, fn: Any) -> Any:
+        compiled = compile_callable(context, fn)
+        is_function = hasattr(compiled, "__code__")  # a module or a class holds functions that came through here
+        if is_function and is_ours(context.callback):
+            return watched(compiled, options_of(context.callback))
+        return compiled
+
+    @wraps(optimize)
+    def or_warn(*args: Any, **kwargs: Any) -> Any:
+        context = optimize(*args, **kwargs)
+        if not isinstance(context, OptimizeContext) and is_ours(kwargs.get("backend")):
+            warn_disabled()
+        return context
+
+    @wraps(attribute)
+    def or_watched_method(module: OptimizedModule, name: str) -> Any:
+        value = attribute(module, name)
+        is_method = inspect.ismethod(value) and isinstance(value.__self__, torch.nn.Module)
+        return watched_method(value) if is_method and policy_options(module) is not None else value
+
+    OptimizeContext.__call__ = and_watch  # type: ignore[method-assign, assignment]
+    OptimizedModule.__getattr__ = or_watched_method  # type: ignore[method-assign]
+    torch._dynamo.optimize = or_warn
+
+
 #: Every change, in the order in which they are made.
 SETTINGS: tuple[Callable[[], None], ...] = (
     fail_at_recompile_limit,
     trace_recurrent_layers,
     keep_precision_casts_in_cpp,
     keep_dtype_rules,
+    watch_compiled_calls,
 )
 
 

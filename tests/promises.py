@@ -66,6 +66,13 @@ PROMISES: dict[str, tuple[str, ...]] = {
     "audit finds products that ran unrounded": (
         "compile_backend/test_inspect.py::test_audit_finds_exactly_the_products_in_code_that_is_not_compiled",
     ),
+    "audit contradicts a pass that overlooks a product": (
+        "compile_backend/test_audit.py::test_a_pass_that_finds_nothing_is_contradicted",
+    ),
+    "a model that torch runs uncompiled is an error or a warning": (
+        "compile_backend/test_calls.py::test_a_model_of_which_nothing_is_compiled_is_an_error_in_every_call",
+        "compile_backend/test_calls.py::test_a_stance_that_runs_the_model_unrounded_is_a_warning",
+    ),
     "profile counts what rounding does to every operand": (
         "compile_backend/test_profile.py::test_every_operand_of_a_linear_layer_is_a_site",
         "compile_backend/test_profile.py::test_every_product_is_compared_with_that_of_the_unrounded_operands",

@@ -1,0 +1,278 @@
+"""Calls of models that were compiled with fpsim: a call that runs without fpsim is an error or a warning.
+
+Dynamo calls a backend only for the code that it compiles. It runs all other code as it is, mostly without a word: under
+a transform of `torch.func`, after a graph break that it cannot resume from, when it is switched off. That code computes
+without rounding. For many causes Dynamo also remembers its decision, and never compiles that code again. So every
+callable that `torch.compile` returns for backend ``"fpsim"`` or ``"fpsim_eager"`` is wrapped in `watched`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo import config as dynamo_config
+from torch._dynamo import eval_frame
+from torch._dynamo.utils import counters
+from torch.utils import _python_dispatch
+from torch.utils import _pytree as pytree
+
+from fpsim.compile_backend.errors import UnroundedError, UnroundedWarning
+from fpsim.compile_backend.witness import CAN_WATCH, Witness
+
+#: The module of the backends whose callables are watched.
+_BACKENDS = "fpsim.compile_backend.backend"
+
+#: Remedies for transforms of `torch.func`.
+_DERIVATIVES = (
+    "Take derivatives by backward() or torch.autograd.grad of the compiled model's results. For torch.func there are "
+    "fpsim.curvature.functional_loss and functional_outputs of the uncompiled model, which round and can be transformed"
+)
+_EXAMPLES = "Compile the function that calls torch.vmap, instead of the function that torch.vmap calls"
+
+_WHERE = "fullgraph=True shows where and why, and fpsim.audit lists what ran unrounded"
+
+
+class _Thread(threading.local):
+    """What runs in this thread.
+
+    Attributes:
+        graphs: how many runs of rewritten graphs have begun.
+        running: how many of these, and how many compilations, are under way.
+        is_quiet: whether a report runs the model, which names escapes itself.
+        is_watched: whether a `Witness` watches the call under way.
+    """
+
+    graphs = 0
+    running = 0
+    is_quiet = False
+    is_watched = False
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def own_work() -> Iterator[None]:
+    """Work of fpsim, such as compiling: no `Witness` judges the operators in it."""
+    _thread.running += 1
+    try:
+        yield
+    finally:
+        _thread.running -= 1
+
+
+def policy_options(model: Any) -> tuple[Mapping[str, Any] | None] | None:
+    """The options under which the whole of ``model`` is compiled by fpsim, in a tuple; None if it is not."""
+    own = getattr(model, "__dict__", {})  # a compiled module looks other attributes up in the module that it wraps
+    for part in (model, own.get("forward"), own.get("_compiled_call_impl")):
+        if "_fpsim_options" in getattr(part, "__dict__", ()):
+            return (part.__dict__["_fpsim_options"],)
+    return None
+
+
+@contextlib.contextmanager
+def graph_runs() -> Iterator[None]:
+    """The run of a graph that fpsim rewrote."""
+    _thread.graphs += 1
+    with own_work():
+        yield
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Calls without the errors and warnings of this file, for reports that name escapes themselves."""
+    before, _thread.is_quiet = _thread.is_quiet, True
+    try:
+        yield
+    finally:
+        _thread.is_quiet = before
+
+
+def is_ours(backend: Any) -> bool:
+    """Whether ``backend``, as it stands or as torch has wrapped it, is a backend of fpsim."""
+    return getattr(_layers(backend)[-1], "__module__", None) == _BACKENDS
+
+
+def options_of(backend: Any) -> Mapping[str, Any] | None:
+    """The options that ``backend``, as torch has wrapped it, passes to a backend of fpsim."""
+    given = [getattr(layer, "kwargs", getattr(layer, "keywords", None)) for layer in _layers(backend)]
+    return next((each["options"] for each in given if isinstance(each, Mapping) and "options" in each), None)
+
+
+def _layers(backend: Any) -> list[Any]:
+    """``backend`` and what it wraps: in Dynamo's wrappers, in that of `torch.compile`, in a partial."""
+    layers, names = [backend], ("_torchdynamo_orig_backend", "compiler_fn", "func")
+    while (inner := next((getattr(layers[-1], name) for name in names if hasattr(layers[-1], name)), None)) is not None:
+        layers.append(inner)
+    return layers
+
+
+def warn_disabled() -> None:
+    """Warn that `torch.compile` returns the model as it is."""
+    _warn(
+        "torch.compile returns the model as it is, and it runs unrounded: disable=True was given, or "
+        "TORCHDYNAMO_DISABLE=1 is set. Remove it to simulate a format"
+    )
+
+
+def watched(compiled: Callable[..., Any], options: Mapping[str, Any] | None) -> Callable[..., Any]:
+    """``compiled``, a function that Dynamo returned, with an error or a warning for calls that run without fpsim.
+
+    While Dynamo still compiles parts of it, calls are watched by a `Witness`, and a warning names the products that ran
+    beside the graphs that fpsim rewrote. Later calls cost a few microseconds more.
+
+    Args:
+        options: those of the backend. They become the attribute ``_fpsim_options``.
+    """
+    original = getattr(compiled, "_torchdynamo_orig_callable", compiled)
+    name = _name(original)
+    settled = False  # whether the last call ran a rewritten graph and compiled nothing
+    escaped: Counter[str] = Counter()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal settled, escaped
+        if _thread.is_quiet:
+            return compiled(*args, **kwargs)
+        _refuse_call(name)
+        if dynamo_config.disable:  # Dynamo, if it were called, would leave this code out in later calls too
+            _warn(f"{name} runs unrounded: torch._dynamo.config.disable is on. Set it to False")
+            return original(*args, **kwargs)
+        graphs, frames = _thread.graphs, Counter(counters["frames"])
+        with _witness(settled) as witness:
+            result = compiled(*args, **kwargs)
+        new_frames = Counter(counters["frames"]) - frames
+        settled = _thread.graphs > graphs and not new_frames
+        if _thread.graphs > graphs:
+            if witness is not None and witness.products not in (Counter(), escaped):
+                escaped = witness.products
+                _warn(f"{_listed(escaped)} ran unrounded in {name}, outside of the graphs that fpsim rewrote: {_WHERE}")
+        elif (
+            witness.computed
+            if witness is not None
+            else new_frames["total"] > new_frames["ok"] or _is_new(result, args, kwargs)
+        ):
+            _report_eager_call(name)
+        return result
+
+    # Other compiled code would inline the function, under another backend or policy. It calls what is disabled instead.
+    outside = torch.compiler.disable(call, reason="it is compiled by fpsim, under a policy of its own")
+    marks = {"_torchdynamo_wrapper_id": id(outside), "_torchdynamo_disable_msg": outside._torchdynamo_disable_msg}
+    functools.update_wrapper(outside, compiled)
+    outside.__dict__.update(marks, _fpsim_options=options)
+    outside.__dict__.pop("_torchdynamo_inline", None)
+    return outside
+
+
+def watched_method(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method`` of a compiled module, which torch runs uncompiled, with a warning of the products in it."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _witness(settled=_thread.is_quiet) as witness:
+            result = method(*args, **kwargs)
+        if witness is not None and witness.products:
+            name = _name(method)
+            _warn(
+                f"{_listed(witness.products)} ran unrounded in {name}.{method.__name__}: torch.compile compiles the "
+                f"forward method alone. Compile this one too: torch.compile(model.{method.__name__}, backend='fpsim')"
+            )
+        return result
+
+    return call
+
+
+def _refuse_call(name: str) -> None:
+    """Refuse a call that Dynamo would run without the backend, before Dynamo remembers to leave the code out."""
+    transform = torch._C._functorch.peek_interpreter_stack()
+    if transform is not None:
+        kind = transform.key().name.lower()
+        raise UnroundedError(
+            f"torch.func.{kind} over {name}, which is compiled by fpsim: Dynamo would run it unrounded, in this call "
+            f"and in all later ones. {_EXAMPLES if kind == 'vmap' else _DERIVATIVES}"
+        )
+    if torch.compiler.is_exporting():
+        raise UnroundedError(
+            f"torch.export of {name}, which is compiled by fpsim: the exported program would not round. Export the "
+            "uncompiled model, and compile the exported program's module() with fpsim"
+        )
+    if dynamo_config.compiled_autograd:
+        raise UnroundedError(
+            f"compiled autograd traces the backward pass of {name} again, and fpsim could not tell forward from "
+            "backward products: set torch._dynamo.config.compiled_autograd to False. Backward is then compiled with "
+            "forward"
+        )
+    if _any_mode():
+        raise UnroundedError(
+            f"{name} is called under a TorchDispatchMode, where Dynamo would run it unrounded, in this call and in all "
+            "later ones. Use the mode on the uncompiled model"
+        )
+
+
+def _any_mode() -> bool:
+    """Whether a mode is on under which Dynamo compiles nothing."""
+    modes: list[Any] = getattr(_python_dispatch, "_get_current_dispatch_mode_stack", list)()
+    return (
+        any(not mode.is_infra_mode() and not mode.ignore_compile_internals() for mode in modes) if CAN_WATCH else False
+    )
+
+
+def _report_eager_call(name: str) -> None:
+    """Report a call that ran no rewritten graph: an error, or a warning where the user has asked torch for it."""
+    stance = getattr(eval_frame, "_stance", None)
+    if stance is not None and (stance.stance != "default" or stance.backend is not None):
+        asked = f"backend {stance.backend!r}" if stance.stance == "default" else repr(stance.stance)
+        _warn(f"{name} ran unrounded, as torch.compiler.set_stance asks ({asked}). Set the stance 'default'")
+        return
+    raise UnroundedError(
+        f"nothing of {name} was compiled in this call, so that it ran unrounded. Dynamo leaves out code that it cannot "
+        "trace (hooks for backward, scripted or sparse parts, graph breaks within try or with), code that is disabled, "
+        "and code that it has left out once (torch._dynamo.reset() forgets that). A layer of torch.nn in a wrapper, "
+        f"such as DistributedDataParallel, is compiled if it stands in a module of your own. {_WHERE}"
+    )
+
+
+def _is_new(result: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``result`` holds a tensor that was not given."""
+    given = {id(leaf) for leaf in pytree.tree_leaves((args, dict(kwargs)))}
+    return any(isinstance(leaf, Tensor) and id(leaf) not in given for leaf in pytree.tree_leaves(result))
+
+
+@contextlib.contextmanager
+def _witness(settled: bool) -> Iterator[Witness | None]:
+    if settled or not CAN_WATCH or _thread.is_watched:
+        yield None
+        return
+    _thread.is_watched = True
+    try:
+        with Witness(is_covered=lambda: _thread.running > 0) as witness:
+            yield witness
+    finally:
+        _thread.is_watched = False
+
+
+def _warn(message: str) -> None:
+    """Warn at the line of the first caller outside of torch and fpsim."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("contextlib", "fpsim", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"fpsim: {message}", UnroundedWarning, stacklevel=level + 1)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    owner = getattr(function, "__self__", getattr(function, "__wrapped__", None))
+    if isinstance(owner, torch.nn.Module):
+        return type(owner).__name__
+    return getattr(function, "__qualname__", "the compiled model")
+
+
+def _listed(products: Counter[str]) -> str:
+    return ", ".join(f"{count} {operator}" for operator, count in sorted(products.items()))

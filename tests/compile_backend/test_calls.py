@@ -1,0 +1,551 @@
+"""A call of a compiled model that Dynamo would run without fpsim is rounded, or an error, or a warning: not silent."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.eval_frame import OptimizeContext
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+from torch.utils.flop_counter import FlopCounterMode
+
+import fpsim
+from fpsim.compile_backend import UnroundedError, UnroundedWarning
+
+FORMAT = "e8m1"
+X = torch.randint(-16, 17, (3, 6), generator=torch.Generator().manual_seed(0)) / 8
+
+
+class Model(nn.Module):
+    """Two layers, with small integers over 16 as parameters: sums of their products are exact."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 5, bias=False), nn.Linear(5, 4, bias=False)
+        generator = torch.Generator().manual_seed(1)
+        for p in self.parameters():
+            p.data = torch.randint(-16, 17, p.shape, generator=generator) / 16
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x)))
+
+
+def rounded(x: Tensor) -> Tensor:
+    return fpsim.round(x, FORMAT)
+
+
+def by_hand(model: Model, x: Tensor) -> Tensor:
+    """The outputs of ``model`` with all operands rounded."""
+    hidden = torch.relu(rounded(x) @ rounded(model.first.weight).T)
+    return rounded(hidden) @ rounded(model.last.weight).T
+
+
+def compiled(model: Callable, backend: str = "fpsim_eager", **arguments: object) -> Callable:
+    return torch.compile(model, backend=backend, options={"format": FORMAT}, **arguments)
+
+
+@pytest.fixture(autouse=True)
+def no_other_warning() -> Iterator[None]:
+    """Every warning of fpsim that a test does not expect is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnroundedWarning)
+        yield
+
+
+def test_rounded_and_unrounded_results_differ() -> None:
+    model = Model()
+    assert torch.equal(compiled(model)(X), by_hand(model, X))
+    assert not torch.equal(model(X), by_hand(model, X))
+
+
+# -- transforms of torch.func ------------------------------------------------------------------------------------------
+
+
+def square(x: Tensor) -> Tensor:
+    return (x @ x.T).sum()
+
+
+@pytest.mark.parametrize("backend", ["fpsim", "fpsim_eager"])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: torch.func.grad(f)(X),
+        lambda f: torch.func.grad_and_value(f)(X),
+        lambda f: torch.func.vjp(f, X),
+        lambda f: torch.func.jvp(f, (X,), (X,)),
+        lambda f: torch.func.jacrev(f)(X),
+        lambda f: torch.func.jacfwd(f)(X),
+        lambda f: torch.func.hessian(f)(X),
+        lambda f: torch.func.vmap(f)(X[None]),
+        lambda f: torch.vmap(f)(X[None]),
+        lambda f: torch.func.functionalize(f)(X),
+        lambda f: torch.func.vmap(torch.func.grad(f))(X[None]),
+        lambda f: torch.autograd.functional.jacobian(torch.func.vmap(f), X[None]),
+    ],
+)
+def test_a_transform_over_a_compiled_model_is_an_error_and_leaves_it_rounded(transform: Callable, backend: str) -> None:
+    def product(x: Tensor) -> Tensor:  # with code of its own, which Dynamo might remember to leave out
+        return square(x)
+
+    function = compiled(product, backend)
+    with pytest.raises(UnroundedError, match=r"torch\.func.* compiled by fpsim") as caught:
+        transform(function)
+    assert "functional_loss" in str(caught.value) or "Compile the function that calls torch.vmap" in str(caught.value)
+    assert function(X) == (rounded(X) @ rounded(X).T).sum()
+
+
+def test_the_remedies_of_these_errors_round() -> None:
+    w = Model().first.weight.detach()
+    outer = compiled(lambda x: torch.vmap(lambda row: w @ row)(x))
+    assert torch.equal(outer(X), rounded(X) @ rounded(w).T)
+    x = X.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(compiled(lambda x: x @ w.T)(x).sum(), x)
+    assert torch.equal(gradient, torch.ones(3, 5) @ rounded(w))
+    layer = nn.Linear(6, 5, bias=False)
+    target = torch.zeros(3, 5)
+    loss = fpsim.curvature.functional_loss(layer, F.mse_loss, batch=(X, target), policy={"format": FORMAT})
+    gradient = torch.func.grad(loss)({"weight": w})["weight"]
+    torch.testing.assert_close(gradient, 2 / 15 * (rounded(X) @ rounded(w).T).T @ rounded(X))
+
+
+def test_functional_call_with_other_parameters_is_rounded() -> None:
+    model, other = Model(), Model()
+    for p in other.parameters():
+        p.data = p.data.flip(0)
+    function = compiled(model)
+    names = {f"_orig_mod.{name}": p for name, p in other.named_parameters()}
+    assert torch.equal(torch.func.functional_call(function, names, (X,)), by_hand(other, X))
+    assert torch.equal(function(X), by_hand(model, X))
+
+
+# -- derivatives inside the graph --------------------------------------------------------------------------------------
+
+
+def step_of(model: nn.Module) -> Callable[[Tensor], None]:
+    return lambda x: model(x).sum().backward()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def gradients_by_hand(model: Model) -> dict[str, Tensor]:
+    h = rounded(X) @ rounded(model.first.weight).T
+    ones = torch.ones(3, 4)
+    inner = rounded(ones @ rounded(model.last.weight) * (h > 0))
+    return {"first.weight": inner.T @ rounded(X), "last.weight": ones.T @ rounded(torch.relu(h))}
+
+
+@pytest.mark.parametrize("backend", ["fpsim", "fpsim_eager"])
+def test_a_step_with_backward_in_it_is_rounded_without_a_word(backend: str) -> None:
+    model = Model()
+    compiled(step_of(model), backend)(X)
+    torch.testing.assert_close(gradients(model), gradients_by_hand(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda m: step_of(m),
+        lambda m: lambda x: torch.autograd.grad(m(x).sum(), list(m.parameters())),
+        lambda m: (
+            lambda x: torch.utils.checkpoint.checkpoint(
+                lambda x: torch.autograd.grad(m(x).sum(), list(m.parameters())), x, use_reentrant=False
+            )
+        ),
+    ],
+)
+def test_backward_traced_inside_the_graph_is_refused(step: Callable, fullgraph: bool) -> None:
+    errors = (BackendCompilerFailed, Unsupported)
+    with dynamo_config.patch(trace_autograd_ops=True), pytest.raises(errors) as caught:
+        compiled(step(Model()), fullgraph=fullgraph)(X)
+    if isinstance(caught.value, BackendCompilerFailed):
+        assert "torch._dynamo.config.trace_autograd_ops to False" in str(caught.value)
+
+
+@pytest.mark.parametrize("set_before", [True, False])
+def test_compiled_autograd_is_refused(set_before: bool) -> None:
+    model = Model()
+    with dynamo_config.patch(compiled_autograd=set_before):
+        step = compiled(step_of(model))
+    with dynamo_config.patch(compiled_autograd=True), pytest.raises(UnroundedError, match="compiled_autograd to False"):
+        step(X)
+    if not set_before:
+        step(X)
+        torch.testing.assert_close(gradients(model), gradients_by_hand(model), rtol=0, atol=0)
+
+
+def test_a_backward_pass_given_to_fpsim_by_compiled_autograd_is_refused() -> None:
+    outputs = compiled(Model())(X)
+    refused = pytest.raises(BackendCompilerFailed, match="hands a backward pass to fpsim")
+    with compiled_autograd._enable(torch.compile(backend="fpsim_eager")), refused:
+        outputs.sum().backward()
+
+
+def test_compiled_autograd_of_another_backend_keeps_the_rounding() -> None:
+    model = Model()
+    outputs = compiled(model)(X)
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        outputs.sum().backward()
+    torch.testing.assert_close(gradients(model), gradients_by_hand(model), rtol=0, atol=0)
+
+
+def test_forward_mode_inside_the_graph_is_refused() -> None:
+    from torch.autograd import forward_ad
+
+    def tangent(x: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(square(forward_ad.make_dual(x, x))).tangent
+
+    with pytest.raises(BackendCompilerFailed, match="takes derivatives itself"):
+        compiled(tangent)(X)
+
+
+# -- models of which nothing is compiled -------------------------------------------------------------------------------
+
+
+def layers() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+
+
+def with_hook(register: str, where: int | None = 2) -> nn.Module:
+    model = layers()
+    getattr(model if where is None else model[where], register)(lambda *_: None)
+    return model
+
+
+def of_which_the_first_part_is(change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    model = layers()
+    model[0] = change(model[0])
+    return model
+
+
+def with_disabled_forward() -> nn.Module:
+    model = Model()
+    model.forward = torch.compiler.disable(model.forward)
+    return model
+
+
+class OfSparse(nn.Module):
+    """A weight in a sparse layout, which Dynamo does not trace."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.first, self.weight = nn.Linear(6, 6), nn.Parameter(getattr(torch.eye(3), f"to_sparse{layout}")())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight @ self.first(x)
+
+
+class BrokenInTry(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            torch._dynamo.graph_break()
+            return x @ self.weight
+        finally:
+            pass
+
+
+LEFT_OUT = {
+    "a full backward hook": lambda: with_hook("register_full_backward_hook"),
+    "a full backward hook on the model": lambda: with_hook("register_full_backward_hook", None),
+    "a backward pre-hook": lambda: with_hook("register_full_backward_pre_hook"),
+    "an old backward hook": lambda: with_hook("register_backward_hook"),
+    "a scripted part": lambda: of_which_the_first_part_is(torch.jit.script),
+    "a traced model": lambda: torch.jit.trace(layers(), X),
+    "a sparse weight": lambda: OfSparse(""),
+    "a sparse weight in rows": lambda: OfSparse("_csr"),
+    "a disabled forward": with_disabled_forward,
+    "a graph break in try": BrokenInTry,
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_a_model_of_which_nothing_is_compiled_is_an_error_in_every_call(name: str) -> None:
+    function = compiled(LEFT_OUT[name]())
+    for _ in range(3):
+        with pytest.raises(UnroundedError, match=r"nothing of \w+ was compiled.*fullgraph=True.*fpsim\.audit"):
+            function(X)
+
+
+@pytest.mark.parametrize("backend", ["fpsim", "fpsim_eager"])
+def test_a_layer_of_torch_compiled_in_place_is_rounded_or_an_error(backend: str) -> None:
+    """Torch before 2.14 silently compiles nothing there."""
+    layer = nn.Linear(6, 5, bias=False)
+    layer.compile(backend=backend, options={"format": FORMAT})
+    try:
+        assert torch.equal(layer(X), rounded(X) @ rounded(layer.weight).T)
+    except UnroundedError as error:
+        assert "nothing of Linear was compiled" in str(error)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_model_is_an_error_of_torch() -> None:
+    with pytest.raises(RuntimeError, match=r"does not support compiling torch\.jit\.script"):
+        compiled(torch.jit.script(layers()))
+
+
+def test_products_beside_the_graphs_are_a_warning_once() -> None:
+    class Hooked(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    model = Hooked()
+    model.last.register_full_backward_hook(lambda *_: None)
+    function = compiled(model)
+    with pytest.warns(UnroundedWarning, match=r"fpsim: 1 aten\.mm ran unrounded in Hooked.*fpsim\.audit") as caught:
+        function(X)
+    assert caught[0].filename == __file__
+    function(X)  # has warned
+
+
+def test_products_in_a_disabled_helper_are_a_warning() -> None:
+    helper = torch.compiler.disable(lambda x: torch.linalg.solve(torch.eye(3), x))
+    with pytest.warns(UnroundedWarning, match=r"1 aten\._linalg_solve_ex ran unrounded"):
+        compiled(lambda x: helper(x @ torch.eye(6)))(X)
+
+
+def test_a_graph_break_with_a_later_shape_is_an_error_for_all_shapes() -> None:
+    """Dynamo then leaves the whole function out, the code for the first shape included."""
+
+    def function(x: Tensor) -> Tensor:
+        if x.shape[0] != 3:
+            try:
+                torch._dynamo.graph_break()
+                return x @ x.T
+            finally:
+                pass
+        return x @ x.T
+
+    call = compiled(function, dynamic=False)
+    assert torch.equal(call(X), rounded(X) @ rounded(X).T)
+    for x in (X[:2], X, X[:2]):
+        with pytest.raises(UnroundedError, match="nothing of"):
+            call(x)
+
+
+def test_another_owner_of_the_code_cannot_leave_it_out_for_fpsim_silently() -> None:
+    def product(x: Tensor) -> Tensor:
+        return x @ x.T
+
+    ours, others = compiled(product), torch.compile(product, backend="eager", dynamic=False)
+    ours(X), ours(X)
+    with dynamo_config.patch(disable=True):
+        others(X[:2])  # Dynamo now leaves out the code of `product`
+    try:
+        result = ours(X)
+    except UnroundedError:
+        return
+    assert torch.equal(result, rounded(X) @ rounded(X).T)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x, lambda x: x.shape, lambda x: None, lambda x: x.T, lambda x: [x, 1], lambda x: {"x": x[:, :2]}],
+)
+def test_functions_without_arithmetic_are_no_escape(function: Callable) -> None:
+    call = compiled(function)
+    for _ in range(3):
+        call(X)
+
+
+def test_returning_early_is_no_escape() -> None:
+    call = compiled(lambda x, n: x if n == 0 else x @ x.T)
+    for n in (1, 1, 0, 0, 1):
+        call(X, n)
+
+
+# -- switches of torch -------------------------------------------------------------------------------------------------
+
+
+def test_a_stance_that_runs_the_model_unrounded_is_a_warning() -> None:
+    model = Model()
+    function = compiled(model)
+    asked = r"fpsim: Model ran unrounded, as torch\.compiler\.set_stance asks"
+    for arguments in ({"stance": "force_eager"}, {"stance": "eager_on_recompile"}, {"force_backend": "eager"}):
+        stance = torch.compiler.set_stance(**{"stance": "default"} | arguments)
+        with stance, pytest.warns(UnroundedWarning, match=asked):
+            assert torch.equal(function(X), model(X))
+        assert torch.equal(function(X), by_hand(model, X))
+        torch._dynamo.reset()
+
+
+def test_stances_warn_with_fullgraph_and_after_many_calls() -> None:
+    model = Model()
+    function = compiled(model, fullgraph=True, dynamic=False)
+    for _ in range(3):
+        function(X)
+    with torch.compiler.set_stance("eager_on_recompile"):
+        assert torch.equal(function(X), by_hand(model, X))
+        with pytest.warns(UnroundedWarning, match="eager_on_recompile"):
+            function(X[:2])
+    with torch.compiler.set_stance("force_eager"), pytest.warns(UnroundedWarning, match="force_eager"):
+        function(X)
+
+
+def test_to_fail_on_recompiling_is_an_error_of_torch() -> None:
+    with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError, match="fail_on_recompile"):
+        compiled(Model())(X)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_disabled_dynamo_is_a_warning_and_is_not_remembered(fullgraph: bool) -> None:
+    model = Model()
+    function = compiled(model, fullgraph=fullgraph)
+    with dynamo_config.patch(disable=True), pytest.warns(UnroundedWarning, match=r"config\.disable is on"):
+        assert torch.equal(function(X), model(X))
+    assert torch.equal(function(X), by_hand(model, X))
+
+
+def test_a_model_that_torch_compile_returns_as_it_is_is_a_warning() -> None:
+    with pytest.warns(UnroundedWarning, match="disable=True was given"):
+        compiled(Model(), disable=True)
+    with pytest.warns(UnroundedWarning, match="disable=True was given"):
+        torch.compile(backend="fpsim", disable=True)(square)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.compile(square, backend="eager", disable=True)
+
+
+def test_the_environment_that_disables_dynamo_is_a_warning() -> None:
+    program = "import torch; torch.compile(torch.nn.Linear(2, 2), backend='fpsim')(torch.ones(1, 2))"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "UnroundedWarning: fpsim: torch.compile returns the model as it is" in run.stderr
+
+
+def test_suppressed_errors_are_no_silent_fallback() -> None:
+    function = compiled(lambda x: torch.cdist(x, x))  # refused by the backend
+    with dynamo_config.patch(suppress_errors=True), pytest.raises(UnroundedError, match="nothing of"):
+        function(X)
+
+
+def test_a_mode_that_keeps_dynamo_from_compiling_is_an_error_and_leaves_the_model_rounded() -> None:
+    model = Model()
+    function = compiled(model)
+    with FlopCounterMode(display=False), pytest.raises(UnroundedError, match="under a TorchDispatchMode"):
+        function(X)
+    assert torch.equal(function(X), by_hand(model, X))
+
+
+# -- export, and other compilers around the model ----------------------------------------------------------------------
+
+
+class Around(nn.Module):
+    def __init__(self, inner: Callable) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + 0
+
+
+@pytest.mark.parametrize("around", [lambda c: c, Around])
+@pytest.mark.parametrize("strict", [False, True])
+def test_exporting_a_compiled_model_is_an_error(around: Callable, strict: bool) -> None:
+    kinds = (UnroundedError, Unsupported, torch._dynamo.exc.UserError)
+    with pytest.raises(kinds, match="compiled by fpsim") as caught:
+        torch.export.export(around(compiled(Model())), (X,), strict=strict)
+    if not strict:
+        assert "Export the uncompiled model" in str(caught.value)
+
+
+def test_the_remedy_of_exporting_rounds() -> None:
+    model = Model()
+    exported = torch.export.export(model, (X,)).module()
+    assert torch.equal(compiled(exported)(X), by_hand(model, X))
+
+
+@pytest.mark.parametrize("outer", ["eager", "aot_eager", "inductor", "fpsim_eager"])
+@pytest.mark.parametrize("inner", [lambda m: compiled(m), lambda m: compiled(lambda x: m(x))])
+def test_a_compiled_model_inside_other_compiled_code_keeps_its_policy(outer: str, inner: Callable) -> None:
+    model = Model()
+    function = inner(model)
+    step = torch.compile(lambda x: function(x) * 2, backend=outer)
+    for _ in range(3):
+        assert torch.equal(step(X), by_hand(model, X) * 2)
+
+
+def test_a_compiled_model_inside_a_whole_graph_is_an_error_that_names_fpsim() -> None:
+    function = compiled(Model())
+    with pytest.raises(Unsupported, match="compiled by fpsim"):
+        torch.compile(lambda x: function(x), backend="eager", fullgraph=True)(X)
+
+
+# -- callables stay what they were -------------------------------------------------------------------------------------
+
+
+def test_callables_of_other_backends_are_not_wrapped() -> None:
+    compiled(Model())  # makes the settings
+    function = torch.compile(square, backend="eager")
+    plain = OptimizeContext.__call__.__wrapped__(function_context("eager"), square)
+    assert function.__code__ is plain.__code__
+
+
+def function_context(backend: str) -> OptimizeContext:
+    return torch._dynamo.optimize(backend)
+
+
+def test_a_watched_function_keeps_its_name_and_what_torch_reads_from_it() -> None:
+    function = compiled(square)
+    assert function.__name__ == "square" and function._torchdynamo_orig_callable is square
+    assert torch._dynamo.eval_frame.innermost_fn(function) is square
+    again = torch.compile(function, backend="eager")
+    assert torch.equal(again(X), square(X))
+
+
+def test_copies_and_methods_are_watched_too() -> None:
+    class Decorated(Model):
+        @torch.compile(backend="fpsim_eager", options={"format": FORMAT})
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    model = Decorated()
+    assert torch.equal(model(X), by_hand(model, X))
+    copied = copy.deepcopy(compiled(Model()))
+    assert torch.equal(copied(X), by_hand(copied._orig_mod, X))
+    for function in (model, copied):
+        with pytest.raises(UnroundedError, match=r"torch\.func\.vmap"):
+            torch.vmap(function)(X[None])
+
+
+class WithMethods(Model):
+    def encode(self, x: Tensor) -> Tensor:
+        return self.first(x)
+
+    def shape(self, x: Tensor) -> torch.Size:
+        return (x + 1).shape
+
+
+def test_another_method_of_a_compiled_module_is_a_warning() -> None:
+    model = WithMethods()
+    function = compiled(model)
+    with pytest.warns(
+        UnroundedWarning, match=r"1 aten\.mm ran unrounded in WithMethods\.encode: .*model\.encode"
+    ) as caught:
+        assert torch.equal(function.encode(X), model.first(X))
+    assert caught[0].filename == __file__
+    assert function.shape(X) == X.shape  # without a product in it
+    assert torch.equal(compiled(model.encode)(X), rounded(X) @ rounded(model.first.weight).T)  # the remedy
+    assert torch.compile(model, backend="eager").encode == model.encode
