@@ -22,6 +22,7 @@ from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
 from torch._inductor.utils import op_dtype_propagation_rules
 
 from fpsim.compile_backend.calls import is_ours, options_of, policy_options, warn_disabled, watched, watched_method
+from fpsim.rounding.vector_casts import cast_whole_vectors_in_cpp
 
 #: Major and minor version of torch.
 TORCH = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
@@ -131,6 +132,7 @@ SETTINGS: tuple[Callable[[], None], ...] = (
     trace_recurrent_layers,
     keep_precision_casts_in_cpp,
     keep_dtype_rules,
+    cast_whole_vectors_in_cpp,
     watch_compiled_calls,
 )
 

@@ -82,18 +82,29 @@ class Lanes:
 
 @dataclass(frozen=True)
 class LaneMask:
-    """A truth value of the intermediate language."""
+    """A truth value of the intermediate language: ``value``, or its negation.
+
+    The negation is left to the operation that uses it. Under AVX2 on processors with AVX-512, g++ 12 swaps the operands
+    of a blend by a negated comparison.
+    """
 
     value: Any
+    negated: bool = False
 
     def __and__(self, other: LaneMask) -> LaneMask:
-        return LaneMask(ops.logical_and(self.value, other.value))
+        return ~(~self | ~other)
 
     def __or__(self, other: LaneMask) -> LaneMask:
+        if self.negated and other.negated:
+            return LaneMask(ops.logical_and(self.value, other.value), negated=True)
+        if self.negated:
+            return LaneMask(ops.logical_and(self.value, ops.logical_not(other.value)), negated=True)
+        if other.negated:
+            return other | self
         return LaneMask(ops.logical_or(self.value, other.value))
 
     def __invert__(self) -> LaneMask:
-        return LaneMask(ops.logical_not(self.value))
+        return LaneMask(self.value, not self.negated)
 
 
 class LaneOps:
@@ -114,6 +125,8 @@ class LaneOps:
         return LaneMask(ops.lt(a.value, a.lift(bound)))
 
     def choose(self, mask: LaneMask, a: Lanes | int, b: Lanes | int) -> Lanes:
+        if mask.negated:
+            a, b = b, a
         values = (x.value if isinstance(x, Lanes) else ops.constant(x, self.integer) for x in (a, b))
         return Lanes(ops.where(mask.value, *values), self.integer)
 

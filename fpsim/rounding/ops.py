@@ -20,8 +20,9 @@ from fpsim.rounding.definitions import check_arguments, check_stochastic_argumen
 from fpsim.source import source_hash
 
 #: The value of the argument ``source``. Torch's caches identify an operator by its name and arguments only. Without
-#: this argument they would return code that another version of fpsim compiled.
-SOURCE = source_hash()
+#: this argument they would return code that another version of fpsim compiled, or code for vectors of another width
+#: (``ATEN_CPU_CAPABILITY``), which Inductor would compile again for the width of this process.
+SOURCE = f"{source_hash()} {torch.backends.cpu.get_cpu_capability()}"
 
 round_op: Callable[..., Tensor] = torch.ops.fpsim.round.default
 random_key_op: Callable[[Tensor, int], Tensor] = torch.ops.fpsim.random_key.default
@@ -48,6 +49,9 @@ def _register_lowerings() -> None:
     """Register the operators with Inductor, if this process uses it."""
     if "torch._inductor.lowering" in sys.modules:
         import fpsim.rounding.inductor  # noqa: F401
+        from fpsim.rounding.vector_casts import cast_whole_vectors_in_cpp
+
+        cast_whole_vectors_in_cpp()
 
 
 @torch.library.register_vmap("fpsim::round", lib=_library)
