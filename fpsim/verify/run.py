@@ -241,7 +241,14 @@ def _rounding_functions(group: Group) -> dict[str, _Way]:
 
     # torch.compile keeps a limited number of compiled functions per code object: every group gets its own code object.
     rounded.__code__ = rounded.__code__.replace(co_name=f"round_{hash(group):x}")
-    every: dict[str, _Way] = {"eager": rounded, "compiled": torch.compile(rounded, fullgraph=True, dynamic=False)}
+    whole = torch.compile(rounded, fullgraph=True, dynamic=False)
+    compiled = torch.compile(rounded, dynamic=False)
+
+    def compiled_whole(x: torch.Tensor, seed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # Dynamo counts compiled frames for ``fullgraph`` in a variable of the whole process: other threads must not.
+        return (whole if threading.current_thread() is threading.main_thread() else compiled)(x, seed)
+
+    every: dict[str, _Way] = {"eager": rounded, "compiled": compiled_whole}
     return {path: every[path] for path in check_paths(group.paths)}
 
 
