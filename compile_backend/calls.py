@@ -14,7 +14,7 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -155,6 +155,11 @@ def watched(compiled: Callable[..., Any], options: Mapping[str, Any] | None) -> 
             if witness is not None and witness.products not in (Counter(), escaped):
                 escaped = witness.products
                 _warn(f"{_listed(escaped)} ran unrounded in {name}, outside of the graphs that fpsim rewrote: {_WHERE}")
+        elif isinstance(result, Generator | AsyncGenerator):
+            raise UnroundedError(
+                f"{name} is a generator, which Dynamo does not compile: it would run unrounded. Compile the "
+                "function that computes one item"
+            )
         elif (
             witness.computed
             if witness is not None
@@ -188,6 +193,35 @@ def watched_method(method: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return call
+
+
+def watched_hooks(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call`` of a module that `torch.compile` returned, with a warning of the products in hooks of that module."""
+
+    @functools.wraps(call)
+    def and_watch(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hooks = module._forward_hooks or module._forward_pre_hooks
+        if not hooks or _thread.is_quiet or policy_options(module) is None:
+            return call(module, *args, **kwargs)
+        with _witness(settled=False) as witness:
+            result = call(module, *args, **kwargs)
+        if witness is not None and witness.products:
+            _warn(
+                f"{_listed(witness.products)} ran unrounded in {type(module._orig_mod).__name__} or in hooks of the "
+                "compiled module, which run outside of it: register hooks on the module before torch.compile"
+            )
+        return result
+
+    return and_watch
+
+
+def warn_of_copy(module: torch.nn.Module) -> None:
+    """Warn that a copy of ``module``, which `torch.nn.Module.compile` compiled, is uncompiled."""
+    if not _thread.is_quiet and "_fpsim_options" in getattr(vars(module).get("_compiled_call_impl"), "__dict__", ()):
+        _warn(
+            f"a copy of {type(module).__name__} is not compiled, and runs unrounded: torch leaves out what "
+            "module.compile() made when it copies or saves a module. Call compile() of the copy too"
+        )
 
 
 def _refuse_call(name: str) -> None:
@@ -262,7 +296,12 @@ def _witness(settled: bool) -> Iterator[Witness | None]:
 def _warn(message: str) -> None:
     """Warn at the line of the first caller outside of torch and fpsim."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("contextlib", "fpsim", "torch"):
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "contextlib",
+        "copy",
+        "fpsim",
+        "torch",
+    ):
         level, frame = level + 1, frame.f_back
     warnings.warn(f"fpsim: {message}", UnroundedWarning, stacklevel=level + 1)
 

@@ -15,9 +15,10 @@ from torch._inductor import config as inductor_config
 from fpsim.casts import Cast
 from fpsim.compile_backend.errors import UnroundedError
 from fpsim.compile_backend.graph.dynamo import all_nodes
-from fpsim.compile_backend.graph.module_paths import module_paths, near_modules, unmatched_globs
+from fpsim.compile_backend.graph.module_paths import module_paths, near_modules
 from fpsim.formats import FloatFormat
 from fpsim.policy import Policy
+from fpsim.policy.globs import matches
 from fpsim.suggestions import near_names, suggest
 
 #: Settings of Inductor under which it changes the operands of products, and how.
@@ -111,12 +112,13 @@ def check_globs(gm: fx.GraphModule, policy: Policy) -> None:
     after a graph break. Module paths then start at that part, and a rule for the whole model would silently not apply.
     """
     paths = module_paths(gm)
-    for glob in unmatched_globs(policy, paths):
+    for glob in policy.unmatched_globs(paths):
+        inside = " and to which the rule around it applies" if any(matches(glob, path) for path in paths) else ""
         raise ValueError(
-            f"{glob!r} matches no module that computes anything in this graph{suggest(near_modules(glob, paths))}"
-            f", whose modules are {_listed(sorted(paths - {''}))}. If it is right for the whole model, this is a part "
-            "compiled on its own (after a graph break, or by layer.compile()): compile the whole model with "
-            "fullgraph=True"
+            f"{glob!r} matches no module that computes anything in this graph{inside}"
+            f"{suggest(near_modules(glob, paths))}, whose modules are {_listed(sorted(paths - {''}))}. If it is right "
+            "for the whole model, this is a part compiled on its own (after a graph break, or by layer.compile()): "
+            "compile the whole model with fullgraph=True"
         )
 
 

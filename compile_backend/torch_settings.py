@@ -21,7 +21,16 @@ from torch._inductor.codegen.cpp import CppKernel
 from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
 from torch._inductor.utils import op_dtype_propagation_rules
 
-from fpsim.compile_backend.calls import is_ours, options_of, policy_options, warn_disabled, watched, watched_method
+from fpsim.compile_backend.calls import (
+    is_ours,
+    options_of,
+    policy_options,
+    warn_disabled,
+    warn_of_copy,
+    watched,
+    watched_hooks,
+    watched_method,
+)
 from fpsim.rounding.vector_casts import cast_whole_vectors_in_cpp
 
 #: Major and minor version of torch.
@@ -91,13 +100,15 @@ def keep_dtype_rules() -> None:
 def watch_compiled_calls() -> None:
     """Let a call of a model compiled with fpsim be an error, or a warning, if Dynamo runs it without fpsim.
 
-    Dynamo says nothing when it leaves code out, or when a method other than forward is called on a compiled module.
-    Callables of other backends stay as they are.
+    Dynamo says nothing when it leaves code out, when a method other than forward is called on a compiled module, or
+    when a module is copied without what `torch.nn.Module.compile` has made. Callables of other backends stay as they
+    are.
     """
-    compile_callable, optimize, attribute = (
+    compile_callable, optimize, attribute, state = (
         OptimizeContext.__call__,
         torch._dynamo.optimize,
         OptimizedModule.__getattr__,
+        torch.nn.Module.__getstate__,
     )
 
     @wraps(compile_callable)
@@ -121,8 +132,15 @@ def watch_compiled_calls() -> None:
         is_method = inspect.ismethod(value) and isinstance(value.__self__, torch.nn.Module)
         return watched_method(value) if is_method and policy_options(module) is not None else value
 
+    @wraps(state)
+    def or_warn_of_copy(module: torch.nn.Module) -> Any:
+        warn_of_copy(module)
+        return state(module)
+
     OptimizeContext.__call__ = and_watch  # type: ignore[method-assign, assignment]
     OptimizedModule.__getattr__ = or_watched_method  # type: ignore[method-assign]
+    OptimizedModule.__call__ = watched_hooks(OptimizedModule.__call__)  # type: ignore[method-assign]
+    torch.nn.Module.__getstate__ = or_warn_of_copy  # type: ignore[method-assign, assignment]
     torch._dynamo.optimize = or_warn
 
 

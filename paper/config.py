@@ -144,7 +144,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     """All fields as JSON types; policies in their shortest form, so that equal ones look equal.
 
     Raises:
-        ValueError, TypeError: options that are no policy.
+        ValueError, TypeError: options that are no policy, or name no format.
     """
     plain = asdict(replace(config, options=None, stages=()))
     plain["options"] = _plain_options(config.options)
@@ -154,7 +154,11 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def _plain_options(options: Options) -> dict[str, Any] | None:
-    return None if options is None else Policy.from_options(options).to_dict()
+    if options is None:
+        return None
+    policy = Policy.from_options(options)
+    policy.check_names_format()
+    return policy.to_dict()
 
 
 def from_dict(plain: Mapping[str, Any]) -> RunConfig:

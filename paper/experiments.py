@@ -160,9 +160,11 @@ def _bf16_or_tf32(_: Setting) -> Conditions:
     }
 
 
+_HYBRID: dict[str, Any] = {"policy": "fp8_hybrid", "products": "weights"}
+
+
 def _hybrid(_: Setting) -> Conditions:
-    hybrid: dict[str, Any] = {"policy": "fp8_hybrid", "products": "weights"}
-    per_tensor = {**hybrid, "scale": "power_of_two"}
+    hybrid, per_tensor = _HYBRID, {**_HYBRID, "scale": "power_of_two"}
     unscaled = {"loss_scale": 1.0}
     return {
         "bf16": {"options": _linears("bf16")},
@@ -176,7 +178,7 @@ def _hybrid(_: Setting) -> Conditions:
 
 
 def _quality(setting: Setting) -> Conditions:
-    formats = {"bf16": _linears("bf16"), "fp8 hybrid": {"products": "weights"}, "truncated": _masked(setting.low)}
+    formats = {"bf16": _linears("bf16"), "fp8 hybrid": _HYBRID, "truncated": _masked(setting.low)}
     spoiled: dict[str, dict[str, Any]] = {
         "clean": {},
         "half shuffled": {"quality": "shuffled", "level": 0.5},

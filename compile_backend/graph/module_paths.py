@@ -1,4 +1,4 @@
-"""The modules in which a graph arose, and the globs of a policy that match none of them."""
+"""The modules in which a graph arose, and corrections of globs that match none of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fpsim.compile_backend.graph.dynamo import all_nodes
 from fpsim.compile_backend.graph.nodes import stack_path
-from fpsim.policy import Policy
-from fpsim.policy.globs import matches
 from fpsim.suggestions import near_names
 
 
@@ -31,11 +29,6 @@ def _paths_in_parallel_model() -> Iterator[str]:
     parallel = DistributedDataParallel._get_active_ddp_module()
     if parallel is not None:
         yield from (name for name, _ in parallel.module.named_modules())
-
-
-def unmatched_globs(policy: Policy, paths: set[str]) -> list[str]:
-    """The globs of ``skip`` and ``modules`` that match none of ``paths``."""
-    return [glob for glob in policy.globs if not any(matches(glob, path) for path in paths)]
 
 
 def near_modules(glob: str, paths: Iterable[str]) -> list[str]:

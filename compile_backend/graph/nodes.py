@@ -6,6 +6,7 @@ import re
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from fpsim.compile_backend.graph.products import product_operator
 
@@ -28,9 +29,14 @@ def operator_of(node: fx.Node) -> object:
 
 
 def operator_name(node: fx.Node) -> str:
-    """The name of the operator of ``node``, without its overload: ``aten.mm``, ``higher_order.cond``."""
+    """The name of the operator of ``node``, without its overload: ``aten.mm``, ``higher_order.cond``.
+
+    An operator that changes its arguments is called by a higher-order operator; the name is its own.
+    """
     target = operator_of(node)
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, torch._ops.HigherOrderOperator) and node.args and isinstance(node.args[0], OpOverload):
+        target = node.args[0]
+    if isinstance(target, OpOverload):
         return f"{target.namespace}.{target._opname}"
     if isinstance(target, torch._ops.HigherOrderOperator):
         return f"higher_order.{target.name()}"

@@ -11,7 +11,7 @@ from torch import fx
 from torch._dynamo.utils import counters
 
 from fpsim.compile_backend.compiling import compile_with_rounding
-from fpsim.compile_backend.graph.module_paths import module_paths, near_modules, unmatched_globs
+from fpsim.compile_backend.graph.module_paths import module_paths, near_modules
 from fpsim.compile_backend.plan import Gap, Plan
 from fpsim.compile_backend.report.running import ISOLATED, as_policy, no_recompile_limit, state_kept, uncompiled
 from fpsim.compile_backend.torch_settings import apply_settings
@@ -60,7 +60,7 @@ def explain(
     gaps = tuple(gap for plan in plans for gap in plan.gaps)
     breaks = Counter(counters["graph_break"]) - breaks_before
     gaps += tuple(break_gap(reason) for reason in breaks)
-    gaps += tuple(_glob_gap(glob, paths) for glob in unmatched_globs(policy, paths))
+    gaps += tuple(_glob_gap(glob, paths) for glob in policy.unmatched_globs(paths))
     return Plan(sites, gaps if plans else (*gaps, NOTHING))
 
 

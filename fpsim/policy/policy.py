@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
@@ -273,11 +273,13 @@ class Policy:
         Raises:
             ValueError: the message names the fields that the policy has.
         """
-        for policy in self._policies_of_modules:
-            policy.check_names_format()
-        casts = [getattr(self, name) for name in ("format", *ROLES, "output")]
-        casts += [cast for name in (*KINDS, "elementwise") for cast in _casts_by_key(self, name).values()]
-        is_rounding = any(isinstance(cast, Cast) for cast in casts) or self._policies_of_modules
+        for glob, policy in self._rules:
+            try:
+                if policy is not None:
+                    policy.check_names_format()
+            except ValueError as error:
+                raise ValueError(f"in the rule for modules {glob!r}: {error}") from None
+        is_rounding = self._policies_of_modules or any(True for _ in self._all_casts())
         says_none = self.format == NONE or all(getattr(self, role) == NONE for role in ROLES)
         if not is_rounding and not says_none:
             given = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
@@ -287,6 +289,34 @@ class Policy:
                 "to be rounded"
             )
 
+    def _check_beside_preset(self, name: str, given: Mapping[str, Any]) -> None:
+        """Refuse a format or mode in ``given`` that no cast takes, because those of the preset ``name`` name their own.
+
+        Raises:
+            ValueError: the message names the option and the fields to write in its place.
+        """
+        specific = [_casts_by_key(self, kind).get(role) or getattr(self, role) for kind, role in sorted(OPERANDS)]
+        is_taken = {
+            "format": not all(specific),
+            "rounding": any(cast.rounding == self.rounding for cast in self._all_casts()),
+            "overflow": any(cast.overflow == self.overflow for cast in self._all_casts()),
+        }
+        for option, taken in is_taken.items():
+            if given.get(option) is not None and not taken:
+                fields_ = ", ".join(ROLES) if name in PRESETS else "format"
+                raise ValueError(
+                    f"{option}={given[option]!r} beside policy={name!r} would change nothing, for every cast of this "
+                    f"preset names its own {option}: write casts such as 'e4m3fn/toward_zero/ovf_inf' in {fields_}"
+                )
+
+    def _all_casts(self) -> Iterator[Cast]:
+        """The casts that any field names, in the rules for modules too."""
+        casts = [getattr(self, name) for name in ("format", *ROLES, "output")]
+        casts += [cast for name in (*KINDS, "elementwise") for cast in _casts_by_key(self, name).values()]
+        yield from (cast for cast in casts if isinstance(cast, Cast))
+        for policy in self._policies_of_modules:
+            yield from policy._all_casts()
+
     @property
     def uses_paths(self) -> bool:
         """Whether any rule depends on the module that contains an operation."""
@@ -295,21 +325,24 @@ class Policy:
     @property
     def is_stochastic(self) -> bool:
         """Whether any rounding draws random numbers."""
-        casts = [getattr(self, name) for name in ("format", *ROLES, "output")]
-        casts += [cast for name in (*KINDS, "elementwise") for cast in _casts_by_key(self, name).values()]
-        own = any(isinstance(each, Cast) and each.is_stochastic for each in casts)
-        return own or any(policy.is_stochastic for policy in self._policies_of_modules)
+        return any(cast.is_stochastic for cast in self._all_casts())
 
     @property
     def attentions(self) -> frozenset[str]:
         """The values of `attention` in this policy and in the rules for modules."""
         return frozenset({self.attention}.union(*(policy.attentions for policy in self._policies_of_modules)))
 
-    @property
-    def globs(self) -> tuple[str, ...]:
-        """The globs of `skip` and `modules`, in this policy and in the policies of the rules for modules."""
-        nested = (glob for policy in self._policies_of_modules for glob in policy.globs)
-        return (*self.skip, *(glob for glob, _ in self._rules), *nested)
+    def unmatched_globs(self, paths: Set[str]) -> list[str]:
+        """The globs of `skip` and `modules` that match none of ``paths``, the paths of modules.
+
+        Those in the policy of a rule for modules have to match a path to which the rule applies.
+        """
+        own = (*self.skip, *(glob for glob, _ in self._rules))
+        unmatched = [glob for glob in own if not any(matches(glob, path) for path in paths)]
+        for outer, policy in self._rules:
+            if policy is not None:
+                unmatched += policy.unmatched_globs({path for path in paths if matches(outer, path)})
+        return list(dict.fromkeys(unmatched))
 
     @property
     def all_gaps(self) -> tuple[str, ...]:
@@ -442,8 +475,8 @@ class Policy:
         name of a preset replace those of the preset: ``{"policy": "fp8_hybrid", "skip": ["lm_head"]}``.
 
         Raises:
-            ValueError: a key is not a field (the message lists all fields), or a `Policy` or a mapping is given
-                together with fields.
+            ValueError: a key is not a field (the message lists all fields), a `Policy` or a mapping is given
+                together with fields, or a format or mode beside the name of a preset would change nothing.
             TypeError: ``options`` is not a mapping, or ``policy`` has none of these three types.
         """
         check_depth(options)
@@ -453,7 +486,9 @@ class Policy:
         if "policy" in options:
             policy = options.pop("policy")
             if isinstance(policy, str):
-                return Policy.from_options({**_preset_fields(policy), **options})
+                result = Policy.from_options({**_preset_fields(policy), **options})
+                result._check_beside_preset(policy, options)
+                return result
             if options:
                 raise ValueError(f"give either 'policy' or its fields, not both: {', '.join(sorted(options))}")
             return policy if isinstance(policy, Policy) else Policy.from_options(policy)

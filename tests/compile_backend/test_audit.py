@@ -195,7 +195,7 @@ def test_a_pass_that_finds_nothing_is_contradicted(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_runs_unknown_inside_a_graph_is_named_as_such() -> None:
-    policy = {"gaps": ["aten.*", "test_audit.*"]}  # whatever the pass takes for a product is accepted
+    policy = {"format": "e8m1", "gaps": ["aten.*", "test_audit.*"]}  # whatever the pass takes for a product is accepted
     function = torch.compile(
         lambda x: torch.ops.test_audit.lookup(torch.arange(4)) * x, backend="fpsim_eager", options=policy
     )
@@ -314,8 +314,8 @@ def two_layers() -> nn.Module:
     ("policy", "left", "covered"),
     [
         ({"format": "e8m1"}, set(), 5),
-        ({"skip": ["0"]}, {("0", "fprop"), ("0", "wgrad")}, 3),
-        ({"modules": {"2": "none"}}, {("2", "fprop"), ("2", "dgrad"), ("2", "wgrad")}, 2),
+        ({"policy": "fp8_hybrid", "skip": ["0"]}, {("0", "fprop"), ("0", "wgrad")}, 3),
+        ({"policy": "fp8_hybrid", "modules": {"2": "none"}}, {("2", "fprop"), ("2", "dgrad"), ("2", "wgrad")}, 2),
     ],
 )
 def test_products_that_the_policy_leaves_unrounded_are_not_counted_as_covered(

@@ -549,3 +549,49 @@ def test_another_method_of_a_compiled_module_is_a_warning() -> None:
     assert function.shape(X) == X.shape  # without a product in it
     assert torch.equal(compiled(model.encode)(X), rounded(X) @ rounded(model.first.weight).T)  # the remedy
     assert torch.compile(model, backend="eager").encode == model.encode
+
+
+def test_a_copy_of_a_module_compiled_in_place_is_a_warning() -> None:
+    model = Model()
+    model.compile(backend="fpsim_eager", options={"format": FORMAT})
+    with pytest.warns(UnroundedWarning, match="a copy of Model is not compiled") as caught:
+        copied = copy.deepcopy(model)
+    assert caught[0].filename == __file__
+    assert torch.equal(copied(X), Model.forward(model, X)) and torch.equal(model(X), by_hand(model, X))
+    copied.compile(backend="fpsim_eager", options={"format": FORMAT})  # the remedy
+    assert torch.equal(copied(X), by_hand(copied, X))
+    copy.deepcopy(Model()), copy.deepcopy(compiled(Model()))  # without a warning
+    other = Model()
+    other.compile(backend="eager")
+    copy.deepcopy(other)
+
+
+def items(x: Tensor) -> Iterator[Tensor]:
+    yield x @ x.T
+
+
+class Items(nn.Module):
+    def forward(self, x: Tensor) -> Iterator[Tensor]:
+        yield x @ x.T
+
+
+@pytest.mark.parametrize("function", [items, Items()])
+def test_a_generator_is_an_error(function: Callable) -> None:
+    with pytest.raises(UnroundedError, match="is a generator, which Dynamo does not compile"):
+        next(compiled(function)(X))
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_products_in_hooks_of_a_compiled_module_are_a_warning(register: str) -> None:
+    def gram(_: nn.Module, *values: object) -> None:
+        X @ X.T
+
+    model = Model()
+    function = compiled(model)
+    handle = getattr(function, register)(gram)
+    for _ in range(2):
+        with pytest.warns(UnroundedWarning, match=r"1 aten\.mm ran unrounded in Model or in hooks"):
+            assert torch.equal(function(X), by_hand(model, X))
+    handle.remove()
+    function.register_forward_hook(lambda module, inputs, outputs: outputs + 1)  # without a product
+    assert torch.equal(function(X), by_hand(model, X) + 1)

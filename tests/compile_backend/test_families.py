@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
@@ -198,3 +199,23 @@ def test_the_sparse_gradient_of_an_embedding_is_no_product() -> None:
     row = fpsim.round(torch.ones(1, 2), "e4m3fn") @ fpsim.round(model[1].weight.detach(), "e4m3fn")
     expected = torch.zeros(10, 4).index_add_(0, tokens.flatten(), row.expand(4, 4))
     assert torch.equal(gradient.to_dense(), expected)
+
+
+def test_an_operator_that_changes_its_arguments_is_refused_by_its_own_name() -> None:
+    @torch.library.custom_op("test_families::product_into", mutates_args=("result",))
+    def product_into(x: torch.Tensor, result: torch.Tensor) -> None:
+        result.copy_(x @ x.T)
+
+    def gram(x: torch.Tensor) -> torch.Tensor:
+        result = torch.zeros(2, 2)
+        product_into(x, result)
+        return result * 1
+
+    with pytest.raises(
+        BackendCompilerFailed, match=r"test_families\.product_into may multiply.*'test_families\.product"
+    ):
+        torch.compile(gram, backend="fpsim_eager")(torch.ones(2, 3))
+    options = {"format": "e8m1", "gaps": ["test_families.product_into"]}
+    assert torch.equal(
+        torch.compile(gram, backend="fpsim_eager", options=options)(torch.ones(2, 3)), torch.full((2, 2), 3.0)
+    )

@@ -47,17 +47,22 @@ def test_near_modules(glob: str, near: list[str]) -> None:
 
 
 def test_a_module_that_does_not_exist() -> None:
-    message = message_of(Model(), skip=["lm_haed"])
+    message = message_of(Model(), format="e8m1", skip=["lm_haed"])
     assert "'lm_haed' matches no module" in message and "(did you mean 'lm_head'?)" in message
     assert "whose modules are layers, layers.0, layers.1, lm_head." in message
     message = message_of(Model(), modules={"encoder.*": "bf16"})
     assert "'encoder.*' matches no module" in message and "did you mean" not in message
 
 
+def test_a_glob_in_a_rule_that_applies_elsewhere() -> None:
+    message = message_of(Model(), format="e8m1", modules={"lm_head": {"format": "bf16", "skip": ["layers.0"]}})
+    assert "'layers.0' matches no module that computes anything in this graph and to which the rule around" in message
+
+
 def test_long_lists_of_modules_are_cut() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(40)))
-    assert message_of(model, skip=["40"]).count(",") < 40
-    assert "and 10 more" in message_of(model, skip=["40"])
+    assert message_of(model, format="e8m1", skip=["40"]).count(",") < 40
+    assert "and 10 more" in message_of(model, format="e8m1", skip=["40"])
 
 
 def test_near_matches_in_a_profile_too() -> None:
@@ -80,7 +85,7 @@ def test_an_operator_that_does_not_exist(glob: str, near: str) -> None:
 
 
 def test_a_policy_with_such_an_operator_compiles_nothing() -> None:
-    assert "did you mean 'aten._cdist_" in message_of(Model(), gaps=["aten._cdits_forward"])
+    assert "did you mean 'aten._cdist_" in message_of(Model(), format="e8m1", gaps=["aten._cdits_forward"])
 
 
 @pytest.mark.parametrize(

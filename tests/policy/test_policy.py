@@ -85,7 +85,6 @@ def test_no_overflow_mode_reaches_a_cast_that_the_user_wrote() -> None:
         {"gaps": "*"},
         {"weight": "none"},
         {"modules": {"lm_head": "none"}},
-        {"format": "bf16", "modules": {"lm_head": {"attention": "keep"}}},
     ],
 )
 def test_a_policy_that_names_no_format_is_refused_by_name(options: dict[str, Any]) -> None:
@@ -95,9 +94,51 @@ def test_a_policy_that_names_no_format_is_refused_by_name(options: dict[str, Any
         policy.check_names_format()
 
 
+@pytest.mark.parametrize("rule", [{"attention": "keep"}, {"modules": {"lm_head.proj": "none"}}])
+def test_a_rule_for_modules_that_names_no_format_is_refused_by_name(rule: dict[str, Any]) -> None:
+    policy = Policy(format="bf16", modules={"lm_head": rule})
+    with pytest.raises(ValueError, match=f"^in the rule for modules 'lm_head': {next(iter(rule))} alone name"):
+        policy.check_names_format()
+
+
 @pytest.mark.parametrize("options", [{}, {"format": "none"}, dict.fromkeys(ROLES, "none"), {"policy": "paper:e8m3"}])
 def test_a_policy_that_says_what_it_rounds_is_not(options: dict[str, Any]) -> None:
     Policy.from_options(options).check_names_format()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"policy": "paper:e8m3", "rounding": "up"},
+        {"policy": "paper:e8m3", "overflow": "ovf_inf"},
+        {"policy": "fp8_hybrid", "overflow": "ovf_inf"},
+        {"policy": "fp8_hybrid", "format": "e8m1"},
+        {"policy": "fp8_hybrid", "format": "none"},
+        {"policy": "fp8_hybrid", "format": "e8m1", "fprop": "bf16"},
+    ],
+)
+def test_a_field_that_changes_nothing_beside_a_preset_is_an_error(options: dict[str, str]) -> None:
+    name = next(iter(options.keys() - {"policy", "fprop"}))
+    with pytest.raises(ValueError, match=f"{name}='.*' beside policy='{options['policy']}' would change nothing"):
+        Policy.from_options(options)
+
+
+def test_modes_beside_a_preset_that_a_cast_takes() -> None:
+    policy = Policy.from_options({"policy": "paper:e8m3", "rounding": "up", "modules": {"head": "bf16"}})
+    assert str(policy.at("head").cast("fprop", "weight")) == "e8m7/up/ovf_inf"
+    assert str(policy.cast("fprop", "weight")) == "e8m3/toward_zero/sat_finite"
+    assert str(hybrid(rounding="up").cast("dgrad", "gradient")) == "e5m2/up/sat_finite"
+    assert casts(hybrid(overflow="sat_finite")) == casts(Policy())
+    assert (
+        Policy.from_options({"policy": "paper:e8m3", "rounding": "nearest_even", "weight": "bf16"}).weight
+        == Policy(weight="bf16").weight
+    )
+
+
+def test_globs_in_a_rule_for_modules_match_only_where_the_rule_applies() -> None:
+    policy = Policy(format="e8m1", modules={"head": {"format": "bf16", "modules": {"body": "e4m3fn"}}})
+    assert policy.unmatched_globs({"head", "body"}) == ["body"]
+    assert Policy(modules={"*": policy}).unmatched_globs({"head", "body"}) == ["body"]
 
 
 def test_fields_beside_a_preset_replace_its_fields() -> None:
@@ -267,7 +308,6 @@ def test_overflow_applies_to_casts_that_name_none() -> None:
     usual = "e5m2/nearest_even/sat_propagate"
     assert casts(policy) == by_role(usual, usual, "e5m2/nearest_even/ovf_inf")
     assert str(policy.output_cast("dgrad")) == "e8m7/nearest_even/sat_propagate"
-    assert casts(hybrid(overflow="ovf_inf")) == by_role(E4M3, E4M3, E5M2)  # the preset's casts name theirs
 
 
 def test_a_scale_applies_to_casts_of_operands_that_name_none() -> None:
@@ -520,7 +560,7 @@ def test_the_policy_of_a_module_may_have_globs_of_its_own(inner: dict[str, Any],
     assert policy.at("head.a") is None and policy.at("head.a.b") is None
     assert str(policy.at("head").cast("fprop", "weight")) == "e8m7/nearest_even/ovf_inf"
     assert policy.at("body") is policy
-    assert policy.globs == ("head", "head.a")
+    assert policy.unmatched_globs({"head", "head.a"}) == [] and policy.unmatched_globs({"body"}) == ["head", "head.a"]
     assert Policy.from_json(policy.to_json()) == policy
 
 
