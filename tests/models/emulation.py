@@ -1,13 +1,15 @@
 """An emulation of the default policy that shares no code with fpsim: plain eager PyTorch, operator by operator.
 
 A `TorchDispatchMode` sees every operator of one step as autograd calls it. It rounds the operands of the operators that
-multiply matrices with PyTorch's own conversions to FP8. An operand is a gradient if it was computed from the gradient of
-the loss; the mode follows this gradient from operator to operator.
+multiply matrices with PyTorch's own conversions to FP8. An operand is a gradient if it was computed from the gradient
+of the loss; the mode follows this gradient from operator to operator. Other operators run as Inductor decomposes them,
+so that they sum in the order of a graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .architectures import Architecture
-from .measure import Results
+
+#: The loss and the gradients of one step.
+Results = dict[str, Tensor]
 
 aten = torch.ops.aten
 
@@ -35,7 +39,7 @@ PRODUCTS = {
 
 
 class Family:
-    """Tensors and all that is computed from them, known by their storage, which an operator may also change in place."""
+    """Tensors and all that is computed from them, known by their storage, so that views belong to the family."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._tensors: dict[int, Tensor] = {}  # the tensors stay alive, so that no address of a storage recurs
@@ -119,17 +123,26 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.numel()]
 
 
+@contextlib.contextmanager
+def _products_only(model: nn.Module) -> Iterator[None]:
+    """Attention and LSTMs call operators that multiply matrices, not fused ones; oneDNN would compute a whole LSTM."""
+    has_lstm = any(isinstance(module, nn.LSTM) for module in model.modules())
+    onednn = torch.backends.mkldnn.flags(enabled=False) if has_lstm else contextlib.nullcontext()
+    with onednn, sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
 def emulated_step(architecture: Architecture) -> tuple[Results, int]:
     """Loss and gradients of one step of a new model, and the number of operands that the emulation rounded."""
     model, inputs = architecture.build()
-    with sdpa_kernel(SDPBackend.MATH), Emulation([*model.parameters(), *inputs.values()]) as emulation:
+    with _products_only(model), Emulation([*model.parameters(), *inputs.values()]) as emulation:
         loss = model(**inputs)
         seed = torch.ones_like(loss)
         emulation.begin_backward(seed)
         loss.backward(seed)
-    return {"loss": loss.detach(), **gradients(model)}, emulation.operands
+    return results(model, loss), emulation.operands
 
 
-def gradients(model: nn.Module) -> Results:
-    """The gradients of the parameters that have one."""
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+def results(model: nn.Module, loss: Tensor) -> Results:
+    """The loss, and the gradients of the parameters that have one."""
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
