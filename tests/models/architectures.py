@@ -93,7 +93,7 @@ class Detector(nn.Module):
         return self.network(pixel_values=pixel_values, labels=labels).loss
 
 
-def detector(layers: int = LAYERS) -> Detector:
+def detector() -> nn.Module:
     """A DETR with a ResNet of two basic blocks as its backbone."""
     backbone = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"]
@@ -101,8 +101,8 @@ def detector(layers: int = LAYERS) -> Detector:
     config = transformers.DetrConfig(
         backbone_config=backbone,
         num_queries=QUERIES,
-        encoder_layers=layers,
-        decoder_layers=layers,
+        encoder_layers=LAYERS,
+        decoder_layers=LAYERS,
         encoder_ffn_dim=INNER,
         decoder_ffn_dim=INNER,
         encoder_attention_heads=HEADS,
@@ -112,16 +112,6 @@ def detector(layers: int = LAYERS) -> Detector:
         num_labels=CLASSES,
     )
     return Detector(transformers.DetrForObjectDetection(config))
-
-
-def detector_operands(layers: int = LAYERS) -> int:
-    """The operands of `detector`, counted by hand.
-
-    The backbone has six frozen convolutions, with fprop only. The decoder attends twice, and its first values are
-    constants, without dgrad. One layer predicts classes and three predict boxes.
-    """
-    backbone, projection, heads = 6 * 2, FIRST, 4 * LINEAR
-    return backbone + projection + layers * ((6 + 10) * LINEAR + 3 * ATTENTION) - 2 + heads
 
 
 def pretrained(class_name: str, **sizes: Any) -> Callable[[], nn.Module]:
@@ -660,11 +650,13 @@ ARCHITECTURES = {
         Architecture("resnet", resnet, images, FIRST + 2 * 2 * LINEAR + LINEAR + LINEAR),
         # in, down, q, k and v together, o, up, out
         Architecture("unet", UNet, noisy_images, FIRST + 5 * LINEAR + ATTENTION),
+        # a backbone of six frozen convolutions has fprop only; its projection; the encoder; the decoder, which attends
+        # twice and whose first values are constants without dgrad; a layer for classes and three for boxes
         Architecture(
             "detr",
             detector,
             detections,
-            detector_operands(),
+            6 * 2 + FIRST + LAYERS * ((6 + 10) * LINEAR + 3 * ATTENTION) - 2 + 4 * LINEAR,
             "scipy matches objects with predictions, which breaks the graph; the `cdist` of boxes is refused unless "
             "`gaps=['aten._cdist*']` accepts it, as in this row, although it multiplies no matrices for `p=1`",
             gaps=("aten._cdist*",),
