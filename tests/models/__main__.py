@@ -3,8 +3,9 @@
     python -m tests.models [NAME...] [--markdown FILE]
 
 Each model is built tiny from its configuration and a fixed seed. It is explained, compiled, audited and trained for
-three steps, and one step is compared with the interpreted one, bit for bit, with deterministic algorithms and one
-thread. If a model fails, its row says so, and the first line of the error follows the table.
+three steps. One step is compared with the interpreted one, bit for bit, with deterministic algorithms and one thread,
+and the interpreted one with an emulation that shares no code with fpsim. If a model fails, its row says so, and the
+first line of the error follows the table.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -33,20 +36,25 @@ from .measure import Row, measure
 
 COLUMNS = (
     "model", "parameters", "operands rounded", "counted by hand", "gaps", "graph breaks", "losses of 3 steps",
-    "escaped", "bits, aten's kernels", "bits, Inductor's kernels",
+    "escaped", "bits, emulation", "bits, aten's kernels", "bits, Inductor's kernels",
 )  # fmt: skip
+
+#: The largest difference from the emulation that another order of summation explains.
+LARGEST_DIFFERENCE = 1e-6
 
 LEGEND = """\
 *Operands rounded*: sites of `fpsim.explain`. *Counted by hand*: their number according to the architecture, forward and
 backward. *Gaps*: operators that multiply matrices and would not be rounded. *Escaped*: products that ran unrounded in
-one real step of the compiled model (`fpsim.audit`). *Bits*: a comparison of the loss and all gradients of one compiled
-step with `backend="fpsim_eager"`. In the first column, Inductor calls aten's kernels (`fallback_by_default`, no
-`layout_optimization`): the graphs are the same, partitioned and recomputed, and so is the order of summation. In the
-second column, it calls its own kernels. An entry is "equal", or the largest difference: of the loss, or of an element
-of a gradient relative to the largest element of all gradients. Inductor's kernels sum in another order, use another
-layout for convolutions, and approximate `exp` and similar functions differently, which gives differences of about 1e-7.
-If such a difference moved an operand across the boundary between two FP8 values, its row would show a far larger
-difference."""
+one real step of the compiled model (`fpsim.audit`). *Bits*: a comparison of the loss and all gradients of one step with
+`backend="fpsim_eager"`. In the first column, plain eager PyTorch rounds the operands in a `TorchDispatchMode` that
+shares no code with fpsim ([emulation.py](emulation.py)). In the second column, Inductor compiles the step and calls
+aten's kernels (`fallback_by_default`, no `layout_optimization`): the graphs are the same, partitioned and recomputed,
+and so is the order of summation. In the third column, it calls its own kernels. An entry is "equal", or the largest
+difference: of the loss, or of an element of a gradient relative to the largest element of all gradients. The emulation
+sums in another order where eager PyTorch does: in the scan of Mamba and in a bias of DETR. Inductor's kernels sum in
+another order, use another layout for convolutions, and approximate `exp` and similar functions differently, which gives
+differences of about 1e-7. If such a difference moved an operand across the boundary between two FP8 values, its row
+would show a far larger difference."""
 
 
 def main() -> None:
@@ -105,15 +113,21 @@ def cells(row: Row) -> tuple[str, ...]:
         str(len(row.breaks)) if row.plan else unknown,
         " ".join(f"{loss:.3f}" for loss in row.losses) or unknown,
         str(row.escaped) if row.audit else unknown,
+        _bits(row.emulated, unknown),
         unknown if row.aten_equal is None else "equal" if row.aten_equal else "differ",
-        unknown if row.difference is None else f"{row.difference:.0e}" if row.difference else "equal",
+        _bits(row.difference, unknown),
     )
+
+
+def _bits(difference: float | None, unknown: str) -> str:
+    return unknown if difference is None else f"{difference:.0e}" if difference else "equal"
 
 
 def is_clean(row: Row) -> bool:
     """Whether all operands are rounded, the model trains, and its bits are the interpreter's."""
     whole = row.rounded == row.architecture.operands and not row.gaps and not row.breaks and not row.escaped
-    return whole and row.trains and bool(row.aten_equal) and not row.errors
+    bits = bool(row.aten_equal) and row.emulated is not None and row.emulated < LARGEST_DIFFERENCE
+    return whole and row.trains and bits and not row.errors
 
 
 def remarks(rows: list[Row]) -> Iterator[str]:
@@ -136,6 +150,8 @@ def _facts(row: Row) -> Iterator[str]:
         yield f"escaped: {escape.count} x {escape.operator} of {shapes}"
     if row.losses and not row.trains:
         yield "the loss does not fall"
+    if row.emulated is not None and row.emulated >= LARGEST_DIFFERENCE:
+        yield "the emulation rounds something else"
     if row.aten_equal is False:
         yield "the bits differ although the order of summation is the same"
 
@@ -152,7 +168,8 @@ def terminal_table(rows: list[Row]) -> Table:
 def markdown(rows: list[Row]) -> str:
     """The table with its legend and remarks, and all information to make it again."""
     command = shlex.join(["python", "-m", "tests.models", *sys.argv[1:]])
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, fpsim source {source_hash()[:12]}"
+    libraries = (name for name in ("torch", "transformers", "diffusers") if find_spec(name))
+    versions = ", ".join([*(f"{name} {version(name)}" for name in libraries), f"fpsim source {source_hash()[:12]}"])
     date = datetime.datetime.now(datetime.UTC).date()
     alignment = ["---"] + ["---:"] * (len(COLUMNS) - 1)
     lines = [

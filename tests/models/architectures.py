@@ -20,6 +20,8 @@ BATCH, LENGTH, VOCABULARY, CLASSES = 2, 12, 64, 10
 LAYERS, WIDTH, HEADS, INNER = 2, 32, 2, 64
 PIXELS, PATCH = 16, 4
 MEL_BINS = 8
+OBJECTS, QUERIES = 3, 6
+TIMES = 50
 
 #: Operands of a linear layer or a convolution: two in each of fprop, dgrad and wgrad.
 LINEAR = 6
@@ -43,6 +45,7 @@ class Architecture:
         inputs: makes the inputs.
         operands: the number of operands of all its matrix products, forward and backward, counted by hand.
         note: why its row is not clean; empty if it is.
+        gaps: the operators that may stay unrounded although they may multiply matrices, as in `fpsim.Policy`.
     """
 
     name: str
@@ -50,6 +53,12 @@ class Architecture:
     inputs: Callable[[], Inputs]
     operands: int
     note: str = ""
+    gaps: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the backend: the default policy with these gaps."""
+        return {"policy": "fp8_hybrid", "gaps": list(self.gaps)}
 
     def build(self) -> tuple[nn.Module, Inputs]:
         """The model, in training mode and without dropout, and its inputs; both are the same at every call."""
@@ -70,6 +79,39 @@ class OutputLoss(nn.Module):
 
     def forward(self, **inputs: Tensor) -> Tensor:
         return self.network(**inputs).loss
+
+
+class Detector(nn.Module):
+    """DETR as a function of tensors: transformers wants the objects of each image as a dictionary."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixel_values: Tensor, classes: Tensor, boxes: Tensor) -> Tensor:
+        labels = [{"class_labels": c, "boxes": b} for c, b in zip(classes, boxes, strict=True)]
+        return self.network(pixel_values=pixel_values, labels=labels).loss
+
+
+def detector() -> nn.Module:
+    """A DETR with a ResNet of two basic blocks as its backbone."""
+    backbone = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"]
+    )
+    config = transformers.DetrConfig(
+        backbone_config=backbone,
+        num_queries=QUERIES,
+        encoder_layers=LAYERS,
+        decoder_layers=LAYERS,
+        encoder_ffn_dim=INNER,
+        decoder_ffn_dim=INNER,
+        encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS,
+        d_model=WIDTH,
+        dropout=0.0,
+        num_labels=CLASSES,
+    )
+    return Detector(transformers.DetrForObjectDetection(config))
 
 
 def pretrained(class_name: str, **sizes: Any) -> Callable[[], nn.Module]:
@@ -104,8 +146,62 @@ def images() -> Inputs:
     return {"pixel_values": torch.randn(BATCH, 3, PIXELS, PIXELS), "labels": torch.randint(CLASSES, (BATCH,))}
 
 
+def detections() -> Inputs:
+    """Images, and the class and the box (centre, width, height) of three objects in each."""
+    centres, sizes = 0.3 + 0.4 * torch.rand(BATCH, OBJECTS, 2), 0.1 + 0.4 * torch.rand(BATCH, OBJECTS, 2)
+    return {
+        "pixel_values": torch.randn(BATCH, 3, 2 * PIXELS, 2 * PIXELS),
+        "classes": torch.randint(CLASSES, (BATCH, OBJECTS)),
+        "boxes": torch.cat([centres, sizes], dim=2),
+    }
+
+
 def speech() -> Inputs:
     return {"input_features": torch.randn(BATCH, MEL_BINS, 2 * LENGTH), "labels": tokens()}
+
+
+# -- a model of diffusers ----------------------------------------------------------------------------------------------
+
+
+class Denoiser(nn.Module):
+    """A model of diffusers as a function that returns the mean squared error of the noise that it predicts."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, noisy: Tensor, noise: Tensor, **conditions: Tensor) -> Tensor:
+        return F.mse_loss(self.network(noisy, **conditions).sample, noise)
+
+
+def dit() -> nn.Module:
+    """A diffusion transformer, without the random dropout of class labels."""
+    from diffusers import DiTTransformer2DModel
+
+    network = DiTTransformer2DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=WIDTH // HEADS,
+        in_channels=3,
+        num_layers=LAYERS,
+        norm_num_groups=4,
+        sample_size=PIXELS,
+        patch_size=PATCH,
+        num_embeds_ada_norm=TIMES,
+    )
+    for block in network.transformer_blocks:
+        block.norm1.emb.class_embedder.dropout_prob = 0.0
+    return Denoiser(network)
+
+
+def noisy_classes() -> Inputs:
+    """Noisy images, their noise, and the time and class of each."""
+    shape = (BATCH, 3, PIXELS, PIXELS)
+    return {
+        "noisy": torch.randn(shape),
+        "noise": torch.randn(shape),
+        "timestep": torch.randint(TIMES, (BATCH,)),
+        "class_labels": torch.randint(TIMES, (BATCH,)),
+    }
 
 
 #: The sizes of a language model, by the names that most configurations use.
@@ -130,6 +226,22 @@ MAMBA = {
     "pad_token_id": 0,
     "bos_token_id": 0,
     "eos_token_id": 0,
+}
+MAMBA2 = {**MAMBA, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": LENGTH // 2}
+DEEPSEEK = {
+    **DECODER,
+    "num_key_value_heads": HEADS,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "moe_intermediate_size": WIDTH,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
 }
 IMAGES = {
     "image_size": PIXELS,
@@ -269,6 +381,12 @@ class Mixer(nn.Module):
         return self.head(self.norm(self.blocks(x)).mean(1))
 
 
+#: Why a mixture of experts is refused.
+EXPERTS_NOTE = (
+    "transformers computes the experts' products in an operator of its own, which no backend can inspect; "
+    "`experts_implementation='batched_mm'` in the configuration avoids it"
+)
+
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 ARCHITECTURES = {
@@ -311,14 +429,28 @@ ARCHITECTURES = {
             pretrained("MixtralForCausalLM", **EXPERTS),
             text,
             LAYERS * (7 * LINEAR + ATTENTION) + LINEAR,
-            "transformers computes the experts' products in an operator of its own, which no backend can inspect; "
-            "`experts_implementation='batched_mm'` in the configuration avoids it",
+            EXPERTS_NOTE,
         ),
         Architecture(
             "mixtral-batched",
             pretrained("MixtralForCausalLM", **EXPERTS, experts_implementation="batched_mm"),
             text,
             LAYERS * (7 * LINEAR + ATTENTION) + LINEAR,
+        ),
+        # q, and k with v, in two steps each, and o; a layer with gate, up and down, and one with experts as above, and
+        # the three layers of the shared expert
+        Architecture(
+            "deepseek-v3",
+            pretrained("DeepseekV3ForCausalLM", **DEEPSEEK),
+            text,
+            LAYERS * (5 * LINEAR + ATTENTION) + 3 * LINEAR + 6 * LINEAR + LINEAR,
+            EXPERTS_NOTE,
+        ),
+        Architecture(
+            "deepseek-v3-batched",
+            pretrained("DeepseekV3ForCausalLM", **DEEPSEEK, experts_implementation="batched_mm"),
+            text,
+            LAYERS * (5 * LINEAR + ATTENTION) + 3 * LINEAR + 6 * LINEAR + LINEAR,
         ),
         Architecture(
             "gemma3",
@@ -371,6 +503,13 @@ ARCHITECTURES = {
             ),
             text,
             LAYERS * (6 * LINEAR + ATTENTION) + 2 * LINEAR,
+        ),
+        # q, k and v together, o, gate with up, down; the head is two layers
+        Architecture(
+            "modernbert",
+            pretrained("ModernBertForMaskedLM", **DECODER, cls_token_id=0, sep_token_id=0, local_attention=4),
+            text,
+            LAYERS * (4 * LINEAR + ATTENTION) + 2 * LINEAR,
         ),
         # also keys and queries of relative positions, and products of content and position in both directions
         Architecture(
@@ -440,6 +579,30 @@ ARCHITECTURES = {
             text,
             LAYERS * (5 * LINEAR + LENGTH * INNER_PRODUCT) + LINEAR,
         ),
+        # in, a convolution, out; products of read-outs with inputs, within chunks, for the states of chunks, across
+        # chunks, and of read-outs with states
+        Architecture(
+            "mamba2",
+            pretrained("Mamba2ForCausalLM", **MAMBA2),
+            text,
+            LAYERS * (3 * LINEAR + 5 * INNER_PRODUCT) + LINEAR,
+        ),
+        # attention and mamba2 side by side; gate, up, down
+        Architecture(
+            "falcon-h1",
+            pretrained(
+                "FalconH1ForCausalLM",
+                **GROUPED,
+                mamba_d_ssm=INNER,
+                mamba_n_heads=4,
+                mamba_d_head=16,
+                mamba_n_groups=1,
+                mamba_d_state=4,
+                mamba_chunk_size=LENGTH // 2,
+            ),
+            text,
+            LAYERS * (4 * LINEAR + ATTENTION + 3 * LINEAR + 5 * INNER_PRODUCT + 3 * LINEAR) + LINEAR,
+        ),
         # time mixing: key, value, receptance, output; channel mixing: key, receptance, value
         Architecture(
             "rwkv",
@@ -487,6 +650,25 @@ ARCHITECTURES = {
         Architecture("resnet", resnet, images, FIRST + 2 * 2 * LINEAR + LINEAR + LINEAR),
         # in, down, q, k and v together, o, up, out
         Architecture("unet", UNet, noisy_images, FIRST + 5 * LINEAR + ATTENTION),
+        # a backbone of six frozen convolutions has fprop only; its projection; the encoder; the decoder, which attends
+        # twice and whose first values are constants without dgrad; a layer for classes and three for boxes
+        Architecture(
+            "detr",
+            detector,
+            detections,
+            6 * 2 + FIRST + LAYERS * ((6 + 10) * LINEAR + 3 * ATTENTION) - 2 + 4 * LINEAR,
+            "scipy matches objects with predictions, which breaks the graph; the `cdist` of boxes is refused unless "
+            "`gaps=['aten._cdist*']` accepts it, as in this row, although it multiplies no matrices for `p=1`",
+            gaps=("aten._cdist*",),
+        ),
+        # patches; in each block two layers for the time, the first of which has no dgrad, one for scales and shifts, q,
+        # k, v, o, up, down; the two layers for the time again, scales and shifts, out
+        Architecture(
+            "dit",
+            dit,
+            noisy_classes,
+            FIRST + LAYERS * (FIRST + 8 * LINEAR + ATTENTION) + FIRST + 3 * LINEAR,
+        ),
         # reshaping cuts the patches
         Architecture("mixer", lambda: Classifier(Mixer()), images, FIRST + LAYERS * 4 * LINEAR + LINEAR),
         # per token a product with the input and one with the state, which is constant for the first token; the head

@@ -16,14 +16,12 @@ import fpsim
 from fpsim.compile_backend import Audit, Plan
 
 from .architectures import Architecture, Inputs
+from .emulation import Results, emulated_step, results
 
 STEPS, LEARNING_RATE = 3, 1e-2
 
 #: The operator of a graph break in the gaps of `fpsim.explain`.
 GRAPH_BREAK = "(graph break)"
-
-#: The loss and the gradients of one step.
-Results = dict[str, Tensor]
 
 
 @dataclass
@@ -37,6 +35,7 @@ class Row:
         aten_equal: whether loss and gradients with `atens_kernels` are those of ``fpsim_eager``, bit for bit.
         difference: `largest_difference` of loss and gradients from those of ``fpsim_eager`` when Inductor generates its
             own kernels; 0 only if all bits are equal.
+        emulated: `largest_difference` of ``fpsim_eager`` from `emulated_step`; 0 only if all bits are equal.
         losses: the loss of each training step.
         audit: the result of `fpsim.audit`.
         errors: the name of a failed attempt -> the first line of its error.
@@ -47,6 +46,7 @@ class Row:
     plan: Plan | None = None
     aten_equal: bool | None = None
     difference: float | None = None
+    emulated: float | None = None
     losses: tuple[float, ...] = ()
     audit: Audit | None = None
     errors: dict[str, str] = field(default_factory=dict)
@@ -102,10 +102,12 @@ def measure(architecture: Architecture, report: Callable[[str], None] = lambda s
             model, inputs = architecture.build()
             row.parameters = sum(parameter.numel() for parameter in model.parameters())
             torch._dynamo.reset()
-            row.plan = fpsim.explain(model, **inputs)
+            row.plan = fpsim.explain(model, policy=architecture.options, **inputs)
         with row.attempt("compile"):
             report("interpret")
             interpreted = first_step(architecture, "fpsim_eager")
+            report("emulate")
+            row.emulated = difference(interpreted, emulated_step(architecture)[0])
             report("compile for aten")
             with atens_kernels():
                 row.aten_equal = same_bits(first_step(architecture, "fpsim"), interpreted)
@@ -118,14 +120,14 @@ def _train(row: Row, interpreted: Results) -> None:
     """Fill in the measurements of a compiled model."""
     torch._dynamo.reset()
     model, inputs = row.architecture.build()
-    compiled = torch.compile(model, backend="fpsim")
+    compiled = torch.compile(model, backend="fpsim", options=row.architecture.options)
     row.audit = fpsim.audit(compiled, **inputs)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
     for _ in range(STEPS):
-        results = step(model, compiled, inputs)
+        computed = step(model, compiled, inputs)
         if not row.losses:
-            row.difference = 0.0 if same_bits(results, interpreted) else largest_difference(results, interpreted)
-        row.losses += (float(results["loss"]),)
+            row.difference = difference(computed, interpreted)
+        row.losses += (float(computed["loss"]),)
         optimizer.step()
 
 
@@ -133,7 +135,7 @@ def first_step(architecture: Architecture, backend: str) -> Results:
     """Loss and gradients of a newly built and compiled model."""
     torch._dynamo.reset()
     model, inputs = architecture.build()
-    return step(model, torch.compile(model, backend=backend), inputs)
+    return step(model, torch.compile(model, backend=backend, options=architecture.options), inputs)
 
 
 def step(model: nn.Module, compiled: Callable[..., Tensor], inputs: Inputs) -> Results:
@@ -141,24 +143,28 @@ def step(model: nn.Module, compiled: Callable[..., Tensor], inputs: Inputs) -> R
     model.zero_grad(set_to_none=True)
     loss = compiled(**inputs)
     loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **gradients}
+    return results(model, loss)
 
 
-def same_bits(results: Results, others: Results) -> bool:
+def same_bits(ours: Results, others: Results) -> bool:
     """Whether all results have the same bits, signs of zeros and NaNs included."""
-    if results.keys() != others.keys():
+    if ours.keys() != others.keys():
         return False
-    return all(torch.equal(results[name].view(torch.int32), others[name].view(torch.int32)) for name in results)
+    return all(torch.equal(ours[name].view(torch.int32), others[name].view(torch.int32)) for name in ours)
 
 
-def largest_difference(results: Results, others: Results) -> float:
+def difference(ours: Results, others: Results) -> float:
+    """0 if all bits are equal, else `largest_difference`."""
+    return 0.0 if same_bits(ours, others) else largest_difference(ours, others)
+
+
+def largest_difference(ours: Results, others: Results) -> float:
     """The relative difference of the losses, or the largest difference of gradients relative to the largest element.
 
     The largest element is that of all gradients. Some gradients, such as that of a bias before a normalisation, are
     zero up to rounding errors, so a difference relative to their own tensor means nothing.
     """
-    differences = {name: float((results[name] - other).abs().max()) for name, other in others.items()}
+    differences = {name: float((ours[name] - other).abs().max()) for name, other in others.items()}
     loss = differences.pop("loss") / float(others["loss"].abs())
     return max(loss, max(differences.values()) / max(float(others[name].abs().max()) for name in differences))
 
