@@ -271,7 +271,7 @@ OPAQUE: tuple[OpaqueFamily, ...] = (
     OpaqueFamily(r"aten\._trilinear.*", "Write it as torch.einsum('bi,kij,bj->bk', x, weight, y)", ("_trilinear",)),
     OpaqueFamily(
         r"aten\.(_euclidean_dist|_cdist_|_pdist_).*",
-        "Write the distance out: (x[:, None] - y).square().sum(-1).sqrt()",
+        "Write the distance out: (x[:, None] - y).square().sum(-1).sqrt(), or .abs().pow(p).sum(-1).pow(1 / p)",
         ("_cdist_forward", "_cdist_backward"),
     ),
     OpaqueFamily(

@@ -30,13 +30,12 @@ def roles_of(value: fx.Node, multiplication: Multiplication, sources: Mapping[fx
         if source & Source.TANGENT:
             return "gradient"
         if is_weight(value, multiplication, number):
-            is_computed = source & Source.INPUT and source & _OF_PRODUCTS
+            is_computed = bool(source & Source.INPUT) and bool(source & _OF_PRODUCTS)
         elif is_layer:
             is_computed = bool(source & ~_OF_MODEL) or whole(operands[number]).op not in ("placeholder", "get_attr")
         else:
-            is_computed = (
-                source & ~_OF_MODEL & ~(Source.PRODUCT if number == 1 else Source.NONE) or not source & _OF_MODEL
-            )
+            allowed = _OF_MODEL | (Source.PRODUCT if number == 1 else Source.NONE)
+            is_computed = bool(source & ~allowed) or not source & _OF_MODEL
         return "activation" if is_computed else "weight"
 
     return role(0), role(1)
@@ -71,10 +70,9 @@ def backward_roles(
     if forward is None:  # a hand-written backward
         return own, "activation" if role == "weight" else _role_by_use(value, input_sources)
     roles = roles_of(*forward, sources)
-    bases = [base(operand) for operand in operands_of(*forward)]
-    matching = bases if base(other) in bases else roles  # if it was recomputed or copied, the roles decide
-    wanted: Any = base(other) if matching is bases else role
-    kept = matching.index(wanted) if wanted in matching else 0  # type: ignore[operator]
+    same = [i for i, operand in enumerate(operands_of(*forward)) if base(operand) is base(other)]
+    of_role = [i for i, each in enumerate(roles) if each == role]  # decides if the operand was recomputed or copied
+    kept = [*same, *of_role, 0][0]
     return ("gradient", roles[kept]) if number == 1 else (roles[kept], "gradient"), roles[1 - kept]
 
 

@@ -207,7 +207,7 @@ def _weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, 
 
 def _mse_loss(input: Tensor, target: Tensor, *deprecated: Any, reduction: str = "mean", **others: Any) -> Tensor:
     if deprecated or any(value is not None for value in others.values()):
-        return functional.mse_loss(input, target, *deprecated, reduction=reduction, **others)
+        return functional.mse_loss(input, target, *deprecated, reduction=reduction, **others)  # type: ignore[misc]
     squares = (input - target) ** 2
     return squares.mean() if reduction == "mean" else squares.sum() if reduction == "sum" else squares
 

@@ -24,4 +24,4 @@ def cast_whole_vectors_in_cpp() -> None:
             return element_by_element(x, dtype, src_dtype)
         return f"c10::bit_cast<{V.kernel._get_vec_type(dtype)}>({x})"
 
-    CppVecOverrides.to_dtype_bitcast = staticmethod(to_dtype_bitcast)
+    CppVecOverrides.to_dtype_bitcast = staticmethod(to_dtype_bitcast)  # type: ignore[method-assign]
