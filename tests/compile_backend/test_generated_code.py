@@ -103,7 +103,7 @@ def test_attention_is_opened_forward_and_backward() -> None:
 
 @only_code
 def test_attention_that_is_kept_is_called_fused() -> None:
-    for code, passes in zip(code_of_a_step("fpsim", attention="keep"), PASSES, strict=True):
+    for code, passes in zip(code_of_a_step("fpsim", policy="fp8_hybrid", attention="keep"), PASSES, strict=True):
         assert re.search(r"torch\.ops\.aten\._scaled_dot_product\w+\.default\(", code)
         assert products(code) == passes * LINEARS
 

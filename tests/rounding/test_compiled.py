@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -346,3 +350,32 @@ def test_contraction_and_unsafe_mathematics_change_nothing(name: str, flags: dic
     with torch._inductor.config.patch(flags):
         got = torch.compile(lambda x: fpsim.round(x * 0.75, name) * 4 - fpsim.round(x, name), fullgraph=True)(x)
     assert torch.equal(got, fpsim.round(x * 0.75, name) * 4 - fpsim.round(x, name))
+
+
+_BOTH_WIDTHS = """
+import torch, fpsim
+x = torch.cat([torch.randint(-(2**31), 2**31 - 1, (4099,)).int().view(torch.float32), torch.randn(77)])
+casts = [("e4m3fn", r, o) for r in ("nearest_even", "up", "to_odd") for o in ("ovf_inf", "sat_propagate")]
+casts += [("e5m2", "down", "ovf_inf"), ("e8m3", "nearest_away", "ovf_inf"), ("e5m0:unsigned", "up", "sat_propagate")]
+
+def rounded(x):
+    return [fpsim.round(x, f, rounding=r, overflow=o) for f, r, o in casts]
+
+for cast, got, want in zip(casts, torch.compile(rounded)(x), rounded(x), strict=True):
+    assert torch.equal(got.view(torch.int32), want.view(torch.int32)), cast
+print(torch.backends.cpu.get_cpu_capability())
+"""
+
+
+def test_code_for_either_vector_width_gives_the_bits_of_eager_code(tmp_path: Path) -> None:
+    """Both processes share one cache. Inductor's own key does not tell their code apart."""
+    widths = []
+    for capability in ("avx2", None):
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        environment.pop("ATEN_CPU_CAPABILITY", None)
+        if capability is not None:
+            environment["ATEN_CPU_CAPABILITY"] = capability
+        run = subprocess.run([sys.executable, "-c", _BOTH_WIDTHS], env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        widths.append(run.stdout.split()[-1])
+    assert widths[1] == torch.backends.cpu.get_cpu_capability()
