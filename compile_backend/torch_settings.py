@@ -137,7 +137,7 @@ def watch_compiled_calls() -> None:
         warn_of_copy(module)
         return state(module)
 
-    OptimizeContext.__call__ = and_watch  # type: ignore[method-assign]
+    OptimizeContext.__call__ = and_watch  # type: ignore[method-assign, assignment]
     OptimizedModule.__getattr__ = or_watched_method  # type: ignore[method-assign]
     OptimizedModule.__call__ = watched_hooks(OptimizedModule.__call__)  # type: ignore[method-assign]
     torch.nn.Module.__getstate__ = or_warn_of_copy  # type: ignore[method-assign]
