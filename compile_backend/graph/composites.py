@@ -9,6 +9,7 @@ the same sequence number.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from typing import Any
@@ -37,27 +38,52 @@ _WEIGHT = "fpsim weight"
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
-@contextlib.contextmanager
-def recorded() -> Iterator[None]:
-    """A context for tracing. It notes on every node which operator of `COMPOSED` made it, and marks weights.
+class _Recording:
+    """The kernels of torch that `recorded` has replaced, and how many of its contexts are open, in all threads."""
 
-    torch's Python dispatcher calls the kernels that this context puts in place of torch's own, and they call those.
-    """
-    replaced = []
-    for names, wrap in ((COMPOSED, _noting), (LINEAR, _marking)):
-        for op, key in (pair for name in names for pair in _compositions(name)):
-            replaced.append((op, key, op.py_kernels.get(key)))
-            op.py_kernels[key] = wrap(op, op.py_kernels.get(key) or partial(op._op_dk, key))
-            op._dispatch_cache.clear()
-    try:
-        yield
-    finally:
-        for op, key, kernel in replaced:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.contexts = 0
+        self.replaced: list[tuple[OpOverload, DispatchKey, Callable[..., Any] | None]] = []
+
+    def begin(self) -> None:
+        for names, wrap in ((COMPOSED, _noting), (LINEAR, _marking)):
+            for op, key in (pair for name in names for pair in _compositions(name)):
+                self.replaced.append((op, key, op.py_kernels.get(key)))
+                op.py_kernels[key] = wrap(op, op.py_kernels.get(key) or partial(op._op_dk, key))
+                op._dispatch_cache.clear()
+
+    def end(self) -> None:
+        for op, key, kernel in self.replaced:
             if kernel is None:
                 del op.py_kernels[key]
             else:
                 op.py_kernels[key] = kernel
             op._dispatch_cache.clear()
+        self.replaced.clear()
+
+
+_recording = _Recording()
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """A context for tracing. It notes on every node which operator of `COMPOSED` made it, and marks weights.
+
+    torch's Python dispatcher calls the kernels that this context puts in place of torch's own, and they call those. The
+    first of several contexts, in any threads, puts them there, and the last one takes them out.
+    """
+    with _recording.lock:
+        if _recording.contexts == 0:
+            _recording.begin()
+        _recording.contexts += 1
+    try:
+        yield
+    finally:
+        with _recording.lock:
+            _recording.contexts -= 1
+            if _recording.contexts == 0:
+                _recording.end()
 
 
 def _compositions(name: str) -> Iterator[tuple[OpOverload, DispatchKey]]:

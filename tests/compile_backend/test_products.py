@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fpsim
+from fpsim.compile_backend.graph.composites import recorded
 from fpsim.compile_backend.graph.products import (
     OPAQUE,
     PRODUCTS,
@@ -459,3 +460,19 @@ def test_a_multiplication_beside_a_product_without_derivative_stays_elementwise(
     compiled(a, y).backward(torch.tensor(5.0, dtype=torch.float64))
     assert torch.equal(a.grad, 5 * y)
     assert not torch.equal(fpsim.round(y, "e8m1"), y)
+
+
+def test_kernels_of_composed_operators_are_torchs_own_again_after_the_last_of_several_compilations() -> None:
+    """Two threads may compile at the same time, and the first to begin may be the first to end."""
+    outer, linear = torch.ops.aten.outer.default, torch.ops.aten.linear.default
+    own = [dict(outer.py_kernels), dict(linear.py_kernels)]
+    first, second = recorded(), recorded()
+    first.__enter__()
+    noting = [dict(outer.py_kernels), dict(linear.py_kernels)]
+    assert all(len(after) > len(before) for before, after in zip(own, noting, strict=True))
+    second.__enter__()
+    assert [outer.py_kernels, linear.py_kernels] == noting
+    first.__exit__(None, None, None)
+    assert [outer.py_kernels, linear.py_kernels] == noting
+    second.__exit__(None, None, None)
+    assert [outer.py_kernels, linear.py_kernels] == own
