@@ -284,9 +284,9 @@ class Policy:
         if not is_rounding and not says_none:
             given = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
             raise ValueError(
-                f"{' and '.join(given)} alone name no format, so that nothing would be rounded: add a format, such as "
-                "format='e4m3fn', or start from a preset with policy='fp8_hybrid'; format='none' says that nothing is "
-                "to be rounded"
+                f"no option names a format (given: {', '.join(given)}), so that nothing would be rounded: add a "
+                "format, such as format='e4m3fn', or start from a preset with policy='fp8_hybrid'; format='none' says that "
+                "nothing is to be rounded"
             )
 
     def _check_beside_preset(self, name: str, given: Mapping[str, Any]) -> None:
