@@ -285,8 +285,8 @@ class Policy:
             given = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
             raise ValueError(
                 f"no option names a format (given: {', '.join(given)}), so that nothing would be rounded: add a "
-                "format, such as format='e4m3fn', or start from a preset with policy='fp8_hybrid'; format='none' says that "
-                "nothing is to be rounded"
+                "format, such as format='e4m3fn', or start from a preset with policy='fp8_hybrid'; format='none' says "
+                "that nothing is to be rounded"
             )
 
     def _check_beside_preset(self, name: str, given: Mapping[str, Any]) -> None:
