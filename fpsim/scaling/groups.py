@@ -86,11 +86,19 @@ def split(x: Any, scale: Scale, axes: Sequence[int], call: Call) -> Groups:
     """``x`` arranged into the groups of ``scale``.
 
     Args:
-        x: a tensor with at least one axis, or a value that stands for one.
-        axes: the axes along which a product sums, counted from the front; blocks run over them in row-major order. Of
-            none, every element is a group of its own.
+        x: a tensor, or a value that stands for one.
+        axes: the axes along which a product sums; blocks run over them in row-major order. If there is none, every
+            element is a group of its own.
+
+    Raises:
+        ValueError: the tensor lacks an axis.
     """
     dims = len(call.shape(x))
+    if scale.has_axis and any(not -dims <= axis < dims for axis in axes):
+        raise ValueError(f"scale {str(scale)!r} lies along axes {tuple(axes)}, and a tensor has {dims}")
+    if not dims:
+        return Groups(call(aten.reshape.default, x, [1]), [0], lambda y: call(aten.reshape.default, y, []))
+    axes = sorted({axis % dims for axis in axes})
     if scale.kind == "tensor":
         return Groups(x, list(range(dims)), lambda y: y)
     if scale.kind == "group":

@@ -87,8 +87,14 @@ class Scale:
 
     @property
     def has_axis(self) -> bool:
-        """Whether the elements that share a factor depend on the axis."""
-        return self.kind in ("row", "column", "block") or (self.kind == "tile" and self.sizes[0] != self.sizes[1])
+        """Whether the elements that share a factor depend on an axis. (Square tiles are the same for both axes of a
+        matrix.)"""
+        return self.kind in ("row", "column", "block", "tile")
+
+    @property
+    def is_square(self) -> bool:
+        """Whether the elements that share a factor are those of square tiles."""
+        return self.kind == "tile" and self.sizes[0] == self.sizes[1]
 
     def __str__(self) -> str:
         if self.rule == "power_of_two":

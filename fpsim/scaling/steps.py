@@ -32,6 +32,7 @@ _SMALLEST_NORMAL = 2.0**-126
 #: The smallest ratio: with it no quotient or product of interest is subnormal in float32.
 SMALLEST_RATIO = 2.0**-100
 _LARGEST = float.fromhex("0x1.fffffep127")
+_LARGEST_BF16 = float.fromhex("0x1.fep127")
 #: Roundings in which a quotient below 2^-26 becomes zero in every format that takes ratios.
 _NEAREST = ("nearest_even", "nearest_away", "toward_zero")
 #: From this number of values on, a codebook is searched by bisection.
@@ -52,7 +53,7 @@ def round_scaled(
     """``x`` rounded to ``element`` with ``scale``.
 
     Args:
-        x: a tensor with at least one axis, or a value that stands for one.
+        x: a tensor, or a value that stands for one.
         dtype: the dtype of ``x``: float64, float32 or bfloat16.
         axes: as for `fpsim.scaling.groups.split`.
         key: the key of stochastic rounding, or None.
@@ -127,11 +128,17 @@ class _Elements:
             q = _clamped(q, element.min_integer * unit, element.max_integer * unit, call)
         return q
 
-    def integers(self, y: Any, zero: Any) -> Any:
-        """``y`` rounded to integers, plus the integers ``zero``, limited to the range of the unsigned format."""
-        assert isinstance(self.element, IntegerFormat), "casts with zero points have unsigned integers"
-        q = self.call(aten.add.Tensor, self._round(y, self.element.grid()), zero)
-        return _clamped(q, 0.0, float(self.element.max_integer), self.call)
+    def codes(self, y: Any, zero: Any) -> Any:
+        """``y`` rounded to integers, plus the integers ``zero``, limited to the codes from 0 upwards."""
+        unsigned = unsigned_of(self.element)
+        q = self.call(aten.add.Tensor, self._round(y, unsigned.grid()), zero)
+        return _clamped(q, 0.0, float(unsigned.max_integer), self.call)
+
+
+def unsigned_of(element: ElementFormat) -> IntegerFormat:
+    """The unsigned integers of the width of ``element``: the codes that zero points shift."""
+    assert isinstance(element, IntegerFormat), "casts with zero points have integers"
+    return IntegerFormat(element.bits, signed=False)
 
 
 def amax_of(x: Any, axes: list[int], call: Call) -> Any:
@@ -157,6 +164,7 @@ def ratio_scale(x: Any, element: ElementFormat, rule: str, axes: list[int], call
     ratio = call(aten.div.Tensor, amax, _constant(largest, amax, call))
     if rule == "bf16":
         ratio = call(round_op, ratio, "e8m7", "nearest_even", "ovf_inf", SOURCE)
+    ratio = call(aten.clamp_max.default, ratio, _LARGEST_BF16 if rule == "bf16" else _LARGEST)
     return call.stored(_usable(ratio, amax, call))
 
 
@@ -181,16 +189,17 @@ def asymmetric_scale(wide: Any, element: IntegerFormat, axes: list[int], call: C
     high, low = (call.stored(call(prims.convert_element_type.default, v, torch.float32)) for v in (high, low))
     width = call(aten.sub.Tensor, high, low)
     ratio = call(aten.div.Tensor, width, _constant(float(element.max_integer), width, call))
-    ratio = call.stored(_usable(ratio, width, call))
+    ratio = call(aten.clamp_max.default, ratio, _LARGEST)
+    amax = call(aten.maximum.default, high, call(aten.neg.default, low))
+    ratio = call.stored(_usable(ratio, amax, call))
     zero = call(aten.div.Tensor, call(aten.neg.default, low), ratio)
     zero = call(round_op, zero, element.grid().name, "nearest_even", "sat_finite", SOURCE)
     return ratio, call.stored(_clamped(zero, 0.0, float(element.max_integer), call))
 
 
 def _round_asymmetric(wide: Any, working: torch.dtype, elements: _Elements, axes: list[int], call: Call) -> Any:
-    assert isinstance(elements.element, IntegerFormat), "casts with zero points have unsigned integers"
-    ratio, zero = asymmetric_scale(wide, elements.element, axes, call)
-    code = elements.integers(_quotient(wide, ratio, elements.rounding, working, call), zero)
+    ratio, zero = asymmetric_scale(wide, unsigned_of(elements.element), axes, call)
+    code = elements.codes(_quotient(wide, ratio, elements.rounding, working, call), zero)
     return call(aten.mul.Tensor, call(aten.sub.Tensor, code, zero), ratio)
 
 
