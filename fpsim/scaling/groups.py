@@ -34,8 +34,8 @@ class Call(Protocol):
     def constant(self, value: float, like: Any) -> Any:
         """A float32 number on the device of ``like``, as a value without axes."""
 
-    def table(self, values: Sequence[float], like: Any) -> Any:
-        """Float32 numbers on the device of ``like``, as a value with one axis."""
+    def table(self, values: Sequence[float], like: Any, dtype: torch.dtype) -> Any:
+        """Numbers of a dtype on the device of ``like``, as a value with one axis."""
 
 
 class OnTensors:
@@ -56,8 +56,8 @@ class OnTensors:
     def constant(self, value: float, like: torch.Tensor) -> torch.Tensor:
         return torch.full((), value, dtype=torch.float32, device=like.device)
 
-    def table(self, values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=like.device)
+    def table(self, values: Sequence[float], like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=like.device)
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,14 @@ class Groups:
         axes: the axes along which the elements share a scale.
         restore: rearranges a tensor like ``values`` into the shape of the original.
         splits: whether these axes are parts of axes of the tensor.
+        in_order: whether the elements are those of the tensor in row-major order.
     """
 
     values: Any
     axes: list[int]
     restore: Callable[[Any], Any]
     splits: bool = False
+    in_order: bool = True
 
 
 def across(axis: int, dims: int) -> int:
@@ -114,7 +116,7 @@ def split(x: Any, scale: Scale, axes: Sequence[int], call: Call) -> Groups:
     axis = axes[0]
     other = across(axis, dims) if dims > 1 else None
     if scale.kind == "column":
-        return Groups(x, [] if other is None else [other], lambda y: y)
+        return split(x, Scale(scale.rule, "row"), [] if other is None else [other], call)
     sizes = {axis: scale.sizes[-1]}
     if scale.kind == "tile" and other is not None:
         sizes[other] = scale.sizes[0]
@@ -134,7 +136,8 @@ def _joined(x: Any, scale: Scale, axes: Sequence[int], call: Call) -> Groups:
         y = call(aten.reshape.default, groups.restore(y), ordered)
         return call(aten.permute.default, y, [order.index(axis) for axis in range(len(order))])
 
-    return Groups(groups.values, groups.axes, restore, groups.splits)
+    in_order = groups.in_order and order == sorted(order)
+    return Groups(groups.values, groups.axes, restore, groups.splits, in_order)
 
 
 def _in_blocks(original: Any, x: Any, sizes: dict[int, int], call: Call) -> Groups:
@@ -163,4 +166,4 @@ def _in_blocks(original: Any, x: Any, sizes: dict[int, int], call: Call) -> Grou
                 y = call(aten.slice.Tensor, y, axis, 0, length)
         return y if original is x else call(aten.reshape.default, y, list(call.shape(original)))
 
-    return Groups(values, inner, restore, True)
+    return Groups(values, inner, restore, True, padded is x)

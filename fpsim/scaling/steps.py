@@ -19,9 +19,9 @@ from fpsim.formats import (
     IntegerFormat,
 )
 from fpsim.formats.elements import ElementFormat
-from fpsim.rounding.carriers import working_dtype
+from fpsim.rounding.carriers import CODES_OF, working_dtype
 from fpsim.rounding.ops import SOURCE, round_op, round_stochastic_op
-from fpsim.scaling.groups import Call, split
+from fpsim.scaling.groups import Call, Groups, split
 from fpsim.scaling.rules import NAN_MARK
 from fpsim.scaling.scale import MX_RULES, NV_RULES, Scale
 
@@ -64,7 +64,11 @@ def round_scaled(
         return _Elements(element, rounding, overflow, key, call).rounded(x, dtype)
     groups = split(call.stored(x) if dtype == torch.bfloat16 else x, scale, axes, call)
     elements = _Elements(element, rounding, overflow, key, call)
-    scales = scales_of_groups(groups.values, element, scale, groups.axes, call)
+    scales = scales_of_groups(groups.values, dtype, element, scale, groups.axes, call)
+    if key is not None and not groups.in_order:  # an element's draw belongs to its place in `x`
+        shape = call.shape(groups.values)
+        scales = tuple(groups.restore(call(aten.expand.default, part, shape)) for part in scales)
+        groups = Groups(x, [], lambda y: y)
     if scale.rule in MX_RULES:
         rounded = elements.on_shifted_grid(groups.values, scales[0])
         is_nan = call(aten.eq.Scalar, scales[0], NAN_MARK)
@@ -115,7 +119,9 @@ def dequantized(q: Any, scale: Scale, scales: Any, call: Call) -> Any:
     return call(aten.mul.Tensor, q, scales[0])
 
 
-def scales_of_groups(x: Any, element: ElementFormat, scale: Scale, axes: list[int], call: Call) -> tuple[Any, ...]:
+def scales_of_groups(
+    x: Any, dtype: torch.dtype, element: ElementFormat, scale: Scale, axes: list[int], call: Call
+) -> tuple[Any, ...]:
     """The scales of the groups of ``x``, of size 1 along ``axes``.
 
     Returns:
@@ -124,7 +130,7 @@ def scales_of_groups(x: Any, element: ElementFormat, scale: Scale, axes: list[in
         tensor. All but the multipliers are float32.
     """
     if scale.rule in MX_RULES:
-        return (mx_multiplier(x, element, scale.rule, axes, call),)
+        return (mx_multiplier(x, dtype, element, scale.rule, axes, call),)
     if scale.rule in NV_RULES:
         return nv_scales(x, scale, axes, call)
     if scale.rule == "asymmetric":
@@ -178,15 +184,20 @@ def unsigned_of(element: ElementFormat) -> IntegerFormat:
 
 def amax_of(x: Any, axes: list[int], call: Call) -> Any:
     """The largest magnitudes along ``axes``, which stay with size 1; NaN where there is a NaN."""
-    if any(call.shape(x)[axis] == 0 for axis in axes):
-        return call(aten.sum.dim_IntList, x, axes, True)  # zeros
     return call.stored(call(aten.amax.default, call(aten.abs.default, x), axes, True))
 
 
-def mx_multiplier(x: Any, element: ElementFormat, rule: str, axes: list[int], call: Call) -> Any:
+def mx_multiplier(x: Any, dtype: torch.dtype, element: ElementFormat, rule: str, axes: list[int], call: Call) -> Any:
     """The powers of two by which the groups of ``x`` are multiplied: see `fpsim.scaling.rules.mx_multiplier_code`."""
-    multiplier = call(torch.ops.fpsim.mx_multiplier.default, amax_of(x, axes, call), element.name, rule, SOURCE)
-    return call.stored(multiplier)
+    assert not isinstance(element, CodebookFormat), "casts with codebooks have ratios"
+    if element.max_exponent >= 1:  # all subnormals have the smallest scale
+        amax = amax_of(x, axes, call)
+    else:  # a comparison of floats would take subnormals for zeros where the process does so
+        integer = CODES_OF[dtype]
+        magnitude = torch.iinfo(integer).max
+        codes = call(aten.bitwise_and.Scalar, call(aten.view.dtype, x, integer), magnitude)
+        amax = call(aten.view.dtype, call.stored(call(aten.amax.default, codes, axes, True)), dtype)
+    return call.stored(call(torch.ops.fpsim.mx_multiplier.default, amax, element.name, rule, SOURCE))
 
 
 def ratio_scale(x: Any, element: ElementFormat, rule: str, axes: list[int], call: Call) -> Any:
@@ -288,15 +299,14 @@ def _constant(value: float, like: Any, call: Call) -> Any:
 
 
 def _nearest_in_codebook(y: Any, book: CodebookFormat, working: torch.dtype, call: Call) -> Any:
-    if working == torch.float64:  # thresholds are float32 numbers
-        y = call(prims.convert_element_type.default, y, torch.float32)
+    thresholds = book.thresholds(working == torch.float64)
     if len(book.values) < _LONG_CODEBOOK:
         q = call(aten.mul.Tensor, y, 0.0)  # keeps NaN
         q = call(aten.where.ScalarOther, call(aten.isnan.default, y), q, book.values[0])
-        for threshold, value in zip(book.thresholds, book.values[1:], strict=True):
+        for threshold, value in zip(thresholds, book.values[1:], strict=True):
             q = call(aten.where.ScalarSelf, call(aten.ge.Scalar, y, threshold), value, q)
     else:
-        index = call(aten.bucketize.Tensor, y, call.table(book.thresholds, y), False, True)
-        q = call(aten.index.Tensor, call.table(book.values, y), [index])
+        index = call(aten.bucketize.Tensor, y, call.table(thresholds, y, working), False, True)
+        q = call(aten.index.Tensor, call.table(book.values, y, working), [index])
         q = call(aten.where.self, call(aten.isnan.default, y), y, q)
-    return q if working == torch.float32 else call(prims.convert_element_type.default, q, working)
+    return q
