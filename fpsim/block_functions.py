@@ -74,7 +74,7 @@ def encode_blocks(
         rounded = round_scaled(x, x.dtype, *modes, axes, None, call)
         q = (split(rounded, scale, axes, call).values * scales[0]).nan_to_num(0.0)
     else:
-        q = quantized(groups.values, dtype, *modes, scales, None, call).nan_to_num(0.0)
+        q = quantized(groups.values, dtype, *modes, scales, call).nan_to_num(0.0)
     codes = _encode_elements(groups.restore(q), cast.format, scale)
     if packed and _is_packed(cast.format):
         codes = pack(codes, cast.format.name)

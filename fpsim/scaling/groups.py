@@ -69,14 +69,12 @@ class Groups:
         axes: the axes along which the elements share a scale.
         restore: rearranges a tensor like ``values`` into the shape of the original.
         splits: whether these axes are parts of axes of the tensor.
-        in_order: whether the elements are those of the tensor in row-major order.
     """
 
     values: Any
     axes: list[int]
     restore: Callable[[Any], Any]
     splits: bool = False
-    in_order: bool = True
 
 
 def across(axis: int, dims: int) -> int:
@@ -136,8 +134,7 @@ def _joined(x: Any, scale: Scale, axes: Sequence[int], call: Call) -> Groups:
         y = call(aten.reshape.default, groups.restore(y), ordered)
         return call(aten.permute.default, y, [order.index(axis) for axis in range(len(order))])
 
-    in_order = groups.in_order and order == sorted(order)
-    return Groups(groups.values, groups.axes, restore, groups.splits, in_order)
+    return Groups(groups.values, groups.axes, restore, groups.splits)
 
 
 def _in_blocks(original: Any, x: Any, sizes: dict[int, int], call: Call) -> Groups:
@@ -166,4 +163,4 @@ def _in_blocks(original: Any, x: Any, sizes: dict[int, int], call: Call) -> Grou
                 y = call(aten.slice.Tensor, y, axis, 0, length)
         return y if original is x else call(aten.reshape.default, y, list(call.shape(original)))
 
-    return Groups(values, inner, restore, True, padded is x)
+    return Groups(values, inner, restore, True)

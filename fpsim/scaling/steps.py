@@ -20,8 +20,8 @@ from fpsim.formats import (
 )
 from fpsim.formats.elements import ElementFormat
 from fpsim.rounding.carriers import CODES_OF, working_dtype
-from fpsim.rounding.ops import SOURCE, round_op, round_stochastic_op
-from fpsim.scaling.groups import Call, Groups, split
+from fpsim.rounding.ops import SOURCE, random_words_op, round_op, round_with_words_op
+from fpsim.scaling.groups import Call, split
 from fpsim.scaling.rules import NAN_MARK
 from fpsim.scaling.scale import MX_RULES, NV_RULES, Scale
 
@@ -61,25 +61,25 @@ def round_scaled(
         call: runs the operators.
     """
     if scale is None:
-        return _Elements(element, rounding, overflow, key, call).rounded(x, dtype)
+        words = None if key is None else call(random_words_op, x, key)
+        return _Elements(element, rounding, overflow, words, call).rounded(x, dtype)
     groups = split(call.stored(x) if dtype == torch.bfloat16 else x, scale, axes, call)
-    elements = _Elements(element, rounding, overflow, key, call)
+    words = None
+    if key is not None:  # the word of an element belongs to its place in `x`
+        words = split(call.stored(call(random_words_op, x, key)), scale, axes, call).values
+    elements = _Elements(element, rounding, overflow, words, call)
     scales = scales_of_groups(groups.values, dtype, element, scale, groups.axes, call)
-    if key is not None and not groups.in_order:  # an element's draw belongs to its place in `x`
-        shape = call.shape(groups.values)
-        scales = tuple(groups.restore(call(aten.expand.default, part, shape)) for part in scales)
-        groups = Groups(x, [], lambda y: y)
     if scale.rule in MX_RULES:
         rounded = elements.on_shifted_grid(groups.values, scales[0])
         is_nan = call(aten.eq.Scalar, scales[0], NAN_MARK)
-        return groups.restore(call(aten.where.ScalarSelf, is_nan, math.nan, rounded))
+        return groups.restore(call.stored(call(aten.where.ScalarSelf, is_nan, math.nan, rounded)))
     working = working_dtype(dtype)
     q = _quantized(groups.values, dtype, elements, scale, scales, call)
     value = dequantized(q, scale, scales, call)
     if dtype != working:
         value = call(round_op, value, "e8m7", "nearest_even", "ovf_inf", SOURCE)
         value = call(prims.convert_element_type.default, value, dtype)
-    return groups.restore(value)
+    return groups.restore(call.stored(value))
 
 
 def quantized(
@@ -90,11 +90,10 @@ def quantized(
     overflow: str,
     scale: Scale,
     scales: Any,
-    key: Any,
     call: Call,
 ) -> Any:
     """The values of ``element`` that stand for the elements of the groups ``x``, before they are scaled back."""
-    return _quantized(x, dtype, _Elements(element, rounding, overflow, key, call), scale, scales, call)
+    return _quantized(x, dtype, _Elements(element, rounding, overflow, None, call), scale, scales, call)
 
 
 def _quantized(x: Any, dtype: torch.dtype, elements: _Elements, scale: Scale, scales: Any, call: Call) -> Any:
@@ -141,13 +140,13 @@ def scales_of_groups(
 class _Elements:
     """Rounding to an element format, once scaled."""
 
-    def __init__(self, element: ElementFormat, rounding: str, overflow: str, key: Any, call: Call) -> None:
-        self.element, self.rounding, self.overflow, self.key, self.call = element, rounding, overflow, key, call
+    def __init__(self, element: ElementFormat, rounding: str, overflow: str, words: Any, call: Call) -> None:
+        self.element, self.rounding, self.overflow, self.words, self.call = element, rounding, overflow, words, call
 
     def _round(self, x: Any, fmt: FloatFormat, *scale: Any) -> Any:
-        if self.key is None:
+        if self.words is None:
             return self.call(round_op, x, fmt.name, self.rounding, self.overflow, SOURCE, *scale)
-        return self.call(round_stochastic_op, x, self.key, fmt.name, self.rounding, self.overflow, SOURCE, *scale)
+        return self.call(round_with_words_op, x, self.words, fmt.name, self.rounding, self.overflow, SOURCE, *scale)
 
     def on_shifted_grid(self, x: Any, multiplier: Any) -> Any:
         """``x`` rounded to the grid of the format divided by ``multiplier``, powers of two."""
