@@ -273,8 +273,8 @@ def parse_cast(name: str) -> Cast:
         ValueError: a part of the name is unknown, or there is no scale.
     """
     first, *parts = name.split("/")
-    element, scale = WHOLE_FORMATS.get(first, (first, "row" if first.startswith(("int", "uint")) else None))
-    modes = {}
+    name_of_element, scale = WHOLE_FORMATS.get(first, (first, "row" if first.startswith(("int", "uint")) else None))
+    element, modes = parse_element(name_of_element), {}
     for part in parts:
         if part in OVERFLOWS:
             modes["overflow"] = part
@@ -284,7 +284,7 @@ def parse_cast(name: str) -> Cast:
             scale = part
     if scale is None:
         raise ValueError(f"{name!r} has no scale: use round, or add a scale, such as {name}/mx")
-    return Cast(parse_element(element), parse_scale(scale), **modes)
+    return Cast(element, parse_scale(scale), **modes)
 
 
 Indices: TypeAlias = tuple[int, ...]
