@@ -36,12 +36,16 @@ class Integers:
         return Fraction(self.greatest - self.least, 2) * self.unit
 
 
+_NAMED = {"mxint8": "int8:unit=-6"}
+
+
 def parse_integers(name: str) -> Integers:
     """The integers that ``name`` denotes.
 
     ``int2`` to ``int16`` are the N-bit integers without -2**(N - 1), so that the range is symmetric. ``int2:full`` to
-    ``int16:full`` include it. ``uint2`` to ``uint16`` are 0 to 2**N - 1. ``mxint8`` is n/64 for n from -127 to 127: OCP
-    Microscaling Formats (MX) 1.0 section 5.3.4, without the code -128, whose use it leaves open.
+    ``int16:full`` include it. ``uint2`` to ``uint16`` are 0 to 2**N - 1. ``int8:unit=-6`` is n * 2**-6 for the n of
+    ``int8``. It is also called ``mxint8``: the element of OCP Microscaling Formats (MX) 1.0 section 5.3.4, without the
+    code -128, whose use that leaves open.
 
     Raises:
         ValueError: ``name`` denotes none of them.
@@ -49,17 +53,15 @@ def parse_integers(name: str) -> Integers:
     >>> parse_integers("int4"), parse_integers("int4:full").least
     (Integers(least=-7, greatest=7, unit=Fraction(1, 1)), -8)
     """
-    if name == "mxint8":
-        return Integers(-127, 127, Fraction(1, 64))
-    match = re.fullmatch(r"(u?)int([0-9]{1,2})(:full)?", name)
+    match = re.fullmatch(r"(u?)int([0-9]{1,2})(:full)?(?::unit=(-?[0-9]{1,3}))?", _NAMED.get(name, name))
     if not match or not 2 <= int(match[2]) <= 16 or (match[1] and match[3]):
         raise ValueError(
-            f"unknown integers {name!r}: use int2 to int16, int2:full to int16:full, uint2 to uint16, mxint8"
+            f"unknown integers {name!r}: use int2 to int16, int2:full to int16:full, uint2 to uint16, or mxint8"
         )
-    bits = int(match[2])
+    bits, unit = int(match[2]), Fraction(2) ** int(match[4] or 0)
     if match[1]:
-        return Integers(0, 2**bits - 1)
-    return Integers(-(2 ** (bits - 1)) + (not match[3]), 2 ** (bits - 1) - 1)
+        return Integers(0, 2**bits - 1, unit)
+    return Integers(-(2 ** (bits - 1)) + (not match[3]), 2 ** (bits - 1) - 1, unit)
 
 
 def round_integer(

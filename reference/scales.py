@@ -65,14 +65,15 @@ class Scale:
     asymmetric: bool = False
 
 
+_RULE = "|".join((*RATIO_RULES, *POWER_OF_TWO_RULES, "power_of_two", "asymmetric"))
 #: The pattern of each family of scales. `parse_scale` says what they mean.
 _SCALES = {
-    "power_of_two": r"power_of_two",
-    "mx": rf"mx(?::(?P<size>[0-9]+))?(?::(?P<rule>{'|'.join(POWER_OF_TWO_RULES)}))?",
+    "power_of_two": "power_of_two",
+    "mx": rf"mx(?::(?P<size>[0-9]+(?:x[0-9]+)?))?(?::(?P<rule>{'|'.join(POWER_OF_TWO_RULES)}))?",
     "nv": rf"nv(?::(?P<size>16|16x16))?(?::(?P<rule>{'|'.join(NV_RULES)}))?",
-    "all": rf"(?P<shared_by>tensor|row|column)(?::(?P<rule>{'|'.join(RATIO_RULES)}))?",
-    "block": rf"block:(?P<size>[0-9]+(?:x[0-9]+)?)(?::(?P<rule>{'|'.join(RATIO_RULES)}|power_of_two))?",
-    "group": r"group:(?P<size>[0-9]+)(?P<asymmetric>:asymmetric)?",
+    "all": rf"(?P<shared_by>tensor|row|column)(?::(?P<rule>{_RULE}))?",
+    "block": rf"block:(?P<size>[0-9]+(?:x[0-9]+)?)(?::(?P<rule>{_RULE}))?",
+    "group": rf"group:(?P<size>[0-9]+)(?::(?P<rule>{_RULE}))?",
 }
 _USUAL_RULES = {"power_of_two": "power_of_two", "mx": "rceil", "nv": "te"}
 _USUAL_SIZES = {"mx": "32", "nv": "16"}
@@ -81,12 +82,14 @@ _USUAL_SIZES = {"mx": "32", "nv": "16"}
 def parse_scale(name: str | Scale) -> Scale:
     """The scale that ``name`` denotes; a `Scale` is returned unchanged.
 
-    - ``mx[:n][:rule]``: blocks of n (32) along the axis, with the rule ``rceil``, ``floor``, ``ceil`` or ``even``.
+    - ``mx[:n][:rule]``: blocks of n (32) along the axis, or tiles AxB, with the rule ``rceil``, ``floor``, ``ceil`` or
+      ``even``.
     - ``nv[:16|:16x16][:te|:torchao]``: blocks or tiles under one more scale for the tensor, as in NVFP4.
-    - ``tensor``, ``row``, ``column``, ``block:n`` and ``block:AxB``, each with ``:fp32`` or ``:bf16``: the ratio of
-      amax and the largest value. A block also takes ``:power_of_two``, which is the rule ``rceil``.
-    - ``group:n[:asymmetric]``: groups of the flattened tensor, with the ratio in float32.
-    - ``power_of_two``: one scale for the tensor, see `fpsim.power_of_two_scale`.
+    - ``tensor``, ``row``, ``column``, ``block:n``, ``block:AxB`` and ``group:n``, which is of the flattened tensor: the
+      ratio of amax and the largest value, in float32 or, with ``:bf16``, in bfloat16. With ``:asymmetric`` the ratio of
+      the range and the number of integers, and a zero point. With a rule of ``mx``, or ``:power_of_two`` for ``rceil``,
+      a power of two.
+    - ``power_of_two`` or ``tensor:power_of_two``: one scale for the tensor, see `fpsim.power_of_two_scale`.
 
     Raises:
         ValueError: there is no such scale.
@@ -103,10 +106,11 @@ def parse_scale(name: str | Scale) -> Scale:
             if 0 in size:
                 raise ValueError(f"scale {name!r} has a block without elements: use 1 or more")
             rule = named.get("rule") or _USUAL_RULES.get(family) or "fp32"
-            if family == "block" and rule == "power_of_two":
-                rule = "rceil"
             shared_by = named.get("shared_by") or {"power_of_two": "tensor", "group": "group"}.get(family, "block")
-            return Scale(shared_by, rule, size, bool(named.get("asymmetric")))  # type: ignore[arg-type]
+            if rule == "power_of_two" and shared_by != "tensor":
+                rule = "rceil"
+            asymmetric = rule == "asymmetric"
+            return Scale(shared_by, "fp32" if asymmetric else rule, size, asymmetric)  # type: ignore[arg-type]
     raise ValueError(f"unknown scale {name!r}: see parse_scale")
 
 
