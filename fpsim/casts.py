@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,28 +12,51 @@ import torch
 from torch import Tensor
 
 from fpsim.formats import (
+    CODEBOOKS,
     OVERFLOWS,
     ROUNDINGS,
     STOCHASTIC_ROUNDINGS,
+    CodebookFormat,
+    ElementFormat,
     FloatFormat,
+    IntegerFormat,
     Overflow,
     full_rounding,
+    parse_element,
     parse_format,
     resolve_overflow,
     split_rounding,
 )
-from fpsim.rounding.carriers import check_carrier
+from fpsim.rounding.carriers import check_carrier, working_dtype
 from fpsim.rounding.ops import SOURCE, round_op, round_stochastic_op
-from fpsim.scaling.ops import SCALE_OPERATORS, check_scaled_carrier
-from fpsim.scaling.scale import SCALES, Scale, parse_scale
+from fpsim.scaling.ops import SCALE_OPERATORS, check_scaled_carrier, round_scaled_op
+from fpsim.scaling.scale import MX_RULES, NV_RULES, SCALE_NAMES, Scale, is_scale, parse_scale
+from fpsim.suggestions import near_names
 
 #: The name in place of a format that leaves the operand unrounded.
 NONE: Literal["none"] = "none"
 #: The name in an operand's cast that excludes a scale, even if the policy has one.
 UNSCALED = "unscaled"
 
+#: Names of casts: formats whose elements and scales belong together. The element of ``int8`` (any width from 2 to 16)
+#: has a scale per row, that of ``uint8`` a zero point too.
+WHOLE_FORMATS: dict[str, str] = {
+    "mxfp8": "e4m3fn/mx",
+    "mxfp8_e5m2": "e5m2/mx",
+    "mxfp6_e3m2": "e3m2fn/mx",
+    "mxfp6_e2m3": "e2m3fn/mx",
+    "mxfp4": "e2m1fn/mx",
+    "mxint8": "int8:unit=-6/mx:32:floor",
+    "nvfp4": "e2m1fn/nv",
+    "msfp12": "e1m2finite:bias=1/mx:16:floor",
+    "msfp16": "e1m6finite:bias=1/mx:16:floor",
+    "bfp16": "int8:unit=-6/mx:8:floor",
+    **{name: f"{name}/group:64" for name in CODEBOOKS},
+}
+_INTEGER = re.compile(r"(u?)int[0-9]{1,2}(:full)?")
+
 #: A cast in the form that operators and Dynamo accept: the format's name, the rounding, the overflow mode, and the
-#: rule of the scale (None without a scale).
+#: name of the scale (None without a scale).
 Arguments = tuple[str, str, str, str | None]
 
 
@@ -56,20 +80,21 @@ class Cast:
         TypeError: a field has another type.
     """
 
-    format: FloatFormat
+    format: ElementFormat
     rounding: str
     overflow: Overflow
     scale: Scale | None = None
     spelling: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.format, FloatFormat):
+        if not isinstance(self.format, ElementFormat):
             raise TypeError(f"the format of a cast is a FloatFormat, got {reprlib.repr(self.format)}: use parse_cast")
         if self.overflow is None or not isinstance(self.scale, Scale | None):
             given = reprlib.repr((self.overflow, self.scale))
             raise TypeError(f"a cast has an overflow mode, and a Scale or None, got {given}: use parse_cast")
         object.__setattr__(self, "rounding", full_rounding(self.rounding))
-        resolve_overflow(self.format, self.overflow)
+        resolve_overflow(self.format, self.overflow)  # type: ignore[arg-type]
+        _check_scale(self)
 
     def __str__(self) -> str:
         return self._joined(self.format.name)
@@ -82,18 +107,25 @@ class Cast:
     @property
     def leaves_scale_open(self) -> bool:
         """Whether the cast was parsed from text that names no scale, not even ``unscaled``."""
-        return bool(self.spelling) and not {*SCALES, UNSCALED} & set(self.spelling.split("/"))
+        name, *modes = self.spelling.split("/")
+        return bool(name) and expand(name) == name and not any(mode == UNSCALED or is_scale(mode) for mode in modes)
+
+    @property
+    def has_axis(self) -> bool:
+        """Whether the result depends on the axes along which a product sums, or on the axes that form matrices."""
+        return self.scale is not None and self.scale.has_axis
 
     @property
     def label(self) -> str:
         """A short text for tables: the format, and every mode that is not its default."""
-        parts = [self._format_as_written]
+        name = self._format_as_written
+        parts = [name]
         if self.rounding != "nearest_even":
             parts.append(self.rounding)
-        if self.overflow != resolve_overflow(self.format, None):
+        if self.overflow != usual_overflow(self.format, self.scale):
             parts.append(self.overflow)
-        if self.scale:
-            parts.append("scaled")
+        if self.scale and expand(name) == name:
+            parts.append("scaled" if self.scale.rule == "power_of_two" else str(self.scale))
         return " ".join(parts)
 
     @property
@@ -104,8 +136,13 @@ class Cast:
     @property
     def arguments(self) -> Arguments:
         """The cast in the form that `apply_arguments` takes."""
-        rule = None if self.scale is None else self.scale.rule
-        return self.format.name, self.rounding, self.overflow, rule
+        scale = None if self.scale is None else str(self.scale)
+        if scale in (None, *SCALE_OPERATORS):
+            if isinstance(self.format, IntegerFormat) and self.format.is_symmetric:
+                return self.format.grid().name, self.rounding, self.overflow, scale
+            if not isinstance(self.format, FloatFormat):
+                return self.format.name, self.rounding, self.overflow, UNSCALED
+        return self.format.name, self.rounding, self.overflow, scale
 
     @property
     def _format_as_written(self) -> str:
@@ -116,7 +153,59 @@ class Cast:
 
 
 #: The argument type of a cast: the name of a format or a cast, a `FloatFormat`, or a `Cast`.
-CastLike = str | FloatFormat | Cast
+CastLike = str | ElementFormat | Cast
+
+
+def expand(name: str) -> str:
+    """The format and scale that a whole name such as ``mxfp8`` or ``int8`` stands for; other names are unchanged.
+
+    >>> expand("mxfp8"), expand("int4"), expand("e4m3fn")
+    ('e4m3fn/mx', 'int4/row', 'e4m3fn')
+    """
+    text = name.strip().lower()
+    if _INTEGER.fullmatch(text):
+        return f"{text}/row:asymmetric" if text.startswith("u") else f"{text}/row"
+    return WHOLE_FORMATS.get(text, name)
+
+
+def usual_overflow(fmt: ElementFormat, scale: Scale | None) -> Overflow:
+    """The overflow mode if a cast names none.
+
+    Hardware saturates the elements of scaled formats. Without a scale, and with the scale ``power_of_two``, it is the
+    format's usual mode (`fpsim.formats.resolve_overflow`).
+    """
+    if not isinstance(fmt, FloatFormat) or (scale is not None and scale.rule != "power_of_two"):
+        return "sat_finite"
+    return resolve_overflow(fmt, None)
+
+
+def _check_scale(cast: Cast) -> None:
+    """Raise ValueError if the format of ``cast`` does not go with its rounding or its scale."""
+    fmt, scale = cast.format, cast.scale
+    rule = None if scale is None else scale.rule
+    if isinstance(fmt, CodebookFormat):
+        if cast.rounding != "nearest_even":
+            raise ValueError(f"codebooks are rounded to nearest, got rounding {cast.rounding!r}: leave it out")
+        if rule not in (None, "fp32", "bf16"):
+            raise ValueError(f"codebook {fmt.name} takes ratios, got scale {str(scale)!r}: use group:64 or row")
+    if isinstance(fmt, IntegerFormat) and rule is not None:
+        if not fmt.signed and rule != "asymmetric":
+            raise ValueError(f"{fmt.name} is unsigned and takes no scale {str(scale)!r}: use row:asymmetric")
+        if fmt.full and rule not in ("fp32", "bf16", "asymmetric"):
+            raise ValueError(f"{fmt.name} takes ratios, got scale {str(scale)!r}: use row, or leave out ':full'")
+    elif rule == "asymmetric":
+        raise ValueError(f"{fmt.name} has no zero point: scale {str(scale)!r} is for integers, such as 'uint8'")
+    if isinstance(fmt, FloatFormat):
+        if rule in NV_RULES and fmt.name != "e2m1fn":
+            raise ValueError(f"scale {str(scale)!r} is for e2m1fn, got {fmt.name}: use mx, or block:16")
+        if rule in ("fp32", "bf16") and fmt.smallest_exponent < -24:
+            raise ValueError(
+                f"{fmt.name} has values below 2**-24, and its range needs no ratio: use scale mx or power_of_two"
+            )
+        if rule in MX_RULES and not fmt.signed:
+            raise ValueError(f"{fmt.name} is unsigned and takes no scale {str(scale)!r}")
+    if rule in NV_RULES and not isinstance(fmt, FloatFormat):
+        raise ValueError(f"scale {str(scale)!r} is for e2m1fn, got {fmt.name}: use row or group:64")
 
 
 def parse_cast(
@@ -141,32 +230,49 @@ def parse_cast(
     parsed_scale = parse_scale(scale)
     if isinstance(text, Cast):
         return text
-    if isinstance(text, FloatFormat):
-        return Cast(text, full_rounding(rounding), resolve_overflow(text, overflow), parsed_scale, spelling=text.name)
+    if isinstance(text, ElementFormat):
+        mode = usual_overflow(text, parsed_scale) if overflow is None else resolve_overflow(text, overflow)  # type: ignore[arg-type]
+        return Cast(text, full_rounding(rounding), mode, parsed_scale, spelling=text.name)
     if not isinstance(text, str):
         raise TypeError(f"a cast is a string such as 'e4m3fn' or 'e8m3/toward_zero', got {reprlib.repr(text)}")
     if text == NONE:
         return None
     name, *modes = text.split("/")
+    name, *own = expand(name).split("/")
+    parsed_scale = parse_scale(own[0]) if own else parsed_scale
     named: dict[str, str] = {}
     for mode in modes:
         if mode in ROUNDINGS or mode.partition(":")[0] in STOCHASTIC_ROUNDINGS:
             kind, rounding = "roundings", mode
         elif mode in OVERFLOWS:
             kind, overflow = "overflow modes", mode
-        elif mode in (*SCALES, UNSCALED):
-            kind, parsed_scale = "scales", SCALES.get(mode)
+        elif mode == UNSCALED or is_scale(mode):
+            kind, parsed_scale = "scales", None if mode == UNSCALED else parse_scale(mode)
         else:
             raise ValueError(
                 f"unknown mode {mode!r} in cast {text!r}: after the format may come a rounding "
                 f"({', '.join([*ROUNDINGS, *STOCHASTIC_ROUNDINGS])}), an overflow mode ({', '.join(OVERFLOWS)}) and a "
-                f"scale ({', '.join([*SCALES, UNSCALED])})"
+                f"scale ({', '.join([*SCALE_NAMES, UNSCALED])})"
             )
         if kind in named:
             raise ValueError(f"cast {text!r} has two {kind}, {named[kind]} and {mode}: leave one of them out")
         named[kind] = mode
-    fmt = parse_format(name)
-    return Cast(fmt, full_rounding(rounding), resolve_overflow(fmt, overflow), parsed_scale, spelling=text)
+    fmt = _parse_element(name)
+    mode = usual_overflow(fmt, parsed_scale) if overflow is None else overflow
+    return Cast(fmt, full_rounding(rounding), mode, parsed_scale, spelling=text)  # type: ignore[arg-type]
+
+
+def _parse_element(name: str) -> ElementFormat:
+    """`parse_element`; the error names whole formats that are near."""
+    try:
+        return parse_element(name)
+    except ValueError as error:
+        near = near_names(name.strip().lower(), dict.fromkeys(WHOLE_FORMATS), cutoff=0.6)
+        if not str(error).startswith("unknown format"):
+            raise
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        whole = f"Formats with scales are {', '.join(WHOLE_FORMATS)}, intN and uintN. "
+        raise ValueError(str(error).replace(": ", f": {hint}{whole}", 1)) from None
 
 
 def parse_unscaled(text: CastLike, rounding: str, overflow: str | None, values: str) -> Cast | None:
@@ -188,7 +294,14 @@ def check_cast(dtype: torch.dtype, cast: Cast) -> None:
         TypeError, ValueError: in the same cases as `fpsim.rounding.carriers.check_carrier`, or if ``dtype`` is float16
             and the cast has a scale.
     """
-    (check_scaled_carrier if cast.scale else check_carrier)(dtype, cast.format)
+    fmt, scale = cast.format, cast.scale
+    grid = fmt.grid() if isinstance(fmt, IntegerFormat) else FloatFormat(8, 23) if isinstance(fmt, CodebookFormat) else fmt
+    if scale is None:
+        check_carrier(dtype, grid)
+    elif scale.rule in (*SCALE_OPERATORS, *MX_RULES):
+        check_scaled_carrier(dtype, grid)
+    else:  # rounded in the working dtype
+        check_scaled_carrier(working_dtype(dtype) if dtype != torch.float16 else dtype, grid)
 
 
 # -- applying casts to tensors -----------------------------------------------------------------------------------------
@@ -199,8 +312,10 @@ def run(operator: Callable[..., Any], *arguments: Any) -> Any:
     return operator(*arguments)
 
 
-def apply_cast(x: Any, cast: Cast, *, key: Any = None, call: Callable[..., Any] = run) -> Any:
-    """Apply ``cast`` to ``x``: compute its scale, multiply by it, round, and divide by it.
+def apply_cast(
+    x: Any, cast: Cast, *, axes: Sequence[int] = (-1,), key: Any = None, call: Callable[..., Any] = run
+) -> Any:
+    """Apply ``cast`` to ``x``: compute its scales, scale, round, and scale back.
 
     This and `apply_arguments` are the only code that turns a cast into operations. For tensors the operations run. The
     compiler backend passes nodes of a graph, and a ``call`` that inserts nodes.
@@ -209,18 +324,26 @@ def apply_cast(x: Any, cast: Cast, *, key: Any = None, call: Callable[..., Any] 
         x: a tensor of a dtype that `check_cast` accepts, or a node that stands for one. It must be detached from
             autograd.
         cast: how to round.
+        axes: the axes of ``x`` along which a product sums: rows and blocks of elements that share a scale lie along
+            them. Casts without such a scale ignore them.
         key: for a stochastic cast, and only for it, the key that ``torch.ops.fpsim.random_key`` returns.
         call: calls an operator with arguments.
 
     Returns:
         A tensor like ``x``, or a node that stands for it.
     """
-    return apply_arguments(x, cast.arguments, key=key, call=call)
+    return apply_arguments(x, cast.arguments, axes=axes, key=key, call=call)
 
 
-def apply_arguments(x: Any, arguments: Arguments, *, key: Any = None, call: Callable[..., Any] = run) -> Any:
+def apply_arguments(
+    x: Any, arguments: Arguments, *, axes: Sequence[int] = (-1,), key: Any = None, call: Callable[..., Any] = run
+) -> Any:
     """`apply_cast` in a form that Dynamo can trace, with `Cast.arguments` in place of the cast."""
     format, rounding, overflow, rule = arguments
+    if rule is not None and rule not in SCALE_OPERATORS:
+        name = "" if rule == UNSCALED else rule
+        drawn = () if key is None else (key,)
+        return call(round_scaled_op, x, format, rounding, overflow, name, list(axes), SOURCE, *drawn)
     scale = () if rule is None else (call(SCALE_OPERATORS[rule], x, format, SOURCE),)
     if key is None:
         return call(round_op, x, format, rounding, overflow, SOURCE, *scale)

@@ -16,14 +16,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from fpsim.casts import Arguments, Cast, apply_arguments, check_cast
+from fpsim.casts import NONE, Arguments, check_cast, apply_arguments, parse_cast
 from fpsim.formats import (
     STOCHASTIC_ROUNDINGS,
+    ElementFormat,
     FloatFormat,
     Overflow,
-    full_rounding,
     parse_format,
-    resolve_overflow,
     split_rounding,
 )
 from fpsim.rounding.carriers import CARRIERS, CODES_OF, check_tensor, grid_of, working_dtype
@@ -31,7 +30,7 @@ from fpsim.rounding.definitions import pieces
 from fpsim.rounding.kernel import Grid, decode_code, encode_code
 from fpsim.rounding.ops import random_key_op
 from fpsim.rounding.tensors import TorchOps
-from fpsim.scaling.scale import Scale, parse_scale
+from fpsim.scaling.scale import Scale
 
 Gradient = Literal["straight_through", "clipped", "zero"]
 GRADIENTS: tuple[str, ...] = ("straight_through", "clipped", "zero")
@@ -44,7 +43,7 @@ _INTEGERS = (
 
 def round(
     x: Tensor,
-    format: str | FloatFormat,
+    format: str | ElementFormat,
     *,
     rounding: str = "nearest_even",
     overflow: Overflow | None = None,
@@ -52,6 +51,7 @@ def round(
     salt: int = 0,
     random_bits: int | None = None,
     scale: str | Scale | None = None,
+    axis: int | tuple[int, ...] = -1,
     gradient: Gradient = "straight_through",
 ) -> Tensor:
     """``x`` with every element rounded to ``format``.
@@ -59,7 +59,8 @@ def round(
     Args:
         x: float64, float32, bfloat16 or float16, any shape, strides and device. Its dtype must have all values of
             ``format``.
-        format: a name (`fpsim.parse_format`) or a `FloatFormat`.
+        format: a name (`fpsim.parse_format`), a `FloatFormat`, the name of elements with their scales (``mxfp8``,
+            ``nvfp4``, ``int8``, ``nf4``: `fpsim.casts.WHOLE_FORMATS`), or a pair such as ``e4m3fn/block:128``.
         rounding: ``nearest_even`` (ties to the even code), ``nearest_away``, ``toward_zero``, ``up``, ``down``
             (IEEE 754-2019 section 4.3), ``to_odd``, or a stochastic rounding: ``stochastic``,
             ``stochastic_b``, ``stochastic_c`` (`fpsim.formats.split_rounding` defines them).
@@ -72,7 +73,11 @@ def round(
             ``stochastic_c``). None means 23, as many bits as the mantissa of a float32 has. Hardware uses fewer.
         scale: ``power_of_two`` multiplies by `fpsim.power_of_two_scale` before rounding and divides by it afterwards.
             The product is exact, even where it is below the smallest number of the dtype. The quotient is rounded to
-            the dtype, to nearest, where the dtype does not have it. None means no scale.
+            the dtype, to nearest, where the dtype does not have it. Other scales are those of blocks, rows and groups
+            (`fpsim.scaling.scale.Scale`): ``mx``, ``nv``, ``row``, ``block:128``. None means the scale that ``format``
+            names, or none.
+        axis: for scales of rows and blocks the axis along which these lie: the one that a matrix product sums over. Of
+            several axes the elements are taken in row-major order. Other casts ignore it.
         gradient: the derivative. ``straight_through``: 1 everywhere. ``clipped``: 1 within the format's finite range, 0
             outside it (with a scale no number is outside). ``zero``: 0 everywhere.
 
@@ -86,7 +91,8 @@ def round(
         changes values of the format. Eager, compiled and recomputed results are the same, on every device.
 
     Raises:
-        ValueError: the format, a mode or the scale is unknown, the format has values that the dtype of ``x`` lacks,
+        ValueError: the format, a mode or the scale is unknown, they do not go together, ``axis`` is no axis of ``x``
+            although the cast needs one, the format has values that the dtype of ``x`` lacks,
             ``x`` is float16 and a scale is given, stochastic rounding has no seed, another rounding has a seed, or
             ``random_bits`` is out of range.
         TypeError: ``x`` is not a dense tensor of one of the four dtypes (`fpsim.rounding.carriers.check_tensor`),
@@ -100,16 +106,17 @@ def round(
     if gradient not in GRADIENTS:
         raise ValueError(f"unknown gradient {reprlib.repr(gradient)}: use one of {', '.join(GRADIENTS)}")
     dtype = check_tensor(x)
-    arguments, limit, negative = _resolve(
+    arguments, limit, negative, has_axis = _resolve(
         _name_of(format), rounding, overflow, dtype, random_bits, _name_of(scale), gradient == "clipped"
     )
+    axes = _axes(axis, x.dim(), arguments) if has_axis else ()
     key = None
     _check_salt(salt)
     if ":" in arguments[1]:
         key = random_key_op(_seed_tensor(seed, rounding, x.device), salt)
     elif seed is not None:
         raise ValueError(f"a seed has no meaning with rounding={rounding!r}: use rounding='stochastic'")
-    value = apply_arguments(x.detach(), arguments, key=key)
+    value = apply_arguments(x.detach(), arguments, axes=axes, key=key)
     if gradient == "zero":
         return value
     return straight_through(x, value, limit, negative)
@@ -167,6 +174,7 @@ def encode(
     """
     dtype = check_tensor(x, "encode")
     draw: dict[str, Any] = {"seed": seed, "salt": salt, "random_bits": random_bits}
+    format = parse_format(format)
     values = round(x.detach(), format, rounding=rounding, overflow=overflow, gradient="zero", **draw)
     return _encode_values(values, _resolve(_name_of(format), "nearest_even", None, dtype)[0][0])
 
@@ -239,7 +247,7 @@ def _check_codes(codes: Tensor, fmt: FloatFormat) -> None:
 
 def _name_of(value: Any) -> Any:
     """The name of a format or scale: Dynamo of torch 2.11 passes no frozen dataclass to a function that it skips."""
-    if isinstance(value, FloatFormat):
+    if isinstance(value, ElementFormat):
         return value.name
     return str(value) if isinstance(value, Scale) else value
 
@@ -253,9 +261,8 @@ def _resolve(
     random_bits: int | None = None,
     scale: str | None = None,
     clipped: bool = False,
-) -> tuple[Arguments, int | None, bool]:
-    """The cast as `Arguments`, and the last two arguments of `straight_through`."""
-    fmt, parsed_scale = parse_format(format), parse_scale(scale)
+) -> tuple[Arguments, int | None, bool, bool]:
+    """The cast as `Arguments`, the last two arguments of `straight_through`, and whether the cast has an axis."""
     name, bits = split_rounding(rounding)
     if random_bits is not None:
         if not bits:
@@ -271,11 +278,32 @@ def _resolve(
                 f"rounding={rounding!r} has its own number of random bits: leave out random_bits={random_bits}"
             )
         rounding = f"{name}:{random_bits}"
-    cast = Cast(fmt, full_rounding(rounding), resolve_overflow(fmt, overflow), parsed_scale)
+    cast = parse_cast(format, rounding, overflow, scale)
+    if cast is None:
+        raise ValueError(f"the format {NONE!r} rounds nothing: use a format such as 'e4m3fn'")
     check_cast(dtype, cast)
-    if parsed_scale is not None or not clipped:
-        return cast.arguments, None, True
-    return cast.arguments, Grid(fmt, CARRIERS[dtype]).plain_max, fmt.signed
+    if cast.scale is not None or not clipped:
+        return cast.arguments, None, True, cast.has_axis
+    fmt = parse_format(cast.arguments[0])
+    return cast.arguments, Grid(fmt, CARRIERS[dtype]).plain_max, fmt.signed, cast.has_axis
+
+
+def _axes(axis: int | tuple[int, ...], dims: int, arguments: Arguments) -> tuple[int, ...]:
+    """The axes of a tensor with ``dims`` axes that ``axis`` denotes, counted from the front, in ascending order."""
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    for each in axes:
+        if isinstance(each, bool) or not isinstance(each, int):
+            raise TypeError(f"axis must be an int or a tuple of ints, got {reprlib.repr(axis)}")
+        if not -dims <= each < dims:
+            has = f"has axes {-dims} to {dims - 1}" if dims else "has no axis"
+            raise ValueError(
+                f"axis {each} does not exist: scale {arguments[3]!r} lies along an axis, and a tensor of {dims} "
+                f"dimensions {has}"
+            )
+    counted = tuple(sorted(each % dims for each in axes))
+    if len(set(counted)) < len(counted):
+        raise ValueError(f"axis {reprlib.repr(axis)} names an axis twice")
+    return counted
 
 
 def _check_salt(salt: int) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import prod
 from operator import getitem
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten = torch.ops.aten
 
@@ -22,6 +24,49 @@ VIEWS = frozenset(
 def is_view(node: fx.Node) -> bool:
     """Whether ``node`` only rearranges its first argument."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in VIEWS
+
+
+def mapped_axes(view: fx.Node, axes: Sequence[int]) -> tuple[int, ...] | None:
+    """The axes of the base that are the axes ``axes`` of a view; None if the view splits, joins or reorders them.
+
+    An axis of the view is one of the base if both have the same length, and the elements before and after it are the
+    same. Axes are counted from the front.
+    """
+    if not axes:
+        return ()
+    shape, base_shape = view.meta["val"].shape, view.args[0].meta["val"].shape  # type: ignore[union-attr]
+    match view.target.overloadpacket:  # type: ignore[union-attr]
+        case aten.alias | aten.detach | aten.clone:
+            return tuple(axes)
+        case aten.expand:
+            mapped = tuple(axis - (len(shape) - len(base_shape)) for axis in axes)
+            return mapped if min(mapped) >= 0 else None
+        case aten.t:
+            order = list(reversed(range(len(shape))))
+        case aten.permute:
+            order = [axis % len(shape) for axis in view.args[1]]  # type: ignore[union-attr, operator]
+        case aten.transpose:
+            order = list(range(len(shape)))
+            first, second = (axis % len(shape) for axis in view.args[1:])  # type: ignore[operator]
+            order[first], order[second] = order[second], order[first]
+        case _:
+            return _axes_of_same_elements(shape, base_shape, axes)
+    mapped = tuple(order[axis] for axis in axes)
+    return mapped if list(mapped) == sorted(mapped) else None
+
+
+def _axes_of_same_elements(shape: torch.Size, base_shape: torch.Size, axes: Sequence[int]) -> tuple[int, ...] | None:
+    """`mapped_axes` for views that keep the elements in row-major order."""
+    mapped = []
+    for axis in axes:
+        for other, length in enumerate(base_shape):
+            before = statically_known_true(prod(shape[:axis]) == prod(base_shape[:other]))
+            if before and statically_known_true(shape[axis] == length) and length != 1:
+                mapped.append(other)
+                break
+        else:
+            return None
+    return tuple(mapped)
 
 
 def rearrangements(node: fx.Node) -> Iterator[fx.Node]:

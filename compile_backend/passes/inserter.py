@@ -16,14 +16,16 @@ from fpsim.casts import Cast, apply_cast, check_cast
 from fpsim.compile_backend.graph import convolution
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.metadata import describe, order_in_memory, value_of
-from fpsim.compile_backend.graph.products import product_operator
+from fpsim.compile_backend.graph.products import Axes, product_operator
 from fpsim.compile_backend.graph.recognition import is_product
 from fpsim.compile_backend.graph.sources import Source
-from fpsim.compile_backend.graph.views import is_view
+from fpsim.compile_backend.graph.views import is_view, mapped_axes
 from fpsim.compile_backend.observe.recorder import Recorder
 from fpsim.compile_backend.plan import Site
+from fpsim.formats import FloatFormat
 from fpsim.rounding.carriers import CARRIERS
 from fpsim.rounding.ops import random_key_op
+from fpsim.scaling.groups import across
 from fpsim.scaling.ops import SCALE_OPERATORS
 
 aten = torch.ops.aten
@@ -51,17 +53,21 @@ class Inserter:
     ) -> None:
         self.graph = graph
         self.sources = sources
-        self.roundings: dict[tuple[fx.Node, Cast], fx.Node] = {}
+        self.roundings: dict[tuple[fx.Node, Cast, Axes], fx.Node] = {}
         # The calls into which joint ones were split, as `convolution.split` describes them.
         self.split_calls: dict[fx.Node, tuple[int, fx.Node | None]] = {}
         self.seed = seed
         self.key_count = 0
         self.recorder = recorder
 
-    def round_operand(self, product: Product, position: int, cast: Cast) -> None:
-        """Round one operand of ``product``, and of no other product that the same call computes."""
+    def round_operand(self, product: Product, position: int, cast: Cast, contracted: Axes) -> None:
+        """Round one operand of ``product``, and of no other product that the same call computes.
+
+        Args:
+            contracted: the axes of the operand along which the product sums.
+        """
         operand: fx.Node = product.node.args[position]  # type: ignore[assignment]
-        rounded = self.rounded(operand, cast, near=product.node)
+        rounded = self.rounded(operand, cast, product.node, contracted)
         if rounded is operand:
             return
         if _is_joint(product.node) and product.node not in self.split_calls:
@@ -79,24 +85,27 @@ class Inserter:
             if other is not None:
                 operand = other.args[position]  # type: ignore[assignment]
             elif not self._is_available_in_backward(operand):
-                operand = next((rounded for (value, _), rounded in self.roundings.items() if value is operand), operand)
+                operand = next((r for (value, *_), r in self.roundings.items() if value is operand), operand)
             call.update_arg(position, operand)
         convolution.join(self.split_calls)
 
-    def rounded(self, value: fx.Node, cast: Cast, near: fx.Node) -> fx.Node:
+    def rounded(self, value: fx.Node, cast: Cast, near: fx.Node, axes: Axes = ()) -> fx.Node:
         """The node that holds ``value`` rounded.
 
         Rounding commutes with rearrangement, so that the base of a view is rounded and then rearranged again: the
-        operand of fprop and its transpose in dgrad and wgrad share one rounding. ``near`` is the node that needs it.
+        operand of fprop and its transpose in dgrad and wgrad share one rounding. If the scales of the cast lie along
+        ``axes``, this holds for views in which these axes are axes of the base. ``near`` is the node that needs it.
         """
         if _is_exact(value.meta["val"].dtype, cast):
             return value
-        if (value, cast) not in self.roundings:
-            if is_view(value):
-                self.roundings[value, cast] = self._rearranged(value, cast, near)
+        axes = _axes_of_scales(cast, axes, value.meta["val"].dim())
+        if (value, cast, axes) not in self.roundings:
+            axes_of_base = mapped_axes(value, axes) if is_view(value) else None
+            if axes_of_base is not None:
+                self.roundings[value, cast, axes] = self._rearranged(value, cast, near, axes_of_base)
             else:
-                self.roundings[value, cast] = self._insert(value, cast, near)
-        return self.roundings[value, cast]
+                self.roundings[value, cast, axes] = self._insert(value, cast, near, axes)
+        return self.roundings[value, cast, axes]
 
     def rounded_result(self, value: fx.Node, near: fx.Node, site: Site) -> fx.Node:
         """The node that holds ``value``, the result of an operation, rounded by the cast of ``site``; as `rounded`."""
@@ -116,8 +125,8 @@ class Inserter:
         if self.recorder is not None:
             self.recorder.add_result(node, result, site)
 
-    def _rearranged(self, view: fx.Node, cast: Cast, near: fx.Node) -> fx.Node:
-        source = self.rounded(view.args[0], cast, near)  # type: ignore[arg-type]
+    def _rearranged(self, view: fx.Node, cast: Cast, near: fx.Node, axes: Axes) -> fx.Node:
+        source = self.rounded(view.args[0], cast, near, axes)  # type: ignore[arg-type]
         with self.graph.inserting_after(view):
             copy = self.graph.call_function(
                 view.target,  # type: ignore[arg-type]
@@ -128,7 +137,7 @@ class Inserter:
         self.sources[copy] = self.sources[view]
         return copy
 
-    def _insert(self, value: fx.Node, cast: Cast, near: fx.Node) -> fx.Node:
+    def _insert(self, value: fx.Node, cast: Cast, near: fx.Node, axes: Axes = ()) -> fx.Node:
         """A new node that holds ``value`` rounded. It follows ``value`` or, if that is an input, all inputs."""
         check_cast(value.meta["val"].dtype, cast)
         last = value
@@ -156,7 +165,8 @@ class Inserter:
         order = order_in_memory(value) if key is None else None  # random numbers are drawn in the usual order
         if order is not None:
             exact = call(aten.permute.default, exact, order)
-        rounded = apply_cast(exact, cast, key=key, call=call)
+            axes = tuple(sorted(order.index(axis) for axis in axes))
+        rounded = apply_cast(exact, cast, axes=axes, key=key, call=call)
         if order is not None:
             rounded = call(aten.permute.default, rounded, [order.index(i) for i in range(len(order))])
         return rounded
@@ -205,7 +215,22 @@ class Inserter:
 
 def _is_exact(carrier: torch.dtype, cast: Cast) -> bool:
     """Whether the cast changes no value of ``carrier``: each, infinities included, is a value of the format."""
-    return CARRIERS[carrier].is_subset_of(cast.format) and cast.overflow != "sat_finite"
+    if not isinstance(cast.format, FloatFormat) or cast.overflow == "sat_finite":
+        return False
+    return CARRIERS[carrier].is_subset_of(cast.format)
+
+
+def _axes_of_scales(cast: Cast, axes: Axes, dims: int) -> Axes:
+    """The axes along which the scales of ``cast`` lie, counted from the front; empty if the cast has no axis.
+
+    Square tiles are the same along both axes of a matrix: the later one stands for both.
+    """
+    if not cast.has_axis or cast.scale is None:
+        return ()
+    counted = tuple(sorted(axis % dims for axis in axes if axis < dims))
+    if cast.scale.is_square and len(counted) == 1 and dims > 1:
+        return (max(counted[0], across(counted[0], dims)),)
+    return counted
 
 
 def _is_joint(call: fx.Node) -> bool:

@@ -110,9 +110,9 @@ def _round_product(product: Product, policy: Policy, inserter: Inserter) -> list
         site_of_product(product, role, operand, cast, axes)
         for role, operand, cast, axes in zip(product.roles, operands, casts, product.contracted, strict=True)
     ]
-    for position, cast in zip(product.operands, casts, strict=True):
+    for position, cast, axes in zip(product.operands, casts, product.contracted, strict=True):
         if cast is not None:
-            inserter.round_operand(product, position, cast)
+            inserter.round_operand(product, position, cast, axes)
     if inserter.recorder is not None:
         inserter.recorder.add_product(product, operands, sites)
     result = policy.output_cast(product.kind)

@@ -1,6 +1,9 @@
 """Number formats as frozen values, their names, and the names of the rounding and overflow modes."""
 
+from fpsim.formats.codebook import CODEBOOKS, CodebookFormat
+from fpsim.formats.elements import ElementFormat, parse_element
 from fpsim.formats.float import SPECIALS, FloatFormat
+from fpsim.formats.integer import IntegerFormat
 from fpsim.formats.modes import (
     OVERFLOWS,
     ROUNDINGS,
@@ -15,16 +18,21 @@ from fpsim.formats.modes import (
 from fpsim.formats.names import NAMED_FORMATS, parse_format
 
 __all__ = [
+    "CODEBOOKS",
     "NAMED_FORMATS",
     "OVERFLOWS",
     "ROUNDINGS",
     "SPECIALS",
     "STOCHASTIC_ROUNDINGS",
+    "CodebookFormat",
+    "ElementFormat",
     "FloatFormat",
+    "IntegerFormat",
     "Overflow",
     "Rounding",
     "check_rounding",
     "full_rounding",
+    "parse_element",
     "parse_format",
     "resolve_overflow",
     "split_rounding",

@@ -1,18 +1,28 @@
-"""The operator ``torch.ops.fpsim.power_of_two_scale``: its schema, and a kernel for any device."""
+"""The operators that compute scales, and the one that rounds with them: schemas, and kernels for any device."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fpsim.formats import parse_format
+from fpsim.formats import parse_element, parse_format
 from fpsim.rounding.carriers import CARRIERS, CODES_OF, working_dtype
 from fpsim.rounding.definitions import pieces
 from fpsim.rounding.tensors import TorchOps
-from fpsim.scaling.rules import power_of_two_code
+from fpsim.scaling.groups import OnTensors
+from fpsim.scaling.rules import mx_multiplier_code, power_of_two_code
+from fpsim.scaling.scale import parse_scale
+from fpsim.scaling.steps import round_scaled
 
 _library = torch.library.Library("fpsim", "FRAGMENT")
 _library.define("power_of_two_scale(Tensor x, str format, str source) -> Tensor")
+_library.define(
+    "mx_multiplier(Tensor amax, str element, str rule, str source) -> Tensor", tags=(torch.Tag.pointwise,)
+)
+_library.define(
+    "round_scaled(Tensor x, str element, str rounding, str overflow, str scale, int[] axes, str source, "
+    "Tensor? key=None) -> Tensor"
+)
 
 
 @torch.library.impl(_library, "power_of_two_scale", "CompositeExplicitAutograd")
@@ -28,3 +38,31 @@ def _scale(x: Tensor, format: str, source: str) -> Tensor:
     largest = codes.amax().view(x.dtype)
     code = power_of_two_code(largest.to(working).view(ops.integer), parse_format(format), CARRIERS[working], ops)
     return code.view(working).to(x.dtype)
+
+
+@torch.library.impl(_library, "mx_multiplier", "CompositeExplicitAutograd")
+def _mx_multiplier(amax: Tensor, element: str, rule: str, source: str) -> Tensor:
+    working = working_dtype(amax.dtype)
+    ops = TorchOps(working)
+    magnitude = amax.to(working).view(ops.integer) & (CARRIERS[working].sign_code - 1)
+    code = mx_multiplier_code(magnitude, parse_element(element), rule, CARRIERS[working], ops)  # type: ignore[arg-type]
+    return code.view(working).to(amax.dtype)
+
+
+@torch.library.impl(_library, "round_scaled", "CompositeExplicitAutograd")
+def _round_scaled(
+    x: Tensor,
+    element: str,
+    rounding: str,
+    overflow: str,
+    scale: str,
+    axes: list[int],
+    source: str,
+    key: Tensor | None = None,
+) -> Tensor:
+    out = torch.empty_like(x)
+    parsed = parse_scale(scale or None)
+    rounded = round_scaled(
+        x, x.dtype, parse_element(element), rounding, overflow, parsed, axes, key, OnTensors()
+    )
+    return out.copy_(rounded)

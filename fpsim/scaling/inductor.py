@@ -1,19 +1,24 @@
-"""Inductor's lowering of the scale of a tensor: a reduction, and integer operations on its result."""
+"""Inductor's lowerings of the operators that compute scales and round with them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch._inductor import ir, lowering
-from torch._inductor.virtualized import ops
+from torch._inductor.virtualized import V, ops
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 import fpsim.scaling.definitions  # noqa: F401  (registers the operator)
-from fpsim.formats import parse_format
+from fpsim.formats import parse_element, parse_format
 from fpsim.rounding.carriers import CARRIERS, working_dtype
 from fpsim.rounding.inductor import LaneOps, Lanes
 from fpsim.rounding.kernel import Grid, round_code
-from fpsim.scaling.rules import power_of_two_code
+from fpsim.scaling.rules import mx_multiplier_code, power_of_two_code
+from fpsim.scaling.scale import parse_scale
+from fpsim.scaling.steps import round_scaled
 
 aten = torch.ops.aten
 
@@ -51,3 +56,75 @@ def _lower_scale(x: ir.TensorBox, format: str, source: str) -> ir.TensorBox:
     result = ir.Pointwise.create(device=device, dtype=dtype, inner_fn=scale, ranges=[])
     result.realize()  # compute it once, not for every element that is scaled
     return result
+
+
+class OnLowerings:
+    """Runs operators on values of Inductor's intermediate language (`fpsim.scaling.groups.Call`)."""
+
+    def __call__(self, operator: Any, *arguments: Any) -> Any:
+        return lowering.lowerings[operator](*arguments)
+
+    def shape(self, x: ir.TensorBox) -> Sequence[Any]:
+        return [int(size) if isinstance(size, int | sympy.Integer) else size for size in x.get_size()]
+
+    def blocks(self, length: Any, size: int) -> tuple[Any, Any]:
+        if isinstance(length, int):
+            return -(-length // size), -length % size
+        if V.graph.sizevars.statically_known_multiple_of(length, size):
+            return FloorDiv(length, size), 0
+        count = FloorDiv(length + (size - 1), size)
+        return count, Mod(-length, size)
+
+    def stored(self, x: ir.TensorBox) -> ir.TensorBox:
+        x.realize()
+        return x
+
+    def constant(self, value: float, like: ir.TensorBox) -> ir.TensorBox:
+        device = like.get_device()
+        return lowering.lowerings[aten.full.default]([], value, dtype=torch.float32, device=device)
+
+    def table(self, values: Sequence[float], like: ir.TensorBox) -> ir.TensorBox:
+        return V.graph.add_tensor_constant(torch.tensor(values, dtype=torch.float32, device=like.get_device()))
+
+
+@lowering.register_lowering(torch.ops.fpsim.mx_multiplier.default, type_promotion_kind=None)
+def _lower_mx_multiplier(amax: ir.TensorBox, element: str, rule: str, source: str) -> ir.TensorBox:
+    dtype, working = amax.get_dtype(), working_dtype(amax.get_dtype())
+    lane_ops, load = LaneOps(working), amax.make_loader()
+
+    def multiplier(index: Any) -> Any:
+        value = ops.to_dtype(load(index), working, src_dtype=dtype)
+        code = Lanes(ops.to_dtype_bitcast(value, lane_ops.integer, working), lane_ops.integer)
+        code = code & (CARRIERS[working].sign_code - 1)
+        code = mx_multiplier_code(code, parse_element(element), rule, CARRIERS[working], lane_ops)  # type: ignore[arg-type]
+        return ops.to_dtype(ops.to_dtype_bitcast(code.value, working, lane_ops.integer), dtype, src_dtype=working)
+
+    return ir.Pointwise.create(
+        device=amax.get_device(), dtype=dtype, inner_fn=multiplier, ranges=list(amax.get_size())
+    )
+
+
+@lowering.register_lowering(torch.ops.fpsim.round_scaled.default, type_promotion_kind=None)
+def _lower_round_scaled(
+    x: ir.TensorBox,
+    element: str,
+    rounding: str,
+    overflow: str,
+    scale: str,
+    axes: Sequence[int],
+    source: str,
+    key: ir.TensorBox | None = None,
+) -> ir.TensorBox:
+    if any(length == 0 for length in x.get_size()):
+        return lowering.lowerings[aten.clone.default](x)
+    return round_scaled(
+        x,
+        x.get_dtype(),
+        parse_element(element),
+        rounding,
+        overflow,
+        parse_scale(scale or None),
+        list(axes),
+        key,
+        OnLowerings(),
+    )

@@ -20,6 +20,11 @@ scale_op: Callable[[Tensor, str, str], Tensor] = torch.ops.fpsim.power_of_two_sc
 #: The operator of each rule (`fpsim.scaling.scale.RULES`), with the arguments and results of `scale_op`.
 SCALE_OPERATORS: dict[str, Callable[[Tensor, str, str], Tensor]] = {"power_of_two": scale_op}
 
+#: Rounds with any scale. Arguments: a tensor with an axis, the name of an element format, a rounding, an overflow mode,
+#: the name of a scale or "" for none, the axes along which a product sums, the source, and the key of stochastic
+#: rounding.
+round_scaled_op: Callable[..., Tensor] = torch.ops.fpsim.round_scaled.default
+
 _library = torch.library.Library("fpsim", "FRAGMENT")
 
 
@@ -71,14 +76,62 @@ def power_of_two_scale(x: Tensor, format: str | FloatFormat) -> Tensor:
     return scale_op(x.detach(), fmt.name, SOURCE)
 
 
-@torch.library.register_fake("fpsim::power_of_two_scale", lib=_library)
-def _scale_fake(x: Tensor, format: str, source: str) -> Tensor:
+def _register_lowerings() -> None:
     if "torch._inductor.lowering" in sys.modules:  # something is being compiled
         import fpsim.scaling.inductor  # noqa: F401
+
+
+@torch.library.register_fake("fpsim::power_of_two_scale", lib=_library)
+def _scale_fake(x: Tensor, format: str, source: str) -> Tensor:
+    _register_lowerings()
     return x.new_empty(())
+
+
+@torch.library.register_fake("fpsim::mx_multiplier", lib=_library)
+def _mx_multiplier_fake(amax: Tensor, element: str, rule: str, source: str) -> Tensor:
+    _register_lowerings()
+    return torch.empty_like(amax)
+
+
+@torch.library.register_fake("fpsim::round_scaled", lib=_library)
+def _round_scaled_fake(
+    x: Tensor,
+    element: str,
+    rounding: str,
+    overflow: str,
+    scale: str,
+    axes: list[int],
+    source: str,
+    key: Tensor | None = None,
+) -> Tensor:
+    _register_lowerings()
+    return torch.empty_like(x)
 
 
 @torch.library.register_vmap("fpsim::power_of_two_scale", lib=_library)
 def _scale_vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, format: str, source: str) -> tuple[Tensor, int]:
     xs = x.movedim(in_dims[0] or 0, 0)
     return torch.stack([scale_op(each, format, source) for each in xs]), 0
+
+
+@torch.library.register_vmap("fpsim::round_scaled", lib=_library)
+def _round_scaled_vmap(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    x: Tensor,
+    element: str,
+    rounding: str,
+    overflow: str,
+    scale: str,
+    axes: list[int],
+    source: str,
+    key: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    xs = [x] * info.batch_size if in_dims[0] is None else x.unbind(in_dims[0])
+    keys = [key] * len(xs) if key is None or in_dims[-1] is None else key.unbind(in_dims[-1])
+    return torch.stack(
+        [
+            round_scaled_op(each, element, rounding, overflow, scale, axes, source, own)
+            for each, own in zip(xs, keys, strict=True)
+        ]
+    ), 0

@@ -2,54 +2,117 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Rule = Literal["power_of_two"]
-Granularity = Literal["tensor"]
+#: Rules whose scales are powers of two, by OCP MX's E8M0 codes (`fpsim.scaling.rules.mx_code`).
+MxRule = Literal["rceil", "floor", "ceil", "even"]
+#: Rules whose scales are ratios of magnitudes, in float32 or rounded to bfloat16; ``asymmetric`` adds a zero point.
+RatioRule = Literal["fp32", "bf16", "asymmetric"]
+#: Orders of operations of NVFP4: Transformer Engine's and torchao's.
+NvRule = Literal["te", "torchao"]
+Rule = Literal["power_of_two"] | MxRule | RatioRule | NvRule
 Timing = Literal["current"]
 
-#: The rules that compute a scale from the largest magnitude of the elements that share it (`fpsim.scaling.rules`).
-RULES: tuple[str, ...] = get_args(Rule)
-#: The sets of elements that share a scale: all elements of a ``tensor``.
-GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+MX_RULES: tuple[str, ...] = get_args(MxRule)
+RATIO_RULES: tuple[str, ...] = get_args(RatioRule)
+NV_RULES: tuple[str, ...] = get_args(NvRule)
+#: The rules that compute a scale from the magnitudes of the elements that share it.
+RULES: tuple[str, ...] = ("power_of_two", *MX_RULES, *RATIO_RULES, *NV_RULES)
+#: The forms of the sets of elements that share a scale: `Scale.granularity`.
+GRANULARITIES: tuple[str, ...] = ("tensor", "row", "column", "block:N", "tile:AxB", "group:N")
 #: The tensor whose magnitudes determine the scale: the ``current`` one.
 TIMINGS: tuple[str, ...] = get_args(Timing)
+
+_SIZE = re.compile(r"(?P<rows>[0-9]{1,9}x)?(?P<n>[0-9]{1,9})")
+_GRANULARITY = re.compile(r"tensor|row|column|(?:block|group):[0-9]{1,9}|tile:[0-9]{1,9}x[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A factor by which a tensor is multiplied before it is rounded, and divided afterwards.
+    """A factor by which elements are divided before they are rounded, and multiplied afterwards.
 
     Attributes:
-        rule: how the factor is computed. ``power_of_two`` is the largest power of two that keeps the largest magnitude
-            in the format's range (`fpsim.power_of_two_scale`).
-        granularity: which elements share a factor. ``tensor`` is one factor for all elements of a tensor.
+        rule: how the factor is computed. ``power_of_two`` is the inverse of the largest power of two that keeps the
+            largest magnitude in the format's range (`fpsim.power_of_two_scale`). ``rceil``, ``floor``, ``ceil`` and
+            ``even`` are the rules in use for OCP MX. ``fp32`` and ``bf16`` are the ratio of the largest magnitudes of
+            the elements and of the format. ``asymmetric`` is a ratio with a zero point. ``te`` and ``torchao`` are
+            NVFP4's scales, in these libraries' orders of operations.
+        granularity: which elements share a factor: those of the ``tensor``; of a ``row``, which runs along the axis; of
+            a ``column``, which runs across it; of a ``block:N``, N elements in a row along the axis; of a
+            ``tile:AxB``, B along the axis and A along the other one of the last two axes; of a ``group:N``, N elements
+            in a row of the flattened tensor.
         timing: which magnitudes determine the factor. ``current`` means those of the tensor itself, when it is rounded.
 
-    ``str(scale)`` is the name that `parse_scale` reads.
+    ``str(scale)`` is a name that `parse_scale` reads.
 
     Raises:
-        ValueError: the rule, the granularity or the timing is unknown.
+        ValueError: the rule, the granularity or the timing is unknown, or the rule does not go with the granularity.
     """
 
-    rule: Rule
-    granularity: Granularity = "tensor"
+    rule: str
+    granularity: str = "tensor"
     timing: Timing = "current"
 
     def __post_init__(self) -> None:
-        for name, valid in (("rule", RULES), ("granularity", GRANULARITIES), ("timing", TIMINGS)):
+        for name, valid in (("rule", RULES), ("timing", TIMINGS)):
             given = getattr(self, name)
             if not isinstance(given, str) or given not in valid:
                 raise ValueError(f"unknown {name} {reprlib.repr(given)} of a scale: use one of {', '.join(valid)}")
+        if not isinstance(self.granularity, str) or not _GRANULARITY.fullmatch(self.granularity):
+            raise ValueError(
+                f"unknown granularity {reprlib.repr(self.granularity)} of a scale: use one of "
+                f"{', '.join(GRANULARITIES)}"
+            )
+        if 0 in self.sizes:
+            raise ValueError(f"a block has at least one element, got {self.granularity!r}")
+        if self.rule == "power_of_two" and self.granularity != "tensor":
+            raise ValueError(f"rule 'power_of_two' is of whole tensors, got {self.granularity!r}: use rule 'rceil'")
+        if self.rule in MX_RULES and self.kind not in ("block", "tile", "row", "tensor"):
+            raise ValueError(f"rule {self.rule!r} takes blocks, tiles, rows or tensors, got {self.granularity!r}")
+        if self.rule in NV_RULES and self.granularity not in ("block:16", "tile:16x16"):
+            raise ValueError(f"rule {self.rule!r} takes block:16 or tile:16x16, got {self.granularity!r}")
+
+    @property
+    def kind(self) -> str:
+        """The granularity without its sizes: ``block``."""
+        return self.granularity.partition(":")[0]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes of a block, tile or group: for a tile first the one across the axis."""
+        return tuple(map(int, self.granularity.partition(":")[2].split("x"))) if ":" in self.granularity else ()
+
+    @property
+    def has_axis(self) -> bool:
+        """Whether the elements that share a factor depend on an axis. (Square tiles are the same for both axes of a
+        matrix.)"""
+        return self.kind in ("row", "column", "block", "tile")
+
+    @property
+    def is_square(self) -> bool:
+        """Whether the elements that share a factor are those of square tiles."""
+        return self.kind == "tile" and self.sizes[0] == self.sizes[1]
 
     def __str__(self) -> str:
-        return self.rule
+        if self.rule == "power_of_two":
+            return self.rule
+        sizes = "x".join(map(str, self.sizes))
+        if self.rule in MX_RULES and self.kind == "block":
+            return f"mx:{sizes}:{self.rule}"
+        if self.rule in NV_RULES:
+            return f"nv:{sizes}:{self.rule}"
+        kind = "block" if self.kind == "tile" else self.kind
+        return ":".join(part for part in (kind, sizes, self.rule) if part)
 
 
-#: The scales that have names.
-SCALES: dict[str, Scale] = {rule: Scale(rule) for rule in get_args(Rule)}
+#: What scales may be called, for messages.
+SCALE_NAMES = (
+    "power_of_two", "tensor[:fp32|:bf16]", "row", "column", "mx[:32][:rceil|:floor|:ceil|:even]", "nv[:16x16][:torchao]",
+    "block:128[:fp32|:power_of_two]", "block:128x128", "group:64[:asymmetric]",
+)  # fmt: skip
 
 
 def parse_scale(name: str | Scale | None) -> Scale | None:
@@ -58,11 +121,45 @@ def parse_scale(name: str | Scale | None) -> Scale | None:
     Raises:
         ValueError: there is no such scale. The message lists the valid names.
 
-    >>> parse_scale("power_of_two")
-    Scale(rule='power_of_two', granularity='tensor', timing='current')
+    >>> parse_scale("mx")
+    Scale(rule='rceil', granularity='block:32', timing='current')
+    >>> str(parse_scale("block:128x128"))
+    'block:128x128:fp32'
     """
     if name is None or isinstance(name, Scale):
         return name
-    if not isinstance(name, str) or name not in SCALES:
-        raise ValueError(f"unknown scale {reprlib.repr(name)}: use one of {', '.join(SCALES)}, or None")
-    return SCALES[name]
+    scale = _parse(name) if isinstance(name, str) else None
+    if scale is None:
+        raise ValueError(f"unknown scale {reprlib.repr(name)}: use one of {', '.join(SCALE_NAMES)}, or None")
+    return scale
+
+
+def is_scale(name: str) -> bool:
+    """Whether ``name`` begins like a scale, so that `parse_scale` either reads it or says why it cannot."""
+    return name.partition(":")[0] in ("power_of_two", "tensor", "row", "column", "mx", "nv", "block", "group")
+
+
+def _parse(name: str) -> Scale | None:
+    kind, *options = name.strip().lower().split(":")
+    if kind == "power_of_two":
+        return None if options else Scale("power_of_two")
+    size = _SIZE.fullmatch(options[0]) if options else None
+    if size is not None:
+        options = options[1:]
+    if len(options) > 1 or not is_scale(kind):
+        return None
+    rule = options[0] if options else {"mx": "rceil", "nv": "te"}.get(kind, "fp32")
+    if rule == "power_of_two":
+        rule = "power_of_two" if kind == "tensor" else "rceil"
+    valid = {"mx": MX_RULES, "nv": NV_RULES}.get(kind, (*RATIO_RULES, *MX_RULES, "power_of_two"))
+    if rule not in valid or (kind in ("tensor", "row", "column") and size is not None):
+        return None
+    if kind in ("tensor", "row", "column"):
+        return Scale(rule, kind)
+    if size is None:
+        if kind not in ("mx", "nv"):
+            return None
+        return Scale(rule, "block:32" if kind == "mx" else "block:16")
+    if size["rows"]:
+        return None if kind == "group" else Scale(rule, f"tile:{int(size['rows'][:-1])}x{int(size['n'])}")
+    return Scale(rule, f"{'group' if kind == 'group' else 'block'}:{int(size['n'])}")

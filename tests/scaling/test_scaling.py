@@ -16,7 +16,7 @@ from fpsim import reference
 from fpsim.formats import FloatFormat, parse_format
 from fpsim.reference import Special
 from fpsim.scaling.ops import SCALE_OPERATORS
-from fpsim.scaling.scale import RULES, SCALES, Scale, parse_scale
+from fpsim.scaling.scale import RULES, Scale, parse_scale
 
 FORMATS = ("e4m3fn", "e5m2", "e2m1fn", "e3m2fn", "e8m3", "e4m3fnuz", "e8m0fnu", "e4m3:bias=30", "e5m2:bias=-3")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)

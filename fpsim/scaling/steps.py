@@ -1,0 +1,298 @@
+"""Rounding with block, row, ratio and NVFP4 scales, step by step, for tensors and for Inductor's lowerings.
+
+Powers of two move the grid of a format: every step is an integer operation on bits. Ratios are floating-point numbers:
+every step is one operation in float32 (float64 for the elements of float64 tensors), in the order that
+`fpsim.reference` writes down. No step gives a number below 2^-126, so that a process that flushes subnormals to zero
+gets the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from fpsim.formats import (
+    CodebookFormat,
+    FloatFormat,
+    IntegerFormat,
+    parse_format,
+)
+from fpsim.formats.elements import ElementFormat
+from fpsim.rounding.carriers import working_dtype
+from fpsim.rounding.ops import SOURCE, round_op, round_stochastic_op
+from fpsim.scaling.groups import Call, split
+from fpsim.scaling.rules import NAN_MARK
+from fpsim.scaling.scale import MX_RULES, NV_RULES, Scale
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+_SMALLEST_NORMAL = 2.0**-126
+#: The smallest ratio: with it no quotient or product of interest is subnormal in float32.
+SMALLEST_RATIO = 2.0**-100
+_LARGEST = float.fromhex("0x1.fffffep127")
+_LARGEST_BF16 = float.fromhex("0x1.fep127")
+#: Roundings in which a quotient below 2^-26 becomes zero in every format that takes ratios.
+_NEAREST = ("nearest_even", "nearest_away", "toward_zero")
+#: From this number of values on, a codebook is searched by bisection.
+_LONG_CODEBOOK = 33
+
+
+def round_scaled(
+    x: Any,
+    dtype: torch.dtype,
+    element: ElementFormat,
+    rounding: str,
+    overflow: str,
+    scale: Scale | None,
+    axes: list[int],
+    key: Any,
+    call: Call,
+) -> Any:
+    """``x`` rounded to ``element`` with ``scale``.
+
+    Args:
+        x: a tensor, or a value that stands for one.
+        dtype: the dtype of ``x``: float64, float32 or bfloat16.
+        axes: as for `fpsim.scaling.groups.split`.
+        key: the key of stochastic rounding, or None.
+        call: runs the operators.
+    """
+    if scale is None:
+        return _Elements(element, rounding, overflow, key, call).rounded(x, dtype)
+    groups = split(call.stored(x) if dtype == torch.bfloat16 else x, scale, axes, call)
+    return groups.restore(_round_groups(groups.values, dtype, element, rounding, overflow, scale, groups.axes, key, call))
+
+
+def _round_groups(
+    x: Any,
+    dtype: torch.dtype,
+    element: ElementFormat,
+    rounding: str,
+    overflow: str,
+    scale: Scale,
+    axes: list[int],
+    key: Any,
+    call: Call,
+) -> Any:
+    elements = _Elements(element, rounding, overflow, key, call)
+    if scale.rule in MX_RULES:
+        multiplier = mx_multiplier(x, element, scale.rule, axes, call)
+        rounded = elements.on_shifted_grid(x, multiplier)
+        return call(aten.where.ScalarSelf, call(aten.eq.Scalar, multiplier, NAN_MARK), math.nan, rounded)
+
+    working = working_dtype(dtype)
+    wide = x if dtype == working else call(prims.convert_element_type.default, x, working)
+    if rounding not in _NEAREST:
+        wide = _flushed(wide, call)
+    if scale.rule in NV_RULES:
+        value = _round_nv(wide, working, elements, scale, axes, call)
+    elif scale.rule == "asymmetric":
+        value = _round_asymmetric(wide, working, elements, axes, call)
+    else:
+        ratio = ratio_scale(x, element, scale.rule, axes, call)
+        value = call(aten.mul.Tensor, elements.rounded(_quotient(wide, ratio, rounding, working, call), working), ratio)
+    if dtype == working:
+        return value
+    value = call(round_op, value, "e8m7", "nearest_even", "ovf_inf", SOURCE)
+    return call(prims.convert_element_type.default, value, dtype)
+
+
+class _Elements:
+    """Rounding to an element format, once scaled."""
+
+    def __init__(self, element: ElementFormat, rounding: str, overflow: str, key: Any, call: Call) -> None:
+        self.element, self.rounding, self.overflow, self.key, self.call = element, rounding, overflow, key, call
+
+    def _round(self, x: Any, fmt: FloatFormat, *scale: Any) -> Any:
+        if self.key is None:
+            return self.call(round_op, x, fmt.name, self.rounding, self.overflow, SOURCE, *scale)
+        return self.call(round_stochastic_op, x, self.key, fmt.name, self.rounding, self.overflow, SOURCE, *scale)
+
+    def on_shifted_grid(self, x: Any, multiplier: Any) -> Any:
+        """``x`` rounded to the grid of the format divided by ``multiplier``, powers of two."""
+        assert not isinstance(self.element, CodebookFormat), "casts with codebooks have ratios"
+        return self._round(x, self.element.grid() if isinstance(self.element, IntegerFormat) else self.element, multiplier)
+
+    def rounded(self, y: Any, working: torch.dtype) -> Any:
+        """``y`` rounded to the format."""
+        call, element = self.call, self.element
+        if isinstance(element, FloatFormat):
+            return self._round(y, element)
+        if isinstance(element, CodebookFormat):
+            return _nearest_in_codebook(y, element, working, call)
+        q = self._round(y, element.grid())
+        if not element.is_symmetric:
+            unit = 2.0**element.unit_exponent
+            q = _clamped(q, element.min_integer * unit, element.max_integer * unit, call)
+        return q
+
+    def codes(self, y: Any, zero: Any) -> Any:
+        """``y`` rounded to integers, plus the integers ``zero``, limited to the codes from 0 upwards."""
+        unsigned = unsigned_of(self.element)
+        q = self.call(aten.add.Tensor, self._round(y, unsigned.grid()), zero)
+        return _clamped(q, 0.0, float(unsigned.max_integer), self.call)
+
+
+def unsigned_of(element: ElementFormat) -> IntegerFormat:
+    """The unsigned integers of the width of ``element``: the codes that zero points shift."""
+    assert isinstance(element, IntegerFormat), "casts with zero points have integers"
+    return IntegerFormat(element.bits, signed=False)
+
+
+def amax_of(x: Any, axes: list[int], call: Call) -> Any:
+    """The largest magnitudes along ``axes``, which stay with size 1; NaN where there is a NaN."""
+    if any(call.shape(x)[axis] == 0 for axis in axes):
+        return call(aten.sum.dim_IntList, x, axes, True)  # zeros
+    return call.stored(call(aten.amax.default, call(aten.abs.default, x), axes, True))
+
+
+def mx_multiplier(x: Any, element: ElementFormat, rule: str, axes: list[int], call: Call) -> Any:
+    """The powers of two by which the groups of ``x`` are multiplied: see `fpsim.scaling.rules.mx_multiplier_code`."""
+    multiplier = call(torch.ops.fpsim.mx_multiplier.default, amax_of(x, axes, call), element.name, rule, SOURCE)
+    return call.stored(multiplier)
+
+
+def ratio_scale(x: Any, element: ElementFormat, rule: str, axes: list[int], call: Call) -> Any:
+    """The ratios of the largest magnitudes of the groups and of the format: float32, size 1 along ``axes``.
+
+    NaN where a group holds a NaN or an infinity.
+    """
+    amax = call(prims.convert_element_type.default, amax_of(x, axes, call), torch.float32)
+    largest = _range(element)
+    ratio = call(aten.div.Tensor, amax, _constant(largest, amax, call))
+    if rule == "bf16":
+        ratio = call(round_op, ratio, "e8m7", "nearest_even", "ovf_inf", SOURCE)
+    ratio = call(aten.clamp_max.default, ratio, _LARGEST_BF16 if rule == "bf16" else _LARGEST)
+    return call.stored(_usable(ratio, amax, call))
+
+
+def _range(element: ElementFormat) -> float:
+    """The magnitude that the largest magnitude of a group becomes: half the range of integers that are not symmetric."""
+    if isinstance(element, IntegerFormat) and element.full:
+        return (element.max_integer + 0.5) * 2.0**element.unit_exponent
+    return element.max
+
+
+def _usable(ratio: Any, amax: Any, call: Call) -> Any:
+    """``ratio`` limited from below; 1 for zeros, NaN for infinities and NaNs."""
+    ratio = call(aten.clamp_min.default, ratio, SMALLEST_RATIO)
+    ratio = call(aten.where.ScalarSelf, call(aten.lt.Scalar, amax, _SMALLEST_NORMAL), 1.0, ratio)
+    return call(aten.where.ScalarSelf, call(aten.gt.Scalar, amax, _LARGEST), math.nan, ratio)
+
+
+def asymmetric_scale(wide: Any, element: IntegerFormat, axes: list[int], call: Call) -> tuple[Any, Any]:
+    """The ratios and the zero points of the groups of ``wide``, both float32 and of size 1 along ``axes``."""
+    high = call(aten.amax.default, call(aten.clamp_min.default, wide, 0.0), axes, True)
+    low = call(aten.amin.default, call(aten.clamp_max.default, wide, 0.0), axes, True)
+    high, low = (call.stored(call(prims.convert_element_type.default, v, torch.float32)) for v in (high, low))
+    width = call(aten.sub.Tensor, high, low)
+    ratio = call(aten.div.Tensor, width, _constant(float(element.max_integer), width, call))
+    ratio = call(aten.clamp_max.default, ratio, _LARGEST)
+    amax = call(aten.maximum.default, high, call(aten.neg.default, low))
+    ratio = call.stored(_usable(ratio, amax, call))
+    zero = call(aten.div.Tensor, call(aten.neg.default, low), ratio)
+    zero = call(round_op, zero, element.grid().name, "nearest_even", "sat_finite", SOURCE)
+    return ratio, call.stored(_clamped(zero, 0.0, float(element.max_integer), call))
+
+
+def _round_asymmetric(wide: Any, working: torch.dtype, elements: _Elements, axes: list[int], call: Call) -> Any:
+    ratio, zero = asymmetric_scale(wide, unsigned_of(elements.element), axes, call)
+    code = elements.codes(_quotient(wide, ratio, elements.rounding, working, call), zero)
+    return call(aten.mul.Tensor, call(aten.sub.Tensor, code, zero), ratio)
+
+
+def nv_scales(wide: Any, scale: Scale, axes: list[int], call: Call) -> tuple[Any, Any]:
+    """NVFP4's scales of the blocks, values of e4m3fn, and the scale of the tensor: both float32.
+
+    The tensor's scale multiplies (`te`: 2688 / amax) or divides (`torchao`: amax / 2688) the elements.
+    """
+    amax = call(prims.convert_element_type.default, amax_of(wide, axes, call), torch.float32)
+    every = list(range(len(call.shape(amax))))
+    total = call.stored(call(aten.amax.default, _without_nans(amax, call), every, True))
+    usable = call(aten.lt.Scalar, total, _LARGEST * 2)
+    limited = call(aten.clamp_min.default, total, SMALLEST_RATIO)
+    most = _constant(2688.0, total, call)
+    if scale.rule == "te":
+        whole = call(aten.clamp_max.default, call(aten.div.Tensor, most, limited), _LARGEST)
+    else:
+        whole = call(aten.div.Tensor, limited, most)
+    small = call(aten.lt.Scalar, total, _SMALLEST_NORMAL)
+    whole = call(aten.where.ScalarSelf, small, 1.0, whole)
+    whole = call.stored(call(aten.where.ScalarOther, usable, whole, 1.0))
+    if scale.rule == "te":
+        factor = call(aten.mul.Tensor, whole, _constant(_sixth(), whole, call))
+        block = call(aten.mul.Tensor, amax, factor)
+    else:
+        sixth = call(aten.div.Tensor, amax, _constant(6.0, amax, call))
+        block = call(aten.clamp_min.default, call(aten.div.Tensor, sixth, whole), 2.0**-6)
+    block = call(round_op, block, "e4m3fn", "nearest_even", "sat_finite", SOURCE)
+    return call.stored(block), whole
+
+
+def _without_nans(amax: Any, call: Call) -> Any:
+    """``amax`` with infinity in place of NaN."""
+    return call(aten.where.ScalarSelf, call(aten.isnan.default, amax), math.inf, amax)
+
+
+def _sixth() -> float:
+    """1/6 rounded to float32."""
+    return float.fromhex("0x1.555556p-3")
+
+
+def nv_factor(block: Any, whole: Any, scale: Scale, call: Call) -> Any:
+    """The factors by which elements are multiplied before they are rounded, float32."""
+    one = _constant(1.0, whole, call)
+    inverse = call(aten.div.Tensor, one, whole)
+    if scale.rule == "te":
+        factor = call(aten.div.Tensor, one, call(aten.mul.Tensor, block, inverse))
+    else:
+        factor = call(aten.div.Tensor, inverse, block)
+    return call.stored(call(aten.clamp_max.default, factor, _LARGEST))
+
+
+def _round_nv(wide: Any, working: torch.dtype, elements: _Elements, scale: Scale, axes: list[int], call: Call) -> Any:
+    block, whole = nv_scales(wide, scale, axes, call)
+    scaled = call(aten.mul.Tensor, wide, nv_factor(block, whole, scale, call))
+    q = elements.rounded(_clamped(scaled, -6.0, 6.0, call), working)
+    back = aten.div.Tensor if scale.rule == "te" else aten.mul.Tensor
+    return call(back, call(aten.mul.Tensor, q, block), whole)
+
+
+def _quotient(wide: Any, ratio: Any, rounding: str, working: torch.dtype, call: Call) -> Any:
+    y = call(aten.div.Tensor, wide, ratio)
+    return y if rounding in _NEAREST else _flushed(y, call)
+
+
+def _flushed(x: Any, call: Call) -> Any:
+    """``x`` with zeros of the same sign in place of numbers below 2^-126."""
+    small = call(aten.lt.Scalar, call(aten.abs.default, x), _SMALLEST_NORMAL)
+    return call(aten.where.self, small, call(aten.mul.Tensor, x, 0.0), x)
+
+
+def _clamped(x: Any, low: float, high: float, call: Call) -> Any:
+    """``x`` limited to a range; NaN stays NaN."""
+    return call(aten.clamp_max.default, call(aten.clamp_min.default, x, low), high)
+
+
+def _constant(value: float, like: Any, call: Call) -> Any:
+    """A float32 constant, as a tensor: compilers turn a division by a number into a multiplication."""
+    return call.constant(value, like)
+
+
+def _nearest_in_codebook(y: Any, book: CodebookFormat, working: torch.dtype, call: Call) -> Any:
+    if working == torch.float64:  # thresholds are float32 numbers
+        y = call(prims.convert_element_type.default, y, torch.float32)
+    if len(book.values) < _LONG_CODEBOOK:
+        q = call(aten.mul.Tensor, y, 0.0)  # keeps NaN
+        q = call(aten.where.ScalarOther, call(aten.isnan.default, y), q, book.values[0])
+        for threshold, value in zip(book.thresholds, book.values[1:], strict=True):
+            q = call(aten.where.ScalarSelf, call(aten.ge.Scalar, y, threshold), value, q)
+    else:
+        index = call(aten.bucketize.Tensor, y, call.table(book.thresholds, y), False, True)
+        q = call(aten.index.Tensor, call.table(book.values, y), [index])
+        q = call(aten.where.self, call(aten.isnan.default, y), y, q)
+    return q if working == torch.float32 else call(prims.convert_element_type.default, q, working)
+
+
