@@ -36,7 +36,7 @@ from .classification import (
     scaleb,
     ulp,
 )
-from .codebooks import CODEBOOKS, Codebook, dynamic_map, round_codebook
+from .codebooks import CODEBOOKS, Codebook, dynamic_map, parse_codebook, round_codebook
 from .comparison import (
     compare,
     equal,
@@ -125,6 +125,7 @@ __all__ = [
     "next_down",
     "next_up",
     "parse_cast",
+    "parse_codebook",
     "parse_integers",
     "parse_scale",
     "pow",

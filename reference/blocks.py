@@ -290,44 +290,63 @@ def parse_cast(name: str) -> Cast:
 Indices: TypeAlias = tuple[int, ...]
 
 
-def block_indices(shape: Sequence[int], axis: int, scale: str | Scale) -> list[Indices]:
-    """The blocks of an array, each as the row-major flat indices of its elements, in the order of the first ones.
+def block_indices(shape: Sequence[int], axis: int | Sequence[int], scale: str | Scale) -> list[Indices]:
+    """The blocks of an array, each as the row-major flat indices of its elements.
 
     Arguments:
         shape: the lengths of the axes.
-        axis: the axis along which blocks lie; negative numbers count from the end.
-        scale: which elements share a scale. ``column`` and tiles use the last two axes.
+        axis: the axis along which blocks lie; negative numbers count from the end. Of several axes the elements are
+            taken in row-major order, as if these were one axis behind all others. Without any, each element is a block.
+        scale: which elements share a scale. ``column`` and tiles also use the other one of the last two axes; if the
+            axis is none of them the one before it, or the second one if it is the first. In an array of one axis, a
+            tile is a block, and a column is one element.
 
     Raises:
-        ValueError: no such axis; or the scale needs two axes, ``axis`` among them.
+        ValueError: no such axis.
     """
     how, rank, count = parse_scale(scale), len(shape), math.prod(shape)
     if how.shared_by == "tensor" or (how.shared_by != "group" and rank == 0):
         return [tuple(range(count))]
     if how.shared_by == "group":
         return [tuple(range(i, min(i + how.size[0], count))) for i in range(0, count, how.size[0])]
-    if not -rank <= axis < rank:
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    if any(not -rank <= each < rank for each in axes):
         raise ValueError(f"axis {axis} is out of range: an array of {rank} axes has axes {-rank} to {rank - 1}")
-    axis %= rank
+    axes = tuple(sorted({each % rank for each in axes}))
+    if not axes:
+        return [(i,) for i in range(count)]
+    if len(axes) > 1:
+        return _along_joined_axes(shape, axes, how)
     lengths = [1] * rank  # how far a block reaches along each axis
-    if how.shared_by == "column" or len(how.size) == 2:
-        if rank < 2 or axis < rank - 2:
-            raise ValueError(f"the scale needs one of the last two axes, got axis {axis} of {rank}")
-        other = 2 * rank - 3 - axis
-        lengths[other] = how.size[0] if how.size else shape[other]
+    if rank > 1 and (how.shared_by == "column" or len(how.size) == 2):
+        across = 2 * rank - 3 - axes[0] if axes[0] >= rank - 2 else axes[0] - 1 if axes[0] else 1
+        lengths[across] = how.size[0] if how.size else shape[across]
     if how.shared_by != "column":
-        lengths[axis] = how.size[-1] if how.size else shape[axis]
+        lengths[axes[0]] = how.size[-1] if how.size else shape[axes[0]]
     blocks: dict[Indices, list[int]] = {}
     for flat, index in enumerate(itertools.product(*map(range, shape))):
         blocks.setdefault(tuple(i // length for i, length in zip(index, lengths, strict=True)), []).append(flat)
     return [tuple(block) for block in blocks.values()]
 
 
+def _along_joined_axes(shape: Sequence[int], axes: Sequence[int], how: Scale) -> list[Indices]:
+    """`block_indices` of an array in which ``axes`` became one axis behind all others."""
+    others = [axis for axis in range(len(shape)) if axis not in axes]
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    order = [*others, *axes]
+    places = [
+        sum(i * strides[axis] for i, axis in zip(index, order, strict=True))
+        for index in itertools.product(*(range(shape[axis]) for axis in order))
+    ]
+    joined = [*(shape[axis] for axis in others), math.prod(shape[axis] for axis in axes)]
+    return [tuple(places[i] for i in block) for block in block_indices(joined, -1, how)]
+
+
 def quantize_blocks(
     values: Sequence[Number],
     name: str | Cast,
     shape: Sequence[int],
-    axis: int = -1,
+    axis: int | Sequence[int] = -1,
     *,
     random: RandomNumbers | None = None,
     working: str | FloatFormat = "fp32",
@@ -357,7 +376,7 @@ def round_blocks(
     values: Sequence[Number],
     name: str | Cast,
     shape: Sequence[int],
-    axis: int = -1,
+    axis: int | Sequence[int] = -1,
     *,
     random: RandomNumbers | None = None,
     working: str | FloatFormat = "fp32",
@@ -372,7 +391,7 @@ def round_blocks(
         values: the elements in row-major order, each an int, Fraction, float (taken exactly) or `Special`.
         name: ``element[/rounding][/overflow][/scale]``, such as ``mxfp8``, ``nvfp4`` or ``e4m3fn/up/block:128x128``.
         shape: the lengths of the axes.
-        axis: the axis along which blocks lie.
+        axis: the axis along which blocks lie, or several: see `block_indices`.
         random: the random numbers of stochastic rounding, one for each element in row-major order, or a function of the
             flat index.
         working: ``fp32`` for tensors of bfloat16 and float32, ``fp64`` for those of float64.

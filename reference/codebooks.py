@@ -14,15 +14,16 @@ from .arithmetic import add, div, fma, mul, sub
 from .rounding import round
 from .values import INFINITIES, NAN, Number, Value, as_value, is_negative, rational
 
-Ties = Literal["down", "even", "zero"]
+Ties = Literal["down", "up", "even", "zero", "away"]
 
 
 @dataclass(frozen=True, slots=True)
 class Codebook:
     """Values in increasing order, and where a number half-way between two neighbours goes. The code is the index.
 
-    ``ties`` is ``"down"`` (to the smaller value), ``"even"`` (to the value whose index is even), or ``"zero"`` (to the
-    value of smaller magnitude; to the smaller value if the magnitudes are equal).
+    ``ties`` is ``"down"`` (to the smaller value), ``"up"`` (to the larger one), ``"even"`` (to the one whose index is
+    even), ``"zero"`` (to the one of smaller magnitude) or ``"away"`` (to the one of larger magnitude). Of two equal
+    magnitudes the last two take the smaller value.
 
     Raises:
         ValueError: the values do not increase, are fewer than two, or not finite; ``ties`` is unknown.
@@ -79,16 +80,23 @@ def round_codebook(value: Number, codebook: str | Codebook) -> Value:
             return low
         case "even":
             return low if above % 2 == 1 else high
+        case "up":
+            return high
         case "zero":
             return low if abs(low) <= abs(high) else high
+        case "away":
+            return low if abs(low) >= abs(high) else high
 
 
 def parse_codebook(name: str) -> Codebook:
-    """The codebook of `CODEBOOKS` that ``name`` denotes.
+    """The codebook of `CODEBOOKS` that ``name`` denotes, or that ``codebook:TIES:VALUE,VALUE,...`` writes out.
 
     Raises:
         ValueError: there is none.
     """
+    if name.startswith("codebook:"):
+        _, ties, values = name.split(":")
+        return Codebook(tuple(Fraction(value) for value in values.split(",")), ties)  # type: ignore[arg-type]
     if name not in CODEBOOKS:
         raise ValueError(f"unknown codebook {name!r}: use one of {', '.join(CODEBOOKS)}, or a Codebook")
     return CODEBOOKS[name]
@@ -163,8 +171,9 @@ NF4 = Codebook(
 _TWELFTHS = (Fraction(1, 16), Fraction(2), Fraction(3), Fraction(4), Fraction(6), Fraction(8), Fraction(12))
 _FP4_MAGNITUDES = [_float32(twelfths / 12) for twelfths in _TWELFTHS]
 
-#: The FP4 of bitsandbytes, which is not the e2m1 of OCP MX: 0 and +-{1/16, 2, 3, 4, 6, 8, 12} / 12, in float32.
-FP4_BNB = Codebook((*(-value for value in reversed(_FP4_MAGNITUDES)), Fraction(0), *_FP4_MAGNITUDES))
+#: The FP4 of bitsandbytes, which is not the e2m1 of OCP MX: 0 and +-{1/16, 2, 3, 4, 6, 8, 12} / 12, in float32. Its
+#: CUDA kernel compares magnitudes with a strict ``>``.
+FP4_BNB = Codebook((*(-value for value in reversed(_FP4_MAGNITUDES)), Fraction(0), *_FP4_MAGNITUDES), "zero")
 
 #: The codebooks that have names.
 CODEBOOKS = {"nf4": NF4, "fp4_bnb": FP4_BNB}

@@ -24,7 +24,7 @@ def parse_element(name: str | Element) -> Element:
     """
     if not isinstance(name, str):
         return name
-    if name in CODEBOOKS:
+    if name in CODEBOOKS or name.startswith("codebook:"):
         return parse_codebook(name)
     if name.startswith(("int", "uint", "mxint")):
         return parse_integers(name)

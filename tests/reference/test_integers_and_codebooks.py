@@ -20,6 +20,7 @@ from fpsim.reference import (
     Integers,
     as_value,
     dynamic_map,
+    parse_codebook,
     parse_integers,
     round,
     round_codebook,
@@ -97,26 +98,33 @@ codebooks = st.lists(st.fractions(-2, 2, max_denominator=9), min_size=2, max_siz
 
 
 @settings(max_examples=80)
-@given(codebooks, st.fractions(-3, 3, max_denominator=18), st.sampled_from(["down", "even", "zero"]))
+@given(codebooks, st.fractions(-3, 3, max_denominator=18), st.sampled_from(["down", "up", "even", "zero", "away"]))
 def test_a_codebook_gives_the_nearest_value(values, number, ties):
     """By trial of all values. Where two are nearest, the tie rule says which."""
     least = min(abs(value - number) for value in values)
     nearest = [value for value in values if abs(value - number) == least]
     rule = {"down": min, "even": lambda pair: next(v for v in pair if values.index(v) % 2 == 0)}
-    rule["zero"] = lambda pair: min(pair, key=lambda v: (abs(v), v))
+    rule |= {"up": max, "zero": lambda pair: min(pair, key=lambda v: (abs(v), v))}
+    rule["away"] = lambda pair: min(pair, key=lambda v: (-abs(v), v))
     expected = nearest[0] if len(nearest) == 1 else rule[ties](nearest)
     assert round_codebook(number, Codebook(tuple(values), ties)) == expected
 
 
 @pytest.mark.parametrize("name", CODEBOOKS)
-def test_the_middle_of_two_values_goes_to_the_smaller_one(name):
-    """bitsandbytes compares with a strict ``>``."""
+def test_the_middle_of_two_values_is_exact_and_goes_where_the_kernel_of_bitsandbytes_sends_it(name):
+    """A strict ``>`` of numbers for NF4, of magnitudes for FP4."""
     book = CODEBOOKS[name]
     for low, high in pairwise(book.values):
         middle = (low + high) / 2
-        assert round_codebook(middle, name) == low
-        assert round_codebook(middle + Fraction(1, 10**9), name) == high
+        assert round_codebook(middle, name) == (low if name == "nf4" or low >= 0 else high)
+        assert round_codebook(middle + Fraction(1, 10**20), name) == high
+        assert round_codebook(middle - Fraction(1, 10**20), name) == low
         assert round_codebook(low, name) == low and round_codebook(high, name) == high
+
+
+def test_a_codebook_can_be_written_out():
+    book = Codebook((-1, 0, Fraction(1, 2), 1), "up")
+    assert parse_codebook("codebook:up:-1,0,0.5,1") == book and round_codebook(0.25, book) == Fraction(1, 2)
 
 
 def test_special_values_of_codebooks():
@@ -149,7 +157,12 @@ def test_the_dynamic_maps_have_the_ends_of_their_paper():
 
 @pytest.mark.parametrize(
     ("values", "ties", "message"),
-    [((1, 0), "down", "increase"), ((0, 0), "down", "increase"), ((1,), "down", "two or more"), ((0, 1), "up", "ties")],
+    [
+        ((1, 0), "down", "increase"),
+        ((0, 0), "down", "increase"),
+        ((1,), "down", "two or more"),
+        ((0, 1), "odd", "ties"),
+    ],
 )
 def test_other_codebooks_are_refused(values, ties, message):
     with pytest.raises(ValueError, match=message):

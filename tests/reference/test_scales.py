@@ -289,7 +289,11 @@ def test_the_largest_element_of_a_block_loses_no_more_than_the_rule_allows(rule,
         ("block:128:power_of_two", Scale("block", "rceil", (128,))),
         ("group:64", Scale("group", "fp32", (64,))),
         ("group:64:asymmetric", Scale("group", "fp32", (64,), asymmetric=True)),
+        ("row:asymmetric", Scale("row", "fp32", asymmetric=True)),
+        ("row:floor", Scale("row", "floor")),
+        ("mx:16x16:even", Scale("block", "even", (16, 16))),
         ("power_of_two", Scale("tensor", "power_of_two")),
+        ("tensor:power_of_two", Scale("tensor", "power_of_two")),
     ],
 )
 def test_names_denote_scales(name, scale):
@@ -297,7 +301,7 @@ def test_names_denote_scales(name, scale):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "mx:", "mx:0", "mx:32:up", "mx:32x32", "nv:32", "block", "block:0", "group", "rows"]
+    "name", ["", "mx:", "mx:0", "mx:32:up", "mx:32x", "nv:32", "block", "block:0", "group", "rows"]
 )
 def test_other_names_are_refused(name):
     with pytest.raises(ValueError, match="scale"):
