@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fpsim import curvature, reference, sharpness, testing
+    from fpsim.block_functions import decode_blocks, encode_blocks
     from fpsim.compile_backend import Profiler, audit, explain, profile
-    from fpsim.formats import FloatFormat, parse_format
+    from fpsim.formats import CodebookFormat, FloatFormat, IntegerFormat, parse_format
     from fpsim.policy import Policy
     from fpsim.policy.ranks import check_same_policy
     from fpsim.rounding.packing import pack, unpack
@@ -27,13 +28,17 @@ _MODULES = ("curvature", "reference", "sharpness", "testing")
 
 #: The other public names, and the module that holds each.
 _HOMES = {
+    "CodebookFormat": "fpsim.formats",
     "FloatFormat": "fpsim.formats",
+    "IntegerFormat": "fpsim.formats",
     "Policy": "fpsim.policy",
     "Profiler": "fpsim.compile_backend",
     "audit": "fpsim.compile_backend",
     "check_same_policy": "fpsim.policy.ranks",
     "decode": "fpsim.tensor_functions",
+    "decode_blocks": "fpsim.block_functions",
     "encode": "fpsim.tensor_functions",
+    "encode_blocks": "fpsim.block_functions",
     "explain": "fpsim.compile_backend",
     "pack": "fpsim.rounding.packing",
     "parse_format": "fpsim.formats",
@@ -47,14 +52,18 @@ _HOMES = {
 }
 
 __all__ = [
+    "CodebookFormat",
     "FloatFormat",
+    "IntegerFormat",
     "Policy",
     "Profiler",
     "audit",
     "check_same_policy",
     "curvature",
     "decode",
+    "decode_blocks",
     "encode",
+    "encode_blocks",
     "explain",
     "pack",
     "parse_format",

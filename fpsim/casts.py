@@ -23,7 +23,6 @@ from fpsim.formats import (
     Overflow,
     full_rounding,
     parse_element,
-    parse_format,
     resolve_overflow,
     split_rounding,
 )
@@ -295,7 +294,9 @@ def check_cast(dtype: torch.dtype, cast: Cast) -> None:
             and the cast has a scale.
     """
     fmt, scale = cast.format, cast.scale
-    grid = fmt.grid() if isinstance(fmt, IntegerFormat) else FloatFormat(8, 23) if isinstance(fmt, CodebookFormat) else fmt
+    grid = (
+        fmt.grid() if isinstance(fmt, IntegerFormat) else FloatFormat(8, 23) if isinstance(fmt, CodebookFormat) else fmt
+    )
     if scale is None:
         check_carrier(dtype, grid)
     elif scale.rule in (*SCALE_OPERATORS, *MX_RULES):

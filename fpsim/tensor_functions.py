@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from fpsim.casts import NONE, Arguments, check_cast, apply_arguments, parse_cast
+from fpsim.casts import NONE, Arguments, apply_arguments, check_cast, parse_cast
 from fpsim.formats import (
     STOCHASTIC_ROUNDINGS,
     ElementFormat,
@@ -109,7 +109,7 @@ def round(
     arguments, limit, negative, has_axis = _resolve(
         _name_of(format), rounding, overflow, dtype, random_bits, _name_of(scale), gradient == "clipped"
     )
-    axes = _axes(axis, x.dim(), arguments) if has_axis else ()
+    axes = counted_axes(axis, x.dim(), str(arguments[3])) if has_axis else ()
     key = None
     _check_salt(salt)
     if ":" in arguments[1]:
@@ -288,8 +288,13 @@ def _resolve(
     return cast.arguments, Grid(fmt, CARRIERS[dtype]).plain_max, fmt.signed, cast.has_axis
 
 
-def _axes(axis: int | tuple[int, ...], dims: int, arguments: Arguments) -> tuple[int, ...]:
-    """The axes of a tensor with ``dims`` axes that ``axis`` denotes, counted from the front, in ascending order."""
+def counted_axes(axis: int | tuple[int, ...], dims: int, scale: str) -> tuple[int, ...]:
+    """The axes of a tensor with ``dims`` axes that ``axis`` denotes, counted from the front, in ascending order.
+
+    Raises:
+        ValueError: there is no such axis, or it is named twice. The message names ``scale``, which needs it.
+        TypeError: ``axis`` is neither an int nor a tuple of ints.
+    """
     axes = axis if isinstance(axis, tuple) else (axis,)
     for each in axes:
         if isinstance(each, bool) or not isinstance(each, int):
@@ -297,7 +302,7 @@ def _axes(axis: int | tuple[int, ...], dims: int, arguments: Arguments) -> tuple
         if not -dims <= each < dims:
             has = f"has axes {-dims} to {dims - 1}" if dims else "has no axis"
             raise ValueError(
-                f"axis {each} does not exist: scale {arguments[3]!r} lies along an axis, and a tensor of {dims} "
+                f"axis {each} does not exist: scale {scale!r} lies along an axis, and a tensor of {dims} "
                 f"dimensions {has}"
             )
     counted = tuple(sorted(each % dims for each in axes))

@@ -16,9 +16,7 @@ from fpsim.scaling.steps import round_scaled
 
 _library = torch.library.Library("fpsim", "FRAGMENT")
 _library.define("power_of_two_scale(Tensor x, str format, str source) -> Tensor")
-_library.define(
-    "mx_multiplier(Tensor amax, str element, str rule, str source) -> Tensor", tags=(torch.Tag.pointwise,)
-)
+_library.define("mx_multiplier(Tensor amax, str element, str rule, str source) -> Tensor", tags=(torch.Tag.pointwise,))
 _library.define(
     "round_scaled(Tensor x, str element, str rounding, str overflow, str scale, int[] axes, str source, "
     "Tensor? key=None) -> Tensor"
@@ -62,7 +60,5 @@ def _round_scaled(
 ) -> Tensor:
     out = torch.empty_like(x)
     parsed = parse_scale(scale or None)
-    rounded = round_scaled(
-        x, x.dtype, parse_element(element), rounding, overflow, parsed, axes, key, OnTensors()
-    )
+    rounded = round_scaled(x, x.dtype, parse_element(element), rounding, overflow, parsed, axes, key, OnTensors())
     return out.copy_(rounded)

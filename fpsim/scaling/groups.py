@@ -68,11 +68,13 @@ class Groups:
         values: the arranged tensor. Zeros fill the last block of an axis.
         axes: the axes along which the elements share a scale.
         restore: rearranges a tensor like ``values`` into the shape of the original.
+        splits: whether these axes are parts of axes of the tensor.
     """
 
     values: Any
     axes: list[int]
     restore: Callable[[Any], Any]
+    splits: bool = False
 
 
 def across(axis: int, dims: int) -> int:
@@ -104,7 +106,7 @@ def split(x: Any, scale: Scale, axes: Sequence[int], call: Call) -> Groups:
     if scale.kind == "group":
         return _in_blocks(x, call(aten.reshape.default, x, [-1]), {0: scale.sizes[0]}, call)
     if not axes:
-        return Groups(call(aten.unsqueeze.default, x, dims), [dims], lambda y: call(aten.squeeze.dim, y, dims))
+        return Groups(call(aten.unsqueeze.default, x, dims), [dims], lambda y: call(aten.squeeze.dim, y, dims), True)
     if scale.kind == "row":
         return Groups(x, list(axes), lambda y: y)
     if len(axes) > 1:
@@ -132,7 +134,7 @@ def _joined(x: Any, scale: Scale, axes: Sequence[int], call: Call) -> Groups:
         y = call(aten.reshape.default, groups.restore(y), ordered)
         return call(aten.permute.default, y, [order.index(axis) for axis in range(len(order))])
 
-    return Groups(groups.values, groups.axes, restore)
+    return Groups(groups.values, groups.axes, restore, groups.splits)
 
 
 def _in_blocks(original: Any, x: Any, sizes: dict[int, int], call: Call) -> Groups:
@@ -161,4 +163,4 @@ def _in_blocks(original: Any, x: Any, sizes: dict[int, int], call: Call) -> Grou
                 y = call(aten.slice.Tensor, y, axis, 0, length)
         return y if original is x else call(aten.reshape.default, y, list(call.shape(original)))
 
-    return Groups(values, inner, restore)
+    return Groups(values, inner, restore, True)

@@ -99,9 +99,7 @@ def _lower_mx_multiplier(amax: ir.TensorBox, element: str, rule: str, source: st
         code = mx_multiplier_code(code, parse_element(element), rule, CARRIERS[working], lane_ops)  # type: ignore[arg-type]
         return ops.to_dtype(ops.to_dtype_bitcast(code.value, working, lane_ops.integer), dtype, src_dtype=working)
 
-    return ir.Pointwise.create(
-        device=amax.get_device(), dtype=dtype, inner_fn=multiplier, ranges=list(amax.get_size())
-    )
+    return ir.Pointwise.create(device=amax.get_device(), dtype=dtype, inner_fn=multiplier, ranges=list(amax.get_size()))
 
 
 @lowering.register_lowering(torch.ops.fpsim.round_scaled.default, type_promotion_kind=None)

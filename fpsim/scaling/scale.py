@@ -110,8 +110,8 @@ class Scale:
 
 #: What scales may be called, for messages.
 SCALE_NAMES = (
-    "power_of_two", "tensor[:fp32|:bf16]", "row", "column", "mx[:32][:rceil|:floor|:ceil|:even]", "nv[:16x16][:torchao]",
-    "block:128[:fp32|:power_of_two]", "block:128x128", "group:64[:asymmetric]",
+    "power_of_two", "tensor[:fp32|:bf16]", "row", "column", "mx[:32][:rceil|:floor|:ceil|:even]",
+    "nv[:16x16][:torchao]", "block:128[:fp32|:power_of_two]", "block:128x128", "group:64[:asymmetric]",
 )  # fmt: skip
 
 

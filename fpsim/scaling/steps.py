@@ -17,7 +17,6 @@ from fpsim.formats import (
     CodebookFormat,
     FloatFormat,
     IntegerFormat,
-    parse_format,
 )
 from fpsim.formats.elements import ElementFormat
 from fpsim.rounding.carriers import working_dtype
@@ -32,6 +31,8 @@ _SMALLEST_NORMAL = 2.0**-126
 #: The smallest ratio: with it no quotient or product of interest is subnormal in float32.
 SMALLEST_RATIO = 2.0**-100
 _LARGEST = float.fromhex("0x1.fffffep127")
+#: 1/6 rounded to float32.
+_SIXTH = float.fromhex("0x1.555556p-3")
 _LARGEST_BF16 = float.fromhex("0x1.fep127")
 #: Roundings in which a quotient below 2^-26 becomes zero in every format that takes ratios.
 _NEAREST = ("nearest_even", "nearest_away", "toward_zero")
@@ -62,41 +63,73 @@ def round_scaled(
     if scale is None:
         return _Elements(element, rounding, overflow, key, call).rounded(x, dtype)
     groups = split(call.stored(x) if dtype == torch.bfloat16 else x, scale, axes, call)
-    return groups.restore(_round_groups(groups.values, dtype, element, rounding, overflow, scale, groups.axes, key, call))
+    elements = _Elements(element, rounding, overflow, key, call)
+    scales = scales_of_groups(groups.values, element, scale, groups.axes, call)
+    if scale.rule in MX_RULES:
+        rounded = elements.on_shifted_grid(groups.values, scales[0])
+        is_nan = call(aten.eq.Scalar, scales[0], NAN_MARK)
+        return groups.restore(call(aten.where.ScalarSelf, is_nan, math.nan, rounded))
+    working = working_dtype(dtype)
+    q = _quantized(groups.values, dtype, elements, scale, scales, call)
+    value = dequantized(q, scale, scales, call)
+    if dtype != working:
+        value = call(round_op, value, "e8m7", "nearest_even", "ovf_inf", SOURCE)
+        value = call(prims.convert_element_type.default, value, dtype)
+    return groups.restore(value)
 
 
-def _round_groups(
+def quantized(
     x: Any,
     dtype: torch.dtype,
     element: ElementFormat,
     rounding: str,
     overflow: str,
     scale: Scale,
-    axes: list[int],
+    scales: Any,
     key: Any,
     call: Call,
 ) -> Any:
-    elements = _Elements(element, rounding, overflow, key, call)
-    if scale.rule in MX_RULES:
-        multiplier = mx_multiplier(x, element, scale.rule, axes, call)
-        rounded = elements.on_shifted_grid(x, multiplier)
-        return call(aten.where.ScalarSelf, call(aten.eq.Scalar, multiplier, NAN_MARK), math.nan, rounded)
+    """The values of ``element`` that stand for the elements of the groups ``x``, before they are scaled back."""
+    return _quantized(x, dtype, _Elements(element, rounding, overflow, key, call), scale, scales, call)
 
-    working = working_dtype(dtype)
+
+def _quantized(x: Any, dtype: torch.dtype, elements: _Elements, scale: Scale, scales: Any, call: Call) -> Any:
+    working, exact_zero = working_dtype(dtype), elements.rounding in _NEAREST
     wide = x if dtype == working else call(prims.convert_element_type.default, x, working)
-    if rounding not in _NEAREST:
-        wide = _flushed(wide, call)
+    wide = wide if exact_zero else _flushed(wide, call)
     if scale.rule in NV_RULES:
-        value = _round_nv(wide, working, elements, scale, axes, call)
-    elif scale.rule == "asymmetric":
-        value = _round_asymmetric(wide, working, elements, axes, call)
-    else:
-        ratio = ratio_scale(x, element, scale.rule, axes, call)
-        value = call(aten.mul.Tensor, elements.rounded(_quotient(wide, ratio, rounding, working, call), working), ratio)
-    if dtype == working:
-        return value
-    value = call(round_op, value, "e8m7", "nearest_even", "ovf_inf", SOURCE)
-    return call(prims.convert_element_type.default, value, dtype)
+        scaled = call(aten.mul.Tensor, wide, nv_factor(*scales, scale, call))
+        return elements.rounded(_clamped(scaled, -6.0, 6.0, call), working)
+    y = call(aten.div.Tensor, wide, scales[0])
+    y = y if exact_zero else _flushed(y, call)
+    return elements.codes(y, scales[1]) if scale.rule == "asymmetric" else elements.rounded(y, working)
+
+
+def dequantized(q: Any, scale: Scale, scales: Any, call: Call) -> Any:
+    """The values for which `quantized` ones stand, in the working dtype."""
+    if scale.rule in NV_RULES:
+        back = aten.div.Tensor if scale.rule == "te" else aten.mul.Tensor
+        return call(back, call(aten.mul.Tensor, q, scales[0]), scales[1])
+    if scale.rule == "asymmetric":
+        q = call(aten.sub.Tensor, q, scales[1])
+    return call(aten.mul.Tensor, q, scales[0])
+
+
+def scales_of_groups(x: Any, element: ElementFormat, scale: Scale, axes: list[int], call: Call) -> tuple[Any, ...]:
+    """The scales of the groups of ``x``, of size 1 along ``axes``.
+
+    Returns:
+        For powers of two, the multipliers in the dtype of ``x`` (`fpsim.scaling.rules.mx_multiplier_code`). For ratios,
+        the ratios, and for ``asymmetric`` also the zero points. For NVFP4, the scales of the blocks and the one of the
+        tensor. All but the multipliers are float32.
+    """
+    if scale.rule in MX_RULES:
+        return (mx_multiplier(x, element, scale.rule, axes, call),)
+    if scale.rule in NV_RULES:
+        return nv_scales(x, scale, axes, call)
+    if scale.rule == "asymmetric":
+        return asymmetric_scale(x, unsigned_of(element), axes, call)
+    return (ratio_scale(x, element, scale.rule, axes, call),)
 
 
 class _Elements:
@@ -113,7 +146,9 @@ class _Elements:
     def on_shifted_grid(self, x: Any, multiplier: Any) -> Any:
         """``x`` rounded to the grid of the format divided by ``multiplier``, powers of two."""
         assert not isinstance(self.element, CodebookFormat), "casts with codebooks have ratios"
-        return self._round(x, self.element.grid() if isinstance(self.element, IntegerFormat) else self.element, multiplier)
+        return self._round(
+            x, self.element.grid() if isinstance(self.element, IntegerFormat) else self.element, multiplier
+        )
 
     def rounded(self, y: Any, working: torch.dtype) -> Any:
         """``y`` rounded to the format."""
@@ -169,7 +204,7 @@ def ratio_scale(x: Any, element: ElementFormat, rule: str, axes: list[int], call
 
 
 def _range(element: ElementFormat) -> float:
-    """The magnitude that the largest magnitude of a group becomes: half the range of integers that are not symmetric."""
+    """The magnitude that the largest magnitude of a group becomes: half the range if it is not symmetric."""
     if isinstance(element, IntegerFormat) and element.full:
         return (element.max_integer + 0.5) * 2.0**element.unit_exponent
     return element.max
@@ -182,10 +217,10 @@ def _usable(ratio: Any, amax: Any, call: Call) -> Any:
     return call(aten.where.ScalarSelf, call(aten.gt.Scalar, amax, _LARGEST), math.nan, ratio)
 
 
-def asymmetric_scale(wide: Any, element: IntegerFormat, axes: list[int], call: Call) -> tuple[Any, Any]:
-    """The ratios and the zero points of the groups of ``wide``, both float32 and of size 1 along ``axes``."""
-    high = call(aten.amax.default, call(aten.clamp_min.default, wide, 0.0), axes, True)
-    low = call(aten.amin.default, call(aten.clamp_max.default, wide, 0.0), axes, True)
+def asymmetric_scale(x: Any, element: IntegerFormat, axes: list[int], call: Call) -> tuple[Any, Any]:
+    """The ratios and the zero points of the groups of ``x``, both float32 and of size 1 along ``axes``."""
+    high = call(aten.amax.default, call(aten.clamp_min.default, x, 0.0), axes, True)
+    low = call(aten.amin.default, call(aten.clamp_max.default, x, 0.0), axes, True)
     high, low = (call.stored(call(prims.convert_element_type.default, v, torch.float32)) for v in (high, low))
     width = call(aten.sub.Tensor, high, low)
     ratio = call(aten.div.Tensor, width, _constant(float(element.max_integer), width, call))
@@ -197,21 +232,15 @@ def asymmetric_scale(wide: Any, element: IntegerFormat, axes: list[int], call: C
     return ratio, call.stored(_clamped(zero, 0.0, float(element.max_integer), call))
 
 
-def _round_asymmetric(wide: Any, working: torch.dtype, elements: _Elements, axes: list[int], call: Call) -> Any:
-    ratio, zero = asymmetric_scale(wide, unsigned_of(elements.element), axes, call)
-    code = elements.codes(_quotient(wide, ratio, elements.rounding, working, call), zero)
-    return call(aten.mul.Tensor, call(aten.sub.Tensor, code, zero), ratio)
-
-
-def nv_scales(wide: Any, scale: Scale, axes: list[int], call: Call) -> tuple[Any, Any]:
+def nv_scales(x: Any, scale: Scale, axes: list[int], call: Call) -> tuple[Any, Any]:
     """NVFP4's scales of the blocks, values of e4m3fn, and the scale of the tensor: both float32.
 
     The tensor's scale multiplies (`te`: 2688 / amax) or divides (`torchao`: amax / 2688) the elements.
     """
-    amax = call(prims.convert_element_type.default, amax_of(wide, axes, call), torch.float32)
+    amax = call(prims.convert_element_type.default, amax_of(x, axes, call), torch.float32)
     every = list(range(len(call.shape(amax))))
-    total = call.stored(call(aten.amax.default, _without_nans(amax, call), every, True))
-    usable = call(aten.lt.Scalar, total, _LARGEST * 2)
+    total = call.stored(call(aten.amax.default, amax, every, True))
+    usable = call(aten.le.Scalar, total, _LARGEST)  # not NaN either
     limited = call(aten.clamp_min.default, total, SMALLEST_RATIO)
     most = _constant(2688.0, total, call)
     if scale.rule == "te":
@@ -222,23 +251,13 @@ def nv_scales(wide: Any, scale: Scale, axes: list[int], call: Call) -> tuple[Any
     whole = call(aten.where.ScalarSelf, small, 1.0, whole)
     whole = call.stored(call(aten.where.ScalarOther, usable, whole, 1.0))
     if scale.rule == "te":
-        factor = call(aten.mul.Tensor, whole, _constant(_sixth(), whole, call))
+        factor = call(aten.mul.Tensor, whole, _constant(_SIXTH, whole, call))
         block = call(aten.mul.Tensor, amax, factor)
     else:
         sixth = call(aten.div.Tensor, amax, _constant(6.0, amax, call))
         block = call(aten.clamp_min.default, call(aten.div.Tensor, sixth, whole), 2.0**-6)
     block = call(round_op, block, "e4m3fn", "nearest_even", "sat_finite", SOURCE)
     return call.stored(block), whole
-
-
-def _without_nans(amax: Any, call: Call) -> Any:
-    """``amax`` with infinity in place of NaN."""
-    return call(aten.where.ScalarSelf, call(aten.isnan.default, amax), math.inf, amax)
-
-
-def _sixth() -> float:
-    """1/6 rounded to float32."""
-    return float.fromhex("0x1.555556p-3")
 
 
 def nv_factor(block: Any, whole: Any, scale: Scale, call: Call) -> Any:
@@ -250,19 +269,6 @@ def nv_factor(block: Any, whole: Any, scale: Scale, call: Call) -> Any:
     else:
         factor = call(aten.div.Tensor, inverse, block)
     return call.stored(call(aten.clamp_max.default, factor, _LARGEST))
-
-
-def _round_nv(wide: Any, working: torch.dtype, elements: _Elements, scale: Scale, axes: list[int], call: Call) -> Any:
-    block, whole = nv_scales(wide, scale, axes, call)
-    scaled = call(aten.mul.Tensor, wide, nv_factor(block, whole, scale, call))
-    q = elements.rounded(_clamped(scaled, -6.0, 6.0, call), working)
-    back = aten.div.Tensor if scale.rule == "te" else aten.mul.Tensor
-    return call(back, call(aten.mul.Tensor, q, block), whole)
-
-
-def _quotient(wide: Any, ratio: Any, rounding: str, working: torch.dtype, call: Call) -> Any:
-    y = call(aten.div.Tensor, wide, ratio)
-    return y if rounding in _NEAREST else _flushed(y, call)
 
 
 def _flushed(x: Any, call: Call) -> Any:
@@ -294,5 +300,3 @@ def _nearest_in_codebook(y: Any, book: CodebookFormat, working: torch.dtype, cal
         q = call(aten.index.Tensor, call.table(book.values, y), [index])
         q = call(aten.where.self, call(aten.isnan.default, y), y, q)
     return q if working == torch.float32 else call(prims.convert_element_type.default, q, working)
-
-

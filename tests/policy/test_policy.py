@@ -354,7 +354,7 @@ def test_only_operands_are_scaled(field: str) -> None:
 
 
 def test_the_error_for_an_unknown_scale_lists_the_valid_ones() -> None:
-    with pytest.raises(ValueError, match="unknown scale 'amax': use one of power_of_two, or None"):
+    with pytest.raises(ValueError, match="unknown scale 'amax': use one of power_of_two, tensor"):
         Policy(scale="amax")
 
 
