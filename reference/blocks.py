@@ -24,6 +24,7 @@ from .scales import (
     Scale,
     affine_scale,
     amax,
+    flushed,
     nv_block_scale,
     nv_reciprocal,
     nv_tensor_scale,
@@ -119,7 +120,8 @@ def quantize_block(
     """One block whose elements share a scale, rounded.
 
     - Under a power of two (``mx``, ``power_of_two``), an element is the exact quotient by the scale, rounded once.
-    - Under a ratio, the quotient rounds to ``working``, and then to the element format.
+    - Under a ratio, the quotient rounds to ``working``, and then to the element format. An element or a quotient below
+      2**-126 counts as zero, here and in the next two cases. (To nearest the result is zero anyway.)
     - An asymmetric element rounds its quotient to an integer and then adds the zero point (ONNX's order). Integers
       without sign are asymmetric under every ratio.
     - In NVFP4 the product with the float32 reciprocal of the scales rounds to ``working``, is limited to -6 to 6, and
@@ -175,7 +177,7 @@ def _exact_quotient(value: Value, scale: Value) -> Value:
 
 
 def _quotient_in(working: str | FloatFormat) -> Callable[[Value, Value], Value]:
-    return lambda value, scale: div(value, scale, working)
+    return lambda value, scale: flushed(div(flushed(value), scale, working))
 
 
 def _affine(
@@ -196,7 +198,7 @@ def _affine(
     unbounded = Integers(-(2**40), 2**40)  # the quotient is bounded only after the zero point is added
     codes = []
     for i, x in enumerate(exact):
-        whole = round_integer(div(x, d, working), unbounded, rounding, random=_number(random, i))
+        whole = round_integer(flushed(div(flushed(x), d, working)), unbounded, rounding, random=_number(random, i))
         codes.append(min(max(rational(whole) + zero_point, Fraction(0)), Fraction(levels)))
     return Block(tuple(codes), d, how.rule, zero_point)
 
@@ -217,7 +219,9 @@ def _nv(
     if scale is NAN:
         return Block((NAN,) * len(exact), NAN, rule, tensor_scale=tensor_scale)
     r = nv_reciprocal(scale, tensor_scale, rule)
-    elements = tuple(rounded(i, _clamped(mul(x, r, working), Fraction(6))) for i, x in enumerate(exact))
+    elements = tuple(
+        rounded(i, _clamped(flushed(mul(flushed(x), r, working)), Fraction(6))) for i, x in enumerate(exact)
+    )
     return Block(elements, scale, rule, tensor_scale=tensor_scale)
 
 

@@ -24,7 +24,20 @@ from .elements import Element, largest_magnitude, mantissa_bits, parse_element, 
 from .encoding import encode
 from .integers import Integers
 from .rounding import round
-from .values import INFINITIES, INFINITY, NAN, Number, Value, as_value, floor_log2, magnitude, rational, scale_b
+from .values import (
+    INFINITIES,
+    INFINITY,
+    NAN,
+    Number,
+    Value,
+    as_value,
+    floor_log2,
+    is_negative,
+    magnitude,
+    rational,
+    scale_b,
+    with_sign,
+)
 
 PowerOfTwoRule = Literal["floor", "ceil", "rceil", "even"]
 RatioRule = Literal["fp32", "bf16"]
@@ -38,6 +51,9 @@ NV_RULES: Final = get_args(NvRule)
 E8M0_EXPONENTS: Final = range(-127, 128)
 #: Scales that are no powers of two of E8M0 stay at or above this, so that no step of float32 becomes subnormal.
 LEAST_RATIO: Final = scale_b(1, -100)
+#: Below this, the smallest normal float32, a number counts as zero where a ratio scales it. A process that flushes
+#: subnormals to zero then has the same results as one that does not.
+SMALLEST_NORMAL: Final = scale_b(1, -126)
 #: Formats that reach below this are refused with ratio scales: they need none, and steps would become subnormal.
 LEAST_MAGNITUDE: Final = scale_b(1, -24)
 
@@ -275,7 +291,7 @@ def ratio_scale(a: Value, element: Element, rule: str) -> Value:
     """The ratio d of the largest magnitude ``a`` and the largest value of the format.
 
     1. ``a`` is rounded to float32. If it is NaN or infinite, the scale is NaN.
-    2. If ``a`` is 0, d is 1.
+    2. If it is below 2**-126, d is 1.
     3. d is the quotient rounded to float32; then rounded to bfloat16 if ``rule`` is ``"bf16"``.
     4. d is raised to 2**-100, and lowered to the largest finite number of its format.
 
@@ -285,7 +301,7 @@ def ratio_scale(a: Value, element: Element, rule: str) -> Value:
     rounded = round(a, "fp32")
     if rounded is NAN or rounded in INFINITIES:
         return NAN
-    if a == 0:
+    if rational(rounded) < SMALLEST_NORMAL:
         return Fraction(1)
     full = element.half_range if isinstance(element, Integers) else largest_magnitude(element)
     return _bounded(div(rounded, full, "fp32"), rule)
@@ -296,13 +312,20 @@ def _bounded(ratio: Value, rule: str) -> Fraction:
     return max(rational(round(ratio, fmt, overflow="sat_finite")), LEAST_RATIO)
 
 
+def flushed(value: Value) -> Value:
+    """``value``, or the zero of its sign in place of a number below 2**-126."""
+    if isinstance(value, Fraction) and abs(value) < SMALLEST_NORMAL:
+        return with_sign(Fraction(0), is_negative(value))
+    return value
+
+
 def affine_scale(values: Iterable[Number], levels: int) -> tuple[Value, int]:
     """The scale d and the zero point z of codes from 0 to ``levels``.
 
     The range is widened to contain 0. Its ends lo and hi, their distance and the quotient of the distance and
-    ``levels`` are rounded to float32. d is that quotient, raised to 2**-100 and lowered to the largest float32; 1 if lo
-    and hi are equal; NaN if an end is infinite or an element is NaN. z is -lo / d, rounded to float32, then to the
-    nearest integer, ties to even, then to the nearest one from 0 to ``levels``.
+    ``levels`` are rounded to float32. d is that quotient, raised to 2**-100 and lowered to the largest float32. It is 1
+    if the magnitudes of lo and hi are below 2**-126, and NaN if an end is infinite or an element is NaN. z is -lo / d,
+    rounded to float32, then to the nearest integer, ties to even, then to the nearest one from 0 to ``levels``.
 
     Source: the order of ONNX's DynamicQuantizeLinear.
     """
@@ -311,7 +334,7 @@ def affine_scale(values: Iterable[Number], levels: int) -> tuple[Value, int]:
         return NAN, 0
     finite = [Fraction(0), *map(rational, exact)]
     low, high = rational(round(min(finite), "fp32")), rational(round(max(finite), "fp32"))
-    if low == high:
+    if max(high, -low) < SMALLEST_NORMAL:
         return Fraction(1), 0
     d = _bounded(div(round(high - low, "fp32"), levels, "fp32"), "fp32")
     zero_point = rational(round(div(-low, d, "fp32"), "fp32"))
@@ -335,10 +358,10 @@ def nv_tensor_scale(a: Value, rule: str) -> Fraction:
     """The scale of a whole tensor whose largest magnitude is ``a``: one float32.
 
     ``te``: g = 2688 / a, by which elements are multiplied. ``torchao``: p = a / 2688, by which they are divided. It is
-    1 if ``a`` is 0, infinite or NaN in float32. A magnitude below 2**-100 counts as 2**-100.
+    1 if ``a`` is below 2**-126, infinite or NaN in float32. Any other magnitude below 2**-100 counts as 2**-100.
     """
     rounded = round(a, "fp32")
-    if rounded is NAN or rounded in INFINITIES or rounded == 0:
+    if rounded is NAN or rounded in INFINITIES or rational(rounded) < SMALLEST_NORMAL:
         return Fraction(1)
     bounded = max(rational(rounded), LEAST_RATIO)
     scale = div(_RANGE, bounded, "fp32") if rule == "te" else div(bounded, _RANGE, "fp32")
