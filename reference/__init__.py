@@ -6,17 +6,21 @@ operation. The reference imports nothing of fpsim but the description of the for
 - `round`, `table`, `encode` and `decode`: into a format, and between values and codes.
 - `add` to `remainder`, `exp` to `pow`: operations, correctly rounded into any format.
 - `sum` and `dot`: exact, or with every step rounded, in any order.
+- `round_block` and `round_blocks`, `quantize_block` and `quantize_blocks`: elements that share a scale, as in OCP MX
+  and NVFP4. `block_scale` and `scale_steps`: the scales of OCP MX.
+- `round_integer` and `round_codebook`: to integers, and to the nearest of a list of values.
 - `with_flags`: any of these with the flags it raises.
 - `compare` to `maximum_number`, `classify` to `ulp`: comparison, classes, neighbours and exponents.
 
 Stochastic rounding takes its random numbers as an argument, so that everything here is a function of its arguments.
 
 The files build on one another in this order: values, decoding, substitutes, rounding, encoding, outcomes, operations,
-enclosures, irrational, arithmetic, elementary, orders, sums, flags; and, beside these, tables, comparison and
-classification.
+enclosures, irrational, arithmetic, elementary, orders, sums, flags; and, beside these, tables, comparison,
+classification, and integers, codebooks, elements, scales, blocks.
 """
 
 from .arithmetic import add, convert, div, fma, mul, remainder, sqrt, sub
+from .blocks import Block, Cast, block_indices, parse_cast, quantize_block, quantize_blocks, round_block, round_blocks
 from .classification import (
     FloatClass,
     classify,
@@ -32,6 +36,7 @@ from .classification import (
     scaleb,
     ulp,
 )
+from .codebooks import CODEBOOKS, Codebook, dynamic_map, parse_codebook, round_codebook
 from .comparison import (
     compare,
     equal,
@@ -51,28 +56,38 @@ from .decoding import decode
 from .elementary import cos, erf, exp, exp2, gelu, log, log2, pow, rsqrt, sigmoid, sin, tanh
 from .encoding import encode
 from .flags import with_flags
+from .integers import Integers, parse_integers, round_integer
 from .outcomes import TININESS, Flags, Result
 from .rounding import round
+from .scales import Scale, block_scale, parse_scale, scale_steps
 from .sums import dot, sum
 from .tables import Interval, Table, table
 from .values import INFINITY, NAN, NEGATIVE_INFINITY, NEGATIVE_ZERO, Number, Special, Value, as_value, to_float
 
 __all__ = [
+    "CODEBOOKS",
     "INFINITY",
     "NAN",
     "NEGATIVE_INFINITY",
     "NEGATIVE_ZERO",
     "TININESS",
+    "Block",
+    "Cast",
+    "Codebook",
     "Flags",
     "FloatClass",
+    "Integers",
     "Interval",
     "Number",
     "Result",
+    "Scale",
     "Special",
     "Table",
     "Value",
     "add",
     "as_value",
+    "block_indices",
+    "block_scale",
     "classify",
     "compare",
     "convert",
@@ -80,6 +95,7 @@ __all__ = [
     "decode",
     "div",
     "dot",
+    "dynamic_map",
     "encode",
     "equal",
     "erf",
@@ -108,10 +124,21 @@ __all__ = [
     "mul",
     "next_down",
     "next_up",
+    "parse_cast",
+    "parse_codebook",
+    "parse_integers",
+    "parse_scale",
     "pow",
+    "quantize_block",
+    "quantize_blocks",
     "remainder",
     "round",
+    "round_block",
+    "round_blocks",
+    "round_codebook",
+    "round_integer",
     "rsqrt",
+    "scale_steps",
     "scaleb",
     "sigmoid",
     "sin",

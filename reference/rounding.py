@@ -138,25 +138,36 @@ def to_precision(
     # The code of the neighbour below. The neighbour above has the next code, also across binades. Only the parity of
     # the code matters, so it may be negative or beyond the codes of the format.
     code = ((exponent + fmt.bias) << fmt.mantissa_bits) + significand - (1 << fmt.mantissa_bits)
-    odd = code % 2 == 1
+    return (significand + takes_above(rest, quantum, code % 2 == 1, rounding, negative, draw)) * quantum
+
+
+def takes_above(rest: Fraction, quantum: Fraction, odd: bool, rounding: str, negative: bool, draw: Draw | None) -> bool:
+    """Whether a magnitude between two neighbours rounds to the one above.
+
+    Arguments:
+        rest: the distance from the neighbour below, above 0 and below ``quantum``.
+        quantum: the distance of the two neighbours.
+        odd: whether the code of the neighbour below is odd.
+        rounding, draw: as `drawn` returns them.
+        negative: whether the number itself is negative.
+    """
     match rounding:
         case "nearest_even":
-            take_above = 2 * rest > quantum or (2 * rest == quantum and odd)
+            return 2 * rest > quantum or (2 * rest == quantum and odd)
         case "nearest_away":
-            take_above = 2 * rest >= quantum
+            return 2 * rest >= quantum
         case "toward_zero":
-            take_above = False
+            return False
         case "up":
-            take_above = not negative
+            return not negative
         case "down":
-            take_above = negative
+            return negative
         case "to_odd":
-            take_above = not odd
+            return not odd
         case _:
             if draw is None:
                 raise ValueError(f"rounding {rounding!r} needs a random number")
-            take_above = draw.takes_above(rest / quantum, rounding)
-    return (significand + take_above) * quantum
+            return draw.takes_above(rest / quantum, rounding)
 
 
 def flush(rounded: Fraction, fmt: FloatFormat) -> Fraction:
