@@ -207,6 +207,27 @@ def test_quotients_below_the_normal_numbers_count_as_zero(name):
     check(x.double(), name, -1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_process_that_flushes_subnormal_numbers_has_the_same_bits(dtype):
+    """Of the blocks, whatever their scale: floating-point steps meet no subnormal number that counts."""
+    edges = torch.tensor([bits - (bits >> 31 << 32) for bits in EDGES], dtype=torch.int32).view(torch.float32)
+    tiny = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.arange(-138, -114, 4.0)
+    for x in (
+        edges[edges.isfinite()].to(dtype).reshape(-1, 1),
+        edges[edges.isfinite()].to(dtype)[None],
+        tiny.to(dtype),
+    ):
+        for name in ALL:
+            cast, modes = split_name(name)
+            plain = fpsim.round(x, cast, axis=-1, **modes)
+            torch.set_flush_denormal(True)
+            try:
+                flushed = fpsim.round(x, cast, axis=-1, **modes)
+            finally:
+                torch.set_flush_denormal(False)
+            same(exact(flushed), exact(plain), exact(x))
+
+
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), (2, 0, 3)])
 @pytest.mark.parametrize(
     "name", ["mxfp8", "nvfp4", "int8", "uint8", "nf4", "e4m3fn/block:4x4", "e4m3fn/tensor", "e4m3fn/mx:floor"]
