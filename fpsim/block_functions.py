@@ -62,17 +62,19 @@ def encode_blocks(
     dtype = check_tensor(x, "encode")
     check_cast(dtype, cast)
     axes = list(counted_axes(axis, x.dim(), str(scale))) if scale.has_axis else []
+    if x.numel() == 0:
+        raise ValueError(f"a tensor of shape {tuple(x.shape)} has no elements, and so no blocks: leave it out")
     x, call = x.detach(), OnTensors()
     if scale.rule in MX_RULES:
         x = x.double()  # holds every decoded value
     groups = split(x, scale, axes, call)
-    scales = scales_of_groups(groups.values, cast.format, scale, groups.axes, call)
+    scales = scales_of_groups(groups.values, x.dtype, cast.format, scale, groups.axes, call)
     modes = (cast.format, cast.rounding, cast.overflow, scale)
     if scale.rule in MX_RULES:
         rounded = round_scaled(x, x.dtype, *modes, axes, None, call)
         q = (split(rounded, scale, axes, call).values * scales[0]).nan_to_num(0.0)
     else:
-        q = quantized(groups.values, dtype, *modes, scales, None, call).nan_to_num(0.0)
+        q = quantized(groups.values, dtype, *modes, scales, call).nan_to_num(0.0)
     codes = _encode_elements(groups.restore(q), cast.format, scale)
     if packed and _is_packed(cast.format):
         codes = pack(codes, cast.format.name)

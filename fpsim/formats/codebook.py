@@ -8,7 +8,6 @@ import reprlib
 import struct
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property
 from typing import Literal, get_args
 
 Ties = Literal["down", "up", "even", "zero", "away"]
@@ -76,15 +75,15 @@ class CodebookFormat:
         """The largest magnitude."""
         return max(map(abs, self.values))
 
-    @cached_property
-    def thresholds(self) -> tuple[float, ...]:
-        """For each value but the first, the smallest float32 number that becomes this value or a larger one.
+    def thresholds(self, double: bool = False) -> tuple[float, ...]:
+        """For each value but the first, the smallest number that becomes this value or a larger one.
 
-        A float64 number is rounded to float32 first.
+        Args:
+            double: whether the numbers are those of float64 rather than of float32.
         """
-        return tuple(self._threshold(index) for index in range(len(self.values) - 1))
+        return tuple(self._threshold(index, double) for index in range(len(self.values) - 1))
 
-    def _threshold(self, index: int) -> float:
+    def _threshold(self, index: int, double: bool) -> float:
         low, high = self.values[index], self.values[index + 1]
         middle = (Fraction(low) + Fraction(high)) / 2
         takes_high = {
@@ -94,11 +93,12 @@ class CodebookFormat:
             "zero": abs(high) < abs(low),
             "away": abs(high) > abs(low),
         }[self.ties]
-        candidate = _float32(float(middle))
+        near, step = (float, _next_float64) if double else (lambda value: _float32(float(value)), _next_float32)
+        candidate = near(middle)
         while Fraction(candidate) > middle or (takes_high and Fraction(candidate) == middle):
-            candidate = _next_float32(candidate, -1)
+            candidate = step(candidate, -1)
         while Fraction(candidate) < middle or (not takes_high and Fraction(candidate) == middle):
-            candidate = _next_float32(candidate, 1)
+            candidate = step(candidate, 1)
         return candidate
 
 
@@ -107,6 +107,11 @@ def _float32(value: float) -> float:
         return float(struct.unpack("<f", struct.pack("<f", value))[0])
     except OverflowError:
         return math.inf
+
+
+def _next_float64(value: float, step: int) -> float:
+    """The next float64 number above (``step`` 1) or below (-1) a finite one."""
+    return math.nextafter(value, math.copysign(math.inf, step))
 
 
 def _next_float32(value: float, step: int) -> float:

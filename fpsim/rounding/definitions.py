@@ -33,6 +33,12 @@ _library.define(
     "Tensor? scale=None) -> Tensor",
     tags=(torch.Tag.pointwise,),
 )
+_library.define("random_words(Tensor x, Tensor key) -> Tensor")
+_library.define(
+    "round_with_words(Tensor x, Tensor words, str format, str rounding, str overflow, str source, "
+    "Tensor? scale=None) -> Tensor",
+    tags=(torch.Tag.pointwise,),
+)
 
 
 def check_arguments(x: Tensor, format: str, rounding: str, overflow: str) -> FloatFormat:
@@ -125,3 +131,17 @@ def round_stochastic(
         target.copy_(round_with_torch_ops(piece, fmt, rounding, overflow, word, factor))
     rounded = rounded.view(x.shape)
     return rounded if rounded.stride() == x.stride() else torch.empty_like(x).copy_(rounded)
+
+
+@torch.library.impl(_library, "random_words", "CompositeExplicitAutograd")
+def _random_words(x: Tensor, key: Tensor) -> Tensor:
+    return random_words_at(key, 0, x.numel()).view(x.shape)
+
+
+@torch.library.impl(_library, "round_with_words", "CompositeExplicitAutograd")
+def _round_with_words(
+    x: Tensor, words: Tensor, format: str, rounding: str, overflow: str, source: str, scale: Tensor | None = None
+) -> Tensor:
+    """Stochastic rounding with the random words of the elements, int32 of the shape of ``x``."""
+    fmt = check_stochastic_arguments(x, format, rounding, overflow)
+    return torch.empty_like(x).copy_(round_with_torch_ops(x, fmt, rounding, overflow, words, scale))

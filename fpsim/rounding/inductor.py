@@ -190,6 +190,36 @@ def _lower_round_stochastic(
     source: str,
     scale: ir.TensorBox | None = None,
 ) -> ir.TensorBox:
+    return _lower(x, format, rounding, overflow, scale, _word_at(x, key))
+
+
+@lowering.register_lowering(torch.ops.fpsim.round_with_words.default, type_promotion_kind=None)
+def _lower_round_with_words(
+    x: ir.TensorBox,
+    words: ir.TensorBox,
+    format: str,
+    rounding: str,
+    overflow: str,
+    source: str,
+    scale: ir.TensorBox | None = None,
+) -> ir.TensorBox:
+    load = words.make_loader()
+    return _lower(x, format, rounding, overflow, scale, lambda index: Lanes(load(index), torch.int32))
+
+
+@lowering.register_lowering(torch.ops.fpsim.random_words.default, type_promotion_kind=None)
+def _lower_random_words(x: ir.TensorBox, key: ir.TensorBox) -> ir.TensorBox:
+    word_at = _word_at(x, key)
+    return ir.Pointwise.create(
+        device=x.get_device(),
+        dtype=torch.int32,
+        inner_fn=lambda index: word_at(index).value,
+        ranges=list(x.get_size()),
+    )
+
+
+def _word_at(x: ir.TensorBox, key: ir.TensorBox) -> Callable[[Any], Lanes]:
+    """A function that returns the random word of the element of ``x`` at an index."""
     key.realize()  # compute it once, not for every element
     load_key = key.make_loader()
     sizes = x.get_size()
@@ -209,7 +239,7 @@ def _lower_round_stochastic(
         vector = Lanes(ops.index_expr(FloorDiv(linear, lanes), torch.int32), torch.int32)
         return random_word(low_key, high_key, (vector << (lanes.bit_length() - 1)) | lane)
 
-    return _lower(x, format, rounding, overflow, scale, word_at)
+    return word_at
 
 
 def _lanes(device: torch.device, sizes: Sequence[sympy.Expr]) -> int:

@@ -27,6 +27,9 @@ SOURCE = f"{source_hash()} {torch.backends.cpu.get_cpu_capability()}"
 round_op: Callable[..., Tensor] = torch.ops.fpsim.round.default
 random_key_op: Callable[[Tensor, int], Tensor] = torch.ops.fpsim.random_key.default
 round_stochastic_op: Callable[..., Tensor] = torch.ops.fpsim.round_stochastic.default
+#: The random words of the elements of a tensor, from a key; and stochastic rounding with given words.
+random_words_op: Callable[[Tensor, Tensor], Tensor] = torch.ops.fpsim.random_words.default
+round_with_words_op: Callable[..., Tensor] = torch.ops.fpsim.round_with_words.default
 
 _library = torch.library.Library("fpsim", "FRAGMENT")
 
@@ -92,6 +95,21 @@ def _random_key_fake(seed: Tensor, salt: int) -> Tensor:
 @torch.library.register_fake("fpsim::round_stochastic", lib=_library)
 def _round_stochastic_fake(
     x: Tensor, key: Tensor, format: str, rounding: str, overflow: str, source: str, scale: Tensor | None = None
+) -> Tensor:
+    check_stochastic_arguments(x, format, rounding, overflow)
+    _register_lowerings()
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("fpsim::random_words", lib=_library)
+def _random_words_fake(x: Tensor, key: Tensor) -> Tensor:
+    _register_lowerings()
+    return torch.empty(x.shape, dtype=torch.int32, device=x.device)
+
+
+@torch.library.register_fake("fpsim::round_with_words", lib=_library)
+def _round_with_words_fake(
+    x: Tensor, words: Tensor, format: str, rounding: str, overflow: str, source: str, scale: Tensor | None = None
 ) -> Tensor:
     check_stochastic_arguments(x, format, rounding, overflow)
     _register_lowerings()

@@ -59,6 +59,8 @@ def _round_scaled(
     key: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty_like(x)
+    if x.numel() == 0:
+        return out
     parsed = parse_scale(scale or None)
     rounded = round_scaled(x, x.dtype, parse_element(element), rounding, overflow, parsed, axes, key, OnTensors())
     return out.copy_(rounded)

@@ -34,8 +34,8 @@ class Call(Protocol):
     def constant(self, value: float, like: Any) -> Any:
         """A float32 number on the device of ``like``, as a value without axes."""
 
-    def table(self, values: Sequence[float], like: Any) -> Any:
-        """Float32 numbers on the device of ``like``, as a value with one axis."""
+    def table(self, values: Sequence[float], like: Any, dtype: torch.dtype) -> Any:
+        """Numbers of a dtype on the device of ``like``, as a value with one axis."""
 
 
 class OnTensors:
@@ -56,8 +56,8 @@ class OnTensors:
     def constant(self, value: float, like: torch.Tensor) -> torch.Tensor:
         return torch.full((), value, dtype=torch.float32, device=like.device)
 
-    def table(self, values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=like.device)
+    def table(self, values: Sequence[float], like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=like.device)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def split(x: Any, scale: Scale, axes: Sequence[int], call: Call) -> Groups:
     axis = axes[0]
     other = across(axis, dims) if dims > 1 else None
     if scale.kind == "column":
-        return Groups(x, [] if other is None else [other], lambda y: y)
+        return split(x, Scale(scale.rule, "row"), [] if other is None else [other], call)
     sizes = {axis: scale.sizes[-1]}
     if scale.kind == "tile" and other is not None:
         sizes[other] = scale.sizes[0]

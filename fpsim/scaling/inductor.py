@@ -83,8 +83,8 @@ class OnLowerings:
         device = like.get_device()
         return lowering.lowerings[aten.full.default]([], value, dtype=torch.float32, device=device)
 
-    def table(self, values: Sequence[float], like: ir.TensorBox) -> ir.TensorBox:
-        return V.graph.add_tensor_constant(torch.tensor(values, dtype=torch.float32, device=like.get_device()))
+    def table(self, values: Sequence[float], like: ir.TensorBox, dtype: torch.dtype) -> ir.TensorBox:
+        return V.graph.add_tensor_constant(torch.tensor(values, dtype=dtype, device=like.get_device()))
 
 
 @lowering.register_lowering(torch.ops.fpsim.mx_multiplier.default, type_promotion_kind=None)

@@ -47,8 +47,7 @@ def mx_multiplier_code(
     - ``rceil``: the least k for which amax is at most the largest value times 2^k;
     - ``even``: e' - emax, where e' is the exponent of amax rounded to the element's mantissa, ties away from zero.
 
-    It is limited to -127 to 127, the range of E8M0. It is -127 if amax is below 2^-126: a process that flushes
-    subnormals to zero does not distinguish such numbers.
+    It is limited to -127 to 127, the range of E8M0. It is -127 if amax is zero.
 
     Args:
         amax: the carrier's code of the largest magnitude.
@@ -61,21 +60,15 @@ def mx_multiplier_code(
         A code; that of 0 stands for 2^-127, which is no normal number of float32, and that of `NAN_MARK` for a NaN
         scale. The scale is NaN if the largest magnitude is infinite or NaN.
     """
-    m, grid, infinity = carrier.mantissa_bits, Grid(carrier, carrier), carrier.max_code + 1
-    amax = ops.clamp(amax, None, infinity)  # so that no sum overflows
-    power: Int
-    if rule == "floor":
-        power = amax >> m
-    elif rule == "ceil":
-        power = (amax + (grid.implicit - 1)) >> m
+    m, infinity = carrier.mantissa_bits, carrier.max_code + 1
+    grid = Grid(carrier, carrier, scaled=True)
+    a = extend(ops.clamp(amax, None, infinity), grid, ops)  # limited, so that no sum overflows
+    if rule == "ceil":
+        a = a + (grid.implicit - 1)
     elif rule == "rceil":
-        mantissa = grid.plain_code_of(element.max_units) & (grid.implicit - 1)
-        power = (amax + (grid.implicit - 1 - mantissa)) >> m
-    else:
-        half = 1 << (m - element.mantissa_bits - 1) if m > element.mantissa_bits else 0
-        power = (amax + half) >> m
-    power = power - (carrier.bias + element.max_exponent)
-    power = ops.choose(ops.less(amax, grid.plain_code_of(1 << (1074 - 126))), -E8M0_BIAS, power)
-    multiplier = (carrier.bias - ops.clamp(power, -E8M0_BIAS, E8M0_BIAS)) << m
-    mark = grid.plain_code_of((1 << (1074 - 126)) + (1 << (1074 - 133)))
-    return ops.choose(ops.less(amax, infinity), multiplier, mark)
+        a = a + (grid.implicit - 1 - (grid.code_of(element.max_units) & (grid.implicit - 1)))
+    elif rule == "even" and m > element.mantissa_bits:
+        a = a + (1 << (m - element.mantissa_bits - 1))
+    power = ops.clamp((a >> m) - (carrier.bias + element.max_exponent), -E8M0_BIAS, E8M0_BIAS)
+    multiplier = (carrier.bias - power) << m
+    return ops.choose(ops.less(amax, infinity), multiplier, grid.plain_code_of(round(NAN_MARK * 2.0**133) << 941))

@@ -19,8 +19,8 @@ from fpsim.formats import (
     IntegerFormat,
 )
 from fpsim.formats.elements import ElementFormat
-from fpsim.rounding.carriers import working_dtype
-from fpsim.rounding.ops import SOURCE, round_op, round_stochastic_op
+from fpsim.rounding.carriers import CODES_OF, working_dtype
+from fpsim.rounding.ops import SOURCE, random_words_op, round_op, round_with_words_op
 from fpsim.scaling.groups import Call, split
 from fpsim.scaling.rules import NAN_MARK
 from fpsim.scaling.scale import MX_RULES, NV_RULES, Scale
@@ -61,21 +61,25 @@ def round_scaled(
         call: runs the operators.
     """
     if scale is None:
-        return _Elements(element, rounding, overflow, key, call).rounded(x, dtype)
+        words = None if key is None else call(random_words_op, x, key)
+        return _Elements(element, rounding, overflow, words, call).rounded(x, dtype)
     groups = split(call.stored(x) if dtype == torch.bfloat16 else x, scale, axes, call)
-    elements = _Elements(element, rounding, overflow, key, call)
-    scales = scales_of_groups(groups.values, element, scale, groups.axes, call)
+    words = None
+    if key is not None:  # the word of an element belongs to its place in `x`
+        words = split(call.stored(call(random_words_op, x, key)), scale, axes, call).values
+    elements = _Elements(element, rounding, overflow, words, call)
+    scales = scales_of_groups(groups.values, dtype, element, scale, groups.axes, call)
     if scale.rule in MX_RULES:
         rounded = elements.on_shifted_grid(groups.values, scales[0])
         is_nan = call(aten.eq.Scalar, scales[0], NAN_MARK)
-        return groups.restore(call(aten.where.ScalarSelf, is_nan, math.nan, rounded))
+        return groups.restore(call.stored(call(aten.where.ScalarSelf, is_nan, math.nan, rounded)))
     working = working_dtype(dtype)
     q = _quantized(groups.values, dtype, elements, scale, scales, call)
     value = dequantized(q, scale, scales, call)
     if dtype != working:
         value = call(round_op, value, "e8m7", "nearest_even", "ovf_inf", SOURCE)
         value = call(prims.convert_element_type.default, value, dtype)
-    return groups.restore(value)
+    return groups.restore(call.stored(value))
 
 
 def quantized(
@@ -86,11 +90,10 @@ def quantized(
     overflow: str,
     scale: Scale,
     scales: Any,
-    key: Any,
     call: Call,
 ) -> Any:
     """The values of ``element`` that stand for the elements of the groups ``x``, before they are scaled back."""
-    return _quantized(x, dtype, _Elements(element, rounding, overflow, key, call), scale, scales, call)
+    return _quantized(x, dtype, _Elements(element, rounding, overflow, None, call), scale, scales, call)
 
 
 def _quantized(x: Any, dtype: torch.dtype, elements: _Elements, scale: Scale, scales: Any, call: Call) -> Any:
@@ -115,7 +118,9 @@ def dequantized(q: Any, scale: Scale, scales: Any, call: Call) -> Any:
     return call(aten.mul.Tensor, q, scales[0])
 
 
-def scales_of_groups(x: Any, element: ElementFormat, scale: Scale, axes: list[int], call: Call) -> tuple[Any, ...]:
+def scales_of_groups(
+    x: Any, dtype: torch.dtype, element: ElementFormat, scale: Scale, axes: list[int], call: Call
+) -> tuple[Any, ...]:
     """The scales of the groups of ``x``, of size 1 along ``axes``.
 
     Returns:
@@ -124,7 +129,7 @@ def scales_of_groups(x: Any, element: ElementFormat, scale: Scale, axes: list[in
         tensor. All but the multipliers are float32.
     """
     if scale.rule in MX_RULES:
-        return (mx_multiplier(x, element, scale.rule, axes, call),)
+        return (mx_multiplier(x, dtype, element, scale.rule, axes, call),)
     if scale.rule in NV_RULES:
         return nv_scales(x, scale, axes, call)
     if scale.rule == "asymmetric":
@@ -135,13 +140,13 @@ def scales_of_groups(x: Any, element: ElementFormat, scale: Scale, axes: list[in
 class _Elements:
     """Rounding to an element format, once scaled."""
 
-    def __init__(self, element: ElementFormat, rounding: str, overflow: str, key: Any, call: Call) -> None:
-        self.element, self.rounding, self.overflow, self.key, self.call = element, rounding, overflow, key, call
+    def __init__(self, element: ElementFormat, rounding: str, overflow: str, words: Any, call: Call) -> None:
+        self.element, self.rounding, self.overflow, self.words, self.call = element, rounding, overflow, words, call
 
     def _round(self, x: Any, fmt: FloatFormat, *scale: Any) -> Any:
-        if self.key is None:
+        if self.words is None:
             return self.call(round_op, x, fmt.name, self.rounding, self.overflow, SOURCE, *scale)
-        return self.call(round_stochastic_op, x, self.key, fmt.name, self.rounding, self.overflow, SOURCE, *scale)
+        return self.call(round_with_words_op, x, self.words, fmt.name, self.rounding, self.overflow, SOURCE, *scale)
 
     def on_shifted_grid(self, x: Any, multiplier: Any) -> Any:
         """``x`` rounded to the grid of the format divided by ``multiplier``, powers of two."""
@@ -178,15 +183,20 @@ def unsigned_of(element: ElementFormat) -> IntegerFormat:
 
 def amax_of(x: Any, axes: list[int], call: Call) -> Any:
     """The largest magnitudes along ``axes``, which stay with size 1; NaN where there is a NaN."""
-    if any(call.shape(x)[axis] == 0 for axis in axes):
-        return call(aten.sum.dim_IntList, x, axes, True)  # zeros
     return call.stored(call(aten.amax.default, call(aten.abs.default, x), axes, True))
 
 
-def mx_multiplier(x: Any, element: ElementFormat, rule: str, axes: list[int], call: Call) -> Any:
+def mx_multiplier(x: Any, dtype: torch.dtype, element: ElementFormat, rule: str, axes: list[int], call: Call) -> Any:
     """The powers of two by which the groups of ``x`` are multiplied: see `fpsim.scaling.rules.mx_multiplier_code`."""
-    multiplier = call(torch.ops.fpsim.mx_multiplier.default, amax_of(x, axes, call), element.name, rule, SOURCE)
-    return call.stored(multiplier)
+    assert not isinstance(element, CodebookFormat), "casts with codebooks have ratios"
+    if element.max_exponent >= 1:  # all subnormals have the smallest scale
+        amax = amax_of(x, axes, call)
+    else:  # a comparison of floats would take subnormals for zeros where the process does so
+        integer = CODES_OF[dtype]
+        magnitude = torch.iinfo(integer).max
+        codes = call(aten.bitwise_and.Scalar, call(aten.view.dtype, x, integer), magnitude)
+        amax = call(aten.view.dtype, call.stored(call(aten.amax.default, codes, axes, True)), dtype)
+    return call.stored(call(torch.ops.fpsim.mx_multiplier.default, amax, element.name, rule, SOURCE))
 
 
 def ratio_scale(x: Any, element: ElementFormat, rule: str, axes: list[int], call: Call) -> Any:
@@ -288,15 +298,14 @@ def _constant(value: float, like: Any, call: Call) -> Any:
 
 
 def _nearest_in_codebook(y: Any, book: CodebookFormat, working: torch.dtype, call: Call) -> Any:
-    if working == torch.float64:  # thresholds are float32 numbers
-        y = call(prims.convert_element_type.default, y, torch.float32)
+    thresholds = book.thresholds(working == torch.float64)
     if len(book.values) < _LONG_CODEBOOK:
         q = call(aten.mul.Tensor, y, 0.0)  # keeps NaN
         q = call(aten.where.ScalarOther, call(aten.isnan.default, y), q, book.values[0])
-        for threshold, value in zip(book.thresholds, book.values[1:], strict=True):
+        for threshold, value in zip(thresholds, book.values[1:], strict=True):
             q = call(aten.where.ScalarSelf, call(aten.ge.Scalar, y, threshold), value, q)
     else:
-        index = call(aten.bucketize.Tensor, y, call.table(book.thresholds, y), False, True)
-        q = call(aten.index.Tensor, call.table(book.values, y), [index])
+        index = call(aten.bucketize.Tensor, y, call.table(thresholds, y, working), False, True)
+        q = call(aten.index.Tensor, call.table(book.values, y, working), [index])
         q = call(aten.where.self, call(aten.isnan.default, y), y, q)
-    return q if working == torch.float32 else call(prims.convert_element_type.default, q, working)
+    return q
