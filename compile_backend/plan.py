@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fpsim.casts import Cast
+from fpsim.scaling.groups import count
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,16 @@ class Site:
     dtype: str
     cast: Cast | None
     contracted: tuple[int, ...]
+
+    @property
+    def scales(self) -> str:
+        """The number of scales, and the axes along which they lie: ``84 along -1``; empty without a scale."""
+        if self.cast is None or self.cast.scale is None:
+            return ""
+        sizes = [size for size in self.shape if isinstance(size, int)]
+        axes = [axis for axis in self.contracted if axis < len(self.shape)]
+        number = str(count(sizes, self.cast.scale, axes)) if len(sizes) == len(self.shape) else "scales"
+        return f"{number} along {', '.join(map(str, axes))}" if self.cast.has_axis and axes else number
 
     @property
     def step(self) -> str:
@@ -69,13 +80,14 @@ class Plan:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         rounded = sum(site.cast is not None for site in self.sites)
         table = Table(title=f"{rounded} of {len(self.sites)} values rounded", title_justify="left")
-        for name in ("module", "operator", "kind", "role", "shape", "carrier", "cast"):
+        has_scales = any(site.scales for site in self.sites)
+        for name in ("module", "operator", "kind", "role", "shape", "carrier", "cast", *["scales"] * has_scales):
             table.add_column(name, overflow="fold")
         for site in self.sites:
             shape = " x ".join(map(str, site.shape)) or "scalar"
             cast = Text(site.cast.written, style="green") if site.cast else Text("unrounded", style="yellow")
             words = (site.path or "(root)", site.operator, site.step, site.role, shape, site.dtype)
-            table.add_row(*map(Text, words), cast)
+            table.add_row(*map(Text, words), cast, *[Text(site.scales)] * has_scales)
         yield table
         if not self.gaps:
             yield Text("no gaps: every matrix product is covered", style="green")

@@ -30,6 +30,7 @@ from fpsim.rounding.carriers import check_carrier, working_dtype
 from fpsim.rounding.ops import SOURCE, round_op, round_stochastic_op
 from fpsim.scaling.ops import SCALE_OPERATORS, check_scaled_carrier, round_scaled_op
 from fpsim.scaling.scale import MX_RULES, NV_RULES, SCALE_NAMES, Scale, is_scale, parse_scale
+from fpsim.scaling.steps import factors
 from fpsim.suggestions import near_names
 
 #: The name in place of a format that leaves the operand unrounded.
@@ -126,6 +127,13 @@ class Cast:
         if self.scale and expand(name) == name:
             parts.append("scaled" if self.scale.rule == "power_of_two" else str(self.scale))
         return " ".join(parts)
+
+    @property
+    def grid(self) -> FloatFormat | None:
+        """The floating-point format that has the values of the format; None for a codebook."""
+        if isinstance(self.format, IntegerFormat):
+            return self.format.grid()
+        return self.format if isinstance(self.format, FloatFormat) else None
 
     @property
     def is_stochastic(self) -> bool:
@@ -351,10 +359,21 @@ def apply_arguments(
     return call(round_stochastic_op, x, key, format, rounding, overflow, SOURCE, *scale)
 
 
-def in_range_of_format(exact: Tensor, rounded: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
-    """Tensors before and after ``cast``, both multiplied by the scale of ``exact`` if the cast has a scale."""
+def in_range_of_format(
+    exact: Tensor, rounded: Tensor, cast: Cast, axes: Sequence[int] = (-1,)
+) -> tuple[Tensor, Tensor]:
+    """Tensors before and after ``cast``, both multiplied by the scales of ``exact`` if the cast has a scale.
+
+    Args:
+        axes: as for `apply_cast`.
+    """
     format, _, _, rule = cast.arguments
-    if rule is None:
+    if rule in (None, UNSCALED):
         return exact, rounded
-    scale = SCALE_OPERATORS[rule](exact, format, SOURCE)
-    return exact * scale, rounded * scale
+    if rule in SCALE_OPERATORS:
+        factor = SCALE_OPERATORS[rule](exact, format, SOURCE)
+    else:
+        assert cast.scale is not None, "a rule belongs to a scale"
+        exact, rounded = exact.double(), rounded.double()
+        factor = factors(exact, cast.format, cast.scale, list(axes))
+    return exact * factor, rounded * factor

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -100,16 +100,29 @@ class _Observation:
     keys: tuple[int, ...]
 
 
-def measure_cast(exact: Tensor, rounded: Tensor, by: Cast | None) -> Statistics:
+def measure_cast(exact: Tensor, rounded: Tensor, by: Cast | None, axes: Sequence[int] = (-1,)) -> Statistics:
     """The statistics of ``exact``, rounded to ``rounded`` by the cast ``by``; None stands for no rounding.
 
     For a scaled cast, subnormals and saturations are counted among the scaled numbers. Everything else is measured on
     the numbers before scaling and after unscaling.
     """
+    grid = None if by is None else by.grid
     if by is None or by.scale is None:
-        return measure(exact, rounded, by.format if by is not None else None)
-    scaled = measure(*in_range_of_format(exact, rounded, by), by.format)
+        return measure(exact, rounded, grid)
+    scaled = measure(*in_range_of_format(exact, rounded, by, axes), grid)
     return replace(measure(exact, rounded), subnormals=scaled.subnormals, saturations=scaled.saturations)
+
+
+def axes_of(site: Site, dims: int) -> tuple[int, ...]:
+    """The axes of an operand of ``dims`` axes along which its product sums; the last one if there is no product."""
+    return tuple(axis for axis in site.contracted if axis < dims) if site.contracted else (-1,)
+
+
+def _key_of(node: fx.Node, site: Site) -> tuple[Any, ...]:
+    """A key of the statistics of ``node``: equal for rearrangements of one value that are rounded alike."""
+    if site.cast is not None and site.cast.has_axis:
+        return node, site.cast, site.contracted
+    return base(node), site.cast, str(node.meta["val"].numel())
 
 
 class Recorder:
@@ -125,7 +138,7 @@ class Recorder:
     def __init__(self, exact: bool = False) -> None:
         self._exact = exact
         self._observations: list[_Observation] = []
-        self._keys: dict[tuple[fx.Node, Cast | None, str], int] = {}
+        self._keys: dict[tuple[Any, ...], int] = {}
         self._bound: set[int] = set()
         self._measured: set[int] = set()
         self.clear()
@@ -148,8 +161,7 @@ class Recorder:
         sites: Sequence[Site],
     ) -> None:
         keys = [
-            self._keys.setdefault((base(node), site.cast, str(node.meta["val"].numel())), len(self._keys))
-            for node, site in zip(exact, sites, strict=True)
+            self._keys.setdefault(_key_of(node, site), len(self._keys)) for node, site in zip(exact, sites, strict=True)
         ]
         self._observations.append(_Observation(value, product, tuple(exact), tuple(rounded), tuple(sites), tuple(keys)))
 
@@ -191,7 +203,9 @@ class Recorder:
         def observed(value: Tensor, exact: list[Tensor], rounded: list[Tensor], others: list[Tensor], _: int) -> Tensor:
             self._runs[number] += 1
             for i in own:
-                statistics = measure_cast(exact[i], rounded[i], observation.sites[i].cast)
+                statistics = measure_cast(
+                    exact[i], rounded[i], observation.sites[i].cast, axes_of(observation.sites[i], exact[i].dim())
+                )
                 self._statistics.setdefault(observation.keys[i], []).append(statistics)
             if compare is not None:
                 seed = (number << 32) + self._runs[number]  # other signs in every run, so that errors average out

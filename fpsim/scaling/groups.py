@@ -5,6 +5,7 @@ A `Call` runs an operator of aten. Tensors and Inductor's lowerings both go thro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -164,3 +165,12 @@ def _in_blocks(original: Any, x: Any, sizes: dict[int, int], call: Call) -> Grou
         return y if original is x else call(aten.reshape.default, y, list(call.shape(original)))
 
     return Groups(values, inner, restore, True)
+
+
+def count(shape: Sequence[int], scale: Scale, axes: Sequence[int]) -> int:
+    """The number of groups of elements that share a scale in a tensor of this shape."""
+    x = torch.empty(shape, device="meta")
+    if x.numel() == 0:
+        return 0
+    groups = split(x, scale, axes, OnTensors())
+    return math.prod(size for axis, size in enumerate(groups.values.shape) if axis not in groups.axes)

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch._inductor import ir, lowering
 from torch._inductor.virtualized import V, ops
-from torch.utils._sympy.functions import FloorDiv, Mod
+from torch.utils._sympy.functions import FloorDiv
 
 import fpsim.scaling.definitions  # noqa: F401  (registers the operator)
 from fpsim.formats import parse_element, parse_format
@@ -73,7 +73,7 @@ class OnLowerings:
         if V.graph.sizevars.statically_known_multiple_of(length, size):
             return FloorDiv(length, size), 0
         count = FloorDiv(length + (size - 1), size)
-        return count, Mod(-length, size)
+        return count, count * size - length
 
     def stored(self, x: ir.TensorBox) -> ir.TensorBox:
         x.realize()
@@ -115,7 +115,7 @@ def _lower_round_scaled(
 ) -> ir.TensorBox:
     if any(length == 0 for length in x.get_size()):
         return lowering.lowerings[aten.clone.default](x)
-    return round_scaled(
+    result = round_scaled(
         x,
         x.get_dtype(),
         parse_element(element),
@@ -126,3 +126,8 @@ def _lower_round_scaled(
         key,
         OnLowerings(),
     )
+    if all(isinstance(length, int | sympy.Integer) for length in x.get_size()):
+        return result
+    return lowering.lowerings[aten.clone.default](
+        result
+    )  # Inductor cannot order the strides of a view of unknown sizes

@@ -21,7 +21,7 @@ from fpsim.formats import (
 from fpsim.formats.elements import ElementFormat
 from fpsim.rounding.carriers import CODES_OF, working_dtype
 from fpsim.rounding.ops import SOURCE, random_words_op, round_op, round_with_words_op
-from fpsim.scaling.groups import Call, split
+from fpsim.scaling.groups import Call, OnTensors, split
 from fpsim.scaling.rules import NAN_MARK
 from fpsim.scaling.scale import MX_RULES, NV_RULES, Scale
 
@@ -102,6 +102,7 @@ def _quantized(x: Any, dtype: torch.dtype, elements: _Elements, scale: Scale, sc
     wide = wide if exact_zero else _flushed(wide, call)
     if scale.rule in NV_RULES:
         scaled = call(aten.mul.Tensor, wide, nv_factor(*scales, scale, call))
+        scaled = scaled if exact_zero else _flushed(scaled, call)
         return elements.rounded(_clamped(scaled, -6.0, 6.0, call), working)
     y = call(aten.div.Tensor, wide, scales[0])
     y = y if exact_zero else _flushed(y, call)
@@ -309,3 +310,22 @@ def _nearest_in_codebook(y: Any, book: CodebookFormat, working: torch.dtype, cal
         q = call(aten.index.Tensor, call.table(book.values, y, working), [index])
         q = call(aten.where.self, call(aten.isnan.default, y), y, q)
     return q
+
+
+def factors(x: torch.Tensor, element: ElementFormat, scale: Scale, axes: list[int]) -> torch.Tensor:
+    """The factor by which each element of ``x`` is multiplied to come into the range of ``element``; float64.
+
+    Zero points are left out.
+    """
+    call = OnTensors()
+    if x.numel() == 0:
+        return torch.ones_like(x, dtype=torch.float64)
+    groups = split(x, scale, axes, call)
+    scales = [part.double() for part in scales_of_groups(groups.values, x.dtype, element, scale, groups.axes, call)]
+    if scale.rule in MX_RULES:
+        factor = torch.where(scales[0] == 0, 2.0**-127, scales[0])
+    elif scale.rule in NV_RULES:
+        factor = scales[1] / scales[0] if scale.rule == "te" else 1 / (scales[0] * scales[1])
+    else:
+        factor = 1 / scales[0]
+    return groups.restore(factor.expand_as(groups.values))
