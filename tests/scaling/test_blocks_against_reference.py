@@ -6,6 +6,7 @@ numbers, infinities and NaN are as frequent as it likes.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -34,6 +35,12 @@ POWERS_OF_TWO = tuple(
     for element in ("e4m3fn", "e2m1fn", "e5m2", "e3m2fn", "e4m3fnuz", "e3m4")
     for scale in ("mx:4:floor", "mx:3:ceil", "mx:4:rceil", "mx:5:even", "block:2x3:power_of_two", "row:power_of_two")
 )
+#: Formats whose largest value is below 2: the scale of a subnormal block is not the smallest one.
+SMALL_FORMATS = tuple(
+    f"{element}/mx:4:{rule}"
+    for element in ("mxint8", "e1m2finite:bias=1", "e4m3:bias=30", "int8:unit=-20", "e2m1fn:bias=40")
+    for rule in ("floor", "ceil", "rceil", "even")
+)
 RATIOS = (
     "e4m3fn/tensor", "e4m3fn/tensor:bf16", "e4m3fn/row", "e5m2/row:bf16", "e2m1fn/block:4", "e3m4/block:3:bf16",
     "e4m3fn/block:2x3", "e4m3fn/block:3x3:bf16", "int8/column", "int8:full/row", "int4:full/block:4", "int4/group:3",
@@ -49,7 +56,7 @@ MODES = (
     "uint4/down/row:asymmetric", "mxint8/nearest_away/mx:4:floor", "e4m3fn/power_of_two",
     "e5m2/ovf_inf/power_of_two", "e5m2/tensor:power_of_two",
 )  # fmt: skip
-ALL = (*WHOLE, *POWERS_OF_TWO, *RATIOS, *ASYMMETRIC, *NV, *MODES)
+ALL = (*WHOLE, *POWERS_OF_TWO, *SMALL_FORMATS, *RATIOS, *ASYMMETRIC, *NV, *MODES)
 
 #: Shapes with their axes: blocks that fill an axis, ragged ones, the first and the middle axis, several axes.
 PLACES: tuple[tuple[tuple[int, ...], int | tuple[int, ...]], ...] = (
@@ -157,6 +164,13 @@ def test_powers_of_two(tensor, name):
 
 
 @many
+@given(tensors(), st.sampled_from(SMALL_FORMATS))
+def test_formats_whose_largest_value_is_small(tensor, name):
+    x, axis = tensor
+    check(x, name, axis)
+
+
+@many
 @given(tensors(), st.sampled_from(RATIOS))
 def test_ratios(tensor, name):
     x, axis = tensor
@@ -207,6 +221,27 @@ def test_quotients_below_the_normal_numbers_count_as_zero(name):
     check(x.double(), name, -1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_process_that_flushes_subnormal_numbers_has_the_same_bits(dtype):
+    """Of the blocks, whatever their scale: floating-point steps meet no subnormal number that counts."""
+    edges = torch.tensor([bits - (bits >> 31 << 32) for bits in EDGES], dtype=torch.int32).view(torch.float32)
+    tiny = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.arange(-138, -114, 4.0)
+    for x in (
+        edges[edges.isfinite()].to(dtype).reshape(-1, 1),
+        edges[edges.isfinite()].to(dtype)[None],
+        tiny.to(dtype),
+    ):
+        for name in ALL:
+            cast, modes = split_name(name)
+            plain = fpsim.round(x, cast, axis=-1, **modes)
+            torch.set_flush_denormal(True)
+            try:
+                flushed = fpsim.round(x, cast, axis=-1, **modes)
+            finally:
+                torch.set_flush_denormal(False)
+            same(exact(flushed), exact(plain), exact(x))
+
+
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), (2, 0, 3)])
 @pytest.mark.parametrize(
     "name", ["mxfp8", "nvfp4", "int8", "uint8", "nf4", "e4m3fn/block:4x4", "e4m3fn/tensor", "e4m3fn/mx:floor"]
@@ -215,6 +250,17 @@ def test_empty_tensors_stay_empty(name, shape):
     x = torch.empty(shape)
     for axis in range(len(shape)):
         assert fpsim.round(x, name, axis=axis).shape == x.shape
+
+
+@pytest.mark.parametrize("name", ["nf4/row", "codebook:down:-1,0.25,0.5,1/row", "codebook:up:-1,0.25,0.5,1/row"])
+def test_float64_quotients_are_compared_with_exact_middles(name):
+    """A number of float64 just above or below the middle of two values is no tie, though float32 cannot tell."""
+    book = reference.parse_cast(name).element
+    assert isinstance(book, reference.Codebook)
+    middles = [float((low + high) / 2) for low, high in itertools.pairwise(book.values)]
+    for ulps in (-1, 0, 1):
+        numbers = [math.nextafter(middle, math.copysign(9, ulps)) if ulps else middle for middle in middles]
+        check(torch.tensor([1.0, *numbers], dtype=torch.float64), name, -1)
 
 
 # -- stochastic rounding ----------------------------------------------------------------------------------------------
