@@ -216,14 +216,16 @@ def inline(function: str, dtype: torch.dtype, *values: Any) -> Any:
 def inline_functions_in_cpp() -> None:
     """Let Inductor's C++ code generator write `inline`: it has this operation for Triton only."""
     for kind, prelude in ((CppOverrides, _SCALARS), (CppVecOverrides, _VECTORS)):
-        kind.inline_asm_elementwise = staticmethod(_writer(kind.inline_asm_elementwise, prelude))  # type: ignore[method-assign]
+        kind.inline_asm_elementwise = staticmethod(_writer(prelude))  # type: ignore[method-assign, assignment]
 
 
-def _writer(otherwise: Callable[..., Any], prelude: str) -> Callable[..., Any]:
-    def inline_asm_elementwise(*values: Any, asm: str, constraints: Any = None, **others: Any) -> Any:
+def _writer(prelude: str) -> Callable[..., str]:
+    def inline_asm_elementwise(
+        *values: Any, asm: str, constraints: str | None = None, dtype: torch.dtype = torch.float32, **others: Any
+    ) -> str:
         if constraints != _MARK:
-            return otherwise(*values, asm=asm, constraints=constraints, **others)
-        floating, signed, unsigned = _TYPES[8 * others["dtype"].itemsize]
+            raise NotImplementedError("inline_asm_elementwise is only implemented for Triton")
+        floating, signed, unsigned = _TYPES[8 * dtype.itemsize]
         parameters = ", ".join(f"decltype({value}) x{i}" for i, value in enumerate(values))
         body = prelude.format(floating=floating, signed=signed, unsigned=unsigned) + asm
         return f"[]({parameters}) {{{body}\n}}({', '.join(map(str, values))})"

@@ -1,8 +1,8 @@
-"""Inductor's lowerings of the rounding operators: pointwise integer operations that fuse with their neighbours.
+"""Inductor's lowerings of the rounding operators: pointwise operations that fuse with their neighbours.
 
-Importing this module registers the lowerings. They run `fpsim.rounding.kernel` on values of Inductor's intermediate
-language. So the generated code, C++ on the CPU and Triton on the GPU, does the same integer arithmetic as an eager
-call.
+Importing this module registers the lowerings. On the CPU a rounding is one function of C++
+(`fpsim.rounding.cpp_functions`). Elsewhere the lowerings run `fpsim.rounding.kernel` on values of Inductor's
+intermediate language, so that the generated code does the same integer arithmetic as an eager call.
 """
 
 from __future__ import annotations

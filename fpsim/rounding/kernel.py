@@ -3,7 +3,8 @@
 The functions below use only Python's integer operators and a few helpers (`Ops`). So the same source runs on torch
 tensors, on values of Inductor's intermediate language, and on plain ints. Integer operations alone decide every bit
 (with one exact integer-to-float conversion, for formats that reach into the carrier's subnormals). A compiler's
-contraction, unsafe-math and flush-to-zero flags therefore cannot change a result.
+contraction, unsafe-math and flush-to-zero flags therefore cannot change a result. `fpsim.rounding.float_forms` has
+shorter forms for the modes and flags where these provably give the same bits.
 
 Notation. The *carrier* (float32 or float64) holds the values; a *code* is its bit pattern read as an integer.
 Codes of non-negative numbers are in the order of their values, and a carry out of the mantissa moves to the next
