@@ -356,7 +356,8 @@ class _FusedKernels(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in FUSED:
-            taken = set(self.take(func.__name__, args, kwargs))
+            with torch._C.DisableTorchFunction():  # the compiled code is no business of the user's modes
+                taken = set(self.take(func.__name__, args, kwargs))
             args = [[x for i, x in enumerate(each) if i not in taken] for each in args]
             if not args[0]:
                 return None
@@ -384,7 +385,7 @@ def intercept(
     """Let ``take`` see each call of a fused kernel in ``optimizer.step()``, until the result's ``remove()``."""
     own, kernels, active = optimizer.step, _FusedKernels(take), [True]
 
-    @functools.wraps(own.__func__)
+    @functools.wraps(getattr(own, "__func__", own))
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         # A closure runs the user's code, and a scaler's argument may skip the step.
         if not active or args or kwargs or torch.compiler.is_compiling():
