@@ -58,6 +58,7 @@ build/site/ready: pyproject.toml $(shell find fpsim reference compile_backend pa
 
 benchmarks: .venv/ready
 	$(BIN)/python -m tests.benchmarks.rounding
+	$(BIN)/python -m tests.benchmarks.rounding --peers
 	$(BIN)/python -m tests.benchmarks.training
 	$(BIN)/python -m tests.benchmarks.sharpness
 	$(BIN)/python -m tests.benchmarks.curvature

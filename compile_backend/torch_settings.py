@@ -31,6 +31,7 @@ from fpsim.compile_backend.calls import (
     watched_hooks,
     watched_method,
 )
+from fpsim.rounding.cpp_functions import inline_functions_in_cpp
 from fpsim.rounding.vector_casts import cast_whole_vectors_in_cpp
 
 #: Major and minor version of torch.
@@ -151,6 +152,7 @@ SETTINGS: tuple[Callable[[], None], ...] = (
     keep_precision_casts_in_cpp,
     keep_dtype_rules,
     cast_whole_vectors_in_cpp,
+    inline_functions_in_cpp,
     watch_compiled_calls,
 )
 

@@ -132,6 +132,11 @@ class Grid:
         return self.fmt.mantissa_bits if self.extended else min(self.fmt.mantissa_bits, self.first_field - 1)
 
     @cached_property
+    def carries_to_infinity(self) -> bool:
+        """Whether the code after the largest finite value is the carrier's infinity, in the format too."""
+        return self.fmt.has_infinity and self.plain_max + (1 << self.shift) == self.carrier.max_code + 1
+
+    @cached_property
     def tiny(self) -> bool:
         """Whether numbers below the smallest subnormal need a separate rule, because a unit exceeds a binade there."""
         quantum = self.fmt.emin - self.fmt.mantissa_bits
@@ -198,9 +203,9 @@ def round_code(
     )
     r = _round_magnitude(a, code, grid, rounding, ops, word, random_bits, linear)
     if nearest_overflows:
-        becomes_infinity = ~ops.less(r, grid.max + 1)
+        overflows = None if scale is None and grid.carries_to_infinity else ~ops.less(r, grid.max + 1)
     else:
-        becomes_infinity = _becomes_infinity(magnitude, exceeds, code, grid, rounding, overflow, ops)
+        overflows = becomes_infinity(magnitude, exceeds, code, grid, rounding, overflow, ops)
     smallest = grid.smallest
     if grid.tiny and not linear:
         if random_bits:
@@ -218,10 +223,10 @@ def round_code(
         r = ops.choose(is_zero, 0, _unextend_rounded(ops.clamp(r, grid.smallest, None) - binades, grid, ops))
     elif grid.extended:
         r = _unextend(r, grid, ops)
-    if becomes_infinity is not None and fmt.has_infinity:
-        r = ops.choose(becomes_infinity, infinity, r)
-    elif becomes_infinity is not None:
-        is_nan = is_nan | becomes_infinity
+    if overflows is not None and fmt.has_infinity:
+        r = ops.choose(overflows, infinity, r)
+    elif overflows is not None:
+        is_nan = is_nan | overflows
 
     if fmt.has_negative_zero:
         r = r | (code ^ magnitude)
@@ -247,7 +252,7 @@ def round_code(
     return ops.choose(is_nan, nan_code if fmt.has_nan else grid.plain_max, r)
 
 
-def _becomes_infinity(
+def becomes_infinity(
     magnitude: Int, exceeds: Mask, code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops
 ) -> Mask | None:
     """Numbers that become infinity, or NaN if the format has none, in modes where rounding does not produce it.
