@@ -29,11 +29,11 @@ OPTIMIZERS = (Adam, AdamW, Adagrad, SGD)
 
 # torch's kernels compute the last elements of a tensor, which fill no vector, by scalar code with other roundings.
 _VECTOR = 16
-# Tensors with fewer elements are left to torch's kernel, because each call of compiled code costs some microseconds.
-_LARGE = 1 << 14
+# Tensors with fewer elements are left to torch's kernel, because a call of compiled code costs tens of microseconds.
+_LARGE = 1 << 16
 
 # The number of tensors that one call of compiled code takes. More would compile for longer.
-_BATCH = 1
+_BATCH = 2
 
 Options = Mapping[str, Any]
 

@@ -56,7 +56,7 @@ def all_codes() -> Iterator[tuple[str, str]]:
     rounded = torch.compile(lambda x: [fpsim.round(x, **arguments) for arguments in ROUNDINGS])
     for dtype in (torch.float32, torch.bfloat16):
         yield f"fpsim.round of {dtype}", code(lambda dtype=dtype: rounded(torch.randn(1 << 12).to(dtype)))
-    p = nn.Parameter(torch.randn(1 << 14))
+    p = nn.Parameter(torch.randn(1 << 16))
     p.grad = torch.randn_like(p)
     optimizer = torch.optim.AdamW([p], fused=True)
     fpsim.round_optimizer(optimizer, "e4m3fn", compiled=True)
