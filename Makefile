@@ -56,13 +56,22 @@ build/site/ready: pyproject.toml $(shell find fpsim reference compile_backend pa
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/site build/wheel/*.whl
 	touch $@
 
+# The commands whose ratios depend on the vector width run with the machine's own vectors and with AVX2, and add rows to
+# docs/speed.md. Plain Inductor's cache does not tell widths apart, so each width has its own.
+RECORD := --record docs/speed.md
+AVX2 := ATEN_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-avx2
+OWN := TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-own
+
 benchmarks: .venv/ready
-	$(BIN)/python -m tests.benchmarks.rounding
+	$(BIN)/python -m tests.benchmarks.rounding $(RECORD)
+	$(OWN) $(BIN)/python -m tests.benchmarks.training --peers $(RECORD)
+	$(AVX2) $(BIN)/python -m tests.benchmarks.training --peers $(RECORD)
+	$(OWN) $(BIN)/python -m tests.benchmarks.training --second $(RECORD)
+	$(OWN) $(BIN)/python -m tests.benchmarks.optimizer $(RECORD)
+	$(AVX2) $(BIN)/python -m tests.benchmarks.optimizer $(RECORD)
 	$(BIN)/python -m tests.benchmarks.rounding --peers
-	$(BIN)/python -m tests.benchmarks.training
 	$(BIN)/python -m tests.benchmarks.sharpness
 	$(BIN)/python -m tests.benchmarks.curvature
-	$(BIN)/python -m tests.benchmarks.optimizer
 	$(BIN)/python -m tests.benchmarks.profiling
 	$(BIN)/python -m tests.benchmarks.study
 

@@ -29,6 +29,7 @@ from torch import Tensor
 import fpsim
 from fpsim.formats import ROUNDINGS
 from tests.benchmarks import timing
+from tests.benchmarks.results import add_record_option, record
 
 Function = Callable[[Tensor], Tensor]
 
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--peers", action="store_true", help="compare eager calls and other libraries instead")
     parser.add_argument("--json", action="store_true", help="print the ratios of this process's width alone")
+    add_record_option(parser)
     options = parser.parse_args()
     if options.peers:
         compare_with_peers(options.elements, options.repeats)
@@ -199,6 +201,8 @@ def main() -> None:
         for rows in zip(*results.values(), strict=True):
             table.add_row(rows[0][0], *(f"{ratio:.2f}" for _, ratio in rows))
         Console(width=110).print(table)
+        for width, rows in results.items():
+            record(options.record, dict(rows), vectors=width)
 
 
 def compare_with_peers(elements: int, repeats: int) -> None:
