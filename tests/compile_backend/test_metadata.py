@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 SEPARATE = {"fprop": {"activation": "e4m3fn", "weight": "e5m2"}, "dgrad": {"gradient": "e5m2"}, "output": "bf16"}
 
@@ -71,3 +71,38 @@ def test_every_node_has_the_value_that_the_graph_computes_and_its_pass(case: str
     FakeTensorProp(graph.owning_module, detect_fake_mode(inputs)).propagate_dont_convert_inputs(*inputs)
     assert noted == {node: described(node.meta["val"]) for node in noted}
     assert backward and tagged == backward
+
+
+def test_a_rounding_has_the_tags_of_its_value_and_the_place_of_its_product(graphs: list[fx.Graph]) -> None:
+    """The partitioner reads the tags: it recomputes a rounding in backward if and where it recomputes the value."""
+    x = torch.randn(2, 6, requires_grad=True)
+    torch.compile(Checkpointed(), backend="fpsim_eager", options={"format": "e4m3fn"})(x).sum().backward()
+    (graph,) = graphs
+    roundings = graph.find_nodes(op="call_function", target=torch.ops.fpsim.round.default)
+    assert len(roundings) == 6  # of two inputs, two weights and two gradients
+    tags = ("partitioner_tag", "ac_graph_id", "seq_nr")
+    for node in roundings:
+        value: fx.Node = node.args[0]
+        assert [node.meta.get(name) for name in tags] == [value.meta.get(name) for name in tags]
+        needing = {*node.users, *(further for user in node.users for further in user.users)} - {*roundings}
+        assert place(node) in [place(each) for each in needing if each.target in PRODUCTS]
+    # Backward has the weights, and may round them again. The softmax is recomputed as it is without a rounding.
+    recomputed = {node.args[0].name: node.meta.get("recompute") for node in roundings if not is_backward(node)}
+    weights = [node.args[0].name for node in roundings if node.meta["val"].shape == (6, 6)]
+    (softmax,) = (node.args[0] for node in roundings if node.args[0].op != "placeholder" and not is_backward(node))
+    assert softmax.meta["recompute"] == recomputed.pop(softmax.name) == CheckpointPolicy.PREFER_RECOMPUTE
+    assert [recomputed.pop(name) for name in weights] == [CheckpointPolicy.PREFER_RECOMPUTE] * 2
+    assert [*recomputed.values()] == [None]
+
+
+def is_backward(node: fx.Node) -> bool:
+    return node.meta["partitioner_tag"] == "is_backward"
+
+
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+def place(node: fx.Node) -> tuple[list[str], str]:
+    """The modules around a node, and the line of the model."""
+    stack = node.meta.get("fwd_nn_module_stack") or node.meta["nn_module_stack"]
+    return [path for path, _ in stack.values()], node.meta["stack_trace"]
