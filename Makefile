@@ -19,6 +19,8 @@ demo: .venv/ready
 
 # Two processes of one thread each: most tests compile or compute small things, and threads would wait for each other.
 quick test: export OMP_NUM_THREADS = 1
+# Each process compiles its own kernels: a server of compiling processes imports torch once more for each of them.
+quick test: export TORCHINDUCTOR_COMPILE_THREADS = 1
 
 # A few tests of each promise (tests/promises.py), in less than three minutes.
 quick: .venv/ready
@@ -26,7 +28,7 @@ quick: .venv/ready
 
 # Everything but the slow proofs: about 18 minutes on 2 cores with cold caches, most of it compilation.
 test: .venv/ready
-	$(PYTEST) -n 2 -m "not exhaustive" $(TESTS)
+	$(PYTEST) -n 2 --dist worksteal -m "not exhaustive" $(TESTS)
 	$(BIN)/fpsim verify --all
 
 # Every float32 input and whatever else takes minutes.
