@@ -60,7 +60,7 @@ _HARMLESS = {
         (nan)?sum mean prod std var (std|var)_mean amax amin _?aminmax argmax argmin max min all any norm trace dist
         count_nonzero native_norm logsumexp cum(sum|prod|max|min) _cum(max|min)_helper _?logcumsumexp renorm
         linalg_cross linalg_vector_norm linalg__powsum powsum _?segment_reduce _sparse_(csr_)?(sum|prod) _amp_.*
-        _fused_(adagrad|adam|adamw|sgd)""",
+        _fused_(adagrad|adam|adamw|sgd) _(cdist|pdist)(_forward)?""",
     "norms, activations and losses": r"""
         (_?native_|cudnn_|miopen_|quantized_)?batch_norm(_.*)? _batch_norm_.* native_(layer|group)_norm _fused_rms_norm
         _weight_norm_interface (_sparse)?_?(safe_|masked_|log_)?softmax(_backward_data)? _prelu_kernel celu elu gelu
@@ -89,6 +89,9 @@ _COMPOSED = frozenset(
 #: Bags of embeddings, which are products only with a weight for each sample.
 _WEIGHTED = re.compile("_embedding_bag.*")
 
+#: The number by which `torch.cdist` asks for Euclidean distances without a product.
+_NO_PRODUCT = 2
+
 
 def may_multiply(operator: str, shapes: Sequence[Sequence[int]] = ()) -> bool:
     """Whether a call of ``operator`` (``aten::mm``), as torch's profiler names it, may hold a matrix product.
@@ -116,6 +119,8 @@ def may_multiply_in_call(overload: OpOverload, arguments: Sequence[Any]) -> bool
     operator, name = overload._schema.name, overload._opname
     if _WEIGHTED.fullmatch(name):
         return _has_weights(operator, [getattr(argument, "shape", ()) for argument in arguments])
+    if name == "_cdist_forward":  # an operator that this one calls is not seen here
+        return arguments[2] == 2 and arguments[3] != _NO_PRODUCT
     is_composed_here = _is_composed(overload) and name not in _COMPOSED
     return _is_suspect(operator) or (not is_composed_here and operator.startswith("aten::") and not _is_known(overload))
 

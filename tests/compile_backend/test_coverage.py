@@ -558,11 +558,11 @@ def _(x: Tensor) -> Tensor:
 
 
 REFUSALS: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
-    "distances of few points": (lambda x: torch.cdist(x, x), "aten._cdist_forward", ".square().sum(-1).sqrt()"),
+    "distances of few points": (lambda x: torch.cdist(x, x), "aten._cdist_forward", "donot_use_mm_for_euclid_dist"),
     "distances of many": (
         lambda x: torch.cdist(x.repeat(9, 1), x),
         "aten._euclidean_dist",
-        ".square().sum(-1).sqrt()",
+        "donot_use_mm_for_euclid_dist",
     ),
     "weighted embeddings": (
         lambda x: F.embedding_bag(torch.zeros(4, 4, dtype=torch.int64), x, per_sample_weights=x, mode="sum"),
@@ -603,6 +603,47 @@ def test_embeddings_without_weights_are_only_added_up() -> None:
     table = torch.randn(4, 2, requires_grad=True)
     plan = fpsim.explain(lambda t: F.embedding_bag(torch.tensor([[0, 2], [1, 0]]), t, mode="sum"), table)
     assert plan.sites == plan.gaps == ()
+
+
+@pytest.mark.parametrize("rows", [2, 30])  # torch takes Euclidean distances of more than 25 points from a product
+@pytest.mark.parametrize(
+    ("p", "mode"),
+    [
+        (p, mode)
+        for p in (0.0, 0.5, 1.0, 2.0, 3.0, float("inf"))
+        for mode in ("use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist")
+        if p != 2 or mode == "donot_use_mm_for_euclid_dist"
+    ],
+)
+def test_distances_without_a_product_are_computed_as_in_eager_mode(p: float, mode: str, rows: int) -> None:
+    def distances(x: Tensor) -> Tensor:
+        return torch.cdist(x, 2 * x, p=p, compute_mode=mode)
+
+    x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(0))
+    results = []
+    for function in (distances, torch.compile(distances, backend="fpsim_eager", fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        (gradient,) = torch.autograd.grad(y.sum(), leaf)
+        results.append((y, gradient))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert fpsim.explain(distances, x.requires_grad_()).gaps == ()
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+def test_distances_between_the_rows_of_one_tensor_are_no_product(p: float) -> None:
+    x = torch.randn(30, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y = torch.compile(lambda x: F.pdist(x, p), backend="fpsim_eager", fullgraph=True)(x)
+    assert torch.equal(y, F.pdist(x, p))
+    gradients = [torch.autograd.grad(each.sum(), x)[0] for each in (y, F.pdist(x, p))]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("rows", [2, 30])
+@pytest.mark.parametrize("mode", ["use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist"])
+def test_euclidean_distances_are_refused_unless_the_call_asks_for_no_product(mode: str, rows: int) -> None:
+    message = refused(lambda x: torch.cdist(x, x, compute_mode=mode), torch.randn(rows, 3))
+    assert "Give torch.cdist compute_mode='donot_use_mm_for_euclid_dist'" in message
 
 
 def test_flex_attention_is_refused() -> None:
