@@ -165,18 +165,21 @@ def _has_weights(operator: str, shapes: Sequence[Sequence[int]]) -> bool:
 
 
 class Witness(TorchDispatchMode):
-    """Watch the operators that run forward and are not left out by ``is_covered``, without changing them.
+    """Watch the operators that run and are not left out by ``is_covered``, without changing them.
 
     Attributes:
-        computed: whether any operator computed a tensor; views and copies count too.
-        products: how often each operator ran that may hold a matrix product, by its name (``aten.mm``).
+        in_backward: called with the autograd node that is evaluated, and the name of an operator in it that may hold a
+            matrix product.
+        computed: whether any operator computed a tensor in forward code; views and copies count too.
+        products: how often each operator ran in forward code that may hold a matrix product, by its name (``aten.mm``).
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, is_covered: Callable[[], bool]) -> None:
+    def __init__(self, is_covered: Callable[[], bool], in_backward: Callable[[Any, str], None]) -> None:
         super().__init__()
         self.is_covered = is_covered
+        self.in_backward = in_backward
         self.computed = False
         self.products: Counter[str] = Counter()
 
@@ -192,12 +195,16 @@ class Witness(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        # Compiling runs operators on made-up numbers. Backward passes belong to forward code, which was seen.
-        is_judged = TracingContext.try_get() is None and torch._C._current_autograd_node() is None
-        if isinstance(func, OpOverload) and is_judged and not self.is_covered():
-            self.computed |= func.namespace not in _HARMLESS_LIBRARIES
+        # compiling runs operators on made-up numbers
+        if isinstance(func, OpOverload) and TracingContext.try_get() is None and not self.is_covered():
+            node = torch._C._current_autograd_node()
+            self.computed |= node is None and func.namespace not in _HARMLESS_LIBRARIES
             if may_multiply_in_call(func, args):
-                self.products[func._schema.name.replace("::", ".")] += 1
+                operator = func._schema.name.replace("::", ".")
+                if node is None:
+                    self.products[operator] += 1
+                else:
+                    self.in_backward(node, operator)
         return func(*args, **(kwargs or {}))
 
 
