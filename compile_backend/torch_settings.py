@@ -34,6 +34,7 @@ from fpsim.compile_backend.calls import (
     watched_hooks,
     watched_method,
 )
+from fpsim.compile_backend.covariance import covariance
 from fpsim.compile_backend.watching import watched_backward
 from fpsim.rounding.vector_casts import cast_whole_vectors_in_cpp
 
@@ -101,6 +102,18 @@ def keep_dtype_rules() -> None:
 
 
 @lru_cache(maxsize=1)
+def trace_covariances() -> None:
+    """Let Dynamo trace `torch.cov` and `torch.corrcoef`, whose kernel looks at values.
+
+    By default it leaves out the code around them, and their product runs unrounded. Only tracing uses the other kernel.
+    """
+    key, op = torch._C.DispatchKey, torch.ops.aten.cov.default
+    for composed in (key.CompositeImplicitAutograd, key.FuncTorchBatchedDecomposition):
+        if op.has_kernel_for_dispatch_key(composed) and composed not in op.py_kernels:
+            op.py_impl(composed)(covariance)
+
+
+@lru_cache(maxsize=1)
 def watch_compiled_calls() -> None:
     """Let a call of a model compiled with fpsim be an error, or a warning, if Dynamo runs it without fpsim.
 
@@ -161,6 +174,7 @@ def watch_compiled_calls() -> None:
 SETTINGS: tuple[Callable[[], None], ...] = (
     fail_at_recompile_limit,
     trace_recurrent_layers,
+    trace_covariances,
     keep_precision_casts_in_cpp,
     keep_dtype_rules,
     cast_whole_vectors_in_cpp,

@@ -327,6 +327,8 @@ _BY_PACKET = {entry.packet: entry for entry in PRODUCTS}
 
 #: Composed operators in which every multiplication of two tensors belongs to a product.
 COMPOSED = frozenset(name for entry in PRODUCTS for name in entry.composed)
+#: Composed operators that compute a product of complex numbers as several of real numbers.
+SPLIT_IF_COMPLEX = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
 #: Composed operators whose second argument is a weight.
 LINEAR = frozenset({"linear"})
 

@@ -247,4 +247,8 @@ def _step(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str,
 def _is_compiled(model: Callable[..., Any]) -> bool:
     """Whether ``model``, or a module in it, was compiled, by `torch.compile` or in place."""
     parts = model.modules() if isinstance(model, nn.Module) else [model]
-    return any(uncompiled(part) is not part or getattr(part, "_compiled_call_impl", None) for part in parts)
+    return any(
+        uncompiled(part) is not part
+        or hasattr(getattr(part, "_compiled_call_impl", None), "_torchdynamo_orig_callable")
+        for part in parts
+    )
