@@ -7,7 +7,7 @@ import pytest
 
 from fpsim import reference
 from fpsim.cli import exact_numbers
-from fpsim.formats import NAMED_FORMATS, parse_format
+from fpsim.formats import NAMED_FORMATS, WHOLE_FORMATS, parse_format
 from tests.shared.command_line import cells, run
 
 
@@ -17,7 +17,7 @@ def rows(output: str) -> list[list[str]]:
 
 def test_formats_shows_the_facts_of_every_named_format():
     shown = {row[0].split(" ")[0]: row[1:] for row in rows(run("formats"))}
-    assert list(shown) == list(NAMED_FORMATS)
+    assert list(shown) == [*NAMED_FORMATS, *WHOLE_FORMATS]
     assert shown["e4m3fn"] == ["8", "4", "3", "7", "448", "2^-6", "2^-9", "-", "yes", "253"]
     assert shown["fp16"] == ["16", "5", "10", "15", "65504", "2^-14", "2^-24", "yes", "yes", "63,487"]
     assert shown["e8m0fnu"] == ["8", "8", "0", "127", "1.70141e+38", "2^-127", "-", "-", "yes", "255"]
@@ -71,3 +71,8 @@ def test_formats_shows_values_exactly():
     assert shown["0xfe"] == ["1 | 1111 | 110", "-7 * 2^6", "-448"]
     assert shown["0x80"] == ["1 | 0000 | 000", "-0", "-0"]
     assert shown["0xff"] == ["1 | 1111 | 111", "nan", "nan"]
+
+
+def test_formats_lists_names_of_elements_with_scales():
+    assert ["mxfp8", "e4m3fn", "mx"] in cells(run("formats"))
+    assert cells(run("formats", "nvfp4", "int8"))[-2:] == [["nvfp4", "e2m1fn", "nv"], ["int8", "int8", "row"]]

@@ -108,3 +108,13 @@ def test_round_shows_the_candidates_of_one_stochastic_rounding():
         ["stochastic_b:4", "1", "0x1p0", "0x38", "0 | 0111 | 000", "0", "1"],
         ["stochastic_b:4", "nan", "nan", "0x7f", "0 | 1111 | 111", "0", "1"],
     ]
+
+
+def test_round_shows_elements_and_scales_of_formats_with_scales():
+    rows = cells(run("round", "957", "1", "448", "449", "--format", "e4m3fn/mx:2"))
+    assert rows[-4:] == [
+        ["957", "0", "240", "4", "960"],
+        ["1", "0", "0.25", "4", "1"],
+        ["448", "1", "224", "2", "448"],
+        ["449", "1", "224", "2", "448"],
+    ]
