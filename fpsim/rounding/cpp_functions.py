@@ -40,16 +40,16 @@ typedef {signed} I __attribute__((vector_size(sizeof(x0))));
 typedef {unsigned} U __attribute__((vector_size(sizeof(x0))));
 const auto converted = [](I a) {{ return __builtin_convertvector(a, F); }};
 const auto truncated = [](F a) {{ return __builtin_convertvector(a, I); }};
-const auto all = [](I mask) {{
+const auto none = [](I mask) {{
     constexpr int count = sizeof(x0) / sizeof(at::vec::Vectorized<{signed}>);
-    return at::vec::VecMask<{signed}, count>(c10::bit_cast<at::vec::VectorizedN<{signed}, count>>(mask)).all_masked();
+    return at::vec::VecMask<{signed}, count>(c10::bit_cast<at::vec::VectorizedN<{signed}, count>>(mask)).all_zero();
 }};
 """
 _SCALARS = """
 using F = {floating}; using I = {signed}; using U = {unsigned};
 const auto converted = [](I a) {{ return F(a); }};
 const auto truncated = [](F a) {{ return I(a); }};
-const auto all = [](bool mask) {{ return mask; }};
+const auto none = [](bool mask) {{ return !mask; }};
 """
 
 
@@ -128,12 +128,14 @@ class CppOps:
     def clamp(self, a: Name, low: int | None, high: int | None) -> Name:
         if low is not None:
             a = self._chosen(a, ">", low)
-        return a if high is None else self._chosen(a, "<", high)
+        return a if high is None else self._chosen(a, "<=", high)  # of `<`, g++ makes no minimum
 
     def larger(self, a: Name, b: Name) -> Name:
         return self._chosen(a, ">", b)
 
     def less(self, a: Name, bound: Name | int) -> CppMask:
+        if isinstance(bound, int):  # `bound - 1` is oftener a constant that the function has anyway, such as infinity
+            return CppMask(self.text.name(f"(I){a} > (I){self.text.constant(bound - 1)}"), negated=True)
         return CppMask(self.text.name(f"(I){a} < (I){self.text.lift(bound)}"))
 
     def choose(self, mask: CppMask, a: Name | int, b: Name | int) -> Name:
@@ -184,7 +186,7 @@ def rounding_function(
         code = round_code(code, Grid(CARRIERS[dtype], carrier), "nearest_even", "ovf_inf", cpp_ops)
     if floats and suits(grid, rounding):
         if scale is not None:
-            text.lines.append(f"if (all({scale_suits(scale, grid, rounding, cpp_ops).value})) {{")
+            text.lines.append(f"if (none({(~scale_suits(scale, grid, rounding, cpp_ops)).value})) {{")
         text.give(round_with_floats(code, grid, rounding, overflow, cpp_ops, word, scale))
         if scale is None:
             return "\n".join(text.lines)

@@ -111,8 +111,8 @@ def round_with_floats(
         r = ops.choose(becomes, infinity, r)
     elif becomes is not None:
         is_nan = is_nan | becomes
-    sign = code ^ magnitude
-    r = r | (sign if fmt.has_negative_zero else sign & -r)  # -r has the sign bit unless r is 0
+    # The exclusive-or of three takes no constant. Without a negative zero, -r has the sign bit unless r is 0.
+    r = r ^ code ^ magnitude if fmt.has_negative_zero else r | ((code ^ magnitude) & -r)
     return ops.choose(is_nan, carrier.nan_code if fmt.has_nan else grid.plain_max, r)
 
 
