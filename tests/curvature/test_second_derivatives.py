@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from fpsim.curvature import CurvatureError, eigenpairs, functional_loss, hessian, trace
+from fpsim.curvature import CurvatureError, eigenpairs, functional_loss, gauss_newton, hessian, trace
 from fpsim.curvature.second_derivatives import WRONG
 from tests.curvature.double_backward import (
     Sample,
@@ -151,6 +151,20 @@ def test_what_torch_differentiates_wrong_is_right_or_refused(entry):
     assert any(not error <= 1e-4 for error in seen), seen
     approximate = hessian(function, point, mode="finite_difference") @ vector
     assert relative(approximate, want) <= 1e-3
+
+
+def test_the_gauss_newton_matrix_of_a_determinant_is_right_in_reverse_and_refused_in_forward_mode():
+    """The derivative of a determinant is the transposed adjugate, at singular matrices too."""
+    params = {"x": torch.tensor([[1.0, 2], [2, 4]], dtype=torch.float64)}
+    adjugate = torch.tensor([4.0, -2, -2, 1], dtype=torch.float64)
+
+    def outputs(p):
+        return torch.linalg.det(p["x"]).reshape(1)
+
+    vector = torch.tensor([1.0, 0, 2, 3], dtype=torch.float64)
+    torch.testing.assert_close(gauss_newton(outputs, "squared", params) @ vector, adjugate * (adjugate @ vector))
+    with pytest.raises(CurvatureError, match=r"linalg\.det, .*zero at singular matrices.*use mode='reverse'"):
+        gauss_newton(outputs, "squared", params, mode="forward") @ vector
 
 
 def test_scripted_weight_norm_is_refused():
