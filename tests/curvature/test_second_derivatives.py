@@ -153,18 +153,21 @@ def test_what_torch_differentiates_wrong_is_right_or_refused(entry):
     assert relative(approximate, want) <= 1e-3
 
 
-def test_the_gauss_newton_matrix_of_a_determinant_is_right_in_reverse_and_refused_in_forward_mode():
-    """The derivative of a determinant is the transposed adjugate, at singular matrices too."""
-    params = {"x": torch.tensor([[1.0, 2], [2, 4]], dtype=torch.float64)}
-    adjugate = torch.tensor([4.0, -2, -2, 1], dtype=torch.float64)
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_the_gauss_newton_matrix_of_a_determinant_is_refused_at_singular_matrices_alone(mode):
+    """The derivative of a determinant is the transposed adjugate."""
+    adjugate = torch.tensor([5.0, -2, -2, 1], dtype=torch.float64)
 
     def outputs(p):
         return torch.linalg.det(p["x"]).reshape(1)
 
     vector = torch.tensor([1.0, 0, 2, 3], dtype=torch.float64)
-    torch.testing.assert_close(gauss_newton(outputs, "squared", params) @ vector, adjugate * (adjugate @ vector))
-    with pytest.raises(CurvatureError, match=r"linalg\.det, .*zero at singular matrices.*use mode='reverse'"):
-        gauss_newton(outputs, "squared", params, mode="forward") @ vector
+    params = {"x": torch.tensor([[1.0, 2], [2, 5]], dtype=torch.float64)}
+    got = gauss_newton(outputs, "squared", params, mode=mode) @ vector
+    torch.testing.assert_close(got, adjugate * (adjugate @ vector))
+    params["x"][1, 1] = 4
+    with pytest.raises(CurvatureError, match=r"linalg\.det, .*zero at singular matrices.*hessian with mode='reverse'"):
+        gauss_newton(outputs, "squared", params, mode=mode) @ vector
 
 
 def test_scripted_weight_norm_is_refused():
