@@ -25,10 +25,11 @@ from torch.profiler import record_function
 from fpsim.compile_backend import guards
 from fpsim.compile_backend.attention import decompose_attention
 from fpsim.compile_backend.graph.composites import recorded
-from fpsim.compile_backend.graph.dynamo import copied
+from fpsim.compile_backend.graph.dynamo import copied, has_layer
 from fpsim.compile_backend.graph.operations import decompositions
 from fpsim.compile_backend.graph.sources import Source, sources_of_inputs
 from fpsim.compile_backend.observe.recorder import Recorder
+from fpsim.compile_backend.passes.products import rounds_only_weights
 from fpsim.compile_backend.passes.rounding_pass import Observer, RoundingPass
 from fpsim.compile_backend.torch_settings import apply_settings
 from fpsim.compile_backend.watching import graph_runs, own_work
@@ -94,7 +95,8 @@ def compile_with_rounding(
         stack.enter_context(own_work())
         stack.enter_context(attention)
         stack.enter_context(recorded())
-        if interpret:
+        # The pass warns if a policy for weights finds none. It does not run for code that comes from the cache.
+        if interpret or (rounds_only_weights(policy) and not has_layer(gm, policy)):
             stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
             patches["fx_graph_cache"] = False
         compiler: dict[str, Any] = {"inner_compile": interpreter(recorder, keep)} if interpret else {}

@@ -15,11 +15,12 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch._guards import TracingContext
+from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
 from fpsim.compile_backend.errors import UnroundedWarning
@@ -116,9 +117,16 @@ _pending: weakref.WeakSet[Gradients] = weakref.WeakSet()
 
 
 def _nodes(values: Any) -> list[Any]:
-    """The autograd nodes of the tensors and gradient edges in ``values``."""
-    found = [getattr(leaf, "grad_fn", getattr(leaf, "node", None)) for leaf in pytree.tree_leaves(values)]
-    return [node for node in found if node is not None]
+    """The autograd nodes of the tensors, and those of the gradient edges, in ``values``."""
+    found = []
+    for leaf in pytree.tree_leaves(values):
+        if isinstance(leaf, torch.Tensor):
+            found += [leaf.grad_fn] if leaf.grad_fn is not None else []
+        elif isinstance(leaf, Node):
+            found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += _nodes([getattr(leaf, each.name, None) for each in fields(leaf)])
+    return found
 
 
 @contextlib.contextmanager

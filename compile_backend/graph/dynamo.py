@@ -7,12 +7,25 @@ from copy import deepcopy
 
 from torch import fx
 
+from fpsim.compile_backend.graph.nodes import module_path
+from fpsim.compile_backend.graph.products import LINEAR, SPLIT_IF_COMPLEX
+from fpsim.policy import Policy
+
 
 def all_nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:
     """The nodes of a graph, and of the bodies of its higher-order operators (a checkpointed module is one)."""
     for part in gm.modules():
         if isinstance(part, fx.GraphModule):
             yield from part.graph.nodes
+
+
+def has_layer(gm: fx.GraphModule, policy: Policy) -> bool:
+    """Whether a linear layer or a convolution, which has a weight, runs under ``policy`` itself and no rule in it."""
+    return any(
+        getattr(node.target, "__name__", "") in LINEAR | SPLIT_IF_COMPLEX
+        and policy.at(module_path(node) or "") == policy
+        for node in all_nodes(gm)
+    )
 
 
 def copied(gm: fx.GraphModule) -> fx.GraphModule:

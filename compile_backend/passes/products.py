@@ -18,7 +18,7 @@ from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.places import policy_at, site_of_product
 from fpsim.compile_backend.plan import Gap, Site
 from fpsim.policy import Policy
-from fpsim.policy.policy import KINDS
+from fpsim.policy.policy import KINDS, ROLES
 from fpsim.rounding.carriers import CARRIERS
 
 
@@ -76,11 +76,21 @@ def round_products(
     return sites, gaps
 
 
+def rounds_only_weights(policy: Policy) -> bool:
+    """Whether ``policy`` rounds no product without a weight."""
+    casts = {role: any(policy.cast(kind, role) for kind in KINDS) for role in ROLES}
+    return policy.products == "weights" or (casts.pop("weight") and not any(casts.values()))
+
+
 def warn_if_no_weight_is_found(products: Sequence[Product], sites: Sequence[Site], policy: Policy) -> None:
     """Warn of a graph in which ``policy`` rounds nothing, only because no product has a weight."""
     asked = [product for product in products if not product.constant and policy.at(product.path or "") == policy]
-    wants_weights = policy.products == "weights" or any(policy.cast(kind, "weight") for kind in KINDS)
-    if asked and wants_weights and not any(site.cast for site in sites) and not any(p.has_weight for p in asked):
+    if (
+        asked
+        and rounds_only_weights(policy)
+        and not any(site.cast for site in sites)
+        and not any(p.has_weight for p in asked)
+    ):
         warnings.warn(
             f"fpsim rounds nothing in this graph: the policy rounds weights, and none of its {len(asked)} products has "
             "a weight. Weights are parameters, buffers, and the second arguments of linear layers and convolutions; "

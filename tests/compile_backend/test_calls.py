@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -808,6 +809,25 @@ def test_products_that_run_in_backward_beside_the_graphs_are_a_warning_once(make
         caught += [each for each in here if issubclass(each.category, UnroundedWarning)]
     (warning,) = caught
     assert re.search(message, str(warning.message)) and warning.filename == __file__
+
+
+@dataclass
+class Output:
+    """A result that torch's pytrees do not know."""
+
+    value: Tensor
+    node: str = "of no graph"
+
+
+def test_results_of_any_kind_and_gradient_edges_are_followed() -> None:
+    model, _ = of_custom_function()
+    function = compiled(lambda x: Output(model(x)))
+    with pytest.warns(UnroundedWarning, match="in the backward pass of"):
+        function(X).value.sum().backward()
+    function = compiled(lambda x: {"y": [model(x), "text"]})
+    edge = torch.autograd.graph.get_gradient_edge(function(X)["y"][0])
+    with pytest.warns(UnroundedWarning, match="in the backward pass of"):
+        torch.autograd.backward([edge], [torch.ones(3, 6)])
 
 
 def test_compiled_code_warns_of_backward_too() -> None:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 from torch.nn.parallel import DistributedDataParallel
 
 import fpsim
@@ -207,6 +209,42 @@ def test_a_policy_for_weights_that_finds_none_says_so(options: Any) -> None:
         torch.compile(lambda a, b: a @ b, backend="fpsim_eager", options=options)(torch.ones(2, 2), torch.ones(2, 2))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"policy": "paper:e8m3"},
+        {"weight": "e8m3"},
+        {"policy": "paper:e8m3", "skip": "layer"},  # where the only weight is
+    ],
+)
+def test_it_says_so_of_code_from_a_warm_cache_too(options: dict[str, Any]) -> None:
+    class Squared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2) if "skip" in options else nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x)
+            return x @ x
+
+    with fresh_cache():
+        for _ in range(2):
+            torch._dynamo.reset()
+            with pytest.warns(UserWarning, match="fpsim rounds nothing in this graph"):
+                torch.compile(Squared(), backend="fpsim", options=options)(torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("options", [{"policy": "paper:e8m3"}, {"weight": "e8m3"}, {"policy": "fp8_hybrid"}])
+def test_a_model_with_weights_comes_from_the_cache(options: dict[str, Any]) -> None:
+    with fresh_cache():
+        for _ in range(2):
+            torch._dynamo.reset()
+            counters.clear()
+            with torch.no_grad():
+                torch.compile(nn.Linear(2, 2), backend="fpsim", options=options)(torch.ones(2, 2))
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+
+
 @pytest.mark.parametrize("options", [{"format": "none"}, {"format": "bf16", "skip": ["*"]}, {"weight": "e8m3"}])
 def test_a_policy_that_finds_what_it_names_says_nothing(options: dict[str, Any]) -> None:
     with warnings.catch_warnings():
@@ -260,7 +298,9 @@ def test_products_of_weights_alone() -> None:
 
     plan = fpsim.explain(Attention(), torch.randn(2, 3, 8, requires_grad=True), policy="paper:e8m3")
     assert {(site.path, site.kind, site.cast and str(site.cast)) for site in plan.sites} == {
-        (path, kind, "e8m3/toward_zero/sat_finite") for path in ("qkv", "out") for kind in ("fprop", "dgrad", "wgrad")
+        (path, kind, "e8m3/toward_zero/sat_propagate")
+        for path in ("qkv", "out")
+        for kind in ("fprop", "dgrad", "wgrad")
     }
     reasons = [gap.reason for gap in plan.gaps]
     assert reasons.count("fprop of two activations left unrounded by the policy") == 2

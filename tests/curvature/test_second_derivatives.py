@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from fpsim.curvature import CurvatureError, eigenpairs, functional_loss, hessian, trace
+from fpsim.curvature import CurvatureError, eigenpairs, functional_loss, gauss_newton, hessian, trace
 from fpsim.curvature.second_derivatives import WRONG
 from tests.curvature.double_backward import (
     Sample,
@@ -151,6 +151,23 @@ def test_what_torch_differentiates_wrong_is_right_or_refused(entry):
     assert any(not error <= 1e-4 for error in seen), seen
     approximate = hessian(function, point, mode="finite_difference") @ vector
     assert relative(approximate, want) <= 1e-3
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_the_gauss_newton_matrix_of_a_determinant_is_refused_at_singular_matrices_alone(mode):
+    """The derivative of a determinant is the transposed adjugate."""
+    adjugate = torch.tensor([5.0, -2, -2, 1], dtype=torch.float64)
+
+    def outputs(p):
+        return torch.linalg.det(p["x"]).reshape(1)
+
+    vector = torch.tensor([1.0, 0, 2, 3], dtype=torch.float64)
+    params = {"x": torch.tensor([[1.0, 2], [2, 5]], dtype=torch.float64)}
+    got = gauss_newton(outputs, "squared", params, mode=mode) @ vector
+    torch.testing.assert_close(got, adjugate * (adjugate @ vector))
+    params["x"][1, 1] = 4
+    with pytest.raises(CurvatureError, match=r"linalg\.det, .*zero at singular matrices.*hessian with mode='reverse'"):
+        gauss_newton(outputs, "squared", params, mode=mode) @ vector
 
 
 def test_scripted_weight_norm_is_refused():
