@@ -19,6 +19,8 @@ demo: .venv/ready
 
 # Two processes of one thread each: most tests compile or compute small things, and threads would wait for each other.
 quick test: export OMP_NUM_THREADS = 1
+# Each process compiles its own kernels: a server of compiling processes imports torch once more for each of them.
+quick test: export TORCHINDUCTOR_COMPILE_THREADS = 1
 
 # A few tests of each promise (tests/promises.py), in less than three minutes.
 quick: .venv/ready
@@ -26,7 +28,7 @@ quick: .venv/ready
 
 # Everything but the slow proofs: about 18 minutes on 2 cores with cold caches, most of it compilation.
 test: .venv/ready
-	$(PYTEST) -n 2 -m "not exhaustive" $(TESTS)
+	$(PYTEST) -n 2 --dist worksteal -m "not exhaustive" $(TESTS)
 	$(BIN)/fpsim verify --all
 
 # Every float32 input and whatever else takes minutes.
@@ -56,12 +58,22 @@ build/site/ready: pyproject.toml $(shell find fpsim reference compile_backend pa
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/site build/wheel/*.whl
 	touch $@
 
+# The commands whose ratios depend on the vector width run with the machine's own vectors and with AVX2, and add rows to
+# docs/speed.md. Plain Inductor's cache does not tell widths apart, so each width has its own.
+RECORD := --record docs/speed.md
+AVX2 := ATEN_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-avx2
+OWN := TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-own
+
 benchmarks: .venv/ready
-	$(BIN)/python -m tests.benchmarks.rounding
-	$(BIN)/python -m tests.benchmarks.training
+	$(BIN)/python -m tests.benchmarks.rounding $(RECORD)
+	$(OWN) $(BIN)/python -m tests.benchmarks.training --peers $(RECORD)
+	$(AVX2) $(BIN)/python -m tests.benchmarks.training --peers $(RECORD)
+	$(OWN) $(BIN)/python -m tests.benchmarks.training --second $(RECORD)
+	$(OWN) $(BIN)/python -m tests.benchmarks.optimizer $(RECORD)
+	$(AVX2) $(BIN)/python -m tests.benchmarks.optimizer $(RECORD)
+	$(BIN)/python -m tests.benchmarks.rounding --peers
 	$(BIN)/python -m tests.benchmarks.sharpness
 	$(BIN)/python -m tests.benchmarks.curvature
-	$(BIN)/python -m tests.benchmarks.optimizer
 	$(BIN)/python -m tests.benchmarks.profiling
 	$(BIN)/python -m tests.benchmarks.study
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-import threading
-import warnings
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from types import FrameType, MethodType
 from typing import Any
 
 import torch
@@ -25,8 +24,10 @@ from torch._dynamo.utils import counters
 from torch.utils import _python_dispatch
 from torch.utils import _pytree as pytree
 
-from fpsim.compile_backend.errors import UnroundedError, UnroundedWarning
-from fpsim.compile_backend.witness import CAN_WATCH, Witness
+from fpsim.compile_backend.errors import UnroundedError
+from fpsim.compile_backend.watching import Calls, Gradients, call_runs, listed, thread, warn, warn_of_backward, witness
+from fpsim.compile_backend.witness import CAN_WATCH
+from fpsim.policy import Policy
 
 #: The module of the backends whose callables are watched.
 _BACKENDS = "fpsim.compile_backend.backend"
@@ -41,35 +42,6 @@ _EXAMPLES = "Compile the function that calls torch.vmap, instead of the function
 _WHERE = "fullgraph=True shows where and why, and fpsim.audit lists what ran unrounded"
 
 
-class _Thread(threading.local):
-    """What runs in this thread.
-
-    Attributes:
-        graphs: how many runs of rewritten graphs have begun.
-        running: how many of these, and how many compilations, are under way.
-        is_quiet: whether a report runs the model, which names escapes itself.
-        is_watched: whether a `Witness` watches the call under way.
-    """
-
-    graphs = 0
-    running = 0
-    is_quiet = False
-    is_watched = False
-
-
-_thread = _Thread()
-
-
-@contextlib.contextmanager
-def own_work() -> Iterator[None]:
-    """Work of fpsim, such as compiling: no `Witness` judges the operators in it."""
-    _thread.running += 1
-    try:
-        yield
-    finally:
-        _thread.running -= 1
-
-
 def policy_options(model: Any) -> tuple[Mapping[str, Any] | None] | None:
     """The options under which the whole of ``model`` is compiled by fpsim, in a tuple; None if it is not."""
     own = getattr(model, "__dict__", {})  # a compiled module looks other attributes up in the module that it wraps
@@ -77,24 +49,6 @@ def policy_options(model: Any) -> tuple[Mapping[str, Any] | None] | None:
         if "_fpsim_options" in getattr(part, "__dict__", ()):
             return (part.__dict__["_fpsim_options"],)
     return None
-
-
-@contextlib.contextmanager
-def graph_runs() -> Iterator[None]:
-    """The run of a graph that fpsim rewrote."""
-    _thread.graphs += 1
-    with own_work():
-        yield
-
-
-@contextlib.contextmanager
-def unwatched() -> Iterator[None]:
-    """Calls without the errors and warnings of this file, for reports that name escapes themselves."""
-    before, _thread.is_quiet = _thread.is_quiet, True
-    try:
-        yield
-    finally:
-        _thread.is_quiet = before
 
 
 def is_ours(backend: Any) -> bool:
@@ -118,7 +72,7 @@ def _layers(backend: Any) -> list[Any]:
 
 def warn_disabled() -> None:
     """Warn that `torch.compile` returns the model as it is."""
-    _warn(
+    warn(
         "torch.compile returns the model as it is, and it runs unrounded: disable=True was given, or "
         "TORCHDYNAMO_DISABLE=1 is set. Remove it to simulate a format"
     )
@@ -135,34 +89,38 @@ def watched(compiled: Callable[..., Any], options: Mapping[str, Any] | None) -> 
     """
     original = getattr(compiled, "_torchdynamo_orig_callable", compiled)
     name = _name(original)
-    settled = False  # whether the last call ran a rewritten graph and compiled nothing
-    escaped: Counter[str] = Counter()
+    calls = Calls(name)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal settled, escaped
-        if _thread.is_quiet:
+        if thread.is_quiet:
             return compiled(*args, **kwargs)
         _refuse_call(name)
+        _refuse_other_policy(original, options)
         if dynamo_config.disable:  # Dynamo, if it were called, would leave this code out in later calls too
-            _warn(f"{name} runs unrounded: torch._dynamo.config.disable is on. Set it to False")
+            warn(f"{name} runs unrounded: torch._dynamo.config.disable is on. Set it to False")
             return original(*args, **kwargs)
-        graphs, frames = _thread.graphs, Counter(counters["frames"])
-        with _witness(settled) as witness:
+        graphs, frames = thread.graphs, Counter(counters["frames"])
+        gradients = None if calls.settled and calls.differentiated else Gradients(calls, (args, kwargs))
+        with call_runs(), contextlib.nullcontext() if calls.settled else witness(gradients) as seen:
             result = compiled(*args, **kwargs)
         new_frames = Counter(counters["frames"]) - frames
-        settled = _thread.graphs > graphs and not new_frames
-        if _thread.graphs > graphs:
-            if witness is not None and witness.products not in (Counter(), escaped):
-                escaped = witness.products
-                _warn(f"{_listed(escaped)} ran unrounded in {name}, outside of the graphs that fpsim rewrote: {_WHERE}")
+        calls.settled = thread.graphs > graphs and not new_frames
+        if gradients is not None and not (seen and seen.products):  # a warning of forward code is enough
+            gradients.cover(result)
+            warn_of_backward(gradients)
+        if thread.graphs > graphs:
+            if seen is not None and seen.products not in (Counter(), calls.escaped):
+                calls.escaped = seen.products
+                products = listed(calls.escaped)
+                warn(f"{products} ran unrounded in {name}, outside of the graphs that fpsim rewrote: {_WHERE}")
         elif isinstance(result, Generator | AsyncGenerator):
             raise UnroundedError(
                 f"{name} is a generator, which Dynamo does not compile: it would run unrounded. Compile the "
                 "function that computes one item"
             )
         elif (
-            witness.computed
-            if witness is not None
+            seen.computed
+            if seen is not None
             else new_frames["total"] > new_frames["ok"] or _is_new(result, args, kwargs)
         ):
             _report_eager_call(name)
@@ -182,17 +140,68 @@ def watched_method(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with _witness(settled=_thread.is_quiet) as witness:
+        with contextlib.nullcontext() if thread.is_quiet else witness() as seen:
             result = method(*args, **kwargs)
-        if witness is not None and witness.products:
+        if seen is not None and seen.products:
             name = _name(method)
-            _warn(
-                f"{_listed(witness.products)} ran unrounded in {name}.{method.__name__}: torch.compile compiles the "
+            warn(
+                f"{listed(seen.products)} ran unrounded in {name}.{method.__name__}: torch.compile compiles the "
                 f"forward method alone. Compile this one too: torch.compile(model.{method.__name__}, backend='fpsim')"
             )
         return result
 
     return call
+
+
+def watch_parts(part: torch.nn.Module, whole: torch.nn.Module) -> None:
+    """Let calls of ``part`` of a compiled module ``whole``, or of modules in it, warn of the products in them.
+
+    Torch runs them uncompiled. The first such call warns. Calls within a call of ``whole`` do not.
+    """
+    for module in part.modules():
+        if module._compiled_call_impl is None:
+            module._compiled_call_impl = functools.partial(_call_part, module, whole)
+
+
+def _call_part(part: torch.nn.Module, whole: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling() or thread.is_quiet or thread.calls or thread.is_watched or _runs(whole):
+        return part._call_impl(*args, **kwargs)
+    for module in part.modules():
+        if getattr(module._compiled_call_impl, "func", None) is _call_part:
+            module._compiled_call_impl = None
+    with witness() as seen:
+        result = part(*args, **kwargs)
+    if seen is not None and seen.products:
+        warn(
+            f"{listed(seen.products)} ran unrounded in {type(part).__name__}, a part of the compiled module "
+            f"{type(whole).__name__}: torch.compile compiles calls of the whole module alone. Compile the part too: "
+            "torch.compile(part, backend='fpsim')"
+        )
+    return result
+
+
+def _runs(module: torch.nn.Module) -> bool:
+    """Whether a call of ``module`` is under way in this thread."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is torch.nn.Module._call_impl.__code__ and frame.f_locals["self"] is module:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def keep_in_other_code(module: torch.nn.Module) -> None:
+    """Let other compiled code call ``module``, which is compiled in place by fpsim, instead of inlining it.
+
+    Dynamo inlines the class's forward method without a look at what `torch.nn.Module.compile` has made, unless the
+    module has a forward method of its own.
+    """
+    vars(module).setdefault("forward", _own_forward(module))
+
+
+def _own_forward(module: torch.nn.Module) -> MethodType:
+    """The method forward of the class of ``module``."""
+    return MethodType(type(module).forward, module)
 
 
 def watched_hooks(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -201,13 +210,13 @@ def watched_hooks(call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(call)
     def and_watch(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         hooks = module._forward_hooks or module._forward_pre_hooks
-        if not hooks or _thread.is_quiet or policy_options(module) is None:
+        if not hooks or thread.is_quiet or policy_options(module) is None:
             return call(module, *args, **kwargs)
-        with _witness(settled=False) as witness:
+        with witness() as seen:
             result = call(module, *args, **kwargs)
-        if witness is not None and witness.products:
-            _warn(
-                f"{_listed(witness.products)} ran unrounded in {type(module._orig_mod).__name__} or in hooks of the "
+        if seen is not None and seen.products:
+            warn(
+                f"{listed(seen.products)} ran unrounded in {type(module._orig_mod).__name__} or in hooks of the "
                 "compiled module, which run outside of it: register hooks on the module before torch.compile"
             )
         return result
@@ -215,13 +224,28 @@ def watched_hooks(call: Callable[..., Any]) -> Callable[..., Any]:
     return and_watch
 
 
-def warn_of_copy(module: torch.nn.Module) -> None:
-    """Warn that a copy of ``module``, which `torch.nn.Module.compile` compiled, is uncompiled."""
-    if not _thread.is_quiet and "_fpsim_options" in getattr(vars(module).get("_compiled_call_impl"), "__dict__", ()):
-        _warn(
+def warn_of_replacement(model: Any) -> None:
+    """Warn that `torch.compile` of ``model``, which fpsim has compiled, compiles what is inside for another backend."""
+    own = getattr(model, "__dict__", {})
+    is_unwrapped = "_fpsim_options" in own or "_orig_mod" in own.get("_modules", ())
+    if is_unwrapped and policy_options(model) is not None and not thread.is_quiet:
+        name = _name(own.get("_torchdynamo_orig_callable") or own["forward"]._torchdynamo_orig_callable)
+        warn(
+            f"torch.compile replaces the code of {name}, which fpsim has compiled, by that of another backend, and it "
+            "runs unrounded: call the compiled model as it is"
+        )
+
+
+def copied_state(module: torch.nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """``state``, of which a copy of ``module`` is made, with a warning if the copy is not compiled as the module is."""
+    if "_fpsim_options" not in getattr(vars(module).get("_compiled_call_impl"), "__dict__", ()):
+        return state
+    if not thread.is_quiet:
+        warn(
             f"a copy of {type(module).__name__} is not compiled, and runs unrounded: torch leaves out what "
             "module.compile() made when it copies or saves a module. Call compile() of the copy too"
         )
+    return {name: value for name, value in state.items() if name != "forward" or value != _own_forward(module)}
 
 
 def _refuse_call(name: str) -> None:
@@ -251,6 +275,19 @@ def _refuse_call(name: str) -> None:
         )
 
 
+def _refuse_other_policy(function: Callable[..., Any], options: Mapping[str, Any] | None) -> None:
+    """Refuse to call a module that is compiled in place with other options: these would hold, and not ``options``."""
+    module = getattr(function, "__self__", None)
+    in_place = getattr(module, "__dict__", {}).get("_compiled_call_impl")
+    if function == getattr(module, "_call_impl", None) or not hasattr(in_place, "_fpsim_options"):
+        return
+    if Policy.from_options(in_place._fpsim_options) != Policy.from_options(options):
+        raise UnroundedError(
+            f"{type(module).__name__} is compiled twice by fpsim: with the options {options}, and by compile() of the "
+            f"module with {in_place._fpsim_options}, which would hold. Compile it once"
+        )
+
+
 def _any_mode() -> bool:
     """Whether a mode is on under which Dynamo compiles nothing."""
     modes: list[Any] = getattr(_python_dispatch, "_get_current_dispatch_mode_stack", list)()
@@ -264,7 +301,7 @@ def _report_eager_call(name: str) -> None:
     stance = getattr(eval_frame, "_stance", None)
     if stance is not None and (stance.stance != "default" or stance.backend is not None):
         asked = f"backend {stance.backend!r}" if stance.stance == "default" else repr(stance.stance)
-        _warn(f"{name} ran unrounded, as torch.compiler.set_stance asks ({asked}). Set the stance 'default'")
+        warn(f"{name} ran unrounded, as torch.compiler.set_stance asks ({asked}). Set the stance 'default'")
         return
     raise UnroundedError(
         f"nothing of {name} was compiled in this call, so that it ran unrounded. Dynamo leaves out code that it cannot "
@@ -280,38 +317,8 @@ def _is_new(result: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bo
     return any(isinstance(leaf, Tensor) and id(leaf) not in given for leaf in pytree.tree_leaves(result))
 
 
-@contextlib.contextmanager
-def _witness(settled: bool) -> Iterator[Witness | None]:
-    if settled or not CAN_WATCH or _thread.is_watched:
-        yield None
-        return
-    _thread.is_watched = True
-    try:
-        with Witness(is_covered=lambda: _thread.running > 0) as witness:
-            yield witness
-    finally:
-        _thread.is_watched = False
-
-
-def _warn(message: str) -> None:
-    """Warn at the line of the first caller outside of torch and fpsim."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
-        "contextlib",
-        "copy",
-        "fpsim",
-        "torch",
-    ):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(f"fpsim: {message}", UnroundedWarning, stacklevel=level + 1)
-
-
 def _name(function: Callable[..., Any]) -> str:
     owner = getattr(function, "__self__", getattr(function, "__wrapped__", None))
     if isinstance(owner, torch.nn.Module):
         return type(owner).__name__
     return getattr(function, "__qualname__", "the compiled model")
-
-
-def _listed(products: Counter[str]) -> str:
-    return ", ".join(f"{count} {operator}" for operator, count in sorted(products.items()))

@@ -24,7 +24,6 @@ from torch.profiler import record_function
 
 from fpsim.compile_backend import guards
 from fpsim.compile_backend.attention import decompose_attention
-from fpsim.compile_backend.calls import graph_runs, own_work
 from fpsim.compile_backend.graph.composites import recorded
 from fpsim.compile_backend.graph.dynamo import copied
 from fpsim.compile_backend.graph.operations import decompositions
@@ -32,6 +31,7 @@ from fpsim.compile_backend.graph.sources import Source, sources_of_inputs
 from fpsim.compile_backend.observe.recorder import Recorder
 from fpsim.compile_backend.passes.rounding_pass import Observer, RoundingPass
 from fpsim.compile_backend.torch_settings import apply_settings
+from fpsim.compile_backend.watching import graph_runs, own_work
 from fpsim.policy import Policy
 from fpsim.policy.ranks import refuse_other_policy
 from fpsim.rounding.ops import draw_seed

@@ -22,15 +22,21 @@ from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
 from torch._inductor.utils import op_dtype_propagation_rules
 
 from fpsim.compile_backend.calls import (
+    copied_state,
     is_ours,
+    keep_in_other_code,
     options_of,
     policy_options,
     warn_disabled,
-    warn_of_copy,
+    warn_of_replacement,
+    watch_parts,
     watched,
     watched_hooks,
     watched_method,
 )
+from fpsim.compile_backend.covariance import covariance
+from fpsim.compile_backend.watching import watched_backward
+from fpsim.rounding.cpp_functions import inline_functions_in_cpp
 from fpsim.rounding.vector_casts import cast_whole_vectors_in_cpp
 
 #: Major and minor version of torch.
@@ -97,12 +103,24 @@ def keep_dtype_rules() -> None:
 
 
 @lru_cache(maxsize=1)
+def trace_covariances() -> None:
+    """Let Dynamo trace `torch.cov` and `torch.corrcoef`, whose kernel looks at values.
+
+    By default it leaves out the code around them, and their product runs unrounded. Only tracing uses the other kernel.
+    """
+    key, op = torch._C.DispatchKey, torch.ops.aten.cov.default
+    for composed in (key.CompositeImplicitAutograd, key.FuncTorchBatchedDecomposition):
+        if op.has_kernel_for_dispatch_key(composed) and composed not in op.py_kernels:
+            op.py_impl(composed)(covariance)
+
+
+@lru_cache(maxsize=1)
 def watch_compiled_calls() -> None:
     """Let a call of a model compiled with fpsim be an error, or a warning, if Dynamo runs it without fpsim.
 
-    Dynamo says nothing when it leaves code out, when a method other than forward is called on a compiled module, or
-    when a module is copied without what `torch.nn.Module.compile` has made. Callables of other backends stay as they
-    are.
+    Dynamo says nothing when it leaves code out, when a method other than forward or a part of a compiled module is
+    called, or when a module is copied or inlined without what `torch.nn.Module.compile` has made. Callables of other
+    backends stay as they are.
     """
     compile_callable, optimize, attribute, state = (
         OptimizeContext.__call__,
@@ -110,12 +128,17 @@ def watch_compiled_calls() -> None:
         OptimizedModule.__getattr__,
         torch.nn.Module.__getstate__,
     )
+    run_backward = watched_backward(torch.autograd._engine_run_backward)
 
     @wraps(compile_callable)
     def and_watch(context: OptimizeContext, fn: Any) -> Any:
+        if not is_ours(context.callback):
+            warn_of_replacement(fn)
         compiled = compile_callable(context, fn)
         is_function = hasattr(compiled, "__code__")  # a module or a class holds functions that came through here
         if is_function and is_ours(context.callback):
+            if inspect.ismethod(fn) and fn.__func__ is torch.nn.Module._call_impl:
+                keep_in_other_code(fn.__self__)
             return watched(compiled, options_of(context.callback))
         return compiled
 
@@ -129,28 +152,34 @@ def watch_compiled_calls() -> None:
     @wraps(attribute)
     def or_watched_method(module: OptimizedModule, name: str) -> Any:
         value = attribute(module, name)
+        if name == "_orig_mod" or policy_options(module) is None:
+            return value
+        if isinstance(value, torch.nn.Module):
+            watch_parts(value, module._orig_mod)
         is_method = inspect.ismethod(value) and isinstance(value.__self__, torch.nn.Module)
-        return watched_method(value) if is_method and policy_options(module) is not None else value
+        return watched_method(value) if is_method else value
 
     @wraps(state)
     def or_warn_of_copy(module: torch.nn.Module) -> Any:
-        warn_of_copy(module)
-        return state(module)
+        return copied_state(module, state(module))
 
     OptimizeContext.__call__ = and_watch  # type: ignore[method-assign, assignment]
     OptimizedModule.__getattr__ = or_watched_method  # type: ignore[method-assign]
     OptimizedModule.__call__ = watched_hooks(OptimizedModule.__call__)  # type: ignore[method-assign]
     torch.nn.Module.__getstate__ = or_warn_of_copy  # type: ignore[method-assign]
     torch._dynamo.optimize = or_warn
+    torch.autograd._engine_run_backward = run_backward
 
 
 #: Every change, in the order in which they are made.
 SETTINGS: tuple[Callable[[], None], ...] = (
     fail_at_recompile_limit,
     trace_recurrent_layers,
+    trace_covariances,
     keep_precision_casts_in_cpp,
     keep_dtype_rules,
     cast_whole_vectors_in_cpp,
+    inline_functions_in_cpp,
     watch_compiled_calls,
 )
 

@@ -60,7 +60,7 @@ _HARMLESS = {
         (nan)?sum mean prod std var (std|var)_mean amax amin _?aminmax argmax argmin max min all any norm trace dist
         count_nonzero native_norm logsumexp cum(sum|prod|max|min) _cum(max|min)_helper _?logcumsumexp renorm
         linalg_cross linalg_vector_norm linalg__powsum powsum _?segment_reduce _sparse_(csr_)?(sum|prod) _amp_.*
-        _fused_(adagrad|adam|adamw|sgd)""",
+        _fused_(adagrad|adam|adamw|sgd) _(cdist|pdist)(_forward)?""",
     "norms, activations and losses": r"""
         (_?native_|cudnn_|miopen_|quantized_)?batch_norm(_.*)? _batch_norm_.* native_(layer|group)_norm _fused_rms_norm
         _weight_norm_interface (_sparse)?_?(safe_|masked_|log_)?softmax(_backward_data)? _prelu_kernel celu elu gelu
@@ -89,6 +89,9 @@ _COMPOSED = frozenset(
 #: Bags of embeddings, which are products only with a weight for each sample.
 _WEIGHTED = re.compile("_embedding_bag.*")
 
+#: The number by which `torch.cdist` asks for Euclidean distances without a product.
+_NO_PRODUCT = 2
+
 
 def may_multiply(operator: str, shapes: Sequence[Sequence[int]] = ()) -> bool:
     """Whether a call of ``operator`` (``aten::mm``), as torch's profiler names it, may hold a matrix product.
@@ -116,6 +119,8 @@ def may_multiply_in_call(overload: OpOverload, arguments: Sequence[Any]) -> bool
     operator, name = overload._schema.name, overload._opname
     if _WEIGHTED.fullmatch(name):
         return _has_weights(operator, [getattr(argument, "shape", ()) for argument in arguments])
+    if name == "_cdist_forward":  # an operator that this one calls is not seen here
+        return arguments[2] == 2 and arguments[3] != _NO_PRODUCT
     is_composed_here = _is_composed(overload) and name not in _COMPOSED
     return _is_suspect(operator) or (not is_composed_here and operator.startswith("aten::") and not _is_known(overload))
 
@@ -160,18 +165,21 @@ def _has_weights(operator: str, shapes: Sequence[Sequence[int]]) -> bool:
 
 
 class Witness(TorchDispatchMode):
-    """Watch the operators that run forward and are not left out by ``is_covered``, without changing them.
+    """Watch the operators that run and are not left out by ``is_covered``, without changing them.
 
     Attributes:
-        computed: whether any operator computed a tensor; views and copies count too.
-        products: how often each operator ran that may hold a matrix product, by its name (``aten.mm``).
+        in_backward: called with the autograd node that is evaluated, and the name of an operator in it that may hold a
+            matrix product.
+        computed: whether any operator computed a tensor in forward code; views and copies count too.
+        products: how often each operator ran in forward code that may hold a matrix product, by its name (``aten.mm``).
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, is_covered: Callable[[], bool]) -> None:
+    def __init__(self, is_covered: Callable[[], bool], in_backward: Callable[[Any, str], None]) -> None:
         super().__init__()
         self.is_covered = is_covered
+        self.in_backward = in_backward
         self.computed = False
         self.products: Counter[str] = Counter()
 
@@ -187,12 +195,16 @@ class Witness(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        # Compiling runs operators on made-up numbers. Backward passes belong to forward code, which was seen.
-        is_judged = TracingContext.try_get() is None and torch._C._current_autograd_node() is None
-        if isinstance(func, OpOverload) and is_judged and not self.is_covered():
-            self.computed |= func.namespace not in _HARMLESS_LIBRARIES
+        # compiling runs operators on made-up numbers
+        if isinstance(func, OpOverload) and TracingContext.try_get() is None and not self.is_covered():
+            node = torch._C._current_autograd_node()
+            self.computed |= node is None and func.namespace not in _HARMLESS_LIBRARIES
             if may_multiply_in_call(func, args):
-                self.products[func._schema.name.replace("::", ".")] += 1
+                operator = func._schema.name.replace("::", ".")
+                if node is None:
+                    self.products[operator] += 1
+                else:
+                    self.in_backward(node, operator)
         return func(*args, **(kwargs or {}))
 
 

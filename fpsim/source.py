@@ -21,11 +21,14 @@ PROVEN = (
     "formats/modes.py",
     "formats/names.py",
     "rounding/carriers.py",
+    "rounding/cpp_functions.py",
     "rounding/cpu.py",
     "rounding/definitions.py",
+    "rounding/float_forms.py",
     "rounding/inductor.py",
     "rounding/kernel.py",
     "rounding/random_words.py",
+    "rounding/recording.py",
     "rounding/tensors.py",
 )
 

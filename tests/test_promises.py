@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
 
 from tests.promises import PROMISES
 
 
+class Collected:
+    """Keeps the names of the tests that pytest would run."""
+
+    names: frozenset[str] = frozenset()
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.names = frozenset(item.nodeid for item in session.items)
+
+
 def test_every_test_that_a_promise_names_is_run_by_make_quick() -> None:
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-m", "promise and not exhaustive", "tests"]
-    root = Path(__file__).parents[1]
-    collected = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
-    run = {name for line in collected if "::" in line for name in (line, line.split("[")[0])}
+    collected = Collected()
+    folder = str(Path(__file__).parent)
+    code = pytest.main(["--collect-only", "-qq", "-m", "promise and not exhaustive", folder], plugins=[collected])
+    assert code == 0
+    run = collected.names | {name.split("[")[0] for name in collected.names}
     assert all(PROMISES.values())
     assert [test for tests in PROMISES.values() for test in tests if f"tests/{test}" not in run] == []

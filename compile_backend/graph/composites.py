@@ -22,7 +22,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import traceback
 
-from fpsim.compile_backend.graph.products import COMPOSED, LINEAR
+from fpsim.compile_backend.graph.products import COMPOSED, LINEAR, SPLIT_IF_COMPLEX
 
 aten = torch.ops.aten
 #: Where torch registers the composition of an operator: in general, for `torch.vmap`, and for all of `torch.func`.
@@ -33,6 +33,7 @@ _KEYS = (
 )
 _PRODUCT = "fpsim product"
 _WEIGHT = "fpsim weight"
+_COMPLEX = "fpsim complex"
 
 #: Tensors that have an identity under autograd. Subclasses of the user may lack it.
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
@@ -47,7 +48,7 @@ class _Recording:
         self.replaced: list[tuple[OpOverload, DispatchKey, Callable[..., Any] | None]] = []
 
     def begin(self) -> None:
-        for names, wrap in ((COMPOSED, _noting), (LINEAR, _marking)):
+        for names, wrap in ((COMPOSED, _noting), (LINEAR, _marking), (SPLIT_IF_COMPLEX, _noting_complex)):
             for op, key in (pair for name in names for pair in _compositions(name)):
                 self.replaced.append((op, key, op.py_kernels.get(key)))
                 op.py_kernels[key] = wrap(op, op.py_kernels.get(key) or partial(op._op_dk, key))
@@ -106,6 +107,19 @@ def _noting(op: OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:
     return noting
 
 
+def _noting_complex(op: OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernel`` of ``op`` with a note on all nodes that it makes of complex numbers."""
+
+    @wraps(op)
+    def noting(x: Tensor, *others: Any, **kwargs: Any) -> Any:
+        if not x.is_complex():
+            return kernel(x, *others, **kwargs)
+        with traceback.annotate({_COMPLEX: (f"aten.{op._opname}", str(x.dtype))}):
+            return kernel(x, *others, **kwargs)
+
+    return noting
+
+
 def _marking(op: OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """``kernel`` of ``op``, an operator of `LINEAR`, with its second argument marked as a weight."""
 
@@ -122,6 +136,11 @@ def _marking(op: OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:
 def composed_product(node: fx.Node) -> str | None:
     """The name of the operator of `COMPOSED` that made ``node``, or whose derivative it helps compute; else None."""
     return _notes(node).get(_PRODUCT)
+
+
+def complex_product(node: fx.Node) -> tuple[str, str] | None:
+    """The operator and the dtype of the product of complex numbers of which ``node`` is a part; else None."""
+    return _notes(node).get(_COMPLEX)
 
 
 def note_product(node: fx.Node, name: str) -> None:

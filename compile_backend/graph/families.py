@@ -163,6 +163,11 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _family("the cross product of two vectors with three elements", Work.ARITHMETIC, "linalg_cross"),
     _family(
+        "a distance: a sum of powers of differences; `opaque` finds the calls that multiply",
+        Work.ARITHMETIC,
+        "_cdist_backward _cdist_forward _pdist_backward _pdist_forward",
+    ),
+    _family(
         "it adds elements of one operand at given positions",
         Work.ARITHMETIC,
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import fx
@@ -31,7 +32,7 @@ def is_opaque(node: fx.Node) -> bool:
         return True  # a higher-order operator
     if product_operator(target) is not None:
         return _has_float_result(node) and not is_product(node)
-    return not is_known(target) or _weighs_embeddings(node)
+    return not is_known(target) or _weighs_embeddings(node) or _may_multiply_points(node)
 
 
 def _has_float_result(node: fx.Node) -> bool:
@@ -41,6 +42,18 @@ def _has_float_result(node: fx.Node) -> bool:
 
 def _weighs_embeddings(node: fx.Node) -> bool:
     """Whether ``node`` is a bag of embeddings, or its derivative, with a weight for each sample."""
+    return _arguments(node).get("per_sample_weights") is not None
+
+
+def _may_multiply_points(node: fx.Node) -> bool:
+    """Whether ``node`` computes distances that torch may take from a product of matrices.
+
+    Those are Euclidean distances, unless the call asks for the sums of the squared differences.
+    """
+    given = _arguments(node)
+    return node.target is torch.ops.aten._cdist_forward.default and given["p"] == 2 and given["compute_mode"] != 2
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    return given.get("per_sample_weights") is not None
+    return dict(zip(names, node.args, strict=False)) | node.kwargs

@@ -243,6 +243,8 @@ class OpaqueFamily:
     is_attention: bool = False
 
 
+_DISTANCES = "Give torch.cdist compute_mode='donot_use_mm_for_euclid_dist', which multiplies no matrices"
+
 #: Families of operators that are refused. The first family that matches a name decides. An operator of no family is
 #: refused too, unless it is known to hold no product.
 OPAQUE: tuple[OpaqueFamily, ...] = (
@@ -269,11 +271,7 @@ OPAQUE: tuple[OpaqueFamily, ...] = (
     ),
     OpaqueFamily(r"aten\.(_transform_bias_rescale_qkv|_triton_scaled_dot_attention).*"),
     OpaqueFamily(r"aten\._trilinear.*", "Write it as torch.einsum('bi,kij,bj->bk', x, weight, y)", ("_trilinear",)),
-    OpaqueFamily(
-        r"aten\.(_euclidean_dist|_cdist_|_pdist_).*",
-        "Write the distance out: (x[:, None] - y).square().sum(-1).sqrt(), or .abs().pow(p).sum(-1).pow(1 / p)",
-        ("_cdist_forward", "_cdist_backward"),
-    ),
+    OpaqueFamily(r"aten\._euclidean_dist.*", _DISTANCES, ("_euclidean_dist",)),
     OpaqueFamily(
         r"aten\.mkldnn_rnn.*",
         "Let torch decompose the layer: torch.backends.mkldnn.enabled = False",
@@ -313,6 +311,7 @@ OPAQUE: tuple[OpaqueFamily, ...] = (
 #: Remedies for operators that hold products only when they are called in a certain way, and for operators of other
 #: libraries.
 OTHER_REMEDIES: tuple[OpaqueFamily, ...] = (
+    OpaqueFamily(r"aten\._cdist_forward.*", _DISTANCES),
     OpaqueFamily(
         r"aten\._embedding_bag.*", "Write it as torch.einsum('bn,bnd->bd', per_sample_weights, embedding(indices))"
     ),
@@ -328,6 +327,8 @@ _BY_PACKET = {entry.packet: entry for entry in PRODUCTS}
 
 #: Composed operators in which every multiplication of two tensors belongs to a product.
 COMPOSED = frozenset(name for entry in PRODUCTS for name in entry.composed)
+#: Composed operators that compute a product of complex numbers as several of real numbers.
+SPLIT_IF_COMPLEX = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
 #: Composed operators whose second argument is a weight.
 LINEAR = frozenset({"linear"})
 

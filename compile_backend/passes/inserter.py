@@ -100,7 +100,7 @@ class Inserter:
             return value
         axes = _axes_of_scales(cast, axes, value.meta["val"].dim())
         if (value, cast, axes) not in self.roundings:
-            axes_of_base = mapped_axes(value, axes) if is_view(value) else None
+            axes_of_base = _axes_of_base(value, axes, cast) if is_view(value) else None
             if axes_of_base is not None:
                 self.roundings[value, cast, axes] = self._rearranged(value, cast, near, axes_of_base)
             else:
@@ -231,6 +231,20 @@ def _axes_of_scales(cast: Cast, axes: Axes, dims: int) -> Axes:
     if cast.scale.is_square and len(counted) == 1 and dims > 1:
         return (max(counted[0], across(counted[0], dims)),)
     return counted
+
+
+def _axes_of_base(view: fx.Node, axes: Axes, cast: Cast) -> Axes | None:
+    """The axes of the base along which the scales of ``cast`` lie; None if the groups of the view are not its groups.
+
+    Tiles also need the axis that forms matrices with the other one.
+    """
+    if cast.scale is None or cast.scale.kind not in ("tile", "column") or len(axes) != 1:
+        return mapped_axes(view, axes)
+    dims, base_dims = (node.meta["val"].dim() for node in (view, view.args[0]))  # type: ignore[union-attr]
+    if dims < 2:
+        return None
+    mapped, other = mapped_axes(view, axes), mapped_axes(view, (across(axes[0], dims),))
+    return mapped if mapped and other and (across(mapped[0], base_dims),) == other else None
 
 
 def _is_joint(call: fx.Node) -> bool:

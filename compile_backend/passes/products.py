@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from fpsim.compile_backend.errors import UnroundedError
+from fpsim.compile_backend.graph.composites import complex_product
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.nodes import module_path
 from fpsim.compile_backend.graph.opaque import find_opaque
@@ -103,8 +104,10 @@ def _round_product(product: Product, policy: Policy, inserter: Inserter) -> list
     """Round the operands and the result of one product, and return their sites."""
     dtype = product.result.meta["val"].dtype
     operands: list[fx.Node] = [product.node.args[i] for i in product.operands]  # type: ignore[misc]
-    if not all(operand.meta["val"].dtype in CARRIERS for operand in operands):
-        raise UnroundedError(f"{product.operator} in {product.path!r} multiplies {dtype} numbers")
+    is_real = all(operand.meta["val"].dtype in CARRIERS for operand in operands)
+    if not is_real or complex_product(product.node):
+        operator, dtype = complex_product(product.node) or (product.operator, dtype)
+        raise UnroundedError(f"{operator} in {product.path!r} multiplies {dtype} numbers")
     casts = [policy.cast(product.kind, role) for role in product.roles]
     sites = [
         site_of_product(product, role, operand, cast, axes)

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
-from fpsim.compile_backend.calls import policy_options, unwatched
+from fpsim.compile_backend.calls import policy_options
 from fpsim.compile_backend.compiling import compile_with_rounding
 from fpsim.compile_backend.graph.products import product_events
 from fpsim.compile_backend.plan import Gap, Plan, render
@@ -33,6 +33,7 @@ from fpsim.compile_backend.report.running import (
     uncompiled,
 )
 from fpsim.compile_backend.report.seen import Call, seen
+from fpsim.compile_backend.watching import unwatched
 from fpsim.policy import Policy
 
 #: Why an operator has escaped inside a graph, if no gap of the policy says so.
@@ -246,4 +247,8 @@ def _step(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str,
 def _is_compiled(model: Callable[..., Any]) -> bool:
     """Whether ``model``, or a module in it, was compiled, by `torch.compile` or in place."""
     parts = model.modules() if isinstance(model, nn.Module) else [model]
-    return any(uncompiled(part) is not part or getattr(part, "_compiled_call_impl", None) for part in parts)
+    return any(
+        uncompiled(part) is not part
+        or hasattr(getattr(part, "_compiled_call_impl", None), "_torchdynamo_orig_callable")
+        for part in parts
+    )

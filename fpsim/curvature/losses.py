@@ -179,17 +179,16 @@ class CrossEntropy:
         return cross_entropy(logits, self._targets(batch), ignore_index=self.ignore_index)
 
     def output_product(self, batch: Any) -> OutputProduct:
-        """From logits to the map ``u -> H u`` at these logits; the map overwrites u."""
+        """From logits to the map ``u -> H u`` at these logits; the map overwrites u.
+
+        Raises:
+            ValueError, TypeError, IndexError: when called, targets of another shape or dtype, or of no class.
+            FloatingPointError: when called, no target counts.
+        """
         targets = self._targets(batch)
 
         def at(logits: Tensor) -> Callable[[Tensor], Tensor]:
-            if targets.shape != logits.shape[:-1]:
-                raise ValueError(f"targets of shape {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}")
-            counted = (targets != self.ignore_index).reshape(-1)
-            if not counted.any():
-                raise FloatingPointError(
-                    f"the loss is the mean over no token: all targets are {self.ignore_index} (ignore_index)"
-                )
+            counted = self._counted(targets, logits).reshape(-1)
             rows = logits.flatten(0, -2)
             scale = counted.to(logits.dtype) / counted.sum()
 
@@ -209,6 +208,25 @@ class CrossEntropy:
             return product
 
         return at
+
+    def _counted(self, targets: Tensor, logits: Tensor) -> Tensor:
+        """Which of ``targets`` count. The Hessian needs no others, and would not show wrong ones."""
+        if targets.shape != logits.shape[:-1]:
+            raise ValueError(f"targets of shape {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}")
+        if targets.dtype is not torch.int64:
+            raise TypeError(f"targets must be int64, got {targets.dtype}: pass the numbers of classes, .long()")
+        counted = targets != self.ignore_index
+        if not counted.any():
+            raise FloatingPointError(
+                f"the loss is the mean over no token: all targets are {self.ignore_index} (ignore_index)"
+            )
+        wrong = targets[counted & ((targets < 0) | (targets >= logits.shape[-1]))]
+        if wrong.numel():
+            raise IndexError(
+                f"target {int(wrong[0])} is no class of logits with {logits.shape[-1]} classes: pass targets from 0 to "
+                f"{logits.shape[-1] - 1}, or {self.ignore_index} (ignore_index) for a token that does not count"
+            )
+        return counted
 
     def _targets(self, batch: Any) -> Tensor:
         return self.targets(batch) if callable(self.targets) else self.targets
@@ -311,7 +329,8 @@ def refuse_sharded(model: nn.Module) -> None:
 
 def _refuse_compiled(model: nn.Module) -> None:
     for name, part in model.named_modules():
-        if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
+        in_place = getattr(part, "_compiled_call_impl", None)
+        if hasattr(part, "_orig_mod") or hasattr(in_place, "_torchdynamo_orig_callable"):
             raise ValueError(
                 f"the module{f' {name}' if name else ''} is compiled: torch.func would silently run it uncompiled, "
                 "without the backend's rounding. Pass the module as it was before (compiled._orig_mod), and the policy "

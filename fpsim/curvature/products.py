@@ -210,7 +210,7 @@ def gauss_newton_reverse(
         predictions, pull = vjp(outputs, values)
         # The pull is linear in u, so any point serves; autograd only has to see that the result depends on u.
         _, push = vjp(lambda u: pull(u)[0], torch.zeros_like(predictions))
-        middle = output_product(predictions.detach())
+    middle = output_product(predictions.detach())
 
     def product(vector: Tensors) -> Tensors:
         with differentiable("reverse"):
@@ -230,7 +230,8 @@ def gauss_newton_forward(
     def product(vector: Tensors) -> Tensors:
         with differentiable("forward"), PaddingIsConstant():
             predictions, tangent = jvp(outputs, (values,), (vector,))
-            middle = output_product(predictions.detach())
+        middle = output_product(predictions.detach())
+        with differentiable("forward"), PaddingIsConstant():
             _, pull = vjp(outputs, values)
             return pull(middle(tangent.detach()), create_graph=False)[0]
 
@@ -241,6 +242,8 @@ def hessian_of_output(loss: Callable[[Tensor], Tensor]) -> OutputProduct:
     """The output product whose B is the Hessian of ``loss`` with respect to the outputs."""
 
     def at(predictions: Tensor) -> Callable[[Tensor], Tensor]:
+        with torch.no_grad():
+            loss(predictions)  # an error of the loss itself, such as one of its labels, is no matter of derivatives
         with differentiable("reverse"):
             _, pull = vjp(grad(loss), predictions)
         return lambda tangent: pull(tangent, create_graph=False)[0]

@@ -386,9 +386,10 @@ class Policy:
         - ``fp8_hybrid``: the default policy, the OCP FP8 hybrid.
         - ``bf16``, ``fp16``: operands and results of all matrix products are rounded, as under autocast; no others.
         - ``paper:FORMAT``, such as ``paper:e8m3``: the recipe of arXiv 2405.18710, as far as it is known. Both operands
-          of all three products of linear layers, the LM head included, are truncated and clipped to the largest value.
-          Attention is not rounded. (Reviews of the paper state truncation and clipping. It is an inference that
-          gradients are truncated too, and that attention is not.)
+          of all three products of linear layers, the LM head included, are truncated. Attention is not rounded. With
+          the exponents of bfloat16 (``e8m3``) this is a bit mask, through which infinities and NaN pass. Any other
+          format clips to its largest value, infinities included. (Reviews of the paper state a bit mask for mantissas,
+          and clipping for exponents. It is an inference that gradients are truncated too, and that attention is not.)
 
         Raises:
             ValueError: the name or the format is unknown.
@@ -507,7 +508,8 @@ ModuleRule = Policy | Mapping[str, Any] | CastLike | None
 def _preset_fields(name: str) -> dict[str, Any]:
     """The fields of the preset ``name``; raises ValueError if it is unknown."""
     if name.startswith(_PAPER):
-        cast = f"{name.removeprefix(_PAPER)}/toward_zero/sat_finite"
+        written = name.removeprefix(_PAPER)
+        cast = f"{written}/toward_zero/{'sat_propagate' if _is_masked(written) else 'sat_finite'}"
         return {"format": cast, "products": "weights", "attention": "keep"}
     if name not in PRESETS:
         raise ValueError(
@@ -515,6 +517,15 @@ def _preset_fields(name: str) -> dict[str, Any]:
             f"{{'format': {name!r}}}"
         )
     return PRESETS[name]
+
+
+def _is_masked(name: str) -> bool:
+    """Whether a bit mask makes the format of the paper's bfloat16: with its exponents, so that infinities pass.
+
+    A format of fewer exponents clips the range, infinities included.
+    """
+    given = parse_format(name)
+    return isinstance(given, FloatFormat) and given == FloatFormat(8, given.mantissa_bits)
 
 
 def is_preset(name: str) -> bool:

@@ -67,7 +67,7 @@ def check_stochastic_arguments(x: Tensor, format: str, rounding: str, overflow: 
 def random_words_at(key: Tensor, first: int, count: int) -> Tensor:
     """The random words of elements ``first``, ``first + 1``, ..., ``first + count - 1``."""
     index = torch.arange(first, first + count, device=key.device)
-    return random_word(key[0], key[1], index.to(torch.int32), (index >> 32).to(torch.int32))
+    return random_word(key[0] ^ index.to(torch.int32), key[1] ^ (index >> 32).to(torch.int32))
 
 
 def pieces(*tensors: Tensor, keep: int = 0) -> Iterator[tuple[Tensor, ...]]:

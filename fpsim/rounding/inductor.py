@@ -1,8 +1,8 @@
-"""Inductor's lowerings of the rounding operators: pointwise integer operations that fuse with their neighbours.
+"""Inductor's lowerings of the rounding operators: pointwise operations that fuse with their neighbours.
 
-Importing this module registers the lowerings. They run `fpsim.rounding.kernel` on values of Inductor's intermediate
-language. So the generated code, C++ on the CPU and Triton on the GPU, does the same integer arithmetic as an eager
-call.
+Importing this module registers the lowerings. On the CPU a rounding is one function of C++
+(`fpsim.rounding.cpp_functions`). Elsewhere the lowerings run `fpsim.rounding.kernel` on values of Inductor's
+intermediate language, so that the generated code does the same integer arithmetic as an eager call.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from typing import Any
 
 import sympy
 import torch
-from torch._inductor import ir, lowering
+from torch._inductor import config, ir, lowering
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.utils import sympy_product
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 import fpsim.rounding.definitions  # noqa: F401  (registers the operators)
-from fpsim.formats import parse_format
+from fpsim.formats import FloatFormat, parse_format
 from fpsim.rounding.carriers import CARRIERS, INTEGER_OF, grid_of, working_dtype
+from fpsim.rounding.cpp_functions import AVAILABLE, inline, rounding_function, word_function
 from fpsim.rounding.kernel import Grid, round_code
 from fpsim.rounding.random_words import random_key, random_word
 
@@ -82,29 +83,18 @@ class Lanes:
 
 @dataclass(frozen=True)
 class LaneMask:
-    """A truth value of the intermediate language: ``value``, or its negation.
-
-    The negation is left to the operation that uses it. Under AVX2 on processors with AVX-512, g++ 12 swaps the operands
-    of a blend by a negated comparison.
-    """
+    """A truth value of the intermediate language."""
 
     value: Any
-    negated: bool = False
 
     def __and__(self, other: LaneMask) -> LaneMask:
-        return ~(~self | ~other)
+        return LaneMask(ops.logical_and(self.value, other.value))
 
     def __or__(self, other: LaneMask) -> LaneMask:
-        if self.negated and other.negated:
-            return LaneMask(ops.logical_and(self.value, other.value), negated=True)
-        if self.negated:
-            return LaneMask(ops.logical_and(self.value, ops.logical_not(other.value)), negated=True)
-        if other.negated:
-            return other | self
         return LaneMask(ops.logical_or(self.value, other.value))
 
     def __invert__(self) -> LaneMask:
-        return LaneMask(self.value, not self.negated)
+        return LaneMask(ops.logical_not(self.value))
 
 
 class LaneOps:
@@ -125,8 +115,6 @@ class LaneOps:
         return LaneMask(ops.lt(a.value, a.lift(bound)))
 
     def choose(self, mask: LaneMask, a: Lanes | int, b: Lanes | int) -> Lanes:
-        if mask.negated:
-            a, b = b, a
         values = (x.value if isinstance(x, Lanes) else ops.constant(x, self.integer) for x in (a, b))
         return Lanes(ops.where(mask.value, *values), self.integer)
 
@@ -144,33 +132,61 @@ def _lower(
     word_at: Callable[[Any], Lanes] | None = None,
 ) -> ir.TensorBox:
     """The lowering of a rounding of ``x``; ``word_at`` returns the 32-bit random word of the element at an index."""
-    carrier, fmt = x.get_dtype(), parse_format(format)
+    carrier, fmt, device = x.get_dtype(), parse_format(format), x.get_device_or_error()
     working = working_dtype(carrier)
-    lane_ops = LaneOps(working)
-    grid = grid_of(fmt, carrier, scale is not None)
+    integer = INTEGER_OF[working]
     load = x.make_loader()
     load_scale = None if scale is None else lowering.expand(scale, x.get_size()).make_loader()
-
-    def code_of(value: Any) -> Lanes:
-        value = ops.to_dtype(value, working, src_dtype=carrier)
-        return Lanes(ops.to_dtype_bitcast(value, lane_ops.integer, working), lane_ops.integer)
+    round_values = _round_in_cpp if _in_cpp(device) else _round_lanes
 
     def rounded(index: Any) -> Any:
-        code = code_of(load(index))
-        if working != carrier:
-            # Inductor keeps 16-bit intermediates in float32, unrounded: round them to their own dtype first.
-            code = round_code(code, Grid(CARRIERS[carrier], CARRIERS[working]), "nearest_even", "ovf_inf", lane_ops)
-        word: Lanes | int = 0
-        if word_at is not None:
-            word = word_at(index)
-            if lane_ops.integer == torch.int64:
-                word = _converted(word, torch.int64) << 32
-        powers = None if load_scale is None else code_of(load_scale(index))
-        code = round_code(code, grid, rounding, overflow, lane_ops, word, powers)
-        value = ops.to_dtype_bitcast(code.value, working, lane_ops.integer)
-        return ops.to_dtype(value, carrier, src_dtype=working)
+        value = ops.to_dtype(load(index), working, src_dtype=carrier)
+        word = None if word_at is None else word_at(index)
+        if word is not None and integer == torch.int64:
+            word = _converted(word, torch.int64) << 32
+        power = None if load_scale is None else ops.to_dtype(load_scale(index), working, src_dtype=carrier)
+        return ops.to_dtype(
+            round_values(value, fmt, rounding, overflow, carrier, word, power), carrier, src_dtype=working
+        )
 
-    return ir.Pointwise.create(device=x.get_device(), dtype=carrier, inner_fn=rounded, ranges=list(x.get_size()))
+    return ir.Pointwise.create(device=device, dtype=carrier, inner_fn=rounded, ranges=list(x.get_size()))
+
+
+def _in_cpp(device: torch.device) -> bool:
+    """Whether `fpsim.rounding.cpp_functions` round on this device."""
+    return device.type == "cpu" and AVAILABLE
+
+
+def _round_in_cpp(
+    value: Any, fmt: FloatFormat, rounding: str, overflow: str, carrier: torch.dtype, word: Lanes | None, scale: Any
+) -> Any:
+    """A value of the working carrier, rounded by a C++ function."""
+    floats = not config.cpp.enable_unsafe_math_opt_flag  # which lets compilers reorder sums
+    working = working_dtype(carrier)
+    function = rounding_function(fmt, rounding, overflow, carrier, word is not None, scale is not None, floats)
+    # All arguments have one type, or Inductor would convert their values.
+    words = [] if word is None else [ops.to_dtype_bitcast(word.value, working, word.dtype)]
+    return inline(function, working, value, *words, *([] if scale is None else [scale]))
+
+
+def _round_lanes(
+    value: Any, fmt: FloatFormat, rounding: str, overflow: str, carrier: torch.dtype, word: Lanes | None, scale: Any
+) -> Any:
+    """A value of the working carrier, rounded by Inductor's operations."""
+    working = working_dtype(carrier)
+    lane_ops = LaneOps(working)
+
+    def code_of(value: Any) -> Lanes:
+        return Lanes(ops.to_dtype_bitcast(value, lane_ops.integer, working), lane_ops.integer)
+
+    code = code_of(value)
+    if working != carrier:
+        # Inductor keeps 16-bit intermediates in float32, unrounded: round them to their own dtype first.
+        code = round_code(code, Grid(CARRIERS[carrier], CARRIERS[working]), "nearest_even", "ovf_inf", lane_ops)
+    powers = None if scale is None else code_of(scale)
+    grid = grid_of(fmt, carrier, scale is not None)
+    code = round_code(code, grid, rounding, overflow, lane_ops, 0 if word is None else word, powers)
+    return ops.to_dtype_bitcast(code.value, working, lane_ops.integer)
 
 
 @lowering.register_lowering(torch.ops.fpsim.round.default, type_promotion_kind=None)
@@ -225,19 +241,25 @@ def _word_at(x: ir.TensorBox, key: ir.TensorBox) -> Callable[[Any], Lanes]:
     sizes = x.get_size()
     strides = ir.FlexibleLayout.contiguous_strides(sizes)
     small = V.graph.sizevars.statically_known_lt(sympy_product(sizes), 2**31)
-    lanes = _lanes(x.get_device_or_error(), sizes)
+    device = x.get_device_or_error()
+    lanes = _lanes(device, sizes)
 
     def word_at(index: Any) -> Lanes:
         low_key, high_key = (Lanes(load_key([sympy.Integer(half)]), torch.int32) for half in (0, 1))
         linear = sum((i * stride for i, stride in zip(index, strides, strict=True)), sympy.Integer(0))
+        high = high_key
         if not small:
             wide = Lanes(ops.index_expr(linear, torch.int64), torch.int64)
-            return random_word(low_key, high_key, _converted(wide, torch.int32), _converted(wide >> 32, torch.int32))
-        if not lanes:
-            return random_word(low_key, high_key, Lanes(ops.index_expr(linear, torch.int32), torch.int32))
-        lane = Lanes(ops.index_expr(ModularIndexing(linear, 1, lanes), torch.int32), torch.int32)
-        vector = Lanes(ops.index_expr(FloorDiv(linear, lanes), torch.int32), torch.int32)
-        return random_word(low_key, high_key, (vector << (lanes.bit_length() - 1)) | lane)
+            low, high = low_key ^ _converted(wide, torch.int32), high_key ^ _converted(wide >> 32, torch.int32)
+        elif lanes:
+            lane = Lanes(ops.index_expr(ModularIndexing(linear, 1, lanes), torch.int32), torch.int32)
+            vector = Lanes(ops.index_expr(FloorDiv(linear, lanes), torch.int32), torch.int32)
+            low = (low_key ^ (vector << (lanes.bit_length() - 1))) ^ lane
+        else:
+            low = low_key ^ Lanes(ops.index_expr(linear, torch.int32), torch.int32)
+        if not _in_cpp(device):
+            return random_word(low, high)
+        return Lanes(inline(word_function(), torch.int32, low.value, high.value), torch.int32)
 
     return word_at
 

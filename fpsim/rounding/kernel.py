@@ -3,7 +3,8 @@
 The functions below use only Python's integer operators and a few helpers (`Ops`). So the same source runs on torch
 tensors, on values of Inductor's intermediate language, and on plain ints. Integer operations alone decide every bit
 (with one exact integer-to-float conversion, for formats that reach into the carrier's subnormals). A compiler's
-contraction, unsafe-math and flush-to-zero flags therefore cannot change a result.
+contraction, unsafe-math and flush-to-zero flags therefore cannot change a result. `fpsim.rounding.float_forms` has
+shorter forms for the modes and flags where these provably give the same bits.
 
 Notation. The *carrier* (float32 or float64) holds the values; a *code* is its bit pattern read as an integer.
 Codes of non-negative numbers are in the order of their values, and a carry out of the mantissa moves to the next
@@ -132,6 +133,11 @@ class Grid:
         return self.fmt.mantissa_bits if self.extended else min(self.fmt.mantissa_bits, self.first_field - 1)
 
     @cached_property
+    def carries_to_infinity(self) -> bool:
+        """Whether the code after the largest finite value is the carrier's infinity, in the format too."""
+        return self.fmt.has_infinity and self.plain_max + (1 << self.shift) == self.carrier.max_code + 1
+
+    @cached_property
     def tiny(self) -> bool:
         """Whether numbers below the smallest subnormal need a separate rule, because a unit exceeds a binade there."""
         quantum = self.fmt.emin - self.fmt.mantissa_bits
@@ -198,9 +204,9 @@ def round_code(
     )
     r = _round_magnitude(a, code, grid, rounding, ops, word, random_bits, linear)
     if nearest_overflows:
-        becomes_infinity = ~ops.less(r, grid.max + 1)
+        overflows = None if scale is None and grid.carries_to_infinity else ~ops.less(r, grid.max + 1)
     else:
-        becomes_infinity = _becomes_infinity(magnitude, exceeds, code, grid, rounding, overflow, ops)
+        overflows = becomes_infinity(magnitude, exceeds, code, grid, rounding, overflow, ops)
     smallest = grid.smallest
     if grid.tiny and not linear:
         if random_bits:
@@ -218,10 +224,10 @@ def round_code(
         r = ops.choose(is_zero, 0, _unextend_rounded(ops.clamp(r, grid.smallest, None) - binades, grid, ops))
     elif grid.extended:
         r = _unextend(r, grid, ops)
-    if becomes_infinity is not None and fmt.has_infinity:
-        r = ops.choose(becomes_infinity, infinity, r)
-    elif becomes_infinity is not None:
-        is_nan = is_nan | becomes_infinity
+    if overflows is not None and fmt.has_infinity:
+        r = ops.choose(overflows, infinity, r)
+    elif overflows is not None:
+        is_nan = is_nan | overflows
 
     if fmt.has_negative_zero:
         r = r | (code ^ magnitude)
@@ -247,7 +253,7 @@ def round_code(
     return ops.choose(is_nan, nan_code if fmt.has_nan else grid.plain_max, r)
 
 
-def _becomes_infinity(
+def becomes_infinity(
     magnitude: Int, exceeds: Mask, code: Int, grid: Grid, rounding: str, overflow: str, ops: Ops
 ) -> Mask | None:
     """Numbers that become infinity, or NaN if the format has none, in modes where rounding does not produce it.

@@ -52,9 +52,11 @@ def _register_lowerings() -> None:
     """Register the operators with Inductor, if this process uses it."""
     if "torch._inductor.lowering" in sys.modules:
         import fpsim.rounding.inductor  # noqa: F401
+        from fpsim.rounding.cpp_functions import inline_functions_in_cpp
         from fpsim.rounding.vector_casts import cast_whole_vectors_in_cpp
 
         cast_whole_vectors_in_cpp()
+        inline_functions_in_cpp()
 
 
 @torch.library.register_vmap("fpsim::round", lib=_library)

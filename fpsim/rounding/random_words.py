@@ -31,7 +31,7 @@ def random_key(seed: Int, salt: int) -> Int:
     return _mix64(_mix64(seed ^ _GOLDEN) ^ to_signed(salt * _GOLDEN))
 
 
-def random_word(low_key: Int, high_key: Int, low_index: Int, high_index: Int | None = None) -> Int:
+def random_word(low: Int, high: Int) -> Int:
     """A 32-bit random word, as signed integers.
 
     For a fixed key the words of 2**32 consecutive indices are all different: they are a permutation, drawn without
@@ -39,12 +39,11 @@ def random_word(low_key: Int, high_key: Int, low_index: Int, high_index: Int | N
     the same words in another order.
 
     Args:
-        low_key, high_key: the two halves of `random_key`, as 32-bit signed integers.
-        low_index, high_index: the two halves of the element's index; ``high_index`` is None if all high halves are 0.
+        low, high: the two halves of `random_key`, combined by exclusive-or with those of the element's index, as 32-bit
+            signed integers.
     """
-    word = _fold((low_index ^ low_key) * _FACTORS32[0], 15, 32)
-    word = word ^ (high_key if high_index is None else high_key ^ high_index)
-    return _fold(_fold(word * _FACTORS32[1], 14, 32) * _FACTORS32[2], 17, 32)
+    word = _fold(low * _FACTORS32[0], 15, 32)
+    return _fold(_fold((word ^ high) * _FACTORS32[1], 14, 32) * _FACTORS32[2], 17, 32)
 
 
 def _mix64(x: Int) -> Int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import linecache
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -23,72 +23,10 @@ from fpsim.rounding.carriers import grid_of, working_dtype
 from fpsim.rounding.definitions import round_generally, round_stochastic
 from fpsim.rounding.kernel import round_code
 from fpsim.rounding.random_words import random_key, random_word
+from fpsim.rounding.recording import Name, Text
 from fpsim.source import source_hash
 
 # -- recording the algorithm as source ---------------------------------------------------------------------------------
-
-
-@dataclass
-class Text:
-    """The lines of a function. Each line assigns one result to a variable."""
-
-    lines: list[str] = field(default_factory=list)
-
-    def name(self, expression: str) -> Name:
-        self.lines.append(f"v{len(self.lines)} = {expression}")
-        return Name(f"v{len(self.lines) - 1}", self)
-
-
-@dataclass(frozen=True)
-class Name:
-    """A variable of a function, with the operators that `fpsim.rounding.kernel` uses. Masks are variables too."""
-
-    name: str
-    text: Text
-
-    def __str__(self) -> str:
-        return self.name
-
-    def _of(self, expression: str) -> Name:
-        return self.text.name(expression)
-
-    def __add__(self, other: Name | int) -> Name:
-        return self._of(f"{self} + {other}")
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Name | int) -> Name:
-        return self._of(f"{self} - {other}")
-
-    def __rsub__(self, other: int) -> Name:
-        return self._of(f"{other} - {self}")
-
-    def __mul__(self, other: Name | int) -> Name:
-        return self._of(f"{self} * {other}")
-
-    def __and__(self, other: Name | int) -> Name:
-        return self._of(f"{self} & {other}")
-
-    def __or__(self, other: Name | int) -> Name:
-        return self._of(f"{self} | {other}")
-
-    def __xor__(self, other: Name | int) -> Name:
-        return self._of(f"{self} ^ {other}")
-
-    def __lshift__(self, other: Name | int) -> Name:
-        return self._of(f"{self} << {other}")
-
-    def __rlshift__(self, other: int) -> Name:
-        return self._of(f"{other} << {self}")
-
-    def __rshift__(self, other: Name | int) -> Name:
-        return self._of(f"{self} >> {other}")
-
-    def __invert__(self) -> Name:
-        return self._of(f"~{self}")
-
-    def __neg__(self) -> Name:
-        return self._of(f"0 - {self}")
 
 
 @dataclass(frozen=True)
@@ -99,22 +37,22 @@ class NameOps:
 
     def clamp(self, a: Name, low: int | None, high: int | None) -> Name:
         if low is not None:
-            a = a._of(f"tl.maximum({a}, {low})")
-        return a if high is None else a._of(f"tl.minimum({a}, {high})")
+            a = a.text.name(f"tl.maximum({a}, {low})")
+        return a if high is None else a.text.name(f"tl.minimum({a}, {high})")
 
     def larger(self, a: Name, b: Name) -> Name:
-        return a._of(f"tl.maximum({a}, {b})")
+        return a.text.name(f"tl.maximum({a}, {b})")
 
     def less(self, a: Name, bound: Name | int) -> Name:
-        return a._of(f"{a} < {bound}")
+        return a.text.name(f"{a} < {bound}")
 
     def choose(self, mask: Name, a: Name | int, b: Name | int) -> Name:
         if isinstance(a, int) and isinstance(b, int):
-            b = mask._of(f"tl.full([], {b}, tl.int{self.bits})")
-        return mask._of(f"tl.where({mask}, {a}, {b})")
+            b = mask.text.name(f"tl.full([], {b}, tl.int{self.bits})")
+        return mask.text.name(f"tl.where({mask}, {a}, {b})")
 
     def code_of_integer(self, a: Name) -> Name:
-        return a._of(f"{a}.to(tl.float{self.bits}).to(tl.int{self.bits}, bitcast=True)")
+        return a.text.name(f"{a}.to(tl.float{self.bits}).to(tl.int{self.bits}, bitcast=True)")
 
 
 def _function(name: str, arguments: str, text: Text, result: str) -> Any:
@@ -195,10 +133,10 @@ def _word(text: Text, index: str, bits: int) -> Name:
     """The random word of each element, in the topmost bits of an integer of the carrier's width."""
     low_key, high_key, whole = (Name(name, text) for name in ("low_key", "high_key", "index"))
     if index == "int32":
-        word = random_word(low_key, high_key, whole)
+        word = random_word(whole ^ low_key, high_key)
     elif index == "int64":
         low, high = text.name("index.to(tl.int32)"), text.name("(index >> 32).to(tl.int32)")
-        word = random_word(low_key, high_key, low, high)
+        word = random_word(low ^ low_key, high ^ high_key)
     else:
         raise ValueError(f"the index of an element is an int32 or int64, got {index}")
     return word if bits == 32 else text.name(f"{word}.to(tl.int64) << 32")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,21 +54,21 @@ def round_in_place(jobs: Sequence[Job], draw: int | None, compiled: bool | None 
     if compiled is None:
         compiled = sum(job.tensor.numel() for job in jobs if job.tensor.device.type == "cpu") >= COMPILE_FROM
     small, large = defaultdict(list), defaultdict(list)
-    for job, key in zip(jobs, _keys(jobs, draw), strict=True):
+    for job, key in zip(jobs, keys_of(jobs, draw), strict=True):
         x, cast = job.tensor, job.cast
         if key is None and cast.scale is None and x.numel() < _SMALL:
             small[cast, x.dtype, x.device].append(x)
         elif compiled and not cast.has_axis and x.is_contiguous() and 1 < x.numel() < _SHORT:
             large[cast, x.dtype, x.device, key is not None].append((x.view(-1), key))
         else:
-            _overwrite(x, key, cast.arguments)
+            write(x, x, key, cast.arguments)
 
     joined = {kind: torch.cat([x.reshape(-1) for x in tensors]) for kind, tensors in small.items()}
     for (cast, dtype, device), x in joined.items():
         if compiled and x.numel() > 1:
             large[cast, dtype, device, False].append((x, None))
         else:
-            _overwrite(x, None, cast.arguments)
+            write(x, x, None, cast.arguments)
     for compilation, pairs in large.items():
         _compiled_rounding(*compilation)(pairs)
     for kind, tensors in small.items():
@@ -74,7 +76,7 @@ def round_in_place(jobs: Sequence[Job], draw: int | None, compiled: bool | None 
         torch._foreach_copy_(tensors, [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)])
 
 
-def _keys(jobs: Sequence[Job], draw: int | None) -> Sequence[Tensor | None]:
+def keys_of(jobs: Sequence[Job], draw: int | None) -> Sequence[Tensor | None]:
     """The key of each job's random numbers, int32 of shape (2,); None for deterministic rounding."""
     drawn = [i for i, job in enumerate(jobs) if job.cast.is_stochastic]
     keys: list[Tensor | None] = [None] * len(jobs)
@@ -85,39 +87,63 @@ def _keys(jobs: Sequence[Job], draw: int | None) -> Sequence[Tensor | None]:
     return keys
 
 
-def _overwrite(x: Tensor, key: Tensor | None, arguments: Arguments) -> None:
-    """Cast ``x`` in place; ``arguments`` is `Cast.arguments`."""
+def write(target: Tensor, value: Tensor, key: Tensor | None, arguments: Arguments | None) -> None:
+    """Write ``value`` to ``target``, cast; ``arguments`` is `Cast.arguments`, and None leaves the value as it is."""
     if key is not None and torch.compiler.is_compiling():
-        torch._check(x.numel() < _SHORT)  # tells Inductor that 32-bit indices suffice, whatever the size
-    x.copy_(apply_arguments(x, arguments, key=key))
+        torch._check(value.numel() < _SHORT)  # tells Inductor that 32-bit indices suffice, whatever the size
+    target.copy_(value if arguments is None else apply_arguments(value, arguments, key=key))
 
 
-def _overwrite_batch(xs: Sequence[Tensor], keys: Sequence[Tensor] | None, arguments: Arguments) -> None:
+def _round_batch(xs: Sequence[Tensor], keys: Sequence[Tensor] | None, arguments: Arguments) -> None:
     for i, x in enumerate(xs):
-        _overwrite(x, None if keys is None else keys[i], arguments)
+        write(x, x, None if keys is None else keys[i], arguments)
 
 
 @cache
 def _compiled_rounding(
     cast: Cast, dtype: torch.dtype, device: torch.device, stochastic: bool
 ) -> Callable[[Sequence[tuple[Tensor, Tensor | None]]], None]:
-    """The compiled `_overwrite_batch`, as a function of pairs of a one-dimensional tensor and its key."""
+    """The compiled `_round_batch`, as a function of pairs of a one-dimensional tensor and its key."""
     arguments = cast.arguments
-    # Each cast compiles its own function: Dynamo limits the number of recompilations per function.
-    name = "_".join(("round", *map(str, arguments)))
-    overwrite = torch.compile(
-        FunctionType(_overwrite_batch.__code__.replace(co_name=name), globals(), name), dynamic=True
-    )
-
-    def run(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-        for start in range(0, len(pairs), _BATCH):
-            xs, keys = zip(*pairs[start : start + _BATCH], *fillers[len(pairs) - start :], strict=True)
-            overwrite(xs, torch.stack(keys) if stochastic else None, arguments)
-
+    compiled = compile_alone(_round_batch, "_".join(("round", *map(str, arguments))))
     no_key = torch.zeros(2, dtype=torch.int32, device=device) if stochastic else None
-    fillers = [(torch.zeros(2, dtype=dtype, device=device), no_key) for _ in range(_BATCH)]
+
+    def run_batch(xs: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
+        compiled(xs, torch.stack(keys) if stochastic else None, arguments)
+
+    return in_batches(run_batch, lambda length: (torch.zeros(length, dtype=dtype, device=device), no_key), _BATCH)
+
+
+def compile_alone(function: Callable[..., None], name: str) -> Callable[..., None]:
+    """``function``, compiled for tensors of any length as a function of its own, called ``name``.
+
+    Dynamo limits the number of recompilations per function.
+    """
+    assert isinstance(function, FunctionType)
+    name = re.sub(r"\W+", "_", name)
+    own = FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
+    return torch.compile(own, dynamic=True)
+
+
+def in_batches(
+    run_batch: Callable[..., None], example: Callable[[int], tuple[Any, ...]], size: int
+) -> Callable[[Sequence[tuple[Any, ...]]], None]:
+    """A function of any number of items, which calls compiled code for some of them at a time.
+
+    Args:
+        run_batch: the compiled code, as a function of one sequence for each part of an item.
+        example: an item whose tensors have a given length.
+        size: the number of items of a call.
+    """
+    fillers = [example(2)] * size
+
+    def run(items: Sequence[tuple[Any, ...]]) -> None:
+        for start in range(0, len(items), size):
+            batch = [*items[start : start + size], *fillers[len(items) - start :]]
+            run_batch(*zip(*batch, strict=True))
+
     # Compile with long tensors, or the code uses one thread, and of different lengths, or it requires equal lengths.
-    run([(torch.zeros(COMPILE_FROM + i, dtype=dtype, device=device), no_key) for i in range(_BATCH)])
+    run([example(COMPILE_FROM + i) for i in range(size)])
     return run
 
 

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from fpsim.casts import Cast, CastLike, check_cast, parse_cast
 from fpsim.rounding.carriers import check_tensor
-from fpsim.training.in_place import Job, check_seed, draw_of_step, round_in_place
+from fpsim.training.fused import FUSED, OPTIMIZERS, intercept, step_and_round
+from fpsim.training.in_place import Job, check_seed, draw_of_step, keys_of, round_in_place
 from fpsim.training.optimizer_state import state_names, states_of_parameters, tensors_in
 from fpsim.training.shards import local, shard_number, sharded_like
 
@@ -158,6 +159,7 @@ def round_optimizer(
         optimizer.register_state_dict_post_hook(hooks.add_to_state_dict),
         optimizer.register_load_state_dict_pre_hook(hooks.take_from_state_dict),
         optimizer.register_load_state_dict_post_hook(hooks.finish_loading),
+        *([intercept(optimizer, hooks.step_fused)] if type(optimizer) in OPTIMIZERS and compiled is not False else []),
     )
     return RoundedOptimizer(
         optimizer, hooks.state, hooks.weights, hooks.master, kahan, seed, _hooks=hooks, _handles=handles
@@ -238,6 +240,8 @@ class StepHooks:
     written: dict[Tensor, Tensor] = field(default_factory=dict)
     loading: dict[str, Any] = field(default_factory=dict)
     skipping: bool = False
+    #: The states that the step in progress has written rounded.
+    written_rounded: set[Tensor] = field(default_factory=set)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -272,6 +276,7 @@ class StepHooks:
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         self._drop_loaded_entries()
         self._refuse_other_parameters()
+        self.written_rounded.clear()
         self.skipping = _skips_step(optimizer, kwargs)
         if self.skipping:
             return None
@@ -333,8 +338,30 @@ class StepHooks:
             for j, p in enumerate(self.parameters)
             for i, (name, cast) in enumerate(self.state)
             for tensor in tensors_in(self.optimizer.state.get(p, {}).get(name))
+            if tensor not in self.written_rounded
         ]
+        self.written_rounded.clear()
         self._round(jobs)
+
+    def step_fused(self, kernel: str, lists: Sequence[Sequence[Tensor]], options: Mapping[str, Any]) -> list[int]:
+        """Take the step of a fused kernel of torch and round the states as they are written: see `step_and_round`."""
+        hooks = self.optimizer._optimizer_step_post_hooks.values()
+        if self.skipping or next(iter(hooks)) != self.after_step:  # an earlier hook sees states that are not rounded
+            return []
+        numbers = {p: j for j, p in enumerate(self.parameters)}
+        order = {name: i for i, (name, _) in enumerate(self.state)}
+        casts = dict(self.state)
+        draw = None if self.seed is None else draw_of_step(self.seed, self.steps + 1)
+
+        def key_of(p: Tensor, name: str) -> Tensor | None:
+            return keys_of([Job(p, casts[name], self._draw_index(numbers[p], p, order[name]))], draw)[0]
+
+        taken = step_and_round(kernel, lists, options, casts, key_of, self.compiled)
+        for i in taken:
+            self.written_rounded.update(
+                self.optimizer.state[lists[0][i]][name] for name in FUSED[kernel].states if name in casts
+            )
+        return taken
 
     def round_weights(self) -> None:
         """Compute the master copies, the weights and the compensations from the parameters after a step."""

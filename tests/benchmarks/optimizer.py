@@ -1,6 +1,6 @@
 """The cost of rounding an optimizer's state, relative to the plain step of AdamW as a loop, foreach and fused (CPU).
 
-    python -m tests.benchmarks.optimizer [--steps N] [--layers N] [--threads N] [--eager]
+    python -m tests.benchmarks.optimizer [--steps N] [--layers N] [--threads N] [--only NAME] [--eager]
 
 The parameters are those of GPT-2's layers at half its width. Times are medians over interleaved steps in one process.
 The table compares the ratio of the rounded to the plain step with a lower bound of such a ratio: the plain step and one
@@ -21,6 +21,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 import fpsim
+from tests.benchmarks.results import add_record_option, record
 from tests.benchmarks.timing import interleaved_medians
 
 WIDTH = 384
@@ -71,6 +72,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--eager", action="store_true", help="also measure rounding that is not compiled")
+    parser.add_argument("--only", choices=ROUNDINGS, nargs="+", default=list(ROUNDINGS), help="these roundings alone")
+    add_record_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     count = sum(p.numel() for p in parameters(arguments.layers))
@@ -79,7 +82,8 @@ def main() -> None:
     ways = [("", None)] if not arguments.eager else [("", None), (", eager", False)]
     for name, implementation in track(IMPLEMENTATIONS.items(), "compiling", transient=True):
         steps[name, "plain"] = optimizer(arguments.layers, implementation, None).step
-        for rounding, options in ROUNDINGS.items():
+        for rounding in arguments.only:
+            options = ROUNDINGS[rounding]
             for suffix, compiled in ways:
                 made = optimizer(arguments.layers, implementation, {**options, "compiled": compiled})
                 steps[name, rounding + suffix] = made.step
@@ -98,6 +102,10 @@ def main() -> None:
             if rounding == "plain":
                 table.add_row(name, "its state copied once", f"{copied / count * 1e9:.2f}", f"{1 + copied / plain:.2f}")
     Console(width=120).print(table)
+    ratios = {
+        f"{name}, {rounding}": each / seconds[name, "plain"] for (name, rounding), each in seconds.items() if name
+    }
+    record(arguments.record, {name: ratio for name, ratio in ratios.items() if not name.endswith(", plain")})
 
 
 if __name__ == "__main__":

@@ -1,14 +1,23 @@
 """The speed of rounding, relative to a memory copy and to other libraries, and whether these agree with fpsim.
 
-    python -m tests.benchmarks.rounding [--elements N] [--repeats N]
+    python -m tests.benchmarks.rounding            the promised ratios, at both vector widths
+    python -m tests.benchmarks.rounding --peers    eager calls and other libraries
 
-One thread, float32, medians of interleaved runs in one process. Libraries that are not installed are left out.
+One thread, float32. The cases take turns in one process. The ratios are those of the shortest times, because other
+work on the machine only adds time; the comparison with other libraries takes medians. Rounding into given memory costs
+what it adds to a copy: the memory of a result that is allocated costs more. Libraries that are not installed are left
+out.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 
@@ -19,7 +28,8 @@ from torch import Tensor
 
 import fpsim
 from fpsim.formats import ROUNDINGS
-from tests.benchmarks.timing import interleaved_medians
+from tests.benchmarks import timing
+from tests.benchmarks.results import add_record_option, record
 
 Function = Callable[[Tensor], Tensor]
 
@@ -92,13 +102,112 @@ def peers() -> dict[str, tuple[str, Function]]:
     return cases
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--elements", type=int, default=1 << 22)
-    parser.add_argument("--repeats", type=int, default=15)
-    options = parser.parse_args()
+#: The modes whose speed is promised: format, rounding, scale.
+PROMISED = (
+    ("e4m3fn", "nearest_even", None),
+    ("e8m3", "nearest_even", None),
+    ("bf16", "nearest_even", None),
+    ("e5m2", "nearest_even", None),
+    ("fp16", "nearest_even", None),
+    ("e4m3fn", "stochastic", None),
+    ("e8m3", "stochastic", None),
+    ("e4m3fn", "nearest_even", "power_of_two"),
+)
+
+
+def into(target: Tensor, format: str, rounding: str, scale: str | None) -> Function:
+    """Compiled rounding whose results are written to ``target``."""
+    seed = torch.tensor(0) if rounding == "stochastic" else None
+
+    def function(x: Tensor, target: Tensor, seed: Tensor | None) -> Tensor:
+        return target.copy_(fpsim.round(x, format, rounding=rounding, scale=scale, seed=seed))
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+    return lambda x: compiled(x, target, seed)
+
+
+def minima(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The least seconds of each call, over rounds in which the calls take turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            call()
+            times[name].append(timing.seconds(call))
+    return {name: min(values) for name, values in times.items()}
+
+
+def ratios(elements: int, repeats: int) -> list[tuple[str, float]]:
+    """The promised ratios at this process's vector width, in one thread: what is compared, and the ratio."""
     torch.set_num_threads(1)
-    x = torch.randn(options.elements, generator=torch.Generator().manual_seed(0)) * 8
+    x = normal(elements)
+    target = torch.empty_like(x)
+    functions: dict[str, Function] = {"copy": target.copy_}
+    for format, rounding, scale in PROMISED:
+        work = f"{format} {rounding} {scale or ''}".strip()
+        functions[f"{work} / copy"] = into(target, format, rounding, scale)
+    seconds = minima({name: partial(function, x) for name, function in functions.items()}, repeats)
+    rows = [(work, value / seconds["copy"]) for work, value in seconds.items() if work != "copy"]
+
+    small = x[: 1 << 16].clone()
+    product = torch.compile(lambda x: x * 1.5, dynamic=False)
+    rounded = compiled("e4m3fn", "nearest_even")
+    calls = {"rounded": partial(repeatedly, rounded, small), "product": partial(repeatedly, product, small)}
+    seconds = minima(calls, 2 * repeats)
+    return [*rows, ("e4m3fn nearest_even in cache (2^16 elements) / x * 1.5", seconds["rounded"] / seconds["product"])]
+
+
+def repeatedly(function: Function, x: Tensor) -> None:
+    """Sixteen calls, which take long enough to be timed."""
+    for _ in range(16):
+        function(x)
+
+
+def normal(elements: int) -> Tensor:
+    return torch.randn(elements, generator=torch.Generator().manual_seed(0)) * 8
+
+
+def ratios_at_both_widths(elements: int, repeats: int) -> dict[str, list[tuple[str, float]]]:
+    """`ratios` in a process for AVX2 and in one for the machine's own width, by the name of the width."""
+    results: dict[str, list[tuple[str, float]]] = {}
+    command = [sys.executable, "-m", __spec__.name, f"--elements={elements}", f"--repeats={repeats}", "--json"]
+    for capability in ("avx2", None):
+        environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
+        if capability is not None:
+            environment["ATEN_CPU_CAPABILITY"] = capability
+        with tempfile.TemporaryDirectory() as folder:  # torch's caches do not tell widths apart
+            environment["TORCHINDUCTOR_CACHE_DIR"] = folder
+            width, rows = json.loads(subprocess.check_output(command, env=environment, text=True).splitlines()[-1])
+        results[width] = [(work, ratio) for work, ratio in rows]
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--elements", type=int, default=1 << 22)
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--peers", action="store_true", help="compare eager calls and other libraries instead")
+    parser.add_argument("--json", action="store_true", help="print the ratios of this process's width alone")
+    add_record_option(parser)
+    options = parser.parse_args()
+    if options.peers:
+        compare_with_peers(options.elements, options.repeats)
+    elif options.json:
+        print(json.dumps([torch.backends.cpu.get_cpu_capability(), ratios(options.elements, options.repeats)]))
+    else:
+        table = Table(title=f"{options.elements} float32 elements, 1 thread, torch {torch.__version__}")
+        results = ratios_at_both_widths(options.elements, options.repeats)
+        for column in ("work", *results):
+            table.add_column(column, justify="left" if column == "work" else "right")
+        for rows in zip(*results.values(), strict=True):
+            table.add_row(rows[0][0], *(f"{ratio:.2f}" for _, ratio in rows))
+        Console(width=110).print(table)
+        for width, rows in results.items():
+            record(options.record, dict(rows), vectors=width)
+
+
+def compare_with_peers(elements: int, repeats: int) -> None:
+    torch.set_num_threads(1)
+    x = normal(elements)
     target = torch.empty_like(x)
     cases = {**ours(), **peers()}
     copy = "torch.add(x, 0, out=)"
@@ -108,9 +217,9 @@ def main() -> None:
         **{name: function for name, (_, function) in cases.items()},
     }
     calls = {name: partial(function, x) for name, function in functions.items()}
-    seconds = interleaved_medians(calls, options.repeats, warm_up=True)
+    seconds = timing.interleaved_medians(calls, repeats, warm_up=True)
     nanoseconds = {name: 1e9 * value / x.numel() for name, value in seconds.items()}
-    table = Table(title=f"{options.elements} float32 elements, 1 thread, torch {torch.__version__}")
+    table = Table(title=f"{elements} float32 elements, 1 thread, torch {torch.__version__}")
     for column in ("case", "ns per element", "ratio to copy", "differs from fpsim"):
         table.add_column(column, justify="left" if column == "case" else "right")
     for name, value in nanoseconds.items():

@@ -1,6 +1,7 @@
 """The cost of a training step with every operand of every product rounded, relative to plain Inductor and peers.
 
     python -m tests.benchmarks.training [--model llama|resnet] [--steps N] [--compiles N] [--format F] [--peers]
+    python -m tests.benchmarks.training --second [--model llama|resnet] [--compiles N]
 
 One thread. Both sides of each ratio have the same attention, kept fused or opened. Step times are medians over
 interleaved steps in one process. Peak memory is the largest sum of live allocations during one step, without parameters
@@ -8,20 +9,26 @@ and optimizer. Compile time is the time of the first step, Python and C++ compil
 is the median over fresh processes that have compiled something small before (by Inductor, so that plain cases run as
 in a process without fpsim's backend).
 
+``--second`` measures a second process instead: from its start until its first step is done, with the caches that a
+first process has filled.
+
 ``--peers`` adds eager emulations. One is an autograd.Function of usual torch operations, patched into
 `torch.nn.functional` as microxcaling does. Others are used if they are installed: unit_scaling's ``simulate_fp8``,
-which rounds stochastically, and torchao's emulated ``Float8Linear``, which scales by powers of two. These two do not
-round convolutions and the products inside attention.
+which rounds stochastically, torchao's emulated ``Float8Linear``, which scales by powers of two, and NVIDIA ModelOpt's
+FP8, which rounds the forward operands of layers alone. These do not round the products inside attention, and only
+ModelOpt rounds those of convolutions.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +45,7 @@ from torch.profiler import ProfilerActivity, profile
 from fpsim.paper.compiled_loss import OpenAttention
 from fpsim.paper.models import LanguageModel, ModelConfig, llama
 from tests.benchmarks import timing
+from tests.benchmarks.results import add_record_option, record
 
 Compile = Callable[[nn.Module], Callable[..., Tensor]]
 STOCHASTIC = {"policy": "fp8_hybrid", "rounding": "stochastic"}
@@ -167,20 +175,40 @@ def patched(model: nn.Module) -> Callable[..., Tensor]:
     return run
 
 
-def peer_cases() -> dict[str, Compile]:
+def by_unit_scaling(model: nn.Module) -> Callable[..., Tensor]:
+    from unit_scaling.transforms import simulate_fp8
+
+    return simulate_fp8(model)
+
+
+def by_torchao(model: nn.Module) -> Callable[..., Tensor]:
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    return convert_to_float8_training(model, config=Float8LinearConfig(emulate=True, round_scales_to_power_of_2=True))
+
+
+def by_modelopt(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    import modelopt.torch.quantization as mtq
+
+    return mtq.quantize(model, mtq.FP8_DEFAULT_CFG, lambda model: model(*inputs))
+
+
+def peer_cases(workload: Workload) -> dict[str, Compile]:
+    """Eager emulations; a sentence tells which are left out because they are not installed."""
     cases: dict[str, Compile] = {
         "eager, unrounded": lambda model: OpenAttention(model),
         "eager, patched autograd.Function": patched,
     }
-    if importlib.util.find_spec("unit_scaling"):
-        from unit_scaling.transforms import simulate_fp8
-
-        cases["unit_scaling simulate_fp8"] = simulate_fp8
-    if importlib.util.find_spec("torchao"):
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-
-        config = Float8LinearConfig(emulate=True, round_scales_to_power_of_2=True)
-        cases["torchao Float8Linear, emulated"] = lambda model: convert_to_float8_training(model, config=config)
+    others: dict[str, tuple[str, Compile]] = {
+        "unit_scaling": ("unit_scaling simulate_fp8", by_unit_scaling),
+        "torchao": ("torchao Float8Linear, emulated", by_torchao),
+        "modelopt": ("ModelOpt FP8, forward alone", lambda model: by_modelopt(model, workload.inputs)),
+    }
+    for module, (name, compile) in others.items():
+        if importlib.util.find_spec(module):
+            cases[name] = compile
+        else:
+            print(f"{name} is left out: {module} is not installed")
     return cases
 
 
@@ -223,7 +251,34 @@ def seconds_of_first_step(workload: Workload, compile: Compile) -> float:
 def in_a_fresh_process(case: str) -> float:
     """`seconds_of_first_step` of a case, by this program in a new process with the same arguments."""
     command = [sys.executable, "-m", "tests.benchmarks.training", *sys.argv[1:], "--first-step", case]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def seconds_of_second_process(case: str) -> float:
+    """Seconds of a process from its start until its first step is done, after another has filled torch's caches."""
+    command = [sys.executable, "-m", "tests.benchmarks.training", *sys.argv[1:], "--only-step", case]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
+        for _ in range(2):
+            seconds = timing.seconds(lambda: subprocess.run(command, check=True, capture_output=True, env=environment))
+    return seconds
+
+
+def measure_second_processes(names: Sequence[str], repeats: int) -> dict[str, float]:
+    """Print the median seconds of the second process of each case; the result holds the ratios to plain Inductor."""
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for name in track([name for _ in range(repeats) for name in names], "second processes", transient=True):
+        times[name].append(seconds_of_second_process(name))
+    table, ratios, baseline = Table(title="second process, until the first step is done"), {}, 0.0
+    for column in ("case", "seconds", "ratio"):
+        table.add_column(column, justify="left" if column == "case" else "right")
+    for name, values in times.items():
+        seconds = statistics.median(values)
+        baseline = seconds if name.startswith("plain") else baseline
+        ratios[name] = seconds / baseline
+        table.add_row(name, f"{seconds:.2f}", f"{ratios[name]:.3f}")
+    Console(width=120).print(table)
+    return ratios
 
 
 def main() -> None:
@@ -232,16 +287,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--compiles", type=int, default=1, help="number of fresh processes that compile each case")
     parser.add_argument("--first-step", metavar="CASE", help=argparse.SUPPRESS)
+    parser.add_argument("--only-step", metavar="CASE", help=argparse.SUPPRESS)
+    parser.add_argument("--second", action="store_true", help="measure a second process instead")
     parser.add_argument("--format", help="the format of all operands; default: the FP8 hybrid")
     parser.add_argument("--peers", action="store_true", help="also measure eager emulations")
+    add_record_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     workload = WORKLOADS[arguments.model]()
     compiles = compiled_cases(workload, {"format": arguments.format} if arguments.format else {})
     if arguments.peers:
-        compiles |= peer_cases()
+        compiles |= peer_cases(workload)
     if arguments.first_step:
         print(seconds_of_first_step(workload, compiles[arguments.first_step]))
+        return
+    if arguments.only_step:
+        stepper(workload, compiles[arguments.only_step])()
+        return
+    if arguments.second:
+        ratios = measure_second_processes(list(compiles), arguments.compiles)
+        record(arguments.record, {name: ratio for name, ratio in ratios.items() if not name.startswith("plain")})
         return
 
     steps = {}
@@ -260,7 +325,7 @@ def main() -> None:
     table = Table(title=f"forward and backward, {arguments.model}, 1 thread, torch {torch.__version__}")
     for column in ("case", "ms per step", "ratio", "peak MiB", "ratio", "first step s", "ratio"):
         table.add_column(column, justify="left" if column == "case" else "right")
-    baseline = ""
+    baseline, ratios = "", {}
     for name in steps:
         baseline = name if name.startswith("plain") else baseline
         measured = [(seconds, 1e3), (peaks, 2**-20), (first, 1)]
@@ -270,7 +335,11 @@ def main() -> None:
             for text in (f"{values[name] * scale:.1f}", f"{values[name] / values[baseline]:.3f}")
         ]
         table.add_row(name, *cells)
+        if name != baseline:
+            ratios[name] = seconds[name] / seconds[baseline]
+            ratios[f"{name}, first step"] = first[name] / first[baseline]
     Console(width=120).print(table)
+    record(arguments.record, ratios)
 
 
 if __name__ == "__main__":

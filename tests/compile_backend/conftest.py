@@ -5,8 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import fx
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.utils import clear_caches
+
+from fpsim.compile_backend.passes.rounding_pass import RoundingPass
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,3 +39,17 @@ def kernels_left_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *_: lambda *_: None)
     yield
     clear_caches()
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
+    """The graphs of a step after rewriting."""
+    found: list[fx.Graph] = []
+    original = RoundingPass.__call__
+
+    def keeping(self: RoundingPass, graph: fx.Graph) -> None:
+        original(self, graph)
+        found.append(graph)
+
+    monkeypatch.setattr(RoundingPass, "__call__", keeping)
+    return found

@@ -32,6 +32,7 @@ from torch._inductor.select_algorithm import AlgorithmSelectorCache
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._triton import has_triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -133,6 +134,7 @@ def pretended_gpu() -> Iterator[None]:
     with ExitStack() as stack:
         for owner, name, value in replaced:
             stack.enter_context(mock.patch.object(owner, name, value))
+        has_triton.cache_clear()
         yield
 
 

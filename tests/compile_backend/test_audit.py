@@ -74,7 +74,7 @@ EAGER: dict[str, tuple[Callable[[Tensor], object], list[str]]] = {
     "einsum": (lambda x: torch.einsum("ij,kj->ik", x, x), ["aten.bmm"]),
     "lists of products": (lambda x: torch._foreach_mm([x], [x.T])[0], ["aten._foreach_mm"]),
     "affine_grid": (lambda x: F.affine_grid(x[:1, :6].view(1, 2, 3), (1, 1, 2, 2)), ["aten.affine_grid_generator"]),
-    "cdist": (lambda x: torch.cdist(x, x), ["aten._cdist_forward"]),
+    "cdist": (lambda x: torch.cdist(x.repeat(9, 1), x), ["aten._euclidean_dist"]),
     "bilinear": (lambda x: F.bilinear(x, x, torch.ones(3, 8, 8)), ["aten._trilinear"]),
     "solve": (lambda x: torch.linalg.solve(SQUARE, x), ["aten._linalg_solve_ex"]),
     "inv": (lambda x: torch.linalg.inv(SQUARE), ["aten.linalg_inv_ex"]),

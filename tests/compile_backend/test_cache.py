@@ -1,17 +1,12 @@
 """Compiled code in torch's cache on disk: a backend with an incomplete key would get the code of another policy.
 
-Fresh processes share one cache directory and run jobs. Every job must get its own bits, whatever ran before it. A job
-that ran before must find its code in the cache. This file is also the program of these processes.
+New processes share one cache directory and run jobs. Every job must get its own bits, whatever ran before it. A job
+that ran before must find its code in the cache.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,12 +16,13 @@ from torch import Tensor, nn
 
 import fpsim
 from tests.shared.models import dyadic
+from tests.shared.processes import in_a_new_process
 
 X, W, DY = dyadic(4, 8, seed=1, top=63), dyadic(8, 8, seed=2, top=63), dyadic(4, 8, seed=3, top=63)
 Q, V = dyadic(1, 2, 4, 16, seed=4, top=63), dyadic(1, 2, 4, 16, seed=5, top=63)
 
 
-# -- what a child process runs -----------------------------------------------------------------------------------------
+# -- what a new process runs -------------------------------------------------------------------------------------------
 
 
 class Product(nn.Module):
@@ -110,20 +106,8 @@ def run(job: Job) -> dict[str, Any]:
     return {"values": values, "caches": {name: n for name, n in caches.items() if "cache_" in name}}
 
 
-def in_a_fresh_process(jobs: list[Job], cache: Path) -> list[dict[str, Any]]:
-    """The results of ``jobs``, run one after the other by a new process with its cache in ``cache``."""
-    settings = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    child = subprocess.run(
-        [sys.executable, "-m", "tests.compile_backend.test_cache"],
-        cwd=Path(__file__).parents[2],
-        input=json.dumps([vars(job) for job in jobs]),
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout.splitlines()[-1])
+def run_all(jobs: list[Job]) -> list[dict[str, Any]]:
+    return [run(job) for job in jobs]
 
 
 # -- what it should give -----------------------------------------------------------------------------------------------
@@ -164,10 +148,11 @@ def expected(job: Job) -> dict[str, list]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Job, dict[str, Any], bool]]:
     """Every job in order, its result, and whether an equal job ran before."""
-    cache = tmp_path_factory.mktemp("cache")
+    cache = str(tmp_path_factory.mktemp("cache"))
+    settings = {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     found: list[tuple[Job, dict[str, Any], bool]] = []
     for jobs in [*PROCESSES, [*AGAIN, CHANGED, CHANGED]]:
-        for job, result in zip(jobs, in_a_fresh_process(jobs, cache), strict=True):
+        for job, result in zip(jobs, in_a_new_process(run_all, jobs, **settings), strict=True):
             found.append((job, result, any(job == earlier for earlier, _, _ in found)))
     return found
 
@@ -244,7 +229,3 @@ def test_every_fact_that_the_pass_reads_is_in_its_key(monkeypatch: pytest.Monkey
     monkeypatch.setattr(rewrite, "SOURCE", "another version of fpsim")
     keys.append(key())
     assert len(set(keys)) == len(keys)
-
-
-if __name__ == "__main__":
-    print(json.dumps([run(Job(**job)) for job in json.load(sys.stdin)]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 import warnings
@@ -477,14 +478,73 @@ def test_the_remedy_of_exporting_rounds() -> None:
     assert torch.equal(compiled(exported)(X), by_hand(model, X))
 
 
+def in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="fpsim_eager", options={"format": FORMAT})
+    return model
+
+
+def by_its_forward(model: nn.Module) -> nn.Module:
+    model.forward = compiled(model.forward)
+    return model
+
+
 @pytest.mark.parametrize("outer", ["eager", "aot_eager", "inductor", "fpsim_eager"])
-@pytest.mark.parametrize("inner", [lambda m: compiled(m), lambda m: compiled(lambda x: m(x))])
+@pytest.mark.parametrize("inner", [compiled, in_place, by_its_forward, lambda m: compiled(lambda x: m(x))])
 def test_a_compiled_model_inside_other_compiled_code_keeps_its_policy(outer: str, inner: Callable) -> None:
     model = Model()
     function = inner(model)
     step = torch.compile(lambda x: function(x) * 2, backend=outer)
     for _ in range(3):
         assert torch.equal(step(X), by_hand(model, X) * 2)
+
+
+class Sum(nn.Module):
+    """A layer, and a part with another policy."""
+
+    def __init__(self, part: Callable) -> None:
+        super().__init__()
+        self.first, self.part = nn.Linear(6, 6, bias=False), part
+        self.first.weight.data = torch.eye(6) * 1.25
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(self.first(x))
+
+
+@pytest.mark.parametrize("inner", [compiled, in_place, by_its_forward])
+@pytest.mark.parametrize("outer", [{"backend": "eager"}, {"backend": "fpsim_eager", "options": {"format": "e8m2"}}])
+def test_a_part_that_is_compiled_on_its_own_keeps_its_policy_in_a_compiled_model(inner: Callable, outer: dict) -> None:
+    model = Model()
+    step = torch.compile(Sum(inner(model)), **outer)
+    for _ in range(3):
+        y = step(X)
+        assert torch.equal(y, by_hand(model, (fpsim.round(X, "e8m2") if "options" in outer else X) * 1.25))
+    y.sum().backward()
+    assert model.last.weight.grad is not None
+
+
+def test_a_part_compiled_in_place_after_the_model_has_run_keeps_its_policy() -> None:
+    model = Model()
+    step = torch.compile(Sum(model), backend="eager")
+    assert torch.equal(step(X), model(X * 1.25))
+    in_place(model)
+    assert torch.equal(step(X), by_hand(model, X * 1.25))
+
+
+@pytest.mark.parametrize("first_in_place", [False, True])
+def test_a_module_compiled_twice_with_different_options_is_an_error(first_in_place: bool) -> None:
+    model = Model()
+    compiling = [lambda: in_place(model), lambda: torch.compile(model, backend="fpsim_eager")]
+    functions = [compile_it() for compile_it in (compiling if first_in_place else compiling[::-1])]
+    whole = next(function for function in functions if function is not model)
+    with pytest.raises(UnroundedError, match=r"with the options None, .* module with {'format': 'e8m1'}, which would"):
+        whole(X)
+    assert torch.equal(model(X), by_hand(model, X))
+    assert torch.equal(compiled(model)(X), by_hand(model, X))  # the same options
+
+
+def test_a_part_compiled_in_place_inside_a_whole_graph_is_an_error_that_names_fpsim() -> None:
+    with pytest.raises(Unsupported, match="compiled by fpsim"):
+        torch.compile(Sum(in_place(Model())), backend="eager", fullgraph=True)(X)
 
 
 def test_a_compiled_model_inside_a_whole_graph_is_an_error_that_names_fpsim() -> None:
@@ -511,8 +571,16 @@ def test_a_watched_function_keeps_its_name_and_what_torch_reads_from_it() -> Non
     function = compiled(square)
     assert function.__name__ == "square" and function._torchdynamo_orig_callable is square
     assert torch._dynamo.eval_frame.innermost_fn(function) is square
-    again = torch.compile(function, backend="eager")
-    assert torch.equal(again(X), square(X))
+    replaced = (
+        r"replaces the code of square, which fpsim has compiled, by that of another backend, and it runs unrounded"
+    )
+    with pytest.warns(UnroundedWarning, match=replaced) as caught:
+        again = torch.compile(function, backend="eager")
+    assert caught[0].filename == __file__ and torch.equal(again(X), square(X))
+    again = torch.compile(function, backend="fpsim_eager", options={"format": "e8m2"})
+    assert torch.equal(again(X), square(fpsim.round(X, "e8m2")))
+    with pytest.warns(UnroundedWarning, match="replaces the code of Model"):
+        torch.compile(compiled(Model()), backend="eager")
 
 
 def test_copies_and_methods_are_watched_too() -> None:
@@ -558,6 +626,7 @@ def test_a_copy_of_a_module_compiled_in_place_is_a_warning() -> None:
         copied = copy.deepcopy(model)
     assert caught[0].filename == __file__
     assert torch.equal(copied(X), Model.forward(model, X)) and torch.equal(model(X), by_hand(model, X))
+    assert vars(copied).keys() == vars(Model()).keys()
     copied.compile(backend="fpsim_eager", options={"format": FORMAT})  # the remedy
     assert torch.equal(copied(X), by_hand(copied, X))
     copy.deepcopy(Model()), copy.deepcopy(compiled(Model()))  # without a warning
@@ -595,3 +664,192 @@ def test_products_in_hooks_of_a_compiled_module_are_a_warning(register: str) -> 
     handle.remove()
     function.register_forward_hook(lambda module, inputs, outputs: outputs + 1)  # without a product
     assert torch.equal(function(X), by_hand(model, X) + 1)
+
+
+# -- parts of a compiled module ----------------------------------------------------------------------------------------
+
+
+class WithParts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.layers = Model(), nn.ModuleList([nn.Linear(4, 4), nn.ReLU()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.model(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+PARTS: dict[str, tuple[Callable, str]] = {
+    "a layer": (
+        lambda c: c.model.first(X),
+        "1 aten.mm ran unrounded in Linear, a part of the compiled module WithParts",
+    ),
+    "layers": (lambda c: c.model(X), "2 aten.mm ran unrounded in Model, a part of the compiled module WithParts"),
+    "by its name": (lambda c: c.get_submodule("model.last")(X[:, :5]), "1 aten.mm ran unrounded in Linear"),
+    "of a list": (lambda c: [layer(X[:, :4]) for layer in c.layers], "1 aten.addmm ran unrounded in Linear"),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_call_of_a_part_of_a_compiled_module_is_a_warning(name: str) -> None:
+    call, message = PARTS[name]
+    function = compiled(WithParts())
+    for _ in range(2):
+        with pytest.warns(UnroundedWarning) as caught:
+            call(function)
+        assert str(caught[0].message).startswith(f"fpsim: {message}") and len(caught) == 1
+        assert caught[0].filename == __file__
+
+
+def test_a_part_that_is_kept_warns_once() -> None:
+    function = compiled(WithParts())
+    part = function.model
+    function(X), function._orig_mod(X)  # calls of the whole module
+    with pytest.warns(UnroundedWarning, match=r"Compile the part too: torch\.compile\(part, backend='fpsim'\)"):
+        part(X)
+    part(X)
+    assert torch.equal(compiled(part)(X), by_hand(part, X))  # the remedy
+
+
+def test_parts_that_are_only_looked_at_change_nothing() -> None:
+    model = WithParts()
+    model.model.first.register_forward_hook(
+        lambda module, inputs, outputs: outputs * 1
+    )  # Dynamo traces more calls then
+    function = compiled(model, fullgraph=True)
+    before = function(X)
+    function.model.first.weight, function.layers[1](X)  # a part without a product
+    for _ in range(2):
+        assert torch.equal(function(X), before)
+    model(X), copy.deepcopy(model), copy.deepcopy(function)
+    in_place(model.model)
+    assert torch.equal(model.model(X), by_hand(model.model, X))
+
+
+# -- backward passes ---------------------------------------------------------------------------------------------------
+
+SQUARE = torch.arange(36.0).reshape(6, 6).remainder(7) / 8
+
+
+class ProductInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        return g @ SQUARE
+
+
+def multiply(tensor: Tensor) -> None:
+    tensor @ SQUARE
+
+
+class Between(nn.Module):
+    """Two layers, and a function between them."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor] = torch.relu) -> None:
+        super().__init__()
+        self.first, self.last, self.between = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(self.first(x)))
+
+
+def of_custom_function() -> tuple[nn.Module, Callable]:
+    model = Between(torch.compiler.disable(ProductInBackward.apply))
+    return model, lambda y: y.sum().backward()
+
+
+def by_grad() -> tuple[nn.Module, Callable]:
+    model, _ = of_custom_function()
+    return model, lambda y: torch.autograd.grad(y.sum(), list(model.parameters()))
+
+
+def of_parameter_hook() -> tuple[nn.Module, Callable]:
+    model = Between()
+    model.first.weight.register_hook(multiply)
+    return model, lambda y: y.sum().backward()
+
+
+def of_hook_after_accumulation() -> tuple[nn.Module, Callable]:
+    model = Between()
+    model.first.weight.register_post_accumulate_grad_hook(multiply)
+    return model, lambda y: y.sum().backward()
+
+
+def of_hook_of_results() -> tuple[nn.Module, Callable]:
+    def backward(y: Tensor) -> None:
+        y.register_hook(multiply)
+        y.sum().backward()
+
+    return Between(), backward
+
+
+IN_BACKWARD = [of_custom_function, by_grad, of_parameter_hook, of_hook_after_accumulation, of_hook_of_results]
+
+
+@pytest.mark.parametrize("make", IN_BACKWARD)
+@pytest.mark.parametrize("before", ["nothing", "inference", "forward"])
+def test_products_that_run_in_backward_beside_the_graphs_are_a_warning_once(make: Callable, before: str) -> None:
+    model, backward = make()
+    function = compiled(model)
+    with torch.set_grad_enabled(before == "forward"):
+        for _ in range(0 if before == "nothing" else 3):
+            function(X)
+    message = r"1 aten\.mm ran unrounded in the backward pass of Between, .* hooks of tensors, or in derivatives.*audit"
+    caught = []
+    for _ in range(4):
+        with warnings.catch_warnings(record=True) as here:
+            warnings.simplefilter("always")
+            backward(function(X))
+        caught += [each for each in here if issubclass(each.category, UnroundedWarning)]
+    (warning,) = caught
+    assert re.search(message, str(warning.message)) and warning.filename == __file__
+
+
+def test_compiled_code_warns_of_backward_too() -> None:
+    model, backward = of_custom_function()
+    with pytest.warns(UnroundedWarning, match=r"1 aten\.mm ran unrounded in the backward pass of Between"):
+        backward(compiled(model, "fpsim")(X))
+
+
+def test_each_backward_pass_is_watched_whatever_runs_first() -> None:
+    (clean, _), (model, backward) = (Between(), None), of_parameter_hook()
+    first, second = compiled(clean)(X), compiled(model)(X)
+    backward(first)
+    with pytest.warns(UnroundedWarning, match="in the backward pass of Between"):
+        backward(second)
+
+
+def test_products_in_backward_outside_of_the_model_are_no_escape() -> None:
+    before, model = nn.Linear(6, 6), Between()
+    before.weight.register_hook(multiply)
+    function = compiled(model)
+    for _ in range(3):
+        (function(before(X)) @ SQUARE).sum().backward()
+        torch.utils.checkpoint.checkpoint(function, X.clone().requires_grad_(), use_reentrant=False).sum().backward()
+
+
+def test_what_a_compiled_step_runs_in_backward_is_compiled_too() -> None:
+    """Dynamo compiles the hooks and functions that autograd calls in such a step."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    model = Between()
+    model.first.weight.register_hook(lambda g: seen.append((g, g @ SQUARE)))
+    step = compiled(step_of(model))
+    for _ in range(3):
+        step(X)
+    assert len(seen) == 3 and all(torch.equal(y, rounded(g) @ rounded(SQUARE)) for g, y in seen)
+
+
+def test_a_hook_that_dynamo_traces_is_rounded() -> None:
+    def hooked(x: Tensor) -> Tensor:
+        x.register_hook(lambda g: g @ SQUARE)
+        return x
+
+    model = Between(hooked)
+    compiled(model)(X).sum().backward()
+    gradient = rounded(torch.ones(3, 6) @ rounded(model.last.weight)) @ rounded(SQUARE)
+    torch.testing.assert_close(model.first.weight.grad, rounded(gradient).T @ rounded(X), rtol=0, atol=0)

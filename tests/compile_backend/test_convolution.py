@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 import fpsim
 from fpsim.compile_backend import Gap
-from fpsim.compile_backend.passes.rounding_pass import RoundingPass
 from tests.shared.models import Casts, assert_all_equal, dyadic, dyadic_
 
 aten = torch.ops.aten
@@ -276,20 +275,6 @@ def test_audit_counts_convolutions_as_covered() -> None:
 
 
 # -- the graph ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
-    """The graphs of a step after rewriting."""
-    found: list[fx.Graph] = []
-    original = RoundingPass.__call__
-
-    def keeping(self: RoundingPass, graph: fx.Graph) -> None:
-        original(self, graph)
-        found.append(graph)
-
-    monkeypatch.setattr(RoundingPass, "__call__", keeping)
-    return found
 
 
 def trained(options: Mapping, layer: nn.Module, *, needs_dx: bool = True) -> None:

@@ -558,11 +558,11 @@ def _(x: Tensor) -> Tensor:
 
 
 REFUSALS: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
-    "distances of few points": (lambda x: torch.cdist(x, x), "aten._cdist_forward", ".square().sum(-1).sqrt()"),
+    "distances of few points": (lambda x: torch.cdist(x, x), "aten._cdist_forward", "donot_use_mm_for_euclid_dist"),
     "distances of many": (
         lambda x: torch.cdist(x.repeat(9, 1), x),
         "aten._euclidean_dist",
-        ".square().sum(-1).sqrt()",
+        "donot_use_mm_for_euclid_dist",
     ),
     "weighted embeddings": (
         lambda x: F.embedding_bag(torch.zeros(4, 4, dtype=torch.int64), x, per_sample_weights=x, mode="sum"),
@@ -603,6 +603,180 @@ def test_embeddings_without_weights_are_only_added_up() -> None:
     table = torch.randn(4, 2, requires_grad=True)
     plan = fpsim.explain(lambda t: F.embedding_bag(torch.tensor([[0, 2], [1, 0]]), t, mode="sum"), table)
     assert plan.sites == plan.gaps == ()
+
+
+def complex_numbers(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.complex64)
+
+
+#: Products of complex numbers, and the operator that the error names.
+COMPLEX: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], str]] = {
+    "mm": (torch.mm, ((4, 4), (4, 4)), "aten.mm"),
+    "bmm": (torch.bmm, ((2, 4, 4), (2, 4, 4)), "aten.bmm"),
+    "addmm": (torch.addmm, ((4, 4), (4, 4), (4, 4)), "aten.addmm"),
+    "baddbmm": (torch.baddbmm, ((2, 4, 4), (2, 4, 4), (2, 4, 4)), "aten.baddbmm"),
+    "addbmm": (torch.addbmm, ((4, 4), (2, 4, 4), (2, 4, 4)), "aten.addbmm"),
+    "mv": (torch.mv, ((4, 4), (4,)), "aten.mv"),
+    "addmv": (torch.addmv, ((4,), (4, 4), (4,)), "aten.addmv"),
+    "dot": (torch.dot, ((4,), (4,)), "aten.dot"),
+    "vdot": (torch.vdot, ((4,), (4,)), "aten.vdot"),
+    "vecdot": (torch.linalg.vecdot, ((4,), (4,)), "aten.vdot"),
+    "outer": (torch.outer, ((4,), (4,)), "aten.outer"),
+    "addr": (torch.addr, ((4, 4), (4,), (4,)), "aten.addr"),
+    "kron": (torch.kron, ((2, 2), (2, 2)), "aten.kron"),
+    "einsum": (lambda x, y: torch.einsum("ij,kj->ik", x, y), ((4, 4), (4, 4)), "aten.bmm"),
+    "linear": (F.linear, ((4, 4), (4, 4)), "aten.mm"),
+    "cov": (torch.cov, ((4, 4),), "aten.mm"),
+    "conv1d": (F.conv1d, ((1, 2, 4), (3, 2, 2)), "aten.conv1d"),
+    "conv1d, padded": (lambda x, w: F.conv1d(x, w, padding="same"), ((1, 2, 4), (3, 2, 3)), "aten.conv1d"),
+    "conv2d": (F.conv2d, ((1, 2, 4, 4), (3, 2, 2, 2)), "aten.conv2d"),
+    "conv3d": (F.conv3d, ((1, 2, 4, 4, 4), (3, 2, 2, 2, 2)), "aten.conv3d"),
+    "conv_transpose1d": (F.conv_transpose1d, ((1, 2, 4), (2, 3, 2)), "aten.conv_transpose1d"),
+    "conv_transpose2d": (F.conv_transpose2d, ((1, 2, 4, 4), (2, 3, 2, 2)), "aten.conv_transpose2d"),
+    "conv_transpose3d": (F.conv_transpose3d, ((1, 2, 4, 4, 4), (2, 3, 2, 2, 2)), "aten.conv_transpose3d"),
+    "convolution": (
+        lambda x, w: torch.convolution(x, w, None, [1], [0], [1], False, [0], 1),
+        ((1, 2, 4), (3, 2, 2)),
+        "aten.convolution",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_products_of_complex_numbers_are_refused(name: str) -> None:
+    function, shapes, operator = COMPLEX[name]
+    message = refused(function, *[complex_numbers(*shape) for shape in shapes])
+    assert message == f"{operator} in '' multiplies torch.complex64 numbers"
+
+
+@pytest.mark.parametrize("dtype", [torch.complex32, torch.complex128])
+@pytest.mark.parametrize("name", ["mm", "outer", "conv2d", "conv_transpose1d"])
+def test_products_of_other_complex_numbers_are_refused(name: str, dtype: torch.dtype) -> None:
+    function, shapes, operator = COMPLEX[name]
+    arguments = [complex_numbers(*shape).to(dtype).requires_grad_() for shape in shapes]
+    assert refused(function, *arguments) == f"{operator} in '' multiplies {dtype} numbers"
+
+
+def test_real_parts_of_complex_numbers_are_rounded_in_a_convolution() -> None:
+    x, w = (dyadic(*shape, seed=i) for i, shape in enumerate(((1, 2, 4), (3, 2, 2))))
+
+    def convolve(x: Tensor, w: Tensor) -> Tensor:
+        z = F.conv1d(torch.complex(x, x).real, w)
+        return torch.complex(z, z)
+
+    y = torch.compile(convolve, backend="fpsim_eager", options={"format": "e4m2"})(x, w)
+    assert torch.equal(y.real, F.conv1d(fpsim.round(x, "e4m2"), fpsim.round(w, "e4m2"))) and torch.equal(y.real, y.imag)
+
+
+# -- covariances -------------------------------------------------------------------------------------------------------
+
+#: Eight observations of integers, so that means are exact.
+ROWS = dyadic(3, 8, seed=5, unit=1.0)
+TIMES, WEIGHTS = torch.tensor([1, 0, 2, 1, 1, 1, 1, 1]), torch.tensor([1.0, 2, 1, 1, 0, 1, 1, 1])
+
+
+def covariance_by_hand(x: Tensor, correction: float, weights: Tensor, divisor: float) -> Tensor:
+    centred = x - (x * weights).sum(1, keepdim=True) / weights.sum()
+    return fpsim.round(centred, "e4m2") @ fpsim.round(centred * weights, "e4m2").T / divisor
+
+
+def test_the_product_of_a_covariance_is_rounded() -> None:
+    for call, weights, divisor in (
+        (lambda x: torch.cov(x), torch.ones(8), 7.0),
+        (lambda x: x.cov(correction=0), torch.ones(8), 8.0),
+        (lambda x: torch.cov(x, fweights=TIMES), TIMES, 7.0),
+        (lambda x: torch.cov(x, aweights=WEIGHTS), WEIGHTS, 8 - 10 / 8),
+        (lambda x: torch.cov(x, fweights=TIMES, aweights=WEIGHTS, correction=0), TIMES * WEIGHTS, 7.0),
+    ):
+        y = torch.compile(call, backend="fpsim_eager", options={"format": "e4m2"}, fullgraph=True)(ROWS)
+        torch.testing.assert_close(y, covariance_by_hand(ROWS, 1, weights, divisor), rtol=1e-6, atol=0)
+        torch._dynamo.reset()
+
+
+def test_the_product_of_a_correlation_is_rounded() -> None:
+    y = torch.compile(torch.corrcoef, backend="fpsim_eager", options={"format": "e4m2"}, fullgraph=True)(ROWS)
+    covariance = covariance_by_hand(ROWS, 1, torch.ones(8), 7.0)
+    deviations = covariance.diag().sqrt()
+    torch.testing.assert_close(y, covariance / deviations[:, None] / deviations, rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:cov.*degrees of freedom:UserWarning")
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: torch.cov(x[0]),
+        lambda x: torch.cov(x, correction=20),  # a divisor below zero
+        lambda x: torch.cov(x, fweights=TIMES, aweights=WEIGHTS),
+        lambda x: torch.cov(x.long()),
+        lambda x: torch.vmap(torch.cov)(x[None]),
+    ],
+)
+def test_covariances_without_rounding_are_those_of_torch(call: Callable) -> None:
+    x, y = (ROWS.clone().requires_grad_() for _ in range(2))
+    got, want = torch.compile(call, backend="fpsim_eager", options={"format": "e8m23"}, fullgraph=True)(x), call(y)
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    if want.requires_grad and want.isfinite().all():
+        gradients = [torch.autograd.grad(each.sum(), leaf)[0] for each, leaf in ((got, x), (want, y))]
+        assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: torch.cov(x, aweights=-WEIGHTS), "aweights cannot be negative"),
+        (lambda x: torch.cov(x, fweights=-TIMES), "fweights cannot be negative"),
+        (lambda x: torch.cov(x, aweights=0 * WEIGHTS), "weights sum to zero"),
+        (lambda x: torch.cov(x, aweights=WEIGHTS[1:]), "aweights to have"),
+        (lambda x: torch.cov(x, fweights=WEIGHTS), "fweights to be integral|fweights to have integral"),
+        (lambda x: torch.cov(x[None]), "two or fewer dimensions"),
+    ],
+)
+def test_what_torch_refuses_to_take_a_covariance_of_is_an_error_compiled_too(call: Callable, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        call(ROWS)
+    with pytest.raises(Exception, match=message):
+        torch.compile(call, backend="fpsim_eager", fullgraph=True)(ROWS)
+
+
+@pytest.mark.parametrize("rows", [2, 30])  # torch takes Euclidean distances of more than 25 points from a product
+@pytest.mark.parametrize(
+    ("p", "mode"),
+    [
+        (p, mode)
+        for p in (0.0, 0.5, 1.0, 2.0, 3.0, float("inf"))
+        for mode in ("use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist")
+        if p != 2 or mode == "donot_use_mm_for_euclid_dist"
+    ],
+)
+def test_distances_without_a_product_are_computed_as_in_eager_mode(p: float, mode: str, rows: int) -> None:
+    def distances(x: Tensor) -> Tensor:
+        return torch.cdist(x, 2 * x, p=p, compute_mode=mode)
+
+    x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(0))
+    results = []
+    for function in (distances, torch.compile(distances, backend="fpsim_eager", fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        (gradient,) = torch.autograd.grad(y.sum(), leaf)
+        results.append((y, gradient))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert fpsim.explain(distances, x.requires_grad_()).gaps == ()
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+def test_distances_between_the_rows_of_one_tensor_are_no_product(p: float) -> None:
+    x = torch.randn(30, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y = torch.compile(lambda x: F.pdist(x, p), backend="fpsim_eager", fullgraph=True)(x)
+    assert torch.equal(y, F.pdist(x, p))
+    gradients = [torch.autograd.grad(each.sum(), x)[0] for each in (y, F.pdist(x, p))]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("rows", [2, 30])
+@pytest.mark.parametrize("mode", ["use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist"])
+def test_euclidean_distances_are_refused_unless_the_call_asks_for_no_product(mode: str, rows: int) -> None:
+    message = refused(lambda x: torch.cdist(x, x, compute_mode=mode), torch.randn(rows, 3))
+    assert "Give torch.cdist compute_mode='donot_use_mm_for_euclid_dist'" in message
 
 
 def test_flex_attention_is_refused() -> None:

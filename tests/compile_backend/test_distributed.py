@@ -1,32 +1,15 @@
-"""DDP and FSDP2 under a policy, in two processes of ``torchrun``: together they compute what one process does."""
+"""DDP and FSDP2 under a policy, in two processes: together they compute what one process does."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.compile_backend.two_ranks import CASES, OPTIONS, SAMPLES, Model, train
-
-
-def two_ranks(folder: Path) -> list[dict[str, Any]]:
-    """The results of each rank in each case."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "--module", "tests.compile_backend.two_ranks", str(folder)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+from tests.compile_backend.two_ranks import CASES, OPTIONS, SAMPLES, Model, train, work
+from tests.shared.ranks import results_of_two_ranks
 
 
 def alone(options: dict[str, str] | None) -> dict[str, Any]:
@@ -42,11 +25,11 @@ def names_without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_two_ranks_compute_what_one_process_does(tmp_path: Path) -> None:
-    """They agree in outputs, gradients and the parameters after a rounded optimizer step; `torchrun` runs once.
+    """They agree in outputs, gradients and the parameters after a rounded optimizer step.
 
     If the ranks have different policies, the later one is refused.
     """
-    ranks, want, unrounded = two_ranks(tmp_path), alone(OPTIONS), alone(None)
+    ranks, want, unrounded = results_of_two_ranks(work, tmp_path), alone(OPTIONS), alone(None)
     assert not torch.equal(want["outputs"], unrounded["outputs"])
     assert not torch.equal(want["gradients"]["blocks.0.up.weight"], unrounded["gradients"]["blocks.0.up.weight"])
     for case in CASES:

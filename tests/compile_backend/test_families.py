@@ -18,7 +18,8 @@ from fpsim.compile_backend.graph.families import FAMILIES, OTHER_NAMESPACES, Wor
 from fpsim.compile_backend.graph.operations import operations
 from fpsim.compile_backend.graph.products import OPAQUE, PRODUCTS, opaque_family
 
-NAMES = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+OVERLOADS = set(torch._C._dispatch_get_all_op_names())
+NAMES = {name.partition(".")[0] for name in OVERLOADS}
 ATEN = sorted(name.removeprefix("aten::") for name in NAMES if name.startswith("aten::"))
 
 
@@ -69,7 +70,7 @@ def test_unknown_operators_are_refused_and_counted() -> None:
 def _overloads(name: str) -> list[OpOverload]:
     packet = getattr(torch.ops.aten, name)
     found = [getattr(packet, overload) for overload in packet.overloads()]
-    return [op for op in found if op.name() in torch._C._dispatch_get_all_op_names()]
+    return [op for op in found if op.name() in OVERLOADS]
 
 
 def _is_composed(op: OpOverload) -> bool:

@@ -276,7 +276,7 @@ REFUSED = {
     "_scaled_dot_product_efficient_attention": "Leave", "_flash_attention_forward": "Leave",
     "_efficient_attention_forward": "Leave", "_fused_sdp_choice": "Leave",
     "_transform_bias_rescale_qkv": "Replace", "_triton_scaled_dot_attention": "Replace", "_trilinear": "Write it as",
-    "_euclidean_dist": "Write the", "_cdist_backward": "Write the", "_pdist_forward": "Write the",
+    "_euclidean_dist": "Give torch.cdist",
     "mkldnn_rnn_layer": "Let", "_cudnn_rnn": "Let", "lstm": "Replace", "gru": "Replace", "rnn_tanh": "Replace",
     "quantized_gru": "Replace", "_lstm_mps": "Replace", "miopen_rnn": "Replace", "convolution_overrideable": "Use",
     "_convolution": "Use", "conv_tbc": "Use", "_conv_depthwise2d": "Use", "cudnn_convolution": "Use",

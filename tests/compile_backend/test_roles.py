@@ -293,6 +293,11 @@ def test_tensors_that_hang_on_a_module_are_weights() -> None:
     assert kinds_and_roles(Plain(torch.randn(4, 6)), torch.randn(3, 6)) == [("fprop", "activation", "weight")] * 3
 
 
+def test_a_tensor_that_forward_writes_down_is_a_weight() -> None:
+    found = sites(lambda x: x @ torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.randn(3, 2))
+    assert found == [("", "fprop", "activation", "weight")]
+
+
 def replay(replay_buffers: Tensor) -> Tensor:
     return replay_buffers @ replay_buffers.mT
 

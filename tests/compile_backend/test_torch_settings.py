@@ -21,8 +21,10 @@ from fpsim.compile_backend.torch_settings import SETTINGS
 
 DOCS = Path(__file__).parents[2] / "docs" / "torch_settings.md"
 
-#: Prints the state of everything that fpsim changes, before and after a statement.
+#: Prints, for each statement, the state of everything that fpsim changes: whether it stays, and numbers afterwards.
+#: Each statement has a process of its own, forked from one that has imported torch alone, which takes seconds.
 PROGRAM = """
+import os, sys
 import torch
 from torch import nn
 from torch._dynamo import config as dynamo_config
@@ -33,18 +35,40 @@ def state():
     settings = dynamo_config.fail_on_recompile_limit_hit, dynamo_config.recompile_limit, dynamo_config.allow_rnn
     return (*settings, CppKernel.cache_dtype_convert, DtypePropagationOpsHandler.__init__)
 
-before = state()
-{statement}
-after = state()
-print([a == b for a, b in zip(before, after)], after[:3])
+for statement in sys.argv[1:]:
+    if os.fork() == 0:
+        before = state()
+        exec(statement)
+        after = state()
+        print([a == b for a, b in zip(before, after)], after[:3])
+        sys.exit()
+    os.wait()
 """
 
+UNCHANGING = [
+    "import fpsim",
+    "import fpsim.compile_backend",
+    "from fpsim.compile_backend import Plan, UnroundedError, Profiler, explain, audit, profile",
+    "import fpsim; fpsim.round(torch.ones(3), 'e4m3fn'); fpsim.Policy()",
+    "import fpsim.tensor_functions; torch.compile(nn.Linear(2, 2), backend='eager')",
+]
+CHANGING = [
+    "torch.compile(nn.Linear(2, 2), backend='fpsim')",
+    "torch.compile(nn.Linear(2, 2), backend='fpsim_eager')",
+    "from fpsim.compile_backend import fpsim",
+    "import fpsim; fpsim.explain(nn.Linear(2, 2), torch.ones(2, 2))",
+    "import fpsim; fpsim.Profiler(nn.Linear(2, 2))",
+]
 
-def changes(statement: str) -> str:
-    """Which of the settings stayed as they were when ``statement`` ran in a fresh process, and their values then."""
-    run = subprocess.run([sys.executable, "-c", PROGRAM.format(statement=statement)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout.strip()
+
+@pytest.fixture(scope="module")
+def states() -> dict[str, str]:
+    """For each statement which of the settings stayed as they were, and their values then."""
+    statements = UNCHANGING + CHANGING
+    run = subprocess.run([sys.executable, "-c", PROGRAM, *statements], capture_output=True, text=True)
+    printed = run.stdout.splitlines()
+    assert len(printed) == len(statements), run.stderr
+    return dict(zip(statements, printed, strict=True))
 
 
 UNCHANGED = "[True, True, True, True, True] (False, 8, False)"
@@ -52,32 +76,14 @@ CPP_STAYS = torch_settings.TORCH >= (2, 13)
 CHANGED = f"[False, False, False, {CPP_STAYS}, False] (True, 128, True)"
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "import fpsim",
-        "import fpsim.compile_backend",
-        "from fpsim.compile_backend import Plan, UnroundedError, Profiler, explain, audit, profile",
-        "import fpsim; fpsim.round(torch.ones(3), 'e4m3fn'); fpsim.Policy()",
-        "import fpsim.tensor_functions; torch.compile(nn.Linear(2, 2), backend='eager')",
-    ],
-)
-def test_importing_fpsim_changes_nothing(statement: str) -> None:
-    assert changes(statement) == UNCHANGED
+@pytest.mark.parametrize("statement", UNCHANGING)
+def test_importing_fpsim_changes_nothing(states: dict[str, str], statement: str) -> None:
+    assert states[statement] == UNCHANGED
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "torch.compile(nn.Linear(2, 2), backend='fpsim')",
-        "torch.compile(nn.Linear(2, 2), backend='fpsim_eager')",
-        "from fpsim.compile_backend import fpsim",
-        "import fpsim; fpsim.explain(nn.Linear(2, 2), torch.ones(2, 2))",
-        "import fpsim; fpsim.Profiler(nn.Linear(2, 2))",
-    ],
-)
-def test_settings_change_before_a_model_is_traced(statement: str) -> None:
-    assert changes(statement) == CHANGED
+@pytest.mark.parametrize("statement", CHANGING)
+def test_settings_change_before_a_model_is_traced(states: dict[str, str], statement: str) -> None:
+    assert states[statement] == CHANGED
 
 
 def test_each_change_has_a_line_in_the_docs() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import os
 import re
 import subprocess
@@ -29,8 +28,9 @@ from fpsim.rounding import triton_functions as triton_rounding
 from fpsim.rounding.ops import SOURCE
 from fpsim.rounding.triton_functions import FPSIM_SOURCE, device_function
 from fpsim.triton import fpsim_round, fpsim_round_stochastic
+from tests.compile_backend.inductor_triton import generate
+from tests.shared.processes import in_a_new_process
 
-ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "interpreted_triton.py"
 GPUS = (80, 90, 100)  #: compute capabilities: A100, H100, B200
 
@@ -43,27 +43,33 @@ FLOATING = (
 # -- interpreted -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("float64", "float16")], ids=str)
-def test_interpreted_triton_rounds_as_the_reference_says(dtypes: tuple[str, ...]) -> None:
-    run_interpreted(*(f"values torch.{dtype}" for dtype in dtypes))
+DTYPES = ("float32", "bfloat16", "float64", "float16")
+VALUES = [f"values torch.{dtype}" for dtype in DTYPES]
+SCALED = [f"scaled torch.{dtype}" for dtype in DTYPES[:3]]
+STOCHASTIC = [*(f"stochastic torch.{dtype}" for dtype in DTYPES), "layouts", "user kernels"]
 
 
-def test_interpreted_scaled_rounding() -> None:
-    run_interpreted(*(f"scaled torch.{dtype}" for dtype in ("float32", "bfloat16", "float64")))
-
-
-def test_interpreted_stochastic_rounding_any_layout_and_kernels_of_ones_own() -> None:
-    dtypes = ("float32", "bfloat16", "float64", "float16")
-    run_interpreted(*(f"stochastic torch.{dtype}" for dtype in dtypes), "layouts", "user kernels")
-
-
-def run_interpreted(*checks: str) -> None:
+@pytest.fixture(scope="module")
+def interpreted() -> subprocess.CompletedProcess[str]:
+    """All checks, run one after the other by one process in which Triton interprets."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), *checks], env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines() == [f"{check}: as it should be" for check in checks]
+    command = [sys.executable, str(PROGRAM), *VALUES, *SCALED, *STOCHASTIC]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.parametrize("check", VALUES)
+def test_interpreted_triton_rounds_as_the_reference_says(interpreted: Any, check: str) -> None:
+    assert f"{check}: as it should be" in interpreted.stdout.splitlines(), interpreted.stderr[-3000:]
+
+
+@pytest.mark.parametrize("check", SCALED)
+def test_interpreted_scaled_rounding(interpreted: Any, check: str) -> None:
+    assert f"{check}: as it should be" in interpreted.stdout.splitlines(), interpreted.stderr[-3000:]
+
+
+@pytest.mark.parametrize("check", STOCHASTIC)
+def test_interpreted_stochastic_rounding_any_layout_and_kernels_of_ones_own(interpreted: Any, check: str) -> None:
+    assert f"{check}: as it should be" in interpreted.stdout.splitlines(), interpreted.stderr[-3000:]
 
 
 @pytest.mark.skipif(
@@ -71,18 +77,26 @@ def run_interpreted(*checks: str) -> None:
 )
 def test_inductors_code_for_gpus_rounds_as_eager_calls_do_and_contracts_nothing(tmp_path: Path) -> None:
     """The code is generated for a pretended H100, compiled to PTX and read, then run in Triton's interpreter."""
-    program = str(PROGRAM.parent / "inductor_triton.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for mode, more in (("generate", {}), ("interpret", {"TRITON_INTERPRET": "1"})):
-        done = subprocess.run(
-            [sys.executable, program, mode, str(tmp_path)],
-            env=environment | more,
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "14 kernels and 2 templates as they should be" in done.stdout
+    in_a_new_process(generate, tmp_path)
+    assert len(list(tmp_path.glob("case_*.txt"))) == 14 and len(list(tmp_path.glob("template_*.txt"))) == 2
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM.parent / "inductor_triton.py"), "interpret", str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "14 kernels and 2 templates as they should be" in done.stdout
+
+
+def launches_and_bytes() -> tuple[list[list[int]], list[int]]:
+    """In forward and backward the kernels, and in both the bytes that they move, in each case of `steps`."""
+    from tests.gpu.benchmarks import Size
+    from tests.gpu.traffic import steps
+
+    codes = steps(Size(layers=1), torch.bfloat16).values()
+    return [[code.launches for code in passes] for passes in codes], [sum(c.bytes for c in passes) for passes in codes]
 
 
 @pytest.mark.skipif(
@@ -90,18 +104,7 @@ def test_inductors_code_for_gpus_rounds_as_eager_calls_do_and_contracts_nothing(
 )
 def test_a_training_step_on_a_gpu_launches_a_kernel_more_for_each_weight_only() -> None:
     """Fused attention adds a kernel for its result; in backward the norms add one for the gradients of biases."""
-    program = """
-import json, torch
-from tests.gpu.benchmarks import Size
-from tests.gpu.traffic import steps
-codes = steps(Size(layers=1), torch.bfloat16)
-print(json.dumps([[code.launches for code in passes] for passes in codes.values()]))
-print(json.dumps([sum(code.bytes for code in passes) for passes in codes.values()]))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=900, check=True
-    )
-    launched, moved = map(json.loads, done.stdout.splitlines())
+    launched, moved = in_a_new_process(launches_and_bytes)
     weights = 5  # the embedding is one, as the head
     for fused, plain, rounded in ((1, *launched[:2]), (0, *launched[2:])):
         assert rounded[0] == plain[0] + weights + fused

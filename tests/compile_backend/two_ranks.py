@@ -1,12 +1,10 @@
-"""The program of two processes under one policy, run by ``torchrun`` (see ``test_distributed.py``). Saves by rank.
+"""What each of two processes under one policy computes (see ``test_distributed.py``).
 
 All numbers are small multiples of powers of two, so that no sum is rounded and the order of additions cannot matter.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -133,20 +131,13 @@ CASES = {
 }
 
 
-def main(folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank, each = dist.get_rank(), SAMPLES // dist.get_world_size()
+def work(rank: int) -> dict[str, Any]:
+    """The results of this rank in each case."""
+    each = SAMPLES // dist.get_world_size()
     part = slice(rank * each, (rank + 1) * each)
     found: dict[str, Any] = {}
     for name, case in CASES.items():
         torch._dynamo.reset()
         found[name] = case(part)
     torch._dynamo.reset()
-    found["refusal"] = refusal_of_another_policy()
-    torch.save(found, os.path.join(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return {**found, "refusal": refusal_of_another_policy()}

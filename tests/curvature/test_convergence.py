@@ -185,6 +185,57 @@ def test_a_nan_loss_is_an_error_elsewhere():
             empirical_fisher(lambda p: outputs(p)[:0], params, mode=mode) @ torch.ones(25)
 
 
+def targets_with(value: int) -> torch.Tensor:
+    targets = torch.zeros(len(INPUTS), dtype=torch.int64)
+    targets[1] = value
+    return targets
+
+
+WRONG_TARGETS = {
+    "too large": (
+        targets_with(5),
+        IndexError,
+        "target 5 is no class of logits with 5 classes: pass targets from 0 to 4",
+    ),
+    "negative": (targets_with(-1), IndexError, "target -1 is no class of logits with 5 classes"),
+    "fractions": (targets_with(1).float(), TypeError, "targets must be int64, got torch.float32"),
+    "nan": (torch.full((len(INPUTS),), float("nan")), TypeError, "targets must be int64, got torch.float32"),
+    "int32": (targets_with(1).int(), TypeError, "targets must be int64, got torch.int32"),
+}
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize("name", WRONG_TARGETS)
+def test_wrong_targets_are_errors_although_the_hessian_of_cross_entropy_lacks_them(name, mode):
+    targets, kind, message = WRONG_TARGETS[name]
+    model = nn.Linear(4, 5)
+    outputs, params = functional_outputs(model, batch=INPUTS), dict(model.named_parameters())
+    with pytest.raises(kind, match=message):
+        gauss_newton(outputs, CrossEntropy(targets), params, mode=mode) @ torch.ones(25)
+    with pytest.raises((IndexError, RuntimeError)) as error:  # torch's own, which names no mode
+        gauss_newton(outputs, lambda z: functional.cross_entropy(z, targets), params, mode=mode) @ torch.ones(25)
+    assert "mode=" not in str(error.value)
+
+
+def test_targets_that_do_not_count_need_be_no_class():
+    model = nn.Linear(4, 5)
+    outputs, params, v = functional_outputs(model, batch=INPUTS), dict(model.named_parameters()), torch.ones(25)
+    targets = targets_with(7)
+    closed = gauss_newton(outputs, CrossEntropy(targets, ignore_index=7), params) @ v
+    by_torch = gauss_newton(outputs, lambda z: functional.cross_entropy(z, targets, ignore_index=7), params) @ v
+    torch.testing.assert_close(closed, by_torch)
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_an_error_of_the_loss_itself_is_not_taken_for_one_of_the_mode(mode):
+    model = nn.Linear(4, 5)
+    outputs, params = functional_outputs(model, batch=INPUTS), dict(model.named_parameters())
+    with pytest.raises(RuntimeError, match=r"Class values must be smaller than num_classes\.$"):
+        gauss_newton(
+            outputs, lambda z: (z - functional.one_hot(targets_with(9), 5)).square().mean(), params, mode=mode
+        ) @ torch.ones(25)
+
+
 def test_losses_that_are_no_functions_of_the_parameters_are_errors():
     model = nn.Linear(2, 1)
     params = {"x": torch.ones(2)}

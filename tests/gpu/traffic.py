@@ -36,7 +36,6 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
-from torch.utils._triton import has_triton
 
 from fpsim.compile_backend import compiling
 from fpsim.paper.compiled_loss import OpenAttention
@@ -124,7 +123,6 @@ def code_for_a_gpu(gm: fx.GraphModule, inputs: Sequence[Any], is_backward: bool)
             inductor_config.patch(emulate_precision_casts=True),
         ):
             stack.enter_context(context)
-        has_triton.cache_clear()
         graph = GraphLowering(gm, example_inputs=inputs, is_backward=is_backward)
         for context in (V.set_fake_mode(fake_mode), V.set_debug_handler(DebugContext()), V.set_graph_handler(graph)):
             stack.enter_context(context)

@@ -45,7 +45,6 @@ class Architecture:
         inputs: makes the inputs.
         operands: the number of operands of all its matrix products, forward and backward, counted by hand.
         note: why its row is not clean; empty if it is.
-        gaps: the operators that may stay unrounded although they may multiply matrices, as in `fpsim.Policy`.
     """
 
     name: str
@@ -53,12 +52,6 @@ class Architecture:
     inputs: Callable[[], Inputs]
     operands: int
     note: str = ""
-    gaps: tuple[str, ...] = ()
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options of the backend: the default policy with these gaps."""
-        return {"policy": "fp8_hybrid", "gaps": list(self.gaps)}
 
     def build(self) -> tuple[nn.Module, Inputs]:
         """The model, in training mode and without dropout, and its inputs; both are the same at every call."""
@@ -657,9 +650,7 @@ ARCHITECTURES = {
             detector,
             detections,
             6 * 2 + FIRST + LAYERS * ((6 + 10) * LINEAR + 3 * ATTENTION) - 2 + 4 * LINEAR,
-            "scipy matches objects with predictions, which breaks the graph; the `cdist` of boxes is refused unless "
-            "`gaps=['aten._cdist*']` accepts it, as in this row, although it multiplies no matrices for `p=1`",
-            gaps=("aten._cdist*",),
+            "scipy matches objects with predictions, which breaks the graph",
         ),
         # patches; in each block two layers for the time, the first of which has no dgrad, one for scales and shifts, q,
         # k, v, o, up, down; the two layers for the time again, scales and shifts, out

@@ -102,7 +102,7 @@ def measure(architecture: Architecture, report: Callable[[str], None] = lambda s
             model, inputs = architecture.build()
             row.parameters = sum(parameter.numel() for parameter in model.parameters())
             torch._dynamo.reset()
-            row.plan = fpsim.explain(model, policy=architecture.options, **inputs)
+            row.plan = fpsim.explain(model, **inputs)
         with row.attempt("compile"):
             report("interpret")
             interpreted = first_step(architecture, "fpsim_eager")
@@ -120,7 +120,7 @@ def _train(row: Row, interpreted: Results) -> None:
     """Fill in the measurements of a compiled model."""
     torch._dynamo.reset()
     model, inputs = row.architecture.build()
-    compiled = torch.compile(model, backend="fpsim", options=row.architecture.options)
+    compiled = torch.compile(model, backend="fpsim")
     row.audit = fpsim.audit(compiled, **inputs)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
     for _ in range(STEPS):
@@ -135,7 +135,7 @@ def first_step(architecture: Architecture, backend: str) -> Results:
     """Loss and gradients of a newly built and compiled model."""
     torch._dynamo.reset()
     model, inputs = architecture.build()
-    return step(model, torch.compile(model, backend=backend, options=architecture.options), inputs)
+    return step(model, torch.compile(model, backend=backend), inputs)
 
 
 def step(model: nn.Module, compiled: Callable[..., Tensor], inputs: Inputs) -> Results:

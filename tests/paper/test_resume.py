@@ -19,7 +19,7 @@ from fpsim.paper.data import DataConfig
 from fpsim.paper.training import records, run
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def measured(config) -> RunConfig:
     """Stochastic rounding, a change of format, and everything measured: all that could remember anything."""
     return replace(
@@ -34,7 +34,7 @@ def measured(config) -> RunConfig:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def uninterrupted(measured, data):
     return run(measured, data)
 

@@ -95,8 +95,21 @@ def histories(folder: Path) -> dict[str, list[Record]]:
     return {path.stem: read_records(path)[0] for path in sorted((folder / "runs").glob("*.parquet"))}
 
 
+#: A model of few kernels: the compiler is slow.
+FEW_KERNELS = """
+    from torch import nn
+
+    def build(vocabulary, context):
+        return nn.Sequential(nn.Embedding(vocabulary, 8), nn.Linear(8, vocabulary))
+"""
+
+
 @pytest.mark.parametrize("backend", ["interpreted", "compiled"])
 def test_another_process_computes_the_same_bits(base, tmp_path, quiet, backend):
+    if backend == "compiled":
+        script = tmp_path / "few_kernels.py"
+        script.write_text(textwrap.dedent(FEW_KERNELS))
+        base = replace(base, model=ModelConfig(family="script", script=f"{script}:build", context=12))
     plan = grid(replace(base, backend=backend), formats=["e8m3/stochastic"], seeds=[0, 1])
     expected = {run_key(planned.config): run(planned.config) for planned in plan}
     outcome = sweep(plan, tmp_path / "sweep", executor="process", workers=1, console=quiet)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import pickle
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
+import torch
 from hypothesis import given
 
 import fpsim
@@ -126,10 +128,31 @@ def test_a_field_that_changes_nothing_beside_a_preset_is_an_error(options: dict[
         Policy.from_options(options)
 
 
+@pytest.mark.parametrize(
+    ("name", "overflow", "infinity"),
+    [
+        ("e8m3", "sat_propagate", math.inf),  # the bit mask of the paper
+        ("bf16", "sat_propagate", math.inf),
+        ("e7m7", "sat_finite", 2.0**64 - 2.0**56),  # a clipped range
+        ("e7m7finite:bias=127", "sat_finite", 2 - 2.0**-7),
+        ("e8m3finite", "sat_finite", 2.0**129 - 2.0**125),
+        ("e4m3fn", "sat_finite", 448.0),
+    ],
+)
+def test_infinities_pass_the_mask_of_the_paper_and_are_clipped_with_the_range(
+    name: str, overflow: str, infinity: float
+) -> None:
+    cast = Policy.preset(f"paper:{name}").cast("fprop", "weight")
+    assert cast is not None and (cast.rounding, cast.overflow) == ("toward_zero", overflow)
+    x = torch.tensor([math.inf, -math.inf, 1e300], dtype=torch.float64)
+    got = fpsim.round(x, cast.format, rounding=cast.rounding, overflow=cast.overflow)
+    assert got.tolist()[:2] == [infinity, -infinity] and got[2] < math.inf
+
+
 def test_modes_beside_a_preset_that_a_cast_takes() -> None:
     policy = Policy.from_options({"policy": "paper:e8m3", "rounding": "up", "modules": {"head": "bf16"}})
     assert str(policy.at("head").cast("fprop", "weight")) == "e8m7/up/ovf_inf"
-    assert str(policy.cast("fprop", "weight")) == "e8m3/toward_zero/sat_finite"
+    assert str(policy.cast("fprop", "weight")) == "e8m3/toward_zero/sat_propagate"
     assert str(hybrid(rounding="up").cast("dgrad", "gradient")) == "e5m2/up/sat_finite"
     assert casts(hybrid(overflow="sat_finite")) == casts(Policy())
     assert (
@@ -481,7 +504,7 @@ def test_presets() -> None:
     assert Policy.preset("bf16") == Policy(format="bf16", output="bf16")
     assert Policy.preset("fp16") == Policy(format="fp16", output="fp16")
     paper = Policy.preset("paper:e8m3")
-    assert {str(paper.cast(kind, role)) for kind in KINDS for role in ROLES} == {"e8m3/toward_zero/sat_finite"}
+    assert {str(paper.cast(kind, role)) for kind in KINDS for role in ROLES} == {"e8m3/toward_zero/sat_propagate"}
     assert paper.output_cast("fprop") is None and paper.products == "weights" and paper.attention == "keep"
     assert Policy.from_options({"policy": "paper:e8m3"}) == paper
 

@@ -340,29 +340,47 @@ def subnormals_kept_after() -> Iterator[None]:
 #: Options of Inductor's C++ compiler under which sums of floating-point numbers may be computed in another way.
 FAST = {"cpp.enable_floating_point_contract_flag": "fast"}
 UNSAFE = {"cpp.enable_unsafe_math_opt_flag": True}
+#: To compile the headers once for all kernels takes as long as three kernels that read them.
+HEADERS_READ = {"cpp_cache_precompile_headers": False}
 
 
 @pytest.mark.usefixtures("subnormals_kept_after")
 @pytest.mark.parametrize("flags", [FAST, UNSAFE, FAST | UNSAFE], ids=["contraction", "unsafe", "both"])
-@pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "e8m3"])
-def test_contraction_and_unsafe_mathematics_change_nothing(name: str, flags: dict[str, Any]) -> None:
+def test_contraction_and_unsafe_mathematics_change_nothing(flags: dict[str, Any]) -> None:
+    names = ("e4m3fn", "e5m2", "e8m3")
+
+    def function(x: Tensor) -> list[Tensor]:
+        return [fpsim.round(x * 0.75, name) * 4 - fpsim.round(x, name) for name in names]
+
     x = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 8
-    with torch._inductor.config.patch(flags):
-        got = torch.compile(lambda x: fpsim.round(x * 0.75, name) * 4 - fpsim.round(x, name), fullgraph=True)(x)
-    assert torch.equal(got, fpsim.round(x * 0.75, name) * 4 - fpsim.round(x, name))
+    with torch._inductor.config.patch(flags | HEADERS_READ):
+        got = torch.compile(function, fullgraph=True)(x)
+    for name, result in zip(names, got, strict=True):
+        assert torch.equal(result, fpsim.round(x * 0.75, name) * 4 - fpsim.round(x, name)), name
 
 
 _BOTH_WIDTHS = """
 import torch, fpsim
 x = torch.cat([torch.randint(-(2**31), 2**31 - 1, (4099,)).int().view(torch.float32), torch.randn(77)])
+tiny = x[x.isfinite()] * 2.0**-126  # its scale is as large as scales become
 casts = [("e4m3fn", r, o) for r in ("nearest_even", "up", "to_odd") for o in ("ovf_inf", "sat_propagate")]
-casts += [("e5m2", "down", "ovf_inf"), ("e8m3", "nearest_away", "ovf_inf"), ("e5m0:unsigned", "up", "sat_propagate")]
+casts += [("e5m2", r, "ovf_inf") for r in ("nearest_even", "nearest_away", "toward_zero", "down")]
+casts += [("e8m3", "nearest_away", "ovf_inf"), ("e5m0:unsigned", "up", "sat_propagate"), ("fp16", "to_odd", "ovf_inf")]
 
 def rounded(x):
-    return [fpsim.round(x, f, rounding=r, overflow=o) for f, r, o in casts]
+    plain = [fpsim.round(x, f, rounding=r, overflow=o) for f, r, o in casts]
+    drawn = [fpsim.round(x, f, rounding=r, seed=3) for f in ("e4m3fn", "e8m3") for r in ("stochastic", "stochastic_c")]
+    scaled = [fpsim.round(y, "e4m3fn", rounding=r, scale="power_of_two")
+              for y in (x[-77:], tiny) for r in ("up", "nearest_even")]
+    return [*plain, *drawn, *scaled, fpsim.round(x.double(), "e4m3fn"), fpsim.round(x.bfloat16(), "e5m2")]
 
-for cast, got, want in zip(casts, torch.compile(rounded)(x), rounded(x), strict=True):
-    assert torch.equal(got.view(torch.int32), want.view(torch.int32)), cast
+compiled = torch.compile(rounded)
+for number, (got, want) in enumerate(zip(compiled(x), rounded(x), strict=True)):
+    assert torch.equal(got.nan_to_num(5e4).double(), want.nan_to_num(5e4).double()), number
+    assert torch.equal(got.view(torch.uint8), want.view(torch.uint8)) or got.dtype == torch.bfloat16, number
+torch.set_flush_denormal(True)
+for number, (got, want) in enumerate(zip(compiled(x)[:-2], rounded(x), strict=False)):
+    assert torch.equal(got.view(torch.uint8), want.view(torch.uint8)), number
 print(torch.backends.cpu.get_cpu_capability())
 """
 
@@ -372,6 +390,7 @@ def test_code_for_either_vector_width_gives_the_bits_of_eager_code(tmp_path: Pat
     widths = []
     for capability in ("avx2", None):
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        environment |= {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         environment.pop("ATEN_CPU_CAPABILITY", None)
         if capability is not None:
             environment["ATEN_CPU_CAPABILITY"] = capability

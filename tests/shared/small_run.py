@@ -16,18 +16,18 @@ from fpsim.paper.models import ModelConfig
 TEXT = b"".join(b"It was the best of times, it was the worst of times, line %d.\n" % line for line in range(60))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def config() -> RunConfig:
     model = ModelConfig(layers=1, hidden=16, heads=2, mlp=24, context=12)
     return replace(RunConfig(), model=model, steps=6, batch=4, warmup=2, validate_every=4, validation_batches=2)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def data(config: RunConfig) -> Data:
     return split(tokenize(TEXT), context=config.model.context)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def text() -> bytes:
     return TEXT
 
