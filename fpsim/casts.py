@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,15 +11,16 @@ import torch
 from torch import Tensor
 
 from fpsim.formats import (
-    CODEBOOKS,
     OVERFLOWS,
     ROUNDINGS,
     STOCHASTIC_ROUNDINGS,
+    WHOLE_FORMATS,
     CodebookFormat,
     ElementFormat,
     FloatFormat,
     IntegerFormat,
     Overflow,
+    expand,
     full_rounding,
     parse_element,
     resolve_overflow,
@@ -37,23 +37,6 @@ from fpsim.suggestions import near_names
 NONE: Literal["none"] = "none"
 #: The name in an operand's cast that excludes a scale, even if the policy has one.
 UNSCALED = "unscaled"
-
-#: Names of casts: formats whose elements and scales belong together. The element of ``int8`` (any width from 2 to 16)
-#: has a scale per row, that of ``uint8`` a zero point too.
-WHOLE_FORMATS: dict[str, str] = {
-    "mxfp8": "e4m3fn/mx",
-    "mxfp8_e5m2": "e5m2/mx",
-    "mxfp6_e3m2": "e3m2fn/mx",
-    "mxfp6_e2m3": "e2m3fn/mx",
-    "mxfp4": "e2m1fn/mx",
-    "mxint8": "int8:unit=-6/mx:32:floor",
-    "nvfp4": "e2m1fn/nv",
-    "msfp12": "e1m2finite:bias=1/mx:16:floor",
-    "msfp16": "e1m6finite:bias=1/mx:16:floor",
-    "bfp16": "int8:unit=-6/mx:8:floor",
-    **{name: f"{name}/group:64" for name in CODEBOOKS},
-}
-_INTEGER = re.compile(r"(u?)int[0-9]{1,2}(:full)?")
 
 #: A cast in the form that operators and Dynamo accept: the format's name, the rounding, the overflow mode, and the
 #: name of the scale (None without a scale).
@@ -161,18 +144,6 @@ class Cast:
 
 #: The argument type of a cast: the name of a format or a cast, a `FloatFormat`, or a `Cast`.
 CastLike = str | ElementFormat | Cast
-
-
-def expand(name: str) -> str:
-    """The format and scale that a whole name such as ``mxfp8`` or ``int8`` stands for; other names are unchanged.
-
-    >>> expand("mxfp8"), expand("int4"), expand("e4m3fn")
-    ('e4m3fn/mx', 'int4/row', 'e4m3fn')
-    """
-    text = name.strip().lower()
-    if _INTEGER.fullmatch(text):
-        return f"{text}/row:asymmetric" if text.startswith("u") else f"{text}/row"
-    return WHOLE_FORMATS.get(text, name)
 
 
 def usual_overflow(fmt: ElementFormat, scale: Scale | None) -> Overflow:

@@ -60,7 +60,7 @@ def round(
         x: float64, float32, bfloat16 or float16, any shape, strides and device. Its dtype must have all values of
             ``format``.
         format: a name (`fpsim.parse_format`), a `FloatFormat`, the name of elements with their scales (``mxfp8``,
-            ``nvfp4``, ``int8``, ``nf4``: `fpsim.casts.WHOLE_FORMATS`), or a pair such as ``e4m3fn/block:128``.
+            ``nvfp4``, ``int8``, ``nf4``: `fpsim.formats.WHOLE_FORMATS`), or a pair such as ``e4m3fn/block:128``.
         rounding: ``nearest_even`` (ties to the even code), ``nearest_away``, ``toward_zero``, ``up``, ``down``
             (IEEE 754-2019 section 4.3), ``to_odd``, or a stochastic rounding: ``stochastic``,
             ``stochastic_b``, ``stochastic_c`` (`fpsim.formats.split_rounding` defines them).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 import typer
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fpsim.cli.errors import plain_errors
 from fpsim.cli.output import familiar_name, print_table
-from fpsim.formats import NAMED_FORMATS, FloatFormat, parse_format
+from fpsim.formats import NAMED_FORMATS, WHOLE_FORMATS, FloatFormat, expand, parse_format
 
 
 @plain_errors
@@ -25,8 +25,16 @@ def formats(
 
     For a single format, show every fact, and every value if it has at most 8 bits.
     """
-    chosen = [parse_format(name) for name in names or NAMED_FORMATS]
-    print_table(_table_of_formats(chosen))
+    pairs = {name: expand(name) for name in names or WHOLE_FORMATS if expand(name) != name}
+    chosen = [parse_format(name) for name in names or NAMED_FORMATS if name not in pairs]
+    if chosen:
+        print_table(_table_of_formats(chosen))
+    if pairs:
+        print_table(_table_of_pairs(pairs))
+    if not names:
+        typer.echo(
+            "Integers with a scale per row are int2 to int16, and uint2 to uint16. docs/scaled_formats.md has all."
+        )
     if names and len(chosen) == 1:
         from fpsim.cli.explain_format import explain_format, table_of_values
 
@@ -35,6 +43,17 @@ def formats(
             typer.echo(f"{heading:<19} {content}")
         if fmt.bits <= 8:
             print_table(table_of_values(fmt))
+
+
+def _table_of_pairs(pairs: Mapping[str, str]) -> Table:
+    """Names of formats whose elements share scales, with the elements and the scales."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("format with scales", "elements", "scale"):
+        table.add_column(heading, overflow="fold")
+    for name, pair in pairs.items():
+        element, _, scale = pair.partition("/")
+        table.add_row(name, element, scale)
+    return table
 
 
 def _table_of_formats(chosen: Iterable[FloatFormat]) -> Table:

@@ -1,7 +1,7 @@
 """Number formats as frozen values, their names, and the names of the rounding and overflow modes."""
 
 from fpsim.formats.codebook import CODEBOOKS, CodebookFormat
-from fpsim.formats.elements import ElementFormat, parse_element
+from fpsim.formats.elements import WHOLE_FORMATS, ElementFormat, expand, parse_element
 from fpsim.formats.float import SPECIALS, FloatFormat
 from fpsim.formats.integer import IntegerFormat
 from fpsim.formats.modes import (
@@ -24,6 +24,7 @@ __all__ = [
     "ROUNDINGS",
     "SPECIALS",
     "STOCHASTIC_ROUNDINGS",
+    "WHOLE_FORMATS",
     "CodebookFormat",
     "ElementFormat",
     "FloatFormat",
@@ -31,6 +32,7 @@ __all__ = [
     "Overflow",
     "Rounding",
     "check_rounding",
+    "expand",
     "full_rounding",
     "parse_element",
     "parse_format",

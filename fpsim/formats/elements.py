@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from fpsim.formats.codebook import CodebookFormat, parse_codebook
+from fpsim.formats.codebook import CODEBOOKS, CodebookFormat, parse_codebook
 from fpsim.formats.float import FloatFormat
 from fpsim.formats.integer import IntegerFormat, parse_integer
 from fpsim.formats.names import parse_format
@@ -27,3 +28,33 @@ def parse_element(name: str | ElementFormat) -> ElementFormat:
         return name
     found: Any = (parse_integer(name) or parse_codebook(name)) if isinstance(name, str) else None
     return found or parse_format(name)
+
+
+#: Names of casts: formats whose elements and scales belong together. The element of ``int8`` (any width from 2 to 16)
+#: has a scale per row, that of ``uint8`` a zero point too.
+WHOLE_FORMATS: dict[str, str] = {
+    "mxfp8": "e4m3fn/mx",
+    "mxfp8_e5m2": "e5m2/mx",
+    "mxfp6_e3m2": "e3m2fn/mx",
+    "mxfp6_e2m3": "e2m3fn/mx",
+    "mxfp4": "e2m1fn/mx",
+    "mxint8": "int8:unit=-6/mx:32:floor",
+    "nvfp4": "e2m1fn/nv",
+    "msfp12": "e1m2finite:bias=1/mx:16:floor",
+    "msfp16": "e1m6finite:bias=1/mx:16:floor",
+    "bfp16": "int8:unit=-6/mx:8:floor",
+    **{name: f"{name}/group:64" for name in CODEBOOKS},
+}
+_INTEGER = re.compile(r"(u?)int[0-9]{1,2}(:full)?")
+
+
+def expand(name: str) -> str:
+    """The format and scale that a whole name such as ``mxfp8`` or ``int8`` stands for; other names are unchanged.
+
+    >>> expand("mxfp8"), expand("int4"), expand("e4m3fn")
+    ('e4m3fn/mx', 'int4/row', 'e4m3fn')
+    """
+    text = name.strip().lower()
+    if _INTEGER.fullmatch(text):
+        return f"{text}/row:asymmetric" if text.startswith("u") else f"{text}/row"
+    return WHOLE_FORMATS.get(text, name)

@@ -44,11 +44,11 @@ def _round_fake(
     x: Tensor, format: str, rounding: str, overflow: str, source: str = "", scale: Tensor | None = None
 ) -> Tensor:
     check_arguments(x, format, rounding, overflow)
-    _register_lowerings()
+    register_lowerings()
     return torch.empty_like(x)
 
 
-def _register_lowerings() -> None:
+def register_lowerings() -> None:
     """Register the operators with Inductor, if this process uses it."""
     if "torch._inductor.lowering" in sys.modules:
         import fpsim.rounding.inductor  # noqa: F401
@@ -90,7 +90,7 @@ def _scales_of_batch(scale: Tensor, batch_dim: int, xs: Tensor) -> Tensor:
 def _random_key_fake(seed: Tensor, salt: int) -> Tensor:
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise ValueError(f"a seed is one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
-    _register_lowerings()
+    register_lowerings()
     return seed.new_empty(2, dtype=torch.int32)
 
 
@@ -99,13 +99,13 @@ def _round_stochastic_fake(
     x: Tensor, key: Tensor, format: str, rounding: str, overflow: str, source: str, scale: Tensor | None = None
 ) -> Tensor:
     check_stochastic_arguments(x, format, rounding, overflow)
-    _register_lowerings()
+    register_lowerings()
     return torch.empty_like(x)
 
 
 @torch.library.register_fake("fpsim::random_words", lib=_library)
 def _random_words_fake(x: Tensor, key: Tensor) -> Tensor:
-    _register_lowerings()
+    register_lowerings()
     return torch.empty(x.shape, dtype=torch.int32, device=x.device)
 
 
@@ -114,7 +114,7 @@ def _round_with_words_fake(
     x: Tensor, words: Tensor, format: str, rounding: str, overflow: str, source: str, scale: Tensor | None = None
 ) -> Tensor:
     check_stochastic_arguments(x, format, rounding, overflow)
-    _register_lowerings()
+    register_lowerings()
     return torch.empty_like(x)
 
 

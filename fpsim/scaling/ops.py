@@ -12,7 +12,7 @@ from torch import Tensor
 import fpsim.scaling.definitions  # noqa: F401  (registers the operator)
 from fpsim.formats import FloatFormat, parse_format
 from fpsim.rounding.carriers import check_carrier, check_tensor
-from fpsim.rounding.ops import SOURCE
+from fpsim.rounding.ops import SOURCE, register_lowerings
 
 #: Arguments: a tensor, the name of a format, and `fpsim.rounding.ops.SOURCE`. The result is the scale of the tensor.
 scale_op: Callable[[Tensor, str, str], Tensor] = torch.ops.fpsim.power_of_two_scale.default
@@ -77,6 +77,7 @@ def power_of_two_scale(x: Tensor, format: str | FloatFormat) -> Tensor:
 
 
 def _register_lowerings() -> None:
+    register_lowerings()
     if "torch._inductor.lowering" in sys.modules:  # something is being compiled
         import fpsim.scaling.inductor  # noqa: F401
 
