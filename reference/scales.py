@@ -381,7 +381,9 @@ def nv_block_scale(a: Value, tensor_scale: Fraction, rule: str) -> Value:
         per_unit = mul(tensor_scale, div(1, 6, "fp32"), "fp32")
         return round(mul(rounded, per_unit, "fp32"), _E4M3, overflow="sat_finite")
     wanted = div(div(rounded, 6, "fp32"), tensor_scale, "fp32")
-    return round(448 if wanted is INFINITY else min(max(rational(wanted), scale_b(1, -6)), 448), _E4M3)
+    if wanted is INFINITY:
+        return Fraction(448)
+    return round(min(max(rational(wanted), scale_b(1, -6)), Fraction(448)), _E4M3)
 
 
 def nv_reciprocal(scale: Value, tensor_scale: Fraction, rule: str) -> Fraction:

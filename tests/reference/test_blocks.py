@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from random import Random
+from statistics import NormalDist
 
 import pytest
 from hypothesis import given, settings
@@ -524,3 +525,29 @@ def test_wrong_arrays_are_refused():
         round_blocks([1, 2], "mxfp8", (2,), 1)
     with pytest.raises(TypeError, match="use float"):
         round_blocks(["1"], "mxfp8", (1,))
+
+
+# -- published measurements -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "decibels"),
+    [
+        ("mxfp4", "18.8"),
+        ("nvfp4", "20.4"),
+        ("e4m3fn/mx:32:floor", "30.7"),
+        ("mxfp8", "31.5"),
+        ("e4m3fn/tensor", "31.5"),
+        ("nf4", "20.7"),
+        ("e2m1fn/block:64", "19.5"),
+        ("int4/block:64", "19.2"),
+        ("fp4_bnb", "18.2"),
+    ],
+)
+def test_normal_numbers_keep_the_published_ratio_of_signal_to_noise(name, decibels):
+    """Within 0.4 dB, on the quantiles of the normal distribution in random order."""
+    values = [NormalDist().inv_cdf((i + 0.5) / 2048) for i in range(2048)]
+    Random(4).shuffle(values)
+    results = round_blocks(values, name, (2048,))
+    noise = sum((x - float(0 if y is NEGATIVE_ZERO else y)) ** 2 for x, y in zip(values, results, strict=True))
+    assert abs(10 * math.log10(sum(x * x for x in values) / noise) - float(decibels)) < 0.4
