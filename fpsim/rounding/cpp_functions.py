@@ -122,8 +122,8 @@ class CppOps:
         self.text = text
 
     def _chosen(self, a: Name, comparison: str, b: Name | int) -> Name:
-        a, b = f"(I){a}", f"(I){self.text.lift(b)}"
-        return self.text.name(f"(U)({a} {comparison} {b} ? {a} : {b})")
+        first, second = f"(I){a}", f"(I){self.text.lift(b)}"
+        return self.text.name(f"(U)({first} {comparison} {second} ? {first} : {second})")
 
     def clamp(self, a: Name, low: int | None, high: int | None) -> Name:
         if low is not None:
