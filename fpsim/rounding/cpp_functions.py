@@ -218,7 +218,7 @@ def inline(function: str, dtype: torch.dtype, *values: Any) -> Any:
 def inline_functions_in_cpp() -> None:
     """Let Inductor's C++ code generator write `inline`: it has this operation for Triton only."""
     for kind, prelude in ((CppOverrides, _SCALARS), (CppVecOverrides, _VECTORS)):
-        kind.inline_asm_elementwise = staticmethod(_writer(prelude))  # type: ignore[method-assign, assignment]
+        kind.inline_asm_elementwise = staticmethod(_writer(prelude))  # type: ignore[method-assign]
 
 
 def _writer(prelude: str) -> Callable[..., str]:
