@@ -122,8 +122,8 @@ class CppOps:
         self.text = text
 
     def _chosen(self, a: Name, comparison: str, b: Name | int) -> Name:
-        a, b = f"(I){a}", f"(I){self.text.lift(b)}"
-        return self.text.name(f"(U)({a} {comparison} {b} ? {a} : {b})")
+        first, second = f"(I){a}", f"(I){self.text.lift(b)}"
+        return self.text.name(f"(U)({first} {comparison} {second} ? {first} : {second})")
 
     def clamp(self, a: Name, low: int | None, high: int | None) -> Name:
         if low is not None:
@@ -218,7 +218,7 @@ def inline(function: str, dtype: torch.dtype, *values: Any) -> Any:
 def inline_functions_in_cpp() -> None:
     """Let Inductor's C++ code generator write `inline`: it has this operation for Triton only."""
     for kind, prelude in ((CppOverrides, _SCALARS), (CppVecOverrides, _VECTORS)):
-        kind.inline_asm_elementwise = staticmethod(_writer(prelude))  # type: ignore[method-assign, assignment]
+        kind.inline_asm_elementwise = staticmethod(_writer(prelude))  # type: ignore[method-assign]
 
 
 def _writer(prelude: str) -> Callable[..., str]:
