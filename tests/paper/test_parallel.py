@@ -64,6 +64,7 @@ def work(configs: list[RunConfig], folder: Path, rank: int) -> dict[tuple[int, s
     return found
 
 
+@pytest.mark.timeout(1800)  # twelve runs in two processes
 def test_two_processes_compute_what_one_does(config, text, tmp_path):
     source = tmp_path / "times.txt"
     source.write_bytes(text)
