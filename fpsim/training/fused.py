@@ -233,7 +233,14 @@ def _compiled_step(
     count = len(step.numbers(_EXAMPLE, 1))
 
     def run_batch(groups: Sequence[Group], numbers: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
-        compiled(groups, torch.stack(numbers), torch.stack(keys) if is_drawn else None, step.update, facts, arguments)
+        compiled(
+            groups,
+            torch.stack(list(numbers)),
+            torch.stack(list(keys)) if is_drawn else None,
+            step.update,
+            facts,
+            arguments,
+        )
 
     def example(length: int) -> tuple[Group, Tensor, Tensor]:
         tensors = tuple(torch.zeros(length, _VECTOR, dtype=dtype) for _ in range(2 + len(casts)))

@@ -109,7 +109,7 @@ def _compiled_rounding(
     no_key = torch.zeros(2, dtype=torch.int32, device=device) if stochastic else None
 
     def run_batch(xs: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
-        compiled(xs, torch.stack(keys) if stochastic else None, arguments)
+        compiled(xs, torch.stack(list(keys)) if stochastic else None, arguments)
 
     return in_batches(run_batch, lambda length: (torch.zeros(length, dtype=dtype, device=device), no_key), _BATCH)
 
