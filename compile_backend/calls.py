@@ -281,10 +281,11 @@ def _refuse_other_policy(function: Callable[..., Any], options: Mapping[str, Any
     in_place = getattr(module, "__dict__", {}).get("_compiled_call_impl")
     if function == getattr(module, "_call_impl", None) or not hasattr(in_place, "_fpsim_options"):
         return
-    if Policy.from_options(in_place._fpsim_options) != Policy.from_options(options):
+    options_in_place = in_place._fpsim_options  # type: ignore[union-attr]
+    if Policy.from_options(options_in_place) != Policy.from_options(options):
         raise UnroundedError(
             f"{type(module).__name__} is compiled twice by fpsim: with the options {options}, and by compile() of the "
-            f"module with {in_place._fpsim_options}, which would hold. Compile it once"
+            f"module with {options_in_place}, which would hold. Compile it once"
         )
 
 

@@ -19,6 +19,7 @@ from fpsim.compile_backend.graph.module_paths import module_paths, near_modules
 from fpsim.formats import FloatFormat
 from fpsim.policy import Policy
 from fpsim.policy.globs import matches
+from fpsim.scaling.scale import POWERS_OF_TWO
 from fpsim.suggestions import near_names, suggest
 
 #: Settings of Inductor under which it changes the operands of products, and how.
@@ -74,7 +75,9 @@ def _fits(cast: Cast | None, precision: str) -> bool:
 
     None stands for an unrounded operand.
     """
-    return cast is not None and cast.format.is_subset_of(FloatFormat(8, 10 if precision == "high" else 7))
+    if cast is None or cast.grid is None or (cast.scale is not None and cast.scale.rule not in POWERS_OF_TWO):
+        return False
+    return cast.grid.is_subset_of(FloatFormat(8, 10 if precision == "high" else 7))
 
 
 def refuse_inner_gradients(gm: fx.GraphModule) -> None:

@@ -138,7 +138,7 @@ def watch_compiled_calls() -> None:
         is_function = hasattr(compiled, "__code__")  # a module or a class holds functions that came through here
         if is_function and is_ours(context.callback):
             if inspect.ismethod(fn) and fn.__func__ is torch.nn.Module._call_impl:
-                keep_in_other_code(fn.__self__)
+                keep_in_other_code(fn.__self__)  # type: ignore[arg-type]
             return watched(compiled, options_of(context.callback))
         return compiled
 

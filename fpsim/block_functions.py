@@ -170,7 +170,7 @@ def _encode_scales(scales: Any, scale: Scale, groups: Groups) -> Scales:
 
 def _decode_scales(scales: Scales, scale: Scale, groups: Groups) -> tuple[Tensor, ...]:
     """The scales as factors that broadcast to the groups."""
-    given = scales if isinstance(scales, tuple) else (scales,)
+    given: tuple[Tensor, ...] = scales if isinstance(scales, tuple) else (scales,)
     count = 2 if scale.rule in (*NV_RULES, "asymmetric") else 1
     if len(given) != count:
         raise ValueError(f"scale {str(scale)!r} has {count} tensors of scales, got {len(given)}")

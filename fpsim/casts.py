@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -209,8 +209,7 @@ def parse_cast(
     if isinstance(text, Cast):
         return text
     if isinstance(text, ElementFormat):
-        mode = usual_overflow(text, parsed_scale) if overflow is None else resolve_overflow(text, overflow)  # type: ignore[arg-type]
-        return Cast(text, full_rounding(rounding), mode, parsed_scale, spelling=text.name)
+        return _cast(text, rounding, overflow, parsed_scale, text.name)
     if not isinstance(text, str):
         raise TypeError(f"a cast is a string such as 'e4m3fn' or 'e8m3/toward_zero', got {reprlib.repr(text)}")
     if text == NONE:
@@ -236,8 +235,13 @@ def parse_cast(
             raise ValueError(f"cast {text!r} has two {kind}, {named[kind]} and {mode}: leave one of them out")
         named[kind] = mode
     fmt = _parse_element(name)
-    mode = usual_overflow(fmt, parsed_scale) if overflow is None else overflow
-    return Cast(fmt, full_rounding(rounding), mode, parsed_scale, spelling=text)  # type: ignore[arg-type]
+    return _cast(fmt, rounding, overflow, parsed_scale, text)
+
+
+def _cast(fmt: ElementFormat, rounding: str, overflow: str | None, scale: Scale | None, spelling: str) -> Cast:
+    """The cast with these modes; the overflow mode None stands for the usual one."""
+    mode = usual_overflow(fmt, scale) if overflow is None else cast(Overflow, overflow)
+    return Cast(fmt, full_rounding(rounding), mode, scale, spelling)
 
 
 def _parse_element(name: str) -> ElementFormat:

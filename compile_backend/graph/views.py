@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import prod
 from operator import getitem
+from typing import cast
 
 import torch
 from torch import fx
@@ -44,10 +45,10 @@ def mapped_axes(view: fx.Node, axes: Sequence[int]) -> tuple[int, ...] | None:
         case aten.t:
             order = list(reversed(range(len(shape))))
         case aten.permute:
-            order = [axis % len(shape) for axis in view.args[1]]  # type: ignore[union-attr, operator]
+            order = [axis % len(shape) for axis in cast(list[int], view.args[1])]
         case aten.transpose:
             order = list(range(len(shape)))
-            first, second = (axis % len(shape) for axis in view.args[1:])  # type: ignore[operator]
+            first, second = (axis % len(shape) for axis in cast(tuple[int, int], view.args[1:]))
             order[first], order[second] = order[second], order[first]
         case _:
             return _axes_of_same_elements(shape, base_shape, axes)

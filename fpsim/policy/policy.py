@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
 from fpsim.casts import NONE, UNSCALED, Cast, CastLike, parse_cast, parse_unscaled
-from fpsim.formats import OVERFLOWS, FloatFormat, full_rounding, parse_format
+from fpsim.formats import OVERFLOWS, ElementFormat, FloatFormat, full_rounding, parse_format
 from fpsim.json_text import check_depth, parse_json
 from fpsim.policy.globs import matches
 from fpsim.scaling.scale import Scale, parse_scale
@@ -189,7 +189,7 @@ class Policy:
     ) -> tuple[tuple[str, _StoredCast], ...]:
         """The field ``name``, a mapping from ``valid`` keys to casts; a cast alone applies to all ``usual`` keys."""
         given = getattr(self, name)
-        if isinstance(given, str | FloatFormat | Cast):
+        if isinstance(given, str | ElementFormat | Cast):
             given = dict.fromkeys(usual, given)
         casts = {key: cast for key, cast in _pairs(name, given) if cast is not None}
         if unknown := sorted(set(casts) - set(valid)):
@@ -220,7 +220,7 @@ class Policy:
             return given
         if isinstance(given, str) and is_preset(given):
             return Policy.preset(given)
-        if isinstance(given, str | FloatFormat | Cast):
+        if isinstance(given, str | ElementFormat | Cast):
             given = {"format": given}
         if isinstance(given, Mapping) and "policy" not in given:
             given = {**{name: getattr(self, name) for name in _INHERITED}, **given}

@@ -19,6 +19,8 @@ Timing = Literal["current"]
 MX_RULES: tuple[str, ...] = get_args(MxRule)
 RATIO_RULES: tuple[str, ...] = get_args(RatioRule)
 NV_RULES: tuple[str, ...] = get_args(NvRule)
+#: Rules whose scales are powers of two. They keep the number of significant bits.
+POWERS_OF_TWO: tuple[str, ...] = ("power_of_two", *MX_RULES)
 #: The rules that compute a scale from the magnitudes of the elements that share it.
 RULES: tuple[str, ...] = ("power_of_two", *MX_RULES, *RATIO_RULES, *NV_RULES)
 #: The forms of the sets of elements that share a scale: `Scale.granularity`.

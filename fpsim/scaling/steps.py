@@ -101,7 +101,7 @@ def _quantized(x: Any, dtype: torch.dtype, elements: _Elements, scale: Scale, sc
     wide = x if dtype == working else call(prims.convert_element_type.default, x, working)
     wide = wide if exact_zero else _flushed(wide, call)
     if scale.rule in NV_RULES:
-        scaled = call(aten.mul.Tensor, wide, nv_factor(*scales, scale, call))
+        scaled = call(aten.mul.Tensor, wide, nv_factor(scales[0], scales[1], scale, call))
         scaled = scaled if exact_zero else _flushed(scaled, call)
         return elements.rounded(_clamped(scaled, -6.0, 6.0, call), working)
     y = call(aten.div.Tensor, wide, scales[0])

@@ -15,7 +15,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fpsim.casts import Cast, CastLike, check_cast, parse_cast
+from fpsim.formats import FloatFormat
 from fpsim.rounding.carriers import check_tensor
+from fpsim.rounding.kernel import FLOAT32
+from fpsim.scaling.scale import POWERS_OF_TWO
 from fpsim.training.fused import FUSED, OPTIMIZERS, intercept, step_and_round
 from fpsim.training.in_place import Job, check_seed, draw_of_step, keys_of, round_in_place
 from fpsim.training.optimizer_state import state_names, states_of_parameters, tensors_in
@@ -193,13 +196,23 @@ def _check_weights(weights: Cast | None, master: Cast | None, kahan: bool) -> No
         raise ValueError(f"{'kahan' if kahan else 'master'} is about rounded weights: give weights=... a format too")
     if master is not None and kahan:
         raise ValueError("kahan keeps what the weights lose, and so does a master copy: give one of the two")
-    if weights is not None and master is not None and not weights.format.is_subset_of(master.format):
+    if weights is None or master is None:
+        return
+    if not isinstance(master.format, FloatFormat) or master.scale is not None:
+        raise ValueError(f"master weights are floating-point numbers without scales, got {master}: use fp32")
+    if weights.scale is not None and weights.scale.rule not in POWERS_OF_TWO:
+        if not FLOAT32.is_subset_of(master.format):
+            raise ValueError(
+                f"master weights in {master.format.name} cannot hold weights with scale {str(weights.scale)!r}, which "
+                "are float32 numbers: use fp32"
+            )
+    elif not (weights.grid or FLOAT32).is_subset_of(master.format):
         raise ValueError(
             f"master weights in {master.format.name} cannot hold weights in {weights.format.name}, which has values "
             f"that {master.format.name} lacks: give master a format with at least as many exponent and mantissa bits, "
             "such as fp32"
         )
-    if weights is not None and master is not None and weights.scale is not None and master.format.exponent_bits < 8:
+    if weights.scale is not None and master.format.exponent_bits < 8:
         raise ValueError(
             f"master weights in {master.format.name} cannot hold scaled weights, which have the exponents of float32: "
             "give master a format with 8 exponent bits, such as bf16 or fp32"
