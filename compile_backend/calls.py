@@ -105,7 +105,7 @@ def watched(compiled: Callable[..., Any], options: Mapping[str, Any] | None) -> 
             result = compiled(*args, **kwargs)
         new_frames = Counter(counters["frames"]) - frames
         calls.settled = thread.graphs > graphs and not new_frames
-        if gradients is not None and not (seen and seen.products):  # a warning of forward code is enough
+        if gradients is not None and not (seen.products if seen else calls.escaped):  # one warning is enough
             gradients.cover(result)
             warn_of_backward(gradients)
         if thread.graphs > graphs:
