@@ -30,7 +30,7 @@ from fpsim.rounding.carriers import check_carrier, working_dtype
 from fpsim.rounding.ops import SOURCE, round_op, round_stochastic_op
 from fpsim.scaling.ops import SCALE_OPERATORS, check_scaled_carrier, round_scaled_op
 from fpsim.scaling.scale import MX_RULES, NV_RULES, SCALE_NAMES, Scale, is_scale, parse_scale
-from fpsim.scaling.steps import factors
+from fpsim.scaling.steps import scaled_groups
 from fpsim.suggestions import near_names
 
 #: The name in place of a format that leaves the operand unrounded.
@@ -349,6 +349,9 @@ def in_range_of_format(
         factor = SCALE_OPERATORS[rule](exact, format, SOURCE)
     else:
         assert cast.scale is not None, "a rule belongs to a scale"
+        if exact.numel() == 0:
+            return exact, rounded
+        scaled = scaled_groups(exact, cast.format, cast.scale, list(axes))
         exact, rounded = exact.double(), rounded.double()
-        factor = factors(exact, cast.format, cast.scale, list(axes))
+        factor = scaled.groups.restore(scaled.factors.expand_as(scaled.groups.values))
     return exact * factor, rounded * factor

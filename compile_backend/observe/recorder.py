@@ -21,7 +21,7 @@ from fpsim.casts import Cast, in_range_of_format
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.views import base
 from fpsim.compile_backend.observe.product_error import comparison, other_tensors, result_of
-from fpsim.compile_backend.observe.rounding_statistics import Statistics, measure, merge, relative_error
+from fpsim.compile_backend.observe.rounding_statistics import Statistics, measure, measure_groups, merge, relative_error
 from fpsim.compile_backend.plan import Site
 
 _library = torch.library.Library("fpsim", "FRAGMENT")
@@ -110,7 +110,8 @@ def measure_cast(exact: Tensor, rounded: Tensor, by: Cast | None, axes: Sequence
     if by is None or by.scale is None:
         return measure(exact, rounded, grid)
     scaled = measure(*in_range_of_format(exact, rounded, by, axes), grid)
-    return replace(measure(exact, rounded), subnormals=scaled.subnormals, saturations=scaled.saturations)
+    groups = {} if by.scale.rule == "power_of_two" or not exact.numel() else measure_groups(exact, by, axes)
+    return replace(measure(exact, rounded), subnormals=scaled.subnormals, saturations=scaled.saturations, **groups)
 
 
 def axes_of(site: Site, dims: int) -> tuple[int, ...]:

@@ -8,20 +8,28 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fpsim.casts import Cast
 from fpsim.formats import FloatFormat
 from fpsim.rounding.carriers import CARRIERS, check_carrier
+from fpsim.scaling.rules import E8M0_BIAS
+from fpsim.scaling.scale import MX_RULES, NV_RULES, Scale
+from fpsim.scaling.steps import SMALLEST_RATIO, scaled_groups
 
 #: Pairs of an exponent and a number of elements, ascending. The exponent of x is floor(log2(abs(x))); zeros have none.
 Histogram = tuple[tuple[int, int], ...]
 
 #: The names of the counts in `Statistics`. Each is a number of elements.
 COUNTS = ("zeros", "underflows", "subnormals", "saturations", "overflows", "infinities", "nans")
+
+#: The names of the counts of groups of elements that share a scale.
+GROUP_COUNTS = ("scales", "clipped_groups", "zero_groups", "lowest_scales", "highest_scales")
 
 #: For each statistic the limit beyond which it is doubtful, and the limit beyond which it is bad. Counts are shares of
 #: all elements, and ``sqnr`` is in dB and gets worse downwards.
@@ -71,6 +79,13 @@ class Statistics:
         noise: the Euclidean norm of the changes of the finite inputs; infinite if one of them overflowed.
         exponents: histogram of the finite nonzero inputs.
         rounded_exponents: histogram of the finite nonzero results.
+        scales: the groups of elements that share a scale; 0 without a scale, and for one scale per tensor by
+            ``power_of_two``.
+        clipped_groups: groups with a finite input beyond the largest finite value, after scaling.
+        zero_groups: groups of zeros.
+        lowest_scales, highest_scales: scales at an end of their range, where they no longer follow the numbers: E8M0
+            codes 0 and 254, NVFP4's block scales 0 and 448, ratios of 2^-100. Groups of zeros are not counted.
+        scale_exponents: histogram of the finite nonzero scales.
     """
 
     elements: int = 0
@@ -86,6 +101,12 @@ class Statistics:
     noise: float = 0.0
     exponents: Histogram = ()
     rounded_exponents: Histogram = ()
+    scales: int = 0
+    clipped_groups: int = 0
+    zero_groups: int = 0
+    lowest_scales: int = 0
+    highest_scales: int = 0
+    scale_exponents: Histogram = ()
 
     @property
     def sqnr(self) -> float:
@@ -122,7 +143,7 @@ class Statistics:
 def merge(parts: Iterable[Statistics]) -> Statistics:
     """The statistics of all numbers of ``parts`` together."""
     parts = list(parts)
-    counts = {name: sum(getattr(part, name) for part in parts) for name in ("elements", *COUNTS)}
+    counts = {name: sum(getattr(part, name) for part in parts) for name in ("elements", *COUNTS, *GROUP_COUNTS)}
     return Statistics(
         **counts,
         amax=max((part.amax for part in parts), default=0.0),
@@ -130,6 +151,7 @@ def merge(parts: Iterable[Statistics]) -> Statistics:
         noise=math.hypot(*(part.noise for part in parts)),
         exponents=_added(part.exponents for part in parts),
         rounded_exponents=_added(part.rounded_exponents for part in parts),
+        scale_exponents=_added(part.scale_exponents for part in parts),
     )
 
 
@@ -163,6 +185,39 @@ def measure(x: Tensor, rounded: Tensor, format: FloatFormat | None = None) -> St
     size = piece_size(x.device)
     pieces = zip(x.split(size), x.split(size) if same else rounded.split(size), strict=True)
     return merge(_measure_piece(a, a if same else b, format) for a, b in pieces).repeated(times)
+
+
+def measure_groups(x: Tensor, cast: Cast, axes: Sequence[int]) -> dict[str, Any]:
+    """The counts of groups (`GROUP_COUNTS`) and the histogram of scales of ``x``, which has elements.
+
+    Args:
+        x: the inputs.
+        cast: a cast whose scales are not ``power_of_two``.
+        axes: the axes along which rows and blocks lie.
+    """
+    assert cast.scale is not None, "the cast has a scale"
+    scaled = scaled_groups(x.detach(), cast.format, cast.scale, list(axes))
+    magnitudes = scaled.groups.values.double().abs()
+    finite = torch.where(magnitudes.isfinite(), magnitudes, 0.0)
+    amax = finite.amax(scaled.groups.axes, keepdim=True)
+    is_zero = magnitudes.amax(scaled.groups.axes, keepdim=True) == 0
+    lowest, highest = _ends_of_scales(cast.scale)
+    counted = scaled.scales[scaled.scales.isfinite() & (scaled.scales > 0)]
+    exponents, counts = torch.unique(torch.frexp(counted)[1] - 1, return_counts=True)
+    return {
+        "scales": scaled.scales.numel(),
+        "clipped_groups": 0 if cast.scale.rule == "asymmetric" else _count(amax * scaled.factors > cast.format.max),
+        "zero_groups": _count(is_zero),
+        "lowest_scales": _count((scaled.scales == lowest) & ~is_zero),
+        "highest_scales": _count((scaled.scales == highest) & ~is_zero),
+        "scale_exponents": tuple(zip(exponents.tolist(), counts.tolist(), strict=True)),
+    }
+
+
+def _ends_of_scales(scale: Scale) -> tuple[float, float]:
+    if scale.rule in MX_RULES:
+        return 2.0**-E8M0_BIAS, 2.0**E8M0_BIAS
+    return (0.0, 448.0) if scale.rule in NV_RULES else (SMALLEST_RATIO, math.inf)
 
 
 def piece_size(device: torch.device) -> int:

@@ -16,7 +16,14 @@ from rich.text import Text
 
 from fpsim.casts import parse_cast
 from fpsim.compile_backend.observe.recorder import ProductStatistics, SiteStatistics
-from fpsim.compile_backend.observe.rounding_statistics import COUNTS, Histogram, Statistics, merge, severity
+from fpsim.compile_backend.observe.rounding_statistics import (
+    COUNTS,
+    GROUP_COUNTS,
+    Histogram,
+    Statistics,
+    merge,
+    severity,
+)
 from fpsim.compile_backend.plan import Gap, Site, render
 from fpsim.compile_backend.report.page import page
 from fpsim.compile_backend.report.units import decibel, percent
@@ -323,7 +330,9 @@ def _of_this_version(row: Mapping[str, Any]) -> Mapping[str, Any]:
 def _site_of(row: Mapping[str, Any]) -> SiteStatistics:
     numbers: dict[str, Any] = {name: row[name] for name in ("elements", *COUNTS)}
     numbers |= {name: float(row[name]) for name in ("amax", "signal", "noise")}
-    numbers |= {name: tuple(map(tuple, row[name])) for name in ("exponents", "rounded_exponents")}
+    numbers |= {name: row.get(name, 0) for name in GROUP_COUNTS}
+    histograms = ("exponents", "rounded_exponents", "scale_exponents")
+    numbers |= {name: tuple(map(tuple, row.get(name, ()))) for name in histograms}
     values: dict[str, Any] = {field.name: row[field.name] for field in fields(Site)}
     values |= {name: tuple(values[name]) for name in ("shape", "contracted")}
     values["cast"] = None if values["cast"] is None else parse_cast(values["cast"])

@@ -9,20 +9,16 @@ gets the same bits.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fpsim.formats import (
-    CodebookFormat,
-    FloatFormat,
-    IntegerFormat,
-)
-from fpsim.formats.elements import ElementFormat
+from fpsim.formats import CodebookFormat, ElementFormat, FloatFormat, IntegerFormat
 from fpsim.rounding.carriers import CODES_OF, working_dtype
 from fpsim.rounding.ops import SOURCE, random_words_op, round_op, round_with_words_op
-from fpsim.scaling.groups import Call, OnTensors, split
-from fpsim.scaling.rules import NAN_MARK
+from fpsim.scaling.groups import Call, Groups, OnTensors, split
+from fpsim.scaling.rules import E8M0_BIAS, NAN_MARK
 from fpsim.scaling.scale import MX_RULES, NV_RULES, Scale
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -207,7 +203,7 @@ def ratio_scale(x: Any, element: ElementFormat, rule: str, axes: list[int], call
     """
     amax = call(prims.convert_element_type.default, amax_of(x, axes, call), torch.float32)
     largest = _range(element)
-    ratio = call(aten.div.Tensor, amax, _constant(largest, amax, call))
+    ratio = call(aten.div.Tensor, amax, call.constant(largest, amax))
     if rule == "bf16":
         ratio = call(round_op, ratio, "e8m7", "nearest_even", "ovf_inf", SOURCE)
     ratio = call(aten.clamp_max.default, ratio, _LARGEST_BF16 if rule == "bf16" else _LARGEST)
@@ -234,7 +230,7 @@ def asymmetric_scale(x: Any, element: IntegerFormat, axes: list[int], call: Call
     low = call(aten.amin.default, call(aten.clamp_max.default, x, 0.0), axes, True)
     high, low = (call.stored(call(prims.convert_element_type.default, v, torch.float32)) for v in (high, low))
     width = call(aten.sub.Tensor, high, low)
-    ratio = call(aten.div.Tensor, width, _constant(float(element.max_integer), width, call))
+    ratio = call(aten.div.Tensor, width, call.constant(float(element.max_integer), width))
     ratio = call(aten.clamp_max.default, ratio, _LARGEST)
     amax = call(aten.maximum.default, high, call(aten.neg.default, low))
     ratio = call.stored(_usable(ratio, amax, call))
@@ -253,7 +249,7 @@ def nv_scales(x: Any, scale: Scale, axes: list[int], call: Call) -> tuple[Any, A
     total = call.stored(call(aten.amax.default, amax, every, True))
     usable = call(aten.le.Scalar, total, _LARGEST)  # not NaN either
     limited = call(aten.clamp_min.default, total, SMALLEST_RATIO)
-    most = _constant(2688.0, total, call)
+    most = call.constant(2688.0, total)
     if scale.rule == "te":
         whole = call(aten.clamp_max.default, call(aten.div.Tensor, most, limited), _LARGEST)
     else:
@@ -262,10 +258,10 @@ def nv_scales(x: Any, scale: Scale, axes: list[int], call: Call) -> tuple[Any, A
     whole = call(aten.where.ScalarSelf, small, 1.0, whole)
     whole = call.stored(call(aten.where.ScalarOther, usable, whole, 1.0))
     if scale.rule == "te":
-        factor = call(aten.mul.Tensor, whole, _constant(_SIXTH, whole, call))
+        factor = call(aten.mul.Tensor, whole, call.constant(_SIXTH, whole))
         block = call(aten.mul.Tensor, amax, factor)
     else:
-        sixth = call(aten.div.Tensor, amax, _constant(6.0, amax, call))
+        sixth = call(aten.div.Tensor, amax, call.constant(6.0, amax))
         block = call(aten.clamp_min.default, call(aten.div.Tensor, sixth, whole), 2.0**-6)
     block = call(round_op, block, "e4m3fn", "nearest_even", "sat_finite", SOURCE)
     return call.stored(block), whole
@@ -273,7 +269,7 @@ def nv_scales(x: Any, scale: Scale, axes: list[int], call: Call) -> tuple[Any, A
 
 def nv_factor(block: Any, whole: Any, scale: Scale, call: Call) -> Any:
     """The factors by which elements are multiplied before they are rounded, float32."""
-    one = _constant(1.0, whole, call)
+    one = call.constant(1.0, whole)
     inverse = call(aten.div.Tensor, one, whole)
     if scale.rule == "te":
         factor = call(aten.div.Tensor, one, call(aten.mul.Tensor, block, inverse))
@@ -293,11 +289,6 @@ def _clamped(x: Any, low: float, high: float, call: Call) -> Any:
     return call(aten.clamp_max.default, call(aten.clamp_min.default, x, low), high)
 
 
-def _constant(value: float, like: Any, call: Call) -> Any:
-    """A float32 constant, as a tensor: compilers turn a division by a number into a multiplication."""
-    return call.constant(value, like)
-
-
 def _nearest_in_codebook(y: Any, book: CodebookFormat, working: torch.dtype, call: Call) -> Any:
     thresholds = book.thresholds(working == torch.float64)
     if len(book.values) < _LONG_CODEBOOK:
@@ -312,20 +303,33 @@ def _nearest_in_codebook(y: Any, book: CodebookFormat, working: torch.dtype, cal
     return q
 
 
-def factors(x: torch.Tensor, element: ElementFormat, scale: Scale, axes: list[int]) -> torch.Tensor:
-    """The factor by which each element of ``x`` is multiplied to come into the range of ``element``; float64.
+@dataclass(frozen=True)
+class ScaledGroups:
+    """A tensor in the groups that share a scale, for statistics.
 
-    Zero points are left out.
+    Attributes:
+        groups: the arranged tensor.
+        scales: the factor by which each group is multiplied after rounding; float64, of size 1 along the groups' axes.
+            In NVFP4 it is the block's own scale, a value of e4m3fn.
+        factors: the factor by which each group is multiplied before rounding; float64, of the same shape. Zero points
+            are left out.
     """
+
+    groups: Groups
+    scales: torch.Tensor
+    factors: torch.Tensor
+
+
+def scaled_groups(x: torch.Tensor, element: ElementFormat, scale: Scale, axes: list[int]) -> ScaledGroups:
+    """The groups of a tensor that has elements, and their scales."""
     call = OnTensors()
-    if x.numel() == 0:
-        return torch.ones_like(x, dtype=torch.float64)
     groups = split(x, scale, axes, call)
-    scales = [part.double() for part in scales_of_groups(groups.values, x.dtype, element, scale, groups.axes, call)]
+    parts = [part.double() for part in scales_of_groups(groups.values, x.dtype, element, scale, groups.axes, call)]
     if scale.rule in MX_RULES:
-        factor = torch.where(scales[0] == 0, 2.0**-127, scales[0])
-    elif scale.rule in NV_RULES:
-        factor = scales[1] / scales[0] if scale.rule == "te" else 1 / (scales[0] * scales[1])
-    else:
-        factor = 1 / scales[0]
-    return groups.restore(factor.expand_as(groups.values))
+        factors = torch.where(parts[0] == 0, 2.0**-E8M0_BIAS, parts[0])
+        factors = torch.where(parts[0] == NAN_MARK, math.nan, factors)
+        return ScaledGroups(groups, 1 / factors, factors)
+    if scale.rule in NV_RULES:
+        factors = parts[1] / parts[0] if scale.rule == "te" else 1 / (parts[0] * parts[1])
+        return ScaledGroups(groups, parts[0], factors)
+    return ScaledGroups(groups, parts[0], 1 / parts[0])

@@ -165,3 +165,16 @@ def test_profile_counts_what_block_scales_clip() -> None:
     nn.init.ones_(layer.weight)
     sites = fpsim.profile(layer, x, policy=fpsim.Policy(activation="e4m3fn/mx:32:floor")).sites
     assert [site.statistics.saturations for site in sites if site.role == "activation" and site.kind == "fprop"] == [1]
+
+
+def test_profile_counts_groups_and_scales() -> None:
+    x = torch.zeros(4, 32)
+    x[0], x[1], x[2] = 1.9375, 2.0**-130, torch.tensor([3.0] + 31 * [torch.inf])  # clipped; the least scale; NaN
+    layer = nn.Linear(32, 1, bias=False)
+    profile = fpsim.profile(layer, x, policy=fpsim.Policy(activation="e4m3fn/mx:32:floor"))
+    [site] = [site for site in profile.sites if site.role == "activation" and site.kind == "fprop"]
+    statistics = site.statistics
+    assert (statistics.scales, statistics.clipped_groups, statistics.zero_groups) == (4, 1, 1)
+    assert (statistics.lowest_scales, statistics.highest_scales) == (1, 0)
+    assert statistics.scale_exponents == ((-127, 2), (-8, 1))
+    assert fpsim.compile_backend.Profile.from_json(profile.to_json()).sites == profile.sites
