@@ -49,6 +49,10 @@ def verify(
         ),
     ] = None,
     overflow: OverflowOption = None,
+    scale: Annotated[
+        str | None,
+        typer.Option(help="Verify the scales of blocks instead, such as mx:32:rceil, for float32 magnitudes."),
+    ] = None,
     everything: Annotated[
         bool,
         typer.Option(
@@ -113,7 +117,11 @@ def verify(
     expanded = [each for name in rounding or () for each in (ROUNDINGS if name == "all" else (full_rounding(name),))]
     roundings = list(dict.fromkeys(expanded))
     options = {"seed": seed, "device": device} | ({} if samples is None else {"samples": samples})
-    if everything:
+    if scale is not None:
+        _refuse_beside_scale(rounding=rounding, overflow=overflow, everything=everything, carrier=carrier, jobs=jobs)
+        options.pop("device")
+        runs = _verify_scales(format or (), scale, paths, exhaustive=exhaustive, **options)
+    elif everything:
         groups = plan(
             format or NAMED_FORMATS,
             roundings=roundings or None,
@@ -147,6 +155,24 @@ def _verify_modes(modes: Sequence[Mode], **options: Any) -> Iterable[tuple[str, 
                 mode.format, rounding=mode.rounding, overflow=mode.overflow, progress=progress, **options
             )
         yield str(verdict), [verdict]
+
+
+def _refuse_beside_scale(**options: object) -> None:
+    given = [name for name, value in options.items() if value]
+    if given:
+        name = "all" if given[0] == "everything" else given[0]
+        raise ValueError(f"--scale is about scales of float32 magnitudes: leave out --{name}")
+
+
+def _verify_scales(
+    formats: Sequence[str], scale: str, paths: Sequence[str], **options: Any
+) -> Iterable[tuple[str, Sequence[Verdict]]]:
+    """Verify the scales of each format under a progress bar: a summary in one line, and the verdict."""
+    from fpsim.verify import verify_scales
+
+    with progress_bar(scale) as progress:
+        for verdict in verify_scales(formats, scale, paths, progress=progress, **options):
+            yield str(verdict), [verdict]
 
 
 def _verify_groups(groups: Sequence[Group], **options: Any) -> Iterable[tuple[str, Sequence[Verdict]]]:

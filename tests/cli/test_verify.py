@@ -112,3 +112,24 @@ def test_verify_without_a_compiler_says_what_to_do_in_one_line(monkeypatch):
     monkeypatch.setattr(verify, "_compile", no_compiler)
     shown = run("verify", "--format", "e2m1fn", "--samples", "1000", code=2)
     assert shown == "error: torch.compile does not work here: verify the eager path alone\n"
+
+
+def test_verify_compares_scales_with_the_reference(monkeypatch):
+    arguments = ("verify", "--format", "e4m3fn", "--format", "int8:unit=-6", "--scale", "mx:16:even", "--path", "eager")
+    lines = run(*arguments, "--samples", "1000").splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "e4m3fn mx:16:even scale: no mismatch in 2",
+        "int8:unit=-6 mx:16:even scale: no mismatch in 2",
+    ]
+    from fpsim.scaling import definitions
+
+    original = definitions.mx_multiplier_code
+    monkeypatch.setattr(definitions, "mx_multiplier_code", lambda amax, *rest: original(amax + 1, *rest))
+    output = run("verify", "--format", "e4m3fn", "--scale", "mx", "--path", "eager", "--samples", "0", code=1)
+    amax, got, want = 448 * 2.0**-127, 2.0**-126, 2.0**-127
+    assert f"input 0x04600000 = {amax} became 0x00800000 = {got}, not 0x00400000 = {want}: e4m3fn mx:32:rce" in output
+
+
+def test_verify_of_scales_refuses_what_has_no_meaning_there():
+    assert "leave out --rounding" in run("verify", "--format", "e4m3fn", "--scale", "mx", "--rounding", "up", code=2)
+    assert "has no E8M0 codes" in run("verify", "--format", "e4m3fn", "--scale", "row", code=2)

@@ -1,0 +1,119 @@
+"""Comparing the scales of OCP MX with the reference, for every largest magnitude that a block can have."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fpsim import reference
+from fpsim.formats import parse_element
+from fpsim.rounding.ops import SOURCE
+from fpsim.scaling.rules import E8M0_BIAS, NAN_MARK
+from fpsim.scaling.scale import MX_RULES, parse_scale
+from fpsim.verify.verdict import MAX_EXAMPLES, Mismatch, Verdict
+
+#: The number of magnitudes of float32, NaNs included.
+MAGNITUDES = 1 << 31
+_CHUNK = 1 << 22
+
+
+def verify_scale(
+    format: str,
+    scale: str,
+    *,
+    exhaustive: bool = False,
+    samples: int = 1 << 20,
+    seed: int = 0,
+    compiled: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Verdict:
+    """Compare the E8M0 codes of a scale with those of the reference, for float32 magnitudes.
+
+    The code is a function of the largest magnitude of a block alone. The reference computes the magnitudes at which it
+    changes (`fpsim.reference.scale_steps`).
+
+    Args:
+        format: the format of the elements: a float or an integer format.
+        scale: a scale whose factors are powers of two: ``mx:32:rceil``.
+        exhaustive: whether to compare all 2**31 magnitudes.
+        samples: else the number of random magnitudes, besides those around each change.
+        seed: of the random magnitudes.
+        compiled: whether Inductor compiles the rule; else it runs eagerly.
+        progress: called with the number of magnitudes that are done, and of all.
+
+    Returns:
+        A verdict. Its ``rounding`` is the name of the scale, and its ``overflow`` is ``scale``. Examples show the
+        magnitude and the scales, as float32 numbers.
+
+    Raises:
+        ValueError: there is no such format or scale, or its factors are no E8M0 codes.
+    """
+    parsed, element = parse_scale(scale), parse_element(format)
+    if parsed is None or parsed.rule not in MX_RULES:
+        raise ValueError(f"scale {scale!r} has no E8M0 codes: use mx:32:rceil, floor, ceil or even")
+    rule = parsed.rule
+    firsts, codes = (torch.tensor(part) for part in zip(*reference.scale_steps(format, rule), strict=True))  # type: ignore[arg-type]
+
+    def codes_of(magnitudes: Tensor) -> Tensor:
+        amax = magnitudes.view(torch.float32)
+        multiplier = torch.ops.fpsim.mx_multiplier(amax, element.name, rule, SOURCE)
+        code = 2 * E8M0_BIAS - (multiplier.view(torch.int32) >> 23)
+        return torch.where(multiplier == NAN_MARK, 2 * E8M0_BIAS + 1, code)
+
+    start, cpu_start = time.perf_counter(), time.process_time()
+    got_of = torch.compile(codes_of, dynamic=True) if compiled else codes_of
+    done, mismatches, examples = 0, 0, []
+    path = "compiled" if compiled else "eager"
+    for magnitudes in _chunks(firsts, samples, seed, exhaustive):
+        got = got_of(magnitudes)
+        want = codes[torch.searchsorted(firsts, magnitudes.long(), right=True) - 1]
+        wrong = (got != want).nonzero().flatten()
+        mismatches += wrong.numel()
+        for i in wrong[: MAX_EXAMPLES - len(examples)].tolist():
+            bits = (f"{int(magnitudes[i]):#010x}", _float32_of(int(got[i])), _float32_of(int(want[i])))
+            examples.append(Mismatch(path, *bits))
+        done += magnitudes.numel()
+        if progress is not None:
+            progress(done, MAGNITUDES if exhaustive else done)
+    return Verdict(
+        format=element.name,
+        rounding=str(parsed),
+        overflow="scale",
+        carrier="float32",
+        device="cpu",
+        paths=(path,),
+        exhaustive=exhaustive,
+        inputs=done,
+        mismatches=mismatches,
+        examples=tuple(examples),
+        seconds=time.perf_counter() - start,
+        cpu_seconds=time.process_time() - cpu_start,
+    )
+
+
+def _chunks(firsts: Tensor, samples: int, seed: int, exhaustive: bool) -> Iterator[Tensor]:
+    """Bits of magnitudes, int32: all of them, or those around ``firsts`` and random ones."""
+    if not exhaustive:
+        around = (firsts[:, None] + torch.arange(-2, 3)).clamp(0, MAGNITUDES - 1).flatten()
+        drawn = torch.randint(MAGNITUDES, (samples,), generator=torch.Generator().manual_seed(seed))
+        yield torch.cat([around, drawn]).to(torch.int32)
+        return
+    for first in range(0, MAGNITUDES, _CHUNK):
+        yield torch.arange(first, first + _CHUNK, dtype=torch.int64).to(torch.int32)
+
+
+def _float32_of(code: int) -> str:
+    """The bits of the scale with an E8M0 code, as a float32 number."""
+    if code == 2 * E8M0_BIAS + 1:
+        return "0x7fc00000"
+    return f"{code << 23 if code else 1 << 22:#010x}"
+
+
+def verify_scales(formats: Sequence[str], scale: str, paths: Sequence[str], **options: object) -> Iterator[Verdict]:
+    """`verify_scale` for several formats, each on the paths ``eager`` and ``compiled`` that are given."""
+    for format in formats:
+        for path in paths:
+            yield verify_scale(format, scale, compiled=path == "compiled", **options)  # type: ignore[arg-type]
