@@ -186,7 +186,8 @@ def rounding_function(
         code = round_code(code, Grid(CARRIERS[dtype], carrier), "nearest_even", "ovf_inf", cpp_ops)
     if floats and suits(grid, rounding):
         if scale is not None:
-            text.lines.append(f"if (none({(~scale_suits(scale, grid, rounding, cpp_ops)).value})) {{")
+            unsuitable = ~scale_suits(scale, grid, rounding, cpp_ops)
+            text.lines.append(f"if (none({unsuitable.value}{' == 0' if unsuitable.negated else ''})) {{")
         text.give(round_with_floats(code, grid, rounding, overflow, cpp_ops, word, scale))
         if scale is None:
             return "\n".join(text.lines)

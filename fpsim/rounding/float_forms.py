@@ -64,8 +64,10 @@ def suits(grid: Grid, rounding: str) -> bool:
 def scale_suits(scale: Int, grid: Grid, rounding: str, ops: Ops) -> Mask:
     """The scales, given by their codes, with which `round_with_floats` gives the bits of ``round_code``."""
     power = min(_largest_power(grid, *split_rounding(rounding)), grid.carrier.bias)
-    is_normal = ~ops.less(scale, grid.implicit)  # 0 stands for a power that is no normal number of the carrier
-    return ops.less(scale, ((grid.carrier.bias + power) << grid.carrier.mantissa_bits) + 1) & is_normal
+    bound = ((grid.carrier.bias + power) << grid.carrier.mantissa_bits) + 1
+    # Code 0 stands for a power that is no normal number of the carrier. One comparison of unsigned numbers excludes it.
+    sign = grid.carrier.sign_code
+    return ops.less((scale - grid.implicit) ^ -sign, bound - grid.implicit - sign)
 
 
 def _fraction_bits(rounding: str, random_bits: int) -> int:
