@@ -382,3 +382,16 @@ def test_compiled_blocks_are_those_of_the_reference():
     rounded = torch.compile(lambda x: [fpsim.round(x, name, axis=axis) for name, axis in COMPILED])(x)
     for (name, axis), got in zip(COMPILED, rounded, strict=True):
         same(exact(got), expected(x, name, axis), exact(x))
+
+
+@pytest.mark.parametrize("cast", ["mxint8", "e2m1fn/mx:ceil", "mxfp8"])
+def test_compiled_code_has_the_largest_and_the_smallest_scales(cast: str) -> None:
+    """2^127 is the scale of MXINT8 for the largest numbers; its inverse is no normal number of float32."""
+    largest = torch.tensor([torch.finfo(torch.float32).max, -(2.0**127), 2.0**121, -(2.0**120), 1.0, -0.0, 2.0**-149])
+    tiny = torch.tensor([2.0**-126, -(2.0**-127), 2.0**-140, 2.0**-149, 0.0, -0.0, -(2.0**-130)])
+    x = torch.stack([largest, tiny, largest * 2.0**-6, tiny * 16])
+    torch._dynamo.reset()
+    got = torch.compile(lambda x: fpsim.round(x, cast), fullgraph=True)(x)
+    want = reference.round_blocks(x.flatten().tolist(), cast, tuple(x.shape), -1)
+    want = torch.tensor([reference.to_float(value) for value in want], dtype=torch.float64).float().view(x.shape)
+    assert torch.equal(got.view(torch.int32), want.view(torch.int32))
