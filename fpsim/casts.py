@@ -249,12 +249,14 @@ def _parse_element(name: str) -> ElementFormat:
     try:
         return parse_element(name)
     except ValueError as error:
-        near = near_names(name.strip().lower(), dict.fromkeys(WHOLE_FORMATS), cutoff=0.6)
-        if not str(error).startswith("unknown format"):
+        message = str(error)
+        if not message.startswith("unknown format"):
             raise
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        whole = f"Formats with scales are {', '.join(WHOLE_FORMATS)}, intN and uintN. "
-        raise ValueError(str(error).replace(": ", f": {hint}{whole}", 1)) from None
+        near = near_names(name.strip().lower(), dict.fromkeys(WHOLE_FORMATS), cutoff=0.6)
+        if near and "did you mean" not in message:
+            message = message.replace(": ", f": did you mean {' or '.join(near)}? ", 1)
+        whole = f"Formats with scales are {', '.join(WHOLE_FORMATS)}, intN and uintN. A format is one of"
+        raise ValueError(message.replace("A format is one of", whole, 1)) from None
 
 
 def parse_unscaled(text: CastLike, rounding: str, overflow: str | None, values: str) -> Cast | None:

@@ -23,7 +23,7 @@ from fpsim.compile_backend.calls import policy_options
 from fpsim.compile_backend.compiling import compile_with_rounding
 from fpsim.compile_backend.graph.products import product_events
 from fpsim.compile_backend.plan import Gap, Plan, render
-from fpsim.compile_backend.report.comparison import left_by_policy, missing
+from fpsim.compile_backend.report.comparison import allowed_gaps, left_by_policy, missing
 from fpsim.compile_backend.report.running import (
     ISOLATED,
     as_policy,
@@ -74,7 +74,8 @@ class Audit:
             products only if it is known to be.
         covered: the number of calls in graphs that fpsim rewrote, without those that the policy leaves unrounded. One
             call may compute several products: the backward pass of a convolution computes two.
-        unrounded: the products in these graphs that the policy leaves unrounded, each with the reason.
+        unrounded: the products in these graphs that the policy leaves unrounded, and the operators that its gaps allow
+            and that hold a product for other inputs; each with the reason.
         compiled: whether any graph ran that fpsim rewrote.
         compared: whether the graphs were compared with an eager run. They are not if parts of the model are compiled
             one by one.
@@ -196,6 +197,9 @@ def _judged(calls: Sequence[Call], is_compiled: bool, plan: Plan | None, eager: 
         found.update((call.operator, call.shapes, True, _MISSING) for call in unknown)
         covered = [call for call in covered if replace(call, is_inside=False) not in unknown]
         left, share = left_by_policy(plan)
+        left += tuple(
+            gap for gap in allowed_gaps(plan) if gap.operator not in {operator for operator, _, _, _ in found}
+        )
         unrounded = sum(
             round(n * share.get(operator, 0)) for operator, n in Counter(call.operator for call in covered).items()
         )

@@ -77,6 +77,11 @@ def _has(call: Call, planned: tuple[int | None, int | None]) -> bool:
     return any(wanted <= Counter(pair) for pair in combinations(given, 2))
 
 
+def allowed_gaps(plan: Plan) -> list[Gap]:
+    """The gaps that the policy allows by name."""
+    return [gap for gap in plan.gaps if gap.reason == "allowed by the policy's gaps"]
+
+
 def left_by_policy(plan: Plan) -> tuple[tuple[Gap, ...], dict[str, float]]:
     """The products that the policy leaves unrounded, and their share in the products of each operator."""
     products = _products(plan)

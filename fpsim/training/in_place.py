@@ -135,7 +135,7 @@ def in_batches(
         example: an item whose tensors have a given length.
         size: the number of items of a call.
     """
-    fillers = [example(2)] * size
+    fillers = [example(2) for _ in range(size)]  # distinct tensors: Dynamo compiles anew for the same one twice
 
     def run(items: Sequence[tuple[Any, ...]]) -> None:
         for start in range(0, len(items), size):

@@ -785,12 +785,10 @@ def test_what_a_policy_does_not_allow_is_an_error_in_audit_too() -> None:
         fpsim.audit(OfDistances(), torch.randn(4, 3))
 
 
-def test_an_opaque_operator_that_the_policy_allows_is_found_inside() -> None:
+def test_an_opaque_operator_that_the_policy_allows_is_listed() -> None:
     audit = fpsim.audit(OfDistances(), torch.randn(4, 3), policy={"policy": "fp8_hybrid", "gaps": "aten._cdist*"})
-    assert [(escape.operator, escape.count, escape.inside) for escape in audit.escaped] == [
-        ("aten._cdist_forward", 1, True),
-        ("aten._cdist_backward", 1, True),
-    ]
+    assert audit.escaped == ()  # torch multiplies no matrices for so few points
+    assert [gap.operator for gap in audit.unrounded] == ["aten._cdist_forward"]
     assert audit.covered == 3
 
 
