@@ -283,7 +283,7 @@ def _measure_piece(x: Tensor, rounded: Tensor, format: FloatFormat) -> Statistic
     noise = 0.0 if after is before else norm(exact - rounded.double())
     return Statistics(
         elements=x.numel(),
-        **counts,
+        **counts,  # type: ignore[arg-type]
         amax=before.amax,
         signal=norm(exact),
         noise=math.inf if counts.get("overflows") else noise,

@@ -65,7 +65,8 @@ def verify_scale(
 
     start, cpu_start = time.perf_counter(), time.process_time()
     got_of = torch.compile(codes_of, dynamic=True) if compiled else codes_of
-    done, mismatches, examples = 0, 0, []
+    done, mismatches = 0, 0
+    examples: list[Mismatch] = []
     path = "compiled" if compiled else "eager"
     for magnitudes in _chunks(firsts, samples, seed, exhaustive):
         got = got_of(magnitudes)
