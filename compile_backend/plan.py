@@ -41,12 +41,15 @@ class Site:
 
     @property
     def scales(self) -> str:
-        """The number of scales, and the axes along which they lie: ``84 along -1``; empty without a scale."""
+        """The number of scales, and the axes along which they lie: ``84 along 1``.
+
+        The number is ``?`` if a size is symbolic. The text is empty without a scale.
+        """
         if self.cast is None or self.cast.scale is None:
             return ""
         sizes = [size for size in self.shape if isinstance(size, int)]
         axes = [axis for axis in self.contracted if axis < len(self.shape)]
-        number = str(count(sizes, self.cast.scale, axes)) if len(sizes) == len(self.shape) else "scales"
+        number = str(count(sizes, self.cast.scale, axes)) if len(sizes) == len(self.shape) else "?"
         return f"{number} along {', '.join(map(str, axes))}" if self.cast.has_axis and axes else number
 
     @property

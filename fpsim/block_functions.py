@@ -15,7 +15,7 @@ from fpsim.rounding.packing import pack, unpack
 from fpsim.scaling.groups import Groups, OnTensors, split
 from fpsim.scaling.rules import E8M0_BIAS, NAN_MARK
 from fpsim.scaling.scale import MX_RULES, NV_RULES, Scale
-from fpsim.scaling.steps import dequantized, quantized, round_scaled, scales_of_groups
+from fpsim.scaling.steps import Elements, dequantized, quantized, round_scaled, scales_of_groups
 from fpsim.tensor_functions import counted_axes, decode, encode
 
 #: The code of a NaN scale in E8M0.
@@ -69,12 +69,12 @@ def encode_blocks(
         x = x.double()  # holds every decoded value
     groups = split(x, scale, axes, call)
     scales = scales_of_groups(groups.values, x.dtype, cast.format, scale, groups.axes, call)
-    modes = (cast.format, cast.rounding, cast.overflow, scale)
     if scale.rule in MX_RULES:
-        rounded = round_scaled(x, x.dtype, *modes, axes, None, call)
+        rounded = round_scaled(x, x.dtype, cast.format, cast.rounding, cast.overflow, scale, axes, None, call)
         q = (split(rounded, scale, axes, call).values * scales[0]).nan_to_num(0.0)
     else:
-        q = quantized(groups.values, dtype, *modes, scales, call).nan_to_num(0.0)
+        elements = Elements(cast.format, cast.rounding, cast.overflow, None, call)
+        q = quantized(groups.values, dtype, elements, scale, scales).nan_to_num(0.0)
     codes = _encode_elements(groups.restore(q), cast.format, scale)
     if packed and _is_packed(cast.format):
         codes = pack(codes, cast.format.name)

@@ -27,7 +27,7 @@ from fpsim.formats import (
     split_rounding,
 )
 from fpsim.rounding.carriers import check_carrier, working_dtype
-from fpsim.rounding.ops import SOURCE, round_op, round_stochastic_op
+from fpsim.rounding.ops import SOURCE, random_words_op, round_op, round_stochastic_op
 from fpsim.scaling.ops import SCALE_OPERATORS, check_scaled_carrier, round_scaled_op
 from fpsim.scaling.scale import MX_RULES, NV_RULES, SCALE_NAMES, Scale, is_scale, parse_scale
 from fpsim.scaling.steps import scaled_groups
@@ -328,7 +328,7 @@ def apply_arguments(
     format, rounding, overflow, rule = arguments
     if rule is not None and rule not in SCALE_OPERATORS:
         name = "" if rule == UNSCALED else rule
-        drawn = () if key is None else (key,)
+        drawn = () if key is None else (call(random_words_op, x, key),)
         return call(round_scaled_op, x, format, rounding, overflow, name, list(axes), SOURCE, *drawn)
     scale = () if rule is None else (call(SCALE_OPERATORS[rule], x, format, SOURCE),)
     if key is None:

@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from fpsim.casts import NONE, Arguments, apply_arguments, check_cast, parse_cast
+from fpsim.casts import NONE, Arguments, Cast, apply_arguments, check_cast, parse_cast
 from fpsim.formats import (
     STOCHASTIC_ROUNDINGS,
     ElementFormat,
     FloatFormat,
     Overflow,
+    full_rounding,
     parse_format,
     split_rounding,
 )
@@ -30,7 +31,7 @@ from fpsim.rounding.definitions import pieces
 from fpsim.rounding.kernel import Grid, decode_code, encode_code
 from fpsim.rounding.ops import random_key_op
 from fpsim.rounding.tensors import TorchOps
-from fpsim.scaling.scale import Scale
+from fpsim.scaling.scale import Scale, parse_scale
 
 Gradient = Literal["straight_through", "clipped", "zero"]
 GRADIENTS: tuple[str, ...] = ("straight_through", "clipped", "zero")
@@ -281,11 +282,21 @@ def _resolve(
     cast = parse_cast(format, rounding, overflow, scale)
     if cast is None:
         raise ValueError(f"the format {NONE!r} rounds nothing: use a format such as 'e4m3fn'")
+    _refuse_ignored(format, cast, rounding=rounding, overflow=overflow, scale=parse_scale(scale))
     check_cast(dtype, cast)
     if cast.scale is not None or not clipped:
         return cast.arguments, None, True, cast.has_axis
     fmt = parse_format(cast.arguments[0])
     return cast.arguments, Grid(fmt, CARRIERS[dtype]).plain_max, fmt.signed, cast.has_axis
+
+
+def _refuse_ignored(format: str, cast: Cast, **given: object) -> None:
+    """Raise ValueError if an argument is given beside a format that names something else in its place."""
+    usual = {"rounding": "nearest_even", "overflow": None, "scale": None}
+    for name, value in given.items():
+        named = getattr(cast, name)
+        if value != usual[name] and named != value and (name != "rounding" or named != full_rounding(str(value))):
+            raise ValueError(f"format {format!r} names {name} {str(named)!r}: leave out {name}={str(value)!r}")
 
 
 def counted_axes(axis: int | tuple[int, ...], dims: int, scale: str) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from fpsim.compile_backend.observe.recorder import Recorder
 from fpsim.compile_backend.plan import Site
 from fpsim.formats import FloatFormat
 from fpsim.rounding.carriers import CARRIERS
-from fpsim.rounding.ops import random_key_op
+from fpsim.rounding.ops import random_key_op, random_words_op
 from fpsim.scaling.groups import across
 from fpsim.scaling.ops import SCALE_OPERATORS
 
@@ -157,6 +157,8 @@ class Inserter:
             with self.graph.inserting_after(last):
                 last = self.graph.call_function(target, arguments)
             last.meta = dict(meta if target in _OF_WHOLE_TENSORS else pointwise)
+            if target is random_words_op:  # as large as the tensor, and cheap to draw again
+                last.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
             describe(last)
             self.sources[last] = self.sources[value]
             return last

@@ -123,6 +123,14 @@ def _random_key_vmap(info: Any, in_dims: tuple[int | None, ...], seed: Tensor, s
     return torch.stack([random_key_op(each, salt) for each in seed.movedim(in_dims[0] or 0, 0)]), 0
 
 
+@torch.library.register_vmap("fpsim::random_words", lib=_library)
+def _random_words_vmap(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, key: Tensor) -> tuple[Tensor, int]:
+    xs = _with_batch_first(x, in_dims[0], info.batch_size)
+    if in_dims[1] is None:  # one key: every sample of the batch has draws of its own
+        return random_words_op(xs, key), 0
+    return torch.stack([random_words_op(a, k) for a, k in zip(xs, key.movedim(in_dims[1], 0), strict=True)]), 0
+
+
 @torch.library.register_vmap("fpsim::round_stochastic", lib=_library)
 def _round_stochastic_vmap(
     info: Any,

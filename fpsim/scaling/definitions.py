@@ -19,7 +19,7 @@ _library.define("power_of_two_scale(Tensor x, str format, str source) -> Tensor"
 _library.define("mx_multiplier(Tensor amax, str element, str rule, str source) -> Tensor", tags=(torch.Tag.pointwise,))
 _library.define(
     "round_scaled(Tensor x, str element, str rounding, str overflow, str scale, int[] axes, str source, "
-    "Tensor? key=None) -> Tensor"
+    "Tensor? words=None) -> Tensor"
 )
 
 
@@ -56,11 +56,11 @@ def _round_scaled(
     scale: str,
     axes: list[int],
     source: str,
-    key: Tensor | None = None,
+    words: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
     parsed = parse_scale(scale or None)
-    rounded = round_scaled(x, x.dtype, parse_element(element), rounding, overflow, parsed, axes, key, OnTensors())
+    rounded = round_scaled(x, x.dtype, parse_element(element), rounding, overflow, parsed, axes, words, OnTensors())
     return out.copy_(rounded)

@@ -98,7 +98,7 @@ def split(x: Any, scale: Scale, axes: Sequence[int], call: Call) -> Groups:
     """
     dims = len(call.shape(x))
     if scale.has_axis and any(not -dims <= axis < dims for axis in axes):
-        raise ValueError(f"scale {str(scale)!r} lies along axes {tuple(axes)}, and a tensor has {dims}")
+        raise ValueError(f"scale {str(scale)!r} lies along {tuple(axes)}, and a tensor has only {dims} axes")
     if not dims:
         return Groups(call(aten.reshape.default, x, [1]), [0], lambda y: call(aten.reshape.default, y, []))
     axes = sorted({axis % dims for axis in axes})

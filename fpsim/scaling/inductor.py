@@ -7,7 +7,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch._inductor import ir, lowering
+from torch._inductor import config, ir, lowering
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv
 
@@ -17,7 +17,7 @@ from fpsim.rounding.carriers import CARRIERS, working_dtype
 from fpsim.rounding.inductor import LaneOps, Lanes
 from fpsim.rounding.kernel import Grid, round_code
 from fpsim.scaling.rules import mx_multiplier_code, power_of_two_code
-from fpsim.scaling.scale import parse_scale
+from fpsim.scaling.scale import POWERS_OF_TWO, parse_scale
 from fpsim.scaling.steps import round_scaled
 
 aten = torch.ops.aten
@@ -111,19 +111,25 @@ def _lower_round_scaled(
     scale: str,
     axes: Sequence[int],
     source: str,
-    key: ir.TensorBox | None = None,
+    words: ir.TensorBox | None = None,
 ) -> ir.TensorBox:
     if any(length == 0 for length in x.get_size()):
         return lowering.lowerings[aten.clone.default](x)
+    parsed = parse_scale(scale or None)
+    if parsed is not None and parsed.rule not in POWERS_OF_TWO and config.cpp.enable_unsafe_math_opt_flag:
+        raise RuntimeError(
+            f"scale {scale!r} needs divisions as IEEE 754 rounds them, and cpp.enable_unsafe_math_opt_flag gives "
+            "others: turn the flag off, or use a scale of powers of two, such as mx"
+        )
     result = round_scaled(
         x,
         x.get_dtype(),
         parse_element(element),
         rounding,
         overflow,
-        parse_scale(scale or None),
+        parsed,
         list(axes),
-        key,
+        words,
         OnLowerings(),
     )
     if all(isinstance(length, int | sympy.Integer) for length in x.get_size()):

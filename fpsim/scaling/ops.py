@@ -21,8 +21,8 @@ scale_op: Callable[[Tensor, str, str], Tensor] = torch.ops.fpsim.power_of_two_sc
 SCALE_OPERATORS: dict[str, Callable[[Tensor, str, str], Tensor]] = {"power_of_two": scale_op}
 
 #: Rounds with any scale. Arguments: a tensor with an axis, the name of an element format, a rounding, an overflow mode,
-#: the name of a scale or "" for none, the axes along which a product sums, the source, and the key of stochastic
-#: rounding.
+#: the name of a scale or "" for none, the axes along which a product sums, the source, and for stochastic rounding the
+#: random words of the elements (`fpsim.rounding.ops.random_words_op`).
 round_scaled_op: Callable[..., Tensor] = torch.ops.fpsim.round_scaled.default
 
 _library = torch.library.Library("fpsim", "FRAGMENT")
@@ -103,7 +103,7 @@ def _round_scaled_fake(
     scale: str,
     axes: list[int],
     source: str,
-    key: Tensor | None = None,
+    words: Tensor | None = None,
 ) -> Tensor:
     _register_lowerings()
     return torch.empty_like(x)
@@ -126,13 +126,13 @@ def _round_scaled_vmap(
     scale: str,
     axes: list[int],
     source: str,
-    key: Tensor | None = None,
+    words: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     xs = [x] * info.batch_size if in_dims[0] is None else x.unbind(in_dims[0])
-    keys = [key] * len(xs) if key is None or in_dims[-1] is None else key.unbind(in_dims[-1])
+    own = [words] * len(xs) if words is None or in_dims[-1] is None else words.unbind(in_dims[-1])
     return torch.stack(
         [
-            round_scaled_op(each, element, rounding, overflow, scale, axes, source, own)
-            for each, own in zip(xs, keys, strict=True)
+            round_scaled_op(each, element, rounding, overflow, scale, axes, source, drawn)
+            for each, drawn in zip(xs, own, strict=True)
         ]
     ), 0

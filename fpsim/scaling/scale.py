@@ -7,13 +7,12 @@ import reprlib
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-#: Rules whose scales are powers of two, by OCP MX's E8M0 codes (`fpsim.scaling.rules.mx_code`).
+#: Rules whose scales are powers of two, by OCP MX's E8M0 codes (`fpsim.scaling.rules.mx_multiplier_code`).
 MxRule = Literal["rceil", "floor", "ceil", "even"]
 #: Rules whose scales are ratios of magnitudes, in float32 or rounded to bfloat16; ``asymmetric`` adds a zero point.
 RatioRule = Literal["fp32", "bf16", "asymmetric"]
 #: Orders of operations of NVFP4: Transformer Engine's and torchao's.
 NvRule = Literal["te", "torchao"]
-Rule = Literal["power_of_two"] | MxRule | RatioRule | NvRule
 Timing = Literal["current"]
 
 MX_RULES: tuple[str, ...] = get_args(MxRule)
@@ -89,8 +88,7 @@ class Scale:
 
     @property
     def has_axis(self) -> bool:
-        """Whether the elements that share a factor depend on an axis. (Square tiles are the same for both axes of a
-        matrix.)"""
+        """Whether the elements that share a factor depend on the axis, or on the axes that form matrices."""
         return self.kind in ("row", "column", "block", "tile")
 
     @property

@@ -16,7 +16,7 @@ import torch
 
 from fpsim.formats import CodebookFormat, ElementFormat, FloatFormat, IntegerFormat
 from fpsim.rounding.carriers import CODES_OF, working_dtype
-from fpsim.rounding.ops import SOURCE, random_words_op, round_op, round_with_words_op
+from fpsim.rounding.ops import SOURCE, round_op, round_with_words_op
 from fpsim.scaling.groups import Call, Groups, OnTensors, split
 from fpsim.scaling.rules import E8M0_BIAS, NAN_MARK
 from fpsim.scaling.scale import MX_RULES, NV_RULES, Scale
@@ -44,7 +44,7 @@ def round_scaled(
     overflow: str,
     scale: Scale | None,
     axes: list[int],
-    key: Any,
+    words: Any,
     call: Call,
 ) -> Any:
     """``x`` rounded to ``element`` with ``scale``.
@@ -53,24 +53,22 @@ def round_scaled(
         x: a tensor, or a value that stands for one.
         dtype: the dtype of ``x``: float64, float32 or bfloat16.
         axes: as for `fpsim.scaling.groups.split`.
-        key: the key of stochastic rounding, or None.
+        words: for stochastic rounding the random words of the elements, in the shape of ``x``; else None.
         call: runs the operators.
     """
     if scale is None:
-        words = None if key is None else call(random_words_op, x, key)
-        return _Elements(element, rounding, overflow, words, call).rounded(x, dtype)
+        return Elements(element, rounding, overflow, words, call).rounded(x, dtype)
     groups = split(call.stored(x) if dtype == torch.bfloat16 else x, scale, axes, call)
-    words = None
-    if key is not None:  # the word of an element belongs to its place in `x`
-        words = split(call.stored(call(random_words_op, x, key)), scale, axes, call).values
-    elements = _Elements(element, rounding, overflow, words, call)
+    if words is not None:
+        words = split(call.stored(words), scale, axes, call).values
+    elements = Elements(element, rounding, overflow, words, call)
     scales = scales_of_groups(groups.values, dtype, element, scale, groups.axes, call)
     if scale.rule in MX_RULES:
         rounded = elements.on_shifted_grid(groups.values, scales[0])
         is_nan = call(aten.eq.Scalar, scales[0], NAN_MARK)
         return groups.restore(call.stored(call(aten.where.ScalarSelf, is_nan, math.nan, rounded)))
     working = working_dtype(dtype)
-    q = _quantized(groups.values, dtype, elements, scale, scales, call)
+    q = quantized(groups.values, dtype, elements, scale, scales)
     value = dequantized(q, scale, scales, call)
     if dtype != working:
         value = call(round_op, value, "e8m7", "nearest_even", "ovf_inf", SOURCE)
@@ -78,21 +76,9 @@ def round_scaled(
     return groups.restore(call.stored(value))
 
 
-def quantized(
-    x: Any,
-    dtype: torch.dtype,
-    element: ElementFormat,
-    rounding: str,
-    overflow: str,
-    scale: Scale,
-    scales: Any,
-    call: Call,
-) -> Any:
-    """The values of ``element`` that stand for the elements of the groups ``x``, before they are scaled back."""
-    return _quantized(x, dtype, _Elements(element, rounding, overflow, None, call), scale, scales, call)
-
-
-def _quantized(x: Any, dtype: torch.dtype, elements: _Elements, scale: Scale, scales: Any, call: Call) -> Any:
+def quantized(x: Any, dtype: torch.dtype, elements: Elements, scale: Scale, scales: tuple[Any, ...]) -> Any:
+    """The values of the element format that stand for the groups ``x``, before they are scaled back."""
+    call = elements.call
     working, exact_zero = working_dtype(dtype), elements.rounding in _NEAREST
     wide = x if dtype == working else call(prims.convert_element_type.default, x, working)
     wide = wide if exact_zero else _flushed(wide, call)
@@ -105,7 +91,7 @@ def _quantized(x: Any, dtype: torch.dtype, elements: _Elements, scale: Scale, sc
     return elements.codes(y, scales[1]) if scale.rule == "asymmetric" else elements.rounded(y, working)
 
 
-def dequantized(q: Any, scale: Scale, scales: Any, call: Call) -> Any:
+def dequantized(q: Any, scale: Scale, scales: tuple[Any, ...], call: Call) -> Any:
     """The values for which `quantized` ones stand, in the working dtype."""
     if scale.rule in NV_RULES:
         back = aten.div.Tensor if scale.rule == "te" else aten.mul.Tensor
@@ -134,11 +120,21 @@ def scales_of_groups(
     return (ratio_scale(x, element, scale.rule, axes, call),)
 
 
-class _Elements:
-    """Rounding to an element format, once scaled."""
+@dataclass(frozen=True)
+class Elements:
+    """Rounding of scaled numbers to an element format.
 
-    def __init__(self, element: ElementFormat, rounding: str, overflow: str, words: Any, call: Call) -> None:
-        self.element, self.rounding, self.overflow, self.words, self.call = element, rounding, overflow, words, call
+    Attributes:
+        element, rounding, overflow: the format and the modes.
+        words: as for `round_scaled`, arranged in the groups.
+        call: runs the operators.
+    """
+
+    element: ElementFormat
+    rounding: str
+    overflow: str
+    words: Any
+    call: Call
 
     def _round(self, x: Any, fmt: FloatFormat, *scale: Any) -> Any:
         if self.words is None:

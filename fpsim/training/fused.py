@@ -309,6 +309,8 @@ def step_and_round(
     rounded = sum(p.numel() for p in lists[0]) * sum(name in casts for name in names)
     if compiled is False or (compiled is None and rounded < COMPILE_FROM) or not rounded:
         return []
+    if any(casts[name].has_axis for name in names if name in casts):
+        return []  # the compiled step sees vectors, and not the axes along which scales lie
     if options["grad_scale"] is not None or options["found_inf"] is not None or options.get("is_first_step"):
         return []
     groups = list(zip(*lists[: 2 + len(names)], strict=True))

@@ -1,0 +1,114 @@
+"""Scaled casts wherever a format may stand: derivatives, transforms, parameters, optimizers, hooks for gradients.
+
+The expected numbers are those of the exact reference.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fpsim
+from fpsim import reference
+
+CASTS = ("mxfp8", "nvfp4", "int4", "e4m3fn/group:24", "e4m3fn/column")
+
+
+def rounded(x: Tensor, cast: str, axis: int = -1) -> Tensor:
+    values = reference.round_blocks(x.detach().flatten().tolist(), cast, tuple(x.shape), axis)
+    return torch.tensor([reference.to_float(value) for value in values], dtype=torch.float64).to(x.dtype).view(x.shape)
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_the_derivative_is_straight_through(cast: str) -> None:
+    x = torch.randn(3, 40, requires_grad=True)
+    weights = torch.randn(3, 40)
+    y = fpsim.round(x, cast)
+    (y * weights).sum().backward()
+    assert torch.equal(y, rounded(x, cast)) and torch.equal(x.grad, weights)
+    gradient = torch.func.grad(lambda x: fpsim.round(x, cast).square().sum())(x.detach())
+    assert torch.equal(gradient, 2 * rounded(x, cast))
+
+
+@pytest.mark.parametrize("cast", ["mxfp8", "nvfp4", "e4m3fn/tensor"])
+def test_under_vmap_each_sample_has_its_own_scales(cast: str) -> None:
+    xs = torch.randn(3, 5, 40) * torch.tensor([1.0, 100.0, 1e-5]).view(3, 1, 1)
+    expected = torch.stack([rounded(x, cast) for x in xs])
+    assert torch.equal(torch.vmap(lambda x: fpsim.round(x, cast))(xs), expected)
+    assert torch.equal(torch.vmap(lambda x: fpsim.round(x, cast), in_dims=1)(xs.transpose(0, 1)), expected)
+
+
+def test_under_vmap_with_one_seed_each_sample_has_its_own_draws() -> None:
+    xs = torch.full((4, 32), 1.1)
+    together = torch.vmap(lambda x: fpsim.round(x, "mxfp4", rounding="stochastic", seed=7))(xs)
+    assert torch.equal(together, fpsim.round(xs, "mxfp4", rounding="stochastic", seed=7))
+    assert len({tuple(row) for row in together.tolist()}) == 4
+
+
+@pytest.mark.parametrize(
+    ("format", "given", "message"),
+    [
+        ("mxfp8", {"scale": "row"}, "names scale 'mx:32:rceil': leave out scale='row:fp32'"),
+        ("e4m3fn/up", {"rounding": "down"}, "names rounding 'up': leave out rounding='down'"),
+        ("e5m2/ovf_inf", {"overflow": "sat_finite"}, "names overflow 'ovf_inf': leave out overflow='sat_finite'"),
+        ("int8/unscaled", {"scale": "row"}, "names scale 'None': leave out scale='row:fp32'"),
+    ],
+)
+def test_an_argument_that_a_format_overrides_is_an_error(format: str, given: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fpsim.round(torch.ones(2, 3), format, **given)
+
+
+def test_an_argument_that_a_format_repeats_is_none() -> None:
+    x = torch.randn(2, 40)
+    assert torch.equal(fpsim.round(x, "mxfp8/up", rounding="up", scale="mx"), rounded(x, "mxfp8/up"))
+
+
+def test_ratios_are_refused_where_divisions_are_inexact() -> None:
+    options = {"cpp.enable_unsafe_math_opt_flag": True}
+    for cast in ("int8", "nvfp4"):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="needs divisions as IEEE 754 rounds them"):
+            torch.compile(lambda x, cast=cast: fpsim.round(x, cast), options=options)(torch.randn(2, 40))
+    torch._dynamo.reset()
+    x = torch.randn(2, 40)
+    assert torch.equal(torch.compile(lambda x: fpsim.round(x, "mxfp8"), options=options)(x), rounded(x, "mxfp8"))
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_parameters(cast: str) -> None:
+    layer = nn.Linear(40, 6)
+    expected = {"weight": rounded(layer.weight, cast), "bias": layer.bias.detach().clone()}
+    fpsim.round_parameters(layer, {"weight": cast})
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in layer.named_parameters())
+
+
+@pytest.mark.parametrize("cast", ["mxfp8", "e4m3fn/group:24", "int8"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_optimizer_states(cast: str, compiled: bool) -> None:
+    p = nn.Parameter(torch.randn(5, 40))
+    optimizer = torch.optim.SGD([p], lr=0.1, momentum=0.9)
+    fpsim.round_optimizer(optimizer, {"momentum_buffer": cast}, compiled=compiled)
+    buffer = torch.zeros(5, 40)
+    for _ in range(2):
+        p.grad = torch.randn(5, 40)
+        buffer = rounded(buffer * 0.9 + p.grad, cast)
+        optimizer.step()
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], buffer)
+
+
+def test_fused_optimizers_round_along_the_axes_of_the_state() -> None:
+    """The compiled step sees a state as vectors of 16, whose blocks would be others. All sums here are exact."""
+    p = nn.Parameter(torch.zeros(1024, 80))
+    optimizer = torch.optim.SGD([p], lr=0.5, momentum=0.5, fused=True)
+    fpsim.round_optimizer(optimizer, {"momentum_buffer": "mxfp4"}, compiled=True)
+    sizes = torch.tensor([1.0, 64.0]).repeat_interleave(16).repeat(3)[:80]  # two magnitudes in a block of 32
+    generator, buffer = torch.Generator().manual_seed(0), torch.zeros(1024, 80)
+    for _ in range(2):
+        p.grad = torch.randint(-8, 9, (1024, 80), generator=generator) * sizes
+        exact = buffer * 0.5 + p.grad
+        buffer = fpsim.round(exact, "mxfp4")
+        assert torch.equal(buffer[:3], rounded(exact[:3], "mxfp4"))
+        optimizer.step()
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], buffer)
