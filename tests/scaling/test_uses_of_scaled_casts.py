@@ -5,6 +5,8 @@ The expected numbers are those of the exact reference.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -65,6 +67,14 @@ def test_an_argument_that_a_format_repeats_is_none() -> None:
     assert torch.equal(fpsim.round(x, "mxfp8/up", rounding="up", scale="mx"), rounded(x, "mxfp8/up"))
 
 
+@pytest.fixture
+def subnormals_kept() -> Iterator[None]:
+    """Code that is compiled for unsafe mathematics sets the flag that flushes subnormals when it is loaded."""
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.usefixtures("subnormals_kept")
 def test_ratios_are_refused_where_divisions_are_inexact() -> None:
     options = {"cpp.enable_unsafe_math_opt_flag": True}
     for cast in ("int8", "nvfp4"):
