@@ -103,6 +103,8 @@ WORKLOADS = {"llama": llama_workload, "resnet": resnet_workload}
 
 
 def with_fpsim(**options: Any) -> Compile:
+    if options and "format" not in options:
+        options = {"policy": "fp8_hybrid", **options}
     return lambda model: torch.compile(model, backend="fpsim", options=options, dynamic=False)
 
 

@@ -18,8 +18,8 @@ HELP = {
         "default: (the usual one of the format)",
     ),
     ("verify",): (
-        "--format", "--rounding", "--overflow", "--all", "--exhaustive", "--samples", "--seed", "--path", "--carrier",
-        "--device", "--jobs", "default: (one per core, at most 4)", "--markdown", "--json",
+        "--format", "--rounding", "--overflow", "--scale", "--all", "--exhaustive", "--samples", "--seed", "--path",
+        "--carrier", "--device", "--jobs", "default: (one per core, at most 4)", "--markdown", "--json",
     ),
     ("demo",): ("--steps", "--format", "--text", "--out", "--loss-scale", "Needs fpsim[paper]"),
     ("sharpness",): (

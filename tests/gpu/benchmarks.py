@@ -168,6 +168,8 @@ def _training(device: torch.device, size: Size) -> tuple[str, Row, list[Row]]:
 
 
 def with_fpsim(**options: Any) -> Callable[[nn.Module], Callable[..., Tensor]]:
+    if options:
+        options = {"policy": "fp8_hybrid", **options}
     return lambda model: torch.compile(model, backend="fpsim", options=options or None, dynamic=False)
 
 
