@@ -29,14 +29,29 @@ from fpsim.formats import (
 from fpsim.rounding.carriers import check_carrier, working_dtype
 from fpsim.rounding.ops import SOURCE, random_words_op, round_op, round_stochastic_op
 from fpsim.scaling.ops import SCALE_OPERATORS, check_scaled_carrier, round_scaled_op
-from fpsim.scaling.scale import MX_RULES, NV_RULES, SCALE_NAMES, Scale, is_scale, parse_scale
+from fpsim.scaling.scale import (
+    MX_RULES,
+    NV_RULES,
+    SCALE_NAMES,
+    TIMING_NAMES,
+    Scale,
+    is_scale,
+    is_timing,
+    parse_scale,
+    with_timing,
+)
 from fpsim.scaling.steps import scaled_groups
 from fpsim.suggestions import near_names
+
+aten, prims = torch.ops.aten, torch.ops.prims
 
 #: The name in place of a format that leaves the operand unrounded.
 NONE: Literal["none"] = "none"
 #: The name in an operand's cast that excludes a scale, even if the policy has one.
 UNSCALED = "unscaled"
+
+#: The operators that round; `apply_cast` ends with one of them.
+ROUNDING_OPERATORS = (round_op, round_stochastic_op, round_scaled_op)
 
 #: A cast in the form that operators and Dynamo accept: the format's name, the rounding, the overflow mode, and the
 #: name of the scale (None without a scale).
@@ -108,7 +123,7 @@ class Cast:
         if self.overflow != usual_overflow(self.format, self.scale):
             parts.append(self.overflow)
         if self.scale and expand(name) == name:
-            parts.append("scaled" if self.scale.rule == "power_of_two" else str(self.scale))
+            parts.append("scaled" if str(self.scale) == "power_of_two" else str(self.scale))
         return " ".join(parts)
 
     @property
@@ -127,7 +142,7 @@ class Cast:
     def arguments(self) -> Arguments:
         """The cast in the form that `apply_arguments` takes."""
         scale = None if self.scale is None else str(self.scale)
-        if scale in (None, *SCALE_OPERATORS):
+        if self.scale is None or self.scale.rule in SCALE_OPERATORS:
             if isinstance(self.format, IntegerFormat) and self.format.is_symmetric:
                 return self.format.grid().name, self.rounding, self.overflow, scale
             if not isinstance(self.format, FloatFormat):
@@ -149,10 +164,10 @@ CastLike = str | ElementFormat | Cast
 def usual_overflow(fmt: ElementFormat, scale: Scale | None) -> Overflow:
     """The overflow mode if a cast names none.
 
-    Hardware saturates the elements of scaled formats. Without a scale, and with the scale ``power_of_two``, it is the
-    format's usual mode (`fpsim.formats.resolve_overflow`).
+    Hardware saturates the elements of scaled formats. Without a scale, and with the current scale ``power_of_two``,
+    it is the format's usual mode (`fpsim.formats.resolve_overflow`).
     """
-    if not isinstance(fmt, FloatFormat) or (scale is not None and scale.rule != "power_of_two"):
+    if not isinstance(fmt, FloatFormat) or (scale is not None and str(scale) != "power_of_two"):
         return "sat_finite"
     return resolve_overflow(fmt, None)
 
@@ -218,6 +233,7 @@ def parse_cast(
     name, *own = expand(name).split("/")
     parsed_scale = parse_scale(own[0]) if own else parsed_scale
     named: dict[str, str] = {}
+    timing = "current"
     for mode in modes:
         if mode in ROUNDINGS or mode.partition(":")[0] in STOCHASTIC_ROUNDINGS:
             kind, rounding = "roundings", mode
@@ -225,15 +241,19 @@ def parse_cast(
             kind, overflow = "overflow modes", mode
         elif mode == UNSCALED or is_scale(mode):
             kind, parsed_scale = "scales", None if mode == UNSCALED else parse_scale(mode)
+        elif is_timing(mode):
+            kind, timing = "timings", mode
         else:
             raise ValueError(
                 f"unknown mode {mode!r} in cast {text!r}: after the format may come a rounding "
                 f"({', '.join([*ROUNDINGS, *STOCHASTIC_ROUNDINGS])}), an overflow mode ({', '.join(OVERFLOWS)}) and a "
-                f"scale ({', '.join([*SCALE_NAMES, UNSCALED])})"
+                f"scale ({', '.join([*SCALE_NAMES, UNSCALED])}), and behind the scale one of {', '.join(TIMING_NAMES)}"
             )
         if kind in named:
             raise ValueError(f"cast {text!r} has two {kind}, {named[kind]} and {mode}: leave one of them out")
         named[kind] = mode
+    if "timings" in named:
+        parsed_scale = with_timing(parsed_scale, timing)
     fmt = _parse_element(name)
     return _cast(fmt, rounding, overflow, parsed_scale, text)
 
@@ -271,6 +291,19 @@ def parse_unscaled(text: CastLike, rounding: str, overflow: str | None, values: 
     return parsed
 
 
+def refuse_timed(cast: Cast | None, function: str) -> None:
+    """Refuse a cast whose scale depends on other steps, in a function that keeps no state.
+
+    Raises:
+        ValueError: the scale has a timing.
+    """
+    if cast is not None and cast.scale is not None and cast.scale.is_timed:
+        raise ValueError(
+            f"{function} keeps no state, and scale {str(cast.scale)!r} depends on other steps: leave out "
+            f"{cast.scale.timing!r}, or use the cast in the policy of a compiled model"
+        )
+
+
 def check_cast(dtype: torch.dtype, cast: Cast) -> None:
     """Raise an error if tensors of ``dtype`` cannot hold the results of ``cast``.
 
@@ -299,7 +332,13 @@ def run(operator: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def apply_cast(
-    x: Any, cast: Cast, *, axes: Sequence[int] = (-1,), key: Any = None, call: Callable[..., Any] = run
+    x: Any,
+    cast: Cast,
+    *,
+    axes: Sequence[int] = (-1,),
+    key: Any = None,
+    factor: Callable[[Any], Any] | None = None,
+    call: Callable[..., Any] = run,
 ) -> Any:
     """Apply ``cast`` to ``x``: compute its scales, scale, round, and scale back.
 
@@ -313,12 +352,35 @@ def apply_cast(
         axes: the axes of ``x`` along which a product sums: rows and blocks of elements that share a scale lie along
             them. Casts without such a scale ignore them.
         key: for a stochastic cast, and only for it, the key that ``torch.ops.fpsim.random_key`` returns.
+        factor: for a cast whose scale is timed, and only for it, a function from the largest magnitude of ``x`` to the
+            factor in use (`fpsim.scaling.history.in_use`), float32 without axes.
         call: calls an operator with arguments.
 
     Returns:
         A tensor like ``x``, or a node that stands for it.
+
+    Raises:
+        ValueError: the scale is timed and there is no ``factor``.
     """
+    if cast.scale is not None and cast.scale.is_timed:
+        if factor is None:
+            refuse_timed(cast, "this function")
+        return _apply_timed(x, cast, key, factor, call)  # type: ignore[arg-type]
     return apply_arguments(x, cast.arguments, axes=axes, key=key, call=call)
+
+
+def _apply_timed(x: Any, cast: Cast, key: Any, factor: Callable[[Any], Any], call: Callable[..., Any]) -> Any:
+    """`apply_cast` with a scale that other steps determine."""
+    format, rounding, overflow, rule = cast.arguments
+    like = x.meta["val"] if hasattr(x, "meta") else x
+    in_use = factor(call(aten.amax.default, call(aten.abs.default, x)))
+    if cast.scale.rule in SCALE_OPERATORS:  # type: ignore[union-attr]
+        in_use = call(prims.convert_element_type.default, in_use, like.dtype)
+        if key is None:
+            return call(round_op, x, format, rounding, overflow, SOURCE, in_use)
+        return call(round_stochastic_op, x, key, format, rounding, overflow, SOURCE, in_use)
+    words = None if key is None else call(random_words_op, x, key)
+    return call(round_scaled_op, x, format, rounding, overflow, rule, [-1], SOURCE, words, in_use)
 
 
 def apply_arguments(
@@ -326,6 +388,8 @@ def apply_arguments(
 ) -> Any:
     """`apply_cast` in a form that Dynamo can trace, with `Cast.arguments` in place of the cast."""
     format, rounding, overflow, rule = arguments
+    if rule is not None and "/" in rule:
+        raise ValueError(f"scale {rule!r} depends on other steps, and this function keeps no state")
     if rule is not None and rule not in SCALE_OPERATORS:
         name = "" if rule == UNSCALED else rule
         drawn = () if key is None else (call(random_words_op, x, key),)
@@ -337,16 +401,22 @@ def apply_arguments(
 
 
 def in_range_of_format(
-    exact: Tensor, rounded: Tensor, cast: Cast, axes: Sequence[int] = (-1,)
+    exact: Tensor, rounded: Tensor, cast: Cast, axes: Sequence[int] = (-1,), factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Tensors before and after ``cast``, both multiplied by the scales of ``exact`` if the cast has a scale.
 
     Args:
         axes: as for `apply_cast`.
+        factor: the one in use if the scale is timed.
     """
     format, _, _, rule = cast.arguments
     if rule in (None, UNSCALED):
         return exact, rounded
+    if factor is not None:
+        assert cast.scale is not None, "a timed scale is a scale"
+        multiplies = cast.scale.order or cast.scale.rule in SCALE_OPERATORS
+        wide = factor.double() if multiplies else 1 / factor.double()
+        return exact.double() * wide, rounded.double() * wide
     if rule in SCALE_OPERATORS:
         factor = SCALE_OPERATORS[rule](exact, format, SOURCE)
     else:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from fpsim.casts import NONE, Arguments, Cast, apply_arguments, check_cast, parse_cast
+from fpsim.casts import NONE, Arguments, Cast, apply_arguments, check_cast, parse_cast, refuse_timed
 from fpsim.formats import (
     STOCHASTIC_ROUNDINGS,
     ElementFormat,
@@ -283,6 +283,7 @@ def _resolve(
     if cast is None:
         raise ValueError(f"the format {NONE!r} rounds nothing: use a format such as 'e4m3fn'")
     _refuse_ignored(format, cast, rounding=rounding, overflow=overflow, scale=parse_scale(scale))
+    refuse_timed(cast, "fpsim.round")
     check_cast(dtype, cast)
     if cast.scale is not None or not clipped:
         return cast.arguments, None, True, cast.has_axis

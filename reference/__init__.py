@@ -7,7 +7,7 @@ operation. The reference imports nothing of fpsim but the description of the for
 - `add` to `remainder`, `exp` to `pow`: operations, correctly rounded into any format.
 - `sum` and `dot`: exact, or with every step rounded, in any order.
 - `round_block` and `round_blocks`, `quantize_block` and `quantize_blocks`: elements that share a scale, as in OCP MX
-  and NVFP4. `block_scale` and `scale_steps`: the scales of OCP MX.
+  and NVFP4. `block_scale` and `scale_steps`: the scales of OCP MX. `delayed_scales`: those that earlier steps give.
 - `round_integer` and `round_codebook`: to integers, and to the nearest of a list of values.
 - `with_flags`: any of these with the flags it raises.
 - `compare` to `maximum_number`, `classify` to `ulp`: comparison, classes, neighbours and exponents.
@@ -16,7 +16,7 @@ Stochastic rounding takes its random numbers as an argument, so that everything 
 
 The files build on one another in this order: values, decoding, substitutes, rounding, encoding, outcomes, operations,
 enclosures, irrational, arithmetic, elementary, orders, sums, flags; and, beside these, tables, comparison,
-classification, and integers, codebooks, elements, scales, blocks.
+classification, and integers, codebooks, elements, scales, blocks, histories.
 """
 
 from .arithmetic import add, convert, div, fma, mul, remainder, sqrt, sub
@@ -56,6 +56,7 @@ from .decoding import decode
 from .elementary import cos, erf, exp, exp2, gelu, log, log2, pow, rsqrt, sigmoid, sin, tanh
 from .encoding import encode
 from .flags import with_flags
+from .histories import delayed_scales
 from .integers import Integers, parse_integers, round_integer
 from .outcomes import TININESS, Flags, Result
 from .rounding import round
@@ -93,6 +94,7 @@ __all__ = [
     "convert",
     "cos",
     "decode",
+    "delayed_scales",
     "div",
     "dot",
     "dynamic_map",

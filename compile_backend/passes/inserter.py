@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +24,10 @@ from fpsim.compile_backend.graph.sources import Source
 from fpsim.compile_backend.graph.views import is_view, mapped_axes
 from fpsim.compile_backend.observe.recorder import Recorder
 from fpsim.compile_backend.plan import Site
+from fpsim.compile_backend.scale_states import timed_factor_op
 from fpsim.formats import FloatFormat
 from fpsim.rounding.carriers import CARRIERS
-from fpsim.rounding.ops import random_key_op, random_words_op
+from fpsim.rounding.ops import SOURCE, random_key_op, random_words_op
 from fpsim.scaling.groups import across
 from fpsim.scaling.ops import SCALE_OPERATORS
 
@@ -35,7 +38,7 @@ _COPIED = ("partitioner_tag", "recompute", "ac_graph_id", "seq_nr", "stack_trace
 _PLACES = ("nn_module_stack", "fwd_nn_module_stack", "stack_trace")
 
 # The operators of a cast that are not elementwise. Backward keeps their results, which are small.
-_OF_WHOLE_TENSORS = (*SCALE_OPERATORS.values(), aten.select.int)
+_OF_WHOLE_TENSORS = (*SCALE_OPERATORS.values(), aten.select.int, aten.amax.default, timed_factor_op)
 
 
 class Inserter:
@@ -45,11 +48,17 @@ class Inserter:
         graph: the graph that is rewritten.
         sources: the sources of its nodes; inserted nodes are added.
         seed: the input that is the seed of stochastic rounding.
+        handle: the input that tells where the states of timed scales are.
         recorder: observes every rounded value and product.
     """
 
     def __init__(
-        self, graph: fx.Graph, sources: dict[fx.Node, Source], seed: fx.Node | None, recorder: Recorder | None
+        self,
+        graph: fx.Graph,
+        sources: dict[fx.Node, Source],
+        seed: fx.Node | None,
+        handle: fx.Node | None,
+        recorder: Recorder | None,
     ) -> None:
         self.graph = graph
         self.sources = sources
@@ -58,6 +67,8 @@ class Inserter:
         self.split_calls: dict[fx.Node, tuple[int, fx.Node | None]] = {}
         self.seed = seed
         self.key_count = 0
+        self.handle = handle
+        self.timed_sites: Counter[tuple[str, str]] = Counter()
         self.recorder = recorder
 
     def round_operand(self, product: Product, position: int, cast: Cast, contracted: Axes) -> None:
@@ -67,7 +78,9 @@ class Inserter:
             contracted: the axes of the operand along which the product sums.
         """
         operand: fx.Node = product.node.args[position]  # type: ignore[assignment]
-        rounded = self.rounded(operand, cast, product.node, contracted)
+        role = product.roles[product.operands.index(position)]
+        site = (product.path or "", product.kind, role)
+        rounded = self.rounded(operand, cast, product.node, contracted, site)
         if rounded is operand:
             return
         if _is_joint(product.node) and product.node not in self.split_calls:
@@ -89,12 +102,15 @@ class Inserter:
             call.update_arg(position, operand)
         convolution.join(self.split_calls)
 
-    def rounded(self, value: fx.Node, cast: Cast, near: fx.Node, axes: Axes = ()) -> fx.Node:
+    def rounded(
+        self, value: fx.Node, cast: Cast, near: fx.Node, axes: Axes = (), site: tuple[str, str, str] = ("", "", "")
+    ) -> fx.Node:
         """The node that holds ``value`` rounded.
 
         Rounding commutes with rearrangement, so that the base of a view is rounded and then rearranged again: the
         operand of fprop and its transpose in dgrad and wgrad share one rounding. If the scales of the cast lie along
-        ``axes``, this holds for views in which these axes are axes of the base. ``near`` is the node that needs it.
+        ``axes``, this holds for views in which these axes are axes of the base. ``near`` is the node that needs it, and
+        ``site`` says where: the module, the kind of the product, and the role.
         """
         if _is_exact(value.meta["val"].dtype, cast):
             return value
@@ -102,9 +118,9 @@ class Inserter:
         if (value, cast, axes) not in self.roundings:
             axes_of_base = _axes_of_base(value, axes, cast) if is_view(value) else None
             if axes_of_base is not None:
-                self.roundings[value, cast, axes] = self._rearranged(value, cast, near, axes_of_base)
+                self.roundings[value, cast, axes] = self._rearranged(value, cast, near, axes_of_base, site)
             else:
-                self.roundings[value, cast, axes] = self._insert(value, cast, near, axes)
+                self.roundings[value, cast, axes] = self._insert(value, cast, near, axes, site)
         return self.roundings[value, cast, axes]
 
     def rounded_result(self, value: fx.Node, near: fx.Node, site: Site) -> fx.Node:
@@ -125,8 +141,8 @@ class Inserter:
         if self.recorder is not None:
             self.recorder.add_result(node, result, site)
 
-    def _rearranged(self, view: fx.Node, cast: Cast, near: fx.Node, axes: Axes) -> fx.Node:
-        source = self.rounded(view.args[0], cast, near, axes)  # type: ignore[arg-type]
+    def _rearranged(self, view: fx.Node, cast: Cast, near: fx.Node, axes: Axes, site: tuple[str, str, str]) -> fx.Node:
+        source = self.rounded(view.args[0], cast, near, axes, site)  # type: ignore[arg-type]
         with self.graph.inserting_after(view):
             copy = self.graph.call_function(
                 view.target,  # type: ignore[arg-type]
@@ -137,7 +153,9 @@ class Inserter:
         self.sources[copy] = self.sources[view]
         return copy
 
-    def _insert(self, value: fx.Node, cast: Cast, near: fx.Node, axes: Axes = ()) -> fx.Node:
+    def _insert(
+        self, value: fx.Node, cast: Cast, near: fx.Node, axes: Axes = (), site: tuple[str, str, str] = ("", "", "")
+    ) -> fx.Node:
         """A new node that holds ``value`` rounded. It follows ``value`` or, if that is an input, all inputs."""
         check_cast(value.meta["val"].dtype, cast)
         last = value
@@ -159,6 +177,8 @@ class Inserter:
             last.meta = dict(meta if target in _OF_WHOLE_TENSORS else pointwise)
             if target is random_words_op:  # as large as the tensor, and cheap to draw again
                 last.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+            if target is timed_factor_op:  # the factor is another one after the step
+                last.meta["recompute"] = CheckpointPolicy.MUST_SAVE
             describe(last)
             self.sources[last] = self.sources[value]
             return last
@@ -168,10 +188,27 @@ class Inserter:
         if order is not None:
             exact = call(aten.permute.default, exact, order)
             axes = tuple(sorted(order.index(axis) for axis in axes))
-        rounded = apply_cast(exact, cast, axes=axes, key=key, call=call)
+        factor = None
+        if cast.scale is not None and cast.scale.is_timed:
+            factor = functools.partial(self._timed_factor, cast, site, call)
+            if last.op == "placeholder":
+                last = next(node for node in self.graph.nodes if node.next.op != "placeholder")
+        rounded = apply_cast(exact, cast, axes=axes, key=key, factor=factor, call=call)
         if order is not None:
             rounded = call(aten.permute.default, rounded, [order.index(i) for i in range(len(order))])
         return rounded
+
+    def _timed_factor(
+        self, cast: Cast, site: tuple[str, str, str], call: Callable[..., fx.Node], amax: fx.Node
+    ) -> fx.Node:
+        """The factor in use at a site for a tensor with the largest magnitude ``amax``."""
+        path, kind, role = site
+        phase = "forward" if kind == "fprop" else "backward"
+        name = f"{path or '(root)'} {role}"
+        self.timed_sites[name, phase] += 1
+        if self.timed_sites[name, phase] > 1:
+            name = f"{name} {self.timed_sites[name, phase]}"
+        return call(timed_factor_op, amax, self.handle, name, phase, cast.format.name, str(cast.scale), SOURCE)
 
     def _random_key(self, value: fx.Node) -> fx.Node:
         """The key for one stochastic rounding of ``value``: it is made of the seed and the number of the rounding.

@@ -328,6 +328,11 @@ class Policy:
         return any(cast.is_stochastic for cast in self._all_casts())
 
     @property
+    def is_timed(self) -> bool:
+        """Whether any scale depends on other steps."""
+        return any(cast.scale is not None and cast.scale.is_timed for cast in self._all_casts())
+
+    @property
     def attentions(self) -> frozenset[str]:
         """The values of `attention` in this policy and in the rules for modules."""
         return frozenset({self.attention}.union(*(policy.attentions for policy in self._policies_of_modules)))

@@ -19,7 +19,7 @@ _library.define("power_of_two_scale(Tensor x, str format, str source) -> Tensor"
 _library.define("mx_multiplier(Tensor amax, str element, str rule, str source) -> Tensor", tags=(torch.Tag.pointwise,))
 _library.define(
     "round_scaled(Tensor x, str element, str rounding, str overflow, str scale, int[] axes, str source, "
-    "Tensor? words=None) -> Tensor"
+    "Tensor? words=None, Tensor? factor=None) -> Tensor"
 )
 
 
@@ -57,10 +57,12 @@ def _round_scaled(
     axes: list[int],
     source: str,
     words: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
     parsed = parse_scale(scale or None)
-    rounded = round_scaled(x, x.dtype, parse_element(element), rounding, overflow, parsed, axes, words, OnTensors())
+    fmt = parse_element(element)
+    rounded = round_scaled(x, x.dtype, fmt, rounding, overflow, parsed, axes, words, OnTensors(), factor)
     return out.copy_(rounded)

@@ -112,6 +112,7 @@ def _lower_round_scaled(
     axes: Sequence[int],
     source: str,
     words: ir.TensorBox | None = None,
+    factor: ir.TensorBox | None = None,
 ) -> ir.TensorBox:
     if any(length == 0 for length in x.get_size()):
         return lowering.lowerings[aten.clone.default](x)
@@ -131,6 +132,7 @@ def _lower_round_scaled(
         list(axes),
         words,
         OnLowerings(),
+        factor,
     )
     if all(isinstance(length, int | sympy.Integer) for length in x.get_size()):
         return result

@@ -21,8 +21,8 @@ scale_op: Callable[[Tensor, str, str], Tensor] = torch.ops.fpsim.power_of_two_sc
 SCALE_OPERATORS: dict[str, Callable[[Tensor, str, str], Tensor]] = {"power_of_two": scale_op}
 
 #: Rounds with any scale. Arguments: a tensor with an axis, the name of an element format, a rounding, an overflow mode,
-#: the name of a scale or "" for none, the axes along which a product sums, the source, and for stochastic rounding the
-#: random words of the elements (`fpsim.rounding.ops.random_words_op`).
+#: the name of a scale or "" for none, the axes along which a product sums, the source, for stochastic rounding the
+#: random words of the elements (`fpsim.rounding.ops.random_words_op`), and for timed scales the factor in use.
 round_scaled_op: Callable[..., Tensor] = torch.ops.fpsim.round_scaled.default
 
 _library = torch.library.Library("fpsim", "FRAGMENT")
@@ -104,6 +104,7 @@ def _round_scaled_fake(
     axes: list[int],
     source: str,
     words: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
     _register_lowerings()
     return torch.empty_like(x)
@@ -127,9 +128,12 @@ def _round_scaled_vmap(
     axes: list[int],
     source: str,
     words: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, int]:
+    if factor is not None:
+        raise NotImplementedError("scales that other steps determine have no rule for torch.vmap")
     xs = [x] * info.batch_size if in_dims[0] is None else x.unbind(in_dims[0])
-    own = [words] * len(xs) if words is None or in_dims[-1] is None else words.unbind(in_dims[-1])
+    own = [words] * len(xs) if words is None or in_dims[7] is None else words.unbind(in_dims[7])
     return torch.stack(
         [
             round_scaled_op(each, element, rounding, overflow, scale, axes, source, drawn)

@@ -46,6 +46,7 @@ def round_scaled(
     axes: list[int],
     words: Any,
     call: Call,
+    factor: Any = None,
 ) -> Any:
     """``x`` rounded to ``element`` with ``scale``.
 
@@ -55,6 +56,7 @@ def round_scaled(
         axes: as for `fpsim.scaling.groups.split`.
         words: for stochastic rounding the random words of the elements, in the shape of ``x``; else None.
         call: runs the operators.
+        factor: for a timed scale the factor in use (`fpsim.scaling.history.in_use`), float32 without axes.
     """
     if scale is None:
         return Elements(element, rounding, overflow, words, call).rounded(x, dtype)
@@ -62,7 +64,7 @@ def round_scaled(
     if words is not None:
         words = split(call.stored(words), scale, axes, call).values
     elements = Elements(element, rounding, overflow, words, call)
-    scales = scales_of_groups(groups.values, dtype, element, scale, groups.axes, call)
+    scales = scales_of_groups(groups.values, dtype, element, scale, groups.axes, call) if factor is None else (factor,)
     if scale.rule in MX_RULES:
         rounded = elements.on_shifted_grid(groups.values, scales[0])
         is_nan = call(aten.eq.Scalar, scales[0], NAN_MARK)
@@ -86,7 +88,7 @@ def quantized(x: Any, dtype: torch.dtype, elements: Elements, scale: Scale, scal
         scaled = call(aten.mul.Tensor, wide, nv_factor(scales[0], scales[1], scale, call))
         scaled = scaled if exact_zero else _flushed(scaled, call)
         return elements.rounded(_clamped(scaled, -6.0, 6.0, call), working)
-    y = call(aten.div.Tensor, wide, scales[0])
+    y = call(aten.mul.Tensor if scale.order else aten.div.Tensor, wide, scales[0])
     y = y if exact_zero else _flushed(y, call)
     return elements.codes(y, scales[1]) if scale.rule == "asymmetric" else elements.rounded(y, working)
 
@@ -98,6 +100,9 @@ def dequantized(q: Any, scale: Scale, scales: tuple[Any, ...], call: Call) -> An
         return call(back, call(aten.mul.Tensor, q, scales[0]), scales[1])
     if scale.rule == "asymmetric":
         q = call(aten.sub.Tensor, q, scales[1])
+    if scale.order:
+        inverse = call.stored(call(aten.div.Tensor, call.constant(1.0, scales[0]), scales[0]))
+        return call(aten.mul.Tensor, q, inverse)
     return call(aten.mul.Tensor, q, scales[0])
 
 
@@ -198,7 +203,7 @@ def ratio_scale(x: Any, element: ElementFormat, rule: str, axes: list[int], call
     NaN where a group holds a NaN or an infinity.
     """
     amax = call(prims.convert_element_type.default, amax_of(x, axes, call), torch.float32)
-    largest = _range(element)
+    largest = range_of(element)
     ratio = call(aten.div.Tensor, amax, call.constant(largest, amax))
     if rule == "bf16":
         ratio = call(round_op, ratio, "e8m7", "nearest_even", "ovf_inf", SOURCE)
@@ -206,7 +211,7 @@ def ratio_scale(x: Any, element: ElementFormat, rule: str, axes: list[int], call
     return call.stored(_usable(ratio, amax, call))
 
 
-def _range(element: ElementFormat) -> float:
+def range_of(element: ElementFormat) -> float:
     """The magnitude that the largest magnitude of a group becomes: half the range if it is not symmetric."""
     if isinstance(element, IntegerFormat) and element.full:
         return (element.max_integer + 0.5) * 2.0**element.unit_exponent

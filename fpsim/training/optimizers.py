@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fpsim.casts import Cast, CastLike, check_cast, parse_cast
+from fpsim.casts import Cast, CastLike, check_cast, parse_cast, refuse_timed
 from fpsim.formats import FloatFormat
 from fpsim.rounding.carriers import check_tensor
 from fpsim.rounding.kernel import FLOAT32
@@ -170,7 +170,9 @@ def round_optimizer(
 
 
 def _cast(text: CastLike | None, rounding: str, overflow: str | None) -> Cast | None:
-    return None if text is None else parse_cast(text, rounding, overflow)
+    cast = None if text is None else parse_cast(text, rounding, overflow)
+    refuse_timed(cast, "fpsim.round_optimizer")
+    return cast
 
 
 def _state_casts(
@@ -187,7 +189,7 @@ def _state_casts(
         if name not in has:
             known = ", ".join(has)
             raise ValueError(f"{type(optimizer).__name__} has no state {name!r}: the states it has are {known}")
-    casts = {name: parse_cast(text, rounding, overflow) for name, text in state.items()}
+    casts = {name: _cast(text, rounding, overflow) for name, text in state.items()}
     return {name: cast for name, cast in casts.items() if cast is not None}
 
 
