@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,7 @@ from fpsim.compile_backend.plan import Site
 from fpsim.compile_backend.scale_states import timed_factor_op
 from fpsim.formats import FloatFormat
 from fpsim.rounding.carriers import CARRIERS
-from fpsim.rounding.ops import SOURCE, random_key_op, random_words_op
+from fpsim.rounding.ops import SOURCE, random_keys_op, random_words_op
 from fpsim.scaling.groups import across
 from fpsim.scaling.ops import SCALE_OPERATORS
 
@@ -66,7 +67,7 @@ class Inserter:
         # The calls into which joint ones were split, as `convolution.split` describes them.
         self.split_calls: dict[fx.Node, tuple[int, fx.Node | None]] = {}
         self.seed = seed
-        self.key_count = 0
+        self.keys: fx.Node | None = None
         self.handle = handle
         self.timed_sites: Counter[tuple[str, str]] = Counter()
         self.recorder = recorder
@@ -216,11 +217,18 @@ class Inserter:
         The seed is an input of the graph, not a node: a rounding that backward recomputes draws the same numbers.
         """
         assert self.seed is not None, "the policy is stochastic, so the graph has a seed"
-        self.key_count += 1
-        last_input = next(node for node in self.graph.nodes if node.next.op != "placeholder")
-        with self.graph.inserting_after(last_input):
-            key = self.graph.call_function(random_key_op, (self.seed, self.key_count))
+        if self.keys is None:
+            last_input = next(node for node in self.graph.nodes if node.next.op != "placeholder")
+            with self.graph.inserting_after(last_input):
+                self.keys = self.graph.call_function(random_keys_op, (self.seed, 0))
+        count = self.keys.args[1] + 1  # type: ignore[operator]
+        self.keys.args = (self.seed, count)
+        describe(self.keys)
+        with self.graph.inserting_after(self.keys):
+            key = self.graph.call_function(operator.getitem, (self.keys, count - 1))
         describe(key)
+        for node in (self.keys, key):
+            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
         device = value.meta["val"].device
         if device != key.meta["val"].device:
             with self.graph.inserting_after(key):
