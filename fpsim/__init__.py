@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fpsim import curvature, reference, sharpness, testing
+    from fpsim.accumulators.matmul import matmul
     from fpsim.block_functions import decode_blocks, encode_blocks
     from fpsim.compile_backend import Profiler, audit, explain, profile
     from fpsim.formats import CodebookFormat, FloatFormat, IntegerFormat, parse_format
@@ -40,6 +41,7 @@ _HOMES = {
     "encode": "fpsim.tensor_functions",
     "encode_blocks": "fpsim.block_functions",
     "explain": "fpsim.compile_backend",
+    "matmul": "fpsim.accumulators.matmul",
     "pack": "fpsim.rounding.packing",
     "parse_format": "fpsim.formats",
     "power_of_two_scale": "fpsim.scaling.ops",
@@ -65,6 +67,7 @@ __all__ = [
     "encode",
     "encode_blocks",
     "explain",
+    "matmul",
     "pack",
     "parse_format",
     "power_of_two_scale",
@@ -81,7 +84,7 @@ __all__ = [
 
 
 #: Packages that documentation names by their path, such as ``fpsim.formats.split_rounding``.
-_PACKAGES = ("compile_backend", "formats", "policy", "rounding", "scaling", "training")
+_PACKAGES = ("accumulators", "compile_backend", "formats", "policy", "rounding", "scaling", "training")
 
 
 def __getattr__(name: str) -> Any:

@@ -33,8 +33,8 @@ _NO_FLOOR = -400
 _NAN_BITS = 0x7FC00000
 
 _INTEGERS = (
-    "order", "length", "block", "promote", "exact", "round_products", "flush", "narrow", "rounding", "mantissa_bits",
-    "random_bits", "roundings", "first_sum", "key", "nan_bits", "lanes",
+    "order", "length", "block", "promote", "exact", "round_products", "flush", "bounded", "narrow", "rounding",
+    "mantissa_bits", "random_bits", "roundings", "first_sum", "key", "nan_bits", "lanes",
 )  # fmt: skip
 _NUMBERS = (
     "start", "smallest_normal", "least_power", "largest", "infinite_from", "overflow_up", "overflow_down", "infinity",
@@ -121,6 +121,7 @@ def _sized(accumulator: Accumulator, first: FloatFormat, second: FloatFormat, de
         spec.infinite_from = 2.0 ** (fmt.max_exponent + 1)
     if accumulator.machine is not None:
         _describe_machine(spec, accumulator, first, second)
+    spec.bounded = spec.exact and name == "nearest_even" and _is_bounded(first, second, fmt, depth)
     spec.first_sum = depth if accumulator.order == "multiply_add" else 0
     spec.roundings = _roundings(accumulator, depth)
     return spec
@@ -142,6 +143,12 @@ def _is_exact(first: FloatFormat, second: FloatFormat, fmt: FloatFormat | None, 
     if fmt is not None and not fmt.subnormals:
         return False
     return largest - units + max(depth, 1).bit_length() + 1 <= _FLOAT64_BITS
+
+
+def _is_bounded(first: FloatFormat, second: FloatFormat, fmt: FloatFormat, depth: int) -> bool:
+    """Whether no operand is infinite, and no sum of ``depth`` products leaves the range of ``fmt``."""
+    largest = first.max_exponent + second.max_exponent + 2 + max(depth, 1).bit_length() + 1
+    return not (first.has_infinity or second.has_infinity) and largest <= fmt.max_exponent
 
 
 def _describe_overflow(spec: Specification, fmt: FloatFormat, rounding: str, overflow: str) -> None:

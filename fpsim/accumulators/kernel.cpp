@@ -63,7 +63,8 @@ class Ieee {
 // The fields of fpsim.accumulators.cpu.Specification, in the same order.
 struct Specification {
   int64_t order, length, block, promote;       // how many products: in a step, in a block, before a promotion
-  int64_t exact, round_products, flush, narrow;  // whether sums are exact in float64, ..., steps are exact in float32
+  int64_t exact, round_products, flush;        // whether sums are exact in float64, ...
+  int64_t bounded, narrow;                     // whether sums stay in range, and steps are exact in float32
   int64_t rounding, mantissa_bits, random_bits, roundings, first_sum, key, nan_bits, lanes;
   double start, smallest_normal, least_power, largest, infinite_from, overflow_up, overflow_down, infinity;
   double least_a, least_b, kept, floor, late_kept;
@@ -96,6 +97,10 @@ struct Place {
   int64_t step;
 };
 
+// What a rounding has to expect: to nearest even, of numbers that cannot leave the range (infinities are absent); to
+// nearest even; anything.
+enum Mode { BOUNDED, NEAREST, GENERAL };
+
 class Rounder {
  public:
   explicit Rounder(const Specification& spec)
@@ -104,17 +109,21 @@ class Rounder {
         magic_(std::ldexp(1.5, int(52 - spec.mantissa_bits))),
         unit_(std::ldexp(1.0, -int(spec.mantissa_bits))) {}
 
-  // x rounded to the accumulator. `NEAREST` is nearest_even, which most accumulators have.
-  template <bool NEAREST>
+  // x rounded to the accumulator.
+  template <Mode MODE>
   V operator()(V x, Place place) const {
-    if (!NEAREST && spec_.rounding == CLAMP) return at::vec::clamp(x, V(spec_.overflow_down), V(spec_.largest));
+    if (MODE == BOUNDED) {
+      const V magic = at::vec::clamp_min(power(x), least_) * magic_;
+      return ((x + magic) - magic) | (x & Mask::sign());
+    }
+    if (MODE == GENERAL && spec_.rounding == CLAMP) return at::vec::clamp(x, V(spec_.overflow_down), V(spec_.largest));
     const V size = magnitude(x);
     const V p = at::vec::clamp_max(at::vec::clamp_min(power(x), least_), V(0x1p1000));
     const V magic = p * magic_;
     V r = (size + magic) - magic;
-    if (!NEAREST) r = directed(x, size, r, p * unit_, magic, place);
+    if (MODE == GENERAL) r = directed(x, size, r, p * unit_, magic, place);
     if (spec_.smallest_normal > 0) r = choose(r < V(spec_.smallest_normal), V(0.0), r);
-    const V overflow = NEAREST ? V(spec_.overflow_up)
+    const V overflow = MODE == NEAREST ? V(spec_.overflow_up)
                                : choose(x < V(0.0), V(spec_.overflow_down), V(spec_.overflow_up));
     r = choose(r > V(spec_.largest), overflow, r);
     r = choose(size >= V(spec_.infinite_from), V(spec_.infinity), r);
@@ -298,7 +307,7 @@ struct CutInFloat32 {
   at::vec::Vectorized<float> operator()(at::vec::Vectorized<float> x) const { return x & mask; }
 };
 
-template <bool NEAREST>
+template <Mode MODE>
 struct RoundInFloat64 {
   const Rounder& rounder;
   V least;
@@ -306,7 +315,7 @@ struct RoundInFloat64 {
     const V p = ::power(x);
     return choose(p > V(0x1p1000), V(1.0), at::vec::clamp_min(p, least & (x != V(0.0))));
   }
-  V operator()(V x) const { return rounder.template operator()<NEAREST>(x, {0, 0}); }
+  V operator()(V x) const { return rounder.template operator()<MODE>(x, {0, 0}); }
 };
 
 struct Tile : Packed<double> {
@@ -317,61 +326,86 @@ struct Tile : Packed<double> {
   Tile(const Packed<double>& packed, const Specification& spec, const Rounder& rounder, int64_t element, int64_t row_length)
       : Packed<double>(packed), spec(spec), rounder(rounder), element(element), row_length(row_length) {}
 
-  template <bool NEAREST>
+  template <Mode MODE>
   V round(V x, int r, int v, int64_t step) const {
-    return rounder.operator()<NEAREST>(x, {element + r * row_length + v * V::size(), step});
+    return rounder.operator()<MODE>(x, {element + r * row_length + v * V::size(), step});
   }
 
-  template <bool NEAREST>
+  template <Mode MODE>
   V term(int64_t k, int r, int v) const {
     const V p = product(k, r, v);
-    return spec.round_products ? round<NEAREST>(p, r, v, k) : p;
+    return spec.round_products ? round<MODE>(p, r, v, k) : p;
   }
 
   V sum(V x, V y) const { return add(x, y, spec.exact, spec.rounding == DOWN); }
 
   // All orders add the products first to last - 1 to c, which has the start value.
-  template <bool NEAREST>
+  template <Mode MODE>
   void accumulate(int64_t first, int64_t last, V (&c)[ROWS][VECTORS]) const {
-    if (spec.block) return blocks<NEAREST>(first, last, c);
+    if (spec.block) return blocks<MODE>(first, last, c);
     switch (spec.order) {
-      case SEQUENTIAL: return sequential<NEAREST>(first, last, c);
-      case CHUNKED: return chunked<NEAREST>(first, last, c);
-      case PAIRWISE: return pairwise<NEAREST>(first, last, c);
-      case INTERLEAVED: return interleaved<NEAREST>(first, last, c);
+      case SEQUENTIAL: return sequential<MODE>(first, last, c);
+      case CHUNKED: return chunked<MODE>(first, last, c);
+      case PAIRWISE: return pairwise<MODE>(first, last, c);
+      case INTERLEAVED: return interleaved<MODE>(first, last, c);
       case LATE: return late(first, last, c);
       default: {
-        const RoundInFloat64<NEAREST> cut{rounder, V(spec.least_power)};
+        const RoundInFloat64<MODE> cut{rounder, V(spec.least_power)};
         return aligned<double>(spec, *this, first, last, c, cut);
       }
     }
   }
 
-  template <bool NEAREST>
+  template <Mode MODE>
   void sequential(int64_t first, int64_t last, V (&c)[ROWS][VECTORS]) const {
-    for (int64_t k = first; k < last; ++k)
-      for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v)
-          c[r][v] = round<NEAREST>(sum(c[r][v], term<NEAREST>(k, r, v)), r, v, spec.first_sum + k);
+    if (MODE != GENERAL && spec.exact && !spec.round_products) return sequential<MODE, true>(first, last, c);
+    return sequential<MODE, false>(first, last, c);
   }
 
-  template <bool NEAREST>
+  template <Mode MODE, bool PLAIN>
+  void sequential(int64_t first, int64_t last, V (&c)[ROWS][VECTORS]) const {
+    V total[ROWS][VECTORS];
+    copy(c, total);
+    for (int64_t k = first; k < last; ++k) {
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) {
+          const V s = PLAIN ? total[r][v] + product(k, r, v) : sum(total[r][v], term<MODE>(k, r, v));
+          total[r][v] = round<MODE>(s, r, v, spec.first_sum + k);
+        }
+      }
+    }
+    copy(total, c);
+  }
+
+  static void copy(const V (&from)[ROWS][VECTORS], V (&to)[ROWS][VECTORS]) {
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) to[r][v] = from[r][v];
+  }
+
+  template <Mode MODE>
   void chunked(int64_t first, int64_t last, V (&c)[ROWS][VECTORS]) const {
     for (int64_t k = first; k < last; k += spec.length) {
       const int64_t end = std::min(k + spec.length, last);
       if (spec.exact && spec.rounding != DOWN) {
+        V total[ROWS][VECTORS];
+        copy(c, total);
         for (int64_t i = k; i < end; ++i)
 #pragma GCC unroll 4
           for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
             for (int v = 0; v < VECTORS; ++v)
-              c[r][v] = at::vec::fmadd(V(a[i * ROWS + r]), V::loadu(b + i * COLUMNS<double> + v * V::size()), c[r][v]);
+              total[r][v] = at::vec::fmadd(V(a[i * ROWS + r]), V::loadu(b + i * COLUMNS<double> + v * V::size()), total[r][v]);
+        copy(total, c);
       } else {
         for (int r = 0; r < ROWS; ++r)
           for (int v = 0; v < VECTORS; ++v) c[r][v] = chunk(c[r][v], k, end, r, v);
       }
       for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) c[r][v] = round<NEAREST>(c[r][v], r, v, k / spec.length);
+        for (int v = 0; v < VECTORS; ++v) c[r][v] = round<MODE>(c[r][v], r, v, k / spec.length);
     }
   }
 
@@ -406,7 +440,7 @@ struct Tile : Packed<double> {
   }
 
   // Neighbours are added, then their sums. A sum of 2**level products waits in `waiting` for its neighbour.
-  template <bool NEAREST>
+  template <Mode MODE>
   void pairwise(int64_t first, int64_t last, V (&c)[ROWS][VECTORS]) const {
     const int64_t count = last - first;
     int64_t steps[64];  // the number of the first rounding in every level
@@ -418,10 +452,10 @@ struct Tile : Packed<double> {
         int levels[64], depth = 0;
         auto join = [&](V x, int64_t k) {
           const int level = levels[--depth];
-          return round<NEAREST>(sum(waiting[depth], x), r, v, steps[level] + (k >> (level + 1)));
+          return round<MODE>(sum(waiting[depth], x), r, v, steps[level] + (k >> (level + 1)));
         };
         for (int64_t k = 0; k < count; ++k) {
-          V x = term<NEAREST>(first + k, r, v);
+          V x = term<MODE>(first + k, r, v);
           int level = 0;
           for (; k >> level & 1; ++level) x = join(x, k);
           waiting[depth] = x;
@@ -429,20 +463,20 @@ struct Tile : Packed<double> {
         }
         V x = waiting[--depth];
         while (depth) x = join(x, count - 1);
-        c[r][v] = round<NEAREST>(x, r, v, spec.roundings - 1);
+        c[r][v] = round<MODE>(x, r, v, spec.roundings - 1);
       }
     }
   }
 
-  template <bool NEAREST>
+  template <Mode MODE>
   void interleaved(int64_t first, int64_t last, V (&c)[ROWS][VECTORS]) const {
     for (int r = 0; r < ROWS; ++r) {
       for (int v = 0; v < VECTORS; ++v) {
         V total = c[r][v];
         for (int64_t lane = first; lane < std::min(first + spec.length, last); ++lane) {
           V x = c[r][v];
-          for (int64_t k = lane; k < last; k += spec.length) x = round<NEAREST>(sum(x, term<NEAREST>(k, r, v)), r, v, 0);
-          total = round<NEAREST>(sum(total, x), r, v, 0);
+          for (int64_t k = lane; k < last; k += spec.length) x = round<MODE>(sum(x, term<MODE>(k, r, v)), r, v, 0);
+          total = round<MODE>(sum(total, x), r, v, 0);
         }
         c[r][v] = total;
       }
@@ -450,15 +484,15 @@ struct Tile : Packed<double> {
   }
 
   // The sums of blocks are added to c one after the other.
-  template <bool NEAREST>
+  template <Mode MODE>
   void blocks(int64_t first, int64_t last, V (&c)[ROWS][VECTORS]) const {
     for (int64_t k = first; k < last; k += spec.block) {
       V part[ROWS][VECTORS];
       for (auto& row : part) std::fill(row, row + VECTORS, V(spec.start));
       const int64_t end = std::min(k + spec.block, last);
-      spec.order == PAIRWISE ? pairwise<NEAREST>(k, end, part) : interleaved<NEAREST>(k, end, part);
+      spec.order == PAIRWISE ? pairwise<MODE>(k, end, part) : interleaved<MODE>(k, end, part);
       for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) c[r][v] = round<NEAREST>(sum(c[r][v], part[r][v]), r, v, 0);
+        for (int v = 0; v < VECTORS; ++v) c[r][v] = round<MODE>(sum(c[r][v], part[r][v]), r, v, 0);
     }
   }
 
@@ -488,7 +522,7 @@ struct Tile : Packed<double> {
           if (spec.lanes == 2) kept = choose((own * V(2 * spec.kept) < joined) & (magnitude(old) < infinite), V(0.0), kept);
           const V x = floor_to(products * (top * V(1 / spec.kept)), V(2 * spec.late_kept) / joined) + kept;
           const V cut = floor_to(x, V(spec.late_kept) / finite_power(x));
-          c[r][v] = round<true>(choose(x == V(0.0), V(0.0), cut), r, v, 0);
+          c[r][v] = round<NEAREST>(choose(x == V(0.0), V(0.0), cut), r, v, 0);
         }
       }
     }
@@ -503,17 +537,21 @@ struct Tile : Packed<double> {
   static V floor_to(V x, V scale) { return (x * scale).floor() / scale; }
 };
 
-// Writes one column of a packed operand and the powers of its exponents.
+// `count` numbers of an operand that lie `stride` apart, packed `width` apart, and the powers of their exponents.
 template <typename T>
-void pack(const float* source, int64_t stride, int64_t count, bool is_padding, T* values, T* powers, int64_t width,
-          double least, bool flush) {
-  for (int64_t k = 0; k < count; ++k) {
-    double x = is_padding ? 0.0 : double(source[k * stride]);
+void pack(const Specification& spec, const float* source, int64_t stride, int64_t count, T* values, T* powers,
+          int64_t width, double least) {
+  if (!spec.flush && spec.order != ALIGNED && spec.order != LATE) {
+    for (int64_t i = 0; i < count; ++i) values[i * width] = T(source[i * stride]);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    double x = double(source[i * stride]);
     const double size = std::fabs(x);
-    if (flush && size < least) x = std::copysign(0.0, x);
-    const double power = from_bits(to_bits(size) & 0x7FF0000000000000u);
-    values[k * width] = T(x);
-    powers[k * width] = T(x == 0 ? 0.0 : std::isfinite(x) ? std::max(power, least) : 1.0);
+    if (spec.flush && size < least) x = std::copysign(0.0, x);
+    const double power = std::max(from_bits(to_bits(size) & 0x7FF0000000000000u), least);
+    values[i * width] = T(x);
+    powers[i * width] = T(x == 0 ? 0.0 : power <= 0x1p1000 ? power : 1.0);
   }
 }
 
@@ -540,33 +578,41 @@ class Output {
   float nan_;
 };
 
+// Calls `compute` for all tiles of the result. A block of rows is packed once, and every strip of columns once for it.
 template <typename T, typename Compute>
 void run(const Specification& spec, const float* a, const float* b, int64_t batches, int64_t rows, int64_t columns,
          int64_t depth, int64_t threads, const Compute& compute) {
   constexpr int64_t width = COLUMNS<T>;
   const int64_t strips = (columns + width - 1) / width, tiles = (rows + ROWS - 1) / ROWS;
-  // A strip of columns is packed once and used by many tiles, but all threads need work.
-  const int64_t groups = std::max<int64_t>(1, std::min(tiles, 4 * threads / std::max<int64_t>(1, batches * strips)));
+  const int64_t most = std::clamp<int64_t>((1 << 18) / std::max<int64_t>(depth, 1) / ROWS, 8, 64);
+  const int64_t blocks = (tiles + most - 1) / most;
+  const int64_t groups = std::clamp<int64_t>(4 * threads / (batches * blocks), 1, strips);  // all threads need work
 #pragma omp parallel num_threads(threads)
   {
     const Ieee ieee;
-    Buffer<T> left(depth * ROWS), right(depth * width);
+    Buffer<T> left(most * ROWS * depth), right(depth * width);
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < batches * strips * groups; ++task) {
-      const int64_t group = task % groups, strip = task / groups % strips, batch = task / groups / strips;
-      for (int64_t j = 0; j < width; ++j) {
-        const int64_t column = strip * width + j;
-        pack(b + batch * depth * columns + column, columns, depth, column >= columns, right.values.data() + j,
-             right.powers.data() + j, width, spec.least_b, spec.flush);
-      }
-      for (int64_t tile = group * tiles / groups; tile < (group + 1) * tiles / groups; ++tile) {
-        for (int64_t i = 0; i < ROWS; ++i) {
-          const int64_t row = tile * ROWS + i;
-          pack(a + (batch * rows + row) * depth, 1, depth, row >= rows, left.values.data() + i, left.powers.data() + i,
-               ROWS, spec.least_a, spec.flush);
+    for (int64_t task = 0; task < batches * blocks * groups; ++task) {
+      const int64_t group = task % groups, block = task / groups % blocks, batch = task / groups / blocks;
+      const int64_t first = block * most, last = std::min(first + most, tiles);
+      for (int64_t tile = first; tile < last; ++tile) {
+        const int64_t offset = (tile - first) * ROWS * depth;
+        for (int64_t i = 0; i < ROWS; ++i) {  // rows beyond the last one repeat it
+          const float* row = a + (batch * rows + std::min(tile * ROWS + i, rows - 1)) * depth;
+          pack(spec, row, 1, depth, left.values.data() + offset + i, left.powers.data() + offset + i, ROWS, spec.least_a);
         }
-        const Packed<T> packed{left.values.data(), left.powers.data(), right.values.data(), right.powers.data()};
-        compute(packed, batch * rows * columns, tile * ROWS, strip * width);
+      }
+      for (int64_t strip = group * strips / groups; strip < (group + 1) * strips / groups; ++strip) {
+        const int64_t count = std::min(width, columns - strip * width);
+        for (int64_t k = 0; k < depth; ++k)
+          pack(spec, b + (batch * depth + k) * columns + strip * width, 1, count, right.values.data() + k * width,
+               right.powers.data() + k * width, 1, spec.least_b);
+        for (int64_t tile = first; tile < last; ++tile) {
+          const int64_t offset = (tile - first) * ROWS * depth;
+          const Packed<T> packed{left.values.data() + offset, left.powers.data() + offset, right.values.data(),
+                                 right.powers.data()};
+          compute(packed, batch * rows * columns, tile * ROWS, strip * width);
+        }
       }
     }
   }
@@ -635,8 +681,9 @@ extern "C" void fpsim_accumulate(const Specification* specification, const float
                 for (auto& r : total) std::fill(r, r + VECTORS, V(0.0));
                 promoted_sums(spec, depth, total, spec.start,
                               [&](int64_t first, int64_t last, V(&part)[ROWS][VECTORS]) {
-                                spec.rounding == NEAREST_EVEN ? tile.accumulate<true>(first, last, part)
-                                                              : tile.accumulate<false>(first, last, part);
+                                if (spec.bounded) tile.accumulate<BOUNDED>(first, last, part);
+                                else if (spec.rounding == NEAREST_EVEN) tile.accumulate<NEAREST>(first, last, part);
+                                else tile.accumulate<GENERAL>(first, last, part);
                               },
                               to_float32);
                 store<double>(output, total, matrix, row, column, rows, columns);

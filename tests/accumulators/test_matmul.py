@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fpsim
-from fpsim.accumulators.matmul import matmul
+from fpsim import matmul
 from fpsim.formats import parse_format
 from fpsim.reference import Aligned, dot, round, sum, to_float
 from fpsim.rounding.random_words import random_word
