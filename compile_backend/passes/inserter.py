@@ -143,7 +143,7 @@ class Inserter:
         last = value
         while last.op == "placeholder" and last.next.op == "placeholder":
             last = last.next
-        key = self._random_key(value) if cast.is_stochastic else None
+        key = self.random_key(value) if cast.is_stochastic else None
         if key is not None and last.op == "placeholder":
             last = key
         meta = {key: value.meta[key] for key in _COPIED if key in value.meta}
@@ -173,7 +173,7 @@ class Inserter:
             rounded = call(aten.permute.default, rounded, [order.index(i) for i in range(len(order))])
         return rounded
 
-    def _random_key(self, value: fx.Node) -> fx.Node:
+    def random_key(self, value: fx.Node) -> fx.Node:
         """The key for one stochastic rounding of ``value``: it is made of the seed and the number of the rounding.
 
         The seed is an input of the graph, not a node: a rounding that backward recomputes draws the same numbers.
