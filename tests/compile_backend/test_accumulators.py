@@ -1,4 +1,4 @@
-"""Accumulators in whole models: every product of a graph has the sums of `fpsim.reference.dot`, forward and backward."""
+"""Accumulators in whole models: every product has the sums of `fpsim.reference.dot`, forward and backward."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_the_key_of_compiled_code_covers_the_accumulator() -> None:
 
 def test_sums_that_cannot_be_simulated_are_refused_with_a_remedy() -> None:
     layer = nn.Conv2d(2, 3, 3)
-    with pytest.raises(Exception, match="sums of aten.convolution cannot be simulated.*rule without one") as error:
+    with pytest.raises(Exception, match=r"sums of aten.convolution cannot be simulated.*rule without one") as error:
         run(layer, torch.randn(1, 2, 5, 5))
     assert isinstance(error.value.__cause__ or error.value, UnroundedError) or "UnroundedError" in str(error.value)
     assert run(layer, torch.randn(1, 2, 5, 5), accumulator=None).shape == (1, 3, 3, 3)
@@ -192,7 +192,10 @@ def test_sums_that_cannot_be_simulated_are_refused_with_a_remedy() -> None:
     [
         ({"format": "e5m2", "accumulator": "hopper"}, "fprop product aten.mm in module '': hopper multiplies fp16, or"),
         ({"format": "none", "accumulator": "hopper_fp8"}, "hopper_fp8 multiplies e4m3fn and e5m2, and not e8m23"),
-        ({"format": "mxfp8", "accumulator": "hopper_fp8"}, "multiplies elements, and 'e4m3fn/nearest_even/sat_finite/mx"),
+        (
+            {"format": "mxfp8", "accumulator": "hopper_fp8"},
+            "multiplies elements, and 'e4m3fn/nearest_even/sat_finite/mx",
+        ),
         ({"format": "e5m10", "accumulator": "e5m4"}, "fewer than the operands in e5m10"),
     ],
 )
