@@ -24,6 +24,7 @@ from fpsim.compile_backend.graph.metadata import describe
 from fpsim.compile_backend.graph.products import product_operator
 from fpsim.compile_backend.observe.product_error import result_of
 from fpsim.compile_backend.passes.inserter import Inserter
+from fpsim.compile_backend.passes.unfolding import convolution, gradient
 from fpsim.compile_backend.plan import Sum
 from fpsim.formats import FloatFormat
 from fpsim.rounding.carriers import CARRIERS
@@ -62,7 +63,7 @@ def summed(product: Product, casts: Sequence[Cast | None], accumulator: Accumula
         ValueError: the accumulator does not add products of these formats.
     """
     call = product.node
-    if call.target not in _PRODUCTS and call.target is not aten.mul.Tensor:
+    if call.target not in (*_PRODUCTS, *_CONVOLUTIONS, aten.mul.Tensor):
         where = f" in module {product.path!r}" if product.path else ""
         raise UnroundedError(
             f"the sums of {product.operator}{where} cannot be simulated with an accumulator: give the module a rule "
@@ -108,13 +109,17 @@ def _replace(each: Summed, inserter: Inserter) -> None:
         inserter.sources[new] = inserter.sources[end]
         return new
 
-    def multiply(a: fx.Node, b: fx.Node) -> fx.Node:
-        names = (each.formats[0].name, each.formats[1].name)
-        return call(accumulate_op, a, b, key, str(each.accumulator), *names, SOURCE)
+    def multiply(a: fx.Node, b: fx.Node, exchanged: bool = False) -> fx.Node:
+        """The product of matrices of the first and the second operand; ``exchanged``: of the second and the first."""
+        first, second = reversed(each.formats) if exchanged else each.formats
+        return call(accumulate_op, a, b, key, str(each.accumulator), first.name, second.name, SOURCE)
 
-    result = (
-        _decomposed(node, end, call, multiply) if node.target is aten.mul.Tensor else _product(node, call, multiply)
-    )
+    if node.target is aten.convolution_backward.default:
+        result = gradient(node, cast(int, end.args[1]), call, multiply)
+    elif node.target is aten.mul.Tensor:
+        result = _decomposed(node, end, call, multiply)
+    else:
+        result = _product(node, call, multiply)
     wanted = end.meta["val"].dtype
     if result.meta["val"].dtype != wanted:
         result = call(torch.ops.prims.convert_element_type.default, result, wanted)
@@ -126,14 +131,19 @@ def _product(node: fx.Node, call: Call, multiply: Call) -> fx.Node:
     entry = product_operator(node.target)
     assert entry is not None, "the operator is in the table of products"
     a, b = (cast(fx.Node, node.args[i]) for i in entry.multiplications[0].operands)
-    adds = entry.addend is not None
+    adds = entry.addend is not None and node.args[entry.addend] is not None
     wanted = node.meta["val"].dtype
     if wanted != a.meta["val"].dtype or (adds and wanted.itemsize < 4):
         a, b = (call(torch.ops.prims.convert_element_type.default, x, torch.float32) for x in (a, b))
-    result = _PRODUCTS[node.target](a, b, call, multiply)
+    if node.target is aten.convolution.default:
+        result = convolution(node, a, b, call, multiply)
+    else:
+        result = _PRODUCTS[node.target](a, b, call, multiply)
     if not adds:
         return result
-    addend = cast(fx.Node, node.args[entry.addend])
+    addend = cast(fx.Node, node.args[cast(int, entry.addend)])
+    if node.target is aten.convolution.default:
+        addend = call(aten.reshape.default, addend, [-1, *[1] * (result.meta["val"].dim() - 2)])
     if addend.meta["val"].dtype != result.meta["val"].dtype:
         addend = call(torch.ops.prims.convert_element_type.default, addend, result.meta["val"].dtype)
     alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
@@ -207,7 +217,8 @@ def _plain(a: fx.Node, b: fx.Node, call: Call, multiply: Call) -> fx.Node:
     return multiply(a, b)
 
 
-#: For every operator that can have an accumulator, its product of two matrices or batches.
+_CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
+#: For every other operator that can have an accumulator, its product of two matrices or batches.
 _PRODUCTS: dict[Any, Callable[[fx.Node, fx.Node, Call, Call], fx.Node]] = {
     **{
         getattr(packet, overload): _plain

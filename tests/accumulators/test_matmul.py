@@ -109,6 +109,53 @@ def test_an_aligned_order_of_ones_own() -> None:
         check(judge, "e4m3fn", (4, 23, 9), 7, accumulator=f"{accumulator}/{rounding}", order=("aligned", 5, 9))
 
 
+#: Results of the AMX unit of an Intel Xeon (TDPBF16PS twice, from zero): the bits of a and b in bfloat16, and of
+#: a . b in float32.
+AMX: list[tuple[str, str, str]] = [
+        (
+            "40ec 4005 be5b c05a 4081 be0a bc86 c138 3dc8 be1b c12d be3b 3ffd bd57 be16 bf48 "
+            "4032 3f9c be2c bef7 be05 be9a 3c94 bf99 be60 3f47 bbef c082 40be 3efd 3e7f 4160 "
+            "be86 bebb 4159 bfb7 3ff6 3d13 4070 c19a bf97 3f66 3f8c c052 c0e8 bf54 be07 bfd9 "
+            "3ed1 3fd2 3d5d 410b 3f31 3fab c012 c0d2 c0e5 40e1 410b bfbe 3ffe 3fbe 4023 4029",
+            "3f5e bf0e 3f11 3d70 bfa1 3f2d 3fa8 3f8f bf65 3eaf 3f54 bf0a be5b be94 3f8d 400f "
+            "bead bc6b bf78 3fbb 3ed1 bfbc bf46 c007 bf99 4000 bcc5 b982 be41 bf84 bf86 bbf5 "
+            "bfce bbdf 3fb3 bf67 3d2c 3ff5 be94 bfdf bf84 3f9a bf81 3f59 3e8d bed8 3f25 3f81 "
+            "bf8a bf9a 400a bfde bfb6 3e9f bf38 be95 3ede 3e53 bebd be9b 3f13 bea0 bf7a bee8",
+            "405046e0",
+        ),
+        (
+            "be05 3fc8 3e9e 3ec0 4072 3f9b c061 c03e 3d91 bfc0 c01e be1b be7c bd8c 3f6f 3c9a "
+            "c0d1 bd45 3e4e beb8 bc15 bf8c 3f7a c0a7 bf3a 3e06 40ff 40ed 4076 bcc2 3d85 3da7 "
+            "bdd5 bebe 409e c038 bde4 bf05 beee 4064 3d83 4086 3edb c09a be3b 3c87 4001 bce4 "
+            "bde5 bcd7 40ee c040 3db5 4000 be40 be29 bea0 4092 be2a 3e68 3f3a be1a c0d3 3deb",
+            "3fa9 3f9c bf1a 3f10 3e6b bf75 be58 3ee3 bf4e bf17 3f0e 3e71 c006 bf2d bed8 3f4d "
+            "bfa6 bd5d 3e2a bf4d 3ff2 c01e 3f9e 3fcb bef2 3ef1 be05 be6f 3f03 3db5 be6d 3f54 "
+            "3f04 3fbc 3e07 3efb bf27 bf70 bf4c 3f33 bfcd 3f72 beaf c000 3f1b bf3c 3f9f bf9a "
+            "3fa0 3f80 bfb4 3c29 bf22 3fb6 bf88 3f87 3eae 3e90 bf8e 3f76 bf7b bcb1 3ea7 3e1d",
+            "41544f58",
+        ),
+        (
+            "1d9a 9d88 1ed8 1f59 9fda 1ed4 9fab 1f8b 9fdb 9dcf 1fa6 9dd4 9f49 9f49 9e61 9f0a "
+            "9f27 1f0d 201d 1e28 1ead 9e7f a001 1d74 1e38 1f5c 1f8c 9ecf 1f6b 9f40 9f6f 9f73 "
+            "9fef 9f69 9f03 1ecb 9de3 1ca0 9f1e 1f13 9f7f 9fba 9ee2 1f80 1f21 1f81 1f5d 9f31 "
+            "1fdb 9ec2 1f24 9ede 1e85 9f73 9e51 9f9f 9dba 1f1e 1f0a 9f40 9dc2 9f8b 1f6b 9d74",
+            "a03e a076 9fa4 1ff2 2093 9f56 a04e 1f01 1f92 1f97 a024 1fb5 1f22 a098 9e8e 205b "
+            "9dde 2011 9f79 9f19 9faa 1f02 a045 1ffc a02f 2014 1fcb 9f8e 1e73 a05d 9f09 a070 "
+            "9f6e 1fc2 1eb8 2001 9ed8 9e07 1f2d 201c 200f 1dce 9f15 9f97 1f6f 1da1 1f94 a018 "
+            "9f1f 1f8e 1fd6 a027 9eaf 9d57 9dc1 9f37 a060 1fec 1ff1 9f2c 1fff 1dea 9e81 a042",
+            "0102a434",
+        ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("a", "b", "result"), AMX)
+def test_amx_has_the_results_of_the_processor(a: str, b: str, result: str) -> None:
+    """In the last one, products below 2**-126 count although a result below would be zero."""
+    x, y = (torch.tensor([int(word, 16) << 16 for word in words.split()]) for words in (a, b))
+    x, y = (torch.where(z >= 2**31, z - 2**32, z).to(torch.int32).view(torch.float32) for z in (x, y))
+    assert matmul(x, y, accumulator="amx_bf16").view(torch.int32).item() == int(result, 16)
+
+
 def test_machines_that_add_pairs() -> None:
     """Each from the reference's own sums: the steps of the manuals, with subnormal operands and results as zeros."""
     exact = {"accumulator": "e8m23:nosubnormals"}

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import fpsim
-from fpsim.compile_backend.errors import UnroundedError
 from fpsim.compile_backend.passes.rounding_pass import RoundingPass
 from fpsim.reference import dot, to_float
 
@@ -179,12 +178,71 @@ def test_the_key_of_compiled_code_covers_the_accumulator() -> None:
     assert len(set(keys)) == len(keys)
 
 
+def integers(*shape: int, seed: int) -> Tensor:
+    return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+#: Convolutions: the function, its arguments beside image and weight, and the shapes of these two.
+CONVOLUTIONS: dict[str, tuple[Callable[..., Tensor], dict[str, Any], tuple[int, ...], tuple[int, ...]]] = {
+    "plain": (nn.functional.conv2d, {}, (2, 4, 5, 6), (6, 4, 3, 3)),
+    "all arguments": (
+        nn.functional.conv2d, {"stride": (2, 3), "padding": (1, 2), "dilation": (2, 1), "groups": 2},
+        (2, 4, 9, 11), (6, 2, 3, 4)),
+    "a stride that leaves a rest": (nn.functional.conv1d, {"stride": 3, "padding": 4}, (2, 4, 10), (6, 4, 3)),
+    "three dimensions": (nn.functional.conv3d, {"stride": 2, "padding": 1}, (1, 2, 4, 5, 6), (3, 2, 3, 2, 3)),
+    "transposed": (
+        nn.functional.conv_transpose2d, {"stride": 2, "padding": 1, "output_padding": 1}, (2, 4, 4, 5), (4, 3, 3, 3)),
+    "transposed in groups": (
+        nn.functional.conv_transpose2d, {"stride": 2, "dilation": 2, "groups": 2}, (2, 4, 4, 5), (4, 3, 3, 3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_are_unfolded_into_products(name: str) -> None:
+    """Sums of integers are exact in float32, in any order: torch's own convolution is the judge."""
+    function, arguments, of_image, of_weight = CONVOLUTIONS[name]
+    results = []
+    for convolve in (
+        torch.compile(function, backend="fpsim_eager", options={"accumulator": "fp32", "order": "pairwise"}), function
+    ):  # fmt: skip
+        image, weight = (integers(*s, seed=n).requires_grad_() for n, s in enumerate((of_image, of_weight)))
+        result = convolve(image, weight, **arguments)
+        result.backward(integers(*result.shape, seed=3))
+        results.append((result, image.grad, weight.grad))
+    assert all(torch.equal(got, wanted) for got, wanted in zip(*results, strict=True))
+
+
+def test_the_sums_of_a_convolution_are_over_channels_and_then_taps() -> None:
+    """In the order of `torch.nn.functional.unfold`, forward and for the weight; the gradient is in another format."""
+    layer = nn.Conv2d(3, 4, 2)
+    layer.weight.data, layer.bias.data = numbers(4, 3, 2, 2, seed=1), numbers(4, seed=2)
+    image, gradient = numbers(2, 3, 4, 3, seed=3), fpsim.round(torch.randn(2, 4, 3, 2), "e5m2")
+    policy = {
+        "activation": "e4m3fn",
+        "weight": "e4m3fn",
+        "gradient": "e5m2",
+        "accumulator": "hopper_fp8",
+        "format": None,
+    }
+    result = torch.compile(layer, backend="fpsim_eager", options={**POLICY, **policy})(image)
+    result.backward(gradient)
+    columns, rows = nn.functional.unfold(image, 2), layer.weight.detach().reshape(4, -1)
+    sums = fpsim.matmul(columns.transpose(1, 2), rows.T, accumulator="hopper_fp8").transpose(1, 2)
+    assert torch.equal(result, sums.reshape(result.shape) + layer.bias[:, None, None])
+    left, right = gradient.flatten(2).transpose(0, 1).flatten(1), columns.transpose(1, 2).flatten(0, 1)
+    of_weight = fpsim.matmul(left, right, accumulator="hopper_fp8", format=("e5m2", "e4m3fn"))
+    assert torch.equal(layer.weight.grad, of_weight.reshape(layer.weight.shape))
+
+
 def test_sums_that_cannot_be_simulated_are_refused_with_a_remedy() -> None:
-    layer = nn.Conv2d(2, 3, 3)
-    with pytest.raises(Exception, match=r"sums of aten.convolution cannot be simulated.*rule without one") as error:
-        run(layer, torch.randn(1, 2, 5, 5))
-    assert isinstance(error.value.__cause__ or error.value, UnroundedError) or "UnroundedError" in str(error.value)
-    assert run(layer, torch.randn(1, 2, 5, 5), accumulator=None).shape == (1, 3, 3, 3)
+    def grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+        return torch._grouped_mm(a, b, offs=ends)
+
+    a, b = numbers(16, 16, seed=1).bfloat16(), numbers(2, 16, 8, seed=2).bfloat16()
+    ends = torch.tensor([8, 16], dtype=torch.int32)
+    with pytest.raises(Exception, match=r"sums of aten._grouped_mm cannot be simulated.*a rule without one") as error:
+        run(grouped, a, b, ends)
+    assert "UnroundedError" in repr(error.value) + repr(error.value.__cause__) + str(error.value)
 
 
 @pytest.mark.parametrize(
