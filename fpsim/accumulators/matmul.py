@@ -67,21 +67,21 @@ def matmul(
     tensor([[448.]])
     """
     parsed = parse_accumulator(accumulator, chunk, order, promote)
-    operands, formats = [], []
+    operands, known = [], []
     casts = format if isinstance(format, tuple) else (format, format)
     if len(casts) != 2:
         raise ValueError(f"format is one format or a pair, got {len(casts)}")
     for x, given, axis in zip((a, b), casts, (-1, -2), strict=True):
         value, fmt = _operand(x, None if given is None else _cast(given), axis, parsed)
         operands.append(value)
-        formats.append(fmt)
+        known.append(fmt)
     left, right = operands
     if left.dtype != right.dtype:
         raise TypeError(f"operands have one dtype, got {a.dtype} and {b.dtype}: convert one of them")
-    formats = _common_formats(operands, formats, parsed)
-    parsed.check_operands(*formats)
+    first, second = (fmt or _format_by_values(x, parsed) for x, fmt in zip(operands, known, strict=True))
+    parsed.check_operands(first, second)
     key = _key(parsed, seed, salt, left.device)
-    value = _product(left.detach(), right.detach(), key, parsed, formats)
+    value = _product(left.detach(), right.detach(), key, parsed, (first, second))
     if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
         return straight_through(torch.matmul(left, right), value)
     return value
@@ -129,15 +129,8 @@ def operand_format(cast: Cast, accumulator: Accumulator) -> FloatFormat:
     return cast.grid
 
 
-def _common_formats(
-    operands: list[Tensor], formats: list[FloatFormat | None], accumulator: Accumulator
-) -> tuple[FloatFormat, FloatFormat]:
-    """The formats of both operands. Where only their values tell, a machine's first format that has them."""
-    found = [fmt or _format_by_values(x, accumulator) for x, fmt in zip(operands, formats, strict=True)]
-    return found[0], found[1]
-
-
 def _format_by_values(x: Tensor, accumulator: Accumulator) -> FloatFormat:
+    """The first format of a machine, or of the integers, that has all values of ``x``; else float32."""
     names = accumulator.machine.formats if accumulator.machine else ()
     if accumulator.integer_bits is not None:
         names = ("int4", "int8", "int16")
