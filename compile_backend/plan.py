@@ -74,11 +74,30 @@ class Gap:
 
 
 @dataclass(frozen=True)
+class Sum:
+    """A matrix product whose sum has a narrow accumulator.
+
+    Attributes:
+        path, operator, kind: as in `Site`.
+        accumulator: the accumulator as text: ``hopper_fp8 promote=128``.
+    """
+
+    path: str
+    operator: str
+    kind: str
+    accumulator: str
+
+
+@dataclass(frozen=True)
 class Plan:
-    """All sites and gaps of a model under a policy; ``str(plan)`` and ``rich.print(plan)`` show them as tables."""
+    """All sites and gaps of a model under a policy, and the sums that have narrow accumulators.
+
+    ``str(plan)`` and ``rich.print(plan)`` show them as tables.
+    """
 
     sites: tuple[Site, ...]
     gaps: tuple[Gap, ...]
+    sums: tuple[Sum, ...] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         rounded = sum(site.cast is not None for site in self.sites)
@@ -92,6 +111,13 @@ class Plan:
             words = (site.path or "(root)", site.operator, site.step, site.role, shape, site.dtype)
             table.add_row(*map(Text, words), cast, *[Text(site.scales)] * has_scales)
         yield table
+        if self.sums:
+            sums = Table(title=f"{len(self.sums)} products with accumulators", title_justify="left")
+            for name in ("module", "operator", "kind", "accumulator"):
+                sums.add_column(name, overflow="fold")
+            for each in self.sums:
+                sums.add_row(*map(Text, (each.path or "(root)", each.operator, each.kind, each.accumulator)))
+            yield sums
         if not self.gaps:
             yield Text("no gaps: every matrix product is covered", style="green")
             return

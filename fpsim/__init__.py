@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fpsim import curvature, reference, sharpness, testing
+    from fpsim.accumulators.matmul import matmul
     from fpsim.block_functions import decode_blocks, encode_blocks
     from fpsim.compile_backend import (
         Profiler,
@@ -50,6 +51,7 @@ _HOMES = {
     "encode_blocks": "fpsim.block_functions",
     "explain": "fpsim.compile_backend",
     "load_scale_state": "fpsim.compile_backend",
+    "matmul": "fpsim.accumulators.matmul",
     "pack": "fpsim.rounding.packing",
     "parse_format": "fpsim.formats",
     "power_of_two_scale": "fpsim.scaling.ops",
@@ -78,6 +80,7 @@ __all__ = [
     "encode_blocks",
     "explain",
     "load_scale_state",
+    "matmul",
     "pack",
     "parse_format",
     "power_of_two_scale",
@@ -95,7 +98,7 @@ __all__ = [
 
 
 #: Packages that documentation names by their path, such as ``fpsim.formats.split_rounding``.
-_PACKAGES = ("compile_backend", "formats", "policy", "rounding", "scaling", "training")
+_PACKAGES = ("accumulators", "compile_backend", "formats", "policy", "rounding", "scaling", "training")
 
 
 def __getattr__(name: str) -> Any:

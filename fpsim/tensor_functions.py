@@ -114,7 +114,7 @@ def round(
     key = None
     _check_salt(salt)
     if ":" in arguments[1]:
-        key = random_key_op(_seed_tensor(seed, rounding, x.device), salt)
+        key = random_key_op(seed_tensor(seed, rounding, x.device), salt)
     elif seed is not None:
         raise ValueError(f"a seed has no meaning with rounding={rounding!r}: use rounding='stochastic'")
     value = apply_arguments(x.detach(), arguments, axes=axes, key=key)
@@ -330,7 +330,8 @@ def _check_salt(salt: int) -> None:
         raise ValueError(f"salt {salt} is no 64-bit integer: use one from -2**63 to 2**63 - 1")
 
 
-def _seed_tensor(seed: int | Tensor | None, rounding: str, device: torch.device) -> Tensor:
+def seed_tensor(seed: int | Tensor | None, rounding: str, device: torch.device) -> Tensor:
+    """A seed of stochastic rounding as one int64 on ``device``; the errors are those of `round`."""
     if seed is None:
         raise ValueError(f"rounding={rounding!r} needs a seed: an int, or a tensor with one int64")
     if isinstance(seed, Tensor):

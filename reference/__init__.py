@@ -15,10 +15,11 @@ operation. The reference imports nothing of fpsim but the description of the for
 Stochastic rounding takes its random numbers as an argument, so that everything here is a function of its arguments.
 
 The files build on one another in this order: values, decoding, substitutes, rounding, encoding, outcomes, operations,
-enclosures, irrational, arithmetic, elementary, orders, sums, flags; and, beside these, tables, comparison,
+enclosures, irrational, arithmetic, elementary, aligned, orders, sums, flags; and, beside these, tables, comparison,
 classification, and integers, codebooks, elements, scales, blocks, histories.
 """
 
+from .aligned import Aligned
 from .arithmetic import add, convert, div, fma, mul, remainder, sqrt, sub
 from .blocks import Block, Cast, block_indices, parse_cast, quantize_block, quantize_blocks, round_block, round_blocks
 from .classification import (
@@ -72,6 +73,7 @@ __all__ = [
     "NEGATIVE_INFINITY",
     "NEGATIVE_ZERO",
     "TININESS",
+    "Aligned",
     "Block",
     "Cast",
     "Codebook",

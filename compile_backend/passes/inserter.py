@@ -162,7 +162,7 @@ class Inserter:
         last = value
         while last.op == "placeholder" and last.next.op == "placeholder":
             last = last.next
-        key = self._random_key(value) if cast.is_stochastic else None
+        key = self.random_key(value) if cast.is_stochastic else None
         if key is not None and last.op == "placeholder":
             last = key
         meta = {key: value.meta[key] for key in _COPIED if key in value.meta}
@@ -211,7 +211,7 @@ class Inserter:
             name = f"{name} {self.timed_sites[name, phase]}"
         return call(timed_factor_op, amax, self.handle, name, phase, cast.format.name, str(cast.scale), SOURCE)
 
-    def _random_key(self, value: fx.Node) -> fx.Node:
+    def random_key(self, value: fx.Node) -> fx.Node:
         """The key for one stochastic rounding of ``value``: it is made of the seed and the number of the rounding.
 
         The seed is an input of the graph, not a node: a rounding that backward recomputes draws the same numbers.

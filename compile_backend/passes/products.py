@@ -14,6 +14,7 @@ from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.nodes import module_path
 from fpsim.compile_backend.graph.opaque import find_opaque
 from fpsim.compile_backend.graph.products import opaque_family, remedy
+from fpsim.compile_backend.passes.accumulators import Summed, summed
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.places import policy_at, site_of_product
 from fpsim.compile_backend.plan import Gap, Site
@@ -53,27 +54,34 @@ def _opaque_gap(node: fx.Node, name: str, policy: Policy, strict: bool) -> Gap:
 
 def round_products(
     products: Sequence[Product], policy: Policy, inserter: Inserter, strict: bool
-) -> tuple[list[Site], list[Gap]]:
+) -> tuple[list[Site], list[Gap], list[Summed]]:
     """Round operands and results of ``products`` as ``policy`` says.
 
     Returns:
-        The sites of the products that the policy rounds, with or without a cast; and the other products as gaps.
+        The sites of the products that the policy rounds, with or without a cast; the other products as gaps; and the
+        products whose sums have an accumulator, which are not replaced yet.
 
     Raises:
-        UnroundedError: a product of numbers that no carrier holds, or, with ``strict``, a product in an unknown module
-            while the policy has rules for modules.
+        UnroundedError: a product of numbers that no carrier holds, or whose sums cannot be simulated although the
+            policy names an accumulator; or, with ``strict``, a product in an unknown module while the policy has rules
+            for modules.
+        ValueError: an accumulator does not add products of the operands' formats.
     """
     sites: list[Site] = []
-    gaps = []
+    gaps: list[Gap] = []
+    sums: list[Summed] = []
     for product in products:
         description = f"{product.kind} product {product.node.name} ({product.operator})"
         local = policy_at(product.path, description, policy, strict)
         reason = _reason_to_leave(product, local)
         if local is not None and reason is None:
             sites += _round_product(product, local, inserter)
+            accumulator = local.accumulator_of(product.kind)
+            if accumulator is not None:
+                sums.append(summed(product, [local.cast(product.kind, role) for role in product.roles], accumulator))
         else:
             gaps.append(Gap(product.path or "", product.operator, reason or ""))
-    return sites, gaps
+    return sites, gaps, sums
 
 
 def rounds_only_weights(policy: Policy) -> bool:

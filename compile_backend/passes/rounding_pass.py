@@ -22,6 +22,7 @@ from fpsim.compile_backend.graph.operation_ends import find_marks, replace_mark
 from fpsim.compile_backend.graph.recognition import note_gradients
 from fpsim.compile_backend.graph.sources import Source, find_input, find_sources
 from fpsim.compile_backend.observe.recorder import Recorder
+from fpsim.compile_backend.passes.accumulators import insert_accumulators
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.operations import round_operations
 from fpsim.compile_backend.passes.products import opaque_gaps, round_products, warn_if_no_weight_is_found
@@ -120,15 +121,16 @@ def rewrite(
         graph.erase_node(node)
         views.discard(node)
     results = round_operations(graph, policy, sources, products, inserter, strict)
-    operands, gaps = round_products(products, policy, inserter, strict)
+    operands, gaps, sums = round_products(products, policy, inserter, strict)
     if strict:
         warn_if_no_weight_is_found(products, [*results, *operands], policy)
     inserter.release_shapes()
     if recorder is not None:
         recorder.insert(graph)
+    insert_accumulators(sums, inserter)
     for node in find_marks(graph):
         replace_mark(node, node.args[0])  # type: ignore[arg-type]
     graph.eliminate_dead_code()
     update_aliases(graph, views)
     graph.lint()
-    return Plan((*results, *operands), (*refused, *gaps))
+    return Plan((*results, *operands), (*refused, *gaps), tuple(each.sum for each in sums))

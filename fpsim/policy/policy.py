@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
+from fpsim.accumulators.accumulator import Accumulator, AccumulatorLike, Order, parse_accumulator
 from fpsim.casts import NONE, UNSCALED, Cast, CastLike, parse_cast, parse_unscaled
 from fpsim.formats import OVERFLOWS, ElementFormat, FloatFormat, full_rounding, parse_format
 from fpsim.json_text import check_depth, parse_json
@@ -59,6 +60,9 @@ JSON_VERSION = 1
 
 #: The argument type for the casts of several roles, or of both directions: one cast for all, or a mapping.
 CastsLike = CastLike | Mapping[str, CastLike | None] | Sequence[tuple[str, CastLike | None]]
+
+#: The argument type for accumulators: one for all kinds of product, or a mapping.
+AccumulatorsLike = AccumulatorLike | Mapping[str, AccumulatorLike | None] | Sequence[tuple[str, AccumulatorLike | None]]
 
 #: A cast as a policy stores it: "none" leaves values unrounded, None means that the field states nothing.
 _StoredCast = Cast | Literal["none"] | None
@@ -106,6 +110,11 @@ class Policy:
             `rounding`, `overflow`, `scale` and `attention` from this policy. The first glob that matches decides.
             `skip` has precedence over `modules`. The policy of a module may have `skip` and `modules` of its own, with
             paths from the whole model.
+        accumulator, chunk, order, promote: the accumulator of every matrix product, with the arguments of
+            `fpsim.matmul`: ``accumulator="hopper_fp8"``, ``accumulator="e8m13/toward_zero", chunk=32``. Each may be a
+            mapping from ``fprop``, ``dgrad`` and ``wgrad``; other kinds of product then have the sums of torch, or
+            no chunk, order or promotion. Stored are the accumulators, with the other three in their text. A bias is
+            added after the sum. Default: the sums are those of torch. Rules for modules do not inherit it.
         attention: ``"round"`` decomposes scaled dot-product attention, so that its inner products are rounded.
             ``"keep"`` leaves it fused and unrounded; the plan lists it as a gap.
         gaps: names of operators that contain matrix products which the backend cannot round, and which may stay
@@ -139,6 +148,10 @@ class Policy:
     rounding: str = "nearest_even"
     overflow: str | None = None
     scale: str | Scale | None = None
+    accumulator: AccumulatorsLike | None = None
+    chunk: int | Mapping[str, int] | None = None
+    order: Order | Mapping[str, Order] | None = None
+    promote: int | Mapping[str, int] | None = None
     skip: str | Iterable[str] = ()
     modules: Mapping[str, ModuleRule] | Sequence[tuple[str, ModuleRule]] = ()
     attention: str = "round"
@@ -163,6 +176,9 @@ class Policy:
         set_(self, "output", self._result(self.output))
         for kind in KINDS:
             set_(self, kind, self._casts(kind, ROLES, (*ROLES, "output"), "role"))
+        set_(self, "accumulator", self._accumulators())
+        for name in ("chunk", "order", "promote"):  # the accumulators have them
+            set_(self, name, None)
         set_(self, "elementwise", self._casts("elementwise", DIRECTIONS, DIRECTIONS, "direction"))
         if all(getattr(self, field.name) == field.default for field in fields(self)):
             for role, usual in HYBRID.items():
@@ -196,6 +212,20 @@ class Policy:
             raise ValueError(f"unknown {what} {unknown[0]!r} in {name}: use {', '.join(valid)}")
         parsers = {key: self._operand if key in ROLES else self._result for key in valid}
         return tuple((key, parsers[key](casts[key])) for key in valid if key in casts)
+
+    def _accumulators(self) -> tuple[tuple[str, Accumulator], ...] | None:
+        """The accumulators by kind of product, each with its chunk, order and promotion; None if there are none."""
+        given = {name: _by_kind(name, getattr(self, name)) for name in ("accumulator", "chunk", "order", "promote")}
+        accumulators = given.pop("accumulator")
+        for name, values in given.items():
+            if lacking := [kind for kind in values if kind not in accumulators and values[kind] is not None]:
+                raise ValueError(f"{name} is that of an accumulator, and {lacking[0]} has none: name accumulator too")
+        parsed = tuple(
+            (kind, parse_accumulator(accumulators[kind], *(given[name].get(kind) for name in given)))
+            for kind in KINDS
+            if kind in accumulators
+        )
+        return parsed or None
 
     def _module_rules(self) -> tuple[tuple[str, Policy | None], ...]:
         rules: dict[str, Policy | None] = {}
@@ -255,6 +285,10 @@ class Policy:
         """The cast of the results of products of ``kind``; None if they are not rounded."""
         return _rounding_cast(_casts_by_key(self, kind).get("output", cast(_StoredCast, self.output)))
 
+    def accumulator_of(self, kind: str) -> Accumulator | None:
+        """The accumulator of products of ``kind``; None if their sums are those of torch."""
+        return dict(cast(tuple[tuple[str, Accumulator], ...], self.accumulator or ())).get(kind)
+
     def elementwise_cast(self, direction: str) -> Cast | None:
         """The cast of the results of other operations, ``forward`` or ``backward``; None if they are not rounded."""
         return _rounding_cast(_casts_by_key(self, "elementwise").get(direction))
@@ -279,7 +313,7 @@ class Policy:
                     policy.check_names_format()
             except ValueError as error:
                 raise ValueError(f"in the rule for modules {glob!r}: {error}") from None
-        is_rounding = self._policies_of_modules or any(True for _ in self._all_casts())
+        is_rounding = self._policies_of_modules or self.accumulator or any(True for _ in self._all_casts())
         says_none = self.format == NONE or all(getattr(self, role) == NONE for role in ROLES)
         if not is_rounding and not says_none:
             given = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
@@ -325,7 +359,12 @@ class Policy:
     @property
     def is_stochastic(self) -> bool:
         """Whether any rounding draws random numbers."""
-        return any(cast.is_stochastic for cast in self._all_casts())
+        sums = [self.accumulator_of(kind) for kind in KINDS]
+        return (
+            any(cast.is_stochastic for cast in self._all_casts())
+            or any(accumulator is not None and accumulator.is_stochastic for accumulator in sums)
+            or any(policy.is_stochastic for policy in self._policies_of_modules)
+        )
 
     @property
     def is_timed(self) -> bool:
@@ -419,6 +458,9 @@ class Policy:
                 continue
             if field.name in (*KINDS, "elementwise"):
                 value = {key: self._text(cast, spelled) if isinstance(cast, Cast) else cast for key, cast in value}
+            elif field.name == "accumulator":
+                texts = {kind: str(accumulator) for kind, accumulator in value}
+                value = texts[KINDS[0]] if len(texts) == len(KINDS) and len(set(texts.values())) == 1 else texts
             elif field.name == "modules":
                 value = {glob: self._rule_fields(policy, spelled) for glob, policy in self._rules}
             elif isinstance(value, Cast):
@@ -540,6 +582,17 @@ def is_preset(name: str) -> bool:
     except ValueError:
         return name in PRESETS or name.startswith(_PAPER)
     return False
+
+
+def _by_kind(name: str, given: Any) -> dict[str, Any]:
+    """``given``, one value for all kinds of product or a mapping, as a mapping without the kinds that have none."""
+    is_mapping = isinstance(given, Mapping) or (
+        isinstance(given, tuple | list) and bool(given) and all(isinstance(p, tuple | list) for p in given)
+    )
+    values = dict(_pairs(name, given)) if is_mapping else dict.fromkeys(KINDS, given)
+    if unknown := sorted(set(values) - set(KINDS)):
+        raise ValueError(f"unknown kind {unknown[0]!r} in {name}: use {', '.join(KINDS)}")
+    return {kind: value for kind, value in values.items() if value is not None and value != NONE}
 
 
 def _strings(name: str, given: Any) -> tuple[str, ...]:

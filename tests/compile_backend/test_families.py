@@ -228,7 +228,7 @@ def test_every_rounding_of_fpsim_may_stand_in_a_compiled_model(format: str) -> N
     weight = torch.eye(32)
     seed = 1 if "stochastic" in format else None
 
-    def function(x: Tensor) -> Tensor:
+    def function(x: torch.Tensor) -> torch.Tensor:
         return fpsim.round(x, format, seed=seed) @ weight
 
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
