@@ -30,7 +30,8 @@ _library.impl("observe", lambda value, *_: value.clone(), "CompositeExplicitAuto
 _library._register_fake("observe", lambda value, *_: torch.empty_like(value))
 
 #: The identity of ``value``, the result that observation ``number`` measures. Its other arguments are the operands
-#: before (``exact``) and after rounding (``rounded``), and the ``others``, the further tensors of the operator.
+#: before (``exact``) and after rounding (``rounded``), and the ``others``, the further tensors of the operator. Those
+#: before a transform follow those before rounding in ``exact``.
 observe: OpOverload = torch.ops.fpsim.observe.default
 
 
@@ -90,6 +91,7 @@ class _Observation:
         exact, rounded: the operands, or the result, before and after rounding.
         sites: one for each operand, or the one of the result.
         keys: one for each site. Sites with the same key hold the same numbers, and have the same statistics.
+        operands: the operands of the product before a transform and rounding; empty for a rounded result.
     """
 
     value: fx.Node
@@ -98,15 +100,19 @@ class _Observation:
     rounded: tuple[fx.Node, ...]
     sites: tuple[Site, ...]
     keys: tuple[int, ...]
+    operands: tuple[fx.Node, ...]
 
 
 def measure_cast(exact: Tensor, rounded: Tensor, by: Cast | None, axes: Sequence[int] = (-1,)) -> Statistics:
     """The statistics of ``exact``, rounded to ``rounded`` by the cast ``by``; None stands for no rounding.
 
     For a scaled cast, subnormals and saturations are counted among the scaled numbers. Everything else is measured on
-    the numbers before scaling and after unscaling.
+    the numbers before scaling and after unscaling. A cast with a transform changes the numbers themselves: nothing is
+    counted in its format.
     """
     grid = None if by is None else by.grid
+    if by is not None and by.transform is not None:
+        return measure(exact, rounded)
     if by is None or by.scale is None:
         return measure(exact, rounded, grid)
     scaled = measure(*in_range_of_format(exact, rounded, by, axes), grid)
@@ -144,10 +150,18 @@ class Recorder:
         self._measured: set[int] = set()
         self.clear()
 
-    def add_product(self, product: Product, exact: Sequence[fx.Node], sites: Sequence[Site]) -> None:
-        """Observe ``product``. ``exact`` are its operands before rounding, and ``sites`` their sites."""
+    def add_product(
+        self, product: Product, exact: Sequence[fx.Node], sites: Sequence[Site], before: Sequence[fx.Node]
+    ) -> None:
+        """Observe ``product``.
+
+        Args:
+            exact: its operands before a transform and rounding.
+            sites: their sites.
+            before: its operands after a transform and before rounding.
+        """
         rounded = [cast(fx.Node, product.node.args[i]) for i in product.operands]
-        self._add(result_of(product), product, exact, rounded, sites)
+        self._add(result_of(product), product, before, rounded, sites, exact)
 
     def add_result(self, exact: fx.Node, rounded: fx.Node, site: Site) -> None:
         """Observe ``exact``, the result of an operation or a product, and ``rounded``, the same after rounding."""
@@ -160,17 +174,21 @@ class Recorder:
         exact: Sequence[fx.Node],
         rounded: Sequence[fx.Node],
         sites: Sequence[Site],
+        operands: Sequence[fx.Node] = (),
     ) -> None:
         keys = [
             self._keys.setdefault(_key_of(node, site), len(self._keys)) for node, site in zip(exact, sites, strict=True)
         ]
-        self._observations.append(_Observation(value, product, tuple(exact), tuple(rounded), tuple(sites), tuple(keys)))
+        self._observations.append(
+            _Observation(value, product, tuple(exact), tuple(rounded), tuple(sites), tuple(keys), tuple(operands))
+        )
 
     def insert(self, graph: fx.Graph) -> None:
         """Insert the observations into the graph that is being rewritten."""
         for number, observation in enumerate(self._observations):
             value, others = observation.value, other_tensors(observation.product)
-            arguments = (value, list(observation.exact), list(observation.rounded), others, number)
+            exact = [*observation.exact, *observation.operands]
+            arguments = (value, exact, list(observation.rounded), others, number)
             with graph.inserting_after(value):
                 node = graph.call_function(observe, arguments)
             node.meta = {**value.meta, "original_aten": observe}
@@ -205,12 +223,15 @@ class Recorder:
             self._runs[number] += 1
             for i in own:
                 statistics = measure_cast(
-                    exact[i], rounded[i], observation.sites[i].cast, axes_of(observation.sites[i], exact[i].dim())
+                    exact[i],
+                    rounded[i].to(exact[i].dtype),
+                    observation.sites[i].cast,
+                    axes_of(observation.sites[i], exact[i].dim()),
                 )
                 self._statistics.setdefault(observation.keys[i], []).append(statistics)
             if compare is not None:
                 seed = (number << 32) + self._runs[number]  # other signs in every run, so that errors average out
-                self._errors.setdefault(number, []).append(compare(value, exact, others, seed))
+                self._errors.setdefault(number, []).append(compare(value, exact[len(rounded) :], others, seed))
             return value
 
         return observed

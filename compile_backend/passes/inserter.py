@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,11 +26,13 @@ from fpsim.compile_backend.observe.recorder import Recorder
 from fpsim.compile_backend.plan import Site
 from fpsim.formats import FloatFormat
 from fpsim.rounding.carriers import CARRIERS
-from fpsim.rounding.ops import random_key_op, random_words_op
+from fpsim.rounding.ops import SOURCE, random_key_op, random_words_op, round_op
 from fpsim.scaling.groups import across
 from fpsim.scaling.ops import SCALE_OPERATORS
+from fpsim.transforms.ops import transform_operand_op, transform_parameters_op
+from fpsim.transforms.transform import Transform
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 # The metadata that a rounding copies from the rounded value, and from the node that needs the rounding.
 _COPIED = ("partitioner_tag", "recompute", "ac_graph_id", "seq_nr", "stack_trace")
@@ -54,25 +58,81 @@ class Inserter:
         self.graph = graph
         self.sources = sources
         self.roundings: dict[tuple[fx.Node, Cast, Axes], fx.Node] = {}
+        self.transforms: dict[tuple[Any, ...], fx.Node] = {}
         # The calls into which joint ones were split, as `convolution.split` describes them.
         self.split_calls: dict[fx.Node, tuple[int, fx.Node | None]] = {}
         self.seed = seed
         self.key_count = 0
         self.recorder = recorder
 
-    def round_operand(self, product: Product, position: int, cast: Cast, contracted: Axes) -> None:
+    def round_operand(
+        self,
+        product: Product,
+        position: int,
+        cast: Cast | None,
+        contracted: Axes,
+        transformed: fx.Node | None = None,
+    ) -> None:
         """Round one operand of ``product``, and of no other product that the same call computes.
 
         Args:
+            cast: how to round it; None leaves it unrounded.
             contracted: the axes of the operand along which the product sums.
+            transformed: the operand after the transform of the product, if there is one.
         """
         operand: fx.Node = product.node.args[position]  # type: ignore[assignment]
-        rounded = self.rounded(operand, cast, product.node, contracted)
+        rounded = transformed or operand
+        if cast is not None:
+            check_cast(operand.meta["val"].dtype, cast)
+            rounded = self.rounded(rounded, cast, product.node, contracted)
+        rounded = self._in_dtype(rounded, operand.meta["val"].dtype, product.node)
         if rounded is operand:
             return
         if _is_joint(product.node) and product.node not in self.split_calls:
             self.split_calls |= convolution.split(product.node)
         product.node.update_arg(position, rounded)
+
+    def transformed(
+        self, operands: Sequence[fx.Node], axes: Sequence[int], transform: Transform, near: fx.Node
+    ) -> list[fx.Node]:
+        """The operands of the product ``near``, which sums over one of ``axes`` of each, transformed.
+
+        Products with the same operands share them.
+        """
+        parameters: tuple[fx.Node, ...] = ()
+        name = str(transform)
+        if transform.has_parameters:
+            first, second = operands
+            arguments = (first, second, name, list(axes), SOURCE)
+            parameters = (self._shared(transform_parameters_op, arguments, operands, near),)
+        return [
+            self._shared(transform_operand_op, (x, name, number, axis, SOURCE, *parameters), [x, *parameters], near)
+            for number, (x, axis) in enumerate(zip(operands, axes, strict=True))
+        ]
+
+    def _shared(
+        self, target: Callable[..., Any], arguments: tuple[Any, ...], inputs: Sequence[fx.Node], near: fx.Node
+    ) -> fx.Node:
+        """The node that holds the result of a call, before ``near``; equal calls have one node."""
+        key = (target, *map(str, arguments), *inputs)
+        if key not in self.transforms:
+            with self.graph.inserting_before(near):
+                node = self.graph.call_function(target, arguments)
+            node.meta = self._meta(inputs[0], near)
+            if all(self._is_available_in_backward(each) for each in inputs):
+                node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
+            describe(node)
+            self.sources[node] = functools.reduce(operator.or_, (self.sources[each] for each in inputs))
+            self.transforms[key] = node
+        return self.transforms[key]
+
+    def _in_dtype(self, value: fx.Node, dtype: torch.dtype, near: fx.Node) -> fx.Node:
+        """``value``, rounded once to the dtype of the product that reads it, if a transform made it wider."""
+        if value.meta["val"].dtype == dtype:
+            return value
+        name = CARRIERS[dtype].name
+        rounded = self._shared(round_op, (value, name, "nearest_even", "ovf_inf", SOURCE), [value], near)
+        return self._shared(prims.convert_element_type.default, (rounded, dtype), [rounded], near)
 
     def release_shapes(self) -> None:
         """Replace operands of which only the shape is used, so that backward keeps none of them for its shape alone.
@@ -146,8 +206,7 @@ class Inserter:
         key = self._random_key(value) if cast.is_stochastic else None
         if key is not None and last.op == "placeholder":
             last = key
-        meta = {key: value.meta[key] for key in _COPIED if key in value.meta}
-        meta |= {name: near.meta[name] for name in _PLACES if name in near.meta}
+        meta = self._meta(value, near)
         pointwise = dict(meta)
         if self._is_available_in_backward(value):
             pointwise.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
@@ -172,6 +231,11 @@ class Inserter:
         if order is not None:
             rounded = call(aten.permute.default, rounded, [order.index(i) for i in range(len(order))])
         return rounded
+
+    def _meta(self, value: fx.Node, near: fx.Node) -> dict[str, Any]:
+        """The metadata of a node that is computed from ``value`` for the node ``near``."""
+        meta = {key: value.meta[key] for key in _COPIED if key in value.meta}
+        return meta | {name: near.meta[name] for name in _PLACES if name in near.meta}
 
     def _random_key(self, value: fx.Node) -> fx.Node:
         """The key for one stochastic rounding of ``value``: it is made of the seed and the number of the rounding.
