@@ -13,7 +13,8 @@ from torch.fx.node import map_arg
 from torch.utils.checkpoint import CheckpointPolicy
 
 import fpsim.rounding.inductor
-import fpsim.scaling.inductor  # noqa: F401  (operators must have their lowerings before Inductor meets them)
+import fpsim.scaling.inductor
+import fpsim.transforms.inductor  # noqa: F401  (operators must have their lowerings before Inductor meets them)
 from fpsim.casts import Cast, apply_cast, check_cast
 from fpsim.compile_backend.graph import convolution
 from fpsim.compile_backend.graph.finding import Product
@@ -106,9 +107,25 @@ class Inserter:
             arguments = (first, second, name, list(axes), SOURCE)
             parameters = (self._shared(transform_parameters_op, arguments, operands, near),)
         return [
-            self._shared(transform_operand_op, (x, name, number, axis, SOURCE, *parameters), [x, *parameters], near)
+            self._transformed(x, axis, (name, number), parameters, near)
             for number, (x, axis) in enumerate(zip(operands, axes, strict=True))
         ]
+
+    def _transformed(
+        self, value: fx.Node, axis: int, how: tuple[str, int], parameters: tuple[fx.Node, ...], near: fx.Node
+    ) -> fx.Node:
+        """``value`` transformed along ``axis``. In a view of which this is an axis of the base the base is."""
+        axes_of_base = mapped_axes(value, (axis,)) if is_view(value) else None
+        if axes_of_base is None:
+            return self._shared(
+                transform_operand_op, (value, *how, axis, SOURCE, *parameters), [value, *parameters], near
+            )
+        source = self._transformed(value.args[0], *axes_of_base, how, parameters, near)  # type: ignore[arg-type]
+        key = (value, source)
+        if key not in self.transforms:
+            with self.graph.inserting_before(near):
+                self.transforms[key] = self._view_of(value, source)
+        return self.transforms[key]
 
     def _shared(
         self, target: Callable[..., Any], arguments: tuple[Any, ...], inputs: Sequence[fx.Node], near: fx.Node
@@ -188,11 +205,15 @@ class Inserter:
     def _rearranged(self, view: fx.Node, cast: Cast, near: fx.Node, axes: Axes) -> fx.Node:
         source = self.rounded(view.args[0], cast, near, axes)  # type: ignore[arg-type]
         with self.graph.inserting_after(view):
-            copy = self.graph.call_function(
-                view.target,  # type: ignore[arg-type]
-                map_arg(view.args, lambda node: source if node is view.args[0] else node),
-                view.kwargs,
-            )
+            return self._view_of(view, source)
+
+    def _view_of(self, view: fx.Node, source: fx.Node) -> fx.Node:
+        """A new node that rearranges ``source`` as ``view`` does its base."""
+        copy = self.graph.call_function(
+            view.target,  # type: ignore[arg-type]
+            map_arg(view.args, lambda node: source if node is view.args[0] else node),
+            view.kwargs,
+        )
         copy.meta = {**view.meta, "val": value_of(copy)}
         self.sources[copy] = self.sources[view]
         return copy

@@ -126,7 +126,8 @@ class Hadamard(Transform):
         length = x.shape[axis]
         self.check_axis(length)
         size = length if self.size is None else self.size
-        signs = _signs(self.signs, size).to(device=x.device, dtype=out.dtype) if self.signs and length > 1 else None
+        given = signs_of(self.signs, size) if length > 1 else ()
+        signs = torch.tensor(given, dtype=out.dtype, device=x.device) if given else None
         moved, moved_out = x.movedim(axis, -1), out.movedim(axis, -1)
         for start, count, n in _blocks(length, size):
             source, target = (y.narrow(-1, start, count * n).unflatten(-1, (count, n)) for y in (moved, moved_out))
@@ -175,28 +176,28 @@ def _rotated(x: Tensor, signs: Tensor | None, working: torch.dtype, back: bool) 
                 sums[i].add_(rows[j]) if row[j] > 0 else sums[i].sub_(rows[j])
         value = spare
     if n > 1:
-        value.mul_(_inverse_root(n))
+        value.mul_(inverse_root(n))
     if column is not None and back:
         value.mul_(column)
     return value
 
 
 @lru_cache(maxsize=1024)
-def _inverse_root(n: int) -> float:
+def inverse_root(n: int) -> float:
     """1/sqrt(n), correctly rounded."""
     return float(Fraction(math.isqrt((1 << 320) // n), 1 << 160))
 
 
 @lru_cache(maxsize=64)
-def _signs(signs: str, size: int) -> Tensor:
-    """The factors 1 and -1 of the elements of a block; float64, of shape (size,)."""
+def signs_of(signs: str, size: int) -> tuple[int, ...]:
+    """The factors 1 and -1 of the elements of a block, from the text `Hadamard.signs`; empty for none."""
     text = TE_SIGNS if signs == "te" else signs
     if text.startswith("seed="):
         seed = int(text[5:])
         negative = [_splitmix64(seed, i) >> 63 for i in range(size)]
     else:
         negative = [int(sign == "-") for sign in text]
-    return torch.tensor([1.0 - 2.0 * each for each in negative], dtype=torch.float64)
+    return tuple(1 - 2 * each for each in negative)
 
 
 def _splitmix64(seed: int, i: int) -> int:

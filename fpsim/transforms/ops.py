@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fpsim.rounding.carriers import working_dtype
+from fpsim.rounding.ops import register_lowerings
 from fpsim.transforms.definitions import named
 
 #: Arguments: the first and the second operand of a product, the name of a transform, the axis of each over which the
@@ -26,9 +28,16 @@ round_transformed_op: Callable[..., Tensor] = torch.ops.fpsim.round_transformed.
 _library = torch.library.Library("fpsim", "FRAGMENT")
 
 
+def _register_lowerings() -> None:
+    register_lowerings()
+    if "torch._inductor.lowering" in sys.modules:  # something is being compiled
+        import fpsim.transforms.inductor  # noqa: F401
+
+
 @torch.library.register_fake("fpsim::transform_parameters", lib=_library)
 def _parameters_fake(first: Tensor, second: Tensor, transform: str, axes: list[int], source: str) -> Tensor:
     dtype = torch.promote_types(working_dtype(first.dtype), working_dtype(second.dtype))
+    _register_lowerings()
     is_index = named(transform).parameters_are_indices
     return first.new_empty([first.shape[axes[0]]], dtype=torch.int64 if is_index else dtype)
 
@@ -37,6 +46,7 @@ def _parameters_fake(first: Tensor, second: Tensor, transform: str, axes: list[i
 def _operand_fake(
     x: Tensor, transform: str, number: int, axis: int, source: str, parameters: Tensor | None = None
 ) -> Tensor:
+    _register_lowerings()
     return torch.empty_like(x, dtype=working_dtype(x.dtype))
 
 
