@@ -131,7 +131,7 @@ class Inserter:
         self, target: Callable[..., Any], arguments: tuple[Any, ...], inputs: Sequence[fx.Node], near: fx.Node
     ) -> fx.Node:
         """The node that holds the result of a call, before ``near``; equal calls have one node."""
-        key = (target, *map(str, arguments), *inputs)
+        key = (target, *(_same(each) if isinstance(each, fx.Node) else str(each) for each in arguments))
         if key not in self.transforms:
             with self.graph.inserting_before(near):
                 node = self.graph.call_function(target, arguments)
@@ -298,6 +298,11 @@ class Inserter:
             return True
         is_condition = isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dtype == torch.bool
         return is_condition and any(map(self._is_used_with_gradients, node.users))
+
+
+def _same(node: fx.Node) -> Any:
+    """A key that is the same for views with the same arguments of the same value."""
+    return (node.target, _same(node.args[0]), str(node.args[1:])) if is_view(node) else node  # type: ignore[arg-type]
 
 
 def _is_exact(carrier: torch.dtype, cast: Cast) -> bool:

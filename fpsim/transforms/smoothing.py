@@ -74,7 +74,7 @@ class Smoothing(Transform):
             factors = torch.tensor(self.factors, dtype=torch.float64, device=first.device)
         else:
             a, b = (amax_of_channels(x, axis) for x, axis in zip((first, second), axes, strict=True))
-            factors = torch.exp2(_weighted(a, self.alpha) - _weighted(b, 1 - self.alpha))
+            factors = torch.exp2(_weighted(a, self.alpha) - _weighted(b, 1 - self.alpha)).nan_to_num(1.0)
         limit = 126 if working == torch.float32 else 1022
         factors = factors.clamp(2.0**-limit, 2.0**limit).to(working)
         return _nearest_power_of_two(factors).clamp(max=2.0**limit) if self.power_of_two else factors
@@ -89,7 +89,7 @@ class Smoothing(Transform):
 
 
 def _weighted(amax: Tensor, weight: float) -> Tensor:
-    """The logarithm of ``amax``, times ``weight``; 0 where the factor does not depend on it, NaN where it is 1."""
+    """The logarithm of ``amax``, times ``weight``; 0 if no factor depends on it, NaN where it is unusable."""
     if weight == 0:
         return torch.zeros_like(amax)
     usable = (amax > 0) & amax.isfinite()
