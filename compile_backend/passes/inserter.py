@@ -120,7 +120,7 @@ class Inserter:
             return self._shared(
                 transform_operand_op, (value, *how, axis, SOURCE, *parameters), [value, *parameters], near
             )
-        source = self._transformed(value.args[0], *axes_of_base, how, parameters, near)  # type: ignore[arg-type]
+        source = self._transformed(value.args[0], axes_of_base[0], how, parameters, near)  # type: ignore[arg-type]
         key = (value, source)
         if key not in self.transforms:
             with self.graph.inserting_before(near):

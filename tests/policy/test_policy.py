@@ -409,6 +409,7 @@ def test_policies_with_the_same_meaning_are_equal_in_any_spelling() -> None:
         ("rounding", "up"),
         ("overflow", "ovf_inf"),
         ("scale", "power_of_two"),
+        ("transform", "hadamard:16"),
         ("skip", ["head"]),
         ("modules", {"head": "none"}),
         ("attention", "keep"),
