@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -114,9 +115,9 @@ class Inserter:
     def _transformed(
         self, value: fx.Node, axis: int, how: tuple[str, int], parameters: tuple[fx.Node, ...], near: fx.Node
     ) -> fx.Node:
-        """``value`` transformed along ``axis``. In a view of which this is an axis of the base the base is."""
+        """``value`` transformed along ``axis``. A view of which this is an axis of the base is one of the result."""
         axes_of_base = mapped_axes(value, (axis,)) if is_view(value) else None
-        if axes_of_base is None:
+        if axes_of_base is None or not _same_length(value, axis, axes_of_base[0]):
             return self._shared(
                 transform_operand_op, (value, *how, axis, SOURCE, *parameters), [value, *parameters], near
             )
@@ -298,6 +299,15 @@ class Inserter:
             return True
         is_condition = isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dtype == torch.bool
         return is_condition and any(map(self._is_used_with_gradients, node.users))
+
+
+def _same_length(view: fx.Node, axis: int, axis_of_base: int) -> bool:
+    """Whether an axis of a view has all elements of that of its base; one that is expanded has not."""
+    length, length_of_base = (
+        node.meta["val"].shape[i]
+        for node, i in ((view, axis), (view.args[0], axis_of_base))  # type: ignore[union-attr]
+    )
+    return statically_known_true(length == length_of_base)
 
 
 def _same(node: fx.Node) -> Any:

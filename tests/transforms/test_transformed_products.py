@@ -57,6 +57,8 @@ PRODUCTS: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
     "bmm": (torch.bmm, [integers(3, 5, 20), integers(3, 20, 21)]),
     "baddbmm": (torch.baddbmm, [integers(3, 5, 21), integers(3, 5, 20), integers(3, 20, 21)]),
     "addbmm": (torch.addbmm, [integers(5, 21), integers(3, 5, 20), integers(3, 20, 21)]),
+    "expanded": (lambda a, b: a.expand(3, 5, 20) @ b, [integers(3, 5, 1), integers(3, 20, 21)]),
+    "expanded batch": (lambda a, b: a.expand(4, 5, 20) @ b, [integers(1, 5, 20), integers(20, 21)]),
     "mm of one": (torch.mm, [integers(5, 1), integers(1, 4)]),
     "attention": (
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=1.0).round(),
