@@ -105,6 +105,12 @@ class Hadamard(Transform):
         if self.bf16:
             out.copy_(round_op(out, "e8m7", "nearest_even", "ovf_inf", SOURCE))
 
+    def linear(self, x: Tensor, number: int, axis: int, parameters: Tensor | None = None) -> Tensor:
+        identity = torch.eye(x.shape[axis], dtype=x.dtype, device=x.device)
+        rotation = torch.empty_like(identity)
+        self._rotate(identity, rotation, 1)
+        return (x.movedim(axis, -1) @ rotation).movedim(-1, axis)
+
     def rounded(
         self,
         x: Tensor,

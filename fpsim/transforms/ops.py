@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -79,11 +79,40 @@ def _round_transformed_vmap(
     source: str,
     words: Tensor | None = None,
 ) -> tuple[Tensor, int]:
-    xs = [x] * info.batch_size if in_dims[0] is None else x.unbind(in_dims[0])
-    own = [words] * len(xs) if words is None or in_dims[-1] is None else words.unbind(in_dims[-1])
+    xs = _samples(x, in_dims[0], info.batch_size)
+    own = [None] * len(xs) if words is None else _samples(words, in_dims[-1], info.batch_size)
     return torch.stack(
         [
             round_transformed_op(each, element, rounding, overflow, scale, transform, axes, source, drawn)
             for each, drawn in zip(xs, own, strict=True)
         ]
     ), 0
+
+
+@torch.library.register_vmap("fpsim::transform_parameters", lib=_library)
+def _parameters_vmap(
+    info: Any, in_dims: tuple[Any, ...], first: Tensor, second: Tensor, transform: str, axes: list[int], source: str
+) -> tuple[Tensor, int]:
+    pairs = zip(*(_samples(x, in_dims[i], info.batch_size) for i, x in enumerate((first, second))), strict=True)
+    return torch.stack([transform_parameters_op(a, b, transform, axes, source) for a, b in pairs]), 0
+
+
+@torch.library.register_vmap("fpsim::transform_operand", lib=_library)
+def _operand_vmap(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    x: Tensor,
+    transform: str,
+    number: int,
+    axis: int,
+    source: str,
+    parameters: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    xs = _samples(x, in_dims[0], info.batch_size)
+    own = [None] * len(xs) if parameters is None else _samples(parameters, in_dims[-1], info.batch_size)
+    pairs = zip(xs, own, strict=True)
+    return torch.stack([transform_operand_op(a, transform, number, axis, source, b) for a, b in pairs]), 0
+
+
+def _samples(x: Tensor, batch_dim: int | None, batch_size: int) -> Sequence[Tensor]:
+    return [x] * batch_size if batch_dim is None else x.unbind(batch_dim)

@@ -80,6 +80,10 @@ class Permutation(Transform):
         assert parameters is not None, "permutations have parameters"
         out.copy_(x.index_select(axis, parameters))
 
+    def linear(self, x: Tensor, number: int, axis: int, parameters: Tensor | None = None) -> Tensor:
+        assert parameters is not None, "permutations have parameters"
+        return x.index_select(axis, parameters)
+
 
 def _indices(given: Any) -> tuple[int, ...]:
     items = given.tolist() if isinstance(given, Tensor) else given

@@ -87,6 +87,11 @@ class Smoothing(Transform):
         else:
             torch.div(x, factors, out=out)
 
+    def linear(self, x: Tensor, number: int, axis: int, parameters: Tensor | None = None) -> Tensor:
+        assert parameters is not None, "smoothing has parameters"
+        factors = along(parameters.to(x.dtype), x, axis)
+        return x * factors if number else x / factors
+
 
 def _weighted(amax: Tensor, weight: float) -> Tensor:
     """The logarithm of ``amax``, times ``weight``; 0 if no factor depends on it, NaN where it is unusable."""

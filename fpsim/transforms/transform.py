@@ -53,6 +53,10 @@ class Transform:
         """
         raise NotImplementedError(f"{self} is no transform of products")
 
+    def linear(self, x: Tensor, number: int, axis: int, parameters: Tensor | None = None) -> Tensor:
+        """`operand`, with other last bits, by operations that have derivatives; ``x`` has the working dtype."""
+        raise NotImplementedError(f"{self} is no transform of products")
+
     def check_axis(self, length: int) -> None:
         """Raise ValueError if a product that sums over ``length`` elements cannot be transformed."""
 

@@ -17,6 +17,7 @@ from fpsim import Policy, reference
 from fpsim.compile_backend.errors import UnroundedError
 from fpsim.policy.shorthand import parse_shorthand
 from fpsim.transforms.hadamard import Hadamard
+from fpsim.transforms.names import parse_transform
 from fpsim.transforms.permutation import Permutation
 from fpsim.transforms.smoothing import Smoothing
 
@@ -325,6 +326,38 @@ def test_products_that_a_transform_would_change_are_errors_and_gaps_of_the_plan(
     inputs = [x.requires_grad_() for x in inputs]
     plan = fpsim.explain(function, *inputs, policy={"format": "fp64", "transform": transform})
     assert any(message in gap.reason for gap in plan.gaps)
+
+
+# -- derivatives -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", ["hadamard:16:te", "hadamard:12:seed=1", "smooth", "permute:norm"])
+def test_derivatives_of_a_loss_are_those_of_rounding_passed_straight_through(transform: str) -> None:
+    torch.manual_seed(0)
+    layer, x, dw = nn.Linear(24, 5, bias=False).double(), torch.randn(7, 24).double(), torch.randn(5, 24).double()
+    policy = {"format": "e4m3fn", "transform": {"fprop": transform}}
+    loss = fpsim.curvature.functional_loss(layer, lambda y: y.pow(3).sum(), batch=x, policy=policy)
+    weight = layer.weight.detach()
+    parsed = parse_transform(transform)
+    parameters = (parsed.parameters(x, weight, (1, 1)),) if parsed.has_parameters else ()
+    there = parsed.linear(torch.eye(24).double(), 0, 1, *parameters)  # the matrices of both changes
+    back = parsed.linear(torch.eye(24).double(), 1, 1, *parameters)
+
+    def by_hand(w: Tensor) -> Tensor:
+        return (fpsim.round(x @ there, "e4m3fn") @ fpsim.round(w @ back, "e4m3fn").t()).pow(3).sum()
+
+    for order in (0, 1, 2):
+        ours: Any = lambda w: loss({"weight": w})  # noqa: E731
+        theirs: Any = by_hand
+        for _ in range(order):
+            ours, theirs = (lambda w, f=f: torch.func.jvp(f, (w,), (dw,))[1] for f in (ours, theirs))
+        assert torch.allclose(ours(weight), theirs(weight), rtol=1e-9)
+    assert torch.allclose(torch.func.grad(lambda w: loss({"weight": w}))(weight), torch.func.grad(by_hand)(weight))
+    stacked = torch.stack([weight, 2 * weight])
+    samples = torch.vmap(lambda w: loss({"weight": w}))(stacked)
+    assert torch.equal(samples, torch.stack([loss({"weight": w}) for w in stacked]))
+    rounded = run(F.linear, [x, weight], "fpsim_eager", **policy)[0]
+    assert torch.equal(loss({"weight": weight}), rounded.pow(3).sum())
 
 
 # -- states of optimizers ----------------------------------------------------------------------------------------------
