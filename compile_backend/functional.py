@@ -166,6 +166,8 @@ def _differentiable(gm: fx.GraphModule) -> fx.GraphModule:
             node.target = _transform_parameters
         elif node.target is transform_operand_op:
             node.target = _transformed
+        elif node.target is torch.ops.prims.convert_element_type.default:
+            node.target = Tensor.to  # the operator has no derivative under transforms of torch.func
         elif node.target is round_transformed_op:
             node.target = _rounded_under_transform
         elif node.target is aten.copy_.default and not node.users:

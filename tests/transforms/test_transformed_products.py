@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import fpsim
 from fpsim import Policy, reference
@@ -358,6 +359,21 @@ def test_derivatives_of_a_loss_are_those_of_rounding_passed_straight_through(tra
     assert torch.equal(samples, torch.stack([loss({"weight": w}) for w in stacked]))
     rounded = run(F.linear, [x, weight], "fpsim_eager", **policy)[0]
     assert torch.equal(loss({"weight": weight}), rounded.pow(3).sum())
+
+
+def test_derivatives_pass_the_rounding_to_the_dtype_of_the_product() -> None:
+    """Small integers are exact in bfloat16 before and after the rotation; derivatives are plain ones but for bfloat16."""
+    layer = nn.Linear(16, 4, bias=False).bfloat16()
+    x, weight = integers(5, 16).clamp(-2, 2).bfloat16(), {"weight": integers(4, 16).clamp(-2, 2).bfloat16()}
+    policy = {"activation": "bf16", "transform": "hadamard:16:te"}
+    losses = [
+        fpsim.curvature.functional_loss(layer, lambda y: y.float().square().sum(), batch=x, policy=policy)
+        for policy in (policy, None)
+    ]
+    for derivative in (torch.func.grad, torch.func.hessian):
+        rounded, plain = (tree_leaves(derivative(loss)(weight)) for loss in losses)
+        for a, b in zip(rounded, plain, strict=True):
+            assert (a - b).abs().max() <= 2.0**-7 * b.abs().max()
 
 
 # -- states of optimizers ----------------------------------------------------------------------------------------------
