@@ -198,7 +198,7 @@ def _check_weights(weights: Cast | None, master: Cast | None, kahan: bool) -> No
         raise ValueError("kahan keeps what the weights lose, and so does a master copy: give one of the two")
     if weights is None or master is None:
         return
-    if not isinstance(master.format, FloatFormat) or master.scale is not None:
+    if not isinstance(master.format, FloatFormat) or master.scale is not None or master.transform is not None:
         raise ValueError(f"master weights are floating-point numbers without scales, got {master}: use fp32")
     inexact = weights.transform or weights.scale
     if weights.transform is not None or (weights.scale is not None and weights.scale.rule not in POWERS_OF_TWO):

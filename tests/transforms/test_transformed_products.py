@@ -362,7 +362,7 @@ def test_derivatives_of_a_loss_are_those_of_rounding_passed_straight_through(tra
 
 
 def test_derivatives_pass_the_rounding_to_the_dtype_of_the_product() -> None:
-    """Small integers are exact in bfloat16 before and after the rotation; derivatives are plain ones but for bfloat16."""
+    """Small integers are exact in bfloat16 before and after the rotation: derivatives are plain but for bfloat16."""
     layer = nn.Linear(16, 4, bias=False).bfloat16()
     x, weight = integers(5, 16).clamp(-2, 2).bfloat16(), {"weight": integers(4, 16).clamp(-2, 2).bfloat16()}
     policy = {"activation": "bf16", "transform": "hadamard:16:te"}
@@ -408,3 +408,12 @@ def test_states_are_rounded_under_power_maps_fused_or_not_compiled_or_not() -> N
     weights = nn.Parameter(start.clone())
     with pytest.raises(ValueError, match="master weights in e8m7 cannot hold weights with 'expand'"):
         fpsim.round_optimizer(torch.optim.SGD([weights], lr=0.1), weights="e4m3fn/group:128/expand", master="bf16")
+
+
+def test_small_parameters_are_transformed_one_by_one() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 5))
+    for cast in ("e4m3fn/hadamard:4", "e4m3fn/group:128/expand", "int4/row/hadamard:2:+-"):
+        wanted = [fpsim.round(p.detach(), cast) for p in module.parameters()]
+        fpsim.round_parameters(module, cast)
+        assert all(map(torch.equal, module.parameters(), wanted))
