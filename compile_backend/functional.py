@@ -25,6 +25,8 @@ from fpsim.policy import Policy
 from fpsim.rounding.ops import round_op
 from fpsim.scaling.ops import SCALE_OPERATORS
 from fpsim.tensor_functions import straight_through
+from fpsim.transforms.names import parse_transform
+from fpsim.transforms.ops import round_transformed_op, transform_operand_op, transform_parameters_op
 
 aten = torch.ops.aten
 
@@ -160,6 +162,14 @@ def _differentiable(gm: fx.GraphModule) -> fx.GraphModule:
             node.target = _rounded
         elif node.target in SCALE_OPERATORS.values():
             node.args, node.target = (node.target, *node.args), _scale
+        elif node.target is transform_parameters_op:
+            node.target = _transform_parameters
+        elif node.target is transform_operand_op:
+            node.target = _transformed
+        elif node.target is torch.ops.prims.convert_element_type.default:
+            node.target = Tensor.to  # the operator has no derivative under transforms of torch.func
+        elif node.target is round_transformed_op:
+            node.target = _rounded_under_transform
         elif node.target is aten.copy_.default and not node.users:
             gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code()
@@ -170,6 +180,23 @@ def _differentiable(gm: fx.GraphModule) -> fx.GraphModule:
 def _scale(operator: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
     """A scale, which has no derivative."""
     return operator(x.detach(), *arguments)
+
+
+def _transform_parameters(first: Tensor, second: Tensor, *arguments: Any) -> Tensor:
+    """What the changes of both operands share; it has no derivative, as the product does not depend on it."""
+    return transform_parameters_op(first.detach(), second.detach(), *arguments)
+
+
+def _transformed(x: Tensor, name: str, number: int, axis: int, source: str, *parameters: Tensor) -> Tensor:
+    """A changed operand, with the derivative of the change, which is linear."""
+    value = transform_operand_op(x.detach(), name, number, axis, source, *parameters)
+    transform = parse_transform(name)
+    assert transform is not None, "a node has the name of a transform"
+    return straight_through(transform.linear(x.to(value.dtype), number, axis, *parameters), value)
+
+
+def _rounded_under_transform(x: Tensor, *arguments: Any) -> Tensor:
+    return straight_through(x, round_transformed_op(x.detach(), *arguments))
 
 
 def _rounded(x: Tensor, *arguments: Any) -> Tensor:

@@ -123,6 +123,8 @@ def _scaled_cast(format: str | Cast) -> tuple[Cast, Scale]:
             f"{reprlib.repr(format)} has no scales to encode: use a format such as 'mxfp8', or fpsim.encode"
         )
     refuse_timed(cast, "this function")
+    if cast.transform is not None:
+        raise ValueError(f"codes hold no transform: leave {str(cast.transform)!r} out of {reprlib.repr(format)}")
     if cast.is_stochastic:
         raise ValueError(f"{str(cast)!r} is stochastic: round first, fpsim.round(x, ..., seed=...)")
     return cast, cast.scale

@@ -1,4 +1,4 @@
-"""Casts as frozen values (a format, modes and a scale), and the only code that applies them to tensors."""
+"""Casts as frozen values (a format, modes, a scale and a transform), and the only code that applies them to tensors."""
 
 from __future__ import annotations
 
@@ -42,6 +42,9 @@ from fpsim.scaling.scale import (
 )
 from fpsim.scaling.steps import scaled_groups
 from fpsim.suggestions import near_names
+from fpsim.transforms.names import NAMES_OF_CASTS, is_transform, parse_transform
+from fpsim.transforms.ops import round_transformed_op
+from fpsim.transforms.transform import Transform
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -54,22 +57,23 @@ UNSCALED = "unscaled"
 ROUNDING_OPERATORS = (round_op, round_stochastic_op, round_scaled_op)
 
 #: A cast in the form that operators and Dynamo accept: the format's name, the rounding, the overflow mode, and the
-#: name of the scale (None without a scale).
+#: name of the scale (None without a scale), followed by ``/`` and the name of the transform if there is one.
 Arguments = tuple[str, str, str, str | None]
 
 
 @dataclass(frozen=True)
 class Cast:
-    """A way to round: a format, a rounding, an overflow mode, and optionally a scale. No default is left open.
+    """A way to round: a format, a rounding, an overflow mode, and optionally a scale and a transform.
 
-    ``str(cast)`` is ``format/rounding/overflow`` or ``format/rounding/overflow/scale``, with the format's canonical
-    name: equal casts have equal strings.
+    No default is left open. ``str(cast)`` is ``format/rounding/overflow[/scale][/transform]``, with the format's
+    canonical name: equal casts have equal strings.
 
     Attributes:
         format: the format.
         rounding: the full name of a rounding, including its number of random bits (`fpsim.formats.full_rounding`).
         overflow: the overflow mode.
         scale: the scale, or None.
+        transform: the change of the tensor before it is scaled and rounded, which is undone afterwards; or None.
         spelling: the text from which the cast was parsed. Equality ignores it.
 
     Raises:
@@ -83,6 +87,7 @@ class Cast:
     overflow: Overflow
     scale: Scale | None = None
     spelling: str = field(default="", compare=False, repr=False)
+    transform: Transform | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.format, ElementFormat):
@@ -93,6 +98,7 @@ class Cast:
         object.__setattr__(self, "rounding", full_rounding(self.rounding))
         resolve_overflow(self.format, self.overflow)  # type: ignore[arg-type]
         _check_scale(self)
+        _check_transform(self)
 
     def __str__(self) -> str:
         return self._joined(self.format.name)
@@ -111,7 +117,7 @@ class Cast:
     @property
     def has_axis(self) -> bool:
         """Whether the result depends on the axes along which a product sums, or on the axes that form matrices."""
-        return self.scale is not None and self.scale.has_axis
+        return any(part is not None and part.has_axis for part in (self.scale, self.transform))
 
     @property
     def label(self) -> str:
@@ -124,6 +130,8 @@ class Cast:
             parts.append(self.overflow)
         if self.scale and expand(name) == name:
             parts.append("scaled" if str(self.scale) == "power_of_two" else str(self.scale))
+        if self.transform:
+            parts.append(str(self.transform))
         return " ".join(parts)
 
     @property
@@ -141,6 +149,11 @@ class Cast:
     @property
     def arguments(self) -> Arguments:
         """The cast in the form that `apply_arguments` takes."""
+        format, rounding, overflow, scale = self._plain_arguments
+        return format, rounding, overflow, scale if self.transform is None else f"{scale or ''}/{self.transform}"
+
+    @property
+    def _plain_arguments(self) -> Arguments:
         scale = None if self.scale is None else str(self.scale)
         if self.scale is None or self.scale.rule in SCALE_OPERATORS:
             if isinstance(self.format, IntegerFormat) and self.format.is_symmetric:
@@ -154,7 +167,7 @@ class Cast:
         return self.spelling.partition("/")[0] or self.format.name
 
     def _joined(self, format: str) -> str:
-        return "/".join([format, self.rounding, self.overflow, *([str(self.scale)] if self.scale else [])])
+        return "/".join([format, self.rounding, self.overflow, *(str(p) for p in (self.scale, self.transform) if p)])
 
 
 #: The argument type of a cast: the name of a format or a cast, a `FloatFormat`, or a `Cast`.
@@ -201,10 +214,29 @@ def _check_scale(cast: Cast) -> None:
         raise ValueError(f"scale {str(scale)!r} is for e2m1fn, got {fmt.name}: use row or group:64")
 
 
+def _check_transform(cast: Cast) -> None:
+    """Raise an error if ``cast`` cannot contain its transform."""
+    if cast.transform is None:
+        return
+    if not isinstance(cast.transform, Transform):
+        raise TypeError(f"a cast has a Transform or None, got {reprlib.repr(cast.transform)}: use parse_cast")
+    if not cast.transform.is_of_casts:
+        raise ValueError(
+            f"transform {str(cast.transform)!r} changes both operands of a product, and a cast has one tensor: name it "
+            f"in a policy, transform={str(cast.transform)!r}. A cast takes {', '.join(NAMES_OF_CASTS)}"
+        )
+    if cast.scale is not None and cast.scale.is_timed:
+        raise ValueError(
+            f"scale {str(cast.scale)!r} is for operands of products, and transform {str(cast.transform)!r} is not: "
+            "name a transform of products in the policy"
+        )
+    cast.transform.check_cast(cast.format, cast.scale)
+
+
 def parse_cast(
     text: CastLike, rounding: str = "nearest_even", overflow: str | None = None, scale: str | Scale | None = None
 ) -> Cast | None:
-    """The cast that ``text`` denotes: ``format[/rounding][/overflow][/scale]``, or ``none`` for None.
+    """The cast that ``text`` denotes: ``format[/rounding][/overflow][/scale][/transform]``, or ``none`` for None.
 
     Args:
         text: a format (name or `FloatFormat`), optionally followed by modes that override the next three arguments. A
@@ -234,6 +266,7 @@ def parse_cast(
     parsed_scale = parse_scale(own[0]) if own else parsed_scale
     named: dict[str, str] = {}
     timing = "current"
+    transform = None
     for mode in modes:
         if mode in ROUNDINGS or mode.partition(":")[0] in STOCHASTIC_ROUNDINGS:
             kind, rounding = "roundings", mode
@@ -243,11 +276,14 @@ def parse_cast(
             kind, parsed_scale = "scales", None if mode == UNSCALED else parse_scale(mode)
         elif is_timing(mode):
             kind, timing = "timings", mode
+        elif is_transform(mode):
+            kind, transform = "transforms", parse_transform(mode)
         else:
             raise ValueError(
                 f"unknown mode {mode!r} in cast {text!r}: after the format may come a rounding "
-                f"({', '.join([*ROUNDINGS, *STOCHASTIC_ROUNDINGS])}), an overflow mode ({', '.join(OVERFLOWS)}) and a "
-                f"scale ({', '.join([*SCALE_NAMES, UNSCALED])}), and behind the scale one of {', '.join(TIMING_NAMES)}"
+                f"({', '.join([*ROUNDINGS, *STOCHASTIC_ROUNDINGS])}), an overflow mode ({', '.join(OVERFLOWS)}), a "
+                f"scale ({', '.join([*SCALE_NAMES, UNSCALED])}), its timing ({', '.join(TIMING_NAMES)}) and a "
+                f"transform ({', '.join(NAMES_OF_CASTS)})"
             )
         if kind in named:
             raise ValueError(f"cast {text!r} has two {kind}, {named[kind]} and {mode}: leave one of them out")
@@ -255,13 +291,20 @@ def parse_cast(
     if "timings" in named:
         parsed_scale = with_timing(parsed_scale, timing)
     fmt = _parse_element(name)
-    return _cast(fmt, rounding, overflow, parsed_scale, text)
+    return _cast(fmt, rounding, overflow, parsed_scale, text, transform)
 
 
-def _cast(fmt: ElementFormat, rounding: str, overflow: str | None, scale: Scale | None, spelling: str) -> Cast:
+def _cast(
+    fmt: ElementFormat,
+    rounding: str,
+    overflow: str | None,
+    scale: Scale | None,
+    spelling: str,
+    transform: Transform | None = None,
+) -> Cast:
     """The cast with these modes; the overflow mode None stands for the usual one."""
     mode = usual_overflow(fmt, scale) if overflow is None else cast(Overflow, overflow)
-    return Cast(fmt, full_rounding(rounding), mode, scale, spelling)
+    return Cast(fmt, full_rounding(rounding), mode, scale, spelling, transform)
 
 
 def _parse_element(name: str) -> ElementFormat:
@@ -283,9 +326,11 @@ def parse_unscaled(text: CastLike, rounding: str, overflow: str | None, values: 
     """`parse_cast` for values that cannot be scaled; ``values`` names them in the message.
 
     Raises:
-        ValueError: in the same cases as `parse_cast`, or if ``text`` names a scale.
+        ValueError: in the same cases as `parse_cast`, or if ``text`` names a scale or a transform.
     """
     parsed = parse_cast(text, rounding, overflow)
+    if parsed is not None and parsed.transform is not None:
+        raise ValueError(f"{values} takes no transform: leave {str(parsed.transform)!r} out of {str(text)!r}")
     if parsed is not None and parsed.scale is not None:
         raise ValueError(f"{values} cannot be scaled: leave {str(parsed.scale)!r} out of {str(text)!r}")
     return parsed
@@ -340,7 +385,7 @@ def apply_cast(
     factor: Callable[[Any], Any] | None = None,
     call: Callable[..., Any] = run,
 ) -> Any:
-    """Apply ``cast`` to ``x``: compute its scales, scale, round, and scale back.
+    """Apply ``cast`` to ``x``: transform, compute the scales, scale, round, scale back, and transform back.
 
     This and `apply_arguments` are the only code that turns a cast into operations. For tensors the operations run. The
     compiler backend passes nodes of a graph, and a ``call`` that inserts nodes.
@@ -389,7 +434,11 @@ def apply_arguments(
     """`apply_cast` in a form that Dynamo can trace, with `Cast.arguments` in place of the cast."""
     format, rounding, overflow, rule = arguments
     if rule is not None and "/" in rule:
-        raise ValueError(f"scale {rule!r} depends on other steps, and this function keeps no state")
+        name, _, transform = rule.partition("/")
+        if is_timing(transform):
+            raise ValueError(f"scale {rule!r} depends on other steps, and this function keeps no state")
+        drawn = () if key is None else (call(random_words_op, x, key),)
+        return call(round_transformed_op, x, format, rounding, overflow, name, transform, list(axes), SOURCE, *drawn)
     if rule is not None and rule not in SCALE_OPERATORS:
         name = "" if rule == UNSCALED else rule
         drawn = () if key is None else (call(random_words_op, x, key),)
@@ -410,7 +459,7 @@ def in_range_of_format(
         factor: the one in use if the scale is timed.
     """
     format, _, _, rule = cast.arguments
-    if rule in (None, UNSCALED):
+    if rule in (None, UNSCALED) or cast.transform is not None:
         return exact, rounded
     if factor is not None:
         assert cast.scale is not None, "a timed scale is a scale"

@@ -33,7 +33,7 @@ _library._register_fake("observe", lambda value, *_: torch.empty_like(value))
 
 #: The identity of ``value``, the result that observation ``number`` measures. Its other arguments are the operands
 #: before (``exact``) and after rounding (``rounded``), the ``factors`` of those with timed scales, and the ``others``,
-#: the further tensors of the operator.
+#: the further tensors of the operator. Those before a transform follow those before rounding in ``exact``.
 observe: OpOverload = torch.ops.fpsim.observe.default
 
 
@@ -93,6 +93,7 @@ class _Observation:
         exact, rounded: the operands, or the result, before and after rounding.
         sites: one for each operand, or the one of the result.
         keys: one for each site. Sites with the same key hold the same numbers, and have the same statistics.
+        operands: the operands of the product before a transform and rounding; empty for a rounded result.
     """
 
     value: fx.Node
@@ -101,6 +102,7 @@ class _Observation:
     rounded: tuple[fx.Node, ...]
     sites: tuple[Site, ...]
     keys: tuple[int, ...]
+    operands: tuple[fx.Node, ...]
 
 
 def measure_cast(
@@ -111,9 +113,12 @@ def measure_cast(
     ``factor`` is the one in use if the scale is timed.
 
     For a scaled cast, subnormals and saturations are counted among the scaled numbers. Everything else is measured on
-    the numbers before scaling and after unscaling.
+    the numbers before scaling and after unscaling. A cast with a transform changes the numbers themselves: nothing is
+    counted in its format.
     """
     grid = None if by is None else by.grid
+    if by is not None and by.transform is not None:
+        return measure(exact, rounded)
     if by is None or by.scale is None:
         return measure(exact, rounded, grid)
     scaled = measure(*in_range_of_format(exact, rounded, by, axes, factor), grid)
@@ -164,10 +169,18 @@ class Recorder:
         self._measured: set[int] = set()
         self.clear()
 
-    def add_product(self, product: Product, exact: Sequence[fx.Node], sites: Sequence[Site]) -> None:
-        """Observe ``product``. ``exact`` are its operands before rounding, and ``sites`` their sites."""
+    def add_product(
+        self, product: Product, exact: Sequence[fx.Node], sites: Sequence[Site], before: Sequence[fx.Node]
+    ) -> None:
+        """Observe ``product``.
+
+        Args:
+            exact: its operands before a transform and rounding.
+            sites: their sites.
+            before: its operands after a transform and before rounding.
+        """
         rounded = [cast(fx.Node, product.node.args[i]) for i in product.operands]
-        self._add(result_of(product), product, exact, rounded, sites)
+        self._add(result_of(product), product, before, rounded, sites, exact)
 
     def add_result(self, exact: fx.Node, rounded: fx.Node, site: Site) -> None:
         """Observe ``exact``, the result of an operation or a product, and ``rounded``, the same after rounding."""
@@ -180,11 +193,14 @@ class Recorder:
         exact: Sequence[fx.Node],
         rounded: Sequence[fx.Node],
         sites: Sequence[Site],
+        operands: Sequence[fx.Node] = (),
     ) -> None:
         keys = [
             self._keys.setdefault(_key_of(node, site), len(self._keys)) for node, site in zip(exact, sites, strict=True)
         ]
-        self._observations.append(_Observation(value, product, tuple(exact), tuple(rounded), tuple(sites), tuple(keys)))
+        self._observations.append(
+            _Observation(value, product, tuple(exact), tuple(rounded), tuple(sites), tuple(keys), tuple(operands))
+        )
 
     def insert(self, graph: fx.Graph) -> None:
         """Insert the observations into the graph that is being rewritten."""
@@ -195,7 +211,8 @@ class Recorder:
                 for node, site in zip(observation.rounded, observation.sites, strict=True)
                 if _is_timed(site)
             ]
-            arguments = (value, list(observation.exact), list(observation.rounded), factors, others, number)
+            exact = [*observation.exact, *observation.operands]
+            arguments = (value, exact, list(observation.rounded), factors, others, number)
             with graph.inserting_after(value):
                 node = graph.call_function(observe, arguments)
             node.meta = {**value.meta, "original_aten": observe}
@@ -239,11 +256,12 @@ class Recorder:
             given = [next(waiting) if _is_timed(site) else None for site in observation.sites]
             for i in own:
                 site = observation.sites[i]
-                statistics = measure_cast(exact[i], rounded[i], site.cast, axes_of(site, exact[i].dim()), given[i])
+                after = rounded[i].to(exact[i].dtype)
+                statistics = measure_cast(exact[i], after, site.cast, axes_of(site, exact[i].dim()), given[i])
                 self._statistics.setdefault(observation.keys[i], []).append(statistics)
             if compare is not None:
                 seed = (number << 32) + self._runs[number]  # other signs in every run, so that errors average out
-                self._errors.setdefault(number, []).append(compare(value, exact, others, seed))
+                self._errors.setdefault(number, []).append(compare(value, exact[len(rounded) :], others, seed))
             return value
 
         return observed

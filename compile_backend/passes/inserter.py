@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 from torch.utils.checkpoint import CheckpointPolicy
 
 import fpsim.rounding.inductor
-import fpsim.scaling.inductor  # noqa: F401  (operators must have their lowerings before Inductor meets them)
+import fpsim.scaling.inductor
+import fpsim.transforms.inductor  # noqa: F401  (operators must have their lowerings before Inductor meets them)
 from fpsim.casts import Cast, apply_cast, check_cast
 from fpsim.compile_backend.graph import convolution
 from fpsim.compile_backend.graph.finding import Product
@@ -28,11 +30,13 @@ from fpsim.compile_backend.plan import Site
 from fpsim.compile_backend.scale_states import timed_factor_op
 from fpsim.formats import FloatFormat
 from fpsim.rounding.carriers import CARRIERS
-from fpsim.rounding.ops import SOURCE, random_keys_op, random_words_op
+from fpsim.rounding.ops import SOURCE, random_keys_op, random_words_op, round_op
 from fpsim.scaling.groups import across
 from fpsim.scaling.ops import SCALE_OPERATORS
+from fpsim.transforms.ops import transform_operand_op, transform_parameters_op
+from fpsim.transforms.transform import Transform
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 # The metadata that a rounding copies from the rounded value, and from the node that needs the rounding.
 _COPIED = ("partitioner_tag", "recompute", "ac_graph_id", "seq_nr", "stack_trace")
@@ -64,6 +68,7 @@ class Inserter:
         self.graph = graph
         self.sources = sources
         self.roundings: dict[tuple[fx.Node, Cast, Axes], fx.Node] = {}
+        self.transforms: dict[tuple[Any, ...], fx.Node] = {}
         # The calls into which joint ones were split, as `convolution.split` describes them.
         self.split_calls: dict[fx.Node, tuple[int, fx.Node | None]] = {}
         self.seed = seed
@@ -72,21 +77,91 @@ class Inserter:
         self.timed_sites: Counter[tuple[str, str]] = Counter()
         self.recorder = recorder
 
-    def round_operand(self, product: Product, position: int, cast: Cast, contracted: Axes) -> None:
+    def round_operand(
+        self,
+        product: Product,
+        position: int,
+        cast: Cast | None,
+        contracted: Axes,
+        transformed: fx.Node | None = None,
+    ) -> None:
         """Round one operand of ``product``, and of no other product that the same call computes.
 
         Args:
+            cast: how to round it; None leaves it unrounded.
             contracted: the axes of the operand along which the product sums.
+            transformed: the operand after the transform of the product, if there is one.
         """
         operand: fx.Node = product.node.args[position]  # type: ignore[assignment]
-        role = product.roles[product.operands.index(position)]
-        site = (product.path or "", product.kind, role)
-        rounded = self.rounded(operand, cast, product.node, contracted, site)
+        rounded = transformed or operand
+        if cast is not None:
+            check_cast(operand.meta["val"].dtype, cast)
+            site = (product.path or "", product.kind, product.roles[product.operands.index(position)])
+            rounded = self.rounded(rounded, cast, product.node, contracted, site)
+        rounded = self._in_dtype(rounded, operand.meta["val"].dtype, product.node)
         if rounded is operand:
             return
         if _is_joint(product.node) and product.node not in self.split_calls:
             self.split_calls |= convolution.split(product.node)
         product.node.update_arg(position, rounded)
+
+    def transformed(
+        self, operands: Sequence[fx.Node], axes: Sequence[int], transform: Transform, near: fx.Node
+    ) -> list[fx.Node]:
+        """The operands of the product ``near``, which sums over one of ``axes`` of each, transformed.
+
+        Products with the same operands share them.
+        """
+        parameters: tuple[fx.Node, ...] = ()
+        name = str(transform)
+        if transform.has_parameters:
+            first, second = operands
+            arguments = (first, second, name, list(axes), SOURCE)
+            parameters = (self._shared(transform_parameters_op, arguments, operands, near),)
+        return [
+            self._transformed(x, axis, (name, number), parameters, near)
+            for number, (x, axis) in enumerate(zip(operands, axes, strict=True))
+        ]
+
+    def _transformed(
+        self, value: fx.Node, axis: int, how: tuple[str, int], parameters: tuple[fx.Node, ...], near: fx.Node
+    ) -> fx.Node:
+        """``value`` transformed along ``axis``. A view of which this is an axis of the base is one of the result."""
+        axes_of_base = mapped_axes(value, (axis,)) if is_view(value) else None
+        if axes_of_base is None or not _same_length(value, axis, axes_of_base[0]):
+            return self._shared(
+                transform_operand_op, (value, *how, axis, SOURCE, *parameters), [value, *parameters], near
+            )
+        source = self._transformed(value.args[0], axes_of_base[0], how, parameters, near)  # type: ignore[arg-type]
+        key = (value, source)
+        if key not in self.transforms:
+            with self.graph.inserting_before(near):
+                self.transforms[key] = self._view_of(value, source)
+        return self.transforms[key]
+
+    def _shared(
+        self, target: Callable[..., Any], arguments: tuple[Any, ...], inputs: Sequence[fx.Node], near: fx.Node
+    ) -> fx.Node:
+        """The node that holds the result of a call, before ``near``; equal calls have one node."""
+        key = (target, *(_same(each) if isinstance(each, fx.Node) else str(each) for each in arguments))
+        if key not in self.transforms:
+            with self.graph.inserting_before(near):
+                node = self.graph.call_function(target, arguments)
+            node.meta = self._meta(inputs[0], near)
+            if all(self._is_available_in_backward(each) for each in inputs):
+                node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
+            describe(node)
+            self.sources[node] = functools.reduce(operator.or_, (self.sources[each] for each in inputs))
+            self.transforms[key] = node
+        return self.transforms[key]
+
+    def _in_dtype(self, value: fx.Node, dtype: torch.dtype, near: fx.Node) -> fx.Node:
+        """``value``, rounded once to the dtype of the product that reads it, if a transform made it wider."""
+        if value.meta["val"].dtype == dtype:
+            return value
+        name = CARRIERS[dtype].name
+        rounded = self._shared(round_op, (value, name, "nearest_even", "ovf_inf", SOURCE), [value], near)
+        return self._shared(prims.convert_element_type.default, (rounded, dtype), [rounded], near)
 
     def release_shapes(self) -> None:
         """Replace operands of which only the shape is used, so that backward keeps none of them for its shape alone.
@@ -145,11 +220,15 @@ class Inserter:
     def _rearranged(self, view: fx.Node, cast: Cast, near: fx.Node, axes: Axes, site: tuple[str, str, str]) -> fx.Node:
         source = self.rounded(view.args[0], cast, near, axes, site)  # type: ignore[arg-type]
         with self.graph.inserting_after(view):
-            copy = self.graph.call_function(
-                view.target,  # type: ignore[arg-type]
-                map_arg(view.args, lambda node: source if node is view.args[0] else node),
-                view.kwargs,
-            )
+            return self._view_of(view, source)
+
+    def _view_of(self, view: fx.Node, source: fx.Node) -> fx.Node:
+        """A new node that rearranges ``source`` as ``view`` does its base."""
+        copy = self.graph.call_function(
+            view.target,  # type: ignore[arg-type]
+            map_arg(view.args, lambda node: source if node is view.args[0] else node),
+            view.kwargs,
+        )
         copy.meta = {**view.meta, "val": value_of(copy)}
         self.sources[copy] = self.sources[view]
         return copy
@@ -165,8 +244,7 @@ class Inserter:
         key = self.random_key(value) if cast.is_stochastic else None
         if key is not None and last.op == "placeholder":
             last = key
-        meta = {key: value.meta[key] for key in _COPIED if key in value.meta}
-        meta |= {name: near.meta[name] for name in _PLACES if name in near.meta}
+        meta = self._meta(value, near)
         pointwise = dict(meta)
         if self._is_available_in_backward(value):
             pointwise.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
@@ -198,6 +276,11 @@ class Inserter:
         if order is not None:
             rounded = call(aten.permute.default, rounded, [order.index(i) for i in range(len(order))])
         return rounded
+
+    def _meta(self, value: fx.Node, near: fx.Node) -> dict[str, Any]:
+        """The metadata of a node that is computed from ``value`` for the node ``near``."""
+        meta = {key: value.meta[key] for key in _COPIED if key in value.meta}
+        return meta | {name: near.meta[name] for name in _PLACES if name in near.meta}
 
     def _timed_factor(
         self, cast: Cast, site: tuple[str, str, str], call: Callable[..., fx.Node], amax: fx.Node
@@ -258,6 +341,20 @@ class Inserter:
             return True
         is_condition = isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dtype == torch.bool
         return is_condition and any(map(self._is_used_with_gradients, node.users))
+
+
+def _same_length(view: fx.Node, axis: int, axis_of_base: int) -> bool:
+    """Whether an axis of a view has all elements of that of its base; one that is expanded has not."""
+    length, length_of_base = (
+        node.meta["val"].shape[i]
+        for node, i in ((view, axis), (view.args[0], axis_of_base))  # type: ignore[union-attr]
+    )
+    return statically_known_true(length == length_of_base)
+
+
+def _same(node: fx.Node) -> Any:
+    """A key that is the same for views with the same arguments of the same value."""
+    return (node.target, _same(node.args[0]), str(node.args[1:])) if is_view(node) else node  # type: ignore[arg-type]
 
 
 def _is_exact(carrier: torch.dtype, cast: Cast) -> bool:

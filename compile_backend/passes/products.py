@@ -17,10 +17,12 @@ from fpsim.compile_backend.graph.products import opaque_family, remedy
 from fpsim.compile_backend.passes.accumulators import Summed, summed
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.places import policy_at, site_of_product
+from fpsim.compile_backend.passes.transforms import transform_of, transform_operands, why_not
 from fpsim.compile_backend.plan import Gap, Site
 from fpsim.policy import Policy
 from fpsim.policy.policy import KINDS, ROLES
 from fpsim.rounding.carriers import CARRIERS
+from fpsim.transforms.transform import Transform
 
 
 def opaque_gaps(graph: fx.Graph, policy: Policy, strict: bool) -> list[Gap]:
@@ -64,7 +66,7 @@ def round_products(
     Raises:
         UnroundedError: a product of numbers that no carrier holds, or whose sums cannot be simulated although the
             policy names an accumulator; or, with ``strict``, a product in an unknown module while the policy has rules
-            for modules.
+            for modules, or one that a transform of the policy would change.
         ValueError: an accumulator does not add products of the operands' formats.
     """
     sites: list[Site] = []
@@ -74,8 +76,11 @@ def round_products(
         description = f"{product.kind} product {product.node.name} ({product.operator})"
         local = policy_at(product.path, description, policy, strict)
         reason = _reason_to_leave(product, local)
+        transform = None if local is None or reason is not None else transform_of(product, local)
+        if transform is not None and (reason := why_not(product, transform)) is not None and strict:
+            raise UnroundedError(reason)
         if local is not None and reason is None:
-            sites += _round_product(product, local, inserter)
+            sites += _round_product(product, local, transform, inserter)
             accumulator = local.accumulator_of(product.kind)
             if accumulator is not None:
                 sums.append(summed(product, [local.cast(product.kind, role) for role in product.roles], accumulator))
@@ -118,7 +123,7 @@ def _reason_to_leave(product: Product, local: Policy | None) -> str | None:
     return None
 
 
-def _round_product(product: Product, policy: Policy, inserter: Inserter) -> list[Site]:
+def _round_product(product: Product, policy: Policy, transform: Transform | None, inserter: Inserter) -> list[Site]:
     """Round the operands and the result of one product, and return their sites."""
     dtype = product.result.meta["val"].dtype
     operands: list[fx.Node] = [product.node.args[i] for i in product.operands]  # type: ignore[misc]
@@ -128,14 +133,15 @@ def _round_product(product: Product, policy: Policy, inserter: Inserter) -> list
         raise UnroundedError(f"{operator} in {product.path!r} multiplies {dtype} numbers")
     casts = [policy.cast(product.kind, role) for role in product.roles]
     sites = [
-        site_of_product(product, role, operand, cast, axes)
+        site_of_product(product, role, operand, cast, axes, transform)
         for role, operand, cast, axes in zip(product.roles, operands, casts, product.contracted, strict=True)
     ]
-    for position, cast, axes in zip(product.operands, casts, product.contracted, strict=True):
-        if cast is not None:
-            inserter.round_operand(product, position, cast, axes)
+    before = operands if transform is None else transform_operands(product, transform, inserter)
+    for position, cast, axes, operand in zip(product.operands, casts, product.contracted, before, strict=True):
+        if cast is not None or transform is not None:
+            inserter.round_operand(product, position, cast, axes, None if transform is None else operand)
     if inserter.recorder is not None:
-        inserter.recorder.add_product(product, operands, sites)
+        inserter.recorder.add_product(product, operands, sites, before)
     result = policy.output_cast(product.kind)
     if result is not None:
         sites.append(site_of_product(product, "output", product.result, result))

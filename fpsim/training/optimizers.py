@@ -200,13 +200,14 @@ def _check_weights(weights: Cast | None, master: Cast | None, kahan: bool) -> No
         raise ValueError("kahan keeps what the weights lose, and so does a master copy: give one of the two")
     if weights is None or master is None:
         return
-    if not isinstance(master.format, FloatFormat) or master.scale is not None:
+    if not isinstance(master.format, FloatFormat) or master.scale is not None or master.transform is not None:
         raise ValueError(f"master weights are floating-point numbers without scales, got {master}: use fp32")
-    if weights.scale is not None and weights.scale.rule not in POWERS_OF_TWO:
+    inexact = weights.transform or weights.scale
+    if weights.transform is not None or (weights.scale is not None and weights.scale.rule not in POWERS_OF_TWO):
         if not FLOAT32.is_subset_of(master.format):
             raise ValueError(
-                f"master weights in {master.format.name} cannot hold weights with scale {str(weights.scale)!r}, which "
-                "are float32 numbers: use fp32"
+                f"master weights in {master.format.name} cannot hold weights with {str(inexact)!r}, which are float32 "
+                "numbers: use fp32"
             )
     elif not (weights.grid or FLOAT32).is_subset_of(master.format):
         raise ValueError(
