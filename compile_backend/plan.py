@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -10,6 +10,7 @@ from rich.text import Text
 
 from fpsim.casts import Cast
 from fpsim.scaling.groups import count
+from fpsim.scaling.scale import NV_RULES
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Site:
         dtype: the dtype of the value, its carrier.
         cast: how the value is rounded; None where the policy leaves it unrounded.
         contracted: the axes of an operand along which its product sums; empty for results.
+        epilogue: whether the scale of an operand, for NVFP4 the scale of the tensor, multiplies the result of the
+            product instead of the operand.
     """
 
     path: str
@@ -38,6 +41,7 @@ class Site:
     dtype: str
     cast: Cast | None
     contracted: tuple[int, ...]
+    epilogue: bool = field(default=False, kw_only=True)
 
     @property
     def scales(self) -> str:
@@ -50,7 +54,10 @@ class Site:
         sizes = [size for size in self.shape if isinstance(size, int)]
         axes = [axis for axis in self.contracted if axis < len(self.shape)]
         number = str(count(sizes, self.cast.scale, axes)) if len(sizes) == len(self.shape) else "?"
-        return f"{number} along {', '.join(map(str, axes))}" if self.cast.has_axis and axes else number
+        text = f"{number} along {', '.join(map(str, axes))}" if self.cast.has_axis and axes else number
+        if not self.epilogue:
+            return text
+        return f"{text}, 1 in the epilogue" if self.cast.scale.rule in NV_RULES else f"{text}, in the epilogue"
 
     @property
     def step(self) -> str:

@@ -28,8 +28,8 @@ from fpsim.formats import (
 )
 from fpsim.rounding.carriers import check_carrier, working_dtype
 from fpsim.rounding.ops import SOURCE, random_words_op, round_op, round_stochastic_op
-from fpsim.scaling.ops import SCALE_OPERATORS, check_scaled_carrier, round_scaled_op
-from fpsim.scaling.scale import MX_RULES, NV_RULES, SCALE_NAMES, Scale, is_scale, parse_scale
+from fpsim.scaling.ops import SCALE_OPERATORS, check_scaled_carrier, outer_scale_op, round_scaled_op
+from fpsim.scaling.scale import MX_RULES, NV_RULES, SCALE_NAMES, SYMMETRIC_RULES, Scale, is_scale, parse_scale
 from fpsim.scaling.steps import scaled_groups
 from fpsim.suggestions import near_names
 
@@ -164,19 +164,19 @@ def _check_scale(cast: Cast) -> None:
     if isinstance(fmt, CodebookFormat):
         if cast.rounding != "nearest_even":
             raise ValueError(f"codebooks are rounded to nearest, got rounding {cast.rounding!r}: leave it out")
-        if rule not in (None, "fp32", "bf16"):
+        if rule not in (None, *SYMMETRIC_RULES):
             raise ValueError(f"codebook {fmt.name} takes ratios, got scale {str(scale)!r}: use group:64 or row")
     if isinstance(fmt, IntegerFormat) and rule is not None:
         if not fmt.signed and rule != "asymmetric":
             raise ValueError(f"{fmt.name} is unsigned and takes no scale {str(scale)!r}: use row:asymmetric")
-        if fmt.full and rule not in ("fp32", "bf16", "asymmetric"):
+        if fmt.full and rule not in (*SYMMETRIC_RULES, "asymmetric"):
             raise ValueError(f"{fmt.name} takes ratios, got scale {str(scale)!r}: use row, or leave out ':full'")
     elif rule == "asymmetric":
         raise ValueError(f"{fmt.name} has no zero point: scale {str(scale)!r} is for integers, such as 'uint8'")
     if isinstance(fmt, FloatFormat):
         if rule in NV_RULES and fmt.name != "e2m1fn":
             raise ValueError(f"scale {str(scale)!r} is for e2m1fn, got {fmt.name}: use mx, or block:16")
-        if rule in ("fp32", "bf16") and fmt.smallest_exponent < -24:
+        if rule in SYMMETRIC_RULES and fmt.smallest_exponent < -24:
             raise ValueError(
                 f"{fmt.name} has values below 2**-24, and its range needs no ratio: use scale mx or power_of_two"
             )
@@ -299,7 +299,13 @@ def run(operator: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def apply_cast(
-    x: Any, cast: Cast, *, axes: Sequence[int] = (-1,), key: Any = None, call: Callable[..., Any] = run
+    x: Any,
+    cast: Cast,
+    *,
+    axes: Sequence[int] = (-1,),
+    key: Any = None,
+    call: Callable[..., Any] = run,
+    outside: bool = False,
 ) -> Any:
     """Apply ``cast`` to ``x``: compute its scales, scale, round, and scale back.
 
@@ -314,21 +320,35 @@ def apply_cast(
             them. Casts without such a scale ignore them.
         key: for a stochastic cast, and only for it, the key that ``torch.ops.fpsim.random_key`` returns.
         call: calls an operator with arguments.
+        outside: whether to leave out the factor that `outer_scale` gives, a ratio or the scale of NVFP4's tensor.
 
     Returns:
         A tensor like ``x``, or a node that stands for it.
     """
-    return apply_arguments(x, cast.arguments, axes=axes, key=key, call=call)
+    return apply_arguments(x, cast.arguments, axes=axes, key=key, call=call, outside=outside)
+
+
+def outer_scale(x: Any, cast: Cast, *, axes: Sequence[int], call: Callable[..., Any] = run) -> Any:
+    """The factor that `apply_cast` leaves out, in the working dtype (`fpsim.scaling.steps.outer_scale`)."""
+    return call(outer_scale_op, x, cast.format.name, str(cast.scale), list(axes), SOURCE)
 
 
 def apply_arguments(
-    x: Any, arguments: Arguments, *, axes: Sequence[int] = (-1,), key: Any = None, call: Callable[..., Any] = run
+    x: Any,
+    arguments: Arguments,
+    *,
+    axes: Sequence[int] = (-1,),
+    key: Any = None,
+    call: Callable[..., Any] = run,
+    outside: bool = False,
 ) -> Any:
     """`apply_cast` in a form that Dynamo can trace, with `Cast.arguments` in place of the cast."""
     format, rounding, overflow, rule = arguments
     if rule is not None and rule not in SCALE_OPERATORS:
         name = "" if rule == UNSCALED else rule
         drawn = () if key is None else (call(random_words_op, x, key),)
+        if outside:
+            drawn = (*(drawn or (None,)), True)
         return call(round_scaled_op, x, format, rounding, overflow, name, list(axes), SOURCE, *drawn)
     scale = () if rule is None else (call(SCALE_OPERATORS[rule], x, format, SOURCE),)
     if key is None:

@@ -85,7 +85,8 @@ class _Observation:
     """A product or a rounded result that is observed.
 
     Attributes:
-        value: the node that holds the product or the rounded result.
+        value: the node that holds the product, times scales outside of it, or the rounded result.
+        unscaled: the node that holds the product alone; ``value`` itself if no scale is outside.
         product: the matrix product; None for a rounded result.
         exact, rounded: the operands, or the result, before and after rounding.
         sites: one for each operand, or the one of the result.
@@ -93,6 +94,7 @@ class _Observation:
     """
 
     value: fx.Node
+    unscaled: fx.Node
     product: Product | None
     exact: tuple[fx.Node, ...]
     rounded: tuple[fx.Node, ...]
@@ -104,9 +106,9 @@ def measure_cast(exact: Tensor, rounded: Tensor, by: Cast | None, axes: Sequence
     """The statistics of ``exact``, rounded to ``rounded`` by the cast ``by``; None stands for no rounding.
 
     For a scaled cast, subnormals and saturations are counted among the scaled numbers. Everything else is measured on
-    the numbers before scaling and after unscaling.
+    the numbers before scaling and after unscaling. ``rounded`` may have the wider dtype of its scales.
     """
-    grid = None if by is None else by.grid
+    grid, exact = None if by is None else by.grid, exact.to(rounded.dtype)
     if by is None or by.scale is None:
         return measure(exact, rounded, grid)
     scaled = measure(*in_range_of_format(exact, rounded, by, axes), grid)
@@ -144,18 +146,30 @@ class Recorder:
         self._measured: set[int] = set()
         self.clear()
 
-    def add_product(self, product: Product, exact: Sequence[fx.Node], sites: Sequence[Site]) -> None:
-        """Observe ``product``. ``exact`` are its operands before rounding, and ``sites`` their sites."""
-        rounded = [cast(fx.Node, product.node.args[i]) for i in product.operands]
-        self._add(result_of(product), product, exact, rounded, sites)
+    def add_product(
+        self,
+        product: Product,
+        exact: Sequence[fx.Node],
+        rounded: Sequence[fx.Node],
+        sites: Sequence[Site],
+        scaled: fx.Node | None = None,
+    ) -> None:
+        """Observe ``product``.
+
+        Args:
+            exact, rounded, sites: its operands before and after rounding, with all their scales, and their sites.
+            scaled: the node that holds the product times the scales outside of it; None if there are none.
+        """
+        self._add(scaled or result_of(product), result_of(product), product, exact, rounded, sites)
 
     def add_result(self, exact: fx.Node, rounded: fx.Node, site: Site) -> None:
         """Observe ``exact``, the result of an operation or a product, and ``rounded``, the same after rounding."""
-        self._add(rounded, None, [exact], [rounded], [site])
+        self._add(rounded, rounded, None, [exact], [rounded], [site])
 
     def _add(
         self,
         value: fx.Node,
+        unscaled: fx.Node,
         product: Product | None,
         exact: Sequence[fx.Node],
         rounded: Sequence[fx.Node],
@@ -164,7 +178,9 @@ class Recorder:
         keys = [
             self._keys.setdefault(_key_of(node, site), len(self._keys)) for node, site in zip(exact, sites, strict=True)
         ]
-        self._observations.append(_Observation(value, product, tuple(exact), tuple(rounded), tuple(sites), tuple(keys)))
+        self._observations.append(
+            _Observation(value, unscaled, product, tuple(exact), tuple(rounded), tuple(sites), tuple(keys))
+        )
 
     def insert(self, graph: fx.Graph) -> None:
         """Insert the observations into the graph that is being rewritten."""
@@ -196,7 +212,7 @@ class Recorder:
     def _observer(self, number: int) -> Callable[..., Tensor]:
         observation = self._observations[number]
         product = observation.product
-        compare = None if product is None else comparison(product, observation.value, self._exact)
+        compare = None if product is None else comparison(product, observation.unscaled, self._exact)
         own = [i for i, key in enumerate(observation.keys) if key not in self._measured]
         self._measured |= set(observation.keys)
 

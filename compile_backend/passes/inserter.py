@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 import fpsim.rounding.inductor
 import fpsim.scaling.inductor  # noqa: F401  (operators must have their lowerings before Inductor meets them)
-from fpsim.casts import Cast, apply_cast, check_cast
+from fpsim.casts import Cast, apply_cast, check_cast, outer_scale
 from fpsim.compile_backend.graph import convolution
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.metadata import describe, order_in_memory, value_of
@@ -26,7 +26,7 @@ from fpsim.formats import FloatFormat
 from fpsim.rounding.carriers import CARRIERS
 from fpsim.rounding.ops import random_key_op, random_words_op
 from fpsim.scaling.groups import across
-from fpsim.scaling.ops import SCALE_OPERATORS
+from fpsim.scaling.ops import SCALE_OPERATORS, outer_scale_op
 
 aten = torch.ops.aten
 
@@ -35,7 +35,7 @@ _COPIED = ("partitioner_tag", "recompute", "ac_graph_id", "seq_nr", "stack_trace
 _PLACES = ("nn_module_stack", "fwd_nn_module_stack", "stack_trace")
 
 # The operators of a cast that are not elementwise. Backward keeps their results, which are small.
-_OF_WHOLE_TENSORS = (*SCALE_OPERATORS.values(), aten.select.int)
+_OF_WHOLE_TENSORS = (*SCALE_OPERATORS.values(), outer_scale_op, aten.select.int)
 
 
 class Inserter:
@@ -53,26 +53,34 @@ class Inserter:
     ) -> None:
         self.graph = graph
         self.sources = sources
-        self.roundings: dict[tuple[fx.Node, Cast, Axes], fx.Node] = {}
+        self.roundings: dict[tuple[fx.Node, Cast, Axes, bool], fx.Node] = {}
+        self.outer_scales: dict[tuple[fx.Node, Cast, Axes], fx.Node] = {}
         # The calls into which joint ones were split, as `convolution.split` describes them.
         self.split_calls: dict[fx.Node, tuple[int, fx.Node | None]] = {}
         self.seed = seed
         self.key_count = 0
         self.recorder = recorder
 
-    def round_operand(self, product: Product, position: int, cast: Cast, contracted: Axes) -> None:
+    def round_operand(
+        self, product: Product, position: int, cast: Cast, contracted: Axes, outside: bool = False
+    ) -> fx.Node | None:
         """Round one operand of ``product``, and of no other product that the same call computes.
 
         Args:
             contracted: the axes of the operand along which the product sums.
+            outside: whether the operand's outer scale multiplies the result (`fpsim.casts.outer_scale`).
+
+        Returns:
+            The node of that scale; None if there is none.
         """
         operand: fx.Node = product.node.args[position]  # type: ignore[assignment]
-        rounded = self.rounded(operand, cast, product.node, contracted)
+        rounded = self.rounded(operand, cast, product.node, contracted, outside)
         if rounded is operand:
-            return
+            return None
         if _is_joint(product.node) and product.node not in self.split_calls:
             self.split_calls |= convolution.split(product.node)
         product.node.update_arg(position, rounded)
+        return self._outer_scale(operand, cast, product.node, contracted) if outside else None
 
     def release_shapes(self) -> None:
         """Replace operands of which only the shape is used, so that backward keeps none of them for its shape alone.
@@ -89,23 +97,37 @@ class Inserter:
             call.update_arg(position, operand)
         convolution.join(self.split_calls)
 
-    def rounded(self, value: fx.Node, cast: Cast, near: fx.Node, axes: Axes = ()) -> fx.Node:
+    def rounded(self, value: fx.Node, cast: Cast, near: fx.Node, axes: Axes = (), outside: bool = False) -> fx.Node:
         """The node that holds ``value`` rounded.
 
         Rounding commutes with rearrangement, so that the base of a view is rounded and then rearranged again: the
         operand of fprop and its transpose in dgrad and wgrad share one rounding. If the scales of the cast lie along
         ``axes``, this holds for views in which these axes are axes of the base. ``near`` is the node that needs it.
+        ``outside`` is that of `round_operand`.
         """
         if _is_exact(value.meta["val"].dtype, cast):
             return value
         axes = _axes_of_scales(cast, axes, value.meta["val"].dim())
-        if (value, cast, axes) not in self.roundings:
+        key = value, cast, axes, outside
+        if key not in self.roundings:
             axes_of_base = _axes_of_base(value, axes, cast) if is_view(value) else None
             if axes_of_base is not None:
-                self.roundings[value, cast, axes] = self._rearranged(value, cast, near, axes_of_base)
+                self.roundings[key] = self._rearranged(value, cast, near, axes_of_base, outside)
             else:
-                self.roundings[value, cast, axes] = self._insert(value, cast, near, axes)
-        return self.roundings[value, cast, axes]
+                self.roundings[key] = self._insert(value, cast, near, axes, outside)
+        return self.roundings[key]
+
+    def _outer_scale(self, value: fx.Node, cast: Cast, near: fx.Node, axes: Axes) -> fx.Node:
+        """The node that holds the outer scale of ``value``: that of its base if the scale is one of the whole tensor."""
+        assert cast.scale is not None, "the cast has a scale"
+        axes = _axes_of_scales(cast, axes, value.meta["val"].dim())
+        axes_of_base = _axes_of_base(value, axes, cast) if is_view(value) and cast.scale.kind != "row" else None
+        if axes_of_base is not None:
+            return self._outer_scale(value.args[0], cast, near, axes_of_base)  # type: ignore[arg-type]
+        key = value, cast, axes
+        if key not in self.outer_scales:
+            self.outer_scales[key] = outer_scale(value, cast, axes=axes, call=self.calls_after(value, near))
+        return self.outer_scales[key]
 
     def rounded_result(self, value: fx.Node, near: fx.Node, site: Site) -> fx.Node:
         """The node that holds ``value``, the result of an operation, rounded by the cast of ``site``; as `rounded`."""
@@ -125,8 +147,8 @@ class Inserter:
         if self.recorder is not None:
             self.recorder.add_result(node, result, site)
 
-    def _rearranged(self, view: fx.Node, cast: Cast, near: fx.Node, axes: Axes) -> fx.Node:
-        source = self.rounded(view.args[0], cast, near, axes)  # type: ignore[arg-type]
+    def _rearranged(self, view: fx.Node, cast: Cast, near: fx.Node, axes: Axes, outside: bool) -> fx.Node:
+        source = self.rounded(view.args[0], cast, near, axes, outside)  # type: ignore[arg-type]
         with self.graph.inserting_after(view):
             copy = self.graph.call_function(
                 view.target,  # type: ignore[arg-type]
@@ -137,13 +159,29 @@ class Inserter:
         self.sources[copy] = self.sources[view]
         return copy
 
-    def _insert(self, value: fx.Node, cast: Cast, near: fx.Node, axes: Axes = ()) -> fx.Node:
+    def _insert(self, value: fx.Node, cast: Cast, near: fx.Node, axes: Axes = (), outside: bool = False) -> fx.Node:
         """A new node that holds ``value`` rounded. It follows ``value`` or, if that is an input, all inputs."""
         check_cast(value.meta["val"].dtype, cast)
+        key = self._random_key(value) if cast.is_stochastic else None
+        call = self.calls_after(value, near, key)
+        exact = value
+        order = order_in_memory(value) if key is None else None  # random numbers are drawn in the usual order
+        if order is not None:
+            exact = call(aten.permute.default, exact, order)
+            axes = tuple(sorted(order.index(axis) for axis in axes))
+        rounded = apply_cast(exact, cast, axes=axes, key=key, call=call, outside=outside)
+        if order is not None:
+            rounded = call(aten.permute.default, rounded, [order.index(i) for i in range(len(order))])
+        return rounded
+
+    def calls_after(self, value: fx.Node, near: fx.Node, key: fx.Node | None = None) -> Callable[..., fx.Node]:
+        """A function that inserts calls, one after the other, behind ``value``: as parts of its rounding for ``near``.
+
+        They follow ``value`` or, if that is an input, all inputs and ``key``.
+        """
         last = value
         while last.op == "placeholder" and last.next.op == "placeholder":
             last = last.next
-        key = self._random_key(value) if cast.is_stochastic else None
         if key is not None and last.op == "placeholder":
             last = key
         meta = {key: value.meta[key] for key in _COPIED if key in value.meta}
@@ -163,15 +201,7 @@ class Inserter:
             self.sources[last] = self.sources[value]
             return last
 
-        exact = value
-        order = order_in_memory(value) if key is None else None  # random numbers are drawn in the usual order
-        if order is not None:
-            exact = call(aten.permute.default, exact, order)
-            axes = tuple(sorted(order.index(axis) for axis in axes))
-        rounded = apply_cast(exact, cast, axes=axes, key=key, call=call)
-        if order is not None:
-            rounded = call(aten.permute.default, rounded, [order.index(i) for i in range(len(order))])
-        return rounded
+        return call
 
     def _random_key(self, value: fx.Node) -> fx.Node:
         """The key for one stochastic rounding of ``value``: it is made of the seed and the number of the rounding.

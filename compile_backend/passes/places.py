@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
 from fpsim.casts import Cast
 from fpsim.compile_backend.errors import UnroundedError
+from fpsim.compile_backend.graph.epilogues import is_outside
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.products import Axes
 from fpsim.compile_backend.plan import Site
@@ -30,7 +33,8 @@ def policy_at(path: str | None, description: str, policy: Policy, strict: bool) 
 def site_of_product(product: Product, role: str, value: fx.Node, cast: Cast | None, axes: Axes = ()) -> Site:
     """The site of an operand of ``product``, which is contracted along ``axes``, or of its result."""
     direction = "forward" if product.kind == "fprop" else "backward"
-    return _site(product.path, product.operator, product.kind, direction, role, value, cast, axes)
+    site = _site(product.path, product.operator, product.kind, direction, role, value, cast, axes)
+    return replace(site, epilogue=role != "output" and is_outside(product, cast, axes, value.meta["val"].dtype))
 
 
 def site_of_operation(path: str | None, operator: str, direction: str, value: fx.Node, cast: Cast) -> Site:

@@ -14,6 +14,7 @@ from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.nodes import module_path
 from fpsim.compile_backend.graph.opaque import find_opaque
 from fpsim.compile_backend.graph.products import opaque_family, remedy
+from fpsim.compile_backend.passes.epilogue import scale_result
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.places import policy_at, site_of_product
 from fpsim.compile_backend.plan import Gap, Site
@@ -123,11 +124,14 @@ def _round_product(product: Product, policy: Policy, inserter: Inserter) -> list
         site_of_product(product, role, operand, cast, axes)
         for role, operand, cast, axes in zip(product.roles, operands, casts, product.contracted, strict=True)
     ]
-    for position, cast, axes in zip(product.operands, casts, product.contracted, strict=True):
-        if cast is not None:
-            inserter.round_operand(product, position, cast, axes)
+    scales: list[fx.Node | None] = [None, None]
+    for i, (position, site) in enumerate(zip(product.operands, sites, strict=True)):
+        if site.cast is not None:
+            scales[i] = inserter.round_operand(product, position, site.cast, site.contracted, site.epilogue)
+    scaled = scale_result(product, scales, inserter)
     if inserter.recorder is not None:
-        inserter.recorder.add_product(product, operands, sites)
+        inserter.recorder.add_product(scaled.product, operands, scaled.operands, sites, scaled.value)
+    product = scaled.product
     result = policy.output_cast(product.kind)
     if result is not None:
         sites.append(site_of_product(product, "output", product.result, result))

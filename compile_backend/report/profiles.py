@@ -333,6 +333,7 @@ def _site_of(row: Mapping[str, Any]) -> SiteStatistics:
     numbers |= {name: row.get(name, 0) for name in GROUP_COUNTS}
     histograms = ("exponents", "rounded_exponents", "scale_exponents")
     numbers |= {name: tuple(map(tuple, row.get(name, ()))) for name in histograms}
+    row = {"epilogue": False, **row}  # older profiles lack it
     values: dict[str, Any] = {field.name: row[field.name] for field in fields(Site)}
     values |= {name: tuple(values[name]) for name in ("shape", "contracted")}
     values["cast"] = None if values["cast"] is None else parse_cast(values["cast"])
