@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -41,7 +41,7 @@ class Site:
     dtype: str
     cast: Cast | None
     contracted: tuple[int, ...]
-    epilogue: bool = field(default=False, kw_only=True)
+    epilogue: bool = False
 
     @property
     def scales(self) -> str:

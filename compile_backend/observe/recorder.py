@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -34,7 +34,7 @@ _library._register_fake("observe", lambda value, *_: torch.empty_like(value))
 observe: OpOverload = torch.ops.fpsim.observe.default
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SiteStatistics(Site):
     """A site and the statistics of rounding there, over all runs.
 

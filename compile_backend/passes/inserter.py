@@ -118,7 +118,7 @@ class Inserter:
         return self.roundings[key]
 
     def _outer_scale(self, value: fx.Node, cast: Cast, near: fx.Node, axes: Axes) -> fx.Node:
-        """The node that holds the outer scale of ``value``: that of its base if the scale is one of the whole tensor."""
+        """The node of the outer scale of ``value``; that of its base if the scale is one of the whole tensor."""
         assert cast.scale is not None, "the cast has a scale"
         axes = _axes_of_scales(cast, axes, value.meta["val"].dim())
         axes_of_base = _axes_of_base(value, axes, cast) if is_view(value) and cast.scale.kind != "row" else None

@@ -90,7 +90,7 @@ def round_scaled(
 def outer_scale(x: Any, dtype: torch.dtype, element: ElementFormat, scale: Scale, axes: list[int], call: Call) -> Any:
     """The factor of `round_scaled` that may multiply the result of a product instead of an operand.
 
-    It is the ratio of a tensor or row, or the inverse of NVFP4's scale of the tensor (for ``torchao`` the scale itself),
+    It is the ratio of a tensor or row, or the inverse of NVFP4's scale of the tensor (for ``torchao`` the scale),
     in the working dtype. The scale of a tensor has no axes. That of rows has the axes of ``x``, with size 1 along
     ``axes``.
     """

@@ -443,7 +443,7 @@ def test_double_quantization_of_tensors_is_that_of_bitsandbytes():
     scales = np.repeat(random.permutation(np.arange(1, 65)), 5) + np.resize([8.0, 40.0, 0.0, 24.0], 320)
     x = np.clip(random.standard_normal((320, 64)) * scales[:, None] / 4, -scales[:, None], scales[:, None])
     x[:, 9] = scales
-    codes, state = functional.quantize_4bit(torch.from_numpy(x).float(), compress_statistics=True, quant_type="nf4")
+    _, state = functional.quantize_4bit(torch.from_numpy(x).float(), compress_statistics=True, quant_type="nf4")
     theirs = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     blocks, mean = quantize_ratios([as_value(float(scale)) for scale in scales])
     assert float(state.offset) == to_float(mean)
