@@ -132,7 +132,7 @@ class Inserter:
     def rounded_result(self, value: fx.Node, near: fx.Node, site: Site) -> fx.Node:
         """The node that holds ``value``, the result of an operation, rounded by the cast of ``site``; as `rounded`."""
         assert site.cast is not None
-        result = self.rounded(value, site.cast, near)
+        result = self.rounded(value, site.cast, near, site.contracted)
         if self.recorder is not None:
             self.recorder.add_result(value, result, site)
         return result
@@ -141,7 +141,7 @@ class Inserter:
         """Replace ``node``, for all of its users, by the node that holds it rounded by the cast of ``site``."""
         assert site.cast is not None
         users = list(node.users)
-        result = self._insert(node, site.cast, node)
+        result = self._insert(node, site.cast, node, site.contracted)
         for user in users:
             user.replace_input_with(node, result)
         if self.recorder is not None:

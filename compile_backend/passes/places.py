@@ -53,6 +53,8 @@ def _site(
     contracted: Axes,
 ) -> Site:
     tensor = value.meta["val"]
+    if role in ("output", "result") and cast is not None and cast.has_axis:
+        contracted = tuple(range(tensor.dim()))[-1:]
     shape = tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
     dtype = str(tensor.dtype).removeprefix("torch.")
     return Site(path or "", operator, kind, direction, role, shape, dtype, cast, contracted)

@@ -211,9 +211,28 @@ def test_explain_shows_scales_and_their_axes() -> None:
     ]
 
 
-def test_results_of_operations_take_no_scales() -> None:
-    with pytest.raises(ValueError, match="the result of an operation cannot be scaled: leave 'mx:32:rceil' out"):
-        fpsim.Policy(elementwise="mxfp8")
+@pytest.mark.parametrize("cast", ["mxfp4", "int8", "nvfp4", "e4m3fn/tensor", "e4m3fn/power_of_two"])
+def test_results_have_scales_along_their_last_axis(cast: str) -> None:
+    """Those of products and of other operations, forward and backward; a number is a row of its own."""
+
+    def r(x: Tensor) -> Tensor:
+        values = [reference.as_value(value) for value in x.detach().double().flatten().tolist()]
+        return tensor_of(reference.round_blocks(values, cast, tuple(x.shape), -1 if x.dim() else ()), x)
+
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        return (torch.mm(x, w).relu() * x).sum()
+
+    torch.manual_seed(8)
+    x, w = torch.randn(3, 40, requires_grad=True), torch.randn(40, 40)
+    torch._dynamo.reset()
+    loss = torch.compile(f, backend="fpsim_eager", options={"elementwise": cast, "output": cast})(x, w)
+    loss.backward()
+    product = r(x @ w)
+    hidden = r(product.relu())
+    assert torch.equal(loss, r(r(hidden * x).sum()))
+    ones = torch.ones(3, 40)
+    through = r(r(ones * x) * (hidden > 0))
+    assert torch.equal(x.grad, r(r(ones * hidden) + r(through @ w.t())))
 
 
 # -- scales that multiply the result ----------------------------------------------------------------------------------
