@@ -23,12 +23,12 @@ from fpsim.compile_backend.compiling import compile_with_rounding
 from fpsim.compile_backend.torch_settings import apply_settings
 from fpsim.policy import Policy
 from fpsim.rounding.ops import round_op
-from fpsim.scaling.ops import SCALE_OPERATORS
+from fpsim.scaling.ops import SCALE_OPERATORS, outer_scale_op, round_scaled_op
 from fpsim.tensor_functions import straight_through
 from fpsim.transforms.names import parse_transform
 from fpsim.transforms.ops import round_transformed_op, transform_operand_op, transform_parameters_op
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 #: From parameters and buffers by name, positional arguments and keyword arguments to the module's result.
 Call = Callable[[Mapping[str, Tensor], tuple[Any, ...], Mapping[str, Any]], Any]
@@ -160,7 +160,9 @@ def _differentiable(gm: fx.GraphModule) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if node.target is round_op:
             node.target = _rounded
-        elif node.target in SCALE_OPERATORS.values():
+        elif node.target is round_scaled_op:
+            node.target = _rounded_with_scale
+        elif node.target in (*SCALE_OPERATORS.values(), outer_scale_op):
             node.args, node.target = (node.target, *node.args), _scale
         elif node.target is transform_parameters_op:
             node.target = _transform_parameters
@@ -201,3 +203,22 @@ def _rounded_under_transform(x: Tensor, *arguments: Any) -> Tensor:
 
 def _rounded(x: Tensor, *arguments: Any) -> Tensor:
     return straight_through(x, round_op(x.detach(), *arguments))
+
+
+def _rounded_with_scale(
+    x: Tensor,
+    element: str,
+    rounding: str,
+    overflow: str,
+    scale: str,
+    axes: list[int],
+    source: str,
+    words: Tensor | None = None,
+    outside: bool = False,
+) -> Tensor:
+    """``round_scaled_op`` with a derivative: 1, or the inverse of the scale that it leaves out."""
+    exact = x.detach()
+    value = round_scaled_op(exact, element, rounding, overflow, scale, axes, source, words, outside)
+    if outside:
+        x = (x / outer_scale_op(exact, element, scale, axes, source)).to(value.dtype)
+    return straight_through(x, value)

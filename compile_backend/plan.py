@@ -10,6 +10,7 @@ from rich.text import Text
 
 from fpsim.casts import Cast
 from fpsim.scaling.groups import count
+from fpsim.scaling.scale import NV_RULES
 from fpsim.transforms.transform import Transform
 
 
@@ -27,8 +28,11 @@ class Site:
         shape: the shape of the value; symbolic sizes are text.
         dtype: the dtype of the value, its carrier.
         cast: how the value is rounded; None where the policy leaves it unrounded.
-        contracted: the axes of an operand along which its product sums; empty for results.
+        contracted: the axes of an operand along which its product sums; for results with scales of rows
+            or blocks the last axis, along which these lie; empty for other results.
         transform: the transform of both operands of the product before they are rounded, or None.
+        epilogue: whether the scale of an operand, for NVFP4 the scale of the tensor, multiplies the result of the
+            product instead of the operand.
     """
 
     path: str
@@ -41,6 +45,7 @@ class Site:
     cast: Cast | None
     contracted: tuple[int, ...]
     transform: Transform | None = field(default=None, kw_only=True)
+    epilogue: bool = False
 
     @property
     def scales(self) -> str:
@@ -53,7 +58,10 @@ class Site:
         sizes = [size for size in self.shape if isinstance(size, int)]
         axes = [axis for axis in self.contracted if axis < len(self.shape)]
         number = str(count(sizes, self.cast.scale, axes)) if len(sizes) == len(self.shape) else "?"
-        return f"{number} along {', '.join(map(str, axes))}" if self.cast.has_axis and axes else number
+        text = f"{number} along {', '.join(map(str, axes))}" if self.cast.has_axis and axes else number
+        if not self.epilogue:
+            return text
+        return f"{text}, 1 in the epilogue" if self.cast.scale.rule in NV_RULES else f"{text}, in the epilogue"
 
     @property
     def step(self) -> str:

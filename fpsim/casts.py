@@ -28,11 +28,12 @@ from fpsim.formats import (
 )
 from fpsim.rounding.carriers import check_carrier, working_dtype
 from fpsim.rounding.ops import SOURCE, random_words_op, round_op, round_stochastic_op
-from fpsim.scaling.ops import SCALE_OPERATORS, check_scaled_carrier, round_scaled_op
+from fpsim.scaling.ops import SCALE_OPERATORS, check_scaled_carrier, outer_scale_op, round_scaled_op
 from fpsim.scaling.scale import (
     MX_RULES,
     NV_RULES,
     SCALE_NAMES,
+    SYMMETRIC_RULES,
     TIMING_NAMES,
     Scale,
     is_scale,
@@ -192,19 +193,19 @@ def _check_scale(cast: Cast) -> None:
     if isinstance(fmt, CodebookFormat):
         if cast.rounding != "nearest_even":
             raise ValueError(f"codebooks are rounded to nearest, got rounding {cast.rounding!r}: leave it out")
-        if rule not in (None, "fp32", "bf16"):
+        if rule not in (None, *SYMMETRIC_RULES):
             raise ValueError(f"codebook {fmt.name} takes ratios, got scale {str(scale)!r}: use group:64 or row")
     if isinstance(fmt, IntegerFormat) and rule is not None:
         if not fmt.signed and rule != "asymmetric":
             raise ValueError(f"{fmt.name} is unsigned and takes no scale {str(scale)!r}: use row:asymmetric")
-        if fmt.full and rule not in ("fp32", "bf16", "asymmetric"):
+        if fmt.full and rule not in (*SYMMETRIC_RULES, "asymmetric"):
             raise ValueError(f"{fmt.name} takes ratios, got scale {str(scale)!r}: use row, or leave out ':full'")
     elif rule == "asymmetric":
         raise ValueError(f"{fmt.name} has no zero point: scale {str(scale)!r} is for integers, such as 'uint8'")
     if isinstance(fmt, FloatFormat):
         if rule in NV_RULES and fmt.name != "e2m1fn":
             raise ValueError(f"scale {str(scale)!r} is for e2m1fn, got {fmt.name}: use mx, or block:16")
-        if rule in ("fp32", "bf16") and fmt.smallest_exponent < -24:
+        if rule in SYMMETRIC_RULES and fmt.smallest_exponent < -24:
             raise ValueError(
                 f"{fmt.name} has values below 2**-24, and its range needs no ratio: use scale mx or power_of_two"
             )
@@ -384,6 +385,7 @@ def apply_cast(
     key: Any = None,
     factor: Callable[[Any], Any] | None = None,
     call: Callable[..., Any] = run,
+    outside: bool = False,
 ) -> Any:
     """Apply ``cast`` to ``x``: transform, compute the scales, scale, round, scale back, and transform back.
 
@@ -400,6 +402,7 @@ def apply_cast(
         factor: for a cast whose scale is timed, and only for it, a function from the largest magnitude of ``x`` to the
             factor in use (`fpsim.scaling.history.in_use`), float32 without axes.
         call: calls an operator with arguments.
+        outside: whether to leave out the factor that `outer_scale` gives, a ratio or the scale of NVFP4's tensor.
 
     Returns:
         A tensor like ``x``, or a node that stands for it.
@@ -411,7 +414,12 @@ def apply_cast(
         if factor is None:
             refuse_timed(cast, "this function")
         return _apply_timed(x, cast, key, factor, call)  # type: ignore[arg-type]
-    return apply_arguments(x, cast.arguments, axes=axes, key=key, call=call)
+    return apply_arguments(x, cast.arguments, axes=axes, key=key, call=call, outside=outside)
+
+
+def outer_scale(x: Any, cast: Cast, *, axes: Sequence[int], call: Callable[..., Any] = run) -> Any:
+    """The factor that `apply_cast` leaves out, in the working dtype (`fpsim.scaling.steps.outer_scale`)."""
+    return call(outer_scale_op, x, cast.format.name, str(cast.scale), list(axes), SOURCE)
 
 
 def _apply_timed(x: Any, cast: Cast, key: Any, factor: Callable[[Any], Any], call: Callable[..., Any]) -> Any:
@@ -425,11 +433,17 @@ def _apply_timed(x: Any, cast: Cast, key: Any, factor: Callable[[Any], Any], cal
             return call(round_op, x, format, rounding, overflow, SOURCE, in_use)
         return call(round_stochastic_op, x, key, format, rounding, overflow, SOURCE, in_use)
     words = None if key is None else call(random_words_op, x, key)
-    return call(round_scaled_op, x, format, rounding, overflow, rule, [-1], SOURCE, words, in_use)
+    return call(round_scaled_op, x, format, rounding, overflow, rule, [-1], SOURCE, words, False, in_use)
 
 
 def apply_arguments(
-    x: Any, arguments: Arguments, *, axes: Sequence[int] = (-1,), key: Any = None, call: Callable[..., Any] = run
+    x: Any,
+    arguments: Arguments,
+    *,
+    axes: Sequence[int] = (-1,),
+    key: Any = None,
+    call: Callable[..., Any] = run,
+    outside: bool = False,
 ) -> Any:
     """`apply_cast` in a form that Dynamo can trace, with `Cast.arguments` in place of the cast."""
     format, rounding, overflow, rule = arguments
@@ -442,6 +456,8 @@ def apply_arguments(
     if rule is not None and rule not in SCALE_OPERATORS:
         name = "" if rule == UNSCALED else rule
         drawn = () if key is None else (call(random_words_op, x, key),)
+        if outside:
+            drawn = (*(drawn or (None,)), True)
         return call(round_scaled_op, x, format, rounding, overflow, name, list(axes), SOURCE, *drawn)
     scale = () if rule is None else (call(SCALE_OPERATORS[rule], x, format, SOURCE),)
     if key is None:

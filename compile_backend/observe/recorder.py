@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -37,7 +37,7 @@ _library._register_fake("observe", lambda value, *_: torch.empty_like(value))
 observe: OpOverload = torch.ops.fpsim.observe.default
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SiteStatistics(Site):
     """A site and the statistics of rounding there, over all runs.
 
@@ -88,7 +88,8 @@ class _Observation:
     """A product or a rounded result that is observed.
 
     Attributes:
-        value: the node that holds the product or the rounded result.
+        value: the node that holds the product, times scales outside of it, or the rounded result.
+        unscaled: the node that holds the product alone; ``value`` itself if no scale is outside.
         product: the matrix product; None for a rounded result.
         exact, rounded: the operands, or the result, before and after rounding.
         sites: one for each operand, or the one of the result.
@@ -97,6 +98,7 @@ class _Observation:
     """
 
     value: fx.Node
+    unscaled: fx.Node
     product: Product | None
     exact: tuple[fx.Node, ...]
     rounded: tuple[fx.Node, ...]
@@ -114,9 +116,10 @@ def measure_cast(
 
     For a scaled cast, subnormals and saturations are counted among the scaled numbers. Everything else is measured on
     the numbers before scaling and after unscaling. A cast with a transform changes the numbers themselves: nothing is
-    counted in its format.
+    counted in its format. One of the two may have the wider dtype of its scales or of a transform.
     """
-    grid = None if by is None else by.grid
+    wide = torch.promote_types(exact.dtype, rounded.dtype)
+    grid, exact, rounded = None if by is None else by.grid, exact.to(wide), rounded.to(wide)
     if by is not None and by.transform is not None:
         return measure(exact, rounded)
     if by is None or by.scale is None:
@@ -146,9 +149,8 @@ def _is_timed(site: Site) -> bool:
 def _factor_of(rounded: fx.Node) -> fx.Node:
     """The node of the factor in use with which ``rounded``, or the value that it rearranges, was scaled."""
     while rounded.target not in ROUNDING_OPERATORS:
-        rounded = cast(fx.Node, rounded.args[0])
-    factor = rounded.args[-1]
-    return cast(fx.Node, factor)
+        (rounded, *_) = rounded.all_input_nodes
+    return rounded.all_input_nodes[-1]
 
 
 class Recorder:
@@ -170,25 +172,33 @@ class Recorder:
         self.clear()
 
     def add_product(
-        self, product: Product, exact: Sequence[fx.Node], sites: Sequence[Site], before: Sequence[fx.Node]
+        self,
+        product: Product,
+        exact: Sequence[fx.Node],
+        rounded: Sequence[fx.Node],
+        sites: Sequence[Site],
+        before: Sequence[fx.Node],
+        scaled: fx.Node | None = None,
     ) -> None:
         """Observe ``product``.
 
         Args:
             exact: its operands before a transform and rounding.
+            rounded: its operands after rounding, with all their scales.
             sites: their sites.
             before: its operands after a transform and before rounding.
+            scaled: the node that holds the product times the scales outside of it; None if there are none.
         """
-        rounded = [cast(fx.Node, product.node.args[i]) for i in product.operands]
-        self._add(result_of(product), product, before, rounded, sites, exact)
+        self._add(scaled or result_of(product), result_of(product), product, before, rounded, sites, exact)
 
     def add_result(self, exact: fx.Node, rounded: fx.Node, site: Site) -> None:
         """Observe ``exact``, the result of an operation or a product, and ``rounded``, the same after rounding."""
-        self._add(rounded, None, [exact], [rounded], [site])
+        self._add(rounded, rounded, None, [exact], [rounded], [site])
 
     def _add(
         self,
         value: fx.Node,
+        unscaled: fx.Node,
         product: Product | None,
         exact: Sequence[fx.Node],
         rounded: Sequence[fx.Node],
@@ -199,7 +209,9 @@ class Recorder:
             self._keys.setdefault(_key_of(node, site), len(self._keys)) for node, site in zip(exact, sites, strict=True)
         ]
         self._observations.append(
-            _Observation(value, product, tuple(exact), tuple(rounded), tuple(sites), tuple(keys), tuple(operands))
+            _Observation(
+                value, unscaled, product, tuple(exact), tuple(rounded), tuple(sites), tuple(keys), tuple(operands)
+            )
         )
 
     def insert(self, graph: fx.Graph) -> None:
@@ -238,7 +250,7 @@ class Recorder:
     def _observer(self, number: int) -> Callable[..., Tensor]:
         observation = self._observations[number]
         product = observation.product
-        compare = None if product is None else comparison(product, observation.value, self._exact)
+        compare = None if product is None else comparison(product, observation.unscaled, self._exact)
         own = [i for i, key in enumerate(observation.keys) if key not in self._measured]
         self._measured |= set(observation.keys)
 
@@ -256,8 +268,7 @@ class Recorder:
             given = [next(waiting) if _is_timed(site) else None for site in observation.sites]
             for i in own:
                 site = observation.sites[i]
-                after = rounded[i].to(exact[i].dtype)
-                statistics = measure_cast(exact[i], after, site.cast, axes_of(site, exact[i].dim()), given[i])
+                statistics = measure_cast(exact[i], rounded[i], site.cast, axes_of(site, exact[i].dim()), given[i])
                 self._statistics.setdefault(observation.keys[i], []).append(statistics)
             if compare is not None:
                 seed = (number << 32) + self._runs[number]  # other signs in every run, so that errors average out

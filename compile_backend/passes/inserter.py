@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 import fpsim.rounding.inductor
 import fpsim.scaling.inductor
 import fpsim.transforms.inductor  # noqa: F401  (operators must have their lowerings before Inductor meets them)
-from fpsim.casts import Cast, apply_cast, check_cast
+from fpsim.casts import Cast, apply_cast, check_cast, outer_scale
 from fpsim.compile_backend.graph import convolution
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.metadata import describe, order_in_memory, value_of
@@ -32,7 +32,7 @@ from fpsim.formats import FloatFormat
 from fpsim.rounding.carriers import CARRIERS
 from fpsim.rounding.ops import SOURCE, random_keys_op, random_words_op, round_op
 from fpsim.scaling.groups import across
-from fpsim.scaling.ops import SCALE_OPERATORS
+from fpsim.scaling.ops import SCALE_OPERATORS, outer_scale_op
 from fpsim.transforms.ops import transform_operand_op, transform_parameters_op
 from fpsim.transforms.transform import Transform
 
@@ -43,7 +43,7 @@ _COPIED = ("partitioner_tag", "recompute", "ac_graph_id", "seq_nr", "stack_trace
 _PLACES = ("nn_module_stack", "fwd_nn_module_stack", "stack_trace")
 
 # The operators of a cast that are not elementwise. Backward keeps their results, which are small.
-_OF_WHOLE_TENSORS = (*SCALE_OPERATORS.values(), aten.select.int, aten.amax.default, timed_factor_op)
+_OF_WHOLE_TENSORS = (*SCALE_OPERATORS.values(), outer_scale_op, aten.select.int, aten.amax.default, timed_factor_op)
 
 
 class Inserter:
@@ -67,7 +67,8 @@ class Inserter:
     ) -> None:
         self.graph = graph
         self.sources = sources
-        self.roundings: dict[tuple[fx.Node, Cast, Axes], fx.Node] = {}
+        self.roundings: dict[tuple[fx.Node, Cast, Axes, bool], fx.Node] = {}
+        self.outer_scales: dict[tuple[fx.Node, Cast, Axes], fx.Node] = {}
         self.transforms: dict[tuple[Any, ...], fx.Node] = {}
         # The calls into which joint ones were split, as `convolution.split` describes them.
         self.split_calls: dict[fx.Node, tuple[int, fx.Node | None]] = {}
@@ -84,26 +85,33 @@ class Inserter:
         cast: Cast | None,
         contracted: Axes,
         transformed: fx.Node | None = None,
-    ) -> None:
+        outside: bool = False,
+    ) -> fx.Node | None:
         """Round one operand of ``product``, and of no other product that the same call computes.
 
         Args:
             cast: how to round it; None leaves it unrounded.
             contracted: the axes of the operand along which the product sums.
             transformed: the operand after the transform of the product, if there is one.
+            outside: whether the operand's outer scale multiplies the result (`fpsim.casts.outer_scale`).
+
+        Returns:
+            The node of that scale; None if there is none.
         """
         operand: fx.Node = product.node.args[position]  # type: ignore[assignment]
-        rounded = transformed or operand
+        exact = transformed or operand
+        rounded = exact
         if cast is not None:
             check_cast(operand.meta["val"].dtype, cast)
             site = (product.path or "", product.kind, product.roles[product.operands.index(position)])
-            rounded = self.rounded(rounded, cast, product.node, contracted, site)
+            rounded = self.rounded(exact, cast, product.node, contracted, site, outside)
         rounded = self._in_dtype(rounded, operand.meta["val"].dtype, product.node)
         if rounded is operand:
-            return
+            return None
         if _is_joint(product.node) and product.node not in self.split_calls:
             self.split_calls |= convolution.split(product.node)
         product.node.update_arg(position, rounded)
+        return self._outer_scale(exact, cast, product.node, contracted) if outside and cast is not None else None
 
     def transformed(
         self, operands: Sequence[fx.Node], axes: Sequence[int], transform: Transform, near: fx.Node
@@ -179,30 +187,49 @@ class Inserter:
         convolution.join(self.split_calls)
 
     def rounded(
-        self, value: fx.Node, cast: Cast, near: fx.Node, axes: Axes = (), site: tuple[str, str, str] = ("", "", "")
+        self,
+        value: fx.Node,
+        cast: Cast,
+        near: fx.Node,
+        axes: Axes = (),
+        site: tuple[str, str, str] = ("", "", ""),
+        outside: bool = False,
     ) -> fx.Node:
         """The node that holds ``value`` rounded.
 
         Rounding commutes with rearrangement, so that the base of a view is rounded and then rearranged again: the
         operand of fprop and its transpose in dgrad and wgrad share one rounding. If the scales of the cast lie along
         ``axes``, this holds for views in which these axes are axes of the base. ``near`` is the node that needs it, and
-        ``site`` says where: the module, the kind of the product, and the role.
+        ``site`` says where: the module, the kind of the product, and the role. ``outside`` is that of `round_operand`.
         """
         if _is_exact(value.meta["val"].dtype, cast):
             return value
         axes = _axes_of_scales(cast, axes, value.meta["val"].dim())
-        if (value, cast, axes) not in self.roundings:
+        key = value, cast, axes, outside
+        if key not in self.roundings:
             axes_of_base = _axes_of_base(value, axes, cast) if is_view(value) else None
             if axes_of_base is not None:
-                self.roundings[value, cast, axes] = self._rearranged(value, cast, near, axes_of_base, site)
+                self.roundings[key] = self._rearranged(value, cast, near, axes_of_base, site, outside)
             else:
-                self.roundings[value, cast, axes] = self._insert(value, cast, near, axes, site)
-        return self.roundings[value, cast, axes]
+                self.roundings[key] = self._insert(value, cast, near, axes, site, outside)
+        return self.roundings[key]
+
+    def _outer_scale(self, value: fx.Node, cast: Cast, near: fx.Node, axes: Axes) -> fx.Node:
+        """The node of the outer scale of ``value``; that of its base if the scale is one of the whole tensor."""
+        assert cast.scale is not None, "the cast has a scale"
+        axes = _axes_of_scales(cast, axes, value.meta["val"].dim())
+        axes_of_base = _axes_of_base(value, axes, cast) if is_view(value) and cast.scale.kind != "row" else None
+        if axes_of_base is not None:
+            return self._outer_scale(value.args[0], cast, near, axes_of_base)  # type: ignore[arg-type]
+        key = value, cast, axes
+        if key not in self.outer_scales:
+            self.outer_scales[key] = outer_scale(value, cast, axes=axes, call=self.calls_after(value, near))
+        return self.outer_scales[key]
 
     def rounded_result(self, value: fx.Node, near: fx.Node, site: Site) -> fx.Node:
         """The node that holds ``value``, the result of an operation, rounded by the cast of ``site``; as `rounded`."""
         assert site.cast is not None
-        result = self.rounded(value, site.cast, near)
+        result = self.rounded(value, site.cast, near, site.contracted)
         if self.recorder is not None:
             self.recorder.add_result(value, result, site)
         return result
@@ -211,14 +238,16 @@ class Inserter:
         """Replace ``node``, for all of its users, by the node that holds it rounded by the cast of ``site``."""
         assert site.cast is not None
         users = list(node.users)
-        result = self._insert(node, site.cast, node)
+        result = self._insert(node, site.cast, node, site.contracted)
         for user in users:
             user.replace_input_with(node, result)
         if self.recorder is not None:
             self.recorder.add_result(node, result, site)
 
-    def _rearranged(self, view: fx.Node, cast: Cast, near: fx.Node, axes: Axes, site: tuple[str, str, str]) -> fx.Node:
-        source = self.rounded(view.args[0], cast, near, axes, site)  # type: ignore[arg-type]
+    def _rearranged(
+        self, view: fx.Node, cast: Cast, near: fx.Node, axes: Axes, site: tuple[str, str, str], outside: bool
+    ) -> fx.Node:
+        source = self.rounded(view.args[0], cast, near, axes, site, outside)  # type: ignore[arg-type]
         with self.graph.inserting_after(view):
             return self._view_of(view, source)
 
@@ -234,16 +263,40 @@ class Inserter:
         return copy
 
     def _insert(
-        self, value: fx.Node, cast: Cast, near: fx.Node, axes: Axes = (), site: tuple[str, str, str] = ("", "", "")
+        self,
+        value: fx.Node,
+        cast: Cast,
+        near: fx.Node,
+        axes: Axes = (),
+        site: tuple[str, str, str] = ("", "", ""),
+        outside: bool = False,
     ) -> fx.Node:
         """A new node that holds ``value`` rounded. It follows ``value`` or, if that is an input, all inputs."""
         check_cast(value.meta["val"].dtype, cast)
+        key = self.random_key(value) if cast.is_stochastic else None
+        call = self.calls_after(value, near, key)
+        exact = value
+        order = order_in_memory(value) if key is None else None  # random numbers are drawn in the usual order
+        if order is not None:
+            exact = call(aten.permute.default, exact, order)
+            axes = tuple(sorted(order.index(axis) for axis in axes))
+        is_timed = cast.scale is not None and cast.scale.is_timed
+        factor = functools.partial(self._timed_factor, cast, site, call) if is_timed else None
+        rounded = apply_cast(exact, cast, axes=axes, key=key, factor=factor, call=call, outside=outside)
+        if order is not None:
+            rounded = call(aten.permute.default, rounded, [order.index(i) for i in range(len(order))])
+        return rounded
+
+    def calls_after(self, value: fx.Node, near: fx.Node, key: fx.Node | None = None) -> Callable[..., fx.Node]:
+        """A function that inserts calls, one after the other, behind ``value``: as parts of its rounding for ``near``.
+
+        They follow ``value`` or, if that is an input, all inputs and ``key``.
+        """
         last = value
         while last.op == "placeholder" and last.next.op == "placeholder":
             last = last.next
-        key = self.random_key(value) if cast.is_stochastic else None
-        if key is not None and last.op == "placeholder":
-            last = key
+        if last.op == "placeholder":
+            last = key or next(node for node in self.graph.nodes if node.next.op != "placeholder")
         meta = self._meta(value, near)
         pointwise = dict(meta)
         if self._is_available_in_backward(value):
@@ -262,20 +315,7 @@ class Inserter:
             self.sources[last] = self.sources[value]
             return last
 
-        exact = value
-        order = order_in_memory(value) if key is None else None  # random numbers are drawn in the usual order
-        if order is not None:
-            exact = call(aten.permute.default, exact, order)
-            axes = tuple(sorted(order.index(axis) for axis in axes))
-        factor = None
-        if cast.scale is not None and cast.scale.is_timed:
-            factor = functools.partial(self._timed_factor, cast, site, call)
-            if last.op == "placeholder":
-                last = next(node for node in self.graph.nodes if node.next.op != "placeholder")
-        rounded = apply_cast(exact, cast, axes=axes, key=key, factor=factor, call=call)
-        if order is not None:
-            rounded = call(aten.permute.default, rounded, [order.index(i) for i in range(len(order))])
-        return rounded
+        return call
 
     def _meta(self, value: fx.Node, near: fx.Node) -> dict[str, Any]:
         """The metadata of a node that is computed from ``value`` for the node ``near``."""

@@ -15,6 +15,7 @@ from fpsim.compile_backend.graph.nodes import module_path
 from fpsim.compile_backend.graph.opaque import find_opaque
 from fpsim.compile_backend.graph.products import opaque_family, remedy
 from fpsim.compile_backend.passes.accumulators import Summed, summed
+from fpsim.compile_backend.passes.epilogue import scale_result
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.places import policy_at, site_of_product
 from fpsim.compile_backend.passes.transforms import transform_of, transform_operands, why_not
@@ -137,11 +138,15 @@ def _round_product(product: Product, policy: Policy, transform: Transform | None
         for role, operand, cast, axes in zip(product.roles, operands, casts, product.contracted, strict=True)
     ]
     before = operands if transform is None else transform_operands(product, transform, inserter)
-    for position, cast, axes, operand in zip(product.operands, casts, product.contracted, before, strict=True):
-        if cast is not None or transform is not None:
-            inserter.round_operand(product, position, cast, axes, None if transform is None else operand)
+    scales: list[fx.Node | None] = [None, None]
+    for i, (position, site, operand) in enumerate(zip(product.operands, sites, before, strict=True)):
+        if site.cast is not None or transform is not None:
+            changed = None if transform is None else operand
+            scales[i] = inserter.round_operand(product, position, site.cast, site.contracted, changed, site.epilogue)
+    scaled = scale_result(product, scales, inserter)
     if inserter.recorder is not None:
-        inserter.recorder.add_product(product, operands, sites, before)
+        inserter.recorder.add_product(scaled.product, operands, scaled.operands, sites, before, scaled.value)
+    product = scaled.product
     result = policy.output_cast(product.kind)
     if result is not None:
         sites.append(site_of_product(product, "output", product.result, result))

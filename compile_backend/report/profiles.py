@@ -335,6 +335,7 @@ def _site_of(row: Mapping[str, Any]) -> SiteStatistics:
     numbers |= {name: row.get(name, 0) for name in GROUP_COUNTS}
     histograms = ("exponents", "rounded_exponents", "scale_exponents")
     numbers |= {name: tuple(map(tuple, row.get(name, ()))) for name in histograms}
+    row = {"epilogue": False, **row}  # older profiles lack it
     values: dict[str, Any] = {field.name: row[field.name] for field in fields(Site) if field.name != "transform"}
     values["transform"] = parse_transform(row.get("transform"))
     values |= {name: tuple(values[name]) for name in ("shape", "contracted")}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
 from fpsim.accumulators.accumulator import Accumulator, AccumulatorLike, Order, parse_accumulator
-from fpsim.casts import NONE, UNSCALED, Cast, CastLike, parse_cast, parse_unscaled
+from fpsim.casts import NONE, UNSCALED, Cast, CastLike, parse_cast, refuse_timed
 from fpsim.formats import OVERFLOWS, ElementFormat, FloatFormat, full_rounding, parse_format
 from fpsim.json_text import check_depth, parse_json
 from fpsim.policy.globs import matches
@@ -92,8 +92,8 @@ class Policy:
         format: the format of every operand of every matrix product, unless a more specific field names one.
         activation, weight, gradient: the format of the operands in this role, in all three kinds of product. It
             overrides `format`.
-        output: the format of the results of all matrix products. The result of a linear layer includes its bias.
-            Default: results are not rounded.
+        output: the format of the results of all matrix products. The result of a linear layer includes its bias. Rows
+            and blocks of elements that share a scale lie along the last axis. Default: results are not rounded.
         fprop, dgrad, wgrad: a mapping from role to format for the operands of this kind of product. It overrides the
             fields above. SwitchBack, for example, is ``wgrad={"gradient": "bf16", "activation": "bf16"}``. A format
             alone applies to all roles. The key ``output`` sets the format of the results of this kind of product.
@@ -101,9 +101,10 @@ class Policy:
             additions, softmax, normalisation, activation functions, the loss, the gradients of all these and the sums
             of gradients. A mapping with the keys ``forward`` and ``backward`` sets two different formats. Default:
             results are not rounded. An operation is one aten operator as the model or autograd calls it, before
-            decomposition; its result is rounded once. An operator that torch itself composes of others
-            (CompositeImplicitAutograd) counts as these others. Operations that only move, select or create numbers are
-            not rounded, nor are operations that depend on neither a parameter nor a floating-point input.
+            decomposition; its result is rounded once. Rows and blocks that share a scale lie along its last
+            axis. An operator that torch itself composes of others (CompositeImplicitAutograd) counts as
+            these others. Operations that only move, select or create numbers are not rounded, nor are
+            operations that depend on neither a parameter nor a floating-point input.
         products: ``"all"`` rounds all matrix products. ``"weights"`` rounds only the products with weights, forward
             and backward: those of linear layers, convolutions and the LM head. Products of two activations, as in
             attention, are then listed as gaps.
@@ -224,10 +225,15 @@ class Policy:
         return parsed or NONE
 
     def _result(self, given: CastLike | None) -> _StoredCast:
-        """`_operand` for the result of an operation, which cannot be scaled."""
+        """`_operand` for the result of an operation, for which `scale` does not stand."""
         if given is None:
             return None
-        return parse_unscaled(given, self.rounding, self.overflow, "the result of an operation") or NONE
+        parsed = parse_cast(given, self.rounding, self.overflow)
+        refuse_timed(parsed, "rounding of results")
+        if parsed is not None and parsed.transform is not None:
+            name = str(parsed.transform)
+            raise ValueError(f"the result of an operation takes no transform: leave {name!r} out of {str(given)!r}")
+        return parsed or NONE
 
     def _casts(
         self, name: str, usual: Sequence[str], valid: Sequence[str], what: str

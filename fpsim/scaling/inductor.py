@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -12,17 +13,17 @@ from torch._inductor import config, ir, lowering
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv
 
-import fpsim.scaling.definitions  # noqa: F401  (registers the operator)
 from fpsim.formats import ElementFormat, parse_element, parse_format
 from fpsim.rounding.carriers import CARRIERS, working_dtype
 from fpsim.rounding.cpp_functions import CppOps, CppText, inline
 from fpsim.rounding.inductor import LaneOps, Lanes, is_in_cpp
 from fpsim.rounding.kernel import Grid, Int, Ops, round_code
+from fpsim.scaling.definitions import shape_of_outer_scale
 from fpsim.scaling.rules import mx_multiplier_code, power_of_two_code
-from fpsim.scaling.scale import POWERS_OF_TWO, parse_scale
-from fpsim.scaling.steps import round_scaled
+from fpsim.scaling.scale import POWERS_OF_TWO, Scale, parse_scale
+from fpsim.scaling.steps import outer_scale, round_scaled
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 
 @lowering.register_lowering(torch.ops.fpsim.power_of_two_scale.default, type_promotion_kind=None)
@@ -110,8 +111,29 @@ class OnLowerings:
         device = like.get_device()
         return lowering.lowerings[aten.full.default]([], value, dtype=torch.float32, device=device)
 
-    def table(self, values: Sequence[float], like: ir.TensorBox, dtype: torch.dtype) -> ir.TensorBox:
-        return V.graph.add_tensor_constant(torch.tensor(values, dtype=dtype, device=like.get_device()))
+    def step_function(
+        self, y: ir.TensorBox, thresholds: Sequence[float], values: Sequence[float], dtype: torch.dtype
+    ) -> ir.TensorBox:
+        steps = [1 << i for i in reversed(range(len(thresholds).bit_length()))]
+        filled = [*thresholds, *[math.nan] * (2 * steps[0] - len(thresholds))]  # no number reaches NaN
+        limits, results = (
+            V.graph.add_tensor_constant(torch.tensor(each, dtype=dtype, device=y.get_device()))
+            for each in (filled, values)
+        )
+        load, load_limit, load_result = y.make_loader(), limits.make_loader(), results.make_loader()
+
+        def loaded(load_table: Any, position: Any, size: int) -> Any:
+            return load_table([ops.indirect_indexing(position, size, check=False)])
+
+        def value(index: Any) -> Any:
+            number, position = load(index), ops.constant(0, torch.int64)
+            for step in steps:  # bisection
+                limit = loaded(load_limit, ops.add(position, ops.constant(step - 1, torch.int64)), len(filled))
+                further = ops.add(position, ops.constant(step, torch.int64))
+                position = ops.where(ops.ge(number, limit), further, position)
+            return loaded(load_result, position, len(values))
+
+        return ir.Pointwise.create(device=y.get_device(), dtype=dtype, inner_fn=value, ranges=list(y.get_size()))
 
 
 @lowering.register_lowering(torch.ops.fpsim.mx_multiplier.default, type_promotion_kind=None)
@@ -136,16 +158,13 @@ def _lower_round_scaled(
     axes: Sequence[int],
     source: str,
     words: ir.TensorBox | None = None,
+    outside: bool = False,
     factor: ir.TensorBox | None = None,
 ) -> ir.TensorBox:
     if any(length == 0 for length in x.get_size()):
         return lowering.lowerings[aten.clone.default](x)
     parsed = parse_scale(scale or None)
-    if parsed is not None and parsed.rule not in POWERS_OF_TWO and config.cpp.enable_unsafe_math_opt_flag:
-        raise RuntimeError(
-            f"scale {scale!r} needs divisions as IEEE 754 rounds them, and cpp.enable_unsafe_math_opt_flag gives "
-            "others: turn the flag off, or use a scale of powers of two, such as mx"
-        )
+    _refuse_inexact_divisions(parsed)
     result = round_scaled(
         x,
         x.get_dtype(),
@@ -156,6 +175,7 @@ def _lower_round_scaled(
         list(axes),
         words,
         OnLowerings(),
+        outside,
         factor,
     )
     if all(isinstance(length, int | sympy.Integer) for length in x.get_size()):
@@ -163,3 +183,22 @@ def _lower_round_scaled(
     return lowering.lowerings[aten.clone.default](
         result
     )  # Inductor cannot order the strides of a view of unknown sizes
+
+
+def _refuse_inexact_divisions(scale: Scale | None) -> None:
+    if scale is not None and scale.rule not in POWERS_OF_TWO and config.cpp.enable_unsafe_math_opt_flag:
+        raise RuntimeError(
+            f"scale {str(scale)!r} needs divisions as IEEE 754 rounds them, and cpp.enable_unsafe_math_opt_flag gives "
+            "others: turn the flag off, or use a scale of powers of two, such as mx"
+        )
+
+
+@lowering.register_lowering(torch.ops.fpsim.outer_scale.default, type_promotion_kind=None)
+def _lower_outer_scale(x: ir.TensorBox, element: str, scale: str, axes: Sequence[int], source: str) -> ir.TensorBox:
+    parsed, dtype, shape = parse_scale(scale), x.get_dtype(), list(x.get_size())
+    _refuse_inexact_divisions(parsed)
+    if any(length == 0 for length in shape):
+        sizes = shape_of_outer_scale(shape, scale, axes)
+        return lowering.lowerings[aten.full.default](sizes, 1.0, dtype=working_dtype(dtype), device=x.get_device())
+    assert parsed is not None, "the scale has a name"
+    return outer_scale(x, dtype, parse_element(element), parsed, list(axes), OnLowerings())

@@ -91,7 +91,8 @@ def write(target: Tensor, value: Tensor, key: Tensor | None, arguments: Argument
     """Write ``value`` to ``target``, cast; ``arguments`` is `Cast.arguments`, and None leaves the value as it is."""
     if key is not None and torch.compiler.is_compiling():
         torch._check(value.numel() < _SHORT)  # tells Inductor that 32-bit indices suffice, whatever the size
-    target.copy_(value if arguments is None else apply_arguments(value, arguments, key=key))
+    axes = (-1,) if value.dim() else ()  # a number is a row of its own
+    target.copy_(value if arguments is None else apply_arguments(value, arguments, axes=axes, key=key))
 
 
 def _round_batch(xs: Sequence[Tensor], keys: Sequence[Tensor] | None, arguments: Arguments) -> None:
