@@ -293,6 +293,11 @@ def parse_cast(name: str) -> Cast:
             modes["overflow"] = part
         elif part in ROUNDINGS or part.partition(":")[0] in STOCHASTIC_ROUNDINGS:
             modes["rounding"] = part
+        elif part.partition(":")[0] in ("hadamard", "expand"):
+            raise ValueError(
+                f"transform {part!r} of {name!r} is not part of a block: leave it out; fpsim.round takes it, and here "
+                "it is fpsim.reference.hadamard or round_power_map"
+            )
         else:
             scale = part
     if scale is None:

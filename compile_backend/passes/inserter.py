@@ -385,11 +385,8 @@ class Inserter:
 
 def _same_length(view: fx.Node, axis: int, axis_of_base: int) -> bool:
     """Whether an axis of a view has all elements of that of its base; one that is expanded has not."""
-    length, length_of_base = (
-        node.meta["val"].shape[i]
-        for node, i in ((view, axis), (view.args[0], axis_of_base))  # type: ignore[union-attr]
-    )
-    return statically_known_true(length == length_of_base)
+    base: fx.Node = view.args[0]  # type: ignore[assignment]
+    return statically_known_true(view.meta["val"].shape[axis] == base.meta["val"].shape[axis_of_base])
 
 
 def _same(node: fx.Node) -> Any:
