@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -11,6 +11,7 @@ from rich.text import Text
 from fpsim.casts import Cast
 from fpsim.scaling.groups import count
 from fpsim.scaling.scale import NV_RULES
+from fpsim.transforms.transform import Transform
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class Site:
         shape: the shape of the value; symbolic sizes are text.
         dtype: the dtype of the value, its carrier.
         cast: how the value is rounded; None where the policy leaves it unrounded.
-        contracted: the axes of an operand along which its product sums; for results with scales of rows
-            or blocks the last axis, along which these lie; empty for other results.
+        contracted: the axes of an operand along which its product sums; for results with scales of rows or blocks the
+            last axis, along which these lie; empty for other results.
+        transform: the transform of both operands of the product before they are rounded, or None.
         epilogue: whether the scale of an operand, for NVFP4 the scale of the tensor, multiplies the result of the
             product instead of the operand.
     """
@@ -42,7 +44,8 @@ class Site:
     dtype: str
     cast: Cast | None
     contracted: tuple[int, ...]
-    epilogue: bool = False
+    transform: Transform | None = field(default=None, kw_only=True)
+    epilogue: bool = field(default=False, kw_only=True)
 
     @property
     def scales(self) -> str:
@@ -82,24 +85,53 @@ class Gap:
 
 
 @dataclass(frozen=True)
+class Sum:
+    """A matrix product whose sum has a narrow accumulator.
+
+    Attributes:
+        path, operator, kind: as in `Site`.
+        accumulator: the accumulator as text: ``hopper_fp8 promote=128``.
+    """
+
+    path: str
+    operator: str
+    kind: str
+    accumulator: str
+
+
+@dataclass(frozen=True)
 class Plan:
-    """All sites and gaps of a model under a policy; ``str(plan)`` and ``rich.print(plan)`` show them as tables."""
+    """All sites and gaps of a model under a policy, and the sums that have narrow accumulators.
+
+    ``str(plan)`` and ``rich.print(plan)`` show them as tables.
+    """
 
     sites: tuple[Site, ...]
     gaps: tuple[Gap, ...]
+    sums: tuple[Sum, ...] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         rounded = sum(site.cast is not None for site in self.sites)
         table = Table(title=f"{rounded} of {len(self.sites)} values rounded", title_justify="left")
         has_scales = any(site.scales for site in self.sites)
-        for name in ("module", "operator", "kind", "role", "shape", "carrier", "cast", *["scales"] * has_scales):
+        has_transforms = any(site.transform for site in self.sites)
+        more = ["scales"] * has_scales + ["transform"] * has_transforms
+        for name in ("module", "operator", "kind", "role", "shape", "carrier", "cast", *more):
             table.add_column(name, overflow="fold")
         for site in self.sites:
             shape = " x ".join(map(str, site.shape)) or "scalar"
             cast = Text(site.cast.written, style="green") if site.cast else Text("unrounded", style="yellow")
             words = (site.path or "(root)", site.operator, site.step, site.role, shape, site.dtype)
-            table.add_row(*map(Text, words), cast, *[Text(site.scales)] * has_scales)
+            extra = [site.scales] * has_scales + [str(site.transform or "")] * has_transforms
+            table.add_row(*map(Text, words), cast, *map(Text, extra))
         yield table
+        if self.sums:
+            sums = Table(title=f"{len(self.sums)} products with accumulators", title_justify="left")
+            for name in ("module", "operator", "kind", "accumulator"):
+                sums.add_column(name, overflow="fold")
+            for each in self.sums:
+                sums.add_row(*map(Text, (each.path or "(root)", each.operator, each.kind, each.accumulator)))
+            yield sums
         if not self.gaps:
             yield Text("no gaps: every matrix product is covered", style="green")
             return

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpsim.casts import Cast, check_cast, parse_cast
+from fpsim.casts import Cast, check_cast, parse_cast, refuse_timed
 from fpsim.formats import CodebookFormat, ElementFormat, FloatFormat, IntegerFormat
 from fpsim.rounding.carriers import check_tensor, working_dtype
 from fpsim.rounding.packing import pack, unpack
@@ -134,6 +134,9 @@ def _scaled_cast(format: str | Cast) -> tuple[Cast, Scale]:
         raise ValueError(
             f"{reprlib.repr(format)} has no scales to encode: use a format such as 'mxfp8', or fpsim.encode"
         )
+    refuse_timed(cast, "this function")
+    if cast.transform is not None:
+        raise ValueError(f"codes hold no transform: leave {str(cast.transform)!r} out of {reprlib.repr(format)}")
     if cast.is_stochastic:
         raise ValueError(f"{str(cast)!r} is stochastic: round first, fpsim.round(x, ..., seed=...)")
     return cast, cast.scale

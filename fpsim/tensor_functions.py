@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from fpsim.casts import NONE, Arguments, Cast, apply_arguments, check_cast, parse_cast
+from fpsim.casts import NONE, Arguments, Cast, apply_arguments, check_cast, parse_cast, refuse_timed
 from fpsim.formats import (
     STOCHASTIC_ROUNDINGS,
     ElementFormat,
@@ -61,7 +61,10 @@ def round(
         x: float64, float32, bfloat16 or float16, any shape, strides and device. Its dtype must have all values of
             ``format``.
         format: a name (`fpsim.parse_format`), a `FloatFormat`, the name of elements with their scales (``mxfp8``,
-            ``nvfp4``, ``int8``, ``nf4``: `fpsim.formats.WHOLE_FORMATS`), or a pair such as ``e4m3fn/block:128``.
+            ``nvfp4``, ``int8``, ``nf4``: `fpsim.formats.WHOLE_FORMATS`), or a pair such as ``e4m3fn/block:128``. A
+            transform may follow, which is undone after rounding: ``nvfp4/hadamard:16`` rotates blocks along ``axis``
+            (`fpsim.transforms.hadamard.Hadamard`), ``e4m3fn/group:128/expand`` raises magnitudes to a power per group
+            (`fpsim.transforms.power_map.PowerMap`).
         rounding: ``nearest_even`` (ties to the even code), ``nearest_away``, ``toward_zero``, ``up``, ``down``
             (IEEE 754-2019 section 4.3), ``to_odd``, or a stochastic rounding: ``stochastic``,
             ``stochastic_b``, ``stochastic_c`` (`fpsim.formats.split_rounding` defines them).
@@ -110,11 +113,11 @@ def round(
     arguments, limit, negative, has_axis = _resolve(
         _name_of(format), rounding, overflow, dtype, random_bits, _name_of(scale), gradient == "clipped"
     )
-    axes = counted_axes(axis, x.dim(), str(arguments[3])) if has_axis else ()
+    axes = counted_axes(axis, x.dim(), str(arguments[3]).strip("/")) if has_axis else ()
     key = None
     _check_salt(salt)
     if ":" in arguments[1]:
-        key = random_key_op(_seed_tensor(seed, rounding, x.device), salt)
+        key = random_key_op(seed_tensor(seed, rounding, x.device), salt)
     elif seed is not None:
         raise ValueError(f"a seed has no meaning with rounding={rounding!r}: use rounding='stochastic'")
     value = apply_arguments(x.detach(), arguments, axes=axes, key=key)
@@ -283,8 +286,9 @@ def _resolve(
     if cast is None:
         raise ValueError(f"the format {NONE!r} rounds nothing: use a format such as 'e4m3fn'")
     _refuse_ignored(format, cast, rounding=rounding, overflow=overflow, scale=parse_scale(scale))
+    refuse_timed(cast, "fpsim.round")
     check_cast(dtype, cast)
-    if cast.scale is not None or not clipped:
+    if cast.scale is not None or cast.transform is not None or not clipped:
         return cast.arguments, None, True, cast.has_axis
     fmt = parse_format(cast.arguments[0])
     return cast.arguments, Grid(fmt, CARRIERS[dtype]).plain_max, fmt.signed, cast.has_axis
@@ -329,7 +333,8 @@ def _check_salt(salt: int) -> None:
         raise ValueError(f"salt {salt} is no 64-bit integer: use one from -2**63 to 2**63 - 1")
 
 
-def _seed_tensor(seed: int | Tensor | None, rounding: str, device: torch.device) -> Tensor:
+def seed_tensor(seed: int | Tensor | None, rounding: str, device: torch.device) -> Tensor:
+    """A seed of stochastic rounding as one int64 on ``device``; the errors are those of `round`."""
     if seed is None:
         raise ValueError(f"rounding={rounding!r} needs a seed: an int, or a tensor with one int64")
     if isinstance(seed, Tensor):

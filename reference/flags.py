@@ -60,7 +60,7 @@ def with_flags(
             ``"after"``: rounded to the format's precision, with an unbounded exponent, it is still below;
             ``"before"``: the exact result is below.
             In stochastic rounding, the roundings with bounded and unbounded exponent use the same random number.
-        options: the other arguments of `sum` and `dot`: ``accumulator``, ``order`` and ``product``.
+        options: the other arguments of `sum` and `dot`: ``accumulator``, ``order``, ``product`` and ``operands``.
 
     Raises:
         ValueError, TypeError: as ``operation``, or if that is none of the operations, or takes more or fewer operands

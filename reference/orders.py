@@ -1,7 +1,7 @@
 """The orders of summation: which operations are rounded, one after the other, to add up the terms of a sum.
 
 An order is written as a generator. It yields the `Step` to take next, is sent the value of that step, and returns the
-sum. It does not round: whoever takes the steps does.
+sum. It does not round: whoever takes the steps does. The steps of matrix units stand in `aligned`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from fractions import Fraction
 from typing import NamedTuple, TypeAlias
 
+from .aligned import Aligned, aligned_sum, exponent_of, without_minus_zero
 from .arithmetic import add, exact_sum, sub
 from .outcomes import Exact, Target
 from .values import Value
 
-#: The name of an order of summation, or a pair of name and length: see `sum`.
-Order: TypeAlias = str | tuple[str, int]
+#: The name of an order of summation, a pair of name and length, or the alignment of a matrix unit: see `sum`.
+Order: TypeAlias = str | tuple[str, int] | tuple[str, int, int] | Aligned
 #: Orders that are a name, and those that are a pair of a name and a length.
 PLAIN_ORDERS = ("sequential", "pairwise", "kahan")
 ORDERS_WITH_LENGTH = ("blocked", "interleaved", "chunked")
@@ -33,15 +34,24 @@ class Step(NamedTuple):
 Steps: TypeAlias = Generator[Step, Value, Value]
 #: Takes the terms and the target of every addition, and yields the additions.
 Adder: TypeAlias = Callable[[Sequence[Value], Target], Steps]
+#: The exponents of the terms as a matrix unit takes them, None for a zero. No exponents: those of the numbers.
+Exponents: TypeAlias = Sequence[int | None] | None
 
 
-def adder(order: Order) -> Adder:
+def adder(order: Order, exponents: Exponents = None) -> Adder:
     """The adder for an order that `sum` names.
+
+    Args:
+        exponents: the exponents of the terms; only the alignment of a matrix unit depends on them.
 
     Raises:
         ValueError: no such order.
     """
     match order:
+        case Aligned():
+            return lambda terms, where: _aligned(order, terms, exponents, where)
+        case ("aligned", int(length), int(fraction_bits)):
+            return adder(Aligned(length, fraction_bits), exponents)
         case "sequential":
             return _sequential
         case "pairwise":
@@ -56,8 +66,13 @@ def adder(order: Order) -> Adder:
             return lambda terms, where: _chunked(_rows(terms, length), where)
     raise ValueError(
         f"unknown order {order!r}: use one of {', '.join(PLAIN_ORDERS)}, or a pair of one of "
-        f"{', '.join(ORDERS_WITH_LENGTH)} and a positive integer"
+        f"{', '.join(ORDERS_WITH_LENGTH)} and a positive integer, or ('aligned', length, fraction_bits)"
     )
+
+
+def is_aligned(order: Order) -> bool:
+    """Whether ``order`` is that of a matrix unit."""
+    return isinstance(order, Aligned) or (isinstance(order, tuple) and order[0] == "aligned")
 
 
 def _rows(terms: Sequence[Value], length: int) -> list[Sequence[Value]]:
@@ -74,6 +89,20 @@ def _chunked(rows: Iterable[Sequence[Value]], where: Target) -> Steps:
     for row in rows:
         total = ((yield Step(exact_sum, (*total, *row), where)),)
     return total[0] if total else Fraction(0)
+
+
+def _aligned(order: Aligned, terms: Sequence[Value], exponents: Exponents, where: Target) -> Steps:
+    """The steps of a matrix unit: `Aligned` defines them."""
+    if exponents is None:
+        exponents = [exponent_of(term, where.format.emin) for term in terms]
+    total: Value = Fraction(0)
+    for first in range(0, len(terms), order.length):
+        part = slice(first, first + order.length)
+        step = aligned_sum(order, exponents[part])
+        total = yield Step(step, (total, *terms[part]), where)
+        if not order.late_bits:
+            total = yield Step(without_minus_zero, (total,), None)
+    return total
 
 
 def _sequential(terms: Sequence[Value], where: Target) -> Steps:

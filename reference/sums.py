@@ -15,17 +15,20 @@ from fractions import Fraction
 from functools import reduce
 from itertools import count, repeat
 from operator import or_
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from fpsim.formats import FloatFormat, split_rounding
+from fpsim.formats import FloatFormat, parse_format, split_rounding
 
+from .aligned import exponent_of
 from .arithmetic import convert, exact_sum, mul
-from .orders import Order, Step, Steps, adder
+from .orders import Exponents, Order, Step, Steps, adder, is_aligned
 from .outcomes import Flags, Result, Target, check_tininess, rounded_result, target
 from .values import Number, Value, as_value
 
 #: The random numbers of stochastic rounding, one for each rounding, or a function of its index: see `sum`.
 RandomNumbers: TypeAlias = Sequence[int] | Callable[[int], int]
+#: The format of both vectors of an inner product, or a pair of formats.
+Operands: TypeAlias = str | FloatFormat | tuple[str | FloatFormat, str | FloatFormat] | None
 
 
 def sum(
@@ -53,6 +56,8 @@ def sum(
       the lanes' sums are summed sequentially.
     - ``("chunked", n)``: the exact sum of every n values in a row is one addition: ``(c1 + c2) + ...``, where each c is
       exact and c1 is rounded first. Matrix units that add n products at once do this. ``("chunked", 1)`` is sequential.
+    - ``("aligned", L, F)``, or an `Aligned`, which says more: the steps of a matrix unit. L values and the sum of the
+      steps before are shifted to the largest exponent among them, cut to F fractional bits, added exactly and rounded.
     - ``"kahan"``: W. Kahan's compensated summation ("Further remarks on reducing truncation errors", Communications of
       the ACM 8 (1965)), every operation rounded to the accumulator. It begins with s = x1 rounded and c = 0, and takes
       for every further x in order: y = x - c, t = s + y, c = (t - s) - y, s = t. The sum is s.
@@ -104,6 +109,7 @@ def dot(
     product: str | FloatFormat | None = None,
     accumulator: str | FloatFormat | None = None,
     order: Order = "sequential",
+    operands: Operands = None,
     random: RandomNumbers | None = None,
 ) -> Value:
     """The inner product of ``xs`` and ``ys``, in ``format``: the `sum` of their products.
@@ -118,16 +124,22 @@ def dot(
         xs, ys: numbers as in `sum`, of equal length.
         format, rounding, overflow, accumulator, order, random: as in `sum`.
         product: the format to which every product is rounded; None for exact products.
+        operands: the format of ``xs`` and ``ys``, or a pair of formats. A matrix unit (``order`` is aligned) gives its
+            least exponent to subnormal numbers. None: numbers have their own exponents, however small. Other orders
+            do not depend on it.
 
     Raises:
-        ValueError: as `sum`; or ``xs`` and ``ys`` differ in length.
+        ValueError: as `sum`; or ``xs`` and ``ys`` differ in length, or products are rounded and then aligned.
         TypeError: as `sum`.
 
     >>> dot([1.125, 1], [1.125, -1.25], "e4m3fn"), dot([1.125, 1], [1.125, -1.25], "e4m3fn", product="e4m3fn")
     (Fraction(1, 64), Fraction(0, 1))
+    >>> dot([448, 1], [1, 1 / 64], "fp32", "toward_zero", accumulator="e8m13", order=("aligned", 32, 13))
+    Fraction(448, 1)
     """
     modes = Modes(rounding, overflow, random)
-    return dot_with_flags(xs, ys, format, modes, product=product, accumulator=accumulator, order=order).value
+    options: dict[str, Any] = {"product": product, "accumulator": accumulator, "order": order, "operands": operands}
+    return dot_with_flags(xs, ys, format, modes, **options).value
 
 
 # -- with flags -------------------------------------------------------------------------------------------------------
@@ -170,12 +182,16 @@ def dot_with_flags(
     product: str | FloatFormat | None = None,
     accumulator: str | FloatFormat | None = None,
     order: Order = "sequential",
+    operands: Operands = None,
 ) -> Result:
     """`dot`, and the flags of all its products and roundings together: see `with_flags`."""
     left, right = [as_value(x) for x in xs], [as_value(y) for y in ys]
     if len(left) != len(right):
         raise ValueError(f"an inner product takes two vectors of one length, got {len(left)} and {len(right)} numbers")
-    total = _total(format, modes, accumulator, order)
+    exponents = _exponents_of_products(left, right, operands)
+    if product is not None and is_aligned(order):
+        raise ValueError(f"products of a matrix unit are exact, got product={product!r} and order={order!r}")
+    total = _total(format, modes, accumulator, order, exponents)
     multiply = None if product is None else modes.target(product)
 
     def steps() -> Steps:
@@ -187,13 +203,27 @@ def dot_with_flags(
     return _run(steps, modes)
 
 
+def _exponents_of_products(left: Sequence[Value], right: Sequence[Value], operands: Operands) -> Exponents:
+    """The exponents of products before they are normalised: the sums of their factors' exponents, None for zeros."""
+    formats = operands if isinstance(operands, tuple) else (operands, operands)
+    least = [-(1 << 20) if format is None else parse_format(format).emin for format in formats]
+    exponents = [(exponent_of(x, least[0]), exponent_of(y, least[1])) for x, y in zip(left, right, strict=True)]
+    return [None if x is None or y is None else x + y for x, y in exponents]
+
+
 def _total(
-    format: str | FloatFormat, modes: Modes, accumulator: str | FloatFormat | None, order: Order
+    format: str | FloatFormat,
+    modes: Modes,
+    accumulator: str | FloatFormat | None,
+    order: Order,
+    exponents: Exponents = None,
 ) -> Callable[[Sequence[Value]], Steps]:
     """The function from terms to the steps that add them up and round the sum to ``format``."""
     into = modes.target(format)
     within = None if accumulator is None else modes.target(accumulator)
-    add_up = adder(order)
+    if within is None and is_aligned(order):
+        raise ValueError(f"order={order!r} needs an accumulator, such as accumulator='e8m13'")
+    add_up = adder(order, exponents)
 
     def total(terms: Sequence[Value]) -> Steps:
         if within is None:

@@ -82,6 +82,12 @@ PROMISES: dict[str, tuple[str, ...]] = {
         "compile_backend/test_torch_settings.py::test_settings_change_before_a_model_is_traced"
         "[from fpsim.compile_backend import fpsim]",
     ),
+    "sums in an accumulator are those of the reference, and the machines' those of recorded results": (
+        "accumulators/test_reference.py::test_the_model_in_numpy_gives_the_recorded_results_of_gpus[hopper_fp8-e4m3fn]",
+        "accumulators/test_matmul.py::test_machines_have_the_bits_of_the_reference[hopper_fp8-e4m3fn]",
+        "accumulators/test_matmul.py::test_every_order_has_the_bits_of_the_reference[bf16-nearest_even]",
+        "compile_backend/test_accumulators.py::test_every_spelling_of_a_product_has_the_sums_of_the_reference[addmm]",
+    ),
     "one table knows what a product is": (
         "compile_backend/test_products.py::test_reversing_both_operands_along_the_contracted_axes_changes_no_sum",
         "compile_backend/test_products.py::test_a_graph_rounds_both_operands_and_reports_their_axes",

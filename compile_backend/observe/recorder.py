@@ -11,13 +11,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from fpsim.casts import Cast, in_range_of_format
+from fpsim.casts import ROUNDING_OPERATORS, Cast, in_range_of_format
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.views import base
 from fpsim.compile_backend.observe.product_error import comparison, other_tensors, result_of
@@ -25,12 +25,15 @@ from fpsim.compile_backend.observe.rounding_statistics import Statistics, measur
 from fpsim.compile_backend.plan import Site
 
 _library = torch.library.Library("fpsim", "FRAGMENT")
-_library.define("observe(Tensor value, Tensor[] exact, Tensor[] rounded, Tensor[] others, int number) -> Tensor")
+_library.define(
+    "observe(Tensor value, Tensor[] exact, Tensor[] rounded, Tensor[] factors, Tensor[] others, int number) -> Tensor"
+)
 _library.impl("observe", lambda value, *_: value.clone(), "CompositeExplicitAutograd")
 _library._register_fake("observe", lambda value, *_: torch.empty_like(value))
 
 #: The identity of ``value``, the result that observation ``number`` measures. Its other arguments are the operands
-#: before (``exact``) and after rounding (``rounded``), and the ``others``, the further tensors of the operator.
+#: before (``exact``) and after rounding (``rounded``), the ``factors`` of those with timed scales, and the ``others``,
+#: the further tensors of the operator. Those before a transform follow those before rounding in ``exact``.
 observe: OpOverload = torch.ops.fpsim.observe.default
 
 
@@ -91,6 +94,7 @@ class _Observation:
         exact, rounded: the operands, or the result, before and after rounding.
         sites: one for each operand, or the one of the result.
         keys: one for each site. Sites with the same key hold the same numbers, and have the same statistics.
+        operands: the operands of the product before a transform and rounding; empty for a rounded result.
     """
 
     value: fx.Node
@@ -100,19 +104,28 @@ class _Observation:
     rounded: tuple[fx.Node, ...]
     sites: tuple[Site, ...]
     keys: tuple[int, ...]
+    operands: tuple[fx.Node, ...]
 
 
-def measure_cast(exact: Tensor, rounded: Tensor, by: Cast | None, axes: Sequence[int] = (-1,)) -> Statistics:
+def measure_cast(
+    exact: Tensor, rounded: Tensor, by: Cast | None, axes: Sequence[int] = (-1,), factor: Tensor | None = None
+) -> Statistics:
     """The statistics of ``exact``, rounded to ``rounded`` by the cast ``by``; None stands for no rounding.
 
+    ``factor`` is the one in use if the scale is timed.
+
     For a scaled cast, subnormals and saturations are counted among the scaled numbers. Everything else is measured on
-    the numbers before scaling and after unscaling. ``rounded`` may have the wider dtype of its scales.
+    the numbers before scaling and after unscaling. A cast with a transform changes the numbers themselves: nothing is
+    counted in its format. ``rounded`` may have the wider dtype of its scales.
     """
     grid, exact = None if by is None else by.grid, exact.to(rounded.dtype)
+    if by is not None and by.transform is not None:
+        return measure(exact, rounded)
     if by is None or by.scale is None:
         return measure(exact, rounded, grid)
-    scaled = measure(*in_range_of_format(exact, rounded, by, axes), grid)
-    groups = {} if by.scale.rule == "power_of_two" or not exact.numel() else measure_groups(exact, by, axes)
+    scaled = measure(*in_range_of_format(exact, rounded, by, axes, factor), grid)
+    is_counted = by.scale.rule != "power_of_two" and not by.scale.is_timed and exact.numel()
+    groups = measure_groups(exact, by, axes) if is_counted else {}
     return replace(measure(exact, rounded), subnormals=scaled.subnormals, saturations=scaled.saturations, **groups)
 
 
@@ -126,6 +139,18 @@ def _key_of(node: fx.Node, site: Site) -> tuple[Any, ...]:
     if site.cast is not None and site.cast.has_axis:
         return node, site.cast, site.contracted
     return base(node), site.cast, str(node.meta["val"].numel())
+
+
+def _is_timed(site: Site) -> bool:
+    return site.cast is not None and site.cast.scale is not None and site.cast.scale.is_timed
+
+
+def _factor_of(rounded: fx.Node) -> fx.Node:
+    """The node of the factor in use with which ``rounded``, or the value that it rearranges, was scaled."""
+    while rounded.target not in ROUNDING_OPERATORS:
+        rounded = cast(fx.Node, rounded.args[0])
+    factor = rounded.args[-1]
+    return cast(fx.Node, factor)
 
 
 class Recorder:
@@ -150,17 +175,21 @@ class Recorder:
         self,
         product: Product,
         exact: Sequence[fx.Node],
-        rounded: Sequence[fx.Node],
         sites: Sequence[Site],
+        before: Sequence[fx.Node],
+        rounded: Sequence[fx.Node],
         scaled: fx.Node | None = None,
     ) -> None:
         """Observe ``product``.
 
         Args:
-            exact, rounded, sites: its operands before and after rounding, with all their scales, and their sites.
+            exact: its operands before a transform and rounding.
+            sites: their sites.
+            before: its operands after a transform and before rounding.
+            rounded: its operands after rounding, with all their scales.
             scaled: the node that holds the product times the scales outside of it; None if there are none.
         """
-        self._add(scaled or result_of(product), result_of(product), product, exact, rounded, sites)
+        self._add(scaled or result_of(product), result_of(product), product, before, rounded, sites, exact)
 
     def add_result(self, exact: fx.Node, rounded: fx.Node, site: Site) -> None:
         """Observe ``exact``, the result of an operation or a product, and ``rounded``, the same after rounding."""
@@ -174,19 +203,28 @@ class Recorder:
         exact: Sequence[fx.Node],
         rounded: Sequence[fx.Node],
         sites: Sequence[Site],
+        operands: Sequence[fx.Node] = (),
     ) -> None:
         keys = [
             self._keys.setdefault(_key_of(node, site), len(self._keys)) for node, site in zip(exact, sites, strict=True)
         ]
         self._observations.append(
-            _Observation(value, unscaled, product, tuple(exact), tuple(rounded), tuple(sites), tuple(keys))
+            _Observation(
+                value, unscaled, product, tuple(exact), tuple(rounded), tuple(sites), tuple(keys), tuple(operands)
+            )
         )
 
     def insert(self, graph: fx.Graph) -> None:
         """Insert the observations into the graph that is being rewritten."""
         for number, observation in enumerate(self._observations):
             value, others = observation.value, other_tensors(observation.product)
-            arguments = (value, list(observation.exact), list(observation.rounded), others, number)
+            factors = [
+                _factor_of(node)
+                for node, site in zip(observation.rounded, observation.sites, strict=True)
+                if _is_timed(site)
+            ]
+            exact = [*observation.exact, *observation.operands]
+            arguments = (value, exact, list(observation.rounded), factors, others, number)
             with graph.inserting_after(value):
                 node = graph.call_function(observe, arguments)
             node.meta = {**value.meta, "original_aten": observe}
@@ -217,16 +255,25 @@ class Recorder:
         self._measured |= set(observation.keys)
 
         @torch.no_grad()
-        def observed(value: Tensor, exact: list[Tensor], rounded: list[Tensor], others: list[Tensor], _: int) -> Tensor:
+        def observed(
+            value: Tensor,
+            exact: list[Tensor],
+            rounded: list[Tensor],
+            factors: list[Tensor],
+            others: list[Tensor],
+            _: int,
+        ) -> Tensor:
             self._runs[number] += 1
+            waiting = iter(factors)
+            given = [next(waiting) if _is_timed(site) else None for site in observation.sites]
             for i in own:
-                statistics = measure_cast(
-                    exact[i], rounded[i], observation.sites[i].cast, axes_of(observation.sites[i], exact[i].dim())
-                )
+                site = observation.sites[i]
+                after = rounded[i].to(exact[i].dtype)
+                statistics = measure_cast(exact[i], after, site.cast, axes_of(site, exact[i].dim()), given[i])
                 self._statistics.setdefault(observation.keys[i], []).append(statistics)
             if compare is not None:
                 seed = (number << 32) + self._runs[number]  # other signs in every run, so that errors average out
-                self._errors.setdefault(number, []).append(compare(value, exact, others, seed))
+                self._errors.setdefault(number, []).append(compare(value, exact[len(rounded) :], others, seed))
             return value
 
         return observed

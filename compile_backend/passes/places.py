@@ -13,6 +13,7 @@ from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.products import Axes
 from fpsim.compile_backend.plan import Site
 from fpsim.policy import Policy
+from fpsim.transforms.transform import Transform
 
 
 def policy_at(path: str | None, description: str, policy: Policy, strict: bool) -> Policy | None:
@@ -30,10 +31,17 @@ def policy_at(path: str | None, description: str, policy: Policy, strict: bool) 
     return policy.at(path or "")
 
 
-def site_of_product(product: Product, role: str, value: fx.Node, cast: Cast | None, axes: Axes = ()) -> Site:
+def site_of_product(
+    product: Product,
+    role: str,
+    value: fx.Node,
+    cast: Cast | None,
+    axes: Axes = (),
+    transform: Transform | None = None,
+) -> Site:
     """The site of an operand of ``product``, which is contracted along ``axes``, or of its result."""
     direction = "forward" if product.kind == "fprop" else "backward"
-    site = _site(product.path, product.operator, product.kind, direction, role, value, cast, axes)
+    site = _site(product.path, product.operator, product.kind, direction, role, value, cast, axes, transform)
     return replace(site, epilogue=role != "output" and is_outside(product, cast, axes, value.meta["val"].dtype))
 
 
@@ -51,10 +59,11 @@ def _site(
     value: fx.Node,
     cast: Cast | None,
     contracted: Axes,
+    transform: Transform | None = None,
 ) -> Site:
     tensor = value.meta["val"]
     if role in ("output", "result") and cast is not None and cast.has_axis:
         contracted = tuple(range(tensor.dim()))[-1:]
     shape = tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return Site(path or "", operator, kind, direction, role, shape, dtype, cast, contracted)
+    return Site(path or "", operator, kind, direction, role, shape, dtype, cast, contracted, transform=transform)

@@ -32,7 +32,7 @@ from fpsim.compile_backend.report.running import (
     state_kept,
     uncompiled,
 )
-from fpsim.compile_backend.report.seen import Call, seen
+from fpsim.compile_backend.report.seen import ACCUMULATED, Call, seen
 from fpsim.compile_backend.watching import unwatched
 from fpsim.policy import Policy
 
@@ -178,6 +178,8 @@ def audit(
 def _judged(calls: Sequence[Call], is_compiled: bool, plan: Plan | None, eager: Sequence[Call]) -> Audit:
     """The audit of ``calls``, which the compiled model made; ``plan`` and ``eager`` are None and empty if unknown."""
     can_be_rounded = {name.replace("::", ".") for name, is_rounded in product_events().items() if is_rounded}
+    can_be_rounded.add(ACCUMULATED)
+    calls = [call for call in calls if call.is_inside or call.operator != ACCUMULATED]  # a user's own fpsim.matmul
     covered = [
         call
         for call in calls
@@ -227,7 +229,8 @@ def _plan(compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
     plain = compiled.forward if is_in_place else uncompiled(compiled)  # type: ignore[attr-defined]
     with no_recompile_limit():
         _step(torch.compile(plain, backend=backend, **ISOLATED), args, kwargs)
-    return Plan(tuple(s for plan in plans for s in plan.sites), tuple(g for plan in plans for g in plan.gaps))
+    sites, gaps, sums = ([each for plan in plans for each in getattr(plan, name)] for name in ("sites", "gaps", "sums"))
+    return Plan(tuple(sites), tuple(gaps), tuple(sums))
 
 
 def _warm_up(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -33,8 +33,9 @@ class _Product:
 
 def _products(plan: Plan) -> list[_Product]:
     operands = [site for site in plan.sites if site.kind is not None and site.role != "output"]
+    summed = {(each.path, each.operator, each.kind) for each in plan.sums}
     return [
-        _Product(a, (_size(a), _size(b)), a.cast is not None or b.cast is not None)
+        _Product(a, (_size(a), _size(b)), bool(a.cast or b.cast) or (a.path, a.operator, a.kind) in summed)
         for a, b in zip(operands[::2], operands[1::2], strict=True)
     ]
 

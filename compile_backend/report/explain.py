@@ -38,7 +38,8 @@ def explain(
 
     Returns:
         A `Plan`: its sites are the operands and results that would be rounded, or that the policy leaves unrounded, and
-        its gaps are the products that stay unrounded, each with the reason. Shapes are those of the operands as the
+        its gaps are the products that stay unrounded, each with the reason. Its sums are the products whose sums have
+        a narrow accumulator. Shapes are those of the operands as the
         product gets them: a weight of shape (out, in) may be listed as in x out.
 
     Raises:
@@ -61,7 +62,8 @@ def explain(
     breaks = Counter(counters["graph_break"]) - breaks_before
     gaps += tuple(break_gap(reason) for reason in breaks)
     gaps += tuple(_glob_gap(glob, paths) for glob in policy.unmatched_globs(paths))
-    return Plan(sites, gaps if plans else (*gaps, NOTHING))
+    sums = tuple(each for plan in plans for each in plan.sums)
+    return Plan(sites, gaps if plans else (*gaps, NOTHING), sums)
 
 
 def _glob_gap(glob: str, paths: Iterable[str]) -> Gap:

@@ -14,12 +14,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
+from fpsim.accumulators.accumulator import Accumulator, AccumulatorLike, Order, parse_accumulator
 from fpsim.casts import NONE, UNSCALED, Cast, CastLike, parse_cast
 from fpsim.formats import OVERFLOWS, ElementFormat, FloatFormat, full_rounding, parse_format
 from fpsim.json_text import check_depth, parse_json
 from fpsim.policy.globs import matches
 from fpsim.scaling.scale import Scale, parse_scale
 from fpsim.suggestions import did_you_mean
+from fpsim.transforms.names import NAMES_OF_PRODUCTS, parse_transform
+from fpsim.transforms.transform import Transform
 
 ROLES = ("activation", "weight", "gradient")
 KINDS = ("fprop", "dgrad", "wgrad")
@@ -47,6 +50,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fp8_hybrid": {**HYBRID},
     "bf16": {"format": "bf16", "output": "bf16"},
     "fp16": {"format": "fp16", "output": "fp16"},
+    "mxfp8": {"format": "mxfp8"},
+    "nvfp4": {
+        "activation": "nvfp4",
+        "weight": "e2m1fn/nv:16x16",
+        "gradient": "nvfp4/stochastic:8",
+        "transform": {"wgrad": "hadamard:16:te"},
+        "products": "weights",
+        "attention": "keep",
+    },
 }
 #: The prefix of presets that apply the paper's recipe to a format.
 _PAPER = "paper:"
@@ -59,6 +71,11 @@ JSON_VERSION = 1
 
 #: The argument type for the casts of several roles, or of both directions: one cast for all, or a mapping.
 CastsLike = CastLike | Mapping[str, CastLike | None] | Sequence[tuple[str, CastLike | None]]
+
+#: The argument type for accumulators: one for all kinds of product, or a mapping.
+AccumulatorsLike = AccumulatorLike | Mapping[str, AccumulatorLike | None] | Sequence[tuple[str, AccumulatorLike | None]]
+#: The argument type for transforms: one for all kinds of product, or a mapping from kinds.
+TransformsLike = str | Transform | Mapping[str, str | Transform | None] | Sequence[tuple[str, str | Transform | None]]
 
 #: A cast as a policy stores it: "none" leaves values unrounded, None means that the field states nothing.
 _StoredCast = Cast | Literal["none"] | None
@@ -101,12 +118,25 @@ class Policy:
             (`fpsim.power_of_two_scale`: one factor per tensor, from the tensor's own largest magnitude). Default: None,
             operands are not scaled. A cast may name a scale too: ``"e5m2/power_of_two"`` or ``"e5m2/unscaled"``. In
             parallel training every rank computes the scales of its own tensors.
+        transform: a change of both operands of a product, along the axis over which it sums, before they are rounded.
+            It leaves the product as it is in exact arithmetic: ``hadamard:16`` rotates blocks
+            (`fpsim.transforms.hadamard.Hadamard`), ``smooth`` moves factors of channels from one operand to the other
+            (`fpsim.transforms.smoothing.Smoothing`), ``permute:amax`` sorts channels
+            (`fpsim.transforms.permutation.Permutation`). A mapping from kinds to transforms changes only products of
+            these kinds: ``{"wgrad": "hadamard:16:te"}``. The changed operands are float32 (float64 for float64), and
+            are rounded by their casts; an operand without a cast is rounded to the dtype of the product. Products of
+            which no operand is rounded stay as they are. Default: no transform.
         skip: globs of module paths. The products in these modules are not rounded; the plan lists them as gaps.
         modules: a mapping from globs of module paths to the policy that applies to these modules instead: a `Policy`,
             a preset (``"paper:e8m3"``), a mapping of fields, a format, or ``"none"``. A mapping and a format inherit
             `rounding`, `overflow`, `scale` and `attention` from this policy. The first glob that matches decides.
             `skip` has precedence over `modules`. The policy of a module may have `skip` and `modules` of its own, with
             paths from the whole model.
+        accumulator, chunk, order, promote: the accumulator of every matrix product, with the arguments of
+            `fpsim.matmul`: ``accumulator="hopper_fp8"``, ``accumulator="e8m13/toward_zero", chunk=32``. Each may be a
+            mapping from ``fprop``, ``dgrad`` and ``wgrad``; other kinds of product then have the sums of torch, or
+            no chunk, order or promotion. Stored are the accumulators, with the other three in their text. A bias is
+            added after the sum. Default: the sums are those of torch. Rules for modules do not inherit it.
         attention: ``"round"`` decomposes scaled dot-product attention, so that its inner products are rounded.
             ``"keep"`` leaves it fused and unrounded; the plan lists it as a gap.
         gaps: names of operators that contain matrix products which the backend cannot round, and which may stay
@@ -140,6 +170,11 @@ class Policy:
     rounding: str = "nearest_even"
     overflow: str | None = None
     scale: str | Scale | None = None
+    accumulator: AccumulatorsLike | None = None
+    chunk: int | Mapping[str, int] | None = None
+    order: Order | Mapping[str, Order] | None = None
+    promote: int | Mapping[str, int] | None = None
+    transform: TransformsLike | None = ()
     skip: str | Iterable[str] = ()
     modules: Mapping[str, ModuleRule] | Sequence[tuple[str, ModuleRule]] = ()
     attention: str = "round"
@@ -156,6 +191,7 @@ class Policy:
             raise ValueError(f"unknown products {self.products!r}: use one of {', '.join(PRODUCTS)}")
         set_ = object.__setattr__
         set_(self, "scale", parse_scale(self.scale))
+        set_(self, "transform", self._transforms())
         set_(self, "skip", _strings("skip", self.skip))
         set_(self, "gaps", _strings("gaps", self.gaps))
         set_(self, "modules", self._module_rules())
@@ -164,6 +200,9 @@ class Policy:
         set_(self, "output", self._result(self.output))
         for kind in KINDS:
             set_(self, kind, self._casts(kind, ROLES, (*ROLES, "output"), "role"))
+        set_(self, "accumulator", self._accumulators())
+        for name in ("chunk", "order", "promote"):  # the accumulators have them
+            set_(self, name, None)
         set_(self, "elementwise", self._casts("elementwise", DIRECTIONS, DIRECTIONS, "direction"))
         if all(getattr(self, field.name) == field.default for field in fields(self)):
             for role, usual in HYBRID.items():
@@ -177,11 +216,25 @@ class Policy:
         if parsed is not None and parsed.scale is None and parsed.leaves_scale_open:
             # The cast is of a policy without a scale, which `dataclasses.replace` gave one.
             parsed = replace(parsed, scale=parse_scale(self.scale))
+        if parsed is not None and parsed.transform is not None and parsed.transform.is_of_products:
+            name = str(parsed.transform)
+            raise ValueError(
+                f"cast {str(given)!r} transforms one operand, and {name!r} is to change both operands of a product: "
+                f"leave it out of the cast, and write transform={name!r}"
+            )
         return parsed or NONE
 
     def _result(self, given: CastLike | None) -> _StoredCast:
         """`_operand` for the result of an operation, for which `scale` does not stand."""
-        return None if given is None else parse_cast(given, self.rounding, self.overflow) or NONE
+        if given is None:
+            return None
+        parsed = parse_cast(given, self.rounding, self.overflow)
+        if parsed is not None and parsed.scale is not None and parsed.scale.is_timed:
+            raise ValueError(
+                f"results of operations have no scales that other steps determine: leave {parsed.scale.timing!r} out "
+                f"of {str(given)!r}"
+            )
+        return parsed or NONE
 
     def _casts(
         self, name: str, usual: Sequence[str], valid: Sequence[str], what: str
@@ -195,6 +248,37 @@ class Policy:
             raise ValueError(f"unknown {what} {unknown[0]!r} in {name}: use {', '.join(valid)}")
         parsers = {key: self._operand if key in ROLES else self._result for key in valid}
         return tuple((key, parsers[key](casts[key])) for key in valid if key in casts)
+
+    def _accumulators(self) -> tuple[tuple[str, Accumulator], ...] | None:
+        """The accumulators by kind of product, each with its chunk, order and promotion; None if there are none."""
+        given = {name: _by_kind(name, getattr(self, name)) for name in ("accumulator", "chunk", "order", "promote")}
+        accumulators = given.pop("accumulator")
+        for name, values in given.items():
+            if lacking := [kind for kind in values if kind not in accumulators and values[kind] is not None]:
+                raise ValueError(f"{name} is that of an accumulator, and {lacking[0]} has none: name accumulator too")
+        parsed = tuple(
+            (kind, parse_accumulator(accumulators[kind], *(given[name].get(kind) for name in given)))
+            for kind in KINDS
+            if kind in accumulators
+        )
+        return parsed or None
+
+    def _transforms(self) -> tuple[tuple[str, Transform], ...]:
+        """The field `transform`, a mapping from kinds to transforms; a transform alone applies to all kinds."""
+        given = () if self.transform is None else self.transform
+        if isinstance(given, str | Transform):
+            given = dict.fromkeys(KINDS, given)
+        transforms = {kind: parse_transform(name) for kind, name in _pairs("transform", given)}
+        if unknown := sorted(set(transforms) - set(KINDS)):
+            raise ValueError(f"unknown kind {unknown[0]!r} in transform: use {', '.join(KINDS)}")
+        for transform in transforms.values():
+            if transform is not None and not transform.is_of_products:
+                name = str(transform)
+                raise ValueError(
+                    f"transform {name!r} changes one tensor, not both operands of a product: write it in a cast, such "
+                    f"as 'e4m3fn/group:128/{name}', or use one of {', '.join(NAMES_OF_PRODUCTS)}"
+                )
+        return tuple((kind, transforms[kind]) for kind in KINDS if transforms.get(kind) is not None)  # type: ignore[misc]
 
     def _module_rules(self) -> tuple[tuple[str, Policy | None], ...]:
         rules: dict[str, Policy | None] = {}
@@ -245,6 +329,10 @@ class Policy:
         """The cast of the operand with ``role`` in products of ``kind``; None if it is not rounded."""
         return _rounding_cast(_casts_by_key(self, kind).get(role) or getattr(self, role) or self.format)
 
+    def product_transform(self, kind: str) -> Transform | None:
+        """The transform of both operands of products of ``kind``; None if they are rounded as they are."""
+        return dict(cast(tuple[tuple[str, Transform], ...], self.transform)).get(kind)
+
     def operand_casts(self) -> list[Cast | None]:
         """The casts of all operands, for every role of every kind of product; None for unrounded operands."""
         own = [self.cast(kind, role) for kind in KINDS for role in ROLES if (kind, role) in OPERANDS]
@@ -253,6 +341,10 @@ class Policy:
     def output_cast(self, kind: str) -> Cast | None:
         """The cast of the results of products of ``kind``; None if they are not rounded."""
         return _rounding_cast(_casts_by_key(self, kind).get("output", cast(_StoredCast, self.output)))
+
+    def accumulator_of(self, kind: str) -> Accumulator | None:
+        """The accumulator of products of ``kind``; None if their sums are those of torch."""
+        return dict(cast(tuple[tuple[str, Accumulator], ...], self.accumulator or ())).get(kind)
 
     def elementwise_cast(self, direction: str) -> Cast | None:
         """The cast of the results of other operations, ``forward`` or ``backward``; None if they are not rounded."""
@@ -278,7 +370,7 @@ class Policy:
                     policy.check_names_format()
             except ValueError as error:
                 raise ValueError(f"in the rule for modules {glob!r}: {error}") from None
-        is_rounding = self._policies_of_modules or any(True for _ in self._all_casts())
+        is_rounding = self._policies_of_modules or self.accumulator or any(True for _ in self._all_casts())
         says_none = self.format == NONE or all(getattr(self, role) == NONE for role in ROLES)
         if not is_rounding and not says_none:
             given = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
@@ -324,7 +416,17 @@ class Policy:
     @property
     def is_stochastic(self) -> bool:
         """Whether any rounding draws random numbers."""
-        return any(cast.is_stochastic for cast in self._all_casts())
+        sums = [self.accumulator_of(kind) for kind in KINDS]
+        return (
+            any(cast.is_stochastic for cast in self._all_casts())
+            or any(accumulator is not None and accumulator.is_stochastic for accumulator in sums)
+            or any(policy.is_stochastic for policy in self._policies_of_modules)
+        )
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether any scale depends on other steps."""
+        return any(cast.scale is not None and cast.scale.is_timed for cast in self._all_casts())
 
     @property
     def attentions(self) -> frozenset[str]:
@@ -384,6 +486,13 @@ class Policy:
 
         - ``fp8_hybrid``: the default policy, the OCP FP8 hybrid.
         - ``bf16``, ``fp16``: operands and results of all matrix products are rounded, as under autocast; no others.
+        - ``mxfp8``: e4m3fn in blocks of 32 with E8M0 scales for every operand, along the axis that its product sums
+          over (Transformer Engine's recipe MXFP8).
+        - ``nvfp4``: Transformer Engine's recipe NVFP4 (arXiv 2509.25149) for products with weights. e2m1fn in blocks of
+          16, weights in tiles of 16 by 16, gradients rounded stochastically with 8 random bits, and both operands of
+          wgrad rotated in blocks of 16 with fixed signs. Attention is not rounded. The recipe also keeps the LM head
+          and some blocks in bfloat16, which depends on the model: ``skip=["lm_head", "layers.0", ...]``. A convolution
+          has no rotation in wgrad, and needs a rule in `modules`.
         - ``paper:FORMAT``, such as ``paper:e8m3``: the recipe of arXiv 2405.18710, as far as it is known. Both operands
           of all three products of linear layers, the LM head included, are truncated. Attention is not rounded. With
           the exponents of bfloat16 (``e8m3``) this is a bit mask, through which infinities and NaN pass. Any other
@@ -413,6 +522,11 @@ class Policy:
                 continue
             if field.name in (*KINDS, "elementwise"):
                 value = {key: self._text(cast, spelled) if isinstance(cast, Cast) else cast for key, cast in value}
+            elif field.name == "accumulator":
+                texts = {kind: str(accumulator) for kind, accumulator in value}
+                value = texts[KINDS[0]] if len(texts) == len(KINDS) and len(set(texts.values())) == 1 else texts
+            elif field.name == "transform":
+                value = _written_transforms(dict(value))
             elif field.name == "modules":
                 value = {glob: self._rule_fields(policy, spelled) for glob, policy in self._rules}
             elif isinstance(value, Cast):
@@ -518,6 +632,12 @@ def _preset_fields(name: str) -> dict[str, Any]:
     return PRESETS[name]
 
 
+def _written_transforms(transforms: Mapping[str, Transform]) -> str | dict[str, str]:
+    """The text of the field `transform`: one name if it is the same for all kinds."""
+    names = {kind: str(transform) for kind, transform in transforms.items()}
+    return names["fprop"] if len(names) == len(KINDS) and len(set(names.values())) == 1 else names
+
+
 def _is_masked(name: str) -> bool:
     """Whether a bit mask makes the format of the paper's bfloat16: with its exponents, so that infinities pass.
 
@@ -528,12 +648,23 @@ def _is_masked(name: str) -> bool:
 
 
 def is_preset(name: str) -> bool:
-    """Whether ``name`` is that of a preset and not of a format too, as ``bf16`` is."""
+    """Whether ``name`` is that of a preset and not of a format too, as ``bf16`` and ``nvfp4`` are."""
     try:
-        parse_format(name)
+        parse_cast(name)
     except ValueError:
         return name in PRESETS or name.startswith(_PAPER)
     return False
+
+
+def _by_kind(name: str, given: Any) -> dict[str, Any]:
+    """``given``, one value for all kinds of product or a mapping, as a mapping without the kinds that have none."""
+    is_mapping = isinstance(given, Mapping) or (
+        isinstance(given, tuple | list) and bool(given) and all(isinstance(p, tuple | list) for p in given)
+    )
+    values = dict(_pairs(name, given)) if is_mapping else dict.fromkeys(KINDS, given)
+    if unknown := sorted(set(values) - set(KINDS)):
+        raise ValueError(f"unknown kind {unknown[0]!r} in {name}: use {', '.join(KINDS)}")
+    return {kind: value for kind, value in values.items() if value is not None and value != NONE}
 
 
 def _strings(name: str, given: Any) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -12,10 +13,11 @@ from torch._inductor import config, ir, lowering
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv
 
-from fpsim.formats import parse_element, parse_format
+from fpsim.formats import ElementFormat, parse_element, parse_format
 from fpsim.rounding.carriers import CARRIERS, working_dtype
-from fpsim.rounding.inductor import LaneOps, Lanes
-from fpsim.rounding.kernel import Grid, round_code
+from fpsim.rounding.cpp_functions import CppOps, CppText, inline
+from fpsim.rounding.inductor import LaneOps, Lanes, is_in_cpp
+from fpsim.rounding.kernel import Grid, Int, Ops, round_code
 from fpsim.scaling.definitions import shape_of_outer_scale
 from fpsim.scaling.rules import mx_multiplier_code, power_of_two_code
 from fpsim.scaling.scale import POWERS_OF_TWO, Scale, parse_scale
@@ -46,17 +48,42 @@ def _lower_scale(x: ir.TensorBox, format: str, source: str) -> ir.TensorBox:
     load = amax.make_loader()
 
     def scale(index: Any) -> Any:
-        code = Lanes(load([]), lane_ops.integer)
-        if working != dtype:
-            # Inductor keeps 16-bit intermediates in float32, unrounded: round the largest to its own dtype first.
-            code = round_code(code, Grid(CARRIERS[dtype], CARRIERS[working]), "nearest_even", "ovf_inf", lane_ops)
-        code = power_of_two_code(code, fmt, CARRIERS[working], lane_ops)
-        value = ops.to_dtype_bitcast(code.value, working, lane_ops.integer)
-        return ops.to_dtype(value, dtype, src_dtype=working)
+        value = ops.to_dtype_bitcast(load([]), working, lane_ops.integer)
+        return ops.to_dtype(_scale_of(value, fmt, "power_of_two", dtype, device), dtype, src_dtype=working)
 
     result = ir.Pointwise.create(device=device, dtype=dtype, inner_fn=scale, ranges=[])
     result.realize()  # compute it once, not for every element that is scaled
     return result
+
+
+def _scale_of(amax: Any, element: ElementFormat, rule: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """The power of two that ``rule`` gives for a magnitude: both are values of the working carrier of ``dtype``."""
+    working = working_dtype(dtype)
+    if is_in_cpp(device):
+        return inline(_scale_function(element, rule, dtype), working, amax)
+    lane_ops = LaneOps(working)
+    code = Lanes(ops.to_dtype_bitcast(amax, lane_ops.integer, working), lane_ops.integer)
+    return ops.to_dtype_bitcast(_scale_code(code, element, rule, dtype, lane_ops).value, working, lane_ops.integer)
+
+
+@lru_cache(maxsize=1024)
+def _scale_function(element: ElementFormat, rule: str, dtype: torch.dtype) -> str:
+    """The body of a C++ function with the arguments and the result of `_scale_code`."""
+    text = CppText(bits=CARRIERS[working_dtype(dtype)].bits)
+    text.give(_scale_code(text.name("c10::bit_cast<U>(x0)"), element, rule, dtype, CppOps(text)))
+    return "\n".join(text.lines)
+
+
+def _scale_code(code: Int, element: ElementFormat, rule: str, dtype: torch.dtype, executor: Ops) -> Int:
+    """The code of the power of two that ``rule`` gives for the magnitude of the number with ``code``."""
+    carrier = CARRIERS[working_dtype(dtype)]
+    code = code & (carrier.sign_code - 1)
+    if rule != "power_of_two":
+        return mx_multiplier_code(code, element, rule, carrier, executor)  # type: ignore[arg-type]
+    if CARRIERS[dtype] != carrier:
+        # Inductor keeps 16-bit intermediates in float32, unrounded: round the largest to its own dtype first.
+        code = round_code(code, Grid(CARRIERS[dtype], carrier), "nearest_even", "ovf_inf", executor)
+    return power_of_two_code(code, element, carrier, executor)  # type: ignore[arg-type]
 
 
 class OnLowerings:
@@ -111,17 +138,14 @@ class OnLowerings:
 
 @lowering.register_lowering(torch.ops.fpsim.mx_multiplier.default, type_promotion_kind=None)
 def _lower_mx_multiplier(amax: ir.TensorBox, element: str, rule: str, source: str) -> ir.TensorBox:
-    dtype, working = amax.get_dtype(), working_dtype(amax.get_dtype())
-    lane_ops, load = LaneOps(working), amax.make_loader()
+    dtype, working, device = amax.get_dtype(), working_dtype(amax.get_dtype()), amax.get_device()
+    load = amax.make_loader()
 
     def multiplier(index: Any) -> Any:
         value = ops.to_dtype(load(index), working, src_dtype=dtype)
-        code = Lanes(ops.to_dtype_bitcast(value, lane_ops.integer, working), lane_ops.integer)
-        code = code & (CARRIERS[working].sign_code - 1)
-        code = mx_multiplier_code(code, parse_element(element), rule, CARRIERS[working], lane_ops)  # type: ignore[arg-type]
-        return ops.to_dtype(ops.to_dtype_bitcast(code.value, working, lane_ops.integer), dtype, src_dtype=working)
+        return ops.to_dtype(_scale_of(value, parse_element(element), rule, dtype, device), dtype, src_dtype=working)
 
-    return ir.Pointwise.create(device=amax.get_device(), dtype=dtype, inner_fn=multiplier, ranges=list(amax.get_size()))
+    return ir.Pointwise.create(device=device, dtype=dtype, inner_fn=multiplier, ranges=list(amax.get_size()))
 
 
 @lowering.register_lowering(torch.ops.fpsim.round_scaled.default, type_promotion_kind=None)
@@ -134,6 +158,7 @@ def _lower_round_scaled(
     axes: Sequence[int],
     source: str,
     words: ir.TensorBox | None = None,
+    factor: ir.TensorBox | None = None,
     outside: bool = False,
 ) -> ir.TensorBox:
     if any(length == 0 for length in x.get_size()):
@@ -150,6 +175,7 @@ def _lower_round_scaled(
         list(axes),
         words,
         OnLowerings(),
+        factor,
         outside,
     )
     if all(isinstance(length, int | sympy.Integer) for length in x.get_size()):

@@ -52,6 +52,7 @@ def round_scaled(
     axes: list[int],
     words: Any,
     call: Call,
+    factor: Any = None,
     outside: bool = False,
 ) -> Any:
     """``x`` rounded to ``element`` with ``scale``.
@@ -62,6 +63,7 @@ def round_scaled(
         axes: as for `fpsim.scaling.groups.split`.
         words: for stochastic rounding the random words of the elements, in the shape of ``x``; else None.
         call: runs the operators.
+        factor: for a timed scale the factor in use (`fpsim.scaling.history.in_use`), float32 without axes.
         outside: whether the result is not yet multiplied by `outer_scale`. The scale is a ratio, or NVFP4's.
     """
     if scale is None:
@@ -70,7 +72,7 @@ def round_scaled(
     if words is not None:
         words = split(call.stored(words), scale, axes, call).values
     elements = Elements(element, rounding, overflow, words, call)
-    scales = scales_of_groups(groups.values, dtype, element, scale, groups.axes, call)
+    scales = scales_of_groups(groups.values, dtype, element, scale, groups.axes, call) if factor is None else (factor,)
     if scale.rule in MX_RULES:
         rounded = elements.on_shifted_grid(groups.values, scales[0])
         is_nan = call(aten.eq.Scalar, scales[0], NAN_MARK)
@@ -113,7 +115,7 @@ def quantized(x: Any, dtype: torch.dtype, elements: Elements, scale: Scale, scal
         scaled = call(aten.mul.Tensor, wide, nv_factor(scales[0], scales[1], scale, call))
         scaled = scaled if exact_zero else _flushed(scaled, call)
         return elements.rounded(_clamped(scaled, -6.0, 6.0, call), working)
-    y = call(aten.div.Tensor, wide, scales[0])
+    y = call(aten.mul.Tensor if scale.order else aten.div.Tensor, wide, scales[0])
     y = y if exact_zero else _flushed(y, call)
     return elements.codes(y, scales[1]) if scale.rule == "asymmetric" else elements.rounded(y, working)
 
@@ -125,6 +127,9 @@ def dequantized(q: Any, scale: Scale, scales: tuple[Any, ...], call: Call) -> An
         return call(back, call(aten.mul.Tensor, q, scales[0]), scales[1])
     if scale.rule == "asymmetric":
         q = call(aten.sub.Tensor, q, scales[1])
+    if scale.order:
+        inverse = call.stored(call(aten.div.Tensor, call.constant(1.0, scales[0]), scales[0]))
+        return call(aten.mul.Tensor, q, inverse)
     return call(aten.mul.Tensor, q, scales[1] if scale.rule == "double" else scales[0])
 
 
@@ -230,7 +235,7 @@ def ratio_scale(amax: Any, element: ElementFormat, rule: str, call: Call) -> Any
 
     NaN where a group holds a NaN or an infinity. For a group of zeros, 1; the smallest ratio if the format has no zero.
     """
-    largest = _range(element)
+    largest = range_of(element)
     ratio = call(aten.div.Tensor, amax, call.constant(largest, amax))
     if rule == "bf16":
         ratio = call(round_op, ratio, "e8m7", "nearest_even", "ovf_inf", SOURCE)
@@ -283,7 +288,7 @@ def _mean(ratios: Any, call: Call) -> Any:
     return call.stored(call(prims.convert_element_type.default, mean, torch.float32))
 
 
-def _range(element: ElementFormat) -> float:
+def range_of(element: ElementFormat) -> float:
     """The magnitude that the largest magnitude of a group becomes: half the range if it is not symmetric."""
     if isinstance(element, IntegerFormat) and element.full:
         return (element.max_integer + 0.5) * 2.0**element.unit_exponent

@@ -56,7 +56,7 @@ def round_in_place(jobs: Sequence[Job], draw: int | None, compiled: bool | None 
     small, large = defaultdict(list), defaultdict(list)
     for job, key in zip(jobs, keys_of(jobs, draw), strict=True):
         x, cast = job.tensor, job.cast
-        if key is None and cast.scale is None and x.numel() < _SMALL:
+        if key is None and cast.scale is None and cast.transform is None and x.numel() < _SMALL:
             small[cast, x.dtype, x.device].append(x)
         elif compiled and not cast.has_axis and x.is_contiguous() and 1 < x.numel() < _SHORT:
             large[cast, x.dtype, x.device, key is not None].append((x.view(-1), key))

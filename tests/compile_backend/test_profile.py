@@ -446,7 +446,7 @@ def test_the_sites_are_those_that_explain_lists() -> None:
     plan = fpsim.explain(model, x, labels=x)
     profile = fpsim.profile(model, x, labels=x)
     names = [field.name for field in fields(Site)]
-    assert [Site(*(getattr(site, name) for name in names)) for site in profile.sites] == list(plan.sites)
+    assert [Site(**{name: getattr(site, name) for name in names}) for site in profile.sites] == list(plan.sites)
     assert len(profile.products) == 7 * 3 + 2 * 3 + 3 and {product.runs for product in profile.products} == {1}
     assert [site.product for site in profile.sites] == [i for i in range(len(profile.products)) for _ in range(2)]
     assert all(site.statistics.elements == math.prod(site.shape) for site in profile.sites)

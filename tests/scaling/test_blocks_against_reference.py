@@ -172,6 +172,12 @@ def test_formats_whose_largest_value_is_small(tensor, name):
     check(x, name, axis)
 
 
+def test_a_tensor_of_one_block_with_the_largest_scale():
+    """The multiplier is 2^-127, which is no normal number of float32."""
+    for name in ("mxint8", *SMALL_FORMATS):
+        check(torch.tensor([[3.4028234663852886e38, 1.0, -(2.0**127)]]), name, 1)
+
+
 @many
 @given(tensors(), st.sampled_from(RATIOS))
 def test_ratios(tensor, name):

@@ -1,0 +1,235 @@
+"""Replacing matrix products by products with the accumulators that a policy names.
+
+The operands have been rounded by then. A product becomes ``fpsim::accumulate_mm``; what its operator adds to it (a
+bias) is added afterwards, in float32 for 16-bit operands, as matrix libraries do before they store the result.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from fpsim.accumulators.accumulator import Accumulator
+from fpsim.accumulators.matmul import operand_format
+from fpsim.accumulators.ops import accumulate_op
+from fpsim.casts import Cast
+from fpsim.compile_backend.errors import UnroundedError
+from fpsim.compile_backend.graph.finding import Product
+from fpsim.compile_backend.graph.metadata import describe
+from fpsim.compile_backend.graph.products import product_operator
+from fpsim.compile_backend.observe.product_error import result_of
+from fpsim.compile_backend.passes.inserter import Inserter
+from fpsim.compile_backend.passes.unfolding import convolution, gradient
+from fpsim.compile_backend.plan import Sum
+from fpsim.formats import FloatFormat
+from fpsim.rounding.carriers import CARRIERS
+from fpsim.rounding.ops import SOURCE
+
+aten = torch.ops.aten
+
+#: Calls an operator with arguments: inserts a node into the graph.
+Call = Callable[..., fx.Node]
+
+
+@dataclass(frozen=True)
+class Summed:
+    """A product whose sum has an accumulator, and the formats of its operands.
+
+    Attributes:
+        formats: formats that have all values of the operands.
+    """
+
+    product: Product
+    accumulator: Accumulator
+    formats: tuple[FloatFormat, FloatFormat]
+
+    @property
+    def sum(self) -> Sum:
+        """The product's line in the plan."""
+        product = self.product
+        return Sum(product.path or "", product.operator, product.kind, str(self.accumulator))
+
+
+def summed(product: Product, casts: Sequence[Cast | None], accumulator: Accumulator) -> Summed:
+    """``product`` with the formats of its operands, after they have been rounded by ``casts``.
+
+    Raises:
+        UnroundedError: the operator's sums cannot be simulated.
+        ValueError: the accumulator does not add products of these formats.
+    """
+    call = product.node
+    if call.target not in (*_PRODUCTS, *_CONVOLUTIONS, aten.mul.Tensor):
+        where = f" in module {product.path!r}" if product.path else ""
+        raise UnroundedError(
+            f"the sums of {product.operator}{where} cannot be simulated with an accumulator: give the module a rule "
+            f"without one, such as modules={{{product.path or '<module>'!r}: 'e4m3fn'}}, or leave out accumulator"
+        )
+    try:
+        formats = tuple(_format(product, number, casts[number], accumulator) for number in (0, 1))
+        accumulator.check_operands(*formats)
+    except ValueError as error:
+        raise ValueError(
+            f"{product.kind} product {product.operator} in module {product.path or ''!r}: {error}"
+        ) from None
+    return Summed(product, accumulator, cast(tuple[FloatFormat, FloatFormat], formats))
+
+
+def _format(product: Product, number: int, cast_: Cast | None, accumulator: Accumulator) -> FloatFormat:
+    if cast_ is not None:
+        return operand_format(cast_, accumulator)
+    operand = cast(fx.Node, product.node.args[product.operands[number]])
+    own = CARRIERS[operand.meta["val"].dtype]
+    if not own.is_subset_of(CARRIERS[torch.float32]):
+        raise ValueError(f"an unrounded operand is {operand.meta['val'].dtype}: name a format for it, or use float32")
+    return own
+
+
+def insert_accumulators(products: Sequence[Summed], inserter: Inserter) -> None:
+    """Replace every product in ``products``, for all of its users."""
+    for each in products:
+        _replace(each, inserter)
+
+
+def _replace(each: Summed, inserter: Inserter) -> None:
+    node = each.product.node
+    end = result_of(each.product)
+    key = inserter.random_key(node) if each.accumulator.is_stochastic else None
+    meta = {name: value for name, value in end.meta.items() if name not in ("val", "tensor_meta", "eager_input_vals")}
+
+    def call(target: Callable[..., Any], *arguments: Any) -> fx.Node:
+        with inserter.graph.inserting_before(end):
+            new = inserter.graph.call_function(target, arguments)
+        new.meta = dict(meta)
+        describe(new)
+        inserter.sources[new] = inserter.sources[end]
+        return new
+
+    def multiply(a: fx.Node, b: fx.Node, exchanged: bool = False) -> fx.Node:
+        """The product of matrices of the first and the second operand; ``exchanged``: of the second and the first."""
+        first, second = reversed(each.formats) if exchanged else each.formats
+        return call(accumulate_op, a, b, key, str(each.accumulator), first.name, second.name, SOURCE)
+
+    if node.target is aten.convolution_backward.default:
+        result = gradient(node, cast(int, end.args[1]), call, multiply)
+    elif node.target is aten.mul.Tensor:
+        result = _decomposed(node, end, call, multiply)
+    else:
+        result = _product(node, call, multiply)
+    wanted = end.meta["val"].dtype
+    if result.meta["val"].dtype != wanted:
+        result = call(torch.ops.prims.convert_element_type.default, result, wanted)
+    end.replace_all_uses_with(result)
+
+
+def _product(node: fx.Node, call: Call, multiply: Call) -> fx.Node:
+    """The result of an operator of `_PRODUCTS`, with what it adds to its product."""
+    entry = product_operator(node.target)
+    assert entry is not None, "the operator is in the table of products"
+    a, b = (cast(fx.Node, node.args[i]) for i in entry.multiplications[0].operands)
+    adds = entry.addend is not None and node.args[entry.addend] is not None
+    wanted = node.meta["val"].dtype
+    if wanted != a.meta["val"].dtype or (adds and wanted.itemsize < 4):
+        a, b = (call(torch.ops.prims.convert_element_type.default, x, torch.float32) for x in (a, b))
+    if node.target is aten.convolution.default:
+        result = convolution(node, a, b, call, multiply)
+    else:
+        result = _PRODUCTS[node.target](a, b, call, multiply)
+    if not adds:
+        return result
+    addend = cast(fx.Node, node.args[cast(int, entry.addend)])
+    if node.target is aten.convolution.default:
+        addend = call(aten.reshape.default, addend, [-1, *[1] * (result.meta["val"].dim() - 2)])
+    if addend.meta["val"].dtype != result.meta["val"].dtype:
+        addend = call(torch.ops.prims.convert_element_type.default, addend, result.meta["val"].dtype)
+    alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+    if alpha != 1:
+        result = call(aten.mul.Tensor, result, alpha)
+    if beta == 0:  # torch ignores the addend then, NaN included
+        return result
+    if beta != 1:
+        addend = call(aten.mul.Tensor, addend, beta)
+    return call(aten.add.Tensor, result, addend)
+
+
+def _decomposed(node: fx.Node, end: fx.Node, call: Call, multiply: Call) -> fx.Node:
+    """A multiplication, and the sum over some of its axes, as products of rows: one for each element of the result."""
+    shape = _sizes(node, call)
+    axes = list(range(len(shape)))
+    summed_axes: list[int] = []
+    if end is not node:
+        given = cast(Sequence[int], end.args[1]) if len(end.args) > 1 and end.args[1] else axes
+        summed_axes = [axis % len(shape) for axis in given]
+    kept_axes = [axis for axis in axes if axis not in summed_axes]
+    kept, summed_ = (_product_of([shape[axis] for axis in group], call) for group in (kept_axes, summed_axes))
+    rows = []
+    for operand, last in zip(node.args, ([kept, 1, summed_], [kept, summed_, 1]), strict=True):
+        expanded = call(aten.expand.default, operand, shape)
+        if kept_axes + summed_axes != axes:
+            expanded = call(aten.permute.default, expanded, kept_axes + summed_axes)
+        rows.append(call(aten.reshape.default, expanded, last))
+    own = [shape[axis] for axis in kept_axes]
+    if len(end.meta["val"].shape) == len(shape):  # the sum keeps its axes, with one element
+        own = [1 if axis in summed_axes else shape[axis] for axis in axes]
+    return call(aten.reshape.default, multiply(*rows), own)
+
+
+def _sizes(node: fx.Node, call: Call) -> list[Any]:
+    """The sizes of ``node``: ints, and nodes for symbolic sizes."""
+    sizes = node.meta["val"].shape
+    return [size if isinstance(size, int) else call(aten.sym_size.int, node, i) for i, size in enumerate(sizes)]
+
+
+def _product_of(sizes: Sequence[Any], call: Call) -> Any:
+    result: Any = 1
+    for size in sizes:
+        is_known = isinstance(size, int) and isinstance(result, int)
+        result = size if result == 1 else result * size if is_known else call(operator.mul, result, size)
+    return result
+
+
+def _of_batch(a: fx.Node, b: fx.Node, call: Call, multiply: Call) -> fx.Node:
+    """The sum of the products of a batch: one product that sums over the batch too."""
+    batch, rows, depth = _sizes(a, call)
+    columns, both = _sizes(b, call)[2], _product_of([batch, depth], call)
+    left = call(aten.reshape.default, call(aten.permute.default, a, [1, 0, 2]), [rows, both])
+    return multiply(left, call(aten.reshape.default, b, [both, columns]))
+
+
+def _of_vector(a: fx.Node, b: fx.Node, call: Call, multiply: Call) -> fx.Node:
+    return call(aten.squeeze.dim, multiply(a, call(aten.unsqueeze.default, b, 1)), 1)
+
+
+def _of_vectors(a: fx.Node, b: fx.Node, call: Call, multiply: Call) -> fx.Node:
+    product = multiply(call(aten.unsqueeze.default, a, 0), call(aten.unsqueeze.default, b, 1))
+    return call(aten.reshape.default, product, [])
+
+
+def _outer(a: fx.Node, b: fx.Node, call: Call, multiply: Call) -> fx.Node:
+    return multiply(call(aten.unsqueeze.default, a, 1), call(aten.unsqueeze.default, b, 0))
+
+
+def _plain(a: fx.Node, b: fx.Node, call: Call, multiply: Call) -> fx.Node:
+    return multiply(a, b)
+
+
+_CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
+#: For every other operator that can have an accumulator, its product of two matrices or batches.
+_PRODUCTS: dict[Any, Callable[[fx.Node, fx.Node, Call, Call], fx.Node]] = {
+    **{
+        getattr(packet, overload): _plain
+        for packet in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)
+        for overload in ("default", "dtype")
+        if hasattr(packet, overload)
+    },
+    aten.addbmm.default: _of_batch,
+    aten.mv.default: _of_vector,
+    aten.addmv.default: _of_vector,
+    aten.dot.default: _of_vectors,
+    aten.vdot.default: _of_vectors,
+    aten.addr.default: _outer,
+}

@@ -1,0 +1,158 @@
+"""Convolutions as products of matrices, so that their sums can have an accumulator.
+
+The columns of an image hold, for every output pixel, the pixels under the kernel, in the order of
+`torch.nn.functional.unfold`: channels, then taps. A convolution is the product of the columns and the kernel. The
+gradient of the weight is the product of the gradient and the columns: it sums over images, then pixels. The gradient of
+the image is a convolution too: that of the gradient, with zeros between its pixels where the stride is not 1, and the
+reversed kernel. A transposed convolution exchanges the two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fpsim.compile_backend.errors import UnroundedError
+from fpsim.compile_backend.graph.convolution import INPUT
+
+aten = torch.ops.aten
+
+#: Calls an operator with arguments: inserts a node into the graph.
+Call = Callable[..., fx.Node]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The numbers of a convolution, each of the first three with one entry for every dimension of the image."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+
+def convolution(node: fx.Node, image: fx.Node, weight: fx.Node, call: Call, multiply: Call) -> fx.Node:
+    """The result of the call ``node`` of ``aten.convolution`` for these operands, without its bias."""
+    _, _, _, stride, padding, dilation, transposed, _, groups = node.args
+    geometry = Geometry(stride, padding, dilation, groups)  # type: ignore[arg-type]
+    return (_spread if transposed else _gathered)(image, weight, _shape(node.meta["val"]), geometry, call, multiply)
+
+
+def gradient(node: fx.Node, index: int, call: Call, multiply: Call) -> fx.Node:
+    """The gradient of the image or of the weight that the call ``node`` of ``aten.convolution_backward`` computes.
+
+    Args:
+        multiply: takes two matrices, and whether the first is of the second operand.
+    """
+    tangent, image, weight, _, stride, padding, dilation, transposed, _, groups, _ = node.args
+    geometry = Geometry(stride, padding, dilation, groups)  # type: ignore[arg-type]
+    shape = _shape(node.meta["val"][index])
+    if index == INPUT:
+        return (_gathered if transposed else _spread)(tangent, weight, shape, geometry, call, multiply)
+    if transposed:
+        return _of_weight(image, tangent, shape, geometry, call, lambda a, b: multiply(a, b, True))
+    return _of_weight(tangent, image, shape, geometry, call, multiply)
+
+
+def _gathered(
+    image: Any, weight: Any, result: Sequence[int], geometry: Geometry, call: Call, multiply: Call
+) -> fx.Node:
+    """The convolution of ``image`` (N, C, ...) and ``weight`` (O, C / groups, ...)."""
+    out_channels, channels, *kernel = _shape(weight.meta["val"])
+    columns = _columns(image, kernel, result[2:], geometry, call)
+    groups, per_group = geometry.groups, out_channels // geometry.groups
+    matrix = call(aten.reshape.default, weight, [groups, per_group, channels * math.prod(kernel)])
+    return _image(multiply(columns, call(aten.permute.default, matrix, [0, 2, 1])), result, call)
+
+
+def _spread(
+    tangent: Any, weight: Any, result: Sequence[int], geometry: Geometry, call: Call, multiply: Call
+) -> fx.Node:
+    """The transposed convolution of ``tangent`` (N, O, ...) and ``weight`` (O, C / groups, ...)."""
+    out_channels, channels, *kernel = _shape(weight.meta["val"])
+    dims = range(len(kernel))
+    for dim in dims:
+        tangent = _with_zeros_between(tangent, dim + 2, geometry.stride[dim], call)
+    padding = [geometry.dilation[i] * (kernel[i] - 1) - geometry.padding[i] for i in dims]
+    columns = _columns(
+        tangent, kernel, result[2:], Geometry([1] * len(kernel), padding, geometry.dilation, geometry.groups), call
+    )
+    groups, per_group = geometry.groups, out_channels // geometry.groups
+    taps = math.prod(kernel)
+    reversed_ = call(torch.ops.prims.rev.default, weight, [dim + 2 for dim in dims])
+    matrix = call(aten.reshape.default, reversed_, [groups, per_group, channels, taps])
+    matrix = call(aten.permute.default, matrix, [0, 1, 3, 2])
+    matrix = call(aten.reshape.default, matrix, [groups, per_group * taps, channels])
+    return _image(multiply(columns, matrix), result, call)
+
+
+def _of_weight(
+    tangent: Any, image: Any, shape: Sequence[int], geometry: Geometry, call: Call, multiply: Call
+) -> fx.Node:
+    """The gradient of a weight of ``shape`` (O, C / groups, ...), from those of the results (N, O, ...)."""
+    images, out_channels, *pixels = _shape(tangent.meta["val"])
+    groups = geometry.groups
+    columns = _columns(image, shape[2:], pixels, geometry, call)
+    rows = call(aten.reshape.default, tangent, [images, groups, out_channels // groups, math.prod(pixels)])
+    rows = call(aten.permute.default, rows, [1, 2, 0, 3])
+    rows = call(aten.reshape.default, rows, [groups, out_channels // groups, images * math.prod(pixels)])
+    return call(aten.reshape.default, multiply(rows, columns), list(shape))
+
+
+def _columns(image: Any, kernel: Sequence[int], pixels: Sequence[int], geometry: Geometry, call: Call) -> fx.Node:
+    """The columns of ``image`` (N, C, ...), of shape (groups, N * pixels, C / groups * taps)."""
+    images, channels, *sizes = _shape(image.meta["val"])
+    dims = range(len(kernel))
+    reach = [geometry.dilation[i] * (kernel[i] - 1) + 1 for i in dims]
+    margins: list[int] = []
+    for i in reversed(dims):
+        after = (pixels[i] - 1) * geometry.stride[i] + reach[i] - sizes[i] - geometry.padding[i]
+        margins += [geometry.padding[i], after]
+    x = call(aten.constant_pad_nd.default, image, margins) if any(margins) else image
+    for i in dims:
+        x = call(aten.unfold.default, x, i + 2, reach[i], geometry.stride[i])
+        if geometry.dilation[i] > 1:
+            x = call(aten.slice.Tensor, x, len(sizes) + 2 + i, 0, reach[i], geometry.dilation[i])
+    groups, count = geometry.groups, len(sizes)
+    x = call(aten.reshape.default, x, [images, groups, channels // groups, *pixels, *kernel])
+    places = [3 + i for i in range(count)]
+    x = call(aten.permute.default, x, [1, 0, *places, 2, *(place + count for place in places)])
+    return call(aten.reshape.default, x, [groups, images * math.prod(pixels), channels // groups * math.prod(kernel)])
+
+
+def _image(product: fx.Node, result: Sequence[int], call: Call) -> fx.Node:
+    """The image of shape ``result`` whose pixels are the rows of ``product`` (groups, N * pixels, C / groups)."""
+    images, channels, *pixels = result
+    groups = _shape(product.meta["val"])[0]
+    x = call(aten.reshape.default, product, [groups, images, *pixels, channels // groups])
+    x = call(aten.permute.default, x, [1, 0, len(pixels) + 2, *range(2, len(pixels) + 2)])
+    return call(aten.reshape.default, x, list(result))
+
+
+def _with_zeros_between(image: Any, dim: int, stride: int, call: Call) -> Any:
+    """``image`` with ``stride`` - 1 zeros between its pixels along ``dim``."""
+    if stride == 1:
+        return image
+    shape = _shape(image.meta["val"])
+    x = call(aten.unsqueeze.default, image, dim + 1)
+    x = call(aten.constant_pad_nd.default, x, [0, 0] * (len(shape) - dim - 1) + [0, stride - 1])
+    x = call(aten.reshape.default, x, [*shape[:dim], shape[dim] * stride, *shape[dim + 1 :]])
+    return call(aten.slice.Tensor, x, dim, 0, (shape[dim] - 1) * stride + 1)
+
+
+def _shape(tensor: torch.Tensor) -> list[int]:
+    """The sizes of ``tensor``.
+
+    Raises:
+        UnroundedError: a size is symbolic.
+    """
+    if not all(isinstance(size, int) for size in tensor.shape):
+        raise UnroundedError(
+            f"a convolution of any size, {tuple(tensor.shape)}, has no accumulator: compile with dynamic=False"
+        )
+    return list(tensor.shape)

@@ -1,0 +1,691 @@
+// Matrix products whose sums are those of a narrow accumulator, with the bits of fpsim.reference.dot.
+//
+// Operands are float32 and accumulators are at most as wide, so that products, sums of two accumulators and everything
+// that an aligned step keeps are exact in float64. A longer sum is rounded to odd first: rounding that to the
+// accumulator is one correct rounding (Boldo and Melquiond, IEEE Transactions on Computers 57, 2008).
+#include <ATen/cpu/vec/vec.h>
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+namespace {
+
+using V = at::vec::Vectorized<double>;
+using I = at::vec::Vectorized<int64_t>;
+
+constexpr int ROWS = 4;     // of a tile of the result
+constexpr int VECTORS = 2;  // in a row of a tile
+template <typename T>
+constexpr int COLUMNS = VECTORS * at::vec::Vectorized<T>::size();
+
+enum Order { SEQUENTIAL, CHUNKED, PAIRWISE, INTERLEAVED, ALIGNED, LATE };
+enum Rounding { NEAREST_EVEN, NEAREST_AWAY, TOWARD_ZERO, UP, DOWN, TO_ODD, STOCHASTIC, STOCHASTIC_B, STOCHASTIC_C, CLAMP };
+
+double from_bits(uint64_t bits) {
+  double x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+uint64_t to_bits(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// Arithmetic with subnormal numbers, whatever the process has set.
+class Ieee {
+ public:
+#if defined(__SSE__)
+  Ieee() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~0x8040u); }
+  ~Ieee() { _mm_setcsr(saved_); }
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  Ieee() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" : : "r"(saved_ & ~(uint64_t(1) << 24)));
+  }
+  ~Ieee() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+ private:
+  uint64_t saved_;
+#endif
+};
+
+}  // namespace
+
+// The fields of fpsim.accumulators.cpu.Specification, in the same order.
+struct Specification {
+  int64_t order, length, block, promote;       // how many products: in a step, in a block, before a promotion
+  int64_t exact, round_products, flush;        // whether sums are exact in float64, ...
+  int64_t bounded, narrow;                     // whether sums stay in range, and steps are exact in float32
+  int64_t rounding, mantissa_bits, random_bits, roundings, first_sum, key, nan_bits, lanes;
+  double start, smallest_normal, least_power, largest, infinite_from, overflow_up, overflow_down, infinity;
+  double least_a, least_b, kept, floor, late_kept;
+};
+
+namespace {
+
+struct Mask {
+  static V sign() { return V(-0.0); }
+  static V exponent() { return V(from_bits(0x7FF0000000000000u)); }
+};
+
+V magnitude(V x) { return x & V(from_bits(0x7FFFFFFFFFFFFFFFu)); }
+V power(V x) { return x & Mask::exponent(); }  // 2 to the exponent of x; 0 for zero, infinity for infinities and NaN
+V choose(V mask, V yes, V no) { return V::blendv(no, yes, mask); }
+
+uint32_t random_word(uint64_t key, uint64_t index) {
+  const uint32_t low = uint32_t(key) ^ uint32_t(index), high = uint32_t(key >> 32) ^ uint32_t(index >> 32);
+  uint32_t word = low * 0xED5AD4BBu;
+  word ^= word >> 15;
+  word = (word ^ high) * 0xAC4C1B51u;
+  word ^= word >> 14;
+  word *= 0x31848BABu;
+  return word ^ (word >> 17);
+}
+
+// The place of a vector of results and of a rounding: they determine its random numbers.
+struct Place {
+  int64_t element;  // of the first lane, in row-major order
+  int64_t step;
+};
+
+// What a rounding has to expect: to nearest even, of numbers that cannot leave the range (infinities are absent); to
+// nearest even; anything.
+enum Mode { BOUNDED, NEAREST, GENERAL };
+
+class Rounder {
+ public:
+  explicit Rounder(const Specification& spec)
+      : spec_(spec),
+        least_(spec.least_power),
+        magic_(std::ldexp(1.5, int(52 - spec.mantissa_bits))),
+        unit_(std::ldexp(1.0, -int(spec.mantissa_bits))) {}
+
+  // x rounded to the accumulator.
+  template <Mode MODE>
+  V operator()(V x, Place place) const {
+    if (MODE == BOUNDED) {
+      const V magic = at::vec::clamp_min(power(x), least_) * magic_;
+      return ((x + magic) - magic) | (x & Mask::sign());
+    }
+    if (MODE == GENERAL && spec_.rounding == CLAMP) return at::vec::clamp(x, V(spec_.overflow_down), V(spec_.largest));
+    const V size = magnitude(x);
+    const V p = at::vec::clamp_max(at::vec::clamp_min(power(x), least_), V(0x1p1000));
+    const V magic = p * magic_;
+    V r = (size + magic) - magic;
+    if (MODE == GENERAL) r = directed(x, size, r, p * unit_, magic, place);
+    if (spec_.smallest_normal > 0) r = choose(r < V(spec_.smallest_normal), V(0.0), r);
+    const V overflow = MODE == NEAREST ? V(spec_.overflow_up)
+                               : choose(x < V(0.0), V(spec_.overflow_down), V(spec_.overflow_up));
+    r = choose(r > V(spec_.largest), overflow, r);
+    r = choose(size >= V(spec_.infinite_from), V(spec_.infinity), r);
+    return r | (x & Mask::sign());
+  }
+
+ private:
+  // The magnitude in another rounding; `nearest` is the one to nearest even and `unit` the distance of neighbours.
+  V directed(V x, V size, V nearest, V unit, V magic, Place place) const {
+    const V below = nearest - (unit & (nearest > size));
+    const V inexact = below < size;
+    switch (spec_.rounding) {
+      case NEAREST_AWAY:
+        return below + (unit & (size - below >= unit * V(0.5)));
+      case UP:
+        return below + (unit & inexact & (x > V(0.0)));
+      case DOWN:
+        return below + (unit & inexact & (x < V(0.0)));
+      case TO_ODD: {
+        const V even = (below + (magic + magic)) - (magic + magic);
+        return below + (unit & inexact & (even == below));
+      }
+      case STOCHASTIC:
+      case STOCHASTIC_B:
+      case STOCHASTIC_C: {
+        double numbers[V::size()];
+        for (int lane = 0; lane < V::size(); ++lane) {
+          const uint64_t index = uint64_t((place.element + lane) * spec_.roundings + place.step);
+          numbers[lane] = double(random_word(uint64_t(spec_.key), index) >> (32 - spec_.random_bits));
+        }
+        const double full = std::ldexp(1.0, int(spec_.random_bits));
+        V scaled = (size - below) * (V(full) / unit);
+        V needed = V(full) - V::loadu(numbers);
+        if (spec_.rounding == STOCHASTIC) scaled = scaled.floor();
+        if (spec_.rounding == STOCHASTIC_B) needed = needed - V(0.5);
+        if (spec_.rounding == STOCHASTIC_C) scaled = (scaled + V(0x1.8p52)) - V(0x1.8p52);
+        return below + (unit & inexact & (scaled >= needed));
+      }
+      default:
+        return below;
+    }
+  }
+
+  const Specification& spec_;
+  V least_, magic_, unit_;
+};
+
+// s, which is inexact by `error`, rounded to odd: the neighbour on the side of the error if s is even.
+V to_odd(V s, V error) {
+  const V inexact = (error > V(0.0)) | (error < V(0.0));  // false for NaN
+  const V even = at::vec::cast<double>((at::vec::cast<int64_t>(s) & I(1)) == I(0));
+  const V outward = at::vec::cast<double>(at::vec::cast<int64_t>((s ^ error) & Mask::sign()) == I(0));
+  const I step = at::vec::cast<int64_t>(inexact & even) & (at::vec::cast<int64_t>(outward & V(from_bits(2))) - I(1));
+  return at::vec::cast<double>(at::vec::cast<int64_t>(s) + step);
+}
+
+V error_of_sum(V a, V b, V s) {
+  const V t = s - a;
+  return (a - (s - t)) + (b - t);
+}
+
+// a + b rounded to odd. A sum of zero is -0 in rounding down, unless both are +0: opposite numbers have both signs.
+V add(V a, V b, bool exact, bool down) {
+  V s = a + b;
+  if (!exact) s = to_odd(s, error_of_sum(a, b, s));
+  return down ? choose(s == V(0.0), (a | b) & Mask::sign(), s) : s;
+}
+
+// The exact sum of c and products, rounded to odd: a fixed-point number of all bits that products of float32 can have.
+double exact_sum(double c, const double* a, int64_t stride_a, const double* b, int64_t stride_b, int64_t count) {
+  constexpr int LIMBS = 24, LOWEST = -320;  // in units of 2**LOWEST, 32 bits in a limb
+  int64_t limbs[LIMBS + 2] = {};
+  auto accumulate = [&](double x) {
+    if (x == 0) return;
+    int exponent;
+    const double fraction = std::frexp(x, &exponent);
+    const int64_t mantissa = int64_t(std::ldexp(fraction, 53));
+    const int position = exponent - 53 - LOWEST;
+    const uint64_t size = uint64_t(mantissa < 0 ? -mantissa : mantissa);
+    const unsigned __int128 wide = static_cast<unsigned __int128>(size) << (position % 32);
+    const int64_t sign = mantissa < 0 ? -1 : 1;
+    for (int i = 0; i < 3; ++i) limbs[position / 32 + i] += sign * int64_t(uint32_t(wide >> (32 * i)));
+  };
+  accumulate(c);
+  for (int64_t k = 0; k < count; ++k) accumulate(a[k * stride_a] * b[k * stride_b]);
+  auto normalize = [&] {
+    for (int i = 0; i < LIMBS + 1; ++i) {
+      const int64_t carry = limbs[i] >> 32;
+      limbs[i] -= carry * (int64_t(1) << 32);
+      limbs[i + 1] += carry;
+    }
+  };
+  normalize();
+  const bool negative = limbs[LIMBS + 1] < 0;
+  if (negative) {
+    for (auto& limb : limbs) limb = -limb;
+    normalize();
+  }
+  int top = LIMBS + 1;
+  while (top >= 0 && limbs[top] == 0) --top;
+  if (top < 0) return 0.0;
+  unsigned __int128 wide = 0;
+  for (int i = 0; i < 3; ++i) wide = (wide << 32) | (top - i >= 0 ? uint64_t(limbs[top - i]) : 0);
+  bool sticky = false;
+  for (int i = top - 3; i >= 0; --i) sticky |= limbs[i] != 0;
+  int bits = 0;
+  while (wide >> bits) ++bits;
+  const int dropped = std::max(bits - 53, 0);
+  uint64_t kept = uint64_t(wide >> dropped);
+  sticky |= (wide & ((static_cast<unsigned __int128>(1) << dropped) - 1)) != 0;
+  kept |= sticky;
+  const double result = std::ldexp(double(kept), dropped + 32 * (top - 2) + LOWEST);
+  return negative ? -result : result;
+}
+
+// One tile of the result. The operands are packed, with the powers of two of their exponents (0 for a zero):
+// a[k][ROWS] and b[k][COLUMNS].
+template <typename T>
+struct Packed {
+  const T *a, *power_a, *b, *power_b;
+  using Vec = at::vec::Vectorized<T>;
+
+  Vec product(int64_t k, int r, int v) const { return Vec(a[k * ROWS + r]) * Vec::loadu(b + k * COLUMNS<T> + v * Vec::size()); }
+  Vec product_power(int64_t k, int r, int v) const {
+    return Vec(power_a[k * ROWS + r]) * Vec::loadu(power_b + k * COLUMNS<T> + v * Vec::size());
+  }
+};
+
+// A matrix unit whose steps are exact in T: the accumulators and products are cut to `kept` below the largest power.
+template <typename T, typename Round>
+void aligned(const Specification& spec, const Packed<T>& tile, int64_t first, int64_t last,
+             at::vec::Vectorized<T> (&c)[ROWS][VECTORS], const Round& round) {
+  using Vec = at::vec::Vectorized<T>;
+  for (int64_t k = first; k < last; k += spec.length) {
+    const int64_t end = std::min(k + spec.length, last);
+    Vec top[ROWS][VECTORS], scale[ROWS][VECTORS], sum[ROWS][VECTORS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) top[r][v] = Vec(T(spec.floor));
+    for (int64_t i = k; i < end; ++i)
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) top[r][v] = at::vec::clamp_min(top[r][v], tile.product_power(i, r, v));
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) {
+        top[r][v] = at::vec::clamp_min(top[r][v], round.power(c[r][v]));
+        scale[r][v] = Vec(T(spec.kept)) / top[r][v];
+        sum[r][v] = (c[r][v] * scale[r][v]).trunc();
+      }
+    for (int64_t i = k; i < end; ++i)
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) sum[r][v] = sum[r][v] + (tile.product(i, r, v) * scale[r][v]).trunc();
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) c[r][v] = round(sum[r][v] * (top[r][v] * Vec(T(1 / spec.kept)))) + Vec(T(0));
+  }
+}
+
+// Cuts the accumulators of a unit whose numbers are far from the ends of float32's range.
+struct CutInFloat32 {
+  at::vec::Vectorized<float> mask;
+  explicit CutInFloat32(const Specification& spec) {
+    const uint32_t bits = ~((1u << (23 - spec.mantissa_bits)) - 1);
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    mask = at::vec::Vectorized<float>(x);
+  }
+  at::vec::Vectorized<float> power(at::vec::Vectorized<float> x) const {
+    using F = at::vec::Vectorized<float>;
+    const F p = x & F(std::numeric_limits<float>::infinity());
+    return F::blendv(p, F(1.0f), p > F(0x1p126f));
+  }
+  // NaN keeps its topmost bit of the mantissa.
+  at::vec::Vectorized<float> operator()(at::vec::Vectorized<float> x) const { return x & mask; }
+};
+
+template <Mode MODE>
+struct RoundInFloat64 {
+  const Rounder& rounder;
+  V least;
+  V power(V x) const {
+    const V p = ::power(x);
+    return choose(p > V(0x1p1000), V(1.0), at::vec::clamp_min(p, least & (x != V(0.0))));
+  }
+  V operator()(V x) const { return rounder.template operator()<MODE>(x, {0, 0}); }
+};
+
+struct Tile : Packed<double> {
+  const Specification& spec;
+  const Rounder& rounder;
+  int64_t element, row_length;  // of its first result, and of a row of results
+
+  Tile(const Packed<double>& packed, const Specification& spec, const Rounder& rounder, int64_t element, int64_t row_length)
+      : Packed<double>(packed), spec(spec), rounder(rounder), element(element), row_length(row_length) {}
+
+  template <Mode MODE>
+  V round(V x, int r, int v, int64_t step) const {
+    return rounder.operator()<MODE>(x, {element + r * row_length + v * V::size(), step});
+  }
+
+  template <Mode MODE>
+  V term(int64_t k, int r, int v) const {
+    const V p = product(k, r, v);
+    return spec.round_products ? round<MODE>(p, r, v, k) : p;
+  }
+
+  V sum(V x, V y) const { return add(x, y, spec.exact, spec.rounding == DOWN); }
+
+  // All orders add the products first to last - 1 to c, which has the start value.
+  template <Mode MODE>
+  void accumulate(int64_t first, int64_t last, V (&c)[ROWS][VECTORS]) const {
+    if (spec.block) return blocks<MODE>(first, last, c);
+    switch (spec.order) {
+      case SEQUENTIAL: return sequential<MODE>(first, last, c);
+      case CHUNKED: return chunked<MODE>(first, last, c);
+      case PAIRWISE: return pairwise<MODE>(first, last, c);
+      case INTERLEAVED: return interleaved<MODE>(first, last, c);
+      case LATE: return late(first, last, c);
+      default: {
+        const RoundInFloat64<MODE> cut{rounder, V(spec.least_power)};
+        return aligned<double>(spec, *this, first, last, c, cut);
+      }
+    }
+  }
+
+  template <Mode MODE>
+  void sequential(int64_t first, int64_t last, V (&c)[ROWS][VECTORS]) const {
+    if (MODE != GENERAL && spec.exact && !spec.round_products) return sequential<MODE, true>(first, last, c);
+    return sequential<MODE, false>(first, last, c);
+  }
+
+  template <Mode MODE, bool PLAIN>
+  void sequential(int64_t first, int64_t last, V (&c)[ROWS][VECTORS]) const {
+    V total[ROWS][VECTORS];
+    copy(c, total);
+    for (int64_t k = first; k < last; ++k) {
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) {
+          const V s = PLAIN ? total[r][v] + product(k, r, v) : sum(total[r][v], term<MODE>(k, r, v));
+          total[r][v] = round<MODE>(s, r, v, spec.first_sum + k);
+        }
+      }
+    }
+    copy(total, c);
+  }
+
+  static void copy(const V (&from)[ROWS][VECTORS], V (&to)[ROWS][VECTORS]) {
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) to[r][v] = from[r][v];
+  }
+
+  template <Mode MODE>
+  void chunked(int64_t first, int64_t last, V (&c)[ROWS][VECTORS]) const {
+    for (int64_t k = first; k < last; k += spec.length) {
+      const int64_t end = std::min(k + spec.length, last);
+      if (spec.exact && spec.rounding != DOWN) {
+        V total[ROWS][VECTORS];
+        copy(c, total);
+        for (int64_t i = k; i < end; ++i)
+#pragma GCC unroll 4
+          for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; ++v)
+              total[r][v] = at::vec::fmadd(V(a[i * ROWS + r]), V::loadu(b + i * COLUMNS<double> + v * V::size()), total[r][v]);
+        copy(total, c);
+      } else {
+        for (int r = 0; r < ROWS; ++r)
+          for (int v = 0; v < VECTORS; ++v) c[r][v] = chunk(c[r][v], k, end, r, v);
+      }
+      for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) c[r][v] = round<MODE>(c[r][v], r, v, k / spec.length);
+    }
+  }
+
+  // c and the products of one chunk, added exactly and rounded to odd.
+  V chunk(V c, int64_t first, int64_t last, int r, int v) const {
+    V s = c, errors(0.0), sizes(0.0), signs = c;
+    for (int64_t k = first; k < last; ++k) {
+      const V p = product(k, r, v), t = s + p, error = error_of_sum(s, p, t);
+      s = t;
+      errors = errors + error;
+      sizes = sizes + magnitude(error);
+      signs = signs | p;
+    }
+    const V high = s + errors, low = error_of_sum(s, errors, high);
+    const V doubt = sizes * V(std::ldexp(double(last - first + 1), -52));
+    const V plain = (sizes == V(0.0)) | (sizes != sizes);  // s is exact, or infinite or NaN
+    const V sure = (magnitude(low) > doubt) | plain;
+    V result = choose(plain, s, to_odd(high, low));
+    double certain[V::size()];
+    choose(sure, V(1.0), V(0.0)).store(certain);
+    if (*std::min_element(certain, certain + V::size()) == 0.0) {
+      double results[V::size()], starts[V::size()];
+      result.store(results);
+      c.store(starts);
+      for (int lane = 0; lane < V::size(); ++lane)
+        if (certain[lane] == 0.0)
+          results[lane] = exact_sum(starts[lane], a + first * ROWS + r, ROWS,
+                                    b + first * COLUMNS<double> + v * V::size() + lane, COLUMNS<double>, last - first);
+      result = V::loadu(results);
+    }
+    return spec.rounding == DOWN ? choose(result == V(0.0), signs & Mask::sign(), result) : result;
+  }
+
+  // Neighbours are added, then their sums. A sum of 2**level products waits in `waiting` for its neighbour.
+  template <Mode MODE>
+  void pairwise(int64_t first, int64_t last, V (&c)[ROWS][VECTORS]) const {
+    const int64_t count = last - first;
+    int64_t steps[64];  // the number of the first rounding in every level
+    steps[0] = spec.first_sum;
+    for (int64_t level = 0, width = count; level < 63; ++level, width = (width + 1) / 2) steps[level + 1] = steps[level] + width / 2;
+    for (int r = 0; r < ROWS; ++r) {
+      for (int v = 0; v < VECTORS; ++v) {
+        V waiting[64];
+        int levels[64], depth = 0;
+        auto join = [&](V x, int64_t k) {
+          const int level = levels[--depth];
+          return round<MODE>(sum(waiting[depth], x), r, v, steps[level] + (k >> (level + 1)));
+        };
+        for (int64_t k = 0; k < count; ++k) {
+          V x = term<MODE>(first + k, r, v);
+          int level = 0;
+          for (; k >> level & 1; ++level) x = join(x, k);
+          waiting[depth] = x;
+          levels[depth++] = level;
+        }
+        V x = waiting[--depth];
+        while (depth) x = join(x, count - 1);
+        c[r][v] = round<MODE>(x, r, v, spec.roundings - 1);
+      }
+    }
+  }
+
+  template <Mode MODE>
+  void interleaved(int64_t first, int64_t last, V (&c)[ROWS][VECTORS]) const {
+    for (int r = 0; r < ROWS; ++r) {
+      for (int v = 0; v < VECTORS; ++v) {
+        V total = c[r][v];
+        for (int64_t lane = first; lane < std::min(first + spec.length, last); ++lane) {
+          V x = c[r][v];
+          for (int64_t k = lane; k < last; k += spec.length) x = round<MODE>(sum(x, term<MODE>(k, r, v)), r, v, 0);
+          total = round<MODE>(sum(total, x), r, v, 0);
+        }
+        c[r][v] = total;
+      }
+    }
+  }
+
+  // The sums of blocks are added to c one after the other.
+  template <Mode MODE>
+  void blocks(int64_t first, int64_t last, V (&c)[ROWS][VECTORS]) const {
+    for (int64_t k = first; k < last; k += spec.block) {
+      V part[ROWS][VECTORS];
+      for (auto& row : part) std::fill(row, row + VECTORS, V(spec.start));
+      const int64_t end = std::min(k + spec.block, last);
+      spec.order == PAIRWISE ? pairwise<MODE>(k, end, part) : interleaved<MODE>(k, end, part);
+      for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) c[r][v] = round<MODE>(sum(c[r][v], part[r][v]), r, v, 0);
+    }
+  }
+
+  // CDNA 3: the products are cut and added first. Their sum and c are then rounded down.
+  void late(int64_t first, int64_t last, V (&c)[ROWS][VECTORS]) const {
+    const V limit(0x1p128), infinite(std::numeric_limits<double>::infinity());
+    for (int64_t k = first; k < last; k += spec.length) {
+      const int64_t end = std::min(k + spec.length, last);
+      for (int r = 0; r < ROWS; ++r) {
+        for (int v = 0; v < VECTORS; ++v) {
+          V tops[2] = {V(spec.floor), V(spec.floor)}, sums[2] = {V(0.0), V(0.0)};
+          for (int64_t i = k; i < end; ++i) {
+            V& top = tops[(i - k) % spec.lanes];
+            top = at::vec::clamp_min(top, product_power(i, r, v));
+          }
+          for (int64_t i = k; i < end; ++i) {
+            const int64_t lane = (i - k) % spec.lanes;
+            const V p = product(i, r, v);
+            const V cut = (p * (V(spec.kept) / tops[lane])).trunc();
+            sums[lane] = sums[lane] + choose(magnitude(p) >= limit, infinite | (p & Mask::sign()), cut);
+          }
+          const V top = at::vec::clamp_min(tops[0], tops[1]);
+          V products = sums[0];
+          if (spec.lanes == 2) products = (sums[0] * (tops[0] / top)).floor() + (sums[1] * (tops[1] / top)).floor();
+          const V old = c[r][v], own = finite_power(old), joined = at::vec::clamp_min(top, own);
+          V kept = floor_to(old, V(spec.kept) / joined);
+          if (spec.lanes == 2) kept = choose((own * V(2 * spec.kept) < joined) & (magnitude(old) < infinite), V(0.0), kept);
+          const V x = floor_to(products * (top * V(1 / spec.kept)), V(2 * spec.late_kept) / joined) + kept;
+          const V cut = floor_to(x, V(spec.late_kept) / finite_power(x));
+          c[r][v] = round<NEAREST>(choose(x == V(0.0), V(0.0), cut), r, v, 0);
+        }
+      }
+    }
+  }
+
+  V finite_power(V x) const {
+    const V p = power(x);
+    return choose(p > V(0x1p1000), V(1.0), at::vec::clamp_min(p, V(spec.least_power)));
+  }
+
+  // x rounded down to a multiple of 1 / scale, a power of two.
+  static V floor_to(V x, V scale) { return (x * scale).floor() / scale; }
+};
+
+// `count` numbers of an operand that lie `stride` apart, packed `width` apart, and the powers of their exponents.
+template <typename T>
+void pack(const Specification& spec, const float* source, int64_t stride, int64_t count, T* values, T* powers,
+          int64_t width, double least) {
+  if (!spec.flush && spec.order != ALIGNED && spec.order != LATE) {
+    for (int64_t i = 0; i < count; ++i) values[i * width] = T(source[i * stride]);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    double x = double(source[i * stride]);
+    const double size = std::fabs(x);
+    if (spec.flush && size < least) x = std::copysign(0.0, x);
+    const double power = std::max(from_bits(to_bits(size) & 0x7FF0000000000000u), least);
+    values[i * width] = T(x);
+    powers[i * width] = T(x == 0 ? 0.0 : power <= 0x1p1000 ? power : 1.0);
+  }
+}
+
+template <typename T>
+struct Buffer {
+  std::vector<T> values, powers;
+  explicit Buffer(int64_t size) : values(size), powers(size) {}
+};
+
+class Output {
+ public:
+  Output(const Specification& spec, float* narrow, double* wide) : narrow_(narrow), wide_(wide) {
+    const uint32_t bits = uint32_t(spec.nan_bits);
+    std::memcpy(&nan_, &bits, sizeof nan_);
+  }
+  void store(int64_t index, double x) const {
+    if (wide_) wide_[index] = x;
+    else narrow_[index] = std::isnan(x) ? nan_ : float(x);
+  }
+
+ private:
+  float* narrow_;
+  double* wide_;
+  float nan_;
+};
+
+// Calls `compute` for all tiles of the result. A block of rows is packed once, and every strip of columns once for it.
+template <typename T, typename Compute>
+void run(const Specification& spec, const float* a, const float* b, int64_t batches, int64_t rows, int64_t columns,
+         int64_t depth, int64_t threads, const Compute& compute) {
+  constexpr int64_t width = COLUMNS<T>;
+  const int64_t strips = (columns + width - 1) / width, tiles = (rows + ROWS - 1) / ROWS;
+  const int64_t most = std::clamp<int64_t>((1 << 18) / std::max<int64_t>(depth, 1) / ROWS, 8, 64);
+  const int64_t blocks = (tiles + most - 1) / most;
+  const int64_t groups = std::clamp<int64_t>(4 * threads / (batches * blocks), 1, strips);  // all threads need work
+#pragma omp parallel num_threads(threads)
+  {
+    const Ieee ieee;
+    Buffer<T> left(most * ROWS * depth), right(depth * width);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < batches * blocks * groups; ++task) {
+      const int64_t group = task % groups, block = task / groups % blocks, batch = task / groups / blocks;
+      const int64_t first = block * most, last = std::min(first + most, tiles);
+      for (int64_t tile = first; tile < last; ++tile) {
+        const int64_t offset = (tile - first) * ROWS * depth;
+        for (int64_t i = 0; i < ROWS; ++i) {  // rows beyond the last one repeat it
+          const float* row = a + (batch * rows + std::min(tile * ROWS + i, rows - 1)) * depth;
+          pack(spec, row, 1, depth, left.values.data() + offset + i, left.powers.data() + offset + i, ROWS, spec.least_a);
+        }
+      }
+      for (int64_t strip = group * strips / groups; strip < (group + 1) * strips / groups; ++strip) {
+        const int64_t count = std::min(width, columns - strip * width);
+        for (int64_t k = 0; k < depth; ++k)
+          pack(spec, b + (batch * depth + k) * columns + strip * width, 1, count, right.values.data() + k * width,
+               right.powers.data() + k * width, 1, spec.least_b);
+        for (int64_t tile = first; tile < last; ++tile) {
+          const int64_t offset = (tile - first) * ROWS * depth;
+          const Packed<T> packed{left.values.data() + offset, left.powers.data() + offset, right.values.data(),
+                                 right.powers.data()};
+          compute(packed, batch * rows * columns, tile * ROWS, strip * width);
+        }
+      }
+    }
+  }
+}
+
+// The partial sums of `promote` products are added in float32, to nearest even.
+template <typename Vec, typename Accumulate, typename Promoted>
+void promoted_sums(const Specification& spec, int64_t depth, Vec (&total)[ROWS][VECTORS], double start,
+                   const Accumulate& accumulate, const Promoted& to_float32) {
+  const int64_t length = spec.promote ? spec.promote : std::max<int64_t>(depth, 1);
+  bool is_first = true;
+  for (int64_t k = 0; k < depth; k += length, is_first = false) {
+    Vec part[ROWS][VECTORS];
+    for (auto& row : part) std::fill(row, row + VECTORS, Vec(start));
+    accumulate(k, std::min(k + length, depth), part);
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < VECTORS; ++v) total[r][v] = is_first ? part[r][v] : to_float32(total[r][v] + part[r][v]);
+  }
+}
+
+template <typename T>
+void store(const Output& output, const at::vec::Vectorized<T> (&results)[ROWS][VECTORS], int64_t matrix, int64_t row,
+           int64_t column, int64_t rows, int64_t columns) {
+  T values[COLUMNS<T>];
+  for (int64_t r = 0; r < std::min<int64_t>(ROWS, rows - row); ++r) {
+    for (int v = 0; v < VECTORS; ++v) results[r][v].store(values + v * at::vec::Vectorized<T>::size());
+    for (int64_t j = 0; j < std::min<int64_t>(COLUMNS<T>, columns - column); ++j)
+      output.store(matrix + (row + r) * columns + column + j, double(values[j]));
+  }
+}
+
+V to_float32(V x) {
+  double values[V::size()];
+  x.store(values);
+  for (auto& value : values) value = double(float(value));
+  return V::loadu(values);
+}
+
+}  // namespace
+
+// out = a @ b: a (batches, rows, depth), b (batches, depth, columns), out float32 in `narrow` or float64 in `wide`.
+extern "C" void fpsim_accumulate(const Specification* specification, const float* a, const float* b, float* narrow,
+                                 double* wide, int64_t batches, int64_t rows, int64_t columns, int64_t depth,
+                                 int64_t threads) {
+  const Specification& spec = *specification;
+  const Output output(spec, narrow, wide);
+  if (spec.narrow) {
+    using Vec = at::vec::Vectorized<float>;
+    const CutInFloat32 cut(spec);
+    run<float>(spec, a, b, batches, rows, columns, depth, threads,
+               [&](const Packed<float>& packed, int64_t matrix, int64_t row, int64_t column) {
+                 Vec total[ROWS][VECTORS];
+                 for (auto& r : total) std::fill(r, r + VECTORS, Vec(0.0f));
+                 promoted_sums(spec, depth, total, 0.0,
+                               [&](int64_t first, int64_t last, Vec(&part)[ROWS][VECTORS]) { aligned<float>(spec, packed, first, last, part, cut); },
+                               [](Vec x) { return x; });
+                 store<float>(output, total, matrix, row, column, rows, columns);
+               });
+    return;
+  }
+  const Rounder rounder(spec);
+  run<double>(spec, a, b, batches, rows, columns, depth, threads,
+              [&](const Packed<double>& packed, int64_t matrix, int64_t row, int64_t column) {
+                const Tile tile(packed, spec, rounder, matrix + row * columns + column, columns);
+                V total[ROWS][VECTORS];
+                for (auto& r : total) std::fill(r, r + VECTORS, V(0.0));
+                promoted_sums(spec, depth, total, spec.start,
+                              [&](int64_t first, int64_t last, V(&part)[ROWS][VECTORS]) {
+                                if (spec.bounded) tile.accumulate<BOUNDED>(first, last, part);
+                                else if (spec.rounding == NEAREST_EVEN) tile.accumulate<NEAREST>(first, last, part);
+                                else tile.accumulate<GENERAL>(first, last, part);
+                              },
+                              to_float32);
+                store<double>(output, total, matrix, row, column, rows, columns);
+              });
+}

@@ -1,0 +1,188 @@
+"""Matrix products whose sums are those of a narrow accumulator or of a machine."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fpsim.accumulators.accumulator import Accumulator, AccumulatorLike, Order, parse_accumulator
+from fpsim.accumulators.ops import accumulate_op
+from fpsim.casts import UNSCALED, Cast, CastLike, parse_cast
+from fpsim.formats import FloatFormat, parse_format
+from fpsim.rounding.carriers import CARRIERS, check_tensor
+from fpsim.rounding.ops import SOURCE, random_key_op, round_op
+from fpsim.tensor_functions import round, seed_tensor, straight_through
+
+#: The dtypes of operands that are no carriers, and their formats. They are multiplied in float32.
+_NARROW_DTYPES = {
+    getattr(torch, f"float8_{name}"): parse_format(name)
+    for name in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz")
+    if hasattr(torch, f"float8_{name}")
+}
+_FLOAT32 = FloatFormat(8, 23)
+
+
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    *,
+    accumulator: AccumulatorLike,
+    chunk: int | None = None,
+    order: Order | None = None,
+    promote: int | None = None,
+    format: CastLike | tuple[CastLike, CastLike] | None = None,
+    seed: int | Tensor | None = None,
+    salt: int = 0,
+) -> Tensor:
+    """``torch.matmul(a, b)`` with the sums of a narrow accumulator, bit for bit those of `fpsim.reference.dot`.
+
+    Args:
+        a, b: float32, bfloat16, float16, float64 or float8 on the CPU, of shapes that `torch.matmul` multiplies. Both
+            have one dtype (float8 dtypes may differ).
+        accumulator: a format (``"fp16"``, ``"e8m13/toward_zero"``, ``"e5m10/stochastic"``), an integer (``"int32"``,
+            ``"int16/wrap"``, ``"int16/sat_finite"``) or a machine (``"hopper_fp8"``):
+            `fpsim.accumulators.accumulator.parse_accumulator`.
+        chunk, order, promote: how many products are added exactly before a rounding, the order of the additions, and
+            the number of products after which a partial sum moves to float32. A machine has its own order.
+        format: the format to which the operands are rounded first, or a pair of formats. Blocks and rows of a scaled
+            format lie along the axis that is summed. None leaves the operands as they are. Their format is then that
+            of their dtype. For a machine, float32 and float64 operands have the first of its formats that has all of
+            their values.
+        seed, salt: of stochastic accumulators, as in `fpsim.round`. Each rounding of each element of the result draws
+            its own random number: ``random[i]`` of the element's i-th rounding in `fpsim.reference.sum`.
+
+    Returns:
+        The product. Its dtype is that of the operands, float32 for float8. The sum is rounded to it, to nearest even,
+        where the dtype does not have the value. The derivative is that of ``torch.matmul`` of the rounded operands.
+
+    Raises:
+        ValueError: an argument of the accumulator is wrong or does not go with the others; a machine does not multiply
+            the operands' formats; an accumulator is narrower than an operand; stochastic rounding has no seed, or
+            another rounding has one.
+        TypeError: an operand is no dense tensor of these dtypes, or their dtypes differ.
+
+    >>> matmul(torch.tensor([[448.0, 1.0]]), torch.tensor([[1.0], [2.0**-6]]), accumulator="hopper_fp8")
+    tensor([[448.]])
+    """
+    parsed = parse_accumulator(accumulator, chunk, order, promote)
+    operands, known = [], []
+    casts = format if isinstance(format, tuple) else (format, format)
+    if len(casts) != 2:
+        raise ValueError(f"format is one format or a pair, got {len(casts)}")
+    for x, given, axis in zip((a, b), casts, (-1, -2), strict=True):
+        value, fmt = _operand(x, None if given is None else _cast(given), axis, parsed)
+        operands.append(value)
+        known.append(fmt)
+    left, right = operands
+    if left.dtype != right.dtype:
+        raise TypeError(f"operands have one dtype, got {a.dtype} and {b.dtype}: convert one of them")
+    first, second = (fmt or _format_by_values(x, parsed) for x, fmt in zip(operands, known, strict=True))
+    parsed.check_operands(first, second)
+    key = _key(parsed, seed, salt, left.device)
+    value = _product(left.detach(), right.detach(), key, parsed, (first, second))
+    if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
+        return straight_through(torch.matmul(left, right), value)
+    return value
+
+
+def _cast(given: CastLike) -> Cast | None:
+    cast = parse_cast(given)
+    if cast is not None and cast.is_stochastic:
+        raise ValueError(f"operands are rounded without random numbers, got {str(cast)!r}: round them by fpsim.round")
+    return cast
+
+
+def _operand(x: Tensor, cast: Cast | None, axis: int, accumulator: Accumulator) -> tuple[Tensor, FloatFormat | None]:
+    """The operand rounded by ``cast``, and its format; None where only its values tell."""
+    narrow = _NARROW_DTYPES.get(x.dtype) if isinstance(x, Tensor) else None
+    if narrow is not None:
+        x = x.to(torch.float32)
+    dtype = check_tensor(x, "matmul")
+    if cast is not None:
+        spelled = f"{cast.format.name}/{cast.rounding}/{cast.overflow}/{cast.scale or UNSCALED}"
+        x = round(x, spelled, axis=axis if x.dim() > 1 else 0)
+        return x, operand_format(cast, accumulator)
+    if narrow is not None:
+        return x, narrow
+    return x, None if dtype in (torch.float32, torch.float64) else CARRIERS[dtype]
+
+
+def operand_format(cast: Cast, accumulator: Accumulator) -> FloatFormat:
+    """The format of operands that ``cast`` has rounded: float32 for the products of elements and scales.
+
+    Raises:
+        ValueError: the accumulator is that of a machine, which takes no scaled operands, or the cast's values do not
+            fit into float32.
+    """
+    if cast.scale is not None or cast.grid is None:
+        if accumulator.machine is not None or accumulator.integer_bits is not None:
+            raise ValueError(
+                f"{str(accumulator)!r} multiplies elements, and {str(cast)!r} gives elements times scales, which fpsim "
+                "does not take apart: use an unscaled format such as 'e4m3fn' or 'int8/unscaled', or an accumulator "
+                "such as 'e8m13/toward_zero'"
+            )
+        return _FLOAT32
+    if not cast.grid.is_subset_of(FloatFormat(8, 23)):
+        raise ValueError(f"operands fit into float32, got {cast.grid.name}: use a narrower format")
+    return cast.grid
+
+
+def _format_by_values(x: Tensor, accumulator: Accumulator) -> FloatFormat:
+    """The first format of a machine, or of the integers, that has all values of ``x``; else float32."""
+    names = accumulator.machine.formats if accumulator.machine else ()
+    if accumulator.integer_bits is not None:
+        names = ("int4", "int8", "int16")
+    if x.dtype == torch.float64 or names:
+        for fmt in [*map(_grid, names)] if names else [_FLOAT32]:
+            rounded = round_op(
+                x.detach(), fmt.name, "nearest_even", "sat_propagate" if fmt.has_infinity else "sat_finite"
+            )
+            if bool(((rounded == x) | (x.isnan() & rounded.isnan())).all()):
+                return fmt
+        wanted = ", ".join(names) or "fp32"
+        raise ValueError(
+            f"an operand has values that none of {wanted} has: give format={(names or ('fp32',))[0]!r}, which rounds it"
+        )
+    return _FLOAT32
+
+
+def _grid(name: str) -> FloatFormat:
+    cast = parse_cast(f"{name}/unscaled" if name.startswith("int") else name)
+    assert cast is not None and cast.grid is not None, "a machine multiplies floating-point numbers or integers"
+    return cast.grid
+
+
+def _key(accumulator: Accumulator, seed: int | Tensor | None, salt: int, device: torch.device) -> Tensor | None:
+    if accumulator.is_stochastic:
+        return random_key_op(seed_tensor(seed, accumulator.rounding, device), salt)
+    if seed is not None:
+        raise ValueError(f"a seed has no meaning with accumulator={str(accumulator)!r}: use 'e5m10/stochastic'")
+    return None
+
+
+def _product(
+    a: Tensor, b: Tensor, key: Tensor | None, accumulator: Accumulator, formats: tuple[FloatFormat, FloatFormat]
+) -> Tensor:
+    """The product of operands of any shapes that `torch.matmul` takes."""
+    if a.dim() == 0 or b.dim() == 0:
+        raise ValueError(f"matmul takes vectors and matrices, got shapes {tuple(a.shape)} and {tuple(b.shape)}")
+    left = a.unsqueeze(0) if a.dim() == 1 else a
+    right = b.unsqueeze(1) if b.dim() == 1 else b
+    if left.shape[-1] != right.shape[-2]:
+        raise ValueError(
+            f"shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be multiplied: they sum over other lengths"
+        )
+    rest = str(accumulator), formats[0].name, formats[1].name, SOURCE
+    if right.dim() == 2:
+        product = accumulate_op(left.reshape(math.prod(left.shape[:-1]), left.shape[-1]), right, key, *rest)
+        product = product.reshape(*left.shape[:-1], right.shape[-1])
+    else:
+        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+        left, right = (x.expand(*batch, *x.shape[-2:]) for x in (left, right))
+        flat = [x.reshape(math.prod(batch), *x.shape[-2:]) for x in (left, right)]
+        product = accumulate_op(*flat, key, *rest).reshape(*batch, left.shape[-2], right.shape[-1])
+    if a.dim() == 1:
+        product = product.squeeze(-2)
+    return product.squeeze(-1) if b.dim() == 1 else product

@@ -1,0 +1,86 @@
+"""The operator ``fpsim::accumulate_mm``: a product of matrices, or of batches of matrices, with a narrow accumulator.
+
+It has a CPU kernel and a rule for shapes. Like the rounding operators it has no derivative: callers give it detached
+tensors, and the compiler backend inserts it after autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpsim.accumulators.accumulator import parse_accumulator
+from fpsim.accumulators.cpu import accumulate_on_cpu
+from fpsim.formats import parse_format
+from fpsim.rounding.carriers import CARRIERS
+
+_library = torch.library.Library("fpsim", "FRAGMENT")
+_library.define(
+    "accumulate_mm(Tensor a, Tensor b, Tensor? key, str accumulator, str first, str second, str source) -> Tensor"
+)
+
+#: The product of ``a`` (M, K) and ``b`` (K, N), or of batches of these, in their dtype. ``accumulator`` is the text of
+#: an `Accumulator`, ``first`` and ``second`` are the names of formats that have all values of the operands, ``key`` is
+#: that of stochastic rounding or None, and ``source`` is `fpsim.rounding.ops.SOURCE`.
+accumulate_op: Callable[..., Tensor] = torch.ops.fpsim.accumulate_mm.default
+
+
+@torch.library.register_fake("fpsim::accumulate_mm", lib=_library)
+def _accumulate_fake(
+    a: Tensor, b: Tensor, key: Tensor | None, accumulator: str, first: str, second: str, source: str
+) -> Tensor:
+    _check_operands(a, b)
+    return a.new_empty((*a.shape[:-1], b.shape[-1]))
+
+
+@torch.library.impl(_library, "accumulate_mm", "CPU")
+def _accumulate_cpu(
+    a: Tensor, b: Tensor, key: Tensor | None, accumulator: str, first: str, second: str, source: str
+) -> Tensor:
+    _check_operands(a, b)
+    formats = parse_format(first), parse_format(second)
+    left, right = (x if x.dim() == 3 else x.unsqueeze(0) for x in (a, b))
+    product = accumulate_on_cpu(left, right, parse_accumulator(accumulator), *formats, key)
+    return product if a.dim() == 3 else product.squeeze(0)
+
+
+@torch.library.impl(_library, "accumulate_mm", "CompositeExplicitAutograd")
+def _accumulate_elsewhere(
+    a: Tensor, b: Tensor, key: Tensor | None, accumulator: str, first: str, second: str, source: str
+) -> Tensor:
+    raise NotImplementedError(f"accumulators are simulated on the CPU, got a tensor on {a.device}: use a.cpu()")
+
+
+@torch.library.register_vmap("fpsim::accumulate_mm", lib=_library)
+def _accumulate_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    a: Tensor,
+    b: Tensor,
+    key: Tensor | None,
+    accumulator: str,
+    first: str,
+    second: str,
+    source: str,
+) -> tuple[Tensor, int]:
+    """The batch becomes one of matrices. With one key every sample has draws of its own."""
+    if in_dims[2] is not None:
+        raise NotImplementedError("torch.vmap over the keys of stochastic accumulators: call it in a loop")
+    samples = [
+        (x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape))
+        for x, dim in zip((a, b), in_dims[:2], strict=True)
+    ]
+    left, right = (x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]) for x in samples)
+    product = accumulate_op(left, right, key, accumulator, first, second, source)
+    return product.reshape(*samples[0].shape[:-1], product.shape[-1]), 0
+
+
+def _check_operands(a: Tensor, b: Tensor) -> None:
+    if a.dtype not in CARRIERS or a.dtype != b.dtype:
+        raise TypeError(f"operands have one dtype, a floating-point carrier, got {a.dtype} and {b.dtype}")
+    if a.dim() not in (2, 3) or a.dim() != b.dim() or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
+        raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be multiplied: (M, K) and (K, N)")

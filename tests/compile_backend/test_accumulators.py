@@ -1,0 +1,262 @@
+"""Accumulators in whole models: every product has the sums of `fpsim.reference.dot`, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fpsim
+from fpsim.compile_backend.passes.rounding_pass import RoundingPass
+from fpsim.reference import dot, to_float
+
+#: Few bits, so that almost every sum differs from that of torch.
+POLICY: dict[str, Any] = {"format": "e4m3fn", "accumulator": "e5m4"}
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    """Values of e4m3fn."""
+    return fpsim.round(torch.randn(shape, generator=torch.Generator().manual_seed(seed)), "e4m3fn")
+
+
+def summed(a: Tensor, b: Tensor, accumulator: str = "e5m4", **options: Any) -> Tensor:
+    """The product of two matrices, element by element by the reference."""
+    rows = [[to_float(dot(x, y, "fp32", accumulator=accumulator, **options)) for y in b.T.tolist()] for x in a.tolist()]
+    return torch.tensor(rows)
+
+
+def run(function: Callable[..., Tensor], *arguments: Tensor, backend: str = "fpsim_eager", **policy: Any) -> Tensor:
+    return torch.compile(function, backend=backend, options={**POLICY, **policy})(*arguments)
+
+
+A, B, C = numbers(3, 20, seed=1), numbers(20, 4, seed=2), numbers(3, 4, seed=3)
+X, Y = numbers(2, 3, 20, seed=4), numbers(2, 20, 4, seed=5)
+PRODUCT = summed(A, B)
+BATCHES = torch.stack([summed(x, y) for x, y in zip(X, Y, strict=True)])
+
+#: Every spelling of a product, its arguments, and its result.
+SPELLINGS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], Tensor]] = {
+    "mm": (torch.mm, (A, B), PRODUCT),
+    "matmul of a batch and a matrix": (torch.matmul, (X, B), torch.stack([summed(x, B) for x in X])),
+    "addmm": (torch.addmm, (C, A, B), C + PRODUCT),
+    "addmm with factors": (lambda c, a, b: torch.addmm(c, a, b, beta=0.5, alpha=2), (C, A, B), C * 0.5 + PRODUCT * 2),
+    "addmm without its addend": (lambda c, a, b: torch.addmm(c, a, b, beta=0), (C / 0, A, B), PRODUCT),
+    "linear": (nn.functional.linear, (A, B.T, C[0]), PRODUCT + C[0]),
+    "bmm": (torch.bmm, (X, Y), BATCHES),
+    "baddbmm": (torch.baddbmm, (C.expand(2, 3, 4), X, Y), C + BATCHES),
+    "addbmm": (torch.addbmm, (C, X, Y), C + summed(torch.cat([*X], 1), torch.cat([*Y]))),
+    "mv": (torch.mv, (A, B[:, 0]), PRODUCT[:, 0]),
+    "addmv": (torch.addmv, (C[:, 0], A, B[:, 0]), C[:, 0] + PRODUCT[:, 0]),
+    "dot": (torch.dot, (A[0], B[:, 0]), PRODUCT[0, 0]),
+    "vdot": (torch.vdot, (A[0], B[:, 0]), PRODUCT[0, 0]),
+    "outer": (torch.outer, (A[0], B[:, 0]), summed(A[:1].T, B[:, :1].T)),
+    "einsum": (lambda a, b: torch.einsum("mk,kn->nm", a, b), (A, B), PRODUCT.T),
+    "einsum that sums over two axes": (
+        lambda x, y: torch.einsum("bmk,bkn->mn", x, y), (X, Y), summed(torch.cat([*X], 1), torch.cat([*Y]))),
+    "one row": (torch.matmul, (A[:1], B), PRODUCT[:1]),
+    "one column": (torch.matmul, (A, B[:, :1]), PRODUCT[:, :1]),
+    "a single product": (torch.mm, (A[:, :1], B[:1]), summed(A[:, :1], B[:1])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_of_a_product_has_the_sums_of_the_reference(spelling: str) -> None:
+    function, arguments, wanted = SPELLINGS[spelling]
+    assert torch.equal(run(function, *arguments), wanted)
+
+
+def test_compiled_products_are_those_of_the_interpreter_also_of_any_size() -> None:
+    class Both(nn.Module):
+        def forward(self, a: Tensor, b: Tensor, v: Tensor) -> Tensor:
+            return a @ b @ v
+
+    wanted = run(Both(), A, B, C[0])
+    assert torch.equal(wanted, summed(fpsim.round(PRODUCT, "e4m3fn"), C[:1].T)[:, 0])
+    assert torch.equal(run(Both(), A, B, C[0], backend="fpsim"), wanted)
+    any_size = torch.compile(Both(), backend="fpsim_eager", options=POLICY, dynamic=True)
+    assert torch.equal(any_size(A, B, C[0]), wanted)
+    assert torch.equal(any_size(A[:2], B, C[0]), wanted[:2])
+
+
+def test_every_kind_of_product_has_its_own_accumulator() -> None:
+    """fprop in e5m4, dgrad in chunks of 4 exact products, wgrad as torch sums."""
+    layer = nn.Linear(20, 4, bias=False)
+    layer.weight.data = B.T.clone()
+    x, gradient = A.clone().requires_grad_(), numbers(3, 4, seed=9)
+    policy = {"accumulator": {"fprop": "e5m4", "dgrad": "e5m3"}, "chunk": {"dgrad": 4}}
+    y = torch.compile(layer, backend="fpsim_eager", options={**POLICY, **policy})(x)
+    y.backward(gradient)
+    assert torch.equal(y, PRODUCT)
+    assert torch.equal(x.grad, summed(gradient, B.T, "e5m3", order=("chunked", 4)))
+    assert torch.equal(layer.weight.grad, gradient.T @ A)
+
+
+def test_machines_chunks_and_promotion_reach_the_products() -> None:
+    long = torch.full((1, 4096), 2.0**-3)
+    assert run(torch.mm, long, long.T, accumulator="hopper_fp8").item() == 64
+    steps = torch.full((1, 131072), 2.0**-5)
+    assert run(torch.mm, steps, steps.T, accumulator="hopper_fp8").item() == 16
+    assert run(torch.mm, steps, steps.T, accumulator="hopper_fp8", promote=128).item() == 128
+    assert torch.equal(run(torch.mm, A, B, chunk=5), summed(A, B, order=("chunked", 5)))
+    assert torch.equal(run(torch.mm, A, B, order="pairwise"), summed(A, B, order="pairwise"))
+
+
+def test_operands_may_stay_unrounded() -> None:
+    a, b = (torch.randn(*shape, generator=torch.Generator().manual_seed(7)) for shape in ((2, 9), (9, 2)))
+    assert torch.equal(run(torch.mm, a, b, format="none", accumulator="e8m13"), summed(a, b, "e8m13"))
+    only = torch.compile(torch.mm, backend="fpsim_eager", options={"accumulator": "e8m13"})
+    assert torch.equal(only(a, b), summed(a, b, "e8m13"))
+
+
+def test_a_bias_is_added_before_a_16_bit_result_is_rounded() -> None:
+    a, b, c = A.bfloat16(), B.bfloat16(), C[0].bfloat16() / 256
+    got = run(torch.addmm, c, a, b, accumulator="fp32")
+    wanted = (summed(A, B, "fp32") + c.float()).bfloat16()
+    assert got.dtype == torch.bfloat16 and torch.equal(got, wanted)
+    assert not torch.equal(got, summed(A, B, "fp32").bfloat16() + c)  # two roundings would differ
+
+
+def test_attention_is_summed_in_the_accumulator() -> None:
+    q, k, v = (numbers(1, 1, 5, 16, seed=seed) for seed in (11, 12, 13))
+    got = run(nn.functional.scaled_dot_product_attention, q, k, v, accumulator="e8m5", format="none")
+    scale = 16**-0.25  # torch multiplies both factors before the product
+    scores = summed(q[0, 0] * scale, (k[0, 0] * scale).T, "e8m5")
+    wanted = summed(torch.softmax(scores, -1), v[0, 0], "e8m5")
+    torch.testing.assert_close(got[0, 0], wanted, rtol=2**-5, atol=0)
+    assert torch.equal(got, fpsim.round(got, "e8m5"))
+
+
+def test_stochastic_sums_are_reproducible_and_differ_between_products() -> None:
+    def twice(a: Tensor, b: Tensor) -> Tensor:
+        return torch.stack([a @ b, (2 * a) @ b / 2])
+
+    options = {**POLICY, "accumulator": "e5m4/stochastic"}
+    compiled = torch.compile(twice, backend="fpsim_eager", options=options)
+    torch.manual_seed(1)
+    first = compiled(A, B)
+    torch.manual_seed(1)
+    assert torch.equal(compiled(A, B), first)
+    assert not torch.equal(compiled(A, B), first) and not torch.equal(first[0], first[1])
+    torch.manual_seed(1)
+    assert torch.equal(torch.compile(twice, backend="fpsim", options=options)(A, B), first)
+
+
+def test_a_rule_for_modules_has_its_own_accumulator() -> None:
+    model = nn.Sequential(nn.Linear(20, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[0].weight.data, model[1].weight.data = B.T.clone(), numbers(4, 4, seed=8)
+    policy = {"modules": {"1": {"format": "e4m3fn"}}}
+    assert torch.equal(run(model, A, **policy), fpsim.round(PRODUCT, "e4m3fn") @ model[1].weight.T)
+    plan = fpsim.explain(model, A, policy={**POLICY, **policy})
+    assert [(each.path, each.kind, each.accumulator) for each in plan.sums] == [
+        ("0", "fprop", "e5m4/nearest_even/ovf_inf"), ("0", "wgrad", "e5m4/nearest_even/ovf_inf"),
+    ]  # fmt: skip
+    assert "2 products with accumulators" in str(plan)
+
+
+def test_audit_counts_products_with_accumulators() -> None:
+    layer = nn.Linear(20, 4)
+    for policy in (POLICY, {"accumulator": "hopper_fp8", "format": "e4m3fn"}, {"accumulator": "fp32"}):
+        audit = fpsim.audit(layer, A, policy=policy)
+        assert audit.escaped == () and audit.covered == 2 and audit.unrounded == ()
+
+
+def test_profile_measures_the_error_of_the_accumulator() -> None:
+    """The operands are values of the format: all of the error is that of the sums."""
+    profile = fpsim.profile(lambda a, b: a @ b, A, B, policy=POLICY)
+    exact = A.double() @ B.double()
+    (product,) = profile.products
+    assert product.error == pytest.approx(float((PRODUCT - exact).norm()))
+
+
+def test_the_key_of_compiled_code_covers_the_accumulator() -> None:
+    policies = [{}, {"accumulator": "fp16"}, {"accumulator": "fp16", "chunk": 4}, {"accumulator": {"fprop": "fp16"}},
+                {"accumulator": "hopper_fp8"}, {"accumulator": "hopper_fp8", "promote": 128}]  # fmt: skip
+    keys = [RoundingPass(fpsim.Policy(format="e4m3fn", **policy), [], []).uuid() for policy in policies]
+    assert len(set(keys)) == len(keys)
+
+
+def integers(*shape: int, seed: int) -> Tensor:
+    return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+#: Convolutions: the function, its arguments beside image and weight, and the shapes of these two.
+CONVOLUTIONS: dict[str, tuple[Callable[..., Tensor], dict[str, Any], tuple[int, ...], tuple[int, ...]]] = {
+    "plain": (nn.functional.conv2d, {}, (2, 4, 5, 6), (6, 4, 3, 3)),
+    "all arguments": (
+        nn.functional.conv2d, {"stride": (2, 3), "padding": (1, 2), "dilation": (2, 1), "groups": 2},
+        (2, 4, 9, 11), (6, 2, 3, 4)),
+    "a stride that leaves a rest": (nn.functional.conv1d, {"stride": 3, "padding": 4}, (2, 4, 10), (6, 4, 3)),
+    "three dimensions": (nn.functional.conv3d, {"stride": 2, "padding": 1}, (1, 2, 4, 5, 6), (3, 2, 3, 2, 3)),
+    "transposed": (
+        nn.functional.conv_transpose2d, {"stride": 2, "padding": 1, "output_padding": 1}, (2, 4, 4, 5), (4, 3, 3, 3)),
+    "transposed in groups": (
+        nn.functional.conv_transpose2d, {"stride": 2, "dilation": 2, "groups": 2}, (2, 4, 4, 5), (4, 3, 3, 3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_are_unfolded_into_products(name: str) -> None:
+    """Sums of integers are exact in float32, in any order: torch's own convolution is the judge."""
+    function, arguments, of_image, of_weight = CONVOLUTIONS[name]
+    results = []
+    for convolve in (
+        torch.compile(function, backend="fpsim_eager", options={"accumulator": "fp32", "order": "pairwise"}), function
+    ):  # fmt: skip
+        image, weight = (integers(*s, seed=n).requires_grad_() for n, s in enumerate((of_image, of_weight)))
+        result = convolve(image, weight, **arguments)
+        result.backward(integers(*result.shape, seed=3))
+        results.append((result, image.grad, weight.grad))
+    assert all(torch.equal(got, wanted) for got, wanted in zip(*results, strict=True))
+
+
+def test_the_sums_of_a_convolution_are_over_channels_and_then_taps() -> None:
+    """In the order of `torch.nn.functional.unfold`, forward and for the weight; the gradient is in another format."""
+    layer = nn.Conv2d(3, 4, 2)
+    layer.weight.data, layer.bias.data = numbers(4, 3, 2, 2, seed=1), numbers(4, seed=2)
+    image, gradient = numbers(2, 3, 4, 3, seed=3), fpsim.round(torch.randn(2, 4, 3, 2), "e5m2")
+    policy = {
+        "activation": "e4m3fn",
+        "weight": "e4m3fn",
+        "gradient": "e5m2",
+        "accumulator": "hopper_fp8",
+        "format": None,
+    }
+    result = torch.compile(layer, backend="fpsim_eager", options={**POLICY, **policy})(image)
+    result.backward(gradient)
+    columns, rows = nn.functional.unfold(image, 2), layer.weight.detach().reshape(4, -1)
+    sums = fpsim.matmul(columns.transpose(1, 2), rows.T, accumulator="hopper_fp8").transpose(1, 2)
+    assert torch.equal(result, sums.reshape(result.shape) + layer.bias[:, None, None])
+    left, right = gradient.flatten(2).transpose(0, 1).flatten(1), columns.transpose(1, 2).flatten(0, 1)
+    of_weight = fpsim.matmul(left, right, accumulator="hopper_fp8", format=("e5m2", "e4m3fn"))
+    assert torch.equal(layer.weight.grad, of_weight.reshape(layer.weight.shape))
+
+
+def test_sums_that_cannot_be_simulated_are_refused_with_a_remedy() -> None:
+    def grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+        return torch._grouped_mm(a, b, offs=ends)
+
+    a, b = numbers(16, 16, seed=1).bfloat16(), numbers(2, 16, 8, seed=2).bfloat16()
+    ends = torch.tensor([8, 16], dtype=torch.int32)
+    with pytest.raises(Exception, match=r"sums of aten._grouped_mm cannot be simulated.*a rule without one") as error:
+        run(grouped, a, b, ends)
+    assert "UnroundedError" in repr(error.value) + repr(error.value.__cause__) + str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({"format": "e5m2", "accumulator": "hopper"}, "fprop product aten.mm in module '': hopper multiplies fp16, or"),
+        ({"format": "none", "accumulator": "hopper_fp8"}, "hopper_fp8 multiplies e4m3fn and e5m2, and not e8m23"),
+        (
+            {"format": "mxfp8", "accumulator": "hopper_fp8"},
+            "multiplies elements, and 'e4m3fn/nearest_even/sat_finite/mx",
+        ),
+        ({"format": "e5m10", "accumulator": "e5m4"}, "fewer than the operands in e5m10"),
+    ],
+)
+def test_operands_that_the_accumulator_does_not_add_are_refused(policy: dict[str, Any], message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        run(torch.mm, A, B, **policy)
