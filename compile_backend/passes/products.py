@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import fx
 
+from fpsim.casts import Cast
 from fpsim.compile_backend.errors import UnroundedError
 from fpsim.compile_backend.graph.composites import complex_product
 from fpsim.compile_backend.graph.finding import Product
@@ -23,6 +25,7 @@ from fpsim.compile_backend.plan import Gap, Site
 from fpsim.policy import Policy
 from fpsim.policy.policy import KINDS, ROLES
 from fpsim.rounding.carriers import CARRIERS
+from fpsim.scaling.scale import NV_RULES
 from fpsim.transforms.transform import Transform
 
 
@@ -81,10 +84,11 @@ def round_products(
         if transform is not None and (reason := why_not(product, transform)) is not None and strict:
             raise UnroundedError(reason)
         if local is not None and reason is None:
-            sites += _round_product(product, local, transform, inserter)
+            own, product = _round_product(product, local, transform, inserter)
+            sites += own
             accumulator = local.accumulator_of(product.kind)
             if accumulator is not None:
-                sums.append(summed(product, [local.cast(product.kind, role) for role in product.roles], accumulator))
+                sums.append(summed(product, [_cast_of_factors(site) for site in own[:2]], accumulator))
         else:
             gaps.append(Gap(product.path or "", product.operator, reason or ""))
     return sites, gaps, sums
@@ -124,8 +128,21 @@ def _reason_to_leave(product: Product, local: Policy | None) -> str | None:
     return None
 
 
-def _round_product(product: Product, policy: Policy, transform: Transform | None, inserter: Inserter) -> list[Site]:
-    """Round the operands and the result of one product, and return their sites."""
+def _cast_of_factors(site: Site) -> Cast | None:
+    """The cast that gives the numbers which the product multiplies; None for unrounded ones.
+
+    They are elements, without scales, if the scale of the operand multiplies the result.
+    """
+    cast = site.cast
+    if cast is None or cast.scale is None or not site.epilogue or cast.scale.rule in NV_RULES:
+        return cast
+    return replace(cast, scale=None)
+
+
+def _round_product(
+    product: Product, policy: Policy, transform: Transform | None, inserter: Inserter
+) -> tuple[list[Site], Product]:
+    """Round the operands and the result of one product, and return their sites, and the product as it is then."""
     dtype = product.result.meta["val"].dtype
     operands: list[fx.Node] = [product.node.args[i] for i in product.operands]  # type: ignore[misc]
     is_real = all(operand.meta["val"].dtype in CARRIERS for operand in operands)
@@ -139,16 +156,18 @@ def _round_product(product: Product, policy: Policy, transform: Transform | None
     ]
     before = operands if transform is None else transform_operands(product, transform, inserter)
     scales: list[fx.Node | None] = [None, None]
-    for i, (position, site, operand) in enumerate(zip(product.operands, sites, before, strict=True)):
+    for i, (position, site) in enumerate(zip(product.operands, sites, strict=True)):
         if site.cast is not None or transform is not None:
-            changed = None if transform is None else operand
-            scales[i] = inserter.round_operand(product, position, site.cast, site.contracted, changed, site.epilogue)
+            changed = None if transform is None else before[i]
+            scales[i] = inserter.round_operand(
+                product, position, site.cast, site.contracted, changed, outside=site.epilogue
+            )
     scaled = scale_result(product, scales, inserter)
     if inserter.recorder is not None:
-        inserter.recorder.add_product(scaled.product, operands, scaled.operands, sites, before, scaled.value)
+        inserter.recorder.add_product(scaled.product, operands, sites, before, scaled.operands, scaled.value)
     product = scaled.product
     result = policy.output_cast(product.kind)
     if result is not None:
         sites.append(site_of_product(product, "output", product.result, result))
         inserter.round_result(product.result, sites[-1])
-    return sites
+    return sites, product

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fpsim.casts import Cast, CastLike, check_cast, parse_cast, parse_unscaled
+from fpsim.casts import Cast, CastLike, check_cast, parse_cast, parse_unscaled, refuse_timed
 from fpsim.rounding.carriers import check_tensor
 from fpsim.training.in_place import Job, check_seed, draw_of_step, round_in_place
 
@@ -53,6 +53,8 @@ def round_gradients_hook(
     """
     sent = parse_cast(format, rounding, overflow)
     received = None if result is None else parse_cast(result, rounding, overflow)
+    for cast in (sent, received):
+        refuse_timed(cast, "round_gradients_hook")
     check_seed(seed, [cast for cast in (sent, received) if cast])
     passes = 0
 
