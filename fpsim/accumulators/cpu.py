@@ -33,7 +33,7 @@ _NO_FLOOR = -400
 _NAN_BITS = 0x7FC00000
 
 _INTEGERS = (
-    "order", "length", "block", "promote", "exact", "round_products", "flush", "bounded", "narrow", "rounding",
+    "order", "length", "block", "promote", "exact", "round_products", "flush", "bounded", "cuts", "narrow", "rounding",
     "mantissa_bits", "random_bits", "roundings", "first_sum", "key", "nan_bits", "lanes",
 )  # fmt: skip
 _NUMBERS = (
@@ -122,6 +122,8 @@ def _sized(accumulator: Accumulator, first: FloatFormat, second: FloatFormat, de
     if accumulator.machine is not None:
         _describe_machine(spec, accumulator, first, second)
     spec.bounded = spec.exact and name == "nearest_even" and _is_bounded(first, second, fmt, depth)
+    # A format whose largest number is just below a power of two is cut by a mask: nothing overflows but by that power.
+    spec.cuts = name == "toward_zero" and fmt.has_infinity and fmt == FloatFormat(fmt.exponent_bits, fmt.mantissa_bits)
     spec.first_sum = depth if accumulator.order == "multiply_add" else 0
     spec.roundings = _roundings(accumulator, depth)
     return spec

@@ -64,7 +64,7 @@ class Ieee {
 struct Specification {
   int64_t order, length, block, promote;       // how many products: in a step, in a block, before a promotion
   int64_t exact, round_products, flush;        // whether sums are exact in float64, ...
-  int64_t bounded, narrow;                     // whether sums stay in range, and steps are exact in float32
+  int64_t bounded, cuts, narrow;               // whether sums stay in range, are cut, and are exact in float32
   int64_t rounding, mantissa_bits, random_bits, roundings, first_sum, key, nan_bits, lanes;
   double start, smallest_normal, least_power, largest, infinite_from, overflow_up, overflow_down, infinity;
   double least_a, least_b, kept, floor, late_kept;
@@ -79,6 +79,9 @@ struct Mask {
 
 V magnitude(V x) { return x & V(from_bits(0x7FFFFFFFFFFFFFFFu)); }
 V power(V x) { return x & Mask::exponent(); }  // 2 to the exponent of x; 0 for zero, infinity for infinities and NaN
+// 1 / p for a power of two whose inverse is a normal number, without a division.
+V inverse(V p) { return at::vec::cast<double>(I(int64_t(2046) << 52) - at::vec::cast<int64_t>(p)); }
+at::vec::Vectorized<float> inverse(at::vec::Vectorized<float> p) { return at::vec::Vectorized<float>(1.0f) / p; }
 V choose(V mask, V yes, V no) { return V::blendv(no, yes, mask); }
 
 uint32_t random_word(uint64_t key, uint64_t index) {
@@ -274,7 +277,7 @@ void aligned(const Specification& spec, const Packed<T>& tile, int64_t first, in
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) {
         top[r][v] = at::vec::clamp_min(top[r][v], round.power(c[r][v]));
-        scale[r][v] = Vec(T(spec.kept)) / top[r][v];
+        scale[r][v] = Vec(T(spec.kept)) * inverse(top[r][v]);
         sum[r][v] = (c[r][v] * scale[r][v]).trunc();
       }
     for (int64_t i = k; i < end; ++i)
@@ -305,6 +308,26 @@ struct CutInFloat32 {
   }
   // NaN keeps its topmost bit of the mantissa.
   at::vec::Vectorized<float> operator()(at::vec::Vectorized<float> x) const { return x & mask; }
+};
+
+// Cuts the accumulators of a unit to float32 or another format whose largest binade is whole.
+struct CutInFloat64 {
+  V mask, least, unit, per_unit, infinite_from;
+  explicit CutInFloat64(const Specification& spec)
+      : mask(from_bits(~((uint64_t(1) << (52 - spec.mantissa_bits)) - 1))),
+        least(spec.least_power),
+        unit(std::ldexp(spec.least_power, -int(spec.mantissa_bits))),
+        per_unit(1 / std::ldexp(spec.least_power, -int(spec.mantissa_bits))),
+        infinite_from(spec.infinite_from) {}
+  V power(V x) const {
+    const V p = ::power(x);
+    return choose(p > V(0x1p1000), V(1.0), at::vec::clamp_min(p, least & (x != V(0.0))));
+  }
+  V operator()(V x) const {
+    const V size = magnitude(x);
+    const V r = choose(size < least, (x * per_unit).trunc() * unit, x & mask);
+    return choose(size >= infinite_from, V(std::numeric_limits<double>::infinity()) | (x & Mask::sign()), r);
+  }
 };
 
 template <Mode MODE>
@@ -350,8 +373,8 @@ struct Tile : Packed<double> {
       case INTERLEAVED: return interleaved<MODE>(first, last, c);
       case LATE: return late(first, last, c);
       default: {
-        const RoundInFloat64<MODE> cut{rounder, V(spec.least_power)};
-        return aligned<double>(spec, *this, first, last, c, cut);
+        if (MODE == GENERAL && spec.cuts) return aligned<double>(spec, *this, first, last, c, CutInFloat64(spec));
+        return aligned<double>(spec, *this, first, last, c, RoundInFloat64<MODE>{rounder, V(spec.least_power)});
       }
     }
   }
@@ -468,19 +491,19 @@ struct Tile : Packed<double> {
     }
   }
 
+  // Two lanes: the products at even and at odd places.
   template <Mode MODE>
   void interleaved(int64_t first, int64_t last, V (&c)[ROWS][VECTORS]) const {
-    for (int r = 0; r < ROWS; ++r) {
-      for (int v = 0; v < VECTORS; ++v) {
-        V total = c[r][v];
-        for (int64_t lane = first; lane < std::min(first + spec.length, last); ++lane) {
-          V x = c[r][v];
-          for (int64_t k = lane; k < last; k += spec.length) x = round<MODE>(sum(x, term<MODE>(k, r, v)), r, v, 0);
-          total = round<MODE>(sum(total, x), r, v, 0);
-        }
-        c[r][v] = total;
-      }
+    V lanes[2][ROWS][VECTORS];
+    copy(c, lanes[0]);
+    copy(c, lanes[1]);
+    for (int64_t k = first; k < last; ++k) {
+      auto& lane = lanes[(k - first) & 1];
+      for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) lane[r][v] = round<MODE>(sum(lane[r][v], term<MODE>(k, r, v)), r, v, 0);
     }
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < VECTORS; ++v) c[r][v] = round<MODE>(sum(lanes[0][r][v], lanes[1][r][v]), r, v, 0);
   }
 
   // The sums of blocks are added to c one after the other.
@@ -504,24 +527,25 @@ struct Tile : Packed<double> {
       for (int r = 0; r < ROWS; ++r) {
         for (int v = 0; v < VECTORS; ++v) {
           V tops[2] = {V(spec.floor), V(spec.floor)}, sums[2] = {V(0.0), V(0.0)};
-          for (int64_t i = k; i < end; ++i) {
-            V& top = tops[(i - k) % spec.lanes];
-            top = at::vec::clamp_min(top, product_power(i, r, v));
-          }
-          for (int64_t i = k; i < end; ++i) {
-            const int64_t lane = (i - k) % spec.lanes;
-            const V p = product(i, r, v);
-            const V cut = (p * (V(spec.kept) / tops[lane])).trunc();
-            sums[lane] = sums[lane] + choose(magnitude(p) >= limit, infinite | (p & Mask::sign()), cut);
+          for (int64_t lane = 0; lane < spec.lanes; ++lane) {
+            V top = tops[lane], sum(0.0);
+            for (int64_t i = k + lane; i < end; i += spec.lanes) top = at::vec::clamp_min(top, product_power(i, r, v));
+            const V scale = V(spec.kept) * inverse(top);
+            for (int64_t i = k + lane; i < end; i += spec.lanes) {
+              const V p = product(i, r, v);
+              sum = sum + choose(magnitude(p) >= limit, infinite | (p & Mask::sign()), (p * scale).trunc());
+            }
+            tops[lane] = top;
+            sums[lane] = sum;
           }
           const V top = at::vec::clamp_min(tops[0], tops[1]);
           V products = sums[0];
-          if (spec.lanes == 2) products = (sums[0] * (tops[0] / top)).floor() + (sums[1] * (tops[1] / top)).floor();
+          if (spec.lanes == 2) products = (sums[0] * (tops[0] * inverse(top))).floor() + (sums[1] * (tops[1] * inverse(top))).floor();
           const V old = c[r][v], own = finite_power(old), joined = at::vec::clamp_min(top, own);
-          V kept = floor_to(old, V(spec.kept) / joined);
+          V kept = floor_to(old, V(spec.kept) * inverse(joined));
           if (spec.lanes == 2) kept = choose((own * V(2 * spec.kept) < joined) & (magnitude(old) < infinite), V(0.0), kept);
-          const V x = floor_to(products * (top * V(1 / spec.kept)), V(2 * spec.late_kept) / joined) + kept;
-          const V cut = floor_to(x, V(spec.late_kept) / finite_power(x));
+          const V x = floor_to(products * (top * V(1 / spec.kept)), V(2 * spec.late_kept) * inverse(joined)) + kept;
+          const V cut = floor_to(x, V(spec.late_kept) * inverse(finite_power(x)));
           c[r][v] = round<NEAREST>(choose(x == V(0.0), V(0.0), cut), r, v, 0);
         }
       }
@@ -534,7 +558,7 @@ struct Tile : Packed<double> {
   }
 
   // x rounded down to a multiple of 1 / scale, a power of two.
-  static V floor_to(V x, V scale) { return (x * scale).floor() / scale; }
+  static V floor_to(V x, V scale) { return (x * scale).floor() * inverse(scale); }
 };
 
 // `count` numbers of an operand that lie `stride` apart, packed `width` apart, and the powers of their exponents.
