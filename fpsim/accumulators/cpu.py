@@ -31,10 +31,12 @@ _FLOAT64_BITS = 53
 #: An exponent below that of every product of two float32 numbers, and of every sum of them that is not zero.
 _NO_FLOOR = -400
 _NAN_BITS = 0x7FC00000
+#: How many elements share one scale of NVFP4, which is a value of e4m3fn. Larger blocks have powers of two.
+NV_BLOCK = 16
 
 _INTEGERS = (
     "order", "length", "block", "promote", "exact", "round_products", "flush", "bounded", "cuts", "narrow", "rounding",
-    "mantissa_bits", "random_bits", "roundings", "first_sum", "key", "nan_bits", "lanes",
+    "mantissa_bits", "random_bits", "roundings", "first_sum", "key", "nan_bits", "lanes", "scale_block", "group",
 )  # fmt: skip
 _NUMBERS = (
     "start", "smallest_normal", "least_power", "largest", "infinite_from", "overflow_up", "overflow_down", "infinity",
@@ -56,15 +58,29 @@ def _library() -> Any:
     flags = ("-ffp-contract=off", "-fno-unsafe-math-optimizations", "-fsigned-zeros", "-fno-finite-math-only")
     library = CppCodeCache.load(Path(__file__).with_name("kernel.cpp").read_text(), extra_flags=flags)
     pointer, count = ctypes.c_void_p, ctypes.c_int64
-    library.fpsim_accumulate.argtypes = [ctypes.POINTER(Specification), *[pointer] * 4, *[count] * 5]
+    library.fpsim_accumulate.argtypes = [ctypes.POINTER(Specification), *[pointer] * 6, *[count] * 5]
     library.fpsim_accumulate.restype = None
     return library
 
 
 def accumulate_on_cpu(
-    a: Tensor, b: Tensor, accumulator: Accumulator, first: FloatFormat, second: FloatFormat, key: Tensor | None
+    a: Tensor,
+    b: Tensor,
+    accumulator: Accumulator,
+    first: FloatFormat,
+    second: FloatFormat,
+    key: Tensor | None,
+    scales: tuple[Tensor, Tensor] | None = None,
+    scale_block: int = 0,
 ) -> Tensor:
-    """The product of ``a`` (batches, M, K) and ``b`` (batches, K, N), with values of these formats, in their dtype."""
+    """The product of ``a`` (batches, M, K) and ``b`` (batches, K, N), with values of these formats, in their dtype.
+
+    Args:
+        key: of stochastic rounding.
+        scales: for a machine that takes scales, those by which the elements have been multiplied: (batches, M, blocks)
+            and (batches, blocks, N), float32.
+        scale_block: how many elements share a scale.
+    """
     batches, rows, depth = a.shape
     columns = b.shape[2]
     spec = _specification(accumulator, first, second, depth)
@@ -74,10 +90,15 @@ def accumulate_on_cpu(
     wide = a.dtype == torch.float64 or accumulator.integer_bits is not None
     out = torch.empty(batches, rows, columns, dtype=torch.float64 if wide else torch.float32)
     left, right = (x.to(torch.float32).contiguous() for x in (a, b))
+    factors = [scale.contiguous() for scale in scales or ()]  # kept alive while the kernel reads them
+    spec.scale_block = scale_block
+    if spec.group > 1:  # the exponents are those of the scales, whose least one is that of e4m3fn or E8M0
+        spec.least_a = spec.least_b = 2.0 ** (-6 if scale_block == NV_BLOCK else -127)
     if out.numel():
         pointers = (None, out.data_ptr()) if wide else (out.data_ptr(), None)
         _library().fpsim_accumulate(
-            ctypes.byref(spec), left.data_ptr(), right.data_ptr(), *pointers, batches, rows, columns, depth,
+            ctypes.byref(spec), left.data_ptr(), right.data_ptr(), *(factors[i].data_ptr() if factors else None for i in (0, 1)),
+            *pointers, batches, rows, columns, depth,
             torch.get_num_threads(),
         )  # fmt: skip
     if accumulator.integer_bits is not None:
@@ -100,7 +121,7 @@ def _integer_result(sums: Tensor, accumulator: Accumulator, dtype: torch.dtype) 
 @cache
 def _sized(accumulator: Accumulator, first: FloatFormat, second: FloatFormat, depth: int) -> Specification:
     spec = Specification(
-        length=accumulator.length, promote=accumulator.promote or 0, order=_ORDERS[accumulator.order], lanes=1,
+        length=accumulator.length, promote=accumulator.promote or 0, order=_ORDERS[accumulator.order], lanes=1, group=1,
         nan_bits=_NAN_BITS, infinite_from=math.inf, infinity=math.inf, floor=2.0**_NO_FLOOR,
         least_a=2.0**first.emin, least_b=2.0**second.emin,
     )  # fmt: skip
@@ -186,6 +207,7 @@ def _describe_machine(spec: Specification, accumulator: Accumulator, first: Floa
     spec.start, spec.nan_bits = 0.0, machine.nan_bits
     spec.flush, spec.round_products = machine.flushes, machine.rounds_products
     spec.kept, spec.late_kept = 2.0**machine.fraction_bits, 2.0**machine.late_bits
+    spec.group = machine.group
     if machine.order in ("pairwise", "interleaved"):
         spec.block, spec.length = length, machine.lanes
     if machine.order == "aligned":

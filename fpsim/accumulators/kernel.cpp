@@ -66,6 +66,7 @@ struct Specification {
   int64_t exact, round_products, flush;        // whether sums are exact in float64, ...
   int64_t bounded, cuts, narrow;               // whether sums stay in range, are cut, and are exact in float32
   int64_t rounding, mantissa_bits, random_bits, roundings, first_sum, key, nan_bits, lanes;
+  int64_t scale_block, group;  // how many products share scales, and are added before they are aligned
   double start, smallest_normal, least_power, largest, infinite_from, overflow_up, overflow_down, infinity;
   double least_a, least_b, kept, floor, late_kept;
 };
@@ -280,11 +281,15 @@ void aligned(const Specification& spec, const Packed<T>& tile, int64_t first, in
         scale[r][v] = Vec(T(spec.kept)) * inverse(top[r][v]);
         sum[r][v] = (c[r][v] * scale[r][v]).trunc();
       }
-    for (int64_t i = k; i < end; ++i)
+    for (int64_t i = k; i < end; i += spec.group)
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) sum[r][v] = sum[r][v] + (tile.product(i, r, v) * scale[r][v]).trunc();
+        for (int v = 0; v < VECTORS; ++v) {
+          Vec term = tile.product(i, r, v);
+          for (int64_t j = i + 1; j < std::min(i + spec.group, end); ++j) term = term + tile.product(j, r, v);
+          sum[r][v] = sum[r][v] + (term * scale[r][v]).trunc();
+        }
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
@@ -561,19 +566,22 @@ struct Tile : Packed<double> {
   static V floor_to(V x, V scale) { return (x * scale).floor() * inverse(scale); }
 };
 
-// `count` numbers of an operand that lie `stride` apart, packed `width` apart, and the powers of their exponents.
+// `count` numbers of an operand, packed `width` apart, and the powers of their exponents. Subnormal elements, which have
+// the least exponent, were multiplied by scales. `per_scale` numbers in a row have one scale.
 template <typename T>
-void pack(const Specification& spec, const float* source, int64_t stride, int64_t count, T* values, T* powers,
-          int64_t width, double least) {
+void pack(const Specification& spec, const float* source, int64_t count, T* values, T* powers, int64_t width,
+          double least, const float* scales, int64_t per_scale) {
   if (!spec.flush && spec.order != ALIGNED && spec.order != LATE) {
-    for (int64_t i = 0; i < count; ++i) values[i * width] = T(source[i * stride]);
+    for (int64_t i = 0; i < count; ++i) values[i * width] = T(source[i]);
     return;
   }
   for (int64_t i = 0; i < count; ++i) {
-    double x = double(source[i * stride]);
+    double x = double(source[i]);
     const double size = std::fabs(x);
     if (spec.flush && size < least) x = std::copysign(0.0, x);
-    const double power = std::max(from_bits(to_bits(size) & 0x7FF0000000000000u), least);
+    const double scale = scales ? scales[i / per_scale] : 1.0;
+    const double own = from_bits(to_bits(spec.group > 1 ? scale : size) & 0x7FF0000000000000u);
+    const double power = std::max(own, spec.group > 1 ? least : least * scale);
     values[i * width] = T(x);
     powers[i * width] = T(x == 0 ? 0.0 : power <= 0x1p1000 ? power : 1.0);
   }
@@ -604,12 +612,13 @@ class Output {
 
 // Calls `compute` for all tiles of the result. A block of rows is packed once, and every strip of columns once for it.
 template <typename T, typename Compute>
-void run(const Specification& spec, const float* a, const float* b, int64_t batches, int64_t rows, int64_t columns,
+void run(const Specification& spec, const float* a, const float* b, const float* scales_a, const float* scales_b, int64_t batches, int64_t rows, int64_t columns,
          int64_t depth, int64_t threads, const Compute& compute) {
   constexpr int64_t width = COLUMNS<T>;
   const int64_t strips = (columns + width - 1) / width, tiles = (rows + ROWS - 1) / ROWS;
   const int64_t most = std::clamp<int64_t>((1 << 18) / std::max<int64_t>(depth, 1) / ROWS, 8, 64);
   const int64_t blocks = (tiles + most - 1) / most;
+  const int64_t scale_count = spec.scale_block ? (depth + spec.scale_block - 1) / spec.scale_block : 0;
   const int64_t groups = std::clamp<int64_t>(4 * threads / (batches * blocks), 1, strips);  // all threads need work
 #pragma omp parallel num_threads(threads)
   {
@@ -622,15 +631,17 @@ void run(const Specification& spec, const float* a, const float* b, int64_t batc
       for (int64_t tile = first; tile < last; ++tile) {
         const int64_t offset = (tile - first) * ROWS * depth;
         for (int64_t i = 0; i < ROWS; ++i) {  // rows beyond the last one repeat it
-          const float* row = a + (batch * rows + std::min(tile * ROWS + i, rows - 1)) * depth;
-          pack(spec, row, 1, depth, left.values.data() + offset + i, left.powers.data() + offset + i, ROWS, spec.least_a);
+          const int64_t row = batch * rows + std::min(tile * ROWS + i, rows - 1);
+          pack(spec, a + row * depth, depth, left.values.data() + offset + i, left.powers.data() + offset + i, ROWS,
+               spec.least_a, scales_a ? scales_a + row * scale_count : nullptr, spec.scale_block);
         }
       }
       for (int64_t strip = group * strips / groups; strip < (group + 1) * strips / groups; ++strip) {
         const int64_t count = std::min(width, columns - strip * width);
         for (int64_t k = 0; k < depth; ++k)
-          pack(spec, b + (batch * depth + k) * columns + strip * width, 1, count, right.values.data() + k * width,
-               right.powers.data() + k * width, 1, spec.least_b);
+          pack(spec, b + (batch * depth + k) * columns + strip * width, count, right.values.data() + k * width,
+               right.powers.data() + k * width, 1, spec.least_b,
+               scales_b ? scales_b + (batch * scale_count + k / spec.scale_block) * columns + strip * width : nullptr, 1);
         for (int64_t tile = first; tile < last; ++tile) {
           const int64_t offset = (tile - first) * ROWS * depth;
           const Packed<T> packed{left.values.data() + offset, left.powers.data() + offset, right.values.data(),
@@ -677,16 +688,17 @@ V to_float32(V x) {
 
 }  // namespace
 
-// out = a @ b: a (batches, rows, depth), b (batches, depth, columns), out float32 in `narrow` or float64 in `wide`.
-extern "C" void fpsim_accumulate(const Specification* specification, const float* a, const float* b, float* narrow,
-                                 double* wide, int64_t batches, int64_t rows, int64_t columns, int64_t depth,
+// out = a @ b: a (batches, rows, depth), b (batches, depth, columns), out float32 in `narrow` or float64 in `wide`. The
+// scales by which blocks of a and b have been multiplied, or null: (batches, rows, blocks), (batches, blocks, columns).
+extern "C" void fpsim_accumulate(const Specification* specification, const float* a, const float* b, const float* scales_a,
+                                 const float* scales_b, float* narrow, double* wide, int64_t batches, int64_t rows, int64_t columns, int64_t depth,
                                  int64_t threads) {
   const Specification& spec = *specification;
   const Output output(spec, narrow, wide);
   if (spec.narrow) {
     using Vec = at::vec::Vectorized<float>;
     const CutInFloat32 cut(spec);
-    run<float>(spec, a, b, batches, rows, columns, depth, threads,
+    run<float>(spec, a, b, scales_a, scales_b, batches, rows, columns, depth, threads,
                [&](const Packed<float>& packed, int64_t matrix, int64_t row, int64_t column) {
                  Vec total[ROWS][VECTORS];
                  for (auto& r : total) std::fill(r, r + VECTORS, Vec(0.0f));
@@ -698,7 +710,7 @@ extern "C" void fpsim_accumulate(const Specification* specification, const float
     return;
   }
   const Rounder rounder(spec);
-  run<double>(spec, a, b, batches, rows, columns, depth, threads,
+  run<double>(spec, a, b, scales_a, scales_b, batches, rows, columns, depth, threads,
               [&](const Packed<double>& packed, int64_t matrix, int64_t row, int64_t column) {
                 const Tile tile(packed, spec, rounder, matrix + row * columns + column, columns);
                 V total[ROWS][VECTORS];
