@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +97,9 @@ def accumulate_on_cpu(
     if out.numel():
         pointers = (None, out.data_ptr()) if wide else (out.data_ptr(), None)
         _library().fpsim_accumulate(
-            ctypes.byref(spec), left.data_ptr(), right.data_ptr(), *(factors[i].data_ptr() if factors else None for i in (0, 1)),
-            *pointers, batches, rows, columns, depth,
-            torch.get_num_threads(),
+            ctypes.byref(spec), left.data_ptr(), right.data_ptr(),
+            *(factors[i].data_ptr() if factors else None for i in (0, 1)), *pointers,
+            batches, rows, columns, depth, torch.get_num_threads(),
         )  # fmt: skip
     if accumulator.integer_bits is not None:
         return _integer_result(out, accumulator, a.dtype)
@@ -118,7 +118,7 @@ def _integer_result(sums: Tensor, accumulator: Accumulator, dtype: torch.dtype) 
     return round_op(sums, CARRIERS[dtype].name, "nearest_even", "ovf_inf").to(dtype)
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _sized(accumulator: Accumulator, first: FloatFormat, second: FloatFormat, depth: int) -> Specification:
     spec = Specification(
         length=accumulator.length, promote=accumulator.promote or 0, order=_ORDERS[accumulator.order], lanes=1, group=1,

@@ -679,12 +679,15 @@ void store(const Output& output, const at::vec::Vectorized<T> (&results)[ROWS][V
   }
 }
 
-V to_float32(V x) {
-  double values[V::size()];
-  x.store(values);
-  for (auto& value : values) value = double(float(value));
-  return V::loadu(values);
-}
+// Rounds float64 to float32, to nearest even. (A cast to float and back is no rounding to every compiler.)
+struct ToFloat32 {
+  V operator()(V x) const {
+    const V magic = at::vec::clamp_max(at::vec::clamp_min(power(x), V(0x1p-126)), V(0x1p900)) * V(0x1.8p29);
+    const V size = magnitude(x), r = (size + magic) - magic;
+    const V infinite(std::numeric_limits<double>::infinity());
+    return choose(r >= V(0x1p128), infinite, r) | (x & Mask::sign());
+  }
+};
 
 }  // namespace
 
@@ -721,7 +724,7 @@ extern "C" void fpsim_accumulate(const Specification* specification, const float
                                 else if (spec.rounding == NEAREST_EVEN) tile.accumulate<NEAREST>(first, last, part);
                                 else tile.accumulate<GENERAL>(first, last, part);
                               },
-                              to_float32);
+                              ToFloat32());
                 store<double>(output, total, matrix, row, column, rows, columns);
               });
 }
