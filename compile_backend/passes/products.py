@@ -75,10 +75,12 @@ def round_products(
         local = policy_at(product.path, description, policy, strict)
         reason = _reason_to_leave(product, local)
         if local is not None and reason is None:
+            exact: list[fx.Node] = [product.node.args[i] for i in product.operands]  # type: ignore[misc]
             sites += _round_product(product, local, inserter)
             accumulator = local.accumulator_of(product.kind)
             if accumulator is not None:
-                sums.append(summed(product, [local.cast(product.kind, role) for role in product.roles], accumulator))
+                casts = [local.cast(product.kind, role) for role in product.roles]
+                sums.append(summed(product, exact, casts, accumulator))
         else:
             gaps.append(Gap(product.path or "", product.operator, reason or ""))
     return sites, gaps, sums

@@ -15,6 +15,7 @@ from fpsim.casts import UNSCALED, Cast, CastLike, parse_cast
 from fpsim.formats import FloatFormat, parse_format
 from fpsim.rounding.carriers import CARRIERS, check_tensor
 from fpsim.rounding.ops import SOURCE, random_key_op, round_op
+from fpsim.scaling.ops import SCALE_OPERATORS
 from fpsim.tensor_functions import round, seed_tensor, straight_through
 
 #: The dtypes of operands that are no carriers, and their formats. They are multiplied in float32.
@@ -88,7 +89,16 @@ def matmul(
     first, second = _formats_of(operands, known, parsed)
     parsed.check_operands(first, second)
     key = _key(parsed, seed, salt, left.device)
-    value = _product(left.detach(), right.detach(), key, parsed, (first, second))
+    factors = [
+        SCALE_OPERATORS["power_of_two"](x.detach(), cast.grid.name, SOURCE)  # type: ignore[union-attr]
+        if takes_factor(cast, parsed)
+        else None
+        for x, cast in zip((a, b), casts, strict=True)
+    ]
+    elements = [x.detach() if s is None else x.detach() * s for x, s in zip((left, right), factors, strict=True)]
+    value = _product(elements[0], elements[1], key, parsed, (first, second))
+    for factor in factors:
+        value = value if factor is None else value / factor
     if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
         return straight_through(torch.matmul(left, right), value)
     return value
@@ -116,14 +126,23 @@ def _operand(x: Tensor, cast: Cast | None, axis: int, accumulator: Accumulator) 
     return x, None if dtype in (torch.float32, torch.float64) else CARRIERS[dtype]
 
 
+def takes_factor(cast: Cast | None, accumulator: Accumulator) -> bool:
+    """Whether a machine gets operands of ``cast`` times their scale, a power of two. Its result is divided by it."""
+    scale = None if cast is None else cast.scale
+    return scale is not None and scale.rule in SCALE_OPERATORS and accumulator.machine is not None
+
+
 def operand_format(cast: Cast, accumulator: Accumulator) -> FloatFormat:
     """The format of operands that ``cast`` has rounded: float32 for the products of elements and scales.
 
+    A machine multiplies elements. Its operands with a power of two as the scale of the whole tensor are such elements
+    once they are multiplied by it (`takes_factor`).
+
     Raises:
-        ValueError: the accumulator is that of a machine, which takes no scaled operands, or the cast's values do not
-            fit into float32.
+        ValueError: the accumulator is that of a machine or an integer, and the cast has another scale, or the cast's
+            values do not fit into float32.
     """
-    if cast.scale is not None or cast.grid is None:
+    if (cast.scale is not None and not takes_factor(cast, accumulator)) or cast.grid is None:
         if accumulator.machine is not None or accumulator.integer_bits is not None:
             raise ValueError(
                 f"{str(accumulator)!r} multiplies elements, and {str(cast)!r} gives elements times scales, which fpsim "
