@@ -232,7 +232,7 @@ class ScaleStates:
             own |= {id(parameter) for parameter in self._module.parameters()}
         if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
             for phase in ("forward", "backward"):
-                self.advance(phase, "ms_amp")  # type: ignore[arg-type]
+                self.advance(phase, "ms_amp")
 
     def finish_calibration(self) -> None:
         """Let the calibrated factors be those of the largest magnitudes so far."""

@@ -75,7 +75,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], policy: Policy | Mapping
         for cast in parsed.operand_casts()
     ):
         raise ValueError("no scale of the policy is calibrated: use a format such as 'int8/tensor/calibrated'")
-    compiled = torch.compile(model, backend="fpsim_eager", options={"policy": parsed})
+    compiled = torch.compile(model, backend="fpsim_eager", options={"policy": parsed})  # type: ignore[dict-item]
     states = scale_states(compiled)
     states.is_calibrating = True
     with torch.no_grad():

@@ -17,7 +17,7 @@ _LARGEST_FACTOR = Fraction(2**126)
 
 
 def delayed_scales(
-    amaxes: Sequence[Number | Value], largest: Number, length: int, order: str = "max", rule: str = "fp32"
+    amaxes: Sequence[Number], largest: int | Fraction, length: int, order: str = "max", rule: str = "fp32"
 ) -> list[Fraction]:
     """The factor that multiplies the tensor in each step, before it is rounded.
 

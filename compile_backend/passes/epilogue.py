@@ -73,7 +73,7 @@ def scale_result(product: Product, scales: Sequence[fx.Node | None], inserter: I
         result = _with_addend(scaled, product.node, addend, entry, call)
     result = _converted(result, dtype, call)
     end.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inserted)
-    changes = {"result": result} if product.result is end else {}
+    changes: dict[str, Any] = {"result": result} if product.result is end else {}
     if value is not end:
         changes |= {"value": value, "operands": (0, 1)}
         end.graph.erase_node(end)

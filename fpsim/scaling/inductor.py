@@ -56,7 +56,7 @@ def _lower_scale(x: ir.TensorBox, format: str, source: str) -> ir.TensorBox:
     return result
 
 
-def _scale_of(amax: Any, element: ElementFormat, rule: str, dtype: torch.dtype, device: torch.device) -> Any:
+def _scale_of(amax: Any, element: ElementFormat, rule: str, dtype: torch.dtype, device: Any) -> Any:
     """The power of two that ``rule`` gives for a magnitude: both are values of the working carrier of ``dtype``."""
     working = working_dtype(dtype)
     if is_in_cpp(device):
