@@ -229,6 +229,10 @@ class Policy:
         if given is None:
             return None
         parsed = parse_cast(given, self.rounding, self.overflow)
+        if parsed is not None and parsed.transform is not None:
+            raise ValueError(
+                f"the result of an operation takes no transform: leave {str(parsed.transform)!r} out of {str(given)!r}"
+            )
         if parsed is not None and parsed.scale is not None and parsed.scale.is_timed:
             raise ValueError(
                 f"results of operations have no scales that other steps determine: leave {parsed.scale.timing!r} out "

@@ -332,6 +332,22 @@ def test_the_scale_of_a_tensor_multiplies_the_result_of_a_convolution(cast: str)
     assert torch.allclose(layer.bias.grad, dy.sum(places))
 
 
+def test_narrow_accumulators_add_products_of_elements() -> None:
+    """Machines multiply elements. Scales of blocks, which vary along the sum, are still errors there."""
+    torch.manual_seed(9)
+    x, layer = torch.randn(6, 64), nn.Linear(64, 5)
+    for cast, element in (("e4m3fn/tensor", "e4m3fn"), ("e4m3fn/row", "e4m3fn")):
+        torch._dynamo.reset()
+        options = {"format": cast, "accumulator": "hopper_fp8"}
+        y = torch.compile(layer, backend="fpsim_eager", options=options)(x)
+        a, b = rounded(x, cast, 1), rounded(layer.weight, cast, 1).t()
+        total = fpsim.matmul(a.elements, b.elements, accumulator="hopper_fp8", format=element)
+        assert torch.equal(y, layer.bias + times(total, a, b))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"multiplies elements, and 'e4m3fn.*mx:32:rceil' gives elements times scales"):
+        torch.compile(layer, backend="fpsim_eager", options={"format": "mxfp8", "accumulator": "hopper_fp8"})(x)
+
+
 def test_the_results_of_rows_with_nan_or_infinity_are_nan() -> None:
     x, w = torch.ones(3, 32), torch.ones(32, 2)
     x[0, 1], x[1, 2] = torch.nan, torch.inf
