@@ -293,6 +293,11 @@ def parse_cast(name: str) -> Cast:
             modes["overflow"] = part
         elif part in ROUNDINGS or part.partition(":")[0] in STOCHASTIC_ROUNDINGS:
             modes["rounding"] = part
+        elif part.partition(":")[0] in ("hadamard", "expand"):
+            raise ValueError(
+                f"transform {part!r} of {name!r} is not part of a block: leave it out; fpsim.round takes it, and here "
+                "it is fpsim.reference.hadamard or round_power_map"
+            )
         else:
             scale = part
     if scale is None:
@@ -392,8 +397,8 @@ def quantize_blocks(
 
 def _quantized_ratio(ratio: Value, values: Sequence[Number]) -> Value:
     """The number that is quantized for the ratio of a block: itself, or 0 if the block counts as zeros."""
-    largest_of_block = amax(values)
-    is_zero = isinstance(largest_of_block, Fraction) and round(largest_of_block, "fp32") < SMALLEST_NORMAL
+    largest_of_block = round(amax(values), "fp32")
+    is_zero = isinstance(largest_of_block, Fraction) and largest_of_block < SMALLEST_NORMAL
     return Fraction(0) if is_zero else ratio
 
 

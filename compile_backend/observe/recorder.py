@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -116,9 +116,10 @@ def measure_cast(
 
     For a scaled cast, subnormals and saturations are counted among the scaled numbers. Everything else is measured on
     the numbers before scaling and after unscaling. A cast with a transform changes the numbers themselves: nothing is
-    counted in its format. ``rounded`` may have the wider dtype of its scales.
+    counted in its format. One of the two may have the wider dtype of its scales or of a transform.
     """
-    grid, exact = None if by is None else by.grid, exact.to(rounded.dtype)
+    wide = torch.promote_types(exact.dtype, rounded.dtype)
+    grid, exact, rounded = None if by is None else by.grid, exact.to(wide), rounded.to(wide)
     if by is not None and by.transform is not None:
         return measure(exact, rounded)
     if by is None or by.scale is None:
@@ -147,10 +148,10 @@ def _is_timed(site: Site) -> bool:
 
 def _factor_of(rounded: fx.Node) -> fx.Node:
     """The node of the factor in use with which ``rounded``, or the value that it rearranges, was scaled."""
-    while rounded.target not in ROUNDING_OPERATORS:
-        rounded = cast(fx.Node, rounded.args[0])
-    factor = rounded.args[-1]
-    return cast(fx.Node, factor)
+    # A rounding without a node at the end is the conversion of a transformed operand to the dtype of its product.
+    while rounded.target not in ROUNDING_OPERATORS or not isinstance(rounded.args[-1], fx.Node):
+        (rounded, *_) = rounded.all_input_nodes
+    return rounded.args[-1]
 
 
 class Recorder:
@@ -175,18 +176,18 @@ class Recorder:
         self,
         product: Product,
         exact: Sequence[fx.Node],
+        rounded: Sequence[fx.Node],
         sites: Sequence[Site],
         before: Sequence[fx.Node],
-        rounded: Sequence[fx.Node],
         scaled: fx.Node | None = None,
     ) -> None:
         """Observe ``product``.
 
         Args:
             exact: its operands before a transform and rounding.
+            rounded: its operands after rounding, with all their scales.
             sites: their sites.
             before: its operands after a transform and before rounding.
-            rounded: its operands after rounding, with all their scales.
             scaled: the node that holds the product times the scales outside of it; None if there are none.
         """
         self._add(scaled or result_of(product), result_of(product), product, before, rounded, sites, exact)
@@ -268,8 +269,7 @@ class Recorder:
             given = [next(waiting) if _is_timed(site) else None for site in observation.sites]
             for i in own:
                 site = observation.sites[i]
-                after = rounded[i].to(exact[i].dtype)
-                statistics = measure_cast(exact[i], after, site.cast, axes_of(site, exact[i].dim()), given[i])
+                statistics = measure_cast(exact[i], rounded[i], site.cast, axes_of(site, exact[i].dim()), given[i])
                 self._statistics.setdefault(observation.keys[i], []).append(statistics)
             if compare is not None:
                 seed = (number << 32) + self._runs[number]  # other signs in every run, so that errors average out

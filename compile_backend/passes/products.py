@@ -156,15 +156,13 @@ def _round_product(
     ]
     before = operands if transform is None else transform_operands(product, transform, inserter)
     scales: list[fx.Node | None] = [None, None]
-    for i, (position, site) in enumerate(zip(product.operands, sites, strict=True)):
+    for i, (position, site, operand) in enumerate(zip(product.operands, sites, before, strict=True)):
         if site.cast is not None or transform is not None:
-            changed = None if transform is None else before[i]
-            scales[i] = inserter.round_operand(
-                product, position, site.cast, site.contracted, changed, outside=site.epilogue
-            )
+            changed = None if transform is None else operand
+            scales[i] = inserter.round_operand(product, position, site.cast, site.contracted, changed, site.epilogue)
     scaled = scale_result(product, scales, inserter)
     if inserter.recorder is not None:
-        inserter.recorder.add_product(scaled.product, operands, sites, before, scaled.operands, scaled.value)
+        inserter.recorder.add_product(scaled.product, operands, scaled.operands, sites, before, scaled.value)
     product = scaled.product
     result = policy.output_cast(product.kind)
     if result is not None:

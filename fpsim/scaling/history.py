@@ -68,7 +68,7 @@ def factors_of(amaxes: Tensor, element: ElementFormat, scale: Scale) -> Tensor:
     if scale.order:
         largest = torch.full_like(amaxes, range_of(element))  # torch divides a number by a tensor in two steps
         return (largest / amaxes.clamp(min=_SMALLEST_NORMAL)).clamp(max=LARGEST_FACTOR)
-    return ratio_scale(amaxes[:, None], element, scale.rule, [1], OnTensors()).reshape(-1)
+    return ratio_scale(amaxes, element, scale.rule, OnTensors())
 
 
 def in_use(history: History, amaxes: Tensor, element: ElementFormat, scale: Scale) -> Tensor:

@@ -603,14 +603,17 @@ GOOD = Statistics(elements=4, amax=1.0, signal=2.0, exponents=((0, 4),), rounded
 WEIRD = "layers.<b>[red]x[/red]</b>"
 HAND_MADE = Profile(
     (
-        SiteStatistics("b", "aten.mm", "fprop", "forward", "activation", (2, 2), "float32", None, (1,), 0, GOOD),
         SiteStatistics(
-            WEIRD, "aten.mm", "dgrad", "backward", "gradient", (10, 10), "float32",
-            parse_cast("e4m3fn/stochastic:23/ovf_inf"), (1,), 1, BAD,
+            "b", "aten.mm", "fprop", "forward", "activation", (2, 2), "float32", None, (1,),
+            product=0, statistics=GOOD,
         ),
         SiteStatistics(
-            "", "aten.tanh", None, "forward", "result", ("*",), "float64", parse_cast("e5m2"), (), None,
-            Statistics(elements=9, signal=4.0, noise=0.1),
+            WEIRD, "aten.mm", "dgrad", "backward", "gradient", (10, 10), "float32",
+            parse_cast("e4m3fn/stochastic:23/ovf_inf"), (1,), product=1, statistics=BAD,
+        ),
+        SiteStatistics(
+            "", "aten.tanh", None, "forward", "result", ("*",), "float64", parse_cast("e5m2"), (), product=None,
+            statistics=Statistics(elements=9, signal=4.0, noise=0.1),
         ),
     ),
     (

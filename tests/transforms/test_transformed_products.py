@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -228,6 +229,16 @@ def test_explain_and_profile_show_the_transform() -> None:
     exact = fpsim.profile(model.double(), x.double(), policy={"format": "fp64", "transform": "hadamard:32:seed=1"})
     assert all(product.relative_error < 1e-15 for product in exact.products)
     assert all(site.statistics.noise == 0 for site in exact.sites)
+
+
+def test_a_profile_counts_the_same_in_bfloat16_and_float32_where_all_numbers_are_in_both() -> None:
+    layer, x = nn.Linear(32, 16, bias=False).bfloat16(), torch.randn(16, 32).bfloat16()
+    for scale in ("power_of_two/history:4", "power_of_two", "mx"):
+        policy = {"format": f"e4m3fn/{scale}", "transform": {"fprop": "hadamard:16:te"}}
+        narrow = fpsim.profile(layer, x, policy=policy)
+        wide = fpsim.profile(deepcopy(layer).float(), x.float(), policy=policy)
+        statistics = [[site.statistics for site in each.sites if site.kind == "fprop"] for each in (narrow, wide)]
+        assert statistics[0] == statistics[1]
 
 
 def test_the_audit_finds_no_product_in_a_transform() -> None:

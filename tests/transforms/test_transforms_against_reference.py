@@ -386,5 +386,7 @@ def test_a_rotation_in_a_cast_needs_an_axis_and_codes_hold_none() -> None:
         fpsim.round(torch.ones(4), "e4m3fn/hadamard:4", axis=3)
     with pytest.raises(ValueError, match="no Hadamard matrix of 7 rows"):
         fpsim.round(torch.ones(7), "e4m3fn/hadamard:full")
+    with pytest.raises(ValueError, match="transform 'hadamard:16' of 'nvfp4/hadamard:16' is not part of a block"):
+        reference.round_blocks([1], "nvfp4/hadamard:16", (1,))
     with pytest.raises(ValueError, match="codes hold no transform"):
         fpsim.encode_blocks(torch.ones(16), "nvfp4/hadamard:16")
