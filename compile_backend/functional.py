@@ -168,7 +168,7 @@ def _differentiable(gm: fx.GraphModule) -> fx.GraphModule:
             node.target = _transform_parameters
         elif node.target is transform_operand_op:
             node.target = _transformed
-        elif node.target is torch.ops.prims.convert_element_type.default:
+        elif node.target is prims.convert_element_type.default:
             node.target = Tensor.to  # the operator has no derivative under transforms of torch.func
         elif node.target is round_transformed_op:
             node.target = _rounded_under_transform
@@ -214,12 +214,12 @@ def _rounded_with_scale(
     axes: list[int],
     source: str,
     words: Tensor | None = None,
-    outside: bool = False,
     factor: Tensor | None = None,
+    outside: bool = False,
 ) -> Tensor:
     """``round_scaled_op`` with a derivative: 1, or the inverse of the scale that it leaves out."""
     exact = x.detach()
-    value = round_scaled_op(exact, element, rounding, overflow, scale, axes, source, words, outside, factor)
+    value = round_scaled_op(exact, element, rounding, overflow, scale, axes, source, words, factor, outside)
     if outside:
         x = (x / outer_scale_op(exact, element, scale, axes, source)).to(value.dtype)
     return straight_through(x, value)

@@ -28,8 +28,8 @@ class Site:
         shape: the shape of the value; symbolic sizes are text.
         dtype: the dtype of the value, its carrier.
         cast: how the value is rounded; None where the policy leaves it unrounded.
-        contracted: the axes of an operand along which its product sums; for results with scales of rows
-            or blocks the last axis, along which these lie; empty for other results.
+        contracted: the axes of an operand along which its product sums; for results with scales of rows or blocks the
+            last axis, along which these lie; empty for other results.
         transform: the transform of both operands of the product before they are rounded, or None.
         epilogue: whether the scale of an operand, for NVFP4 the scale of the tensor, multiplies the result of the
             product instead of the operand.

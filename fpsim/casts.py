@@ -433,7 +433,7 @@ def _apply_timed(x: Any, cast: Cast, key: Any, factor: Callable[[Any], Any], cal
             return call(round_op, x, format, rounding, overflow, SOURCE, in_use)
         return call(round_stochastic_op, x, key, format, rounding, overflow, SOURCE, in_use)
     words = None if key is None else call(random_words_op, x, key)
-    return call(round_scaled_op, x, format, rounding, overflow, rule, [-1], SOURCE, words, False, in_use)
+    return call(round_scaled_op, x, format, rounding, overflow, rule, [-1], SOURCE, words, in_use)
 
 
 def apply_arguments(
@@ -457,7 +457,7 @@ def apply_arguments(
         name = "" if rule == UNSCALED else rule
         drawn = () if key is None else (call(random_words_op, x, key),)
         if outside:
-            drawn = (*(drawn or (None,)), True)
+            drawn = (*(drawn or (None,)), None, True)
         return call(round_scaled_op, x, format, rounding, overflow, name, list(axes), SOURCE, *drawn)
     scale = () if rule is None else (call(SCALE_OPERATORS[rule], x, format, SOURCE),)
     if key is None:

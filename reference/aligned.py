@@ -54,6 +54,7 @@ class Aligned:
     floor: int | None = None
     late_bits: int | None = None
     lanes: int = 1
+    group: int = 1
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.fraction_bits < 0:
@@ -63,6 +64,8 @@ class Aligned:
             )
         if self.lanes not in (1, 2) or (self.lanes == 2 and self.late_bits is None):
             raise ValueError(f"an aligned sum has 1 lane, or with late_bits 2, got {self.lanes}")
+        if self.group < 1 or self.length % self.group:
+            raise ValueError(f"a step of {self.length} products has no groups of {self.group}: use a divisor")
 
 
 #: The exponent of products that are all zero.
@@ -90,6 +93,7 @@ def aligned_sum(order: Aligned, exponents: Sequence[int | None]) -> Exact:
         if order.late_bits is None:
             own = exponent_of(total, least)
             largest = max((e for e in (own, order.floor, *exponents) if e is not None), default=0)
+            terms = [sum(terms[i : i + order.group], Fraction(0)) for i in range(0, len(terms), order.group)]
             result = sum((_cut(term, largest - order.fraction_bits) for term in (accumulator, *terms)), Fraction(0))
         else:
             result = _late(order, accumulator, terms, exponents, least)

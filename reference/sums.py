@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from fpsim.formats import FloatFormat, parse_format, split_rounding
 
-from .aligned import exponent_of
+from .aligned import Aligned, exponent_of
 from .arithmetic import convert, exact_sum, mul
 from .orders import Exponents, Order, Step, Steps, adder, is_aligned
 from .outcomes import Flags, Result, Target, check_tininess, rounded_result, target
@@ -27,6 +27,8 @@ from .values import Number, Value, as_value
 
 #: The random numbers of stochastic rounding, one for each rounding, or a function of its index: see `sum`.
 RandomNumbers: TypeAlias = Sequence[int] | Callable[[int], int]
+#: The scales of the elements of both vectors of an inner product.
+Scales: TypeAlias = tuple[Sequence[Number], Sequence[Number]] | None
 #: The format of both vectors of an inner product, or a pair of formats.
 Operands: TypeAlias = str | FloatFormat | tuple[str | FloatFormat, str | FloatFormat] | None
 
@@ -110,6 +112,8 @@ def dot(
     accumulator: str | FloatFormat | None = None,
     order: Order = "sequential",
     operands: Operands = None,
+    scales: Scales = None,
+    scale_format: str | FloatFormat = "e8m0fnu",
     random: RandomNumbers | None = None,
 ) -> Value:
     """The inner product of ``xs`` and ``ys``, in ``format``: the `sum` of their products.
@@ -127,6 +131,9 @@ def dot(
         operands: the format of ``xs`` and ``ys``, or a pair of formats. A matrix unit (``order`` is aligned) gives its
             least exponent to subnormal numbers. None: numbers have their own exponents, however small. Other orders
             do not depend on it.
+        scales: a pair of vectors, the scales by which every element of ``xs`` and ``ys`` is multiplied. Their exponents
+            join those of the elements in a matrix unit. A group of products (`Aligned`) has one pair of scales.
+        scale_format: the format of the scales, whose least exponent subnormal scales have.
 
     Raises:
         ValueError: as `sum`; or ``xs`` and ``ys`` differ in length, or products are rounded and then aligned.
@@ -139,6 +146,7 @@ def dot(
     """
     modes = Modes(rounding, overflow, random)
     options: dict[str, Any] = {"product": product, "accumulator": accumulator, "order": order, "operands": operands}
+    options |= {"scales": scales, "scale_format": scale_format}
     return dot_with_flags(xs, ys, format, modes, **options).value
 
 
@@ -183,12 +191,24 @@ def dot_with_flags(
     accumulator: str | FloatFormat | None = None,
     order: Order = "sequential",
     operands: Operands = None,
+    scales: Scales = None,
+    scale_format: str | FloatFormat = "e8m0fnu",
 ) -> Result:
     """`dot`, and the flags of all its products and roundings together: see `with_flags`."""
     left, right = [as_value(x) for x in xs], [as_value(y) for y in ys]
     if len(left) != len(right):
         raise ValueError(f"an inner product takes two vectors of one length, got {len(left)} and {len(right)} numbers")
     exponents = _exponents_of_products(left, right, operands)
+    if scales is not None:
+        first, second = ([as_value(scale) for scale in vector] for vector in scales)
+        if len(first) != len(left) or len(second) != len(right):
+            raise ValueError(f"scales are two vectors of {len(left)} numbers, got {len(first)} and {len(second)}")
+        of_scales = _exponents_of_products(first, second, scale_format)
+        exponents = _with_scales(exponents, of_scales, isinstance(order, Aligned) and order.group > 1)
+        left, right = (
+            [mul.exact(None, element, scale).value for element, scale in zip(*vectors, strict=True)]
+            for vectors in ((left, first), (right, second))
+        )
     if product is not None and is_aligned(order):
         raise ValueError(f"products of a matrix unit are exact, got product={product!r} and order={order!r}")
     total = _total(format, modes, accumulator, order, exponents)
@@ -203,12 +223,20 @@ def dot_with_flags(
     return _run(steps, modes)
 
 
-def _exponents_of_products(left: Sequence[Value], right: Sequence[Value], operands: Operands) -> Exponents:
+def _exponents_of_products(left: Sequence[Value], right: Sequence[Value], operands: Operands) -> list[int | None]:
     """The exponents of products before they are normalised: the sums of their factors' exponents, None for zeros."""
     formats = operands if isinstance(operands, tuple) else (operands, operands)
     least = [-(1 << 20) if format is None else parse_format(format).emin for format in formats]
     exponents = [(exponent_of(x, least[0]), exponent_of(y, least[1])) for x, y in zip(left, right, strict=True)]
     return [None if x is None or y is None else x + y for x, y in exponents]
+
+
+def _with_scales(
+    exponents: Sequence[int | None], of_scales: Sequence[int | None], only_scales: bool
+) -> list[int | None]:
+    """The exponents of scaled products: of the elements and scales, or of the scales alone; None for zeros."""
+    pairs = zip(exponents, of_scales, strict=True)
+    return [None if e is None or s is None else s if only_scales else e + s for e, s in pairs]
 
 
 def _total(

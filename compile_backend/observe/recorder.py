@@ -176,18 +176,18 @@ class Recorder:
         self,
         product: Product,
         exact: Sequence[fx.Node],
-        rounded: Sequence[fx.Node],
         sites: Sequence[Site],
         before: Sequence[fx.Node],
+        rounded: Sequence[fx.Node],
         scaled: fx.Node | None = None,
     ) -> None:
         """Observe ``product``.
 
         Args:
             exact: its operands before a transform and rounding.
-            rounded: its operands after rounding, with all their scales.
             sites: their sites.
             before: its operands after a transform and before rounding.
+            rounded: its operands after rounding, with all their scales.
             scaled: the node that holds the product times the scales outside of it; None if there are none.
         """
         self._add(scaled or result_of(product), result_of(product), product, before, rounded, sites, exact)

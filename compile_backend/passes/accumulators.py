@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from fpsim.accumulators.accumulator import Accumulator
-from fpsim.accumulators.matmul import operand_format
+from fpsim.accumulators.matmul import operand_format, takes_factor
 from fpsim.accumulators.ops import accumulate_op
 from fpsim.casts import Cast
 from fpsim.compile_backend.errors import UnroundedError
@@ -29,6 +29,7 @@ from fpsim.compile_backend.plan import Sum
 from fpsim.formats import FloatFormat
 from fpsim.rounding.carriers import CARRIERS
 from fpsim.rounding.ops import SOURCE
+from fpsim.scaling.ops import SCALE_OPERATORS
 
 aten = torch.ops.aten
 
@@ -42,11 +43,14 @@ class Summed:
 
     Attributes:
         formats: formats that have all values of the operands.
+        factors: for each operand the value of which a power of two is the scale, before rounding, and the format; None
+            if the operand has no such scale.
     """
 
     product: Product
     accumulator: Accumulator
     formats: tuple[FloatFormat, FloatFormat]
+    factors: tuple[tuple[fx.Node, str] | None, ...]
 
     @property
     def sum(self) -> Sum:
@@ -55,8 +59,10 @@ class Summed:
         return Sum(product.path or "", product.operator, product.kind, str(self.accumulator))
 
 
-def summed(product: Product, casts: Sequence[Cast | None], accumulator: Accumulator) -> Summed:
-    """``product`` with the formats of its operands, after they have been rounded by ``casts``.
+def summed(
+    product: Product, exact: Sequence[fx.Node], casts: Sequence[Cast | None], accumulator: Accumulator
+) -> Summed:
+    """``product`` with the formats of its operands. ``exact`` are the operands before ``casts`` have rounded them.
 
     Raises:
         UnroundedError: the operator's sums cannot be simulated.
@@ -76,7 +82,11 @@ def summed(product: Product, casts: Sequence[Cast | None], accumulator: Accumula
         raise ValueError(
             f"{product.kind} product {product.operator} in module {product.path or ''!r}: {error}"
         ) from None
-    return Summed(product, accumulator, cast(tuple[FloatFormat, FloatFormat], formats))
+    factors = tuple(
+        (node, by.grid.name) if by is not None and by.grid is not None and takes_factor(by, accumulator) else None
+        for node, by in zip(exact, casts, strict=True)
+    )
+    return Summed(product, accumulator, cast(tuple[FloatFormat, FloatFormat], formats), factors)
 
 
 def _format(product: Product, number: int, cast_: Cast | None, accumulator: Accumulator) -> FloatFormat:
@@ -111,8 +121,19 @@ def _replace(each: Summed, inserter: Inserter) -> None:
 
     def multiply(a: fx.Node, b: fx.Node, exchanged: bool = False) -> fx.Node:
         """The product of matrices of the first and the second operand; ``exchanged``: of the second and the first."""
-        first, second = reversed(each.formats) if exchanged else each.formats
-        return call(accumulate_op, a, b, key, str(each.accumulator), first.name, second.name, SOURCE)
+        order = (1, 0) if exchanged else (0, 1)
+        operands = [
+            x if scales[i] is None else call(aten.mul.Tensor, x, scales[i]) for i, x in zip(order, (a, b), strict=True)
+        ]
+        names = [each.formats[i].name for i in order]
+        result = call(accumulate_op, *operands, key, str(each.accumulator), *names, SOURCE)
+        for scale in scales:
+            result = result if scale is None else call(aten.div.Tensor, result, scale)
+        return result
+
+    scales = [
+        None if factor is None else call(SCALE_OPERATORS["power_of_two"], *factor, SOURCE) for factor in each.factors
+    ]
 
     if node.target is aten.convolution_backward.default:
         result = gradient(node, cast(int, end.args[1]), call, multiply)

@@ -85,6 +85,7 @@ class Inserter:
         cast: Cast | None,
         contracted: Axes,
         transformed: fx.Node | None = None,
+        *,
         outside: bool = False,
     ) -> fx.Node | None:
         """Round one operand of ``product``, and of no other product that the same call computes.
@@ -99,8 +100,7 @@ class Inserter:
             The node of that scale; None if there is none.
         """
         operand: fx.Node = product.node.args[position]  # type: ignore[assignment]
-        exact = transformed or operand
-        rounded = exact
+        exact = rounded = transformed or operand
         if cast is not None:
             check_cast(operand.meta["val"].dtype, cast)
             site = (product.path or "", product.kind, product.roles[product.operands.index(position)])
@@ -111,7 +111,9 @@ class Inserter:
         if _is_joint(product.node) and product.node not in self.split_calls:
             self.split_calls |= convolution.split(product.node)
         product.node.update_arg(position, rounded)
-        return self._outer_scale(exact, cast, product.node, contracted) if outside and cast is not None else None
+        if cast is None or not outside:
+            return None
+        return self._outer_scale(exact, cast, product.node, contracted)
 
     def transformed(
         self, operands: Sequence[fx.Node], axes: Sequence[int], transform: Transform, near: fx.Node
@@ -274,29 +276,32 @@ class Inserter:
         """A new node that holds ``value`` rounded. It follows ``value`` or, if that is an input, all inputs."""
         check_cast(value.meta["val"].dtype, cast)
         key = self.random_key(value) if cast.is_stochastic else None
-        call = self.calls_after(value, near, key)
+        is_timed = cast.scale is not None and cast.scale.is_timed
+        inputs_end = next(node for node in self.graph.nodes if node.next.op != "placeholder") if is_timed else None
+        call = self.calls_after(value, near, key or inputs_end)
         exact = value
         order = order_in_memory(value) if key is None else None  # random numbers are drawn in the usual order
         if order is not None:
             exact = call(aten.permute.default, exact, order)
             axes = tuple(sorted(order.index(axis) for axis in axes))
-        is_timed = cast.scale is not None and cast.scale.is_timed
-        factor = functools.partial(self._timed_factor, cast, site, call) if is_timed else None
+        factor = None
+        if is_timed:
+            factor = functools.partial(self._timed_factor, cast, site, call)
         rounded = apply_cast(exact, cast, axes=axes, key=key, factor=factor, call=call, outside=outside)
         if order is not None:
             rounded = call(aten.permute.default, rounded, [order.index(i) for i in range(len(order))])
         return rounded
 
-    def calls_after(self, value: fx.Node, near: fx.Node, key: fx.Node | None = None) -> Callable[..., fx.Node]:
+    def calls_after(self, value: fx.Node, near: fx.Node, after: fx.Node | None = None) -> Callable[..., fx.Node]:
         """A function that inserts calls, one after the other, behind ``value``: as parts of its rounding for ``near``.
 
-        They follow ``value`` or, if that is an input, all inputs and ``key``.
+        They follow ``value`` or, if that is an input, all inputs and ``after``.
         """
         last = value
         while last.op == "placeholder" and last.next.op == "placeholder":
             last = last.next
-        if last.op == "placeholder":
-            last = key or next(node for node in self.graph.nodes if node.next.op != "placeholder")
+        if after is not None and last.op == "placeholder":
+            last = after
         meta = self._meta(value, near)
         pointwise = dict(meta)
         if self._is_available_in_backward(value):

@@ -84,11 +84,11 @@ def round_products(
         if transform is not None and (reason := why_not(product, transform)) is not None and strict:
             raise UnroundedError(reason)
         if local is not None and reason is None:
-            own, product = _round_product(product, local, transform, inserter)
+            own, product, exact = _round_product(product, local, transform, inserter)
             sites += own
             accumulator = local.accumulator_of(product.kind)
             if accumulator is not None:
-                sums.append(summed(product, [_cast_of_factors(site) for site in own[:2]], accumulator))
+                sums.append(summed(product, exact, [_cast_of_factors(site) for site in own[:2]], accumulator))
         else:
             gaps.append(Gap(product.path or "", product.operator, reason or ""))
     return sites, gaps, sums
@@ -141,8 +141,12 @@ def _cast_of_factors(site: Site) -> Cast | None:
 
 def _round_product(
     product: Product, policy: Policy, transform: Transform | None, inserter: Inserter
-) -> tuple[list[Site], Product]:
-    """Round the operands and the result of one product, and return their sites, and the product as it is then."""
+) -> tuple[list[Site], Product, Sequence[fx.Node]]:
+    """Round the operands and the result of one product.
+
+    Returns:
+        Their sites, the product as it is then, and its operands after a transform and before rounding.
+    """
     dtype = product.result.meta["val"].dtype
     operands: list[fx.Node] = [product.node.args[i] for i in product.operands]  # type: ignore[misc]
     is_real = all(operand.meta["val"].dtype in CARRIERS for operand in operands)
@@ -156,16 +160,18 @@ def _round_product(
     ]
     before = operands if transform is None else transform_operands(product, transform, inserter)
     scales: list[fx.Node | None] = [None, None]
-    for i, (position, site, operand) in enumerate(zip(product.operands, sites, before, strict=True)):
+    for i, (position, site) in enumerate(zip(product.operands, sites, strict=True)):
         if site.cast is not None or transform is not None:
-            changed = None if transform is None else operand
-            scales[i] = inserter.round_operand(product, position, site.cast, site.contracted, changed, site.epilogue)
+            changed = None if transform is None else before[i]
+            scales[i] = inserter.round_operand(
+                product, position, site.cast, site.contracted, changed, outside=site.epilogue
+            )
     scaled = scale_result(product, scales, inserter)
     if inserter.recorder is not None:
-        inserter.recorder.add_product(scaled.product, operands, scaled.operands, sites, before, scaled.value)
+        inserter.recorder.add_product(scaled.product, operands, sites, before, scaled.operands, scaled.value)
     product = scaled.product
     result = policy.output_cast(product.kind)
     if result is not None:
         sites.append(site_of_product(product, "output", product.result, result))
         inserter.round_result(product.result, sites[-1])
-    return sites, product
+    return sites, product, before

@@ -22,6 +22,8 @@ from fpsim.compile_backend.graph.convolution import INPUT
 
 aten = torch.ops.aten
 
+#: The size of a dimension that `aten.reshape` finds out.
+_ANY = -1
 #: Calls an operator with arguments: inserts a node into the graph.
 Call = Callable[..., fx.Node]
 
@@ -100,7 +102,7 @@ def _of_weight(
     columns = _columns(image, shape[2:], pixels, geometry, call)
     rows = call(aten.reshape.default, tangent, [images, groups, out_channels // groups, math.prod(pixels)])
     rows = call(aten.permute.default, rows, [1, 2, 0, 3])
-    rows = call(aten.reshape.default, rows, [groups, out_channels // groups, images * math.prod(pixels)])
+    rows = call(aten.reshape.default, rows, [groups, out_channels // groups, _times(images, math.prod(pixels))])
     return call(aten.reshape.default, multiply(rows, columns), list(shape))
 
 
@@ -122,13 +124,15 @@ def _columns(image: Any, kernel: Sequence[int], pixels: Sequence[int], geometry:
     x = call(aten.reshape.default, x, [images, groups, channels // groups, *pixels, *kernel])
     places = [3 + i for i in range(count)]
     x = call(aten.permute.default, x, [1, 0, *places, 2, *(place + count for place in places)])
-    return call(aten.reshape.default, x, [groups, images * math.prod(pixels), channels // groups * math.prod(kernel)])
+    return call(
+        aten.reshape.default, x, [groups, _times(images, math.prod(pixels)), channels // groups * math.prod(kernel)]
+    )
 
 
 def _image(product: fx.Node, result: Sequence[int], call: Call) -> fx.Node:
     """The image of shape ``result`` whose pixels are the rows of ``product`` (groups, N * pixels, C / groups)."""
     images, channels, *pixels = result
-    groups = _shape(product.meta["val"])[0]
+    groups = product.meta["val"].shape[0]
     x = call(aten.reshape.default, product, [groups, images, *pixels, channels // groups])
     x = call(aten.permute.default, x, [1, 0, len(pixels) + 2, *range(2, len(pixels) + 2)])
     return call(aten.reshape.default, x, list(result))
@@ -146,13 +150,19 @@ def _with_zeros_between(image: Any, dim: int, stride: int, call: Call) -> Any:
 
 
 def _shape(tensor: torch.Tensor) -> list[int]:
-    """The sizes of ``tensor``.
+    """The sizes of ``tensor``; `_ANY` for a symbolic number of images.
 
     Raises:
-        UnroundedError: a size is symbolic.
+        UnroundedError: another size is symbolic.
     """
-    if not all(isinstance(size, int) for size in tensor.shape):
+    images, *others = tensor.shape
+    if not all(isinstance(size, int) for size in others):
         raise UnroundedError(
-            f"a convolution of any size, {tuple(tensor.shape)}, has no accumulator: compile with dynamic=False"
+            f"a convolution of images of any size, {tuple(tensor.shape)}, has no accumulator: compile with "
+            "dynamic=False"
         )
-    return list(tensor.shape)
+    return [images if isinstance(images, int) else _ANY, *others]
+
+
+def _times(images: int, count: int) -> int:
+    return _ANY if images == _ANY else images * count

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
 
-from fpsim.accumulators.machines import MACHINES, NOT_SIMULATED, Machine, unknown_machine
+from fpsim.accumulators.machines import MACHINES, Machine, unknown_machine
 from fpsim.casts import Cast, parse_cast
 from fpsim.formats import FloatFormat, parse_format, split_rounding
 from fpsim.suggestions import near_names
@@ -171,8 +171,6 @@ def parse_accumulator(
 @cache
 def _parse(name: str, chunk: int | None, order: Any, promote: int | None) -> Accumulator:
     machine_name, _, result = name.partition("/")
-    if machine_name in NOT_SIMULATED:
-        raise ValueError(f"machine {machine_name!r} is not simulated: {NOT_SIMULATED[machine_name]}")
     if machine_name in MACHINES:
         return _of_machine(MACHINES[machine_name], result, chunk, order, promote)
     integer = _INTEGER.fullmatch(machine_name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,12 @@ _FLOAT64_BITS = 53
 #: An exponent below that of every product of two float32 numbers, and of every sum of them that is not zero.
 _NO_FLOOR = -400
 _NAN_BITS = 0x7FC00000
+#: How many elements share one scale of NVFP4, which is a value of e4m3fn. Larger blocks have powers of two.
+NV_BLOCK = 16
 
 _INTEGERS = (
-    "order", "length", "block", "promote", "exact", "round_products", "flush", "bounded", "narrow", "rounding",
-    "mantissa_bits", "random_bits", "roundings", "first_sum", "key", "nan_bits", "lanes",
+    "order", "length", "block", "promote", "exact", "round_products", "flush", "bounded", "cuts", "narrow", "rounding",
+    "mantissa_bits", "random_bits", "roundings", "first_sum", "key", "nan_bits", "lanes", "scale_block", "group",
 )  # fmt: skip
 _NUMBERS = (
     "start", "smallest_normal", "least_power", "largest", "infinite_from", "overflow_up", "overflow_down", "infinity",
@@ -56,15 +58,29 @@ def _library() -> Any:
     flags = ("-ffp-contract=off", "-fno-unsafe-math-optimizations", "-fsigned-zeros", "-fno-finite-math-only")
     library = CppCodeCache.load(Path(__file__).with_name("kernel.cpp").read_text(), extra_flags=flags)
     pointer, count = ctypes.c_void_p, ctypes.c_int64
-    library.fpsim_accumulate.argtypes = [ctypes.POINTER(Specification), *[pointer] * 4, *[count] * 5]
+    library.fpsim_accumulate.argtypes = [ctypes.POINTER(Specification), *[pointer] * 6, *[count] * 5]
     library.fpsim_accumulate.restype = None
     return library
 
 
 def accumulate_on_cpu(
-    a: Tensor, b: Tensor, accumulator: Accumulator, first: FloatFormat, second: FloatFormat, key: Tensor | None
+    a: Tensor,
+    b: Tensor,
+    accumulator: Accumulator,
+    first: FloatFormat,
+    second: FloatFormat,
+    key: Tensor | None,
+    scales: tuple[Tensor, Tensor] | None = None,
+    scale_block: int = 0,
 ) -> Tensor:
-    """The product of ``a`` (batches, M, K) and ``b`` (batches, K, N), with values of these formats, in their dtype."""
+    """The product of ``a`` (batches, M, K) and ``b`` (batches, K, N), with values of these formats, in their dtype.
+
+    Args:
+        key: of stochastic rounding.
+        scales: for a machine that takes scales, those by which the elements have been multiplied: (batches, M, blocks)
+            and (batches, blocks, N), float32.
+        scale_block: how many elements share a scale.
+    """
     batches, rows, depth = a.shape
     columns = b.shape[2]
     spec = _specification(accumulator, first, second, depth)
@@ -74,11 +90,16 @@ def accumulate_on_cpu(
     wide = a.dtype == torch.float64 or accumulator.integer_bits is not None
     out = torch.empty(batches, rows, columns, dtype=torch.float64 if wide else torch.float32)
     left, right = (x.to(torch.float32).contiguous() for x in (a, b))
+    factors = [scale.contiguous() for scale in scales or ()]  # kept alive while the kernel reads them
+    spec.scale_block = scale_block
+    if spec.group > 1:  # the exponents are those of the scales, whose least one is that of e4m3fn or E8M0
+        spec.least_a = spec.least_b = 2.0 ** (-6 if scale_block == NV_BLOCK else -127)
     if out.numel():
         pointers = (None, out.data_ptr()) if wide else (out.data_ptr(), None)
         _library().fpsim_accumulate(
-            ctypes.byref(spec), left.data_ptr(), right.data_ptr(), *pointers, batches, rows, columns, depth,
-            torch.get_num_threads(),
+            ctypes.byref(spec), left.data_ptr(), right.data_ptr(),
+            *(factors[i].data_ptr() if factors else None for i in (0, 1)), *pointers,
+            batches, rows, columns, depth, torch.get_num_threads(),
         )  # fmt: skip
     if accumulator.integer_bits is not None:
         return _integer_result(out, accumulator, a.dtype)
@@ -97,10 +118,10 @@ def _integer_result(sums: Tensor, accumulator: Accumulator, dtype: torch.dtype) 
     return round_op(sums, CARRIERS[dtype].name, "nearest_even", "ovf_inf").to(dtype)
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _sized(accumulator: Accumulator, first: FloatFormat, second: FloatFormat, depth: int) -> Specification:
     spec = Specification(
-        length=accumulator.length, promote=accumulator.promote or 0, order=_ORDERS[accumulator.order], lanes=1,
+        length=accumulator.length, promote=accumulator.promote or 0, order=_ORDERS[accumulator.order], lanes=1, group=1,
         nan_bits=_NAN_BITS, infinite_from=math.inf, infinity=math.inf, floor=2.0**_NO_FLOOR,
         least_a=2.0**first.emin, least_b=2.0**second.emin,
     )  # fmt: skip
@@ -122,6 +143,8 @@ def _sized(accumulator: Accumulator, first: FloatFormat, second: FloatFormat, de
     if accumulator.machine is not None:
         _describe_machine(spec, accumulator, first, second)
     spec.bounded = spec.exact and name == "nearest_even" and _is_bounded(first, second, fmt, depth)
+    # A format whose largest number is just below a power of two is cut by a mask: nothing overflows but by that power.
+    spec.cuts = name == "toward_zero" and fmt.has_infinity and fmt == FloatFormat(fmt.exponent_bits, fmt.mantissa_bits)
     spec.first_sum = depth if accumulator.order == "multiply_add" else 0
     spec.roundings = _roundings(accumulator, depth)
     return spec
@@ -184,6 +207,7 @@ def _describe_machine(spec: Specification, accumulator: Accumulator, first: Floa
     spec.start, spec.nan_bits = 0.0, machine.nan_bits
     spec.flush, spec.round_products = machine.flushes, machine.rounds_products
     spec.kept, spec.late_kept = 2.0**machine.fraction_bits, 2.0**machine.late_bits
+    spec.group = machine.group
     if machine.order in ("pairwise", "interleaved"):
         spec.block, spec.length = length, machine.lanes
     if machine.order == "aligned":

@@ -64,8 +64,9 @@ class Ieee {
 struct Specification {
   int64_t order, length, block, promote;       // how many products: in a step, in a block, before a promotion
   int64_t exact, round_products, flush;        // whether sums are exact in float64, ...
-  int64_t bounded, narrow;                     // whether sums stay in range, and steps are exact in float32
+  int64_t bounded, cuts, narrow;               // whether sums stay in range, are cut, and are exact in float32
   int64_t rounding, mantissa_bits, random_bits, roundings, first_sum, key, nan_bits, lanes;
+  int64_t scale_block, group;  // how many products share scales, and are added before they are aligned
   double start, smallest_normal, least_power, largest, infinite_from, overflow_up, overflow_down, infinity;
   double least_a, least_b, kept, floor, late_kept;
 };
@@ -79,6 +80,9 @@ struct Mask {
 
 V magnitude(V x) { return x & V(from_bits(0x7FFFFFFFFFFFFFFFu)); }
 V power(V x) { return x & Mask::exponent(); }  // 2 to the exponent of x; 0 for zero, infinity for infinities and NaN
+// 1 / p for a power of two whose inverse is a normal number, without a division.
+V inverse(V p) { return at::vec::cast<double>(I(int64_t(2046) << 52) - at::vec::cast<int64_t>(p)); }
+at::vec::Vectorized<float> inverse(at::vec::Vectorized<float> p) { return at::vec::Vectorized<float>(1.0f) / p; }
 V choose(V mask, V yes, V no) { return V::blendv(no, yes, mask); }
 
 uint32_t random_word(uint64_t key, uint64_t index) {
@@ -274,14 +278,18 @@ void aligned(const Specification& spec, const Packed<T>& tile, int64_t first, in
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) {
         top[r][v] = at::vec::clamp_min(top[r][v], round.power(c[r][v]));
-        scale[r][v] = Vec(T(spec.kept)) / top[r][v];
+        scale[r][v] = Vec(T(spec.kept)) * inverse(top[r][v]);
         sum[r][v] = (c[r][v] * scale[r][v]).trunc();
       }
-    for (int64_t i = k; i < end; ++i)
+    for (int64_t i = k; i < end; i += spec.group)
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) sum[r][v] = sum[r][v] + (tile.product(i, r, v) * scale[r][v]).trunc();
+        for (int v = 0; v < VECTORS; ++v) {
+          Vec term = tile.product(i, r, v);
+          for (int64_t j = i + 1; j < std::min(i + spec.group, end); ++j) term = term + tile.product(j, r, v);
+          sum[r][v] = sum[r][v] + (term * scale[r][v]).trunc();
+        }
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
@@ -305,6 +313,26 @@ struct CutInFloat32 {
   }
   // NaN keeps its topmost bit of the mantissa.
   at::vec::Vectorized<float> operator()(at::vec::Vectorized<float> x) const { return x & mask; }
+};
+
+// Cuts the accumulators of a unit to float32 or another format whose largest binade is whole.
+struct CutInFloat64 {
+  V mask, least, unit, per_unit, infinite_from;
+  explicit CutInFloat64(const Specification& spec)
+      : mask(from_bits(~((uint64_t(1) << (52 - spec.mantissa_bits)) - 1))),
+        least(spec.least_power),
+        unit(std::ldexp(spec.least_power, -int(spec.mantissa_bits))),
+        per_unit(1 / std::ldexp(spec.least_power, -int(spec.mantissa_bits))),
+        infinite_from(spec.infinite_from) {}
+  V power(V x) const {
+    const V p = ::power(x);
+    return choose(p > V(0x1p1000), V(1.0), at::vec::clamp_min(p, least & (x != V(0.0))));
+  }
+  V operator()(V x) const {
+    const V size = magnitude(x);
+    const V r = choose(size < least, (x * per_unit).trunc() * unit, x & mask);
+    return choose(size >= infinite_from, V(std::numeric_limits<double>::infinity()) | (x & Mask::sign()), r);
+  }
 };
 
 template <Mode MODE>
@@ -350,8 +378,8 @@ struct Tile : Packed<double> {
       case INTERLEAVED: return interleaved<MODE>(first, last, c);
       case LATE: return late(first, last, c);
       default: {
-        const RoundInFloat64<MODE> cut{rounder, V(spec.least_power)};
-        return aligned<double>(spec, *this, first, last, c, cut);
+        if (MODE == GENERAL && spec.cuts) return aligned<double>(spec, *this, first, last, c, CutInFloat64(spec));
+        return aligned<double>(spec, *this, first, last, c, RoundInFloat64<MODE>{rounder, V(spec.least_power)});
       }
     }
   }
@@ -468,19 +496,19 @@ struct Tile : Packed<double> {
     }
   }
 
+  // Two lanes: the products at even and at odd places.
   template <Mode MODE>
   void interleaved(int64_t first, int64_t last, V (&c)[ROWS][VECTORS]) const {
-    for (int r = 0; r < ROWS; ++r) {
-      for (int v = 0; v < VECTORS; ++v) {
-        V total = c[r][v];
-        for (int64_t lane = first; lane < std::min(first + spec.length, last); ++lane) {
-          V x = c[r][v];
-          for (int64_t k = lane; k < last; k += spec.length) x = round<MODE>(sum(x, term<MODE>(k, r, v)), r, v, 0);
-          total = round<MODE>(sum(total, x), r, v, 0);
-        }
-        c[r][v] = total;
-      }
+    V lanes[2][ROWS][VECTORS];
+    copy(c, lanes[0]);
+    copy(c, lanes[1]);
+    for (int64_t k = first; k < last; ++k) {
+      auto& lane = lanes[(k - first) & 1];
+      for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) lane[r][v] = round<MODE>(sum(lane[r][v], term<MODE>(k, r, v)), r, v, 0);
     }
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < VECTORS; ++v) c[r][v] = round<MODE>(sum(lanes[0][r][v], lanes[1][r][v]), r, v, 0);
   }
 
   // The sums of blocks are added to c one after the other.
@@ -504,24 +532,25 @@ struct Tile : Packed<double> {
       for (int r = 0; r < ROWS; ++r) {
         for (int v = 0; v < VECTORS; ++v) {
           V tops[2] = {V(spec.floor), V(spec.floor)}, sums[2] = {V(0.0), V(0.0)};
-          for (int64_t i = k; i < end; ++i) {
-            V& top = tops[(i - k) % spec.lanes];
-            top = at::vec::clamp_min(top, product_power(i, r, v));
-          }
-          for (int64_t i = k; i < end; ++i) {
-            const int64_t lane = (i - k) % spec.lanes;
-            const V p = product(i, r, v);
-            const V cut = (p * (V(spec.kept) / tops[lane])).trunc();
-            sums[lane] = sums[lane] + choose(magnitude(p) >= limit, infinite | (p & Mask::sign()), cut);
+          for (int64_t lane = 0; lane < spec.lanes; ++lane) {
+            V top = tops[lane], sum(0.0);
+            for (int64_t i = k + lane; i < end; i += spec.lanes) top = at::vec::clamp_min(top, product_power(i, r, v));
+            const V scale = V(spec.kept) * inverse(top);
+            for (int64_t i = k + lane; i < end; i += spec.lanes) {
+              const V p = product(i, r, v);
+              sum = sum + choose(magnitude(p) >= limit, infinite | (p & Mask::sign()), (p * scale).trunc());
+            }
+            tops[lane] = top;
+            sums[lane] = sum;
           }
           const V top = at::vec::clamp_min(tops[0], tops[1]);
           V products = sums[0];
-          if (spec.lanes == 2) products = (sums[0] * (tops[0] / top)).floor() + (sums[1] * (tops[1] / top)).floor();
+          if (spec.lanes == 2) products = (sums[0] * (tops[0] * inverse(top))).floor() + (sums[1] * (tops[1] * inverse(top))).floor();
           const V old = c[r][v], own = finite_power(old), joined = at::vec::clamp_min(top, own);
-          V kept = floor_to(old, V(spec.kept) / joined);
+          V kept = floor_to(old, V(spec.kept) * inverse(joined));
           if (spec.lanes == 2) kept = choose((own * V(2 * spec.kept) < joined) & (magnitude(old) < infinite), V(0.0), kept);
-          const V x = floor_to(products * (top * V(1 / spec.kept)), V(2 * spec.late_kept) / joined) + kept;
-          const V cut = floor_to(x, V(spec.late_kept) / finite_power(x));
+          const V x = floor_to(products * (top * V(1 / spec.kept)), V(2 * spec.late_kept) * inverse(joined)) + kept;
+          const V cut = floor_to(x, V(spec.late_kept) * inverse(finite_power(x)));
           c[r][v] = round<NEAREST>(choose(x == V(0.0), V(0.0), cut), r, v, 0);
         }
       }
@@ -534,22 +563,25 @@ struct Tile : Packed<double> {
   }
 
   // x rounded down to a multiple of 1 / scale, a power of two.
-  static V floor_to(V x, V scale) { return (x * scale).floor() / scale; }
+  static V floor_to(V x, V scale) { return (x * scale).floor() * inverse(scale); }
 };
 
-// `count` numbers of an operand that lie `stride` apart, packed `width` apart, and the powers of their exponents.
+// `count` numbers of an operand, packed `width` apart, and the powers of their exponents. Subnormal elements, which have
+// the least exponent, were multiplied by scales. `per_scale` numbers in a row have one scale.
 template <typename T>
-void pack(const Specification& spec, const float* source, int64_t stride, int64_t count, T* values, T* powers,
-          int64_t width, double least) {
+void pack(const Specification& spec, const float* source, int64_t count, T* values, T* powers, int64_t width,
+          double least, const float* scales, int64_t per_scale) {
   if (!spec.flush && spec.order != ALIGNED && spec.order != LATE) {
-    for (int64_t i = 0; i < count; ++i) values[i * width] = T(source[i * stride]);
+    for (int64_t i = 0; i < count; ++i) values[i * width] = T(source[i]);
     return;
   }
   for (int64_t i = 0; i < count; ++i) {
-    double x = double(source[i * stride]);
+    double x = double(source[i]);
     const double size = std::fabs(x);
     if (spec.flush && size < least) x = std::copysign(0.0, x);
-    const double power = std::max(from_bits(to_bits(size) & 0x7FF0000000000000u), least);
+    const double scale = scales ? scales[i / per_scale] : 1.0;
+    const double own = from_bits(to_bits(spec.group > 1 ? scale : size) & 0x7FF0000000000000u);
+    const double power = std::max(own, spec.group > 1 ? least : least * scale);
     values[i * width] = T(x);
     powers[i * width] = T(x == 0 ? 0.0 : power <= 0x1p1000 ? power : 1.0);
   }
@@ -580,12 +612,13 @@ class Output {
 
 // Calls `compute` for all tiles of the result. A block of rows is packed once, and every strip of columns once for it.
 template <typename T, typename Compute>
-void run(const Specification& spec, const float* a, const float* b, int64_t batches, int64_t rows, int64_t columns,
+void run(const Specification& spec, const float* a, const float* b, const float* scales_a, const float* scales_b, int64_t batches, int64_t rows, int64_t columns,
          int64_t depth, int64_t threads, const Compute& compute) {
   constexpr int64_t width = COLUMNS<T>;
   const int64_t strips = (columns + width - 1) / width, tiles = (rows + ROWS - 1) / ROWS;
   const int64_t most = std::clamp<int64_t>((1 << 18) / std::max<int64_t>(depth, 1) / ROWS, 8, 64);
   const int64_t blocks = (tiles + most - 1) / most;
+  const int64_t scale_count = spec.scale_block ? (depth + spec.scale_block - 1) / spec.scale_block : 0;
   const int64_t groups = std::clamp<int64_t>(4 * threads / (batches * blocks), 1, strips);  // all threads need work
 #pragma omp parallel num_threads(threads)
   {
@@ -598,15 +631,17 @@ void run(const Specification& spec, const float* a, const float* b, int64_t batc
       for (int64_t tile = first; tile < last; ++tile) {
         const int64_t offset = (tile - first) * ROWS * depth;
         for (int64_t i = 0; i < ROWS; ++i) {  // rows beyond the last one repeat it
-          const float* row = a + (batch * rows + std::min(tile * ROWS + i, rows - 1)) * depth;
-          pack(spec, row, 1, depth, left.values.data() + offset + i, left.powers.data() + offset + i, ROWS, spec.least_a);
+          const int64_t row = batch * rows + std::min(tile * ROWS + i, rows - 1);
+          pack(spec, a + row * depth, depth, left.values.data() + offset + i, left.powers.data() + offset + i, ROWS,
+               spec.least_a, scales_a ? scales_a + row * scale_count : nullptr, spec.scale_block);
         }
       }
       for (int64_t strip = group * strips / groups; strip < (group + 1) * strips / groups; ++strip) {
         const int64_t count = std::min(width, columns - strip * width);
         for (int64_t k = 0; k < depth; ++k)
-          pack(spec, b + (batch * depth + k) * columns + strip * width, 1, count, right.values.data() + k * width,
-               right.powers.data() + k * width, 1, spec.least_b);
+          pack(spec, b + (batch * depth + k) * columns + strip * width, count, right.values.data() + k * width,
+               right.powers.data() + k * width, 1, spec.least_b,
+               scales_b ? scales_b + (batch * scale_count + k / spec.scale_block) * columns + strip * width : nullptr, 1);
         for (int64_t tile = first; tile < last; ++tile) {
           const int64_t offset = (tile - first) * ROWS * depth;
           const Packed<T> packed{left.values.data() + offset, left.powers.data() + offset, right.values.data(),
@@ -644,25 +679,29 @@ void store(const Output& output, const at::vec::Vectorized<T> (&results)[ROWS][V
   }
 }
 
-V to_float32(V x) {
-  double values[V::size()];
-  x.store(values);
-  for (auto& value : values) value = double(float(value));
-  return V::loadu(values);
-}
+// Rounds float64 to float32, to nearest even. (A cast to float and back is no rounding to every compiler.)
+struct ToFloat32 {
+  V operator()(V x) const {
+    const V magic = at::vec::clamp_max(at::vec::clamp_min(power(x), V(0x1p-126)), V(0x1p900)) * V(0x1.8p29);
+    const V size = magnitude(x), r = (size + magic) - magic;
+    const V infinite(std::numeric_limits<double>::infinity());
+    return choose(r >= V(0x1p128), infinite, r) | (x & Mask::sign());
+  }
+};
 
 }  // namespace
 
-// out = a @ b: a (batches, rows, depth), b (batches, depth, columns), out float32 in `narrow` or float64 in `wide`.
-extern "C" void fpsim_accumulate(const Specification* specification, const float* a, const float* b, float* narrow,
-                                 double* wide, int64_t batches, int64_t rows, int64_t columns, int64_t depth,
+// out = a @ b: a (batches, rows, depth), b (batches, depth, columns), out float32 in `narrow` or float64 in `wide`. The
+// scales by which blocks of a and b have been multiplied, or null: (batches, rows, blocks), (batches, blocks, columns).
+extern "C" void fpsim_accumulate(const Specification* specification, const float* a, const float* b, const float* scales_a,
+                                 const float* scales_b, float* narrow, double* wide, int64_t batches, int64_t rows, int64_t columns, int64_t depth,
                                  int64_t threads) {
   const Specification& spec = *specification;
   const Output output(spec, narrow, wide);
   if (spec.narrow) {
     using Vec = at::vec::Vectorized<float>;
     const CutInFloat32 cut(spec);
-    run<float>(spec, a, b, batches, rows, columns, depth, threads,
+    run<float>(spec, a, b, scales_a, scales_b, batches, rows, columns, depth, threads,
                [&](const Packed<float>& packed, int64_t matrix, int64_t row, int64_t column) {
                  Vec total[ROWS][VECTORS];
                  for (auto& r : total) std::fill(r, r + VECTORS, Vec(0.0f));
@@ -674,7 +713,7 @@ extern "C" void fpsim_accumulate(const Specification* specification, const float
     return;
   }
   const Rounder rounder(spec);
-  run<double>(spec, a, b, batches, rows, columns, depth, threads,
+  run<double>(spec, a, b, scales_a, scales_b, batches, rows, columns, depth, threads,
               [&](const Packed<double>& packed, int64_t matrix, int64_t row, int64_t column) {
                 const Tile tile(packed, spec, rounder, matrix + row * columns + column, columns);
                 V total[ROWS][VECTORS];
@@ -685,7 +724,7 @@ extern "C" void fpsim_accumulate(const Specification* specification, const float
                                 else if (spec.rounding == NEAREST_EVEN) tile.accumulate<NEAREST>(first, last, part);
                                 else tile.accumulate<GENERAL>(first, last, part);
                               },
-                              to_float32);
+                              ToFloat32());
                 store<double>(output, total, matrix, row, column, rows, columns);
               });
 }

@@ -39,6 +39,9 @@ class Machine:
         flushes: whether subnormal operands count as zero.
         has_half: whether the unit can also accumulate in fp16, rounded to nearest even.
         nan_bits: the float32 bits of the NaN that it delivers.
+        blocks: how many elements may share a scale; empty for a machine that takes elements without scales. The
+            exponents of scales join those of the elements.
+        group: how many products are added exactly before they are aligned, with the exponent of their scales.
     """
 
     name: str
@@ -54,6 +57,8 @@ class Machine:
     flushes: bool = False
     has_half: bool = False
     nan_bits: int = 0x7FC00000
+    blocks: tuple[int, ...] = ()
+    group: int = 1
 
     def length(self, *formats: FloatFormat) -> int:
         """The number of products in a step of operands in these formats.
@@ -66,7 +71,7 @@ class Machine:
                 return length
         given = " and ".join(dict.fromkeys(fmt.name for fmt in formats))
         groups = ", or ".join(" and ".join(names) for names, _ in self.operands)
-        others = [m.name for m in MACHINES.values() if m is not self and m._takes(formats)]
+        others = [m.name for m in MACHINES.values() if bool(m.blocks) == bool(self.blocks) and m._takes(formats)]
         remedy = f" accumulator={others[0]!r} multiplies these;" if others else ""
         raise ValueError(
             f"{self.name} multiplies {groups}, and not {given}:{remedy} format={self.operands[0][0][0]!r} rounds "
@@ -112,6 +117,14 @@ MACHINES: dict[str, Machine] = {
         _nvidia("hopper", 25, 7, (("fp16",), 16), (("bf16",), 16), (_TF32, 8)),
         _nvidia("hopper_fp8", 13, 7, (_FP8, 32), format="e8m13", half=False),
         _nvidia("blackwell", 25, 7, (("fp16",), 16), (("bf16",), 16), (_TF32, 8), (_NARROW, 32)),
+        Machine(
+            "blackwell_mxfp8", ((_NARROW, 32),), "aligned", "fp32", "toward_zero", fraction_bits=25, floor=7,
+            nan_bits=0x7FFFFFFF, blocks=(32,),
+        ),
+        Machine(
+            "blackwell_nvfp4", ((("e2m1fn",), 64),), "aligned", "fp32", "toward_zero", fraction_bits=35, floor=13,
+            nan_bits=0x7FFFFFFF, blocks=(16, 32), group=16,
+        ),
         Machine("mi100", ((("fp16",), 4), (("bf16",), 2)), "chunked"),
         Machine(
             "mi250", ((("fp16",), 4), (("bf16",), 4)), "pairwise", _FLUSHED, rounds_products=True, flushes=True
@@ -124,13 +137,6 @@ MACHINES: dict[str, Machine] = {
         ),
     )
 }  # fmt: skip
-
-#: Machines that are known but not simulated, and the reason.
-NOT_SIMULATED = {
-    name: "the scales of blocks join its sums, and fpsim multiplies operands by their scales before a product: use "
-    "accumulator='blackwell' for unscaled operands"
-    for name in ("blackwell_mxfp8", "blackwell_nvfp4")
-}
 
 
 def unknown_machine(name: str) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fpsim.accumulators.accumulator import Accumulator, AccumulatorLike, Order, parse_accumulator
 from fpsim.accumulators.ops import accumulate_op
+from fpsim.accumulators.scaled import scaled_matmul
+from fpsim.accumulators.shapes import matrices, result_shape
 from fpsim.casts import UNSCALED, Cast, CastLike, parse_cast
 from fpsim.formats import FloatFormat, parse_format
 from fpsim.rounding.carriers import CARRIERS, check_tensor
 from fpsim.rounding.ops import SOURCE, random_key_op, round_op
+from fpsim.scaling.ops import SCALE_OPERATORS
 from fpsim.tensor_functions import round, seed_tensor, straight_through
 
 #: The dtypes of operands that are no carriers, and their formats. They are multiplied in float32.
@@ -67,21 +70,35 @@ def matmul(
     tensor([[448.]])
     """
     parsed = parse_accumulator(accumulator, chunk, order, promote)
+    pair = format if isinstance(format, tuple) else (format, format)
+    if len(pair) != 2:
+        raise ValueError(f"format is one format or a pair, got {len(pair)}")
+    casts = [None if given is None else _cast(given) for given in pair]
+    if parsed.machine is not None and parsed.machine.blocks:
+        if seed is not None:
+            raise ValueError(f"a seed has no meaning with accumulator={str(parsed)!r}")
+        return scaled_matmul(a, b, parsed, casts[0], casts[1])
     operands, known = [], []
-    casts = format if isinstance(format, tuple) else (format, format)
-    if len(casts) != 2:
-        raise ValueError(f"format is one format or a pair, got {len(casts)}")
-    for x, given, axis in zip((a, b), casts, (-1, -2), strict=True):
-        value, fmt = _operand(x, None if given is None else _cast(given), axis, parsed)
+    for x, cast, axis in zip((a, b), casts, (-1, -2), strict=True):
+        value, fmt = _operand(x, cast, axis, parsed)
         operands.append(value)
         known.append(fmt)
     left, right = operands
     if left.dtype != right.dtype:
         raise TypeError(f"operands have one dtype, got {a.dtype} and {b.dtype}: convert one of them")
-    first, second = (fmt or _format_by_values(x, parsed) for x, fmt in zip(operands, known, strict=True))
+    first, second = _formats_of(operands, known, parsed)
     parsed.check_operands(first, second)
     key = _key(parsed, seed, salt, left.device)
-    value = _product(left.detach(), right.detach(), key, parsed, (first, second))
+    factors = [
+        SCALE_OPERATORS["power_of_two"](x.detach(), cast.grid.name, SOURCE)  # type: ignore[union-attr]
+        if takes_factor(cast, parsed)
+        else None
+        for x, cast in zip((a, b), casts, strict=True)
+    ]
+    elements = [x.detach() if s is None else x.detach() * s for x, s in zip((left, right), factors, strict=True)]
+    value = _product(elements[0], elements[1], key, parsed, (first, second))
+    for factor in factors:
+        value = value if factor is None else value / factor
     if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
         return straight_through(torch.matmul(left, right), value)
     return value
@@ -109,14 +126,23 @@ def _operand(x: Tensor, cast: Cast | None, axis: int, accumulator: Accumulator) 
     return x, None if dtype in (torch.float32, torch.float64) else CARRIERS[dtype]
 
 
+def takes_factor(cast: Cast | None, accumulator: Accumulator) -> bool:
+    """Whether a machine gets operands of ``cast`` times their scale, a power of two. Its result is divided by it."""
+    scale = None if cast is None else cast.scale
+    return scale is not None and scale.rule in SCALE_OPERATORS and accumulator.machine is not None
+
+
 def operand_format(cast: Cast, accumulator: Accumulator) -> FloatFormat:
     """The format of operands that ``cast`` has rounded: float32 for the products of elements and scales.
 
+    A machine multiplies elements. Its operands with a power of two as the scale of the whole tensor are such elements
+    once they are multiplied by it (`takes_factor`).
+
     Raises:
-        ValueError: the accumulator is that of a machine, which takes no scaled operands, or the cast's values do not
-            fit into float32.
+        ValueError: the accumulator is that of a machine or an integer, and the cast has another scale, or the cast's
+            values do not fit into float32.
     """
-    if cast.scale is not None or cast.grid is None:
+    if (cast.scale is not None and not takes_factor(cast, accumulator)) or cast.grid is None:
         if accumulator.machine is not None or accumulator.integer_bits is not None:
             raise ValueError(
                 f"{str(accumulator)!r} multiplies elements, and {str(cast)!r} gives elements times scales, which fpsim "
@@ -129,23 +155,37 @@ def operand_format(cast: Cast, accumulator: Accumulator) -> FloatFormat:
     return cast.grid
 
 
-def _format_by_values(x: Tensor, accumulator: Accumulator) -> FloatFormat:
-    """The first format of a machine, or of the integers, that has all values of ``x``; else float32."""
-    names = accumulator.machine.formats if accumulator.machine else ()
+def _formats_of(
+    operands: Sequence[Tensor], known: Sequence[FloatFormat | None], accumulator: Accumulator
+) -> tuple[FloatFormat, FloatFormat]:
+    """The formats of both operands. Where only its values tell: the first of the machine's, of one group, that fits."""
+    groups = (
+        [[*map(_grid, names)] for names, _ in accumulator.machine.operands] if accumulator.machine else [[_FLOAT32]]
+    )
     if accumulator.integer_bits is not None:
-        names = ("int4", "int8", "int16")
-    if x.dtype == torch.float64 or names:
-        for fmt in [*map(_grid, names)] if names else [_FLOAT32]:
-            rounded = round_op(
-                x.detach(), fmt.name, "nearest_even", "sat_propagate" if fmt.has_infinity else "sat_finite"
-            )
-            if bool(((rounded == x) | (x.isnan() & rounded.isnan())).all()):
-                return fmt
-        wanted = ", ".join(names) or "fp32"
-        raise ValueError(
-            f"an operand has values that none of {wanted} has: give format={(names or ('fp32',))[0]!r}, which rounds it"
-        )
-    return _FLOAT32
+        groups = [[*map(_grid, ("int4", "int8", "int16"))]]
+    if None not in known:
+        return known[0], known[1]  # type: ignore[return-value]
+    for group in groups:
+        found = [fmt or _first_that_fits(x, group) for x, fmt in zip(operands, known, strict=True)]
+        if found[0] is not None and found[1] is not None and (accumulator.machine is None or {*found} <= {*group}):
+            return found[0], found[1]
+    names = list(dict.fromkeys(fmt.name for group in groups for fmt in group))
+    raise ValueError(
+        f"an operand has values that none of {', '.join(names)} has, or the operands share none of these: give format="
+        f"{names[0]!r}, which rounds them"
+    )
+
+
+def _first_that_fits(x: Tensor, formats: Sequence[FloatFormat]) -> FloatFormat | None:
+    """The first of ``formats`` that has all values of ``x``; None if none does. Float32 numbers fit into float32."""
+    for fmt in formats:
+        if fmt == _FLOAT32 and x.dtype == torch.float32:
+            return fmt
+        rounded = round_op(x.detach(), fmt.name, "nearest_even", "sat_propagate" if fmt.has_infinity else "sat_finite")
+        if bool(((rounded == x) | (x.isnan() & rounded.isnan())).all()):
+            return fmt
+    return None
 
 
 def _grid(name: str) -> FloatFormat:
@@ -166,23 +206,7 @@ def _product(
     a: Tensor, b: Tensor, key: Tensor | None, accumulator: Accumulator, formats: tuple[FloatFormat, FloatFormat]
 ) -> Tensor:
     """The product of operands of any shapes that `torch.matmul` takes."""
-    if a.dim() == 0 or b.dim() == 0:
-        raise ValueError(f"matmul takes vectors and matrices, got shapes {tuple(a.shape)} and {tuple(b.shape)}")
-    left = a.unsqueeze(0) if a.dim() == 1 else a
-    right = b.unsqueeze(1) if b.dim() == 1 else b
-    if left.shape[-1] != right.shape[-2]:
-        raise ValueError(
-            f"shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be multiplied: they sum over other lengths"
-        )
-    rest = str(accumulator), formats[0].name, formats[1].name, SOURCE
-    if right.dim() == 2:
-        product = accumulate_op(left.reshape(math.prod(left.shape[:-1]), left.shape[-1]), right, key, *rest)
-        product = product.reshape(*left.shape[:-1], right.shape[-1])
-    else:
-        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-        left, right = (x.expand(*batch, *x.shape[-2:]) for x in (left, right))
-        flat = [x.reshape(math.prod(batch), *x.shape[-2:]) for x in (left, right)]
-        product = accumulate_op(*flat, key, *rest).reshape(*batch, left.shape[-2], right.shape[-1])
-    if a.dim() == 1:
-        product = product.squeeze(-2)
-    return product.squeeze(-1) if b.dim() == 1 else product
+    shape = result_shape(a, b)
+    left, right = matrices(a, b)
+    product = accumulate_op(left, right, key, str(accumulator), formats[0].name, formats[1].name, SOURCE)
+    return product.reshape(shape)

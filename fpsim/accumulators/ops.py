@@ -22,11 +22,19 @@ _library = torch.library.Library("fpsim", "FRAGMENT")
 _library.define(
     "accumulate_mm(Tensor a, Tensor b, Tensor? key, str accumulator, str first, str second, str source) -> Tensor"
 )
+_library.define(
+    "accumulate_scaled_mm(Tensor a, Tensor b, Tensor scales_a, Tensor scales_b, int block, str accumulator, str first, "
+    "str second, str source) -> Tensor"
+)
 
 #: The product of ``a`` (M, K) and ``b`` (K, N), or of batches of these, in their dtype. ``accumulator`` is the text of
 #: an `Accumulator`, ``first`` and ``second`` are the names of formats that have all values of the operands, ``key`` is
 #: that of stochastic rounding or None, and ``source`` is `fpsim.rounding.ops.SOURCE`.
 accumulate_op: Callable[..., Tensor] = torch.ops.fpsim.accumulate_mm.default
+
+#: The same for a machine that takes scales, float32, by which every ``block`` elements of ``a`` and ``b`` along the
+#: summed axis have been multiplied: (M, blocks) and (blocks, N), or batches of these.
+accumulate_scaled_op: Callable[..., Tensor] = torch.ops.fpsim.accumulate_scaled_mm.default
 
 
 @torch.library.register_fake("fpsim::accumulate_mm", lib=_library)
@@ -45,6 +53,32 @@ def _accumulate_cpu(
     formats = parse_format(first), parse_format(second)
     left, right = (x if x.dim() == 3 else x.unsqueeze(0) for x in (a, b))
     product = accumulate_on_cpu(left, right, parse_accumulator(accumulator), *formats, key)
+    return product if a.dim() == 3 else product.squeeze(0)
+
+
+@torch.library.register_fake("fpsim::accumulate_scaled_mm", lib=_library)
+def _accumulate_scaled_fake(a: Tensor, b: Tensor, *others: Any) -> Tensor:
+    _check_operands(a, b)
+    return a.new_empty((*a.shape[:-1], b.shape[-1]))
+
+
+@torch.library.impl(_library, "accumulate_scaled_mm", "CPU")
+def _accumulate_scaled_cpu(
+    a: Tensor,
+    b: Tensor,
+    scales_a: Tensor,
+    scales_b: Tensor,
+    block: int,
+    accumulator: str,
+    first: str,
+    second: str,
+    source: str,
+) -> Tensor:
+    _check_operands(a, b)
+    formats = parse_format(first), parse_format(second)
+    left, right, *scales = (x if x.dim() == 3 else x.unsqueeze(0) for x in (a, b, scales_a, scales_b))
+    pair = (scales[0], scales[1])
+    product = accumulate_on_cpu(left, right, parse_accumulator(accumulator), *formats, None, pair, block)
     return product if a.dim() == 3 else product.squeeze(0)
 
 

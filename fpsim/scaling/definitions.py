@@ -22,7 +22,7 @@ _library.define("power_of_two_scale(Tensor x, str format, str source) -> Tensor"
 _library.define("mx_multiplier(Tensor amax, str element, str rule, str source) -> Tensor", tags=(torch.Tag.pointwise,))
 _library.define(
     "round_scaled(Tensor x, str element, str rounding, str overflow, str scale, int[] axes, str source, "
-    "Tensor? words=None, bool outside=False, Tensor? factor=None) -> Tensor"
+    "Tensor? words=None, Tensor? factor=None, bool outside=False) -> Tensor"
 )
 _library.define("outer_scale(Tensor x, str element, str scale, int[] axes, str source) -> Tensor")
 
@@ -61,14 +61,14 @@ def _round_scaled(
     axes: list[int],
     source: str,
     words: Tensor | None = None,
-    outside: bool = False,
     factor: Tensor | None = None,
+    outside: bool = False,
 ) -> Tensor:
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
     parsed, fmt, call = parse_scale(scale or None), parse_element(element), OnTensors()
-    return out.copy_(round_scaled(x, x.dtype, fmt, rounding, overflow, parsed, axes, words, call, outside, factor))
+    return out.copy_(round_scaled(x, x.dtype, fmt, rounding, overflow, parsed, axes, words, call, factor, outside))
 
 
 @torch.library.impl(_library, "outer_scale", "CompositeExplicitAutograd")

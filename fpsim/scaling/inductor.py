@@ -158,8 +158,8 @@ def _lower_round_scaled(
     axes: Sequence[int],
     source: str,
     words: ir.TensorBox | None = None,
-    outside: bool = False,
     factor: ir.TensorBox | None = None,
+    outside: bool = False,
 ) -> ir.TensorBox:
     if any(length == 0 for length in x.get_size()):
         return lowering.lowerings[aten.clone.default](x)
@@ -175,8 +175,8 @@ def _lower_round_scaled(
         list(axes),
         words,
         OnLowerings(),
-        outside,
         factor,
+        outside,
     )
     if all(isinstance(length, int | sympy.Integer) for length in x.get_size()):
         return result

@@ -22,8 +22,8 @@ SCALE_OPERATORS: dict[str, Callable[[Tensor, str, str], Tensor]] = {"power_of_tw
 
 #: Rounds with any scale. Arguments: a tensor with an axis, the name of an element format, a rounding, an overflow mode,
 #: the name of a scale or "" for none, the axes along which a product sums, the source, for stochastic rounding the
-#: random words of the elements (`fpsim.rounding.ops.random_words_op`), whether `outer_scale_op` is left out, and for
-#: timed scales the factor in use.
+#: random words of the elements (`fpsim.rounding.ops.random_words_op`), for timed scales the factor in use, and whether
+#: `outer_scale_op` is left out.
 round_scaled_op: Callable[..., Tensor] = torch.ops.fpsim.round_scaled.default
 
 #: The factor of a scale that may multiply the result of a product instead of an operand. Arguments: a tensor, the name
@@ -110,8 +110,8 @@ def _round_scaled_fake(
     axes: list[int],
     source: str,
     words: Tensor | None = None,
-    outside: bool = False,
     factor: Tensor | None = None,
+    outside: bool = False,
 ) -> Tensor:
     _register_lowerings()
     return torch.empty_like(x)
@@ -141,17 +141,16 @@ def _round_scaled_vmap(
     axes: list[int],
     source: str,
     words: Tensor | None = None,
-    outside: bool = False,
     factor: Tensor | None = None,
+    outside: bool = False,
 ) -> tuple[Tensor, int]:
     if factor is not None:
         raise NotImplementedError("scales that other steps determine have no rule for torch.vmap")
     xs = [x] * info.batch_size if in_dims[0] is None else x.unbind(in_dims[0])
-    of_words = None if words is None else in_dims[7]
-    own = [words] * len(xs) if words is None or of_words is None else words.unbind(of_words)
+    own = [words] * len(xs) if words is None or in_dims[7] is None else words.unbind(in_dims[7])
     return torch.stack(
         [
-            round_scaled_op(each, element, rounding, overflow, scale, axes, source, drawn, outside)
+            round_scaled_op(each, element, rounding, overflow, scale, axes, source, drawn, None, outside)
             for each, drawn in zip(xs, own, strict=True)
         ]
     ), 0

@@ -52,8 +52,8 @@ def round_scaled(
     axes: list[int],
     words: Any,
     call: Call,
-    outside: bool = False,
     factor: Any = None,
+    outside: bool = False,
 ) -> Any:
     """``x`` rounded to ``element`` with ``scale``.
 
@@ -63,8 +63,8 @@ def round_scaled(
         axes: as for `fpsim.scaling.groups.split`.
         words: for stochastic rounding the random words of the elements, in the shape of ``x``; else None.
         call: runs the operators.
-        outside: whether the result is not yet multiplied by `outer_scale`. The scale is a ratio, or NVFP4's.
         factor: for a timed scale the factor in use (`fpsim.scaling.history.in_use`), float32 without axes.
+        outside: whether the result is not yet multiplied by `outer_scale`. The scale is a ratio, or NVFP4's.
     """
     if scale is None:
         return Elements(element, rounding, overflow, words, call).rounded(x, dtype)

@@ -48,10 +48,41 @@ class Unit:
                 total = step(x[0] * y[0], x[1] + y[1], total)
         return total
 
-    def _step(self, significands: np.ndarray, exponents: np.ndarray, total: np.ndarray) -> np.ndarray:
+    def scaled_dot(
+        self,
+        a: np.ndarray,
+        b: np.ndarray,
+        scales: tuple[np.ndarray, np.ndarray],
+        least: int,
+        least_scale: int,
+        group: int,
+    ) -> np.ndarray:
+        """`dot` of elements with scales, one each; ``group`` products are one term with their scales' exponent."""
+        total = np.zeros(len(a))
+        parts = [
+            _split(x, floor) for x, floor in zip((a, b, *scales), (least, least, least_scale, least_scale), strict=True)
+        ]
+        significands, exponents = np.prod([s for s, _ in parts], axis=0), sum(e for _, e in parts)
+        if group > 1:
+            of_scales = parts[2][1] + parts[3][1]
+            exact = np.ldexp(significands, exponents - of_scales)
+            starts = range(0, a.shape[1], group)
+            significands = np.stack([exact[:, i : i + group].sum(axis=1) for i in starts], axis=1)
+            is_zero = np.stack([(exact[:, i : i + group] == 0).all(axis=1) for i in starts], axis=1)
+            exponents = np.where(is_zero, self.floor, of_scales[:, ::group])
+        for first in range(0, significands.shape[1], self.length // group):
+            part = slice(first, first + self.length // group)
+            total = self._step(significands[:, part], exponents[:, part], total, zeros_count=group > 1)
+        return total
+
+    def _step(
+        self, significands: np.ndarray, exponents: np.ndarray, total: np.ndarray, zeros_count: bool = False
+    ) -> np.ndarray:
+        """One step; ``zeros_count``: products that cancel to zero keep their exponent."""
         own, exponent = _split(total, self.emin)
         s = np.concatenate([significands, own[:, None]], axis=1)
-        e = np.where(s == 0, self.floor, np.concatenate([exponents, exponent[:, None]], axis=1))
+        e = np.concatenate([exponents, np.where(total == 0, self.floor, exponent)[:, None]], axis=1)
+        e = np.where((s == 0) & (not zeros_count), self.floor, e)
         top = e.max(axis=1)
         cut = np.trunc(np.ldexp(s, e - top[:, None] + self.bits)).sum(axis=1)
         return self._rounded(np.ldexp(cut, top - self.bits)) + 0.0

@@ -212,6 +212,31 @@ def test_convolutions_are_unfolded_into_products(name: str) -> None:
     assert all(torch.equal(got, wanted) for got, wanted in zip(*results, strict=True))
 
 
+def test_a_convolution_takes_any_number_of_images_and_refuses_any_size() -> None:
+    convolve = torch.compile(nn.functional.conv2d, backend="fpsim_eager", options={"accumulator": "fp32"})
+    weight = integers(6, 4, 3, 3, seed=1)
+    for count in (2, 3, 5):
+        image = integers(count, 4, 5, 6, seed=count).requires_grad_()
+        result = convolve(image, weight)
+        assert torch.equal(result, nn.functional.conv2d(image, weight))
+        result.sum().backward()
+        assert torch.equal(image.grad, nn.functional.conv_transpose2d(torch.ones_like(result), weight))
+    with pytest.raises(Exception, match=r"images of any size.*compile with dynamic=False"):
+        convolve(integers(2, 4, 9, 7, seed=1), weight)
+
+
+def test_a_machine_multiplies_elements_that_a_power_of_two_scales() -> None:
+    """hopper_fp8 gets the operands times their scales, and the result is divided by both, before the bias is added."""
+    x, weight, bias = A / 1000, B.T * 64, C[0]
+    policy = {"format": "e4m3fn/power_of_two", "accumulator": "hopper_fp8"}
+    factors = [fpsim.power_of_two_scale(each, "e4m3fn") for each in (x, weight)]
+    exact = fpsim.matmul(x * factors[0], (weight * factors[1]).T, accumulator="hopper_fp8", format="e4m3fn")
+    wanted = exact / factors[0] / factors[1]
+    assert torch.equal(run(nn.functional.linear, x, weight, bias, **policy), wanted + bias)
+    own = fpsim.matmul(x, weight.T, accumulator="hopper_fp8", format="e4m3fn/power_of_two")
+    assert torch.equal(own, wanted)
+
+
 def test_the_sums_of_a_convolution_are_over_channels_and_then_taps() -> None:
     """In the order of `torch.nn.functional.unfold`, forward and for the weight; the gradient is in another format."""
     layer = nn.Conv2d(3, 4, 2)

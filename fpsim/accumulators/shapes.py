@@ -1,0 +1,34 @@
+"""The shapes of operands and results of `torch.matmul`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def matrices(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Operands of `torch.matmul` as two matrices, or as two batches of matrices of one size."""
+    left = a.unsqueeze(0) if a.dim() == 1 else a
+    right = b.unsqueeze(1) if b.dim() == 1 else b
+    if right.dim() == 2:
+        return left.reshape(math.prod(left.shape[:-1]), left.shape[-1]), right
+    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    flat = [x.expand(*batch, *x.shape[-2:]).reshape(math.prod(batch), *x.shape[-2:]) for x in (left, right)]
+    return flat[0], flat[1]
+
+
+def result_shape(a: Tensor, b: Tensor) -> list[int]:
+    """The shape of ``torch.matmul(a, b)``.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    if a.dim() == 0 or b.dim() == 0 or a.shape[-1] != b.shape[-2 if b.dim() > 1 else 0]:
+        raise ValueError(
+            f"shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be multiplied: they sum over other lengths, or one "
+            "has no dimension"
+        )
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return [*batch, *(a.shape[-2:-1] if a.dim() > 1 else ()), *(b.shape[-1:] if b.dim() > 1 else ())]
