@@ -397,8 +397,8 @@ def quantize_blocks(
 
 def _quantized_ratio(ratio: Value, values: Sequence[Number]) -> Value:
     """The number that is quantized for the ratio of a block: itself, or 0 if the block counts as zeros."""
-    largest_of_block = amax(values)
-    is_zero = isinstance(largest_of_block, Fraction) and round(largest_of_block, "fp32") < SMALLEST_NORMAL  # type: ignore[operator]
+    largest_of_block = round(amax(values), "fp32")
+    is_zero = isinstance(largest_of_block, Fraction) and largest_of_block < SMALLEST_NORMAL
     return Fraction(0) if is_zero else ratio
 
 

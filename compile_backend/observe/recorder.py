@@ -37,7 +37,7 @@ _library._register_fake("observe", lambda value, *_: torch.empty_like(value))
 observe: OpOverload = torch.ops.fpsim.observe.default
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SiteStatistics(Site):
     """A site and the statistics of rounding there, over all runs.
 

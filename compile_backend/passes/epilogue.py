@@ -73,11 +73,12 @@ def scale_result(product: Product, scales: Sequence[fx.Node | None], inserter: I
         result = _with_addend(scaled, product.node, addend, entry, call)
     result = _converted(result, dtype, call)
     end.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inserted)
-    changes: dict[str, Any] = {"result": result} if product.result is end else {}
+    if product.result is end:
+        product = replace(product, result=result)
     if value is not end:
-        changes |= {"value": value, "operands": (0, 1)}
+        product = replace(product, value=value, operands=(0, 1))
         end.graph.erase_node(end)
-    return Scaled(replace(product, **changes), scaled, tuple(operands))
+    return Scaled(product, scaled, tuple(operands))
 
 
 Call = Callable[..., fx.Node]

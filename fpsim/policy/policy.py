@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
 from fpsim.accumulators.accumulator import Accumulator, AccumulatorLike, Order, parse_accumulator
-from fpsim.casts import NONE, UNSCALED, Cast, CastLike, parse_cast, refuse_timed
+from fpsim.casts import NONE, UNSCALED, Cast, CastLike, parse_cast
 from fpsim.formats import OVERFLOWS, ElementFormat, FloatFormat, full_rounding, parse_format
 from fpsim.json_text import check_depth, parse_json
 from fpsim.policy.globs import matches
@@ -229,7 +229,11 @@ class Policy:
         if given is None:
             return None
         parsed = parse_cast(given, self.rounding, self.overflow)
-        refuse_timed(parsed, "rounding of results")
+        if parsed is not None and parsed.scale is not None and parsed.scale.is_timed:
+            raise ValueError(
+                f"results of operations have no scales that other steps determine: leave {parsed.scale.timing!r} out "
+                f"of {str(given)!r}"
+            )
         if parsed is not None and parsed.transform is not None:
             name = str(parsed.transform)
             raise ValueError(f"the result of an operation takes no transform: leave {name!r} out of {str(given)!r}")

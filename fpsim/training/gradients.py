@@ -137,6 +137,6 @@ def _round(
         return
     values = tensor.values() if tensor.is_sparse else tensor
     check_cast(check_tensor(values), cast)
-    own = [values] if cast.scale is None or parts is None else parts
+    own = [values] if parts is None or (cast.scale is None and cast.transform is None) else parts
     jobs = [Job(part, cast, number + (i << 32)) for i, part in enumerate(own)]
     round_in_place(jobs, draw if cast.is_stochastic else None, compiled=None)

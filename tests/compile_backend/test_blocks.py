@@ -85,11 +85,11 @@ def tensor_of(values: Sequence[reference.Value], like: Tensor, dtype: torch.dtyp
     return numbers.to(dtype or like.dtype).view(like.shape)
 
 
-def run(model: nn.Module, x: Tensor, cast: str, backend: str) -> tuple[Tensor, ...]:
+def run(model: nn.Module, x: Tensor, cast: str | dict[str, str], backend: str) -> tuple[Tensor, ...]:
     torch._dynamo.reset()
     model.zero_grad()
     x = x.clone().requires_grad_()
-    y = torch.compile(model, backend=backend, options={"format": cast})(x)
+    y = torch.compile(model, backend=backend, options=cast if isinstance(cast, dict) else {"format": cast})(x)
     weights = torch.linspace(-2, 2, y.numel()).view(y.shape)
     (y * weights).sum().backward()
     return y.detach(), x.grad, *(p.grad for p in model.parameters())
@@ -141,8 +141,8 @@ def test_a_convolution_is_rounded_along_channels_and_along_images_and_places() -
     assert torch.equal(layer.weight.grad, torch.nn.grad.conv2d_weight(r(x, 0, 2, 3), weight.shape, r(dy, 0, 2, 3)))
 
 
-@pytest.mark.parametrize("cast", ["mxfp8", "nvfp4"])
-def test_compiled_as_eager(cast: str) -> None:
+@pytest.mark.parametrize("cast", ["mxfp8", {"activation": "nvfp4", "weight": "int8", "gradient": "e4m3fn/tensor"}])
+def test_compiled_as_eager(cast: str | dict[str, str]) -> None:
     torch.manual_seed(3)
     model, x = nn.Sequential(nn.Linear(40, 64), nn.GELU(), nn.Linear(64, 24)), torch.randn(2, 25, 40)
     for a, b in zip(run(model, x, cast, "fpsim_eager"), run(model, x, cast, "fpsim"), strict=True):
@@ -330,6 +330,29 @@ def test_the_scale_of_a_tensor_multiplies_the_result_of_a_convolution(cast: str)
         layer.weight.grad, times(torch.nn.grad.conv2d_weight(a.elements, weight.shape, b.elements), b, a)
     )
     assert torch.allclose(layer.bias.grad, dy.sum(places))
+
+
+def test_narrow_accumulators_add_products_of_elements() -> None:
+    """Machines multiply elements. Scales of blocks, which vary along the sum, are still errors there."""
+    torch.manual_seed(9)
+    x, layer = torch.randn(6, 64), nn.Linear(64, 5)
+    for cast, element in (("e4m3fn/tensor", "e4m3fn"), ("e4m3fn/row", "e4m3fn")):
+        torch._dynamo.reset()
+        options = {"format": cast, "accumulator": "hopper_fp8"}
+        y = torch.compile(layer, backend="fpsim_eager", options=options)(x)
+        a, b = rounded(x, cast, 1), rounded(layer.weight, cast, 1).t()
+        total = fpsim.matmul(a.elements, b.elements, accumulator="hopper_fp8", format=element)
+        assert torch.equal(y, layer.bias + times(total, a, b))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"multiplies elements, and 'e4m3fn.*mx:32:rceil' gives elements times scales"):
+        torch.compile(layer, backend="fpsim_eager", options={"format": "mxfp8", "accumulator": "hopper_fp8"})(x)
+
+
+def test_a_cast_with_a_transform_of_its_own_keeps_its_scale() -> None:
+    x, layer = torch.randn(6, 64), nn.Linear(64, 5, bias=False)
+    torch._dynamo.reset()
+    y = torch.compile(layer, backend="fpsim_eager", options={"format": "e4m3fn/row/expand"})(x)
+    assert torch.equal(y, fpsim.round(x, "e4m3fn/row/expand") @ fpsim.round(layer.weight, "e4m3fn/row/expand").t())
 
 
 def test_the_results_of_rows_with_nan_or_infinity_are_nan() -> None:

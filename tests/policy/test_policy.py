@@ -377,6 +377,8 @@ def test_results_are_scaled_only_if_their_cast_says_so(field: str) -> None:
     scaled = Policy(**{field: "mxfp8"})
     assert str(scaled.output_cast("fprop") or scaled.elementwise_cast("forward")).endswith("/mx:32:rceil")
     assert Policy.from_json(scaled.to_json()) == scaled
+    with pytest.raises(ValueError, match="no scales that other steps determine: leave 'history:4' out of"):
+        Policy(**{field: "e4m3fn/tensor/history:4"})
 
 
 def test_the_error_for_an_unknown_scale_lists_the_valid_ones() -> None:
