@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fpsim.compile_backend.report.explain import explain
     from fpsim.compile_backend.report.profiler import Profiler, profile
     from fpsim.compile_backend.report.profiles import Profile
+    from fpsim.compile_backend.timed_scales import calibrate, load_scale_state, scale_state
 
 #: The module that holds each public name.
 _HOMES = {
@@ -34,10 +35,13 @@ _HOMES = {
     "UnroundedError": "errors",
     "UnroundedWarning": "errors",
     "audit": "report.audit",
+    "calibrate": "timed_scales",
     "explain": "report.explain",
     "fpsim": "backend",
     "fpsim_eager": "backend",
+    "load_scale_state": "timed_scales",
     "profile": "report.profiler",
+    "scale_state": "timed_scales",
 }
 
 __all__ = [
@@ -54,10 +58,13 @@ __all__ = [
     "UnroundedError",
     "UnroundedWarning",
     "audit",
+    "calibrate",
     "explain",
     "fpsim",
     "fpsim_eager",
+    "load_scale_state",
     "profile",
+    "scale_state",
 ]
 
 

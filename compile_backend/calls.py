@@ -25,6 +25,7 @@ from torch.utils import _python_dispatch
 from torch.utils import _pytree as pytree
 
 from fpsim.compile_backend.errors import UnroundedError
+from fpsim.compile_backend.scale_states import ScaleStates
 from fpsim.compile_backend.watching import Calls, Gradients, call_runs, listed, thread, warn, warn_of_backward, witness
 from fpsim.compile_backend.witness import CAN_WATCH
 from fpsim.policy import Policy
@@ -44,10 +45,29 @@ _WHERE = "fullgraph=True shows where and why, and fpsim.audit lists what ran unr
 
 def policy_options(model: Any) -> tuple[Mapping[str, Any] | None] | None:
     """The options under which the whole of ``model`` is compiled by fpsim, in a tuple; None if it is not."""
+    return _noted(model, "_fpsim_options")
+
+
+def scale_states(model: Any) -> ScaleStates:
+    """The states of the scales of ``model``, which is compiled by fpsim.
+
+    Raises:
+        TypeError: it is not.
+    """
+    found = _noted(model, "_fpsim_scales")
+    if found is None:
+        raise TypeError(
+            f"{type(model).__name__} is not compiled by fpsim: give what torch.compile(..., backend='fpsim') returned"
+        )
+    return found[0]
+
+
+def _noted(model: Any, name: str) -> tuple[Any] | None:
+    """The attribute that `watched` gave the function which runs ``model``, in a tuple; None if there is none."""
     own = getattr(model, "__dict__", {})  # a compiled module looks other attributes up in the module that it wraps
     for part in (model, own.get("forward"), own.get("_compiled_call_impl")):
-        if "_fpsim_options" in getattr(part, "__dict__", ()):
-            return (part.__dict__["_fpsim_options"],)
+        if name in getattr(part, "__dict__", ()):
+            return (part.__dict__[name],)
     return None
 
 
@@ -90,10 +110,12 @@ def watched(compiled: Callable[..., Any], options: Mapping[str, Any] | None) -> 
     original = getattr(compiled, "_torchdynamo_orig_callable", compiled)
     name = _name(original)
     calls = Calls(name)
+    states = ScaleStates(original)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if thread.is_quiet:
-            return compiled(*args, **kwargs)
+            with states.copied().running():
+                return compiled(*args, **kwargs)
         _refuse_call(name)
         _refuse_other_policy(original, options)
         if dynamo_config.disable:  # Dynamo, if it were called, would leave this code out in later calls too
@@ -101,7 +123,7 @@ def watched(compiled: Callable[..., Any], options: Mapping[str, Any] | None) -> 
             return original(*args, **kwargs)
         graphs, frames = thread.graphs, Counter(counters["frames"])
         gradients = None if calls.settled and calls.differentiated else Gradients(calls, (args, kwargs))
-        with call_runs(), contextlib.nullcontext() if calls.settled else witness(gradients) as seen:
+        with states.running(), call_runs(), contextlib.nullcontext() if calls.settled else witness(gradients) as seen:
             result = compiled(*args, **kwargs)
         new_frames = Counter(counters["frames"]) - frames
         calls.settled = thread.graphs > graphs and not new_frames
@@ -130,7 +152,7 @@ def watched(compiled: Callable[..., Any], options: Mapping[str, Any] | None) -> 
     outside = torch.compiler.disable(call, reason="it is compiled by fpsim, under a policy of its own")
     marks = {"_torchdynamo_wrapper_id": id(outside), "_torchdynamo_disable_msg": outside._torchdynamo_disable_msg}
     functools.update_wrapper(outside, compiled)
-    outside.__dict__.update(marks, _fpsim_options=options)
+    outside.__dict__.update(marks, _fpsim_options=options, _fpsim_scales=states)
     outside.__dict__.pop("_torchdynamo_inline", None)
     return outside
 

@@ -31,6 +31,7 @@ from fpsim.compile_backend.graph.sources import Source, sources_of_inputs
 from fpsim.compile_backend.observe.recorder import Recorder
 from fpsim.compile_backend.passes.products import rounds_only_weights
 from fpsim.compile_backend.passes.rounding_pass import Observer, RoundingPass
+from fpsim.compile_backend.scale_states import HANDLE, ScaleStates, current
 from fpsim.compile_backend.torch_settings import apply_settings
 from fpsim.compile_backend.watching import graph_runs, own_work
 from fpsim.policy import Policy
@@ -76,14 +77,19 @@ def compile_with_rounding(
         refuse_other_policy(policy, hashlib.sha256(gm.code.encode()).hexdigest())
     input_sources, identity = sources_of_inputs(gm, example_inputs), list(_identity(gm, policy))
     seed_device = _device(example_inputs) if policy.is_stochastic else None
-    seed_input = None
+    seed_input = handle_input = None
     if seed_device is not None:
         seed_input = len(input_sources)
-        gm, seed = _with_seed_input(gm, seed_device)
-        example_inputs = [*example_inputs, seed]
+        seed = torch.zeros(1, dtype=torch.int64, device=seed_device)
+        gm, example_inputs = _with_input(gm, "fpsim_seed", seed), [*example_inputs, seed]
         input_sources.append(Source.NONE)
+    if policy.is_timed:
+        handle_input = len(input_sources)
+        gm, example_inputs = _with_input(gm, "fpsim_scales", HANDLE), [*example_inputs, HANDLE]
+        input_sources.append(Source.NONE)
+    own_states = ScaleStates()  # for runs outside of a call of a compiled model
     gm, attention = decompose_attention(gm, policy)
-    rounding = RoundingPass(policy, input_sources, identity, observer, strict, seed_input, recorder)
+    rounding = RoundingPass(policy, input_sources, identity, observer, strict, seed_input, handle_input, recorder)
     patches: dict[str, Any] = {
         "joint_custom_pre_pass": _after_user_passes(rounding),
         # An explicit cast is a precision boundary: without this Inductor keeps 16-bit values in float32 between
@@ -106,8 +112,17 @@ def compile_with_rounding(
 
     @functools.wraps(compiled)
     def run(*inputs: Any) -> Any:
-        with record_function(GRAPH_EVENT), graph_runs():
-            return compiled(*inputs) if seed_device is None else compiled(*inputs, draw_seed(seed_device))
+        added = [] if seed_device is None else [draw_seed(seed_device)]
+        states = current()
+        with contextlib.ExitStack() as stack:
+            if policy.is_timed:
+                if states is None:
+                    states = own_states
+                    stack.enter_context(states.running())
+                added.append(states.handle(inputs))
+            stack.enter_context(record_function(GRAPH_EVENT))
+            stack.enter_context(graph_runs())
+            return compiled(*inputs, *added)
 
     return run
 
@@ -118,22 +133,21 @@ def _device(inputs: Sequence[Any]) -> torch.device:
     return floats[0].device if floats else torch.device("cpu")
 
 
-def _with_seed_input(gm: fx.GraphModule, device: torch.device) -> tuple[fx.GraphModule, torch.Tensor]:
-    """The graph with one more input, the seed of stochastic rounding, and an example of it.
+def _with_input(gm: fx.GraphModule, name: str, example: torch.Tensor) -> fx.GraphModule:
+    """The graph with one more input: the seed of stochastic rounding, or the handle of the states of scales.
 
     Backward has an input, whatever the partitioner saves or recomputes. A seed drawn by a node of the graph would be
     drawn again in backward under ``activation_memory_budget=0``, and backward would silently use other random numbers.
     """
-    example = torch.zeros(1, dtype=torch.int64, device=device)
     copy = copied(gm)
     inputs = copy.graph.find_nodes(op="placeholder")
     with copy.graph.inserting_after(inputs[-1]) if inputs else copy.graph.inserting_before():
-        seed = copy.graph.placeholder("fpsim_seed")
-    seed._dynamo_source = ConstantSource("fpsim_seed")
+        added = copy.graph.placeholder(name)
+    added._dynamo_source = ConstantSource(name)
     fake_mode = detect_fake_mode([node.meta.get("example_value") for node in inputs])
-    seed.meta["example_value"] = fake_mode.from_tensor(example) if fake_mode else example
+    added.meta["example_value"] = fake_mode.from_tensor(example) if fake_mode else example
     copy.recompile()
-    return copy, example
+    return copy
 
 
 def interpreter(

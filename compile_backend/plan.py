@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -10,6 +10,8 @@ from rich.text import Text
 
 from fpsim.casts import Cast
 from fpsim.scaling.groups import count
+from fpsim.scaling.scale import NV_RULES
+from fpsim.transforms.transform import Transform
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,11 @@ class Site:
         shape: the shape of the value; symbolic sizes are text.
         dtype: the dtype of the value, its carrier.
         cast: how the value is rounded; None where the policy leaves it unrounded.
-        contracted: the axes of an operand along which its product sums; empty for results.
+        contracted: the axes of an operand along which its product sums; for results with scales of rows or blocks the
+            last axis, along which these lie; empty for other results.
+        transform: the transform of both operands of the product before they are rounded, or None.
+        epilogue: whether the scale of an operand, for NVFP4 the scale of the tensor, multiplies the result of the
+            product instead of the operand.
     """
 
     path: str
@@ -38,6 +44,8 @@ class Site:
     dtype: str
     cast: Cast | None
     contracted: tuple[int, ...]
+    transform: Transform | None = field(default=None, kw_only=True)
+    epilogue: bool = field(default=False, kw_only=True)
 
     @property
     def scales(self) -> str:
@@ -50,7 +58,10 @@ class Site:
         sizes = [size for size in self.shape if isinstance(size, int)]
         axes = [axis for axis in self.contracted if axis < len(self.shape)]
         number = str(count(sizes, self.cast.scale, axes)) if len(sizes) == len(self.shape) else "?"
-        return f"{number} along {', '.join(map(str, axes))}" if self.cast.has_axis and axes else number
+        text = f"{number} along {', '.join(map(str, axes))}" if self.cast.has_axis and axes else number
+        if not self.epilogue:
+            return text
+        return f"{text}, 1 in the epilogue" if self.cast.scale.rule in NV_RULES else f"{text}, in the epilogue"
 
     @property
     def step(self) -> str:
@@ -103,13 +114,16 @@ class Plan:
         rounded = sum(site.cast is not None for site in self.sites)
         table = Table(title=f"{rounded} of {len(self.sites)} values rounded", title_justify="left")
         has_scales = any(site.scales for site in self.sites)
-        for name in ("module", "operator", "kind", "role", "shape", "carrier", "cast", *["scales"] * has_scales):
+        has_transforms = any(site.transform for site in self.sites)
+        more = ["scales"] * has_scales + ["transform"] * has_transforms
+        for name in ("module", "operator", "kind", "role", "shape", "carrier", "cast", *more):
             table.add_column(name, overflow="fold")
         for site in self.sites:
             shape = " x ".join(map(str, site.shape)) or "scalar"
             cast = Text(site.cast.written, style="green") if site.cast else Text("unrounded", style="yellow")
             words = (site.path or "(root)", site.operator, site.step, site.role, shape, site.dtype)
-            table.add_row(*map(Text, words), cast, *[Text(site.scales)] * has_scales)
+            extra = [site.scales] * has_scales + [str(site.transform or "")] * has_transforms
+            table.add_row(*map(Text, words), cast, *map(Text, extra))
         yield table
         if self.sums:
             sums = Table(title=f"{len(self.sums)} products with accumulators", title_justify="left")

@@ -20,6 +20,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.codegen.cpp import CppKernel
 from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
 from torch._inductor.utils import op_dtype_propagation_rules
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fpsim.compile_backend.calls import (
     copied_state,
@@ -35,6 +36,7 @@ from fpsim.compile_backend.calls import (
     watched_method,
 )
 from fpsim.compile_backend.covariance import covariance
+from fpsim.compile_backend.scale_states import after_optimizer_step
 from fpsim.compile_backend.watching import watched_backward
 from fpsim.rounding.cpp_functions import inline_functions_in_cpp
 from fpsim.rounding.vector_casts import cast_whole_vectors_in_cpp
@@ -171,6 +173,12 @@ def watch_compiled_calls() -> None:
     torch.autograd._engine_run_backward = run_backward
 
 
+@lru_cache(maxsize=1)
+def end_steps_after_optimizers() -> None:
+    """Let delayed scales of MS-AMP end a step when an optimizer has stepped. Others are not affected."""
+    register_optimizer_step_post_hook(after_optimizer_step)
+
+
 #: Every change, in the order in which they are made.
 SETTINGS: tuple[Callable[[], None], ...] = (
     fail_at_recompile_limit,
@@ -181,6 +189,7 @@ SETTINGS: tuple[Callable[[], None], ...] = (
     cast_whole_vectors_in_cpp,
     inline_functions_in_cpp,
     watch_compiled_calls,
+    end_steps_after_optimizers,
 )
 
 

@@ -13,7 +13,15 @@ if TYPE_CHECKING:
     from fpsim import curvature, reference, sharpness, testing
     from fpsim.accumulators.matmul import matmul
     from fpsim.block_functions import decode_blocks, encode_blocks
-    from fpsim.compile_backend import Profiler, audit, explain, profile
+    from fpsim.compile_backend import (
+        Profiler,
+        audit,
+        calibrate,
+        explain,
+        load_scale_state,
+        profile,
+        scale_state,
+    )
     from fpsim.formats import CodebookFormat, FloatFormat, IntegerFormat, parse_format
     from fpsim.policy import Policy
     from fpsim.policy.ranks import check_same_policy
@@ -35,12 +43,14 @@ _HOMES = {
     "Policy": "fpsim.policy",
     "Profiler": "fpsim.compile_backend",
     "audit": "fpsim.compile_backend",
+    "calibrate": "fpsim.compile_backend",
     "check_same_policy": "fpsim.policy.ranks",
     "decode": "fpsim.tensor_functions",
     "decode_blocks": "fpsim.block_functions",
     "encode": "fpsim.tensor_functions",
     "encode_blocks": "fpsim.block_functions",
     "explain": "fpsim.compile_backend",
+    "load_scale_state": "fpsim.compile_backend",
     "matmul": "fpsim.accumulators.matmul",
     "pack": "fpsim.rounding.packing",
     "parse_format": "fpsim.formats",
@@ -50,6 +60,7 @@ _HOMES = {
     "round_gradients_hook": "fpsim.training.gradients",
     "round_optimizer": "fpsim.training.optimizers",
     "round_parameters": "fpsim.training.parameters",
+    "scale_state": "fpsim.compile_backend",
     "unpack": "fpsim.rounding.packing",
 }
 
@@ -60,6 +71,7 @@ __all__ = [
     "Policy",
     "Profiler",
     "audit",
+    "calibrate",
     "check_same_policy",
     "curvature",
     "decode",
@@ -67,6 +79,7 @@ __all__ = [
     "encode",
     "encode_blocks",
     "explain",
+    "load_scale_state",
     "matmul",
     "pack",
     "parse_format",
@@ -77,6 +90,7 @@ __all__ = [
     "round_gradients_hook",
     "round_optimizer",
     "round_parameters",
+    "scale_state",
     "sharpness",
     "testing",
     "unpack",

@@ -8,20 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpsim.casts import Cast, check_cast, parse_cast
+from fpsim.casts import Cast, check_cast, parse_cast, refuse_timed
 from fpsim.formats import CodebookFormat, ElementFormat, FloatFormat, IntegerFormat
 from fpsim.rounding.carriers import check_tensor, working_dtype
 from fpsim.rounding.packing import pack, unpack
 from fpsim.scaling.groups import Groups, OnTensors, split
 from fpsim.scaling.rules import E8M0_BIAS, NAN_MARK
 from fpsim.scaling.scale import MX_RULES, NV_RULES, Scale
-from fpsim.scaling.steps import Elements, dequantized, quantized, round_scaled, scales_of_groups
+from fpsim.scaling.steps import (
+    DOUBLE_ELEMENT,
+    DOUBLE_SCALE,
+    Elements,
+    dequantized,
+    quantized,
+    quantized_ratios,
+    restored_ratios,
+    round_scaled,
+    scales_of_groups,
+)
 from fpsim.tensor_functions import counted_axes, decode, encode
 
 #: The code of a NaN scale in E8M0.
 NAN_CODE = 255
 
-Scales = Tensor | tuple[Tensor, Tensor]
+Scales = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
 
 def encode_blocks(
@@ -42,10 +52,12 @@ def encode_blocks(
         integers are two's complement, or those that include the zero point. Codes of a codebook are its own.
 
         The scales. Those of ``mx`` are E8M0 codes, uint8: 2**(code - 127), and 255 for NaN. Ratios are float32. NVFP4
-        has a pair: e4m3fn codes (uint8), and the float32 scale of the tensor, which multiplies elements before rounding
-        (``te``) or after it (``torchao``). ``asymmetric`` has a pair of ratios and zero points, both float32. The shape
-        is that of ``x`` with the number of blocks in place of the length of each axis that is split, and 1 in place of
-        one along which all elements share a scale; for ``group`` it is the number of groups.
+        has a pair: e4m3fn codes (uint8), and the float32 scale of the tensor, which multiplies elements before
+        rounding (``te``) or after it (``torchao``). ``asymmetric`` has a pair of ratios and zero points, both
+        float32. ``double`` has three: the codes of the ratios (uint8, in the order of the values of
+        ``dynamic8``), the float32 ratio of every 256 of these, and the float32 mean of the ratios. The shape is
+        that of ``x`` with the number of blocks in place of the length of each axis that is split, and 1 in
+        place of one along which all elements share a scale; for ``group`` it is the number of groups.
 
     Raises:
         ValueError: the format has no scale of blocks, rows, groups or tensors by ratio; or packed codes do not fill
@@ -122,6 +134,9 @@ def _scaled_cast(format: str | Cast) -> tuple[Cast, Scale]:
         raise ValueError(
             f"{reprlib.repr(format)} has no scales to encode: use a format such as 'mxfp8', or fpsim.encode"
         )
+    refuse_timed(cast, "this function")
+    if cast.transform is not None:
+        raise ValueError(f"codes hold no transform: leave {str(cast.transform)!r} out of {reprlib.repr(format)}")
     if cast.is_stochastic:
         raise ValueError(f"{str(cast)!r} is stochastic: round first, fpsim.round(x, ..., seed=...)")
     return cast, cast.scale
@@ -137,6 +152,10 @@ def _encode_elements(q: Tensor, element: ElementFormat, scale: Scale) -> Tensor:
     if isinstance(element, IntegerFormat):
         codes = (q * 2.0**-element.unit_exponent).to(torch.int32) & ((1 << element.bits) - 1)
         return codes.to(torch.uint8) if element.bits <= 8 else codes
+    return _codes_of(q, element)
+
+
+def _codes_of(q: Tensor, element: CodebookFormat) -> Tensor:
     index = torch.searchsorted(torch.tensor(element.values, dtype=q.dtype, device=q.device), q)
     order = torch.tensor(element.codes or range(len(element.values)), device=q.device)
     return order[index].to(torch.uint8 if element.bits <= 8 else torch.int32)
@@ -165,18 +184,22 @@ def _encode_scales(scales: Any, scale: Scale, groups: Groups) -> Scales:
         return torch.where(parts[0] == NAN_MARK, NAN_CODE, code).to(torch.uint8)
     if scale.rule in NV_RULES:
         return encode(parts[0], "e4m3fn"), scales[1].reshape(())
+    if scale.rule == "double":
+        ratios, of_ratios, offset = quantized_ratios(scales[2].reshape(-1), OnTensors())
+        codes = _codes_of(ratios.restore(ratios.values).nan_to_num(0.0), DOUBLE_ELEMENT)
+        return codes, of_ratios.reshape(-1), offset.reshape(())
     return (parts[0], parts[1]) if scale.rule == "asymmetric" else parts[0]
 
 
 def _decode_scales(scales: Scales, scale: Scale, groups: Groups) -> tuple[Tensor, ...]:
     """The scales as factors that broadcast to the groups."""
     given: tuple[Tensor, ...] = scales if isinstance(scales, tuple) else (scales,)
-    count = 2 if scale.rule in (*NV_RULES, "asymmetric") else 1
+    count = 3 if scale.rule == "double" else 2 if scale.rule in (*NV_RULES, "asymmetric") else 1
     if len(given) != count:
         raise ValueError(f"scale {str(scale)!r} has {count} tensors of scales, got {len(given)}")
     shape = [1 if axis in groups.axes else size for axis, size in enumerate(groups.values.shape)]
     stored = [size for axis, size in enumerate(shape) if not (groups.splits and axis in groups.axes)]
-    blocks = given[:1] if scale.rule in NV_RULES else given
+    blocks = given[:1] if scale.rule in (*NV_RULES, "double") else given
     for part in blocks:
         if list(part.shape) != stored:
             raise ValueError(f"scales of shape {tuple(stored)} belong to these codes, got shape {tuple(part.shape)}")
@@ -186,4 +209,17 @@ def _decode_scales(scales: Scales, scale: Scale, groups: Groups) -> tuple[Tensor
         return (factor.reshape(shape),)
     if scale.rule in NV_RULES:
         return decode(given[0], "e4m3fn").reshape(shape), given[1].to(torch.float32)
+    if scale.rule == "double":
+        ratios = _restored(given[0].reshape(-1), given[1], given[2]).reshape(shape)
+        return ratios, ratios
     return tuple(part.to(torch.float32).reshape(shape) for part in given)
+
+
+def _restored(codes: Tensor, of_ratios: Tensor, offset: Tensor) -> Tensor:
+    """The ratios for which the scales of ``double`` stand."""
+    values = _decode_elements(codes, DOUBLE_ELEMENT, DOUBLE_SCALE, torch.float32)
+    groups = split(values, DOUBLE_SCALE, [], OnTensors())
+    if of_ratios.numel() != groups.values.shape[0] or offset.numel() != 1:
+        given = tuple(of_ratios.shape), tuple(offset.shape)
+        raise ValueError(f"{codes.numel()} codes of scales have {len(groups.values)} ratios and one mean, got {given}")
+    return restored_ratios(groups, of_ratios.float().reshape(-1, 1), offset.float().reshape(()), OnTensors())

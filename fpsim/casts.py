@@ -1,4 +1,4 @@
-"""Casts as frozen values (a format, modes and a scale), and the only code that applies them to tensors."""
+"""Casts as frozen values (a format, modes, a scale and a transform), and the only code that applies them to tensors."""
 
 from __future__ import annotations
 
@@ -28,33 +28,53 @@ from fpsim.formats import (
 )
 from fpsim.rounding.carriers import check_carrier, working_dtype
 from fpsim.rounding.ops import SOURCE, random_words_op, round_op, round_stochastic_op
-from fpsim.scaling.ops import SCALE_OPERATORS, check_scaled_carrier, round_scaled_op
-from fpsim.scaling.scale import MX_RULES, NV_RULES, SCALE_NAMES, Scale, is_scale, parse_scale
+from fpsim.scaling.ops import SCALE_OPERATORS, check_scaled_carrier, outer_scale_op, round_scaled_op
+from fpsim.scaling.scale import (
+    MX_RULES,
+    NV_RULES,
+    SCALE_NAMES,
+    SYMMETRIC_RULES,
+    TIMING_NAMES,
+    Scale,
+    is_scale,
+    is_timing,
+    parse_scale,
+    with_timing,
+)
 from fpsim.scaling.steps import scaled_groups
 from fpsim.suggestions import near_names
+from fpsim.transforms.names import NAMES_OF_CASTS, is_transform, parse_transform
+from fpsim.transforms.ops import round_transformed_op
+from fpsim.transforms.transform import Transform
+
+aten, prims = torch.ops.aten, torch.ops.prims
 
 #: The name in place of a format that leaves the operand unrounded.
 NONE: Literal["none"] = "none"
 #: The name in an operand's cast that excludes a scale, even if the policy has one.
 UNSCALED = "unscaled"
 
+#: The operators that round; `apply_cast` ends with one of them.
+ROUNDING_OPERATORS = (round_op, round_stochastic_op, round_scaled_op)
+
 #: A cast in the form that operators and Dynamo accept: the format's name, the rounding, the overflow mode, and the
-#: name of the scale (None without a scale).
+#: name of the scale (None without a scale), followed by ``/`` and the name of the transform if there is one.
 Arguments = tuple[str, str, str, str | None]
 
 
 @dataclass(frozen=True)
 class Cast:
-    """A way to round: a format, a rounding, an overflow mode, and optionally a scale. No default is left open.
+    """A way to round: a format, a rounding, an overflow mode, and optionally a scale and a transform.
 
-    ``str(cast)`` is ``format/rounding/overflow`` or ``format/rounding/overflow/scale``, with the format's canonical
-    name: equal casts have equal strings.
+    No default is left open. ``str(cast)`` is ``format/rounding/overflow[/scale][/transform]``, with the format's
+    canonical name: equal casts have equal strings.
 
     Attributes:
         format: the format.
         rounding: the full name of a rounding, including its number of random bits (`fpsim.formats.full_rounding`).
         overflow: the overflow mode.
         scale: the scale, or None.
+        transform: the change of the tensor before it is scaled and rounded, which is undone afterwards; or None.
         spelling: the text from which the cast was parsed. Equality ignores it.
 
     Raises:
@@ -68,6 +88,7 @@ class Cast:
     overflow: Overflow
     scale: Scale | None = None
     spelling: str = field(default="", compare=False, repr=False)
+    transform: Transform | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.format, ElementFormat):
@@ -78,6 +99,7 @@ class Cast:
         object.__setattr__(self, "rounding", full_rounding(self.rounding))
         resolve_overflow(self.format, self.overflow)  # type: ignore[arg-type]
         _check_scale(self)
+        _check_transform(self)
 
     def __str__(self) -> str:
         return self._joined(self.format.name)
@@ -96,7 +118,7 @@ class Cast:
     @property
     def has_axis(self) -> bool:
         """Whether the result depends on the axes along which a product sums, or on the axes that form matrices."""
-        return self.scale is not None and self.scale.has_axis
+        return any(part is not None and part.has_axis for part in (self.scale, self.transform))
 
     @property
     def label(self) -> str:
@@ -108,7 +130,9 @@ class Cast:
         if self.overflow != usual_overflow(self.format, self.scale):
             parts.append(self.overflow)
         if self.scale and expand(name) == name:
-            parts.append("scaled" if self.scale.rule == "power_of_two" else str(self.scale))
+            parts.append("scaled" if str(self.scale) == "power_of_two" else str(self.scale))
+        if self.transform:
+            parts.append(str(self.transform))
         return " ".join(parts)
 
     @property
@@ -126,8 +150,13 @@ class Cast:
     @property
     def arguments(self) -> Arguments:
         """The cast in the form that `apply_arguments` takes."""
+        format, rounding, overflow, scale = self._plain_arguments
+        return format, rounding, overflow, scale if self.transform is None else f"{scale or ''}/{self.transform}"
+
+    @property
+    def _plain_arguments(self) -> Arguments:
         scale = None if self.scale is None else str(self.scale)
-        if scale in (None, *SCALE_OPERATORS):
+        if self.scale is None or self.scale.rule in SCALE_OPERATORS:
             if isinstance(self.format, IntegerFormat) and self.format.is_symmetric:
                 return self.format.grid().name, self.rounding, self.overflow, scale
             if not isinstance(self.format, FloatFormat):
@@ -139,7 +168,7 @@ class Cast:
         return self.spelling.partition("/")[0] or self.format.name
 
     def _joined(self, format: str) -> str:
-        return "/".join([format, self.rounding, self.overflow, *([str(self.scale)] if self.scale else [])])
+        return "/".join([format, self.rounding, self.overflow, *(str(p) for p in (self.scale, self.transform) if p)])
 
 
 #: The argument type of a cast: the name of a format or a cast, a `FloatFormat`, or a `Cast`.
@@ -149,10 +178,10 @@ CastLike = str | ElementFormat | Cast
 def usual_overflow(fmt: ElementFormat, scale: Scale | None) -> Overflow:
     """The overflow mode if a cast names none.
 
-    Hardware saturates the elements of scaled formats. Without a scale, and with the scale ``power_of_two``, it is the
-    format's usual mode (`fpsim.formats.resolve_overflow`).
+    Hardware saturates the elements of scaled formats. Without a scale, and with the current scale ``power_of_two``,
+    it is the format's usual mode (`fpsim.formats.resolve_overflow`).
     """
-    if not isinstance(fmt, FloatFormat) or (scale is not None and scale.rule != "power_of_two"):
+    if not isinstance(fmt, FloatFormat) or (scale is not None and str(scale) != "power_of_two"):
         return "sat_finite"
     return resolve_overflow(fmt, None)
 
@@ -164,19 +193,19 @@ def _check_scale(cast: Cast) -> None:
     if isinstance(fmt, CodebookFormat):
         if cast.rounding != "nearest_even":
             raise ValueError(f"codebooks are rounded to nearest, got rounding {cast.rounding!r}: leave it out")
-        if rule not in (None, "fp32", "bf16"):
+        if rule not in (None, *SYMMETRIC_RULES):
             raise ValueError(f"codebook {fmt.name} takes ratios, got scale {str(scale)!r}: use group:64 or row")
     if isinstance(fmt, IntegerFormat) and rule is not None:
         if not fmt.signed and rule != "asymmetric":
             raise ValueError(f"{fmt.name} is unsigned and takes no scale {str(scale)!r}: use row:asymmetric")
-        if fmt.full and rule not in ("fp32", "bf16", "asymmetric"):
+        if fmt.full and rule not in (*SYMMETRIC_RULES, "asymmetric"):
             raise ValueError(f"{fmt.name} takes ratios, got scale {str(scale)!r}: use row, or leave out ':full'")
     elif rule == "asymmetric":
         raise ValueError(f"{fmt.name} has no zero point: scale {str(scale)!r} is for integers, such as 'uint8'")
     if isinstance(fmt, FloatFormat):
         if rule in NV_RULES and fmt.name != "e2m1fn":
             raise ValueError(f"scale {str(scale)!r} is for e2m1fn, got {fmt.name}: use mx, or block:16")
-        if rule in ("fp32", "bf16") and fmt.smallest_exponent < -24:
+        if rule in SYMMETRIC_RULES and fmt.smallest_exponent < -24:
             raise ValueError(
                 f"{fmt.name} has values below 2**-24, and its range needs no ratio: use scale mx or power_of_two"
             )
@@ -186,10 +215,29 @@ def _check_scale(cast: Cast) -> None:
         raise ValueError(f"scale {str(scale)!r} is for e2m1fn, got {fmt.name}: use row or group:64")
 
 
+def _check_transform(cast: Cast) -> None:
+    """Raise an error if ``cast`` cannot contain its transform."""
+    if cast.transform is None:
+        return
+    if not isinstance(cast.transform, Transform):
+        raise TypeError(f"a cast has a Transform or None, got {reprlib.repr(cast.transform)}: use parse_cast")
+    if not cast.transform.is_of_casts:
+        raise ValueError(
+            f"transform {str(cast.transform)!r} changes both operands of a product, and a cast has one tensor: name it "
+            f"in a policy, transform={str(cast.transform)!r}. A cast takes {', '.join(NAMES_OF_CASTS)}"
+        )
+    if cast.scale is not None and cast.scale.is_timed:
+        raise ValueError(
+            f"scale {str(cast.scale)!r} is for operands of products, and transform {str(cast.transform)!r} is not: "
+            "name a transform of products in the policy"
+        )
+    cast.transform.check_cast(cast.format, cast.scale)
+
+
 def parse_cast(
     text: CastLike, rounding: str = "nearest_even", overflow: str | None = None, scale: str | Scale | None = None
 ) -> Cast | None:
-    """The cast that ``text`` denotes: ``format[/rounding][/overflow][/scale]``, or ``none`` for None.
+    """The cast that ``text`` denotes: ``format[/rounding][/overflow][/scale][/transform]``, or ``none`` for None.
 
     Args:
         text: a format (name or `FloatFormat`), optionally followed by modes that override the next three arguments. A
@@ -218,6 +266,8 @@ def parse_cast(
     name, *own = expand(name).split("/")
     parsed_scale = parse_scale(own[0]) if own else parsed_scale
     named: dict[str, str] = {}
+    timing = "current"
+    transform = None
     for mode in modes:
         if mode in ROUNDINGS or mode.partition(":")[0] in STOCHASTIC_ROUNDINGS:
             kind, rounding = "roundings", mode
@@ -225,23 +275,37 @@ def parse_cast(
             kind, overflow = "overflow modes", mode
         elif mode == UNSCALED or is_scale(mode):
             kind, parsed_scale = "scales", None if mode == UNSCALED else parse_scale(mode)
+        elif is_timing(mode):
+            kind, timing = "timings", mode
+        elif is_transform(mode):
+            kind, transform = "transforms", parse_transform(mode)
         else:
             raise ValueError(
                 f"unknown mode {mode!r} in cast {text!r}: after the format may come a rounding "
-                f"({', '.join([*ROUNDINGS, *STOCHASTIC_ROUNDINGS])}), an overflow mode ({', '.join(OVERFLOWS)}) and a "
-                f"scale ({', '.join([*SCALE_NAMES, UNSCALED])})"
+                f"({', '.join([*ROUNDINGS, *STOCHASTIC_ROUNDINGS])}), an overflow mode ({', '.join(OVERFLOWS)}), a "
+                f"scale ({', '.join([*SCALE_NAMES, UNSCALED])}), its timing ({', '.join(TIMING_NAMES)}) and a "
+                f"transform ({', '.join(NAMES_OF_CASTS)})"
             )
         if kind in named:
             raise ValueError(f"cast {text!r} has two {kind}, {named[kind]} and {mode}: leave one of them out")
         named[kind] = mode
+    if "timings" in named:
+        parsed_scale = with_timing(parsed_scale, timing)
     fmt = _parse_element(name)
-    return _cast(fmt, rounding, overflow, parsed_scale, text)
+    return _cast(fmt, rounding, overflow, parsed_scale, text, transform)
 
 
-def _cast(fmt: ElementFormat, rounding: str, overflow: str | None, scale: Scale | None, spelling: str) -> Cast:
+def _cast(
+    fmt: ElementFormat,
+    rounding: str,
+    overflow: str | None,
+    scale: Scale | None,
+    spelling: str,
+    transform: Transform | None = None,
+) -> Cast:
     """The cast with these modes; the overflow mode None stands for the usual one."""
     mode = usual_overflow(fmt, scale) if overflow is None else cast(Overflow, overflow)
-    return Cast(fmt, full_rounding(rounding), mode, scale, spelling)
+    return Cast(fmt, full_rounding(rounding), mode, scale, spelling, transform)
 
 
 def _parse_element(name: str) -> ElementFormat:
@@ -263,12 +327,27 @@ def parse_unscaled(text: CastLike, rounding: str, overflow: str | None, values: 
     """`parse_cast` for values that cannot be scaled; ``values`` names them in the message.
 
     Raises:
-        ValueError: in the same cases as `parse_cast`, or if ``text`` names a scale.
+        ValueError: in the same cases as `parse_cast`, or if ``text`` names a scale or a transform.
     """
     parsed = parse_cast(text, rounding, overflow)
+    if parsed is not None and parsed.transform is not None:
+        raise ValueError(f"{values} takes no transform: leave {str(parsed.transform)!r} out of {str(text)!r}")
     if parsed is not None and parsed.scale is not None:
         raise ValueError(f"{values} cannot be scaled: leave {str(parsed.scale)!r} out of {str(text)!r}")
     return parsed
+
+
+def refuse_timed(cast: Cast | None, function: str) -> None:
+    """Refuse a cast whose scale depends on other steps, in a function that keeps no state.
+
+    Raises:
+        ValueError: the scale has a timing.
+    """
+    if cast is not None and cast.scale is not None and cast.scale.is_timed:
+        raise ValueError(
+            f"{function} keeps no state, and scale {str(cast.scale)!r} depends on other steps: leave out "
+            f"{cast.scale.timing!r}, or use the cast in the policy of a compiled model"
+        )
 
 
 def check_cast(dtype: torch.dtype, cast: Cast) -> None:
@@ -299,9 +378,16 @@ def run(operator: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def apply_cast(
-    x: Any, cast: Cast, *, axes: Sequence[int] = (-1,), key: Any = None, call: Callable[..., Any] = run
+    x: Any,
+    cast: Cast,
+    *,
+    axes: Sequence[int] = (-1,),
+    key: Any = None,
+    factor: Callable[[Any], Any] | None = None,
+    call: Callable[..., Any] = run,
+    outside: bool = False,
 ) -> Any:
-    """Apply ``cast`` to ``x``: compute its scales, scale, round, and scale back.
+    """Apply ``cast`` to ``x``: transform, compute the scales, scale, round, scale back, and transform back.
 
     This and `apply_arguments` are the only code that turns a cast into operations. For tensors the operations run. The
     compiler backend passes nodes of a graph, and a ``call`` that inserts nodes.
@@ -313,22 +399,65 @@ def apply_cast(
         axes: the axes of ``x`` along which a product sums: rows and blocks of elements that share a scale lie along
             them. Casts without such a scale ignore them.
         key: for a stochastic cast, and only for it, the key that ``torch.ops.fpsim.random_key`` returns.
+        factor: for a cast whose scale is timed, and only for it, a function from the largest magnitude of ``x`` to the
+            factor in use (`fpsim.scaling.history.in_use`), float32 without axes.
         call: calls an operator with arguments.
+        outside: whether to leave out the factor that `outer_scale` gives, a ratio or the scale of NVFP4's tensor.
 
     Returns:
         A tensor like ``x``, or a node that stands for it.
+
+    Raises:
+        ValueError: the scale is timed and there is no ``factor``.
     """
-    return apply_arguments(x, cast.arguments, axes=axes, key=key, call=call)
+    if cast.scale is not None and cast.scale.is_timed:
+        if factor is None:
+            refuse_timed(cast, "this function")
+        return _apply_timed(x, cast, key, factor, call)  # type: ignore[arg-type]
+    return apply_arguments(x, cast.arguments, axes=axes, key=key, call=call, outside=outside)
+
+
+def outer_scale(x: Any, cast: Cast, *, axes: Sequence[int], call: Callable[..., Any] = run) -> Any:
+    """The factor that `apply_cast` leaves out, in the working dtype (`fpsim.scaling.steps.outer_scale`)."""
+    return call(outer_scale_op, x, cast.format.name, str(cast.scale), list(axes), SOURCE)
+
+
+def _apply_timed(x: Any, cast: Cast, key: Any, factor: Callable[[Any], Any], call: Callable[..., Any]) -> Any:
+    """`apply_cast` with a scale that other steps determine."""
+    format, rounding, overflow, rule = cast.arguments
+    like = x.meta["val"] if hasattr(x, "meta") else x
+    in_use = factor(call(aten.amax.default, call(aten.abs.default, x)))
+    if cast.scale.rule in SCALE_OPERATORS:  # type: ignore[union-attr]
+        in_use = call(prims.convert_element_type.default, in_use, like.dtype)
+        if key is None:
+            return call(round_op, x, format, rounding, overflow, SOURCE, in_use)
+        return call(round_stochastic_op, x, key, format, rounding, overflow, SOURCE, in_use)
+    words = None if key is None else call(random_words_op, x, key)
+    return call(round_scaled_op, x, format, rounding, overflow, rule, [-1], SOURCE, words, in_use)
 
 
 def apply_arguments(
-    x: Any, arguments: Arguments, *, axes: Sequence[int] = (-1,), key: Any = None, call: Callable[..., Any] = run
+    x: Any,
+    arguments: Arguments,
+    *,
+    axes: Sequence[int] = (-1,),
+    key: Any = None,
+    call: Callable[..., Any] = run,
+    outside: bool = False,
 ) -> Any:
     """`apply_cast` in a form that Dynamo can trace, with `Cast.arguments` in place of the cast."""
     format, rounding, overflow, rule = arguments
+    if rule is not None and "/" in rule:
+        name, _, transform = rule.partition("/")
+        if is_timing(transform):
+            raise ValueError(f"scale {rule!r} depends on other steps, and this function keeps no state")
+        drawn = () if key is None else (call(random_words_op, x, key),)
+        return call(round_transformed_op, x, format, rounding, overflow, name, transform, list(axes), SOURCE, *drawn)
     if rule is not None and rule not in SCALE_OPERATORS:
         name = "" if rule == UNSCALED else rule
         drawn = () if key is None else (call(random_words_op, x, key),)
+        if outside:
+            drawn = (*(drawn or (None,)), None, True)
         return call(round_scaled_op, x, format, rounding, overflow, name, list(axes), SOURCE, *drawn)
     scale = () if rule is None else (call(SCALE_OPERATORS[rule], x, format, SOURCE),)
     if key is None:
@@ -337,16 +466,22 @@ def apply_arguments(
 
 
 def in_range_of_format(
-    exact: Tensor, rounded: Tensor, cast: Cast, axes: Sequence[int] = (-1,)
+    exact: Tensor, rounded: Tensor, cast: Cast, axes: Sequence[int] = (-1,), factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Tensors before and after ``cast``, both multiplied by the scales of ``exact`` if the cast has a scale.
 
     Args:
         axes: as for `apply_cast`.
+        factor: the one in use if the scale is timed.
     """
     format, _, _, rule = cast.arguments
-    if rule in (None, UNSCALED):
+    if rule in (None, UNSCALED) or cast.transform is not None:
         return exact, rounded
+    if factor is not None:
+        assert cast.scale is not None, "a timed scale is a scale"
+        multiplies = cast.scale.order or cast.scale.rule in SCALE_OPERATORS
+        wide = factor.double() if multiplies else 1 / factor.double()
+        return exact.double() * wide, rounded.double() * wide
     if rule in SCALE_OPERATORS:
         factor = SCALE_OPERATORS[rule](exact, format, SOURCE)
     else:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from fpsim.casts import NONE, Arguments, Cast, apply_arguments, check_cast, parse_cast
+from fpsim.casts import NONE, Arguments, Cast, apply_arguments, check_cast, parse_cast, refuse_timed
 from fpsim.formats import (
     STOCHASTIC_ROUNDINGS,
     ElementFormat,
@@ -61,7 +61,10 @@ def round(
         x: float64, float32, bfloat16 or float16, any shape, strides and device. Its dtype must have all values of
             ``format``.
         format: a name (`fpsim.parse_format`), a `FloatFormat`, the name of elements with their scales (``mxfp8``,
-            ``nvfp4``, ``int8``, ``nf4``: `fpsim.formats.WHOLE_FORMATS`), or a pair such as ``e4m3fn/block:128``.
+            ``nvfp4``, ``int8``, ``nf4``: `fpsim.formats.WHOLE_FORMATS`), or a pair such as ``e4m3fn/block:128``. A
+            transform may follow, which is undone after rounding: ``nvfp4/hadamard:16`` rotates blocks along ``axis``
+            (`fpsim.transforms.hadamard.Hadamard`), ``e4m3fn/group:128/expand`` raises magnitudes to a power per group
+            (`fpsim.transforms.power_map.PowerMap`).
         rounding: ``nearest_even`` (ties to the even code), ``nearest_away``, ``toward_zero``, ``up``, ``down``
             (IEEE 754-2019 section 4.3), ``to_odd``, or a stochastic rounding: ``stochastic``,
             ``stochastic_b``, ``stochastic_c`` (`fpsim.formats.split_rounding` defines them).
@@ -110,7 +113,7 @@ def round(
     arguments, limit, negative, has_axis = _resolve(
         _name_of(format), rounding, overflow, dtype, random_bits, _name_of(scale), gradient == "clipped"
     )
-    axes = counted_axes(axis, x.dim(), str(arguments[3])) if has_axis else ()
+    axes = counted_axes(axis, x.dim(), str(arguments[3]).strip("/")) if has_axis else ()
     key = None
     _check_salt(salt)
     if ":" in arguments[1]:
@@ -283,8 +286,9 @@ def _resolve(
     if cast is None:
         raise ValueError(f"the format {NONE!r} rounds nothing: use a format such as 'e4m3fn'")
     _refuse_ignored(format, cast, rounding=rounding, overflow=overflow, scale=parse_scale(scale))
+    refuse_timed(cast, "fpsim.round")
     check_cast(dtype, cast)
-    if cast.scale is not None or not clipped:
+    if cast.scale is not None or cast.transform is not None or not clipped:
         return cast.arguments, None, True, cast.has_axis
     fmt = parse_format(cast.arguments[0])
     return cast.arguments, Grid(fmt, CARRIERS[dtype]).plain_max, fmt.signed, cast.has_axis

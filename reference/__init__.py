@@ -7,7 +7,8 @@ operation. The reference imports nothing of fpsim but the description of the for
 - `add` to `remainder`, `exp` to `pow`: operations, correctly rounded into any format.
 - `sum` and `dot`: exact, or with every step rounded, in any order.
 - `round_block` and `round_blocks`, `quantize_block` and `quantize_blocks`: elements that share a scale, as in OCP MX
-  and NVFP4. `block_scale` and `scale_steps`: the scales of OCP MX.
+  and NVFP4. `block_scale` and `scale_steps`: the scales of OCP MX. `delayed_scales`: those that earlier steps give.
+- `hadamard`, `smoothing_factor`, `sorted_channels` and `round_power_map`: transforms before rounding.
 - `round_integer` and `round_codebook`: to integers, and to the nearest of a list of values.
 - `with_flags`: any of these with the flags it raises.
 - `compare` to `maximum_number`, `classify` to `ulp`: comparison, classes, neighbours and exponents.
@@ -16,7 +17,7 @@ Stochastic rounding takes its random numbers as an argument, so that everything 
 
 The files build on one another in this order: values, decoding, substitutes, rounding, encoding, outcomes, operations,
 enclosures, irrational, arithmetic, elementary, aligned, orders, sums, flags; and, beside these, tables, comparison,
-classification, and integers, codebooks, elements, scales, blocks.
+classification, and integers, codebooks, elements, scales, blocks, histories, transforms.
 """
 
 from .aligned import Aligned
@@ -57,12 +58,22 @@ from .decoding import decode
 from .elementary import cos, erf, exp, exp2, gelu, log, log2, pow, rsqrt, sigmoid, sin, tanh
 from .encoding import encode
 from .flags import with_flags
+from .histories import delayed_scales
 from .integers import Integers, parse_integers, round_integer
 from .outcomes import TININESS, Flags, Result
 from .rounding import round
 from .scales import Scale, block_scale, parse_scale, scale_steps
 from .sums import dot, sum
 from .tables import Interval, Table, table
+from .transforms import (
+    hadamard,
+    hadamard_signs,
+    paley_matrix,
+    power_of_group,
+    round_power_map,
+    smoothing_factor,
+    sorted_channels,
+)
 from .values import INFINITY, NAN, NEGATIVE_INFINITY, NEGATIVE_ZERO, Number, Special, Value, as_value, to_float
 
 __all__ = [
@@ -95,6 +106,7 @@ __all__ = [
     "convert",
     "cos",
     "decode",
+    "delayed_scales",
     "div",
     "dot",
     "dynamic_map",
@@ -107,6 +119,8 @@ __all__ = [
     "gelu",
     "greater",
     "greater_equal",
+    "hadamard",
+    "hadamard_signs",
     "is_finite",
     "is_infinite",
     "is_nan",
@@ -126,11 +140,13 @@ __all__ = [
     "mul",
     "next_down",
     "next_up",
+    "paley_matrix",
     "parse_cast",
     "parse_codebook",
     "parse_integers",
     "parse_scale",
     "pow",
+    "power_of_group",
     "quantize_block",
     "quantize_blocks",
     "remainder",
@@ -139,11 +155,14 @@ __all__ = [
     "round_blocks",
     "round_codebook",
     "round_integer",
+    "round_power_map",
     "rsqrt",
     "scale_steps",
     "scaleb",
     "sigmoid",
     "sin",
+    "smoothing_factor",
+    "sorted_channels",
     "sqrt",
     "sub",
     "sum",

@@ -9,22 +9,26 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TypeAlias
 
 from fpsim.formats import OVERFLOWS, ROUNDINGS, STOCHASTIC_ROUNDINGS, FloatFormat, parse_format
 
-from .arithmetic import div, mul
+from .arithmetic import add, div, mul, sub
 from .elements import Element, parse_element, round_element
 from .integers import Integers, round_integer
+from .rounding import round
 from .scales import (
+    LEAST_RATIO,
     NV_RULES,
     POWER_OF_TWO_RULES,
+    SMALLEST_NORMAL,
     Scale,
     affine_scale,
     amax,
     flushed,
+    mean_ratio,
     nv_block_scale,
     nv_reciprocal,
     nv_tensor_scale,
@@ -124,6 +128,7 @@ def quantize_block(
       2**-126 counts as zero, here and in the next two cases. (To nearest the result is zero anyway.)
     - An asymmetric element rounds its quotient to an integer and then adds the zero point (ONNX's order). Integers
       without sign are asymmetric under every ratio.
+    - Under ``double`` a block alone has the same scale as under a ratio: it equals the mean.
     - In NVFP4 the product with the float32 reciprocal of the scales rounds to ``working``, is limited to -6 to 6, and
       then rounds to e2m1fn.
 
@@ -254,6 +259,10 @@ WHOLE_FORMATS: dict[str, tuple[str, str]] = {
     "bfp16": ("mxint8", "mx:8:floor"),
     "nf4": ("nf4", "group:64"),
     "fp4_bnb": ("fp4_bnb", "group:64"),
+    "dynamic8": ("dynamic8", "group:256"),
+    "dynamic8:unsigned": ("dynamic8:unsigned", "group:256"),
+    "dynamic4": ("dynamic4", "group:128"),
+    "linear4:unsigned": ("linear4:unsigned", "group:128"),
 }
 
 
@@ -284,6 +293,11 @@ def parse_cast(name: str) -> Cast:
             modes["overflow"] = part
         elif part in ROUNDINGS or part.partition(":")[0] in STOCHASTIC_ROUNDINGS:
             modes["rounding"] = part
+        elif part.partition(":")[0] in ("hadamard", "expand"):
+            raise ValueError(
+                f"transform {part!r} of {name!r} is not part of a block: leave it out; fpsim.round takes it, and here "
+                "it is fpsim.reference.hadamard or round_power_map"
+            )
         else:
             scale = part
     if scale is None:
@@ -373,7 +387,50 @@ def quantize_blocks(
             working=working,
         )
 
-    return [(indices, rounded(indices)) for indices in block_indices(shape, axis, cast.scale)]
+    blocks = [(indices, rounded(indices)) for indices in block_indices(shape, axis, cast.scale)]
+    if not cast.scale.double:
+        return blocks
+    ratios = [_quantized_ratio(block.scale, [values[i] for i in indices]) for indices, block in blocks]
+    restored = restored_ratios(*quantize_ratios(ratios))
+    return [(indices, replace(block, scale=d)) for (indices, block), d in zip(blocks, restored, strict=True)]
+
+
+def _quantized_ratio(ratio: Value, values: Sequence[Number]) -> Value:
+    """The number that is quantized for the ratio of a block: itself, or 0 if the block counts as zeros."""
+    largest_of_block = amax(values)
+    is_zero = isinstance(largest_of_block, Fraction) and round(largest_of_block, "fp32") < SMALLEST_NORMAL  # type: ignore[operator]
+    return Fraction(0) if is_zero else ratio
+
+
+def quantize_ratios(ratios: Sequence[Value]) -> tuple[list[Block], Value]:
+    """The ratios of the groups of a tensor, quantized again, as in QLoRA: the second level of ``nf4/group:64:double``.
+
+    1. The mean m of the ratios is computed by `fpsim.reference.scales.mean_ratio`. A group of zeros counts as 0.
+    2. The differences of the ratios and m are rounded to float32.
+    3. Every 256 of them are a block with the elements ``dynamic8`` under a ratio of their own.
+
+    A ratio that is NaN makes m NaN, and so all ratios.
+
+    Returns:
+        The blocks, and m.
+
+    Source: bitsandbytes, ``quantize_4bit(compress_statistics=True)``, which leaves the order of the sum open.
+    """
+    mean = mean_ratio(ratios)
+    centred = [sub(ratio, mean, "fp32") for ratio in ratios]
+    starts = range(0, len(centred), 256)
+    return [quantize_block(centred[i : i + 256], "dynamic8", "group:256") for i in starts], mean
+
+
+def restored_ratios(blocks: Sequence[Block], mean: Value) -> list[Value]:
+    """The ratios for which the results of `quantize_ratios` stand.
+
+    Each is the product of the element and the ratio of its block, plus the mean: two steps of float32. A magnitude
+    below 2**-100 becomes zero. A ratio of a group that is much smaller than the largest may be restored as a small
+    negative number, as in bitsandbytes.
+    """
+    restored = [add(value, mean, "fp32") for block in blocks for value in block.decoded()]
+    return [Fraction(0) if isinstance(d, Fraction) and abs(d) < LEAST_RATIO else d for d in restored]
 
 
 def round_blocks(

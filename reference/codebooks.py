@@ -107,28 +107,29 @@ def _float32(value: Number) -> Fraction:
 
 
 @cache
-def dynamic_map(signed: bool) -> Codebook:
-    """The dynamic 8-bit map of bitsandbytes (``create_dynamic_map``), by which its optimizers store their states.
+def dynamic_map(signed: bool, decades: int = 7, ties: Ties = "down") -> Codebook:
+    """The dynamic map of bitsandbytes (``create_dynamic_map``), by which its 8-bit optimizers store their states.
 
-    Decade i of 0 to 6 splits the numbers from 0.1 to 1 evenly, into 2**i parts (2**(i + 1) if unsigned). The middle of
-    each part times 10**(i - 6) is a value, and its negative too if signed. 0 and 1 are values. Every step rounds to
-    float32, as it does there. `torch.linspace` counts from the nearer end, with a fused multiply-add.
+    Decade i of 0 to ``decades`` - 1 splits the numbers from 0.1 to 1 evenly, into 2**i parts (2**(i + 1) if unsigned).
+    The middle of each part times 10**(i - decades + 1) is a value, and its negative too if signed. 0 and 1 are values.
+    Every step rounds to float32, as it does there. `torch.linspace` counts from the nearer end, with a fused
+    multiply-add. The map with signs and 3 decades is that of torchao's 4-bit optimizers, which send ties upwards.
 
     Source: T. Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", arXiv 1511.04561;
-    bitsandbytes.functional.create_dynamic_map.
+    bitsandbytes.functional.create_dynamic_map; torchao.optim.quant_utils.
 
     >>> len(dynamic_map(True).values), float(dynamic_map(True).values[0])
     (256, -0.992968738079071)
     """
     values = {Fraction(0), Fraction(1)}
-    for decade in range(7):
+    for decade in range(decades):
         ends = _linspace(2 ** (decade + (not signed)))
-        power = _float32(Fraction(1, 10 ** (6 - decade)))
+        power = _float32(Fraction(1, 10 ** (decades - 1 - decade)))
         for left, right in pairwise(ends):
             middle = div(add(left, right, "fp32"), 2, "fp32")
             value = rational(mul(power, middle, "fp32"))
             values |= {value, -value} if signed else {value}
-    return Codebook(tuple(sorted(values)), "down")
+    return Codebook(tuple(sorted(values)), ties)
 
 
 def _linspace(parts: int) -> list[Value]:
@@ -176,4 +177,11 @@ _FP4_MAGNITUDES = [_float32(twelfths / 12) for twelfths in _TWELFTHS]
 FP4_BNB = Codebook((*(-value for value in reversed(_FP4_MAGNITUDES)), Fraction(0), *_FP4_MAGNITUDES), "zero")
 
 #: The codebooks that have names.
-CODEBOOKS = {"nf4": NF4, "fp4_bnb": FP4_BNB}
+CODEBOOKS = {
+    "nf4": NF4,
+    "fp4_bnb": FP4_BNB,
+    "dynamic8": dynamic_map(True),
+    "dynamic8:unsigned": dynamic_map(False),
+    "dynamic4": dynamic_map(True, 3, "up"),
+    "linear4:unsigned": Codebook(tuple(Fraction(i, 16) for i in range(1, 17)), "up"),  # it has no zero
+}

@@ -19,6 +19,7 @@ from typing import Final, Literal, get_args
 from fpsim.formats import FloatFormat, parse_format
 
 from .arithmetic import div, mul
+from .codebooks import Codebook
 from .decoding import largest
 from .elements import Element, largest_magnitude, mantissa_bits, parse_element, smallest_magnitude
 from .encoding import encode
@@ -73,12 +74,14 @@ class Scale:
         rule: one of `POWER_OF_TWO_RULES`, `RATIO_RULES` and `NV_RULES`, or ``"power_of_two"``.
         size: the length of a block or group, or the two lengths of a tile; empty for the others.
         asymmetric: whether the range from the least to the greatest element is used, with a zero point.
+        double: whether the ratios are quantized again (`fpsim.reference.blocks.restored_ratios`).
     """
 
     shared_by: Literal["tensor", "row", "column", "block", "group"]
     rule: str
     size: tuple[int, ...] = ()
     asymmetric: bool = False
+    double: bool = False
 
 
 _RULE = "|".join((*RATIO_RULES, *POWER_OF_TWO_RULES, "power_of_two", "asymmetric"))
@@ -89,7 +92,7 @@ _SCALES = {
     "nv": rf"nv(?::(?P<size>16|16x16))?(?::(?P<rule>{'|'.join(NV_RULES)}))?",
     "all": rf"(?P<shared_by>tensor|row|column)(?::(?P<rule>{_RULE}))?",
     "block": rf"block:(?P<size>[0-9]+(?:x[0-9]+)?)(?::(?P<rule>{_RULE}))?",
-    "group": rf"group:(?P<size>[0-9]+)(?::(?P<rule>{_RULE}))?",
+    "group": rf"group:(?P<size>[0-9]+)(?::(?P<rule>{_RULE}|double))?",
 }
 _USUAL_RULES = {"power_of_two": "power_of_two", "mx": "rceil", "nv": "te"}
 _USUAL_SIZES = {"mx": "32", "nv": "16"}
@@ -104,14 +107,14 @@ def parse_scale(name: str | Scale) -> Scale:
     - ``tensor``, ``row``, ``column``, ``block:n``, ``block:AxB`` and ``group:n``, which is of the flattened tensor: the
       ratio of amax and the largest value, in float32 or, with ``:bf16``, in bfloat16. With ``:asymmetric`` the ratio of
       the range and the number of integers, and a zero point. With a rule of ``mx``, or ``:power_of_two`` for ``rceil``,
-      a power of two.
+      a power of two. ``group:n:double`` is a ratio that is quantized again.
     - ``power_of_two`` or ``tensor:power_of_two``: one scale for the tensor, see `fpsim.power_of_two_scale`.
 
     Raises:
         ValueError: there is no such scale.
 
     >>> parse_scale("mx:16:even")
-    Scale(shared_by='block', rule='even', size=(16,), asymmetric=False)
+    Scale(shared_by='block', rule='even', size=(16,), asymmetric=False, double=False)
     """
     if isinstance(name, Scale):
         return name
@@ -125,8 +128,9 @@ def parse_scale(name: str | Scale) -> Scale:
             shared_by = named.get("shared_by") or {"power_of_two": "tensor", "group": "group"}.get(family, "block")
             if rule == "power_of_two" and shared_by != "tensor":
                 rule = "rceil"
-            asymmetric = rule == "asymmetric"
-            return Scale(shared_by, "fp32" if asymmetric else rule, size, asymmetric)  # type: ignore[arg-type]
+            asymmetric, double = rule == "asymmetric", rule == "double"
+            rule = "fp32" if asymmetric or double else rule
+            return Scale(shared_by, rule, size, asymmetric, double)  # type: ignore[arg-type]
     raise ValueError(f"unknown scale {name!r}: see parse_scale")
 
 
@@ -291,7 +295,7 @@ def ratio_scale(a: Value, element: Element, rule: str) -> Value:
     """The ratio d of the largest magnitude ``a`` and the largest value of the format.
 
     1. ``a`` is rounded to float32. If it is NaN or infinite, the scale is NaN.
-    2. If it is below 2**-126, d is 1.
+    2. If it is below 2**-126, d is 1. For a codebook without zero it is 2**-100, so that the results are tiny.
     3. d is the quotient rounded to float32; then rounded to bfloat16 if ``rule`` is ``"bf16"``.
     4. d is raised to 2**-100, and lowered to the largest finite number of its format.
 
@@ -302,7 +306,7 @@ def ratio_scale(a: Value, element: Element, rule: str) -> Value:
     if rounded is NAN or rounded in INFINITIES:
         return NAN
     if rational(rounded) < SMALLEST_NORMAL:
-        return Fraction(1)
+        return Fraction(1) if not isinstance(element, Codebook) or 0 in element.values else LEAST_RATIO
     full = element.half_range if isinstance(element, Integers) else largest_magnitude(element)
     return _bounded(div(rounded, full, "fp32"), rule)
 
@@ -310,6 +314,21 @@ def ratio_scale(a: Value, element: Element, rule: str) -> Value:
 def _bounded(ratio: Value, rule: str) -> Fraction:
     fmt = parse_format(rule)
     return max(rational(round(ratio, fmt, overflow="sat_finite")), LEAST_RATIO)
+
+
+def mean_ratio(ratios: Iterable[Value]) -> Value:
+    """The mean of the ratios of a tensor, in float32; NaN if one is NaN.
+
+    With the power of two 2**e at or below the largest ratio, and at least 2**-100, each ratio is rounded to a multiple
+    of 2**(e - 28), ties to even. The exact sum is divided by the number of ratios; the quotient is rounded to float64,
+    and then to float32.
+    """
+    given = list(ratios)
+    if NAN in given:
+        return NAN
+    unit = scale_b(1, floor_log2(max(*map(rational, given), LEAST_RATIO)) - 28)
+    total = sum(_nearest_integer(rational(ratio) / unit) for ratio in given)
+    return round(rational(div(total, len(given), "fp64")) * unit, "fp32")
 
 
 def flushed(value: Value) -> Value:

@@ -271,7 +271,10 @@ FAMILIES: tuple[Family, ...] = (
 #: Operators outside aten that are known to hold no matrix product, by namespace. Collective operations (c10d) move
 #: numbers between ranks, and add them up. The quantization of pt2e works on single elements.
 _OTHERS = {
-    "fpsim": "mark observe power_of_two_scale random_key round round_stochastic",
+    "fpsim": """
+        mark mx_multiplier observe power_of_two_scale random_key random_keys random_words round round_scaled
+        round_stochastic round_with_words timed_factor
+        """,
     "prims": """
         _low_memory_max_pool_offsets_to_indices _low_memory_max_pool_with_offsets _make_token _sink_tokens
         _unsafe_index_put_ abs acos acosh add amax amin as_strided as_strided_scatter asin asinh atan atan2 atanh

@@ -13,7 +13,7 @@ import enum
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
@@ -70,6 +70,10 @@ class ProductOperator:
         is_layer_with_bias: whether it is a linear layer if the addend is a vector. Then the second operand is a weight.
         transposed: for a convolution the position of the argument that exchanges the roles of the kernel's first two
             axes.
+        scales: the scales of operands that can multiply the result instead (`fpsim.compile_backend.graph.epilogues`):
+            ``tensors``, one of a whole tensor; ``rows``, also one of all elements along the contracted axes; empty,
+            none.
+        plain: the operator without the addend, for operators whose result may be scaled.
     """
 
     packet: OpOverloadPacket
@@ -82,6 +86,8 @@ class ProductOperator:
     weight: int | None = None
     is_layer_with_bias: bool = False
     transposed: int | None = None
+    scales: Literal["", "tensors", "rows"] = ""
+    plain: OpOverload | None = None
 
     @property
     def name(self) -> str:
@@ -121,6 +127,7 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         aten.mm,
         Form.MATRICES,
         _one(0, 1, (-1,), (-2,)),
+        scales="rows",
         gradients=("aten.mm", "aten.mm"),
         overloads=("default", "dtype"),
     ),
@@ -128,6 +135,7 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         aten.bmm,
         Form.MATRICES,
         _one(0, 1, (-1,), (-2,)),
+        scales="rows",
         gradients=("aten.bmm", "aten.bmm"),
         overloads=("default", "dtype"),
     ),
@@ -135,6 +143,8 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         aten.addmm,
         Form.MATRICES,
         _one(1, 2, (-1,), (-2,)),
+        scales="rows",
+        plain=aten.mm.default,
         gradients=("aten.mm", "aten.mm"),
         overloads=("default", "dtype"),
         addend=0,
@@ -144,6 +154,8 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         aten.baddbmm,
         Form.MATRICES,
         _one(1, 2, (-1,), (-2,)),
+        scales="rows",
+        plain=aten.bmm.default,
         gradients=("aten.bmm", "aten.bmm"),
         overloads=("default", "dtype"),
         addend=0,
@@ -159,12 +171,15 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         aten.mv,
         Form.VECTORS,
         _one(0, 1, (-1,), (0,)),
+        scales="rows",
         gradients=("aten.mul", "aten.mv"),
     ),
     ProductOperator(
         aten.addmv,
         Form.VECTORS,
         _one(1, 2, (-1,), (0,)),
+        scales="rows",
+        plain=aten.mv.default,
         gradients=("aten.mul", "aten.mv"),
         addend=0,
     ),
@@ -172,12 +187,14 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         aten.dot,
         Form.VECTORS,
         _one(0, 1, (0,), (0,)),
+        scales="rows",
         gradients=("aten.mul", "aten.mul"),
     ),
     ProductOperator(
         aten.vdot,
         Form.VECTORS,
         _one(0, 1, (0,), (0,)),
+        scales="rows",
         gradients=("aten.mul", "aten.mul"),
     ),
     # An outer product has no sum: tracing decomposes it into one multiplication.
@@ -202,12 +219,15 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         aten._grouped_mm,
         Form.GROUPS,
         _one(0, 1, (-1,), (-2,)),
+        scales="tensors",
         gradients=("aten._grouped_mm", "aten._grouped_mm"),
     ),
     ProductOperator(
         aten.convolution,
         Form.CONVOLUTION,
         _one(0, 1, (1,), (1,)),
+        scales="tensors",
+        plain=aten.convolution.default,
         gradients=("aten.convolution_backward", "aten.convolution_backward"),
         addend=2,
         weight=1,
@@ -222,6 +242,7 @@ PRODUCTS: tuple[ProductOperator, ...] = (
         ),
         weight=2,
         transposed=7,
+        scales="tensors",
     ),
 )
 

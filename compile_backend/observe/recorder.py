@@ -11,13 +11,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from fpsim.casts import Cast, in_range_of_format
+from fpsim.casts import ROUNDING_OPERATORS, Cast, in_range_of_format
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.views import base
 from fpsim.compile_backend.observe.product_error import comparison, other_tensors, result_of
@@ -25,16 +25,19 @@ from fpsim.compile_backend.observe.rounding_statistics import Statistics, measur
 from fpsim.compile_backend.plan import Site
 
 _library = torch.library.Library("fpsim", "FRAGMENT")
-_library.define("observe(Tensor value, Tensor[] exact, Tensor[] rounded, Tensor[] others, int number) -> Tensor")
+_library.define(
+    "observe(Tensor value, Tensor[] exact, Tensor[] rounded, Tensor[] factors, Tensor[] others, int number) -> Tensor"
+)
 _library.impl("observe", lambda value, *_: value.clone(), "CompositeExplicitAutograd")
 _library._register_fake("observe", lambda value, *_: torch.empty_like(value))
 
 #: The identity of ``value``, the result that observation ``number`` measures. Its other arguments are the operands
-#: before (``exact``) and after rounding (``rounded``), and the ``others``, the further tensors of the operator.
+#: before (``exact``) and after rounding (``rounded``), the ``factors`` of those with timed scales, and the ``others``,
+#: the further tensors of the operator. Those before a transform follow those before rounding in ``exact``.
 observe: OpOverload = torch.ops.fpsim.observe.default
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SiteStatistics(Site):
     """A site and the statistics of rounding there, over all runs.
 
@@ -85,32 +88,45 @@ class _Observation:
     """A product or a rounded result that is observed.
 
     Attributes:
-        value: the node that holds the product or the rounded result.
+        value: the node that holds the product, times scales outside of it, or the rounded result.
+        unscaled: the node that holds the product alone; ``value`` itself if no scale is outside.
         product: the matrix product; None for a rounded result.
         exact, rounded: the operands, or the result, before and after rounding.
         sites: one for each operand, or the one of the result.
         keys: one for each site. Sites with the same key hold the same numbers, and have the same statistics.
+        operands: the operands of the product before a transform and rounding; empty for a rounded result.
     """
 
     value: fx.Node
+    unscaled: fx.Node
     product: Product | None
     exact: tuple[fx.Node, ...]
     rounded: tuple[fx.Node, ...]
     sites: tuple[Site, ...]
     keys: tuple[int, ...]
+    operands: tuple[fx.Node, ...]
 
 
-def measure_cast(exact: Tensor, rounded: Tensor, by: Cast | None, axes: Sequence[int] = (-1,)) -> Statistics:
+def measure_cast(
+    exact: Tensor, rounded: Tensor, by: Cast | None, axes: Sequence[int] = (-1,), factor: Tensor | None = None
+) -> Statistics:
     """The statistics of ``exact``, rounded to ``rounded`` by the cast ``by``; None stands for no rounding.
 
+    ``factor`` is the one in use if the scale is timed.
+
     For a scaled cast, subnormals and saturations are counted among the scaled numbers. Everything else is measured on
-    the numbers before scaling and after unscaling.
+    the numbers before scaling and after unscaling. A cast with a transform changes the numbers themselves: nothing is
+    counted in its format. One of the two may have the wider dtype of its scales or of a transform.
     """
-    grid = None if by is None else by.grid
+    wide = torch.promote_types(exact.dtype, rounded.dtype)
+    grid, exact, rounded = None if by is None else by.grid, exact.to(wide), rounded.to(wide)
+    if by is not None and by.transform is not None:
+        return measure(exact, rounded)
     if by is None or by.scale is None:
         return measure(exact, rounded, grid)
-    scaled = measure(*in_range_of_format(exact, rounded, by, axes), grid)
-    groups = {} if by.scale.rule == "power_of_two" or not exact.numel() else measure_groups(exact, by, axes)
+    scaled = measure(*in_range_of_format(exact, rounded, by, axes, factor), grid)
+    is_counted = by.scale.rule != "power_of_two" and not by.scale.is_timed and exact.numel()
+    groups = measure_groups(exact, by, axes) if is_counted else {}
     return replace(measure(exact, rounded), subnormals=scaled.subnormals, saturations=scaled.saturations, **groups)
 
 
@@ -124,6 +140,18 @@ def _key_of(node: fx.Node, site: Site) -> tuple[Any, ...]:
     if site.cast is not None and site.cast.has_axis:
         return node, site.cast, site.contracted
     return base(node), site.cast, str(node.meta["val"].numel())
+
+
+def _is_timed(site: Site) -> bool:
+    return site.cast is not None and site.cast.scale is not None and site.cast.scale.is_timed
+
+
+def _factor_of(rounded: fx.Node) -> fx.Node:
+    """The node of the factor in use with which ``rounded``, or the value that it rearranges, was scaled."""
+    # A rounding without a node at the end is the conversion of a transformed operand to the dtype of its product.
+    while rounded.target not in ROUNDING_OPERATORS or not isinstance(rounded.args[-1], fx.Node):
+        (rounded, *_) = rounded.all_input_nodes
+    return rounded.args[-1]
 
 
 class Recorder:
@@ -144,33 +172,60 @@ class Recorder:
         self._measured: set[int] = set()
         self.clear()
 
-    def add_product(self, product: Product, exact: Sequence[fx.Node], sites: Sequence[Site]) -> None:
-        """Observe ``product``. ``exact`` are its operands before rounding, and ``sites`` their sites."""
-        rounded = [cast(fx.Node, product.node.args[i]) for i in product.operands]
-        self._add(result_of(product), product, exact, rounded, sites)
+    def add_product(
+        self,
+        product: Product,
+        exact: Sequence[fx.Node],
+        sites: Sequence[Site],
+        before: Sequence[fx.Node],
+        rounded: Sequence[fx.Node],
+        scaled: fx.Node | None = None,
+    ) -> None:
+        """Observe ``product``.
+
+        Args:
+            exact: its operands before a transform and rounding.
+            sites: their sites.
+            before: its operands after a transform and before rounding.
+            rounded: its operands after rounding, with all their scales.
+            scaled: the node that holds the product times the scales outside of it; None if there are none.
+        """
+        self._add(scaled or result_of(product), result_of(product), product, before, rounded, sites, exact)
 
     def add_result(self, exact: fx.Node, rounded: fx.Node, site: Site) -> None:
         """Observe ``exact``, the result of an operation or a product, and ``rounded``, the same after rounding."""
-        self._add(rounded, None, [exact], [rounded], [site])
+        self._add(rounded, rounded, None, [exact], [rounded], [site])
 
     def _add(
         self,
         value: fx.Node,
+        unscaled: fx.Node,
         product: Product | None,
         exact: Sequence[fx.Node],
         rounded: Sequence[fx.Node],
         sites: Sequence[Site],
+        operands: Sequence[fx.Node] = (),
     ) -> None:
         keys = [
             self._keys.setdefault(_key_of(node, site), len(self._keys)) for node, site in zip(exact, sites, strict=True)
         ]
-        self._observations.append(_Observation(value, product, tuple(exact), tuple(rounded), tuple(sites), tuple(keys)))
+        self._observations.append(
+            _Observation(
+                value, unscaled, product, tuple(exact), tuple(rounded), tuple(sites), tuple(keys), tuple(operands)
+            )
+        )
 
     def insert(self, graph: fx.Graph) -> None:
         """Insert the observations into the graph that is being rewritten."""
         for number, observation in enumerate(self._observations):
             value, others = observation.value, other_tensors(observation.product)
-            arguments = (value, list(observation.exact), list(observation.rounded), others, number)
+            factors = [
+                _factor_of(node)
+                for node, site in zip(observation.rounded, observation.sites, strict=True)
+                if _is_timed(site)
+            ]
+            exact = [*observation.exact, *observation.operands]
+            arguments = (value, exact, list(observation.rounded), factors, others, number)
             with graph.inserting_after(value):
                 node = graph.call_function(observe, arguments)
             node.meta = {**value.meta, "original_aten": observe}
@@ -196,21 +251,29 @@ class Recorder:
     def _observer(self, number: int) -> Callable[..., Tensor]:
         observation = self._observations[number]
         product = observation.product
-        compare = None if product is None else comparison(product, observation.value, self._exact)
+        compare = None if product is None else comparison(product, observation.unscaled, self._exact)
         own = [i for i, key in enumerate(observation.keys) if key not in self._measured]
         self._measured |= set(observation.keys)
 
         @torch.no_grad()
-        def observed(value: Tensor, exact: list[Tensor], rounded: list[Tensor], others: list[Tensor], _: int) -> Tensor:
+        def observed(
+            value: Tensor,
+            exact: list[Tensor],
+            rounded: list[Tensor],
+            factors: list[Tensor],
+            others: list[Tensor],
+            _: int,
+        ) -> Tensor:
             self._runs[number] += 1
+            waiting = iter(factors)
+            given = [next(waiting) if _is_timed(site) else None for site in observation.sites]
             for i in own:
-                statistics = measure_cast(
-                    exact[i], rounded[i], observation.sites[i].cast, axes_of(observation.sites[i], exact[i].dim())
-                )
+                site = observation.sites[i]
+                statistics = measure_cast(exact[i], rounded[i], site.cast, axes_of(site, exact[i].dim()), given[i])
                 self._statistics.setdefault(observation.keys[i], []).append(statistics)
             if compare is not None:
                 seed = (number << 32) + self._runs[number]  # other signs in every run, so that errors average out
-                self._errors.setdefault(number, []).append(compare(value, exact, others, seed))
+                self._errors.setdefault(number, []).append(compare(value, exact[len(rounded) :], others, seed))
             return value
 
         return observed

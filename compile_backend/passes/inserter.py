@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import operator
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 from torch.utils.checkpoint import CheckpointPolicy
 
 import fpsim.rounding.inductor
-import fpsim.scaling.inductor  # noqa: F401  (operators must have their lowerings before Inductor meets them)
-from fpsim.casts import Cast, apply_cast, check_cast
+import fpsim.scaling.inductor
+import fpsim.transforms.inductor  # noqa: F401  (operators must have their lowerings before Inductor meets them)
+from fpsim.casts import Cast, apply_cast, check_cast, outer_scale
 from fpsim.compile_backend.graph import convolution
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.metadata import describe, order_in_memory, value_of
@@ -22,20 +27,23 @@ from fpsim.compile_backend.graph.sources import Source
 from fpsim.compile_backend.graph.views import is_view, mapped_axes
 from fpsim.compile_backend.observe.recorder import Recorder
 from fpsim.compile_backend.plan import Site
+from fpsim.compile_backend.scale_states import timed_factor_op
 from fpsim.formats import FloatFormat
 from fpsim.rounding.carriers import CARRIERS
-from fpsim.rounding.ops import random_key_op, random_words_op
+from fpsim.rounding.ops import SOURCE, random_keys_op, random_words_op, round_op
 from fpsim.scaling.groups import across
-from fpsim.scaling.ops import SCALE_OPERATORS
+from fpsim.scaling.ops import SCALE_OPERATORS, outer_scale_op
+from fpsim.transforms.ops import transform_operand_op, transform_parameters_op
+from fpsim.transforms.transform import Transform
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 # The metadata that a rounding copies from the rounded value, and from the node that needs the rounding.
 _COPIED = ("partitioner_tag", "recompute", "ac_graph_id", "seq_nr", "stack_trace")
 _PLACES = ("nn_module_stack", "fwd_nn_module_stack", "stack_trace")
 
 # The operators of a cast that are not elementwise. Backward keeps their results, which are small.
-_OF_WHOLE_TENSORS = (*SCALE_OPERATORS.values(), aten.select.int)
+_OF_WHOLE_TENSORS = (*SCALE_OPERATORS.values(), outer_scale_op, aten.select.int, aten.amax.default, timed_factor_op)
 
 
 class Inserter:
@@ -45,34 +53,125 @@ class Inserter:
         graph: the graph that is rewritten.
         sources: the sources of its nodes; inserted nodes are added.
         seed: the input that is the seed of stochastic rounding.
+        handle: the input that tells where the states of timed scales are.
         recorder: observes every rounded value and product.
     """
 
     def __init__(
-        self, graph: fx.Graph, sources: dict[fx.Node, Source], seed: fx.Node | None, recorder: Recorder | None
+        self,
+        graph: fx.Graph,
+        sources: dict[fx.Node, Source],
+        seed: fx.Node | None,
+        handle: fx.Node | None,
+        recorder: Recorder | None,
     ) -> None:
         self.graph = graph
         self.sources = sources
-        self.roundings: dict[tuple[fx.Node, Cast, Axes], fx.Node] = {}
+        self.roundings: dict[tuple[fx.Node, Cast, Axes, bool], fx.Node] = {}
+        self.outer_scales: dict[tuple[fx.Node, Cast, Axes], fx.Node] = {}
+        self.transforms: dict[tuple[Any, ...], fx.Node] = {}
         # The calls into which joint ones were split, as `convolution.split` describes them.
         self.split_calls: dict[fx.Node, tuple[int, fx.Node | None]] = {}
         self.seed = seed
-        self.key_count = 0
+        self.keys: fx.Node | None = None
+        self.handle = handle
+        self.timed_sites: Counter[tuple[str, str]] = Counter()
         self.recorder = recorder
 
-    def round_operand(self, product: Product, position: int, cast: Cast, contracted: Axes) -> None:
+    def round_operand(
+        self,
+        product: Product,
+        position: int,
+        cast: Cast | None,
+        contracted: Axes,
+        transformed: fx.Node | None = None,
+        *,
+        outside: bool = False,
+    ) -> fx.Node | None:
         """Round one operand of ``product``, and of no other product that the same call computes.
 
         Args:
+            cast: how to round it; None leaves it unrounded.
             contracted: the axes of the operand along which the product sums.
+            transformed: the operand after the transform of the product, if there is one.
+            outside: whether the operand's outer scale multiplies the result (`fpsim.casts.outer_scale`).
+
+        Returns:
+            The node of that scale; None if there is none.
         """
         operand: fx.Node = product.node.args[position]  # type: ignore[assignment]
-        rounded = self.rounded(operand, cast, product.node, contracted)
+        exact = rounded = transformed or operand
+        if cast is not None:
+            check_cast(operand.meta["val"].dtype, cast)
+            site = (product.path or "", product.kind, product.roles[product.operands.index(position)])
+            rounded = self.rounded(exact, cast, product.node, contracted, site, outside)
+        rounded = self._in_dtype(rounded, operand.meta["val"].dtype, product.node)
         if rounded is operand:
-            return
+            return None
         if _is_joint(product.node) and product.node not in self.split_calls:
             self.split_calls |= convolution.split(product.node)
         product.node.update_arg(position, rounded)
+        if cast is None or not outside:
+            return None
+        return self._outer_scale(exact, cast, product.node, contracted)
+
+    def transformed(
+        self, operands: Sequence[fx.Node], axes: Sequence[int], transform: Transform, near: fx.Node
+    ) -> list[fx.Node]:
+        """The operands of the product ``near``, which sums over one of ``axes`` of each, transformed.
+
+        Products with the same operands share them.
+        """
+        parameters: tuple[fx.Node, ...] = ()
+        name = str(transform)
+        if transform.has_parameters:
+            first, second = operands
+            arguments = (first, second, name, list(axes), SOURCE)
+            parameters = (self._shared(transform_parameters_op, arguments, operands, near),)
+        return [
+            self._transformed(x, axis, (name, number), parameters, near)
+            for number, (x, axis) in enumerate(zip(operands, axes, strict=True))
+        ]
+
+    def _transformed(
+        self, value: fx.Node, axis: int, how: tuple[str, int], parameters: tuple[fx.Node, ...], near: fx.Node
+    ) -> fx.Node:
+        """``value`` transformed along ``axis``. A view of which this is an axis of the base is one of the result."""
+        axes_of_base = mapped_axes(value, (axis,)) if is_view(value) else None
+        if axes_of_base is None or not _same_length(value, axis, axes_of_base[0]):
+            return self._shared(
+                transform_operand_op, (value, *how, axis, SOURCE, *parameters), [value, *parameters], near
+            )
+        source = self._transformed(value.args[0], axes_of_base[0], how, parameters, near)  # type: ignore[arg-type]
+        key = (value, source)
+        if key not in self.transforms:
+            with self.graph.inserting_before(near):
+                self.transforms[key] = self._view_of(value, source)
+        return self.transforms[key]
+
+    def _shared(
+        self, target: Callable[..., Any], arguments: tuple[Any, ...], inputs: Sequence[fx.Node], near: fx.Node
+    ) -> fx.Node:
+        """The node that holds the result of a call, before ``near``; equal calls have one node."""
+        key = (target, *(_same(each) if isinstance(each, fx.Node) else str(each) for each in arguments))
+        if key not in self.transforms:
+            with self.graph.inserting_before(near):
+                node = self.graph.call_function(target, arguments)
+            node.meta = self._meta(inputs[0], near)
+            if all(self._is_available_in_backward(each) for each in inputs):
+                node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
+            describe(node)
+            self.sources[node] = functools.reduce(operator.or_, (self.sources[each] for each in inputs))
+            self.transforms[key] = node
+        return self.transforms[key]
+
+    def _in_dtype(self, value: fx.Node, dtype: torch.dtype, near: fx.Node) -> fx.Node:
+        """``value``, rounded once to the dtype of the product that reads it, if a transform made it wider."""
+        if value.meta["val"].dtype == dtype:
+            return value
+        name = CARRIERS[dtype].name
+        rounded = self._shared(round_op, (value, name, "nearest_even", "ovf_inf", SOURCE), [value], near)
+        return self._shared(prims.convert_element_type.default, (rounded, dtype), [rounded], near)
 
     def release_shapes(self) -> None:
         """Replace operands of which only the shape is used, so that backward keeps none of them for its shape alone.
@@ -89,28 +188,50 @@ class Inserter:
             call.update_arg(position, operand)
         convolution.join(self.split_calls)
 
-    def rounded(self, value: fx.Node, cast: Cast, near: fx.Node, axes: Axes = ()) -> fx.Node:
+    def rounded(
+        self,
+        value: fx.Node,
+        cast: Cast,
+        near: fx.Node,
+        axes: Axes = (),
+        site: tuple[str, str, str] = ("", "", ""),
+        outside: bool = False,
+    ) -> fx.Node:
         """The node that holds ``value`` rounded.
 
         Rounding commutes with rearrangement, so that the base of a view is rounded and then rearranged again: the
         operand of fprop and its transpose in dgrad and wgrad share one rounding. If the scales of the cast lie along
-        ``axes``, this holds for views in which these axes are axes of the base. ``near`` is the node that needs it.
+        ``axes``, this holds for views in which these axes are axes of the base. ``near`` is the node that needs it, and
+        ``site`` says where: the module, the kind of the product, and the role. ``outside`` is that of `round_operand`.
         """
         if _is_exact(value.meta["val"].dtype, cast):
             return value
         axes = _axes_of_scales(cast, axes, value.meta["val"].dim())
-        if (value, cast, axes) not in self.roundings:
+        key = value, cast, axes, outside
+        if key not in self.roundings:
             axes_of_base = _axes_of_base(value, axes, cast) if is_view(value) else None
             if axes_of_base is not None:
-                self.roundings[value, cast, axes] = self._rearranged(value, cast, near, axes_of_base)
+                self.roundings[key] = self._rearranged(value, cast, near, axes_of_base, site, outside)
             else:
-                self.roundings[value, cast, axes] = self._insert(value, cast, near, axes)
-        return self.roundings[value, cast, axes]
+                self.roundings[key] = self._insert(value, cast, near, axes, site, outside)
+        return self.roundings[key]
+
+    def _outer_scale(self, value: fx.Node, cast: Cast, near: fx.Node, axes: Axes) -> fx.Node:
+        """The node of the outer scale of ``value``; that of its base if the scale is one of the whole tensor."""
+        assert cast.scale is not None, "the cast has a scale"
+        axes = _axes_of_scales(cast, axes, value.meta["val"].dim())
+        axes_of_base = _axes_of_base(value, axes, cast) if is_view(value) and cast.scale.kind != "row" else None
+        if axes_of_base is not None:
+            return self._outer_scale(value.args[0], cast, near, axes_of_base)  # type: ignore[arg-type]
+        key = value, cast, axes
+        if key not in self.outer_scales:
+            self.outer_scales[key] = outer_scale(value, cast, axes=axes, call=self.calls_after(value, near))
+        return self.outer_scales[key]
 
     def rounded_result(self, value: fx.Node, near: fx.Node, site: Site) -> fx.Node:
         """The node that holds ``value``, the result of an operation, rounded by the cast of ``site``; as `rounded`."""
         assert site.cast is not None
-        result = self.rounded(value, site.cast, near)
+        result = self.rounded(value, site.cast, near, site.contracted)
         if self.recorder is not None:
             self.recorder.add_result(value, result, site)
         return result
@@ -119,35 +240,69 @@ class Inserter:
         """Replace ``node``, for all of its users, by the node that holds it rounded by the cast of ``site``."""
         assert site.cast is not None
         users = list(node.users)
-        result = self._insert(node, site.cast, node)
+        result = self._insert(node, site.cast, node, site.contracted)
         for user in users:
             user.replace_input_with(node, result)
         if self.recorder is not None:
             self.recorder.add_result(node, result, site)
 
-    def _rearranged(self, view: fx.Node, cast: Cast, near: fx.Node, axes: Axes) -> fx.Node:
-        source = self.rounded(view.args[0], cast, near, axes)  # type: ignore[arg-type]
+    def _rearranged(
+        self, view: fx.Node, cast: Cast, near: fx.Node, axes: Axes, site: tuple[str, str, str], outside: bool
+    ) -> fx.Node:
+        source = self.rounded(view.args[0], cast, near, axes, site, outside)  # type: ignore[arg-type]
         with self.graph.inserting_after(view):
-            copy = self.graph.call_function(
-                view.target,  # type: ignore[arg-type]
-                map_arg(view.args, lambda node: source if node is view.args[0] else node),
-                view.kwargs,
-            )
+            return self._view_of(view, source)
+
+    def _view_of(self, view: fx.Node, source: fx.Node) -> fx.Node:
+        """A new node that rearranges ``source`` as ``view`` does its base."""
+        copy = self.graph.call_function(
+            view.target,  # type: ignore[arg-type]
+            map_arg(view.args, lambda node: source if node is view.args[0] else node),
+            view.kwargs,
+        )
         copy.meta = {**view.meta, "val": value_of(copy)}
         self.sources[copy] = self.sources[view]
         return copy
 
-    def _insert(self, value: fx.Node, cast: Cast, near: fx.Node, axes: Axes = ()) -> fx.Node:
+    def _insert(
+        self,
+        value: fx.Node,
+        cast: Cast,
+        near: fx.Node,
+        axes: Axes = (),
+        site: tuple[str, str, str] = ("", "", ""),
+        outside: bool = False,
+    ) -> fx.Node:
         """A new node that holds ``value`` rounded. It follows ``value`` or, if that is an input, all inputs."""
         check_cast(value.meta["val"].dtype, cast)
+        key = self.random_key(value) if cast.is_stochastic else None
+        is_timed = cast.scale is not None and cast.scale.is_timed
+        inputs_end = next(node for node in self.graph.nodes if node.next.op != "placeholder") if is_timed else None
+        call = self.calls_after(value, near, key or inputs_end)
+        exact = value
+        order = order_in_memory(value) if key is None else None  # random numbers are drawn in the usual order
+        if order is not None:
+            exact = call(aten.permute.default, exact, order)
+            axes = tuple(sorted(order.index(axis) for axis in axes))
+        factor = None
+        if is_timed:
+            factor = functools.partial(self._timed_factor, cast, site, call)
+        rounded = apply_cast(exact, cast, axes=axes, key=key, factor=factor, call=call, outside=outside)
+        if order is not None:
+            rounded = call(aten.permute.default, rounded, [order.index(i) for i in range(len(order))])
+        return rounded
+
+    def calls_after(self, value: fx.Node, near: fx.Node, after: fx.Node | None = None) -> Callable[..., fx.Node]:
+        """A function that inserts calls, one after the other, behind ``value``: as parts of its rounding for ``near``.
+
+        They follow ``value`` or, if that is an input, all inputs and ``after``.
+        """
         last = value
         while last.op == "placeholder" and last.next.op == "placeholder":
             last = last.next
-        key = self.random_key(value) if cast.is_stochastic else None
-        if key is not None and last.op == "placeholder":
-            last = key
-        meta = {key: value.meta[key] for key in _COPIED if key in value.meta}
-        meta |= {name: near.meta[name] for name in _PLACES if name in near.meta}
+        if after is not None and last.op == "placeholder":
+            last = after
+        meta = self._meta(value, near)
         pointwise = dict(meta)
         if self._is_available_in_backward(value):
             pointwise.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
@@ -159,19 +314,30 @@ class Inserter:
             last.meta = dict(meta if target in _OF_WHOLE_TENSORS else pointwise)
             if target is random_words_op:  # as large as the tensor, and cheap to draw again
                 last.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+            if target is timed_factor_op:  # the factor is another one after the step
+                last.meta["recompute"] = CheckpointPolicy.MUST_SAVE
             describe(last)
             self.sources[last] = self.sources[value]
             return last
 
-        exact = value
-        order = order_in_memory(value) if key is None else None  # random numbers are drawn in the usual order
-        if order is not None:
-            exact = call(aten.permute.default, exact, order)
-            axes = tuple(sorted(order.index(axis) for axis in axes))
-        rounded = apply_cast(exact, cast, axes=axes, key=key, call=call)
-        if order is not None:
-            rounded = call(aten.permute.default, rounded, [order.index(i) for i in range(len(order))])
-        return rounded
+        return call
+
+    def _meta(self, value: fx.Node, near: fx.Node) -> dict[str, Any]:
+        """The metadata of a node that is computed from ``value`` for the node ``near``."""
+        meta = {key: value.meta[key] for key in _COPIED if key in value.meta}
+        return meta | {name: near.meta[name] for name in _PLACES if name in near.meta}
+
+    def _timed_factor(
+        self, cast: Cast, site: tuple[str, str, str], call: Callable[..., fx.Node], amax: fx.Node
+    ) -> fx.Node:
+        """The factor in use at a site for a tensor with the largest magnitude ``amax``."""
+        path, kind, role = site
+        phase = "forward" if kind == "fprop" else "backward"
+        name = f"{path or '(root)'} {role}"
+        self.timed_sites[name, phase] += 1
+        if self.timed_sites[name, phase] > 1:
+            name = f"{name} {self.timed_sites[name, phase]}"
+        return call(timed_factor_op, amax, self.handle, name, phase, cast.format.name, str(cast.scale), SOURCE)
 
     def random_key(self, value: fx.Node) -> fx.Node:
         """The key for one stochastic rounding of ``value``: it is made of the seed and the number of the rounding.
@@ -179,11 +345,18 @@ class Inserter:
         The seed is an input of the graph, not a node: a rounding that backward recomputes draws the same numbers.
         """
         assert self.seed is not None, "the policy is stochastic, so the graph has a seed"
-        self.key_count += 1
-        last_input = next(node for node in self.graph.nodes if node.next.op != "placeholder")
-        with self.graph.inserting_after(last_input):
-            key = self.graph.call_function(random_key_op, (self.seed, self.key_count))
+        if self.keys is None:
+            last_input = next(node for node in self.graph.nodes if node.next.op != "placeholder")
+            with self.graph.inserting_after(last_input):
+                self.keys = self.graph.call_function(random_keys_op, (self.seed, 0))
+        count = self.keys.args[1] + 1  # type: ignore[operator]
+        self.keys.args = (self.seed, count)
+        describe(self.keys)
+        with self.graph.inserting_after(self.keys):
+            key = self.graph.call_function(operator.getitem, (self.keys, count - 1))
         describe(key)
+        for node in (self.keys, key):
+            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
         device = value.meta["val"].device
         if device != key.meta["val"].device:
             with self.graph.inserting_after(key):
@@ -213,6 +386,17 @@ class Inserter:
             return True
         is_condition = isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dtype == torch.bool
         return is_condition and any(map(self._is_used_with_gradients, node.users))
+
+
+def _same_length(view: fx.Node, axis: int, axis_of_base: int) -> bool:
+    """Whether an axis of a view has all elements of that of its base; one that is expanded has not."""
+    base: fx.Node = view.args[0]  # type: ignore[assignment]
+    return statically_known_true(view.meta["val"].shape[axis] == base.meta["val"].shape[axis_of_base])
+
+
+def _same(node: fx.Node) -> Any:
+    """A key that is the same for views with the same arguments of the same value."""
+    return (node.target, _same(node.args[0]), str(node.args[1:])) if is_view(node) else node  # type: ignore[arg-type]
 
 
 def _is_exact(carrier: torch.dtype, cast: Cast) -> bool:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
 from fpsim.casts import Cast
 from fpsim.compile_backend.errors import UnroundedError
+from fpsim.compile_backend.graph.epilogues import is_outside
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.products import Axes
 from fpsim.compile_backend.plan import Site
 from fpsim.policy import Policy
+from fpsim.transforms.transform import Transform
 
 
 def policy_at(path: str | None, description: str, policy: Policy, strict: bool) -> Policy | None:
@@ -27,10 +31,18 @@ def policy_at(path: str | None, description: str, policy: Policy, strict: bool) 
     return policy.at(path or "")
 
 
-def site_of_product(product: Product, role: str, value: fx.Node, cast: Cast | None, axes: Axes = ()) -> Site:
+def site_of_product(
+    product: Product,
+    role: str,
+    value: fx.Node,
+    cast: Cast | None,
+    axes: Axes = (),
+    transform: Transform | None = None,
+) -> Site:
     """The site of an operand of ``product``, which is contracted along ``axes``, or of its result."""
     direction = "forward" if product.kind == "fprop" else "backward"
-    return _site(product.path, product.operator, product.kind, direction, role, value, cast, axes)
+    site = _site(product.path, product.operator, product.kind, direction, role, value, cast, axes, transform)
+    return replace(site, epilogue=role != "output" and is_outside(product, cast, axes, value.meta["val"].dtype))
 
 
 def site_of_operation(path: str | None, operator: str, direction: str, value: fx.Node, cast: Cast) -> Site:
@@ -47,8 +59,11 @@ def _site(
     value: fx.Node,
     cast: Cast | None,
     contracted: Axes,
+    transform: Transform | None = None,
 ) -> Site:
     tensor = value.meta["val"]
+    if role in ("output", "result") and cast is not None and cast.has_axis:
+        contracted = tuple(range(tensor.dim()))[-1:]
     shape = tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return Site(path or "", operator, kind, direction, role, shape, dtype, cast, contracted)
+    return Site(path or "", operator, kind, direction, role, shape, dtype, cast, contracted, transform=transform)

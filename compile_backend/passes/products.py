@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import fx
 
+from fpsim.casts import Cast
 from fpsim.compile_backend.errors import UnroundedError
 from fpsim.compile_backend.graph.composites import complex_product
 from fpsim.compile_backend.graph.finding import Product
@@ -15,12 +17,16 @@ from fpsim.compile_backend.graph.nodes import module_path
 from fpsim.compile_backend.graph.opaque import find_opaque
 from fpsim.compile_backend.graph.products import opaque_family, remedy
 from fpsim.compile_backend.passes.accumulators import Summed, summed
+from fpsim.compile_backend.passes.epilogue import scale_result
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.places import policy_at, site_of_product
+from fpsim.compile_backend.passes.transforms import transform_of, transform_operands, why_not
 from fpsim.compile_backend.plan import Gap, Site
 from fpsim.policy import Policy
 from fpsim.policy.policy import KINDS, ROLES
 from fpsim.rounding.carriers import CARRIERS
+from fpsim.scaling.scale import NV_RULES
+from fpsim.transforms.transform import Transform
 
 
 def opaque_gaps(graph: fx.Graph, policy: Policy, strict: bool) -> list[Gap]:
@@ -64,7 +70,7 @@ def round_products(
     Raises:
         UnroundedError: a product of numbers that no carrier holds, or whose sums cannot be simulated although the
             policy names an accumulator; or, with ``strict``, a product in an unknown module while the policy has rules
-            for modules.
+            for modules, or one that a transform of the policy would change.
         ValueError: an accumulator does not add products of the operands' formats.
     """
     sites: list[Site] = []
@@ -74,13 +80,15 @@ def round_products(
         description = f"{product.kind} product {product.node.name} ({product.operator})"
         local = policy_at(product.path, description, policy, strict)
         reason = _reason_to_leave(product, local)
+        transform = None if local is None or reason is not None else transform_of(product, local)
+        if transform is not None and (reason := why_not(product, transform)) is not None and strict:
+            raise UnroundedError(reason)
         if local is not None and reason is None:
-            exact: list[fx.Node] = [product.node.args[i] for i in product.operands]  # type: ignore[misc]
-            sites += _round_product(product, local, inserter)
+            own, product, exact = _round_product(product, local, transform, inserter)
+            sites += own
             accumulator = local.accumulator_of(product.kind)
             if accumulator is not None:
-                casts = [local.cast(product.kind, role) for role in product.roles]
-                sums.append(summed(product, exact, casts, accumulator))
+                sums.append(summed(product, exact, [_cast_of_factors(site) for site in own[:2]], accumulator))
         else:
             gaps.append(Gap(product.path or "", product.operator, reason or ""))
     return sites, gaps, sums
@@ -120,8 +128,25 @@ def _reason_to_leave(product: Product, local: Policy | None) -> str | None:
     return None
 
 
-def _round_product(product: Product, policy: Policy, inserter: Inserter) -> list[Site]:
-    """Round the operands and the result of one product, and return their sites."""
+def _cast_of_factors(site: Site) -> Cast | None:
+    """The cast that gives the numbers which the product multiplies; None for unrounded ones.
+
+    They are elements, without scales, if the scale of the operand multiplies the result.
+    """
+    cast = site.cast
+    if cast is None or cast.scale is None or not site.epilogue or cast.scale.rule in NV_RULES:
+        return cast
+    return replace(cast, scale=None)
+
+
+def _round_product(
+    product: Product, policy: Policy, transform: Transform | None, inserter: Inserter
+) -> tuple[list[Site], Product, Sequence[fx.Node]]:
+    """Round the operands and the result of one product.
+
+    Returns:
+        Their sites, the product as it is then, and its operands after a transform and before rounding.
+    """
     dtype = product.result.meta["val"].dtype
     operands: list[fx.Node] = [product.node.args[i] for i in product.operands]  # type: ignore[misc]
     is_real = all(operand.meta["val"].dtype in CARRIERS for operand in operands)
@@ -130,16 +155,23 @@ def _round_product(product: Product, policy: Policy, inserter: Inserter) -> list
         raise UnroundedError(f"{operator} in {product.path!r} multiplies {dtype} numbers")
     casts = [policy.cast(product.kind, role) for role in product.roles]
     sites = [
-        site_of_product(product, role, operand, cast, axes)
+        site_of_product(product, role, operand, cast, axes, transform)
         for role, operand, cast, axes in zip(product.roles, operands, casts, product.contracted, strict=True)
     ]
-    for position, cast, axes in zip(product.operands, casts, product.contracted, strict=True):
-        if cast is not None:
-            inserter.round_operand(product, position, cast, axes)
+    before = operands if transform is None else transform_operands(product, transform, inserter)
+    scales: list[fx.Node | None] = [None, None]
+    for i, (position, site) in enumerate(zip(product.operands, sites, strict=True)):
+        if site.cast is not None or transform is not None:
+            changed = None if transform is None else before[i]
+            scales[i] = inserter.round_operand(
+                product, position, site.cast, site.contracted, changed, outside=site.epilogue
+            )
+    scaled = scale_result(product, scales, inserter)
     if inserter.recorder is not None:
-        inserter.recorder.add_product(product, operands, sites)
+        inserter.recorder.add_product(scaled.product, operands, sites, before, scaled.operands, scaled.value)
+    product = scaled.product
     result = policy.output_cast(product.kind)
     if result is not None:
         sites.append(site_of_product(product, "output", product.result, result))
         inserter.round_result(product.result, sites[-1])
-    return sites
+    return sites, product, before

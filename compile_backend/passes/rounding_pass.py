@@ -44,6 +44,7 @@ class RoundingPass(CustomGraphPass):
         observer: called with the plan of every graph that the pass rewrites.
         strict: whether a gap that the policy does not allow is an error.
         seed_input: the position of the input that is the seed of stochastic rounding.
+        handle_input: the position of the input that tells where the states of timed scales are.
         recorder: observes every site (for graphs that are interpreted).
     """
 
@@ -55,6 +56,7 @@ class RoundingPass(CustomGraphPass):
         observer: Observer | None = None,
         strict: bool = True,
         seed_input: int | None = None,
+        handle_input: int | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         self.policy = policy
@@ -63,20 +65,26 @@ class RoundingPass(CustomGraphPass):
         self.observer = observer
         self.strict = strict
         self.seed_input = seed_input
+        self.handle_input = handle_input
         self.recorder = recorder
 
     def __call__(self, graph: fx.Graph) -> None:
         if is_body(graph):
             return
-        seed = None if self.seed_input is None else find_input(graph, self.seed_input)
-        plan = rewrite(graph, self.policy, self.input_sources, strict=self.strict, seed=seed, recorder=self.recorder)
+        seed, handle = (
+            None if position is None else find_input(graph, position)
+            for position in (self.seed_input, self.handle_input)
+        )
+        plan = rewrite(
+            graph, self.policy, self.input_sources, strict=self.strict, seed=seed, handle=handle, recorder=self.recorder
+        )
         if self.observer is not None:
             self.observer(plan)
 
     def uuid(self) -> str:
         """The key under which compiled code is cached: a hash of everything that the pass depends on."""
         sources = [source.value for source in self.input_sources]
-        facts = [SOURCE, self.policy.canonical(), sources, self.identity, self.seed_input]
+        facts = [SOURCE, self.policy.canonical(), sources, self.identity, self.seed_input, self.handle_input]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -87,12 +95,14 @@ def rewrite(
     *,
     strict: bool = True,
     seed: fx.Node | None = None,
+    handle: fx.Node | None = None,
     recorder: Recorder | None = None,
 ) -> Plan:
     """Insert the roundings of ``policy`` into ``graph``, in place, and return the plan: its sites and gaps.
 
     Args:
         seed: the input of the graph that is the seed of stochastic rounding.
+        handle: the input that tells where the states of timed scales are.
         recorder: observes every site.
 
     Raises:
@@ -104,7 +114,7 @@ def rewrite(
     note_gradients(graph)
     refused = opaque_gaps(graph, policy, strict)
     sources = find_sources(graph, input_sources)
-    inserter = Inserter(graph, sources, seed, recorder)
+    inserter = Inserter(graph, sources, seed, handle, recorder)
     products = find_products(graph, sources, input_sources)
     for node in find_weight_marks(graph):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]

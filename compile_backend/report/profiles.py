@@ -30,6 +30,7 @@ from fpsim.compile_backend.report.units import decibel, percent
 from fpsim.json_text import parse_json
 from fpsim.policy.policy import KINDS
 from fpsim.suggestions import did_you_mean
+from fpsim.transforms.names import parse_transform
 
 if TYPE_CHECKING:
     import pandas
@@ -104,6 +105,7 @@ class Profile:
     def _row(self, site: SiteStatistics) -> dict[str, Any]:
         facts = {field.name: getattr(site, field.name) for field in fields(Site)}
         facts["cast"] = None if site.cast is None else site.cast.written
+        facts["transform"] = None if site.transform is None else str(site.transform)
         facts["label"] = "unrounded" if site.cast is None else site.cast.label
         numbers = {field.name: getattr(site.statistics, field.name) for field in fields(Statistics)}
         shares = {f"{name}_share": site.statistics.share(name) for name in COUNTS}
@@ -333,7 +335,9 @@ def _site_of(row: Mapping[str, Any]) -> SiteStatistics:
     numbers |= {name: row.get(name, 0) for name in GROUP_COUNTS}
     histograms = ("exponents", "rounded_exponents", "scale_exponents")
     numbers |= {name: tuple(map(tuple, row.get(name, ()))) for name in histograms}
-    values: dict[str, Any] = {field.name: row[field.name] for field in fields(Site)}
+    row = {"epilogue": False, **row}  # older profiles lack it
+    values: dict[str, Any] = {field.name: row[field.name] for field in fields(Site) if field.name != "transform"}
+    values["transform"] = parse_transform(row.get("transform"))
     values |= {name: tuple(values[name]) for name in ("shape", "contracted")}
     values["cast"] = None if values["cast"] is None else parse_cast(values["cast"])
     return SiteStatistics(**values, product=row["product"], statistics=Statistics(**numbers))

@@ -25,7 +25,12 @@ def formats(
 
     For a single format, show every fact, and every value if it has at most 8 bits.
     """
-    pairs = {name: expand(name) for name in names or WHOLE_FORMATS if expand(name) != name}
+    pairs = {name: expand(name) for name in names or WHOLE_FORMATS if "/" in expand(name)}
+    if names and pairs:
+        from fpsim.casts import parse_cast
+
+        for name in pairs:
+            parse_cast(name)
     chosen = [parse_format(name) for name in names or NAMED_FORMATS if name not in pairs]
     if chosen:
         print_table(_table_of_formats(chosen))

@@ -8,6 +8,7 @@ import reprlib
 import struct
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cache
 from typing import Literal, get_args
 
 Ties = Literal["down", "up", "even", "zero", "away"]
@@ -32,7 +33,8 @@ class CodebookFormat:
         ValueError: the values are too few or too many, not finite, not float32 or not in ascending order, the rule for
             ties is unknown, or the codes are too large or not distinct.
 
-    Source of the tables: Dettmers et al., QLoRA (arXiv 2305.14314), appendix E (NF4); bitsandbytes (FP4).
+    Source of the tables: Dettmers et al., QLoRA (arXiv 2305.14314), appendix E (NF4); bitsandbytes (FP4 and the dynamic
+    8-bit maps); torchao's 4-bit optimizers, after Li et al. (arXiv 2309.01507) (the dynamic and the linear 4-bit map).
     """
 
     values: tuple[float, ...]
@@ -81,9 +83,10 @@ class CodebookFormat:
         Args:
             double: whether the numbers are those of float64 rather than of float32.
         """
-        return tuple(self._threshold(index, double) for index in range(len(self.values) - 1))
+        return _thresholds(self, double)
 
-    def _threshold(self, index: int, double: bool) -> float:
+    def threshold(self, index: int, double: bool) -> float:
+        """The smallest number that becomes a value behind the one at ``index``: see `thresholds`."""
         low, high = self.values[index], self.values[index + 1]
         middle = (Fraction(low) + Fraction(high)) / 2
         takes_high = {
@@ -100,6 +103,11 @@ class CodebookFormat:
         while Fraction(candidate) < middle or (not takes_high and Fraction(candidate) == middle):
             candidate = step(candidate, 1)
         return candidate
+
+
+@cache
+def _thresholds(book: CodebookFormat, double: bool) -> tuple[float, ...]:
+    return tuple(book.threshold(index, double) for index in range(len(book.values) - 1))
 
 
 def _float32(value: float) -> float:
@@ -136,15 +144,41 @@ _FP4 = {
     if magnitude or sign > 0
 }
 
+
+def _dynamic_map(decades: int, signed: bool) -> tuple[float, ...]:
+    """The values of a dynamic map, computed in float32 as ``create_dynamic_map`` of bitsandbytes and torchao does.
+
+    Decade i splits the numbers from 0.1 to 1 into ``2**i`` equal parts (``2**(i+1)`` without signs). The middle of each
+    part, times ``10**(i - decades + 1)``, is a value. So are 0 and 1. Float64 holds every intermediate result exactly.
+    """
+    start, values = _float32(0.1), {0.0, 1.0}
+    for decade in range(decades):
+        parts = 2 ** (decade + (not signed))
+        step, half = _float32(_float32(1 - start) / parts), (parts + 1) // 2
+        ends = [_float32(start + step * i if i < half else 1 - step * (parts - i)) for i in range(parts + 1)]
+        for low, high in itertools.pairwise(ends):
+            value = _float32(_float32(10.0 ** (decade - decades + 1)) * (_float32(low + high) / 2))
+            values |= {value, -value} if signed else {value}
+    return tuple(sorted(values))
+
+
 #: The codebooks that have names.
 CODEBOOKS: dict[str, CodebookFormat] = {
     "nf4": CodebookFormat(_NF4, "down", "nf4"),
     "fp4_bnb": CodebookFormat(tuple(sorted(_FP4)), "zero", "fp4_bnb", tuple(_FP4[v] for v in sorted(_FP4))),
+    "dynamic8": CodebookFormat(_dynamic_map(7, signed=True), "down", "dynamic8"),
+    "dynamic8:unsigned": CodebookFormat(_dynamic_map(7, signed=False), "down", "dynamic8:unsigned"),
+    "dynamic4": CodebookFormat(_dynamic_map(3, signed=True), "up", "dynamic4"),
+    "linear4:unsigned": CodebookFormat(tuple(i / 16 for i in range(1, 17)), "up", "linear4:unsigned"),
 }
+#: The number of elements that share a scale, in the libraries that use a codebook.
+GROUP_SIZES: dict[str, int] = {
+    "nf4": 64, "fp4_bnb": 64, "dynamic8": 256, "dynamic8:unsigned": 256, "dynamic4": 128, "linear4:unsigned": 128,
+}  # fmt: skip
 
 
 def parse_codebook(name: str) -> CodebookFormat | None:
-    """The codebook with this name (``nf4``, ``fp4_bnb``, ``codebook:down:-1,0,0.5,1``); None if it is none.
+    """The codebook with this name (``nf4``, ``dynamic8``, ``codebook:down:-1,0,0.5,1``); None if it is none.
 
     Raises:
         ValueError: the name begins with ``codebook:``, but the rest gives no codebook.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from fpsim.formats.codebook import CODEBOOKS, CodebookFormat, parse_codebook
+from fpsim.formats.codebook import CODEBOOKS, GROUP_SIZES, CodebookFormat, parse_codebook
 from fpsim.formats.float import FloatFormat
 from fpsim.formats.integer import IntegerFormat, parse_integer
 from fpsim.formats.names import parse_format
@@ -43,7 +43,7 @@ WHOLE_FORMATS: dict[str, str] = {
     "msfp12": "e1m2finite:bias=1/mx:16:floor",
     "msfp16": "e1m6finite:bias=1/mx:16:floor",
     "bfp16": "int8:unit=-6/mx:8:floor",
-    **{name: f"{name}/group:64" for name in CODEBOOKS},
+    **{name: f"{name}/group:{GROUP_SIZES[name]}" for name in CODEBOOKS},
 }
 _INTEGER = re.compile(r"(u?)int[0-9]{1,2}(:full)?")
 

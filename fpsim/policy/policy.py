@@ -15,12 +15,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
 from fpsim.accumulators.accumulator import Accumulator, AccumulatorLike, Order, parse_accumulator
-from fpsim.casts import NONE, UNSCALED, Cast, CastLike, parse_cast, parse_unscaled
+from fpsim.casts import NONE, UNSCALED, Cast, CastLike, parse_cast, refuse_timed
 from fpsim.formats import OVERFLOWS, ElementFormat, FloatFormat, full_rounding, parse_format
 from fpsim.json_text import check_depth, parse_json
 from fpsim.policy.globs import matches
 from fpsim.scaling.scale import Scale, parse_scale
 from fpsim.suggestions import did_you_mean
+from fpsim.transforms.names import NAMES_OF_PRODUCTS, parse_transform
+from fpsim.transforms.transform import Transform
 
 ROLES = ("activation", "weight", "gradient")
 KINDS = ("fprop", "dgrad", "wgrad")
@@ -48,6 +50,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fp8_hybrid": {**HYBRID},
     "bf16": {"format": "bf16", "output": "bf16"},
     "fp16": {"format": "fp16", "output": "fp16"},
+    "mxfp8": {"format": "mxfp8"},
+    "nvfp4": {
+        "activation": "nvfp4",
+        "weight": "e2m1fn/nv:16x16",
+        "gradient": "nvfp4/stochastic:8",
+        "transform": {"wgrad": "hadamard:16:te"},
+        "products": "weights",
+        "attention": "keep",
+    },
 }
 #: The prefix of presets that apply the paper's recipe to a format.
 _PAPER = "paper:"
@@ -63,6 +74,8 @@ CastsLike = CastLike | Mapping[str, CastLike | None] | Sequence[tuple[str, CastL
 
 #: The argument type for accumulators: one for all kinds of product, or a mapping.
 AccumulatorsLike = AccumulatorLike | Mapping[str, AccumulatorLike | None] | Sequence[tuple[str, AccumulatorLike | None]]
+#: The argument type for transforms: one for all kinds of product, or a mapping from kinds.
+TransformsLike = str | Transform | Mapping[str, str | Transform | None] | Sequence[tuple[str, str | Transform | None]]
 
 #: A cast as a policy stores it: "none" leaves values unrounded, None means that the field states nothing.
 _StoredCast = Cast | Literal["none"] | None
@@ -79,8 +92,8 @@ class Policy:
         format: the format of every operand of every matrix product, unless a more specific field names one.
         activation, weight, gradient: the format of the operands in this role, in all three kinds of product. It
             overrides `format`.
-        output: the format of the results of all matrix products. The result of a linear layer includes its bias.
-            Default: results are not rounded.
+        output: the format of the results of all matrix products. The result of a linear layer includes its bias. Rows
+            and blocks of elements that share a scale lie along the last axis. Default: results are not rounded.
         fprop, dgrad, wgrad: a mapping from role to format for the operands of this kind of product. It overrides the
             fields above. SwitchBack, for example, is ``wgrad={"gradient": "bf16", "activation": "bf16"}``. A format
             alone applies to all roles. The key ``output`` sets the format of the results of this kind of product.
@@ -88,9 +101,10 @@ class Policy:
             additions, softmax, normalisation, activation functions, the loss, the gradients of all these and the sums
             of gradients. A mapping with the keys ``forward`` and ``backward`` sets two different formats. Default:
             results are not rounded. An operation is one aten operator as the model or autograd calls it, before
-            decomposition; its result is rounded once. An operator that torch itself composes of others
-            (CompositeImplicitAutograd) counts as these others. Operations that only move, select or create numbers are
-            not rounded, nor are operations that depend on neither a parameter nor a floating-point input.
+            decomposition; its result is rounded once. Rows and blocks that share a scale lie along its last
+            axis. An operator that torch itself composes of others (CompositeImplicitAutograd) counts as
+            these others. Operations that only move, select or create numbers are not rounded, nor are
+            operations that depend on neither a parameter nor a floating-point input.
         products: ``"all"`` rounds all matrix products. ``"weights"`` rounds only the products with weights, forward
             and backward: those of linear layers, convolutions and the LM head. Products of two activations, as in
             attention, are then listed as gaps.
@@ -104,6 +118,14 @@ class Policy:
             (`fpsim.power_of_two_scale`: one factor per tensor, from the tensor's own largest magnitude). Default: None,
             operands are not scaled. A cast may name a scale too: ``"e5m2/power_of_two"`` or ``"e5m2/unscaled"``. In
             parallel training every rank computes the scales of its own tensors.
+        transform: a change of both operands of a product, along the axis over which it sums, before they are rounded.
+            It leaves the product as it is in exact arithmetic: ``hadamard:16`` rotates blocks
+            (`fpsim.transforms.hadamard.Hadamard`), ``smooth`` moves factors of channels from one operand to the other
+            (`fpsim.transforms.smoothing.Smoothing`), ``permute:amax`` sorts channels
+            (`fpsim.transforms.permutation.Permutation`). A mapping from kinds to transforms changes only products of
+            these kinds: ``{"wgrad": "hadamard:16:te"}``. The changed operands are float32 (float64 for float64), and
+            are rounded by their casts; an operand without a cast is rounded to the dtype of the product. Products of
+            which no operand is rounded stay as they are. Default: no transform.
         skip: globs of module paths. The products in these modules are not rounded; the plan lists them as gaps.
         modules: a mapping from globs of module paths to the policy that applies to these modules instead: a `Policy`,
             a preset (``"paper:e8m3"``), a mapping of fields, a format, or ``"none"``. A mapping and a format inherit
@@ -152,6 +174,7 @@ class Policy:
     chunk: int | Mapping[str, int] | None = None
     order: Order | Mapping[str, Order] | None = None
     promote: int | Mapping[str, int] | None = None
+    transform: TransformsLike | None = ()
     skip: str | Iterable[str] = ()
     modules: Mapping[str, ModuleRule] | Sequence[tuple[str, ModuleRule]] = ()
     attention: str = "round"
@@ -168,6 +191,7 @@ class Policy:
             raise ValueError(f"unknown products {self.products!r}: use one of {', '.join(PRODUCTS)}")
         set_ = object.__setattr__
         set_(self, "scale", parse_scale(self.scale))
+        set_(self, "transform", self._transforms())
         set_(self, "skip", _strings("skip", self.skip))
         set_(self, "gaps", _strings("gaps", self.gaps))
         set_(self, "modules", self._module_rules())
@@ -192,13 +216,24 @@ class Policy:
         if parsed is not None and parsed.scale is None and parsed.leaves_scale_open:
             # The cast is of a policy without a scale, which `dataclasses.replace` gave one.
             parsed = replace(parsed, scale=parse_scale(self.scale))
+        if parsed is not None and parsed.transform is not None and parsed.transform.is_of_products:
+            name = str(parsed.transform)
+            raise ValueError(
+                f"cast {str(given)!r} transforms one operand, and {name!r} is to change both operands of a product: "
+                f"leave it out of the cast, and write transform={name!r}"
+            )
         return parsed or NONE
 
     def _result(self, given: CastLike | None) -> _StoredCast:
-        """`_operand` for the result of an operation, which cannot be scaled."""
+        """`_operand` for the result of an operation, for which `scale` does not stand."""
         if given is None:
             return None
-        return parse_unscaled(given, self.rounding, self.overflow, "the result of an operation") or NONE
+        parsed = parse_cast(given, self.rounding, self.overflow)
+        refuse_timed(parsed, "rounding of results")
+        if parsed is not None and parsed.transform is not None:
+            name = str(parsed.transform)
+            raise ValueError(f"the result of an operation takes no transform: leave {name!r} out of {str(given)!r}")
+        return parsed or NONE
 
     def _casts(
         self, name: str, usual: Sequence[str], valid: Sequence[str], what: str
@@ -232,6 +267,23 @@ class Policy:
                     "before: use fpsim.matmul, or a machine without scales, such as 'blackwell'"
                 )
         return parsed or None
+
+    def _transforms(self) -> tuple[tuple[str, Transform], ...]:
+        """The field `transform`, a mapping from kinds to transforms; a transform alone applies to all kinds."""
+        given = () if self.transform is None else self.transform
+        if isinstance(given, str | Transform):
+            given = dict.fromkeys(KINDS, given)
+        transforms = {kind: parse_transform(name) for kind, name in _pairs("transform", given)}
+        if unknown := sorted(set(transforms) - set(KINDS)):
+            raise ValueError(f"unknown kind {unknown[0]!r} in transform: use {', '.join(KINDS)}")
+        for transform in transforms.values():
+            if transform is not None and not transform.is_of_products:
+                name = str(transform)
+                raise ValueError(
+                    f"transform {name!r} changes one tensor, not both operands of a product: write it in a cast, such "
+                    f"as 'e4m3fn/group:128/{name}', or use one of {', '.join(NAMES_OF_PRODUCTS)}"
+                )
+        return tuple((kind, transforms[kind]) for kind in KINDS if transforms.get(kind) is not None)  # type: ignore[misc]
 
     def _module_rules(self) -> tuple[tuple[str, Policy | None], ...]:
         rules: dict[str, Policy | None] = {}
@@ -281,6 +333,10 @@ class Policy:
     def cast(self, kind: str, role: str) -> Cast | None:
         """The cast of the operand with ``role`` in products of ``kind``; None if it is not rounded."""
         return _rounding_cast(_casts_by_key(self, kind).get(role) or getattr(self, role) or self.format)
+
+    def product_transform(self, kind: str) -> Transform | None:
+        """The transform of both operands of products of ``kind``; None if they are rounded as they are."""
+        return dict(cast(tuple[tuple[str, Transform], ...], self.transform)).get(kind)
 
     def operand_casts(self) -> list[Cast | None]:
         """The casts of all operands, for every role of every kind of product; None for unrounded operands."""
@@ -373,6 +429,11 @@ class Policy:
         )
 
     @property
+    def is_timed(self) -> bool:
+        """Whether any scale depends on other steps."""
+        return any(cast.scale is not None and cast.scale.is_timed for cast in self._all_casts())
+
+    @property
     def attentions(self) -> frozenset[str]:
         """The values of `attention` in this policy and in the rules for modules."""
         return frozenset({self.attention}.union(*(policy.attentions for policy in self._policies_of_modules)))
@@ -430,6 +491,13 @@ class Policy:
 
         - ``fp8_hybrid``: the default policy, the OCP FP8 hybrid.
         - ``bf16``, ``fp16``: operands and results of all matrix products are rounded, as under autocast; no others.
+        - ``mxfp8``: e4m3fn in blocks of 32 with E8M0 scales for every operand, along the axis that its product sums
+          over (Transformer Engine's recipe MXFP8).
+        - ``nvfp4``: Transformer Engine's recipe NVFP4 (arXiv 2509.25149) for products with weights. e2m1fn in blocks of
+          16, weights in tiles of 16 by 16, gradients rounded stochastically with 8 random bits, and both operands of
+          wgrad rotated in blocks of 16 with fixed signs. Attention is not rounded. The recipe also keeps the LM head
+          and some blocks in bfloat16, which depends on the model: ``skip=["lm_head", "layers.0", ...]``. A convolution
+          has no rotation in wgrad, and needs a rule in `modules`.
         - ``paper:FORMAT``, such as ``paper:e8m3``: the recipe of arXiv 2405.18710, as far as it is known. Both operands
           of all three products of linear layers, the LM head included, are truncated. Attention is not rounded. With
           the exponents of bfloat16 (``e8m3``) this is a bit mask, through which infinities and NaN pass. Any other
@@ -462,6 +530,8 @@ class Policy:
             elif field.name == "accumulator":
                 texts = {kind: str(accumulator) for kind, accumulator in value}
                 value = texts[KINDS[0]] if len(texts) == len(KINDS) and len(set(texts.values())) == 1 else texts
+            elif field.name == "transform":
+                value = _written_transforms(dict(value))
             elif field.name == "modules":
                 value = {glob: self._rule_fields(policy, spelled) for glob, policy in self._rules}
             elif isinstance(value, Cast):
@@ -567,6 +637,12 @@ def _preset_fields(name: str) -> dict[str, Any]:
     return PRESETS[name]
 
 
+def _written_transforms(transforms: Mapping[str, Transform]) -> str | dict[str, str]:
+    """The text of the field `transform`: one name if it is the same for all kinds."""
+    names = {kind: str(transform) for kind, transform in transforms.items()}
+    return names["fprop"] if len(names) == len(KINDS) and len(set(names.values())) == 1 else names
+
+
 def _is_masked(name: str) -> bool:
     """Whether a bit mask makes the format of the paper's bfloat16: with its exponents, so that infinities pass.
 
@@ -577,9 +653,9 @@ def _is_masked(name: str) -> bool:
 
 
 def is_preset(name: str) -> bool:
-    """Whether ``name`` is that of a preset and not of a format too, as ``bf16`` is."""
+    """Whether ``name`` is that of a preset and not of a format too, as ``bf16`` and ``nvfp4`` are."""
     try:
-        parse_format(name)
+        parse_cast(name)
     except ValueError:
         return name in PRESETS or name.startswith(_PAPER)
     return False

@@ -12,6 +12,7 @@ from torch import distributed as dist
 from fpsim.casts import Cast
 from fpsim.policy import Policy
 from fpsim.scaling.scale import Scale
+from fpsim.transforms.transform import Transform
 
 
 def check_same_policy(
@@ -85,7 +86,7 @@ def differences(first: Policy, other: Policy) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """The value of a policy's field, with casts and scales as text."""
+    """The value of a policy's field, with casts, scales and transforms as text."""
     if isinstance(value, tuple):
         return tuple(map(_shown, value))
-    return str(value) if isinstance(value, Cast | Scale) else value
+    return str(value) if isinstance(value, Cast | Scale | Transform) else value

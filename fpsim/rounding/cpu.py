@@ -66,6 +66,8 @@ def _round_scaled_quickly(
     if x.dtype != torch.float32 or scale.numel() > 1:
         return False
     power = (int(scale.view(torch.int32)) >> FLOAT32.mantissa_bits) - FLOAT32.bias
+    if power < FLOAT32.emin:  # the code of zero stands for 2^-127
+        return False
     if has_magnitude_below(x, (1 + max(0, -power)) << FLOAT32.mantissa_bits):
         return False
     if not _round_quickly(x * scale, fmt, rounding, overflow, out):

@@ -28,6 +28,7 @@ _library.define(
     tags=(torch.Tag.pointwise,),
 )
 _library.define("random_key(Tensor seed, int salt) -> Tensor")
+_library.define("random_keys(Tensor seed, int count) -> Tensor[]")
 _library.define(
     "round_stochastic(Tensor x, Tensor key, str format, str rounding, str overflow, str source, "
     "Tensor? scale=None) -> Tensor",
@@ -114,6 +115,12 @@ def round_generally(
 def _random_key(seed: Tensor, salt: int) -> Tensor:
     key = random_key(seed.reshape(()), salt)
     return torch.stack([key, key >> 32]).to(torch.int32)  # the low half and the high half; the cast keeps 32 bits
+
+
+@torch.library.impl(_library, "random_keys", "CompositeExplicitAutograd")
+def _random_keys(seed: Tensor, count: int) -> list[Tensor]:
+    keys = random_key(seed.reshape(()), torch.arange(1, count + 1, device=seed.device))
+    return [key.clone() for key in torch.stack([keys, keys >> 32], 1).to(torch.int32)]
 
 
 @torch.library.impl(_library, "round_stochastic", "CompositeExplicitAutograd")

@@ -137,7 +137,7 @@ def _lower(
     integer = INTEGER_OF[working]
     load = x.make_loader()
     load_scale = None if scale is None else lowering.expand(scale, x.get_size()).make_loader()
-    round_values = _round_in_cpp if _in_cpp(device) else _round_lanes
+    round_values = _round_in_cpp if is_in_cpp(device) else _round_lanes
 
     def rounded(index: Any) -> Any:
         value = ops.to_dtype(load(index), working, src_dtype=carrier)
@@ -152,7 +152,7 @@ def _lower(
     return ir.Pointwise.create(device=device, dtype=carrier, inner_fn=rounded, ranges=list(x.get_size()))
 
 
-def _in_cpp(device: torch.device) -> bool:
+def is_in_cpp(device: torch.device) -> bool:
     """Whether `fpsim.rounding.cpp_functions` round on this device."""
     return device.type == "cpu" and AVAILABLE
 
@@ -257,7 +257,7 @@ def _word_at(x: ir.TensorBox, key: ir.TensorBox) -> Callable[[Any], Lanes]:
             low = (low_key ^ (vector << (lanes.bit_length() - 1))) ^ lane
         else:
             low = low_key ^ Lanes(ops.index_expr(linear, torch.int32), torch.int32)
-        if not _in_cpp(device):
+        if not is_in_cpp(device):
             return random_word(low, high)
         return Lanes(inline(word_function(), torch.int32, low.value, high.value), torch.int32)
 

@@ -27,6 +27,9 @@ SOURCE = f"{source_hash()} {torch.backends.cpu.get_cpu_capability()}"
 round_op: Callable[..., Tensor] = torch.ops.fpsim.round.default
 random_key_op: Callable[[Tensor, int], Tensor] = torch.ops.fpsim.random_key.default
 round_stochastic_op: Callable[..., Tensor] = torch.ops.fpsim.round_stochastic.default
+#: The keys of the salts 1, 2, ..., count. Inductor calls it, instead of generating code for every key. Each key is a
+#: tensor of its own, so that equal layers have equal code, which is compiled once.
+random_keys_op: Callable[[Tensor, int], list[Tensor]] = torch.ops.fpsim.random_keys.default
 #: The random words of the elements of a tensor, from a key; and stochastic rounding with given words.
 random_words_op: Callable[[Tensor, Tensor], Tensor] = torch.ops.fpsim.random_words.default
 round_with_words_op: Callable[..., Tensor] = torch.ops.fpsim.round_with_words.default
@@ -92,6 +95,11 @@ def _random_key_fake(seed: Tensor, salt: int) -> Tensor:
         raise ValueError(f"a seed is one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
     register_lowerings()
     return seed.new_empty(2, dtype=torch.int32)
+
+
+@torch.library.register_fake("fpsim::random_keys", lib=_library)
+def _random_keys_fake(seed: Tensor, count: int) -> list[Tensor]:
+    return [seed.new_empty(2, dtype=torch.int32) for _ in range(count)]
 
 
 @torch.library.register_fake("fpsim::round_stochastic", lib=_library)

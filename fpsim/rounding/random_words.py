@@ -21,14 +21,14 @@ _FACTORS64 = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 _FACTORS32 = (0xED5AD4BB - (1 << 32), 0xAC4C1B51 - (1 << 32), 0x31848BAB)
 
 
-def random_key(seed: Int, salt: int) -> Int:
+def random_key(seed: Int, salt: Int) -> Int:
     """The 64-bit key of one stream of random words.
 
     Args:
         seed: 64-bit signed integers.
-        salt: distinguishes call sites that use the same seed.
+        salt: distinguishes call sites that use the same seed: a number, or 64-bit signed integers.
     """
-    return _mix64(_mix64(seed ^ _GOLDEN) ^ to_signed(salt * _GOLDEN))
+    return _mix64(_mix64(seed ^ _GOLDEN) ^ (to_signed(salt * _GOLDEN) if isinstance(salt, int) else salt * _GOLDEN))
 
 
 def random_word(low: Int, high: Int) -> Int:

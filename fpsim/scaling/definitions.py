@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,15 +15,16 @@ from fpsim.rounding.tensors import TorchOps
 from fpsim.scaling.groups import OnTensors
 from fpsim.scaling.rules import mx_multiplier_code, power_of_two_code
 from fpsim.scaling.scale import parse_scale
-from fpsim.scaling.steps import round_scaled
+from fpsim.scaling.steps import outer_scale, round_scaled
 
 _library = torch.library.Library("fpsim", "FRAGMENT")
 _library.define("power_of_two_scale(Tensor x, str format, str source) -> Tensor")
 _library.define("mx_multiplier(Tensor amax, str element, str rule, str source) -> Tensor", tags=(torch.Tag.pointwise,))
 _library.define(
     "round_scaled(Tensor x, str element, str rounding, str overflow, str scale, int[] axes, str source, "
-    "Tensor? words=None) -> Tensor"
+    "Tensor? words=None, Tensor? factor=None, bool outside=False) -> Tensor"
 )
+_library.define("outer_scale(Tensor x, str element, str scale, int[] axes, str source) -> Tensor")
 
 
 @torch.library.impl(_library, "power_of_two_scale", "CompositeExplicitAutograd")
@@ -57,10 +61,29 @@ def _round_scaled(
     axes: list[int],
     source: str,
     words: Tensor | None = None,
+    factor: Tensor | None = None,
+    outside: bool = False,
 ) -> Tensor:
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
-    parsed = parse_scale(scale or None)
-    rounded = round_scaled(x, x.dtype, parse_element(element), rounding, overflow, parsed, axes, words, OnTensors())
-    return out.copy_(rounded)
+    parsed, fmt, call = parse_scale(scale or None), parse_element(element), OnTensors()
+    return out.copy_(round_scaled(x, x.dtype, fmt, rounding, overflow, parsed, axes, words, call, factor, outside))
+
+
+@torch.library.impl(_library, "outer_scale", "CompositeExplicitAutograd")
+def _outer_scale(x: Tensor, element: str, scale: str, axes: list[int], source: str) -> Tensor:
+    shape = shape_of_outer_scale(x.shape, scale, axes)
+    if x.numel() == 0:
+        return x.new_ones(shape, dtype=working_dtype(x.dtype))
+    parsed = parse_scale(scale)
+    assert parsed is not None, "the scale has a name"
+    return outer_scale(x, x.dtype, parse_element(element), parsed, axes, OnTensors()).clone()
+
+
+def shape_of_outer_scale(shape: Sequence[Any], scale: str, axes: Sequence[int]) -> list[Any]:
+    """The shape of `fpsim.scaling.steps.outer_scale` of a tensor of this shape."""
+    parsed, counted = parse_scale(scale), {axis % len(shape) for axis in axes}
+    if parsed is None or parsed.kind != "row":
+        return []
+    return [1 if axis in counted else size for axis, size in enumerate(shape)]

@@ -35,8 +35,8 @@ class Call(Protocol):
     def constant(self, value: float, like: Any) -> Any:
         """A float32 number on the device of ``like``, as a value without axes."""
 
-    def table(self, values: Sequence[float], like: Any, dtype: torch.dtype) -> Any:
-        """Numbers of a dtype on the device of ``like``, as a value with one axis."""
+    def step_function(self, y: Any, thresholds: Sequence[float], values: Sequence[float], dtype: torch.dtype) -> Any:
+        """The value at index n, for each of the numbers ``y`` of ``dtype``; n ascending thresholds are at most it."""
 
 
 class OnTensors:
@@ -57,8 +57,11 @@ class OnTensors:
     def constant(self, value: float, like: torch.Tensor) -> torch.Tensor:
         return torch.full((), value, dtype=torch.float32, device=like.device)
 
-    def table(self, values: Sequence[float], like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=like.device)
+    def step_function(
+        self, y: torch.Tensor, thresholds: Sequence[float], values: Sequence[float], dtype: torch.dtype
+    ) -> torch.Tensor:
+        limits, results = (torch.tensor(each, dtype=dtype, device=y.device) for each in (thresholds, values))
+        return results[torch.bucketize(y, limits, right=True)]
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fpsim.scaling.definitions  # noqa: F401  (registers the operator)
 from fpsim.formats import FloatFormat, parse_format
-from fpsim.rounding.carriers import check_carrier, check_tensor
+from fpsim.rounding.carriers import check_carrier, check_tensor, working_dtype
 from fpsim.rounding.ops import SOURCE, register_lowerings
+from fpsim.scaling.definitions import shape_of_outer_scale
 
 #: Arguments: a tensor, the name of a format, and `fpsim.rounding.ops.SOURCE`. The result is the scale of the tensor.
 scale_op: Callable[[Tensor, str, str], Tensor] = torch.ops.fpsim.power_of_two_scale.default
@@ -21,9 +21,15 @@ scale_op: Callable[[Tensor, str, str], Tensor] = torch.ops.fpsim.power_of_two_sc
 SCALE_OPERATORS: dict[str, Callable[[Tensor, str, str], Tensor]] = {"power_of_two": scale_op}
 
 #: Rounds with any scale. Arguments: a tensor with an axis, the name of an element format, a rounding, an overflow mode,
-#: the name of a scale or "" for none, the axes along which a product sums, the source, and for stochastic rounding the
-#: random words of the elements (`fpsim.rounding.ops.random_words_op`).
+#: the name of a scale or "" for none, the axes along which a product sums, the source, for stochastic rounding the
+#: random words of the elements (`fpsim.rounding.ops.random_words_op`), for timed scales the factor in use, and whether
+#: `outer_scale_op` is left out.
 round_scaled_op: Callable[..., Tensor] = torch.ops.fpsim.round_scaled.default
+
+#: The factor of a scale that may multiply the result of a product instead of an operand. Arguments: a tensor, the name
+#: of an element format, the name of a scale, the axes along which a product sums, the source. See
+#: `fpsim.scaling.steps.outer_scale`.
+outer_scale_op: Callable[..., Tensor] = torch.ops.fpsim.outer_scale.default
 
 _library = torch.library.Library("fpsim", "FRAGMENT")
 
@@ -104,9 +110,17 @@ def _round_scaled_fake(
     axes: list[int],
     source: str,
     words: Tensor | None = None,
+    factor: Tensor | None = None,
+    outside: bool = False,
 ) -> Tensor:
     _register_lowerings()
     return torch.empty_like(x)
+
+
+@torch.library.register_fake("fpsim::outer_scale", lib=_library)
+def _outer_scale_fake(x: Tensor, element: str, scale: str, axes: list[int], source: str) -> Tensor:
+    _register_lowerings()
+    return x.new_empty(shape_of_outer_scale(x.shape, scale, axes), dtype=working_dtype(x.dtype))
 
 
 @torch.library.register_vmap("fpsim::power_of_two_scale", lib=_library)
@@ -127,12 +141,23 @@ def _round_scaled_vmap(
     axes: list[int],
     source: str,
     words: Tensor | None = None,
+    factor: Tensor | None = None,
+    outside: bool = False,
 ) -> tuple[Tensor, int]:
+    if factor is not None:
+        raise NotImplementedError("scales that other steps determine have no rule for torch.vmap")
     xs = [x] * info.batch_size if in_dims[0] is None else x.unbind(in_dims[0])
-    own = [words] * len(xs) if words is None or in_dims[-1] is None else words.unbind(in_dims[-1])
+    own = [words] * len(xs) if words is None or in_dims[7] is None else words.unbind(in_dims[7])
     return torch.stack(
         [
-            round_scaled_op(each, element, rounding, overflow, scale, axes, source, drawn)
+            round_scaled_op(each, element, rounding, overflow, scale, axes, source, drawn, None, outside)
             for each, drawn in zip(xs, own, strict=True)
         ]
     ), 0
+
+
+@torch.library.register_vmap("fpsim::outer_scale", lib=_library)
+def _outer_scale_vmap(
+    info: Any, in_dims: tuple[Any, ...], x: Tensor, element: str, scale: str, axes: list[int], source: str
+) -> tuple[Tensor, int]:
+    return torch.stack([outer_scale_op(each, element, scale, axes, source) for each in x.movedim(in_dims[0], 0)]), 0

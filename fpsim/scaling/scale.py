@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import re
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 #: Rules whose scales are powers of two, by OCP MX's E8M0 codes (`fpsim.scaling.rules.mx_multiplier_code`).
 MxRule = Literal["rceil", "floor", "ceil", "even"]
-#: Rules whose scales are ratios of magnitudes, in float32 or rounded to bfloat16; ``asymmetric`` adds a zero point.
-RatioRule = Literal["fp32", "bf16", "asymmetric"]
+#: Rules whose scales are ratios of magnitudes, in float32 or rounded to bfloat16; ``asymmetric`` adds a zero point, and
+#: ``double`` quantizes the ratios again.
+RatioRule = Literal["fp32", "bf16", "asymmetric", "double"]
 #: Orders of operations of NVFP4: Transformer Engine's and torchao's.
 NvRule = Literal["te", "torchao"]
-Timing = Literal["current"]
 
 MX_RULES: tuple[str, ...] = get_args(MxRule)
 RATIO_RULES: tuple[str, ...] = get_args(RatioRule)
+#: Rules whose scales are ratios without a zero point.
+SYMMETRIC_RULES: tuple[str, ...] = ("fp32", "bf16", "double")
 NV_RULES: tuple[str, ...] = get_args(NvRule)
 #: Rules whose scales are powers of two. They keep the number of significant bits.
 POWERS_OF_TWO: tuple[str, ...] = ("power_of_two", *MX_RULES)
@@ -24,10 +26,16 @@ POWERS_OF_TWO: tuple[str, ...] = ("power_of_two", *MX_RULES)
 RULES: tuple[str, ...] = ("power_of_two", *MX_RULES, *RATIO_RULES, *NV_RULES)
 #: The forms of the sets of elements that share a scale: `Scale.granularity`.
 GRANULARITIES: tuple[str, ...] = ("tensor", "row", "column", "block:N", "tile:AxB", "group:N")
-#: The tensor whose magnitudes determine the scale: the ``current`` one.
-TIMINGS: tuple[str, ...] = get_args(Timing)
+#: The forms of the times at which a scale is computed: `Scale.timing`.
+TIMINGS: tuple[str, ...] = ("current", "history:N[:most_recent|:ms_amp]", "every:N", "calibrated")
+#: How the magnitudes of earlier steps give a scale: as in Transformer Engine, or as in MS-AMP.
+HISTORY_ORDERS: tuple[str, ...] = ("max", "most_recent", "ms_amp")
 
 _SIZE = re.compile(r"(?P<rows>[0-9]{1,9}x)?(?P<n>[0-9]{1,9})")
+_TIMING = re.compile(
+    r"(?P<kind>current|calibrated)|(?P<every>every):(?P<n>[0-9]{1,9})"
+    r"|(?P<history>history):(?P<length>[0-9]{1,9})(?::(?P<order>max|most_recent|ms_amp))?"
+)
 _GRANULARITY = re.compile(r"tensor|row|column|(?:block|group):[0-9]{1,9}|tile:[0-9]{1,9}x[0-9]{1,9}")
 
 
@@ -39,13 +47,17 @@ class Scale:
         rule: how the factor is computed. ``power_of_two`` is the inverse of the largest power of two that keeps the
             largest magnitude in the format's range (`fpsim.power_of_two_scale`). ``rceil``, ``floor``, ``ceil`` and
             ``even`` are the rules in use for OCP MX. ``fp32`` and ``bf16`` are the ratio of the largest magnitudes of
-            the elements and of the format. ``asymmetric`` is a ratio with a zero point. ``te`` and ``torchao`` are
+            the elements and of the format. ``asymmetric`` is a ratio with a zero point. ``double`` is a ratio whose
+            difference from the mean of all ratios is quantized to 8 bits, as in QLoRA. ``te`` and ``torchao`` are
             NVFP4's scales, in these libraries' orders of operations.
         granularity: which elements share a factor: those of the ``tensor``; of a ``row``, which runs along the axis; of
             a ``column``, which runs across it; of a ``block:N``, N elements in a row along the axis; of a
             ``tile:AxB``, B along the axis and A along the other one of the last two axes; of a ``group:N``, N elements
             in a row of the flattened tensor.
         timing: which magnitudes determine the factor. ``current`` means those of the tensor itself, when it is rounded.
+            ``history:N`` means the largest of the last N steps (delayed scaling) as in Transformer Engine, with
+            ``:most_recent`` the last one, with ``:ms_amp`` as in MS-AMP (`fpsim.scaling.history`). ``every:N`` computes
+            the factor anew in every Nth step. ``calibrated`` means a fixed factor (`fpsim.calibrate`).
 
     ``str(scale)`` is a name that `parse_scale` reads.
 
@@ -55,13 +67,11 @@ class Scale:
 
     rule: str
     granularity: str = "tensor"
-    timing: Timing = "current"
+    timing: str = "current"
 
     def __post_init__(self) -> None:
-        for name, valid in (("rule", RULES), ("timing", TIMINGS)):
-            given = getattr(self, name)
-            if not isinstance(given, str) or given not in valid:
-                raise ValueError(f"unknown {name} {reprlib.repr(given)} of a scale: use one of {', '.join(valid)}")
+        if not isinstance(self.rule, str) or self.rule not in RULES:
+            raise ValueError(f"unknown rule {reprlib.repr(self.rule)} of a scale: use one of {', '.join(RULES)}")
         if not isinstance(self.granularity, str) or not _GRANULARITY.fullmatch(self.granularity):
             raise ValueError(
                 f"unknown granularity {reprlib.repr(self.granularity)} of a scale: use one of "
@@ -73,8 +83,45 @@ class Scale:
             raise ValueError(f"rule 'power_of_two' is of whole tensors, got {self.granularity!r}: use rule 'rceil'")
         if self.rule in MX_RULES and self.kind not in ("block", "tile", "row", "tensor"):
             raise ValueError(f"rule {self.rule!r} takes blocks, tiles, rows or tensors, got {self.granularity!r}")
+        if self.rule == "double" and self.kind != "group":
+            raise ValueError(f"rule 'double' takes groups, got {self.granularity!r}: use group:64:double")
         if self.rule in NV_RULES and self.granularity not in ("block:16", "tile:16x16"):
             raise ValueError(f"rule {self.rule!r} takes block:16 or tile:16x16, got {self.granularity!r}")
+        self._check_timing()
+
+    def _check_timing(self) -> None:
+        timing = _TIMING.fullmatch(self.timing) if isinstance(self.timing, str) else None
+        if timing is None:
+            raise ValueError(f"unknown timing {reprlib.repr(self.timing)} of a scale: use one of {', '.join(TIMINGS)}")
+        if (timing["n"] or timing["length"]) is not None:
+            object.__setattr__(self, "timing", _canonical_timing(timing))
+        if self.is_timed and self.steps < 1:
+            raise ValueError(f"timing {self.timing!r} counts steps: use 1 or more")
+        if self.is_timed and self.granularity != "tensor":
+            raise ValueError(
+                f"timing {self.timing!r} is for scales of whole tensors, got {self.granularity!r}: use tensor or "
+                "power_of_two"
+            )
+        valid = ("power_of_two", "fp32") if self.order else ("power_of_two", "fp32", "bf16")
+        if self.is_timed and self.rule not in valid:
+            raise ValueError(f"timing {self.timing!r} takes the rules {' and '.join(valid)}, got {self.rule!r}")
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the factor depends on other steps than the current one, so that it needs a state."""
+        return self.timing != "current"
+
+    @property
+    def steps(self) -> int:
+        """The number of steps in ``history:N`` and ``every:N``; 1 for other timings."""
+        timing = _TIMING.fullmatch(self.timing)
+        return int(timing["n"] or timing["length"] or 1) if timing else 1
+
+    @property
+    def order(self) -> str | None:
+        """How a history gives a scale, one of `HISTORY_ORDERS`; None without a history."""
+        timing = _TIMING.fullmatch(self.timing)
+        return (timing["order"] or "max") if timing and timing["history"] else None
 
     @property
     def kind(self) -> str:
@@ -97,6 +144,11 @@ class Scale:
         return self.kind == "tile" and self.sizes[0] == self.sizes[1]
 
     def __str__(self) -> str:
+        return f"{self._factor}/{self.timing}" if self.is_timed else self._factor
+
+    @property
+    def _factor(self) -> str:
+        """The name of the scale without its timing."""
         if self.rule == "power_of_two":
             return self.rule
         sizes = "x".join(map(str, self.sizes))
@@ -111,8 +163,10 @@ class Scale:
 #: What scales may be called, for messages.
 SCALE_NAMES = (
     "power_of_two", "tensor[:fp32|:bf16]", "row", "column", "mx[:32][:rceil|:floor|:ceil|:even]",
-    "nv[:16x16][:torchao]", "block:128[:fp32|:power_of_two]", "block:128x128", "group:64[:asymmetric]",
+    "nv[:16x16][:torchao]", "block:128[:fp32|:power_of_two]", "block:128x128", "group:64[:asymmetric|:double]",
 )  # fmt: skip
+#: The form of a timing behind a scale, for messages.
+TIMING_NAMES = ("history:16[:most_recent|:ms_amp]", "every:16", "calibrated")
 
 
 def parse_scale(name: str | Scale | None) -> Scale | None:
@@ -125,13 +179,42 @@ def parse_scale(name: str | Scale | None) -> Scale | None:
     Scale(rule='rceil', granularity='block:32', timing='current')
     >>> str(parse_scale("block:128x128"))
     'block:128x128:fp32'
+    >>> str(parse_scale("tensor/history:1024"))
+    'tensor:fp32/history:1024'
     """
     if name is None or isinstance(name, Scale):
         return name
-    scale = _parse(name) if isinstance(name, str) else None
+    factor, slash, timing = name.partition("/") if isinstance(name, str) else ("", "", "")
+    scale = _parse(factor)
+    if scale is None or (slash and not is_timing(timing.strip().lower())):
+        raise ValueError(
+            f"unknown scale {reprlib.repr(name)}: use one of {', '.join(SCALE_NAMES)}, or None. Behind it may stand "
+            f"/ and one of {', '.join(TIMING_NAMES)}"
+        )
+    return with_timing(scale, timing.strip().lower()) if slash else scale
+
+
+def with_timing(scale: Scale | None, timing: str) -> Scale:
+    """``scale`` with another timing.
+
+    Raises:
+        ValueError: there is no scale, or the timing is unknown or does not go with it.
+    """
     if scale is None:
-        raise ValueError(f"unknown scale {reprlib.repr(name)}: use one of {', '.join(SCALE_NAMES)}, or None")
-    return scale
+        raise ValueError(f"timing {timing!r} belongs to a scale: write tensor/{timing} or power_of_two/{timing}")
+    return replace(scale, timing=timing)
+
+
+def is_timing(name: str) -> bool:
+    """Whether ``name`` begins like a timing, so that `with_timing` either reads it or says why it cannot."""
+    return name.partition(":")[0] in ("current", "history", "every", "calibrated")
+
+
+def _canonical_timing(timing: re.Match[str]) -> str:
+    if timing["every"]:
+        return f"every:{int(timing['n'])}"
+    order = timing["order"] or "max"
+    return f"history:{int(timing['length'])}" + ("" if order == "max" else f":{order}")
 
 
 def is_scale(name: str) -> bool:

@@ -9,12 +9,12 @@ gets the same bits.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from fpsim.formats import CodebookFormat, ElementFormat, FloatFormat, IntegerFormat
+from fpsim.formats import CODEBOOKS, CodebookFormat, ElementFormat, FloatFormat, IntegerFormat
 from fpsim.rounding.carriers import CODES_OF, working_dtype
 from fpsim.rounding.ops import SOURCE, round_op, round_with_words_op
 from fpsim.scaling.groups import Call, Groups, OnTensors, split
@@ -32,6 +32,12 @@ _SIXTH = float.fromhex("0x1.555556p-3")
 _LARGEST_BF16 = float.fromhex("0x1.fep127")
 #: Roundings in which a quotient below 2^-26 becomes zero in every format that takes ratios.
 _NEAREST = ("nearest_even", "nearest_away", "toward_zero")
+#: The element format and the scale of ratios that are quantized again, after their mean is subtracted (QLoRA).
+DOUBLE_ELEMENT, DOUBLE_SCALE = CODEBOOKS["dynamic8"], Scale("fp32", "group:256")
+#: Ratios are rounded to multiples of this part of a power of two before their mean is taken. Then every sum is exact.
+_MEAN_UNIT = 2.0**-28
+#: The bits of the exponent of float32.
+_EXPONENT_MASK = 0x7F800000
 #: From this number of values on, a codebook is searched by bisection.
 _LONG_CODEBOOK = 33
 
@@ -46,6 +52,8 @@ def round_scaled(
     axes: list[int],
     words: Any,
     call: Call,
+    factor: Any = None,
+    outside: bool = False,
 ) -> Any:
     """``x`` rounded to ``element`` with ``scale``.
 
@@ -55,6 +63,8 @@ def round_scaled(
         axes: as for `fpsim.scaling.groups.split`.
         words: for stochastic rounding the random words of the elements, in the shape of ``x``; else None.
         call: runs the operators.
+        factor: for a timed scale the factor in use (`fpsim.scaling.history.in_use`), float32 without axes.
+        outside: whether the result is not yet multiplied by `outer_scale`. The scale is a ratio, or NVFP4's.
     """
     if scale is None:
         return Elements(element, rounding, overflow, words, call).rounded(x, dtype)
@@ -62,18 +72,37 @@ def round_scaled(
     if words is not None:
         words = split(call.stored(words), scale, axes, call).values
     elements = Elements(element, rounding, overflow, words, call)
-    scales = scales_of_groups(groups.values, dtype, element, scale, groups.axes, call)
+    scales = scales_of_groups(groups.values, dtype, element, scale, groups.axes, call) if factor is None else (factor,)
     if scale.rule in MX_RULES:
         rounded = elements.on_shifted_grid(groups.values, scales[0])
         is_nan = call(aten.eq.Scalar, scales[0], NAN_MARK)
         return groups.restore(call.stored(call(aten.where.ScalarSelf, is_nan, math.nan, rounded)))
     working = working_dtype(dtype)
     q = quantized(groups.values, dtype, elements, scale, scales)
-    value = dequantized(q, scale, scales, call)
+    if outside:
+        value = call(aten.mul.Tensor, q, scales[0]) if scale.rule in NV_RULES else q
+    else:
+        value = dequantized(q, scale, scales, call)
     if dtype != working:
         value = call(round_op, value, "e8m7", "nearest_even", "ovf_inf", SOURCE)
         value = call(prims.convert_element_type.default, value, dtype)
     return groups.restore(call.stored(value))
+
+
+def outer_scale(x: Any, dtype: torch.dtype, element: ElementFormat, scale: Scale, axes: list[int], call: Call) -> Any:
+    """The factor of `round_scaled` that may multiply the result of a product instead of an operand.
+
+    It is the ratio of a tensor or row, or the inverse of NVFP4's scale of the tensor (for ``torchao`` the scale),
+    in the working dtype. The scale of a tensor has no axes. That of rows has the axes of ``x``, with size 1 along
+    ``axes``.
+    """
+    groups = split(call.stored(x) if dtype == torch.bfloat16 else x, scale, axes, call)
+    scales = scales_of_groups(groups.values, dtype, element, scale, groups.axes, call)
+    factor = scales[1] if scale.rule in NV_RULES else scales[0]
+    if scale.rule == "te":
+        factor = call(aten.div.Tensor, call.constant(1.0, factor), factor)
+    factor = factor if scale.kind == "row" else call(aten.reshape.default, factor, [])
+    return call.stored(call(prims.convert_element_type.default, factor, working_dtype(dtype)))
 
 
 def quantized(x: Any, dtype: torch.dtype, elements: Elements, scale: Scale, scales: tuple[Any, ...]) -> Any:
@@ -86,7 +115,7 @@ def quantized(x: Any, dtype: torch.dtype, elements: Elements, scale: Scale, scal
         scaled = call(aten.mul.Tensor, wide, nv_factor(scales[0], scales[1], scale, call))
         scaled = scaled if exact_zero else _flushed(scaled, call)
         return elements.rounded(_clamped(scaled, -6.0, 6.0, call), working)
-    y = call(aten.div.Tensor, wide, scales[0])
+    y = call(aten.mul.Tensor if scale.order else aten.div.Tensor, wide, scales[0])
     y = y if exact_zero else _flushed(y, call)
     return elements.codes(y, scales[1]) if scale.rule == "asymmetric" else elements.rounded(y, working)
 
@@ -98,7 +127,10 @@ def dequantized(q: Any, scale: Scale, scales: tuple[Any, ...], call: Call) -> An
         return call(back, call(aten.mul.Tensor, q, scales[0]), scales[1])
     if scale.rule == "asymmetric":
         q = call(aten.sub.Tensor, q, scales[1])
-    return call(aten.mul.Tensor, q, scales[0])
+    if scale.order:
+        inverse = call.stored(call(aten.div.Tensor, call.constant(1.0, scales[0]), scales[0]))
+        return call(aten.mul.Tensor, q, inverse)
+    return call(aten.mul.Tensor, q, scales[1] if scale.rule == "double" else scales[0])
 
 
 def scales_of_groups(
@@ -108,8 +140,9 @@ def scales_of_groups(
 
     Returns:
         For powers of two, the multipliers in the dtype of ``x`` (`fpsim.scaling.rules.mx_multiplier_code`). For ratios,
-        the ratios, and for ``asymmetric`` also the zero points. For NVFP4, the scales of the blocks and the one of the
-        tensor. All but the multipliers are float32.
+        the ratios, and for ``asymmetric`` also the zero points. For ``double``, the ratios, the ratios as they are
+        restored, and the ratios that are quantized. For NVFP4, the scales of the blocks and the one of the tensor. All
+        but the multipliers are float32.
     """
     if scale.rule in MX_RULES:
         return (mx_multiplier(x, dtype, element, scale.rule, axes, call),)
@@ -117,7 +150,12 @@ def scales_of_groups(
         return nv_scales(x, scale, axes, call)
     if scale.rule == "asymmetric":
         return asymmetric_scale(x, unsigned_of(element), axes, call)
-    return (ratio_scale(x, element, scale.rule, axes, call),)
+    amax = call(prims.convert_element_type.default, amax_of(x, axes, call), torch.float32)
+    ratio = ratio_scale(amax, element, scale.rule, call)
+    if scale.rule == "double":
+        ratios = call.stored(call(aten.where.ScalarSelf, call(aten.lt.Scalar, amax, _SMALLEST_NORMAL), 0.0, ratio))
+        return ratio, call.stored(restored_ratios(*quantized_ratios(ratios, call), call)), ratios
+    return (ratio,)
 
 
 @dataclass(frozen=True)
@@ -192,31 +230,75 @@ def mx_multiplier(x: Any, dtype: torch.dtype, element: ElementFormat, rule: str,
     return call.stored(call(torch.ops.fpsim.mx_multiplier.default, amax, element.name, rule, SOURCE))
 
 
-def ratio_scale(x: Any, element: ElementFormat, rule: str, axes: list[int], call: Call) -> Any:
-    """The ratios of the largest magnitudes of the groups and of the format: float32, size 1 along ``axes``.
+def ratio_scale(amax: Any, element: ElementFormat, rule: str, call: Call) -> Any:
+    """The ratios of the largest magnitudes ``amax`` of the groups and of the format, both float32.
 
-    NaN where a group holds a NaN or an infinity.
+    NaN where a group holds a NaN or an infinity. For a group of zeros, 1; the smallest ratio if the format has no zero.
     """
-    amax = call(prims.convert_element_type.default, amax_of(x, axes, call), torch.float32)
-    largest = _range(element)
+    largest = range_of(element)
     ratio = call(aten.div.Tensor, amax, call.constant(largest, amax))
     if rule == "bf16":
         ratio = call(round_op, ratio, "e8m7", "nearest_even", "ovf_inf", SOURCE)
     ratio = call(aten.clamp_max.default, ratio, _LARGEST_BF16 if rule == "bf16" else _LARGEST)
-    return call.stored(_usable(ratio, amax, call))
+    has_zero = not isinstance(element, CodebookFormat) or 0 in element.values
+    return call.stored(_usable(ratio, amax, call, 1.0 if has_zero else SMALLEST_RATIO))
 
 
-def _range(element: ElementFormat) -> float:
+def quantized_ratios(ratios: Any, call: Call) -> tuple[Groups, Any, Any]:
+    """The ratios of a tensor, quantized to 8 bits after their mean is subtracted (QLoRA's double quantization).
+
+    Returns:
+        The values of `DOUBLE_ELEMENT` that stand for the ratios, in groups; the ratios of these groups; and the mean.
+        All are float32.
+
+    Source: bitsandbytes, ``quantize_4bit(compress_statistics=True)``.
+    """
+    offset = _mean(ratios, call)
+    groups = split(call.stored(call(aten.sub.Tensor, ratios, offset)), DOUBLE_SCALE, [], call)
+    elements = Elements(DOUBLE_ELEMENT, "nearest_even", "sat_finite", None, call)
+    scales = scales_of_groups(groups.values, torch.float32, DOUBLE_ELEMENT, DOUBLE_SCALE, groups.axes, call)
+    q = quantized(groups.values, torch.float32, elements, DOUBLE_SCALE, scales)
+    return replace(groups, values=q), scales[0], offset
+
+
+def restored_ratios(groups: Groups, scales: Any, offset: Any, call: Call) -> Any:
+    """The ratios for which the results of `quantized_ratios` stand. Magnitudes below `SMALLEST_RATIO` become zero."""
+    restored = groups.restore(call.stored(call(aten.mul.Tensor, groups.values, scales)))
+    ratios = call(aten.add.Tensor, restored, offset)
+    small = call(aten.lt.Scalar, call(aten.abs.default, ratios), SMALLEST_RATIO)
+    return call(aten.where.ScalarSelf, small, 0.0, ratios)
+
+
+def _mean(ratios: Any, call: Call) -> Any:
+    """The mean of float32 numbers, as a float32 number of size 1 along all axes.
+
+    The numbers are rounded to multiples of `_MEAN_UNIT` times a power of two. Their sum is exact then, in any order (up
+    to 2^24 numbers). Its quotient by their count is rounded to float64, and then to float32.
+    """
+    axes = list(range(len(call.shape(ratios))))
+    largest = call.stored(call(aten.clamp_min.default, call(aten.amax.default, ratios, axes, True), SMALLEST_RATIO))
+    bits = call(aten.bitwise_and.Scalar, call(aten.view.dtype, largest, torch.int32), _EXPONENT_MASK)
+    power = call(prims.convert_element_type.default, call(aten.view.dtype, bits, torch.float32), torch.float64)
+    unit = call.stored(call(aten.mul.Scalar, power, _MEAN_UNIT))
+    units = call(prims.convert_element_type.default, ratios, torch.float64)
+    units = call(aten.round.default, call(aten.div.Tensor, units, unit))
+    ones = call(aten.add.Scalar, call(aten.mul.Scalar, units, 0.0), 1.0)
+    total, count = (call.stored(call(aten.sum.dim_IntList, x, axes, True)) for x in (units, ones))
+    mean = call(aten.mul.Tensor, call(aten.div.Tensor, total, count), unit)
+    return call.stored(call(prims.convert_element_type.default, mean, torch.float32))
+
+
+def range_of(element: ElementFormat) -> float:
     """The magnitude that the largest magnitude of a group becomes: half the range if it is not symmetric."""
     if isinstance(element, IntegerFormat) and element.full:
         return (element.max_integer + 0.5) * 2.0**element.unit_exponent
     return element.max
 
 
-def _usable(ratio: Any, amax: Any, call: Call) -> Any:
-    """``ratio`` limited from below; 1 for zeros, NaN for infinities and NaNs."""
+def _usable(ratio: Any, amax: Any, call: Call, of_zeros: float = 1.0) -> Any:
+    """``ratio`` limited from below; ``of_zeros`` for zeros, NaN for infinities and NaNs."""
     ratio = call(aten.clamp_min.default, ratio, SMALLEST_RATIO)
-    ratio = call(aten.where.ScalarSelf, call(aten.lt.Scalar, amax, _SMALLEST_NORMAL), 1.0, ratio)
+    ratio = call(aten.where.ScalarSelf, call(aten.lt.Scalar, amax, _SMALLEST_NORMAL), of_zeros, ratio)
     return call(aten.where.ScalarSelf, call(aten.gt.Scalar, amax, _LARGEST), math.nan, ratio)
 
 
@@ -293,8 +375,7 @@ def _nearest_in_codebook(y: Any, book: CodebookFormat, working: torch.dtype, cal
         for threshold, value in zip(thresholds, book.values[1:], strict=True):
             q = call(aten.where.ScalarSelf, call(aten.ge.Scalar, y, threshold), value, q)
     else:
-        index = call(aten.bucketize.Tensor, y, call.table(thresholds, y, working), False, True)
-        q = call(aten.index.Tensor, call.table(book.values, y, working), [index])
+        q = call.step_function(y, thresholds, book.values, working)
         q = call(aten.where.self, call(aten.isnan.default, y), y, q)
     return q
 
@@ -328,4 +409,4 @@ def scaled_groups(x: torch.Tensor, element: ElementFormat, scale: Scale, axes: l
     if scale.rule in NV_RULES:
         factors = parts[1] / parts[0] if scale.rule == "te" else 1 / (parts[0] * parts[1])
         return ScaledGroups(groups, parts[0], factors)
-    return ScaledGroups(groups, parts[0], 1 / parts[0])
+    return ScaledGroups(groups, parts[1] if scale.rule == "double" else parts[0], 1 / parts[0])

@@ -6,14 +6,14 @@ functions use hooks of torch: `DistributedDataParallel.register_comm_hook` and `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fpsim.casts import Cast, CastLike, check_cast, parse_unscaled
+from fpsim.casts import Cast, CastLike, check_cast, parse_cast, parse_unscaled, refuse_timed
 from fpsim.rounding.carriers import check_tensor
 from fpsim.training.in_place import Job, check_seed, draw_of_step, round_in_place
 
@@ -35,7 +35,8 @@ def round_gradients_hook(
     the quotient are computed in the gradients' dtype. A sparse gradient is coalesced first, and its values are rounded.
 
     Args:
-        format: the format of the gradients that a rank sends. It may be a cast, ``format/rounding/overflow``.
+        format: the format of the gradients that a rank sends. It may be a cast, ``format/rounding/overflow/scale``.
+            Every gradient of every rank has its own scales; rows and blocks lie along its last axis.
         result: the format of the averages, which every rank rounds itself. None leaves them unrounded.
         rounding, overflow: the modes of a cast that names none.
         seed: for stochastic rounding, and only for it. Every rank, bucket and backward pass has its own draw. The draw
@@ -47,11 +48,13 @@ def round_gradients_hook(
         model.
 
     Raises:
-        ValueError: the format or a mode is unknown, a cast has a scale, or a seed is missing or has no stochastic
-            rounding to seed. In backward: the format has values that the gradients' dtype lacks.
+        ValueError: the format or a mode is unknown, or a seed is missing or has no stochastic rounding to seed. In
+            backward: the format has values that the gradients' dtype lacks.
     """
-    sent = parse_unscaled(format, rounding, overflow, "a bucket of gradients")
-    received = None if result is None else parse_unscaled(result, rounding, overflow, "a bucket of gradients")
+    sent = parse_cast(format, rounding, overflow)
+    received = None if result is None else parse_cast(result, rounding, overflow)
+    for cast in (sent, received):
+        refuse_timed(cast, "round_gradients_hook")
     check_seed(seed, [cast for cast in (sent, received) if cast])
     passes = 0
 
@@ -62,11 +65,12 @@ def round_gradients_hook(
         draw = None if seed is None else draw_of_step(seed, passes)
         passes += bucket.is_last()
         first = bucket.index() * (ranks + 1)
-        _round(gradients, sent, draw, first + rank)
+        parts = None if gradients.is_sparse else bucket.gradients()
+        _round(gradients, sent, draw, first + rank, parts)
 
         def average(done: torch.futures.Future[list[Tensor]]) -> Tensor:
             total = _whole(done.value()[0].div_(ranks))
-            _round(total, received, draw, first + ranks)
+            _round(total, received, draw, first + ranks, None if parts is None else _like(parts, total))
             return total
 
         return dist.all_reduce(gradients, group=group, async_op=True).get_future().then(average)
@@ -84,7 +88,8 @@ def rounded_reduce_scatter(
             if isinstance(module, FSDPModule):
                 module.set_custom_reduce_scatter(fpsim.training.gradients.rounded_reduce_scatter("e5m2"))
 
-    The arguments and errors are those of `round_gradients_hook`. Create one for each module, with different seeds if
+    The arguments and errors are those of `round_gradients_hook`, but a cast may have no scale: what a rank sends joins
+    parts of several gradients. Create one for each module, with different seeds if
     rounding is stochastic. If FSDP divides the gradients before the sum, as it does for float16, the quotients are
     rounded.
     """
@@ -111,9 +116,27 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.coalesce() if tensor.is_sparse else tensor
 
 
+def _like(parts: Sequence[Tensor], total: Tensor) -> list[Tensor]:
+    """The parts of ``total`` that lie as ``parts`` do in the bucket, a vector, which begins with the first of them."""
+    first = min(part.storage_offset() for part in parts)
+    offset = total.storage_offset() - first
+    return [total.as_strided(part.shape, part.stride(), part.storage_offset() + offset) for part in parts]
+
+
 @torch.no_grad()
-def _round(tensor: Tensor, cast: Cast | None, draw: int | None, number: int) -> None:
-    if cast is not None:
-        values = tensor.values() if tensor.is_sparse else tensor
-        check_cast(check_tensor(values), cast)
-        round_in_place([Job(values, cast, number)], draw if cast.is_stochastic else None, compiled=None)
+def _round(
+    tensor: Tensor, cast: Cast | None, draw: int | None, number: int, parts: Sequence[Tensor] | None = None
+) -> None:
+    """Round ``tensor`` in place.
+
+    Args:
+        number: the number of the draw.
+        parts: the parts of the tensor that have scales of their own; None stands for the tensor itself.
+    """
+    if cast is None:
+        return
+    values = tensor.values() if tensor.is_sparse else tensor
+    check_cast(check_tensor(values), cast)
+    own = [values] if cast.scale is None or parts is None else parts
+    jobs = [Job(part, cast, number + (i << 32)) for i, part in enumerate(own)]
+    round_in_place(jobs, draw if cast.is_stochastic else None, compiled=None)

@@ -56,7 +56,7 @@ def round_in_place(jobs: Sequence[Job], draw: int | None, compiled: bool | None 
     small, large = defaultdict(list), defaultdict(list)
     for job, key in zip(jobs, keys_of(jobs, draw), strict=True):
         x, cast = job.tensor, job.cast
-        if key is None and cast.scale is None and x.numel() < _SMALL:
+        if key is None and cast.scale is None and cast.transform is None and x.numel() < _SMALL:
             small[cast, x.dtype, x.device].append(x)
         elif compiled and not cast.has_axis and x.is_contiguous() and 1 < x.numel() < _SHORT:
             large[cast, x.dtype, x.device, key is not None].append((x.view(-1), key))
@@ -91,7 +91,8 @@ def write(target: Tensor, value: Tensor, key: Tensor | None, arguments: Argument
     """Write ``value`` to ``target``, cast; ``arguments`` is `Cast.arguments`, and None leaves the value as it is."""
     if key is not None and torch.compiler.is_compiling():
         torch._check(value.numel() < _SHORT)  # tells Inductor that 32-bit indices suffice, whatever the size
-    target.copy_(value if arguments is None else apply_arguments(value, arguments, key=key))
+    axes = (-1,) if value.dim() else ()  # a number is a row of its own
+    target.copy_(value if arguments is None else apply_arguments(value, arguments, axes=axes, key=key))
 
 
 def _round_batch(xs: Sequence[Tensor], keys: Sequence[Tensor] | None, arguments: Arguments) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fpsim.casts import Cast, CastLike, check_cast, parse_cast
+from fpsim.casts import Cast, CastLike, check_cast, parse_cast, refuse_timed
 from fpsim.formats import FloatFormat
 from fpsim.rounding.carriers import check_tensor
 from fpsim.rounding.kernel import FLOAT32
@@ -170,7 +170,9 @@ def round_optimizer(
 
 
 def _cast(text: CastLike | None, rounding: str, overflow: str | None) -> Cast | None:
-    return None if text is None else parse_cast(text, rounding, overflow)
+    cast = None if text is None else parse_cast(text, rounding, overflow)
+    refuse_timed(cast, "fpsim.round_optimizer")
+    return cast
 
 
 def _state_casts(
@@ -187,7 +189,7 @@ def _state_casts(
         if name not in has:
             known = ", ".join(has)
             raise ValueError(f"{type(optimizer).__name__} has no state {name!r}: the states it has are {known}")
-    casts = {name: parse_cast(text, rounding, overflow) for name, text in state.items()}
+    casts = {name: _cast(text, rounding, overflow) for name, text in state.items()}
     return {name: cast for name, cast in casts.items() if cast is not None}
 
 
@@ -198,13 +200,14 @@ def _check_weights(weights: Cast | None, master: Cast | None, kahan: bool) -> No
         raise ValueError("kahan keeps what the weights lose, and so does a master copy: give one of the two")
     if weights is None or master is None:
         return
-    if not isinstance(master.format, FloatFormat) or master.scale is not None:
+    if not isinstance(master.format, FloatFormat) or master.scale is not None or master.transform is not None:
         raise ValueError(f"master weights are floating-point numbers without scales, got {master}: use fp32")
-    if weights.scale is not None and weights.scale.rule not in POWERS_OF_TWO:
+    inexact = weights.transform or weights.scale
+    if weights.transform is not None or (weights.scale is not None and weights.scale.rule not in POWERS_OF_TWO):
         if not FLOAT32.is_subset_of(master.format):
             raise ValueError(
-                f"master weights in {master.format.name} cannot hold weights with scale {str(weights.scale)!r}, which "
-                "are float32 numbers: use fp32"
+                f"master weights in {master.format.name} cannot hold weights with {str(inexact)!r}, which are float32 "
+                "numbers: use fp32"
             )
     elif not (weights.grid or FLOAT32).is_subset_of(master.format):
         raise ValueError(

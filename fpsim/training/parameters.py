@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from fpsim.casts import Cast, CastLike, check_cast, parse_cast
+from fpsim.casts import Cast, CastLike, check_cast, parse_cast, refuse_timed
 from fpsim.policy.globs import matches
 from fpsim.rounding.carriers import check_tensor
 from fpsim.suggestions import near_names
@@ -60,12 +60,18 @@ def _casts_by_glob(
     format: CastLike | Mapping[str, CastLike], rounding: str, overflow: str | None, names: Sequence[str]
 ) -> dict[str, Cast | None]:
     if not isinstance(format, Mapping):
-        return {"*": parse_cast(format, rounding, overflow)}
+        return {"*": _cast(format, rounding, overflow)}
     modules = {name.rpartition(".")[0] for name in names} - {""}
     for glob in format:
         if not any(matches(glob, name) for name in names):
             raise ValueError(f"{glob!r} matches no parameter: {_nearest(glob, [*names, *sorted(modules)])}")
-    return {glob: parse_cast(text, rounding, overflow) for glob, text in format.items()}
+    return {glob: _cast(text, rounding, overflow) for glob, text in format.items()}
+
+
+def _cast(text: CastLike, rounding: str, overflow: str | None) -> Cast | None:
+    cast = parse_cast(text, rounding, overflow)
+    refuse_timed(cast, "fpsim.round_parameters")
+    return cast
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

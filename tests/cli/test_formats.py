@@ -75,4 +75,9 @@ def test_formats_shows_values_exactly():
 
 def test_formats_lists_names_of_elements_with_scales():
     assert ["mxfp8", "e4m3fn", "mx"] in cells(run("formats"))
+    assert ["dynamic8:unsigned", "dynamic8:unsigned", "group:256"] in cells(run("formats"))
+    shown = cells(run("formats", "dynamic4", "nf4/group:64:double"))
+    assert ["dynamic4", "dynamic4", "group:128"] in shown
+    assert ["nf4/group:64:double", "nf4", "group:64:double"] in shown
+    assert "unknown scale 'group'" in run("formats", "nf4/group", code=2)
     assert cells(run("formats", "nvfp4", "int8"))[-2:] == [["nvfp4", "e2m1fn", "nv"], ["int8", "int8", "row"]]

@@ -1,10 +1,14 @@
 """Products whose operands have scales along the axis that the product sums over.
 
 The operands of every product are rounded by the exact reference, along the axis that each product sums over, and
-multiplied by the same kernel of torch. So every bit must agree.
+multiplied by the same kernel of torch. Scales that do not vary along this axis multiply the result. So every bit must
+agree.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -26,9 +30,59 @@ CASTS = (
 )
 
 
-def rounded(x: Tensor, cast: str, axis: int | tuple[int, ...]) -> Tensor:
-    values = reference.round_blocks(x.detach().flatten().tolist(), cast, tuple(x.shape), axis)
-    return torch.tensor([reference.to_float(value) for value in values], dtype=torch.float64).to(x.dtype).view(x.shape)
+@dataclass(frozen=True)
+class Operand:
+    """An operand: the elements that the product multiplies, and the scale that multiplies its result."""
+
+    elements: Tensor
+    scale: Tensor | None = None
+
+    def t(self) -> Operand:
+        return Operand(self.elements.mT, self.scale if self.scale is None or not self.scale.dim() else self.scale.mT)
+
+    def __matmul__(self, other: Operand) -> Tensor:
+        """The product, in float32 for bfloat16 tensors: see docs/scaled_formats.md."""
+        wide = torch.float64 if self.elements.dtype == torch.float64 else torch.float32
+        return times(self.elements.to(wide) @ other.elements.to(wide), self, other).to(self.elements.dtype)
+
+
+def times(product: Tensor, *operands: Operand) -> Tensor:
+    """``product`` times the scales of its operands."""
+    scales = [operand.scale.to(product.dtype) for operand in operands if operand.scale is not None]
+    if len(scales) == 2 and not scales[0].dim() and not scales[1].dim():
+        return product * (scales[0] * scales[1])
+    for scale in scales:
+        product = product * scale
+    return product
+
+
+def rounded(x: Tensor, cast: str, axis: int | tuple[int, ...], rows: bool = True) -> Operand:
+    """``x`` rounded by the reference. ``rows``: whether the product lets the scales of rows multiply its result."""
+    values = [reference.as_value(value) for value in x.detach().double().flatten().tolist()]
+    working = "fp64" if x.dtype == torch.float64 else "fp32"
+    parsed = reference.parse_cast(cast)
+    scale, is_nv = parsed.scale, parsed.scale.rule in ("te", "torchao")
+    is_affine = scale.asymmetric or cast.startswith("uint")
+    is_row = scale.shared_by == "row" and rows
+    if not is_nv and (scale.rule not in ("fp32", "bf16") or is_affine or not (is_row or scale.shared_by == "tensor")):
+        decoded = reference.round_blocks(values, cast, tuple(x.shape), axis, working=working)
+        return Operand(tensor_of(decoded, x))
+    blocks = reference.quantize_blocks(values, cast, tuple(x.shape), axis, working=working)
+    elements, outer = [reference.NAN] * x.numel(), [reference.NAN] * x.numel()
+    for indices, block in blocks:
+        for i, element in zip(indices, block.elements, strict=True):
+            elements[i] = reference.mul(element, block.scale, "fp32") if is_nv else element
+            outer[i] = block.scale
+            if is_nv:
+                outer[i] = reference.div(1, block.tensor_scale, "fp32") if scale.rule == "te" else block.tensor_scale
+    factor = tensor_of(outer, x, torch.float32)
+    factor = factor.narrow(axis, 0, 1) if is_row else factor.flatten()[0]
+    return Operand(tensor_of(elements, x), factor)
+
+
+def tensor_of(values: Sequence[reference.Value], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    numbers = torch.tensor([reference.to_float(value) for value in values], dtype=torch.float64)
+    return numbers.to(dtype or like.dtype).view(like.shape)
 
 
 def run(model: nn.Module, x: Tensor, cast: str, backend: str) -> tuple[Tensor, ...]:
@@ -54,20 +108,21 @@ def test_a_linear_layer_has_six_roundings(cast: str) -> None:
     assert torch.equal(dw, rounded(dy, cast, 0).t() @ rounded(tokens, cast, 0))
 
 
-def test_batched_products_are_rounded_along_the_axes_they_sum_over() -> None:
+@pytest.mark.parametrize("cast", ["mxfp6_e3m2", "int8", "nvfp4"])
+def test_batched_products_are_rounded_along_the_axes_they_sum_over(cast: str) -> None:
     torch.manual_seed(1)
     a, b = torch.randn(3, 5, 48, requires_grad=True), torch.randn(3, 48, 33, requires_grad=True)
-    compiled = torch.compile(torch.bmm, backend="fpsim_eager", options={"format": "mxfp6_e3m2"})
+    compiled = torch.compile(torch.bmm, backend="fpsim_eager", options={"format": cast})
     y = compiled(a, b)
     dy = torch.linspace(-1, 1, y.numel()).view(y.shape)
     y.backward(dy)
 
-    def r(x: Tensor, axis: int) -> Tensor:
-        return rounded(x, "mxfp6_e3m2", axis)
+    def r(x: Tensor, axis: int) -> Operand:
+        return rounded(x, cast, axis)
 
     assert torch.equal(y, r(a, 2) @ r(b, 1))
-    assert torch.equal(a.grad, r(dy, 2) @ r(b, 2).transpose(1, 2))
-    assert torch.equal(b.grad, r(a, 1).transpose(1, 2) @ r(dy, 1))
+    assert torch.equal(a.grad, r(dy, 2) @ r(b, 2).t())
+    assert torch.equal(b.grad, r(a, 1).t() @ r(dy, 1))
 
 
 def test_a_convolution_is_rounded_along_channels_and_along_images_and_places() -> None:
@@ -79,7 +134,7 @@ def test_a_convolution_is_rounded_along_channels_and_along_images_and_places() -
     weight = layer.weight.detach()
 
     def r(x: Tensor, *axes: int) -> Tensor:
-        return rounded(x, "mxfp8", axes)
+        return rounded(x, "mxfp8", axes).elements
 
     assert torch.equal(y, F.conv2d(r(x, 1), r(weight, 1)))
     assert torch.equal(x.grad, torch.nn.grad.conv2d_input(x.shape, r(weight, 0), r(dy, 1)))
@@ -107,7 +162,9 @@ def test_dynamic_shapes() -> None:
         y = compiled(x)
         y.sum().backward()
         tokens, ones = x.detach().view(-1, 48), torch.ones(2 * length, 24)
-        expected = F.linear(rounded(tokens, "mxfp8", 1), rounded(linear.weight, "mxfp8", 1), linear.bias)
+        expected = F.linear(
+            rounded(tokens, "mxfp8", 1).elements, rounded(linear.weight, "mxfp8", 1).elements, linear.bias
+        )
         assert torch.equal(y.view(-1, 24), expected)
         assert torch.equal(linear.weight.grad, rounded(ones, "mxfp8", 0).t() @ rounded(tokens, "mxfp8", 0))
 
@@ -154,9 +211,161 @@ def test_explain_shows_scales_and_their_axes() -> None:
     ]
 
 
-def test_results_of_operations_take_no_scales() -> None:
-    with pytest.raises(ValueError, match="the result of an operation cannot be scaled: leave 'mx:32:rceil' out"):
-        fpsim.Policy(elementwise="mxfp8")
+@pytest.mark.parametrize("cast", ["mxfp4", "int8", "nvfp4", "e4m3fn/tensor", "e4m3fn/power_of_two"])
+def test_results_have_scales_along_their_last_axis(cast: str) -> None:
+    """Those of products and of other operations, forward and backward; a number is a row of its own."""
+
+    def r(x: Tensor) -> Tensor:
+        values = [reference.as_value(value) for value in x.detach().double().flatten().tolist()]
+        return tensor_of(reference.round_blocks(values, cast, tuple(x.shape), -1 if x.dim() else ()), x)
+
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        return (torch.mm(x, w).relu() * x).sum()
+
+    torch.manual_seed(8)
+    x, w = torch.randn(3, 40, requires_grad=True), torch.randn(40, 40)
+    torch._dynamo.reset()
+    loss = torch.compile(f, backend="fpsim_eager", options={"elementwise": cast, "output": cast})(x, w)
+    loss.backward()
+    product = r(x @ w)
+    hidden = r(product.relu())
+    assert torch.equal(loss, r(r(hidden * x).sum()))
+    ones = torch.ones(3, 40)
+    through = r(r(ones * x) * (hidden > 0))
+    assert torch.equal(x.grad, r(r(ones * hidden) + r(through @ w.t())))
+
+
+# -- scales that multiply the result ----------------------------------------------------------------------------------
+
+#: Pairs of casts of the operands: two numbers, a number and a column, a row and a column, one operand without a scale
+#: outside, both scales of NVFP4.
+OUTSIDE = (
+    ("e4m3fn/tensor", "e5m2/tensor:bf16"), ("e4m3fn/tensor", "int8/row"), ("int8/row", "int4:full/row"),
+    ("mxfp8", "int8/row"), ("nf4/group:32", "e4m3fn/tensor"), ("nvfp4", "nvfp4"), ("e2m1fn/nv:torchao", "int8/row"),
+    ("none", "nvfp4"), ("uint4", "int8"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_scales_multiply_the_result_and_the_bias_comes_last(dtype: torch.dtype) -> None:
+    """Of a linear layer. The gradients of its products have scales of their own."""
+    torch.manual_seed(5)
+    x, weight, bias = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((17, 40), (12, 40), (12,)))
+    dy = torch.randn(17, 12).to(dtype)
+
+    def r(value: Tensor, cast: str, axis: int) -> Operand:
+        return Operand(value.detach()) if cast == "none" else rounded(value, cast, axis)
+
+    for first, second in OUTSIDE:
+        torch._dynamo.reset()
+        options = {"activation": first, "weight": second, "gradient": first}
+        y = torch.compile(F.linear, backend="fpsim_eager", options=options)(x, weight, bias)
+        gradients = torch.autograd.grad(y, (x, weight, bias), dy)
+        a, b = r(x, first, 1), r(weight, second, 1)
+        if a.scale is None and b.scale is None:
+            expected = F.linear(a.elements, b.elements, bias.detach())
+        else:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            product = times(a.elements.to(wide) @ b.elements.to(wide).t(), a, b.t())
+            expected = (bias.detach().to(wide) + product).to(dtype)
+        assert torch.equal(y, expected), (first, second)
+        assert torch.equal(gradients[0], r(dy, first, 1) @ r(weight, second, 0)), (first, second)
+        assert torch.equal(gradients[1], r(dy, first, 0).t() @ r(x, first, 0)), (first, second)
+
+
+@pytest.mark.parametrize("cast", ["int8", "e4m3fn/tensor", "nvfp4"])
+def test_products_of_vectors_and_sums_with_alpha_and_beta(cast: str) -> None:
+    torch.manual_seed(6)
+    a, b, v, c = torch.randn(5, 48), torch.randn(48, 7), torch.randn(48), torch.randn(5, 7)
+    stack = torch.stack([a, -2 * a])
+
+    def products(a, b, v, c, stack):
+        added = torch.addmm(c, a, b, beta=0.5, alpha=3)
+        batches = torch.baddbmm(c, stack, torch.stack([b, b]), beta=2)
+        return torch.mv(a, v), torch.dot(v, v), added, batches, torch.addmv(c[:, 0], a, v)
+
+    def r(x: Tensor, axis: int) -> Operand:
+        return rounded(x, cast, axis)
+
+    torch._dynamo.reset()
+    got = torch.compile(products, backend="fpsim_eager", options={"format": cast})(a, b, v, c, stack)
+    column = r(v[:, None], 0)
+    of_vector = Operand(column.elements[:, 0], column.scale if column.scale is None else column.scale.flatten()[0])
+    rows = r(a, 1)
+    by_row = Operand(rows.elements, rows.scale[:, 0] if rows.scale.dim() else rows.scale)
+    by_number = of_vector if not rows.scale.dim() else Operand(of_vector.elements, of_vector.scale.view(1))
+    mv = times(rows.elements @ of_vector.elements, by_row, by_number)
+    exact = (rows.elements.double() * of_vector.elements.double()).sum(1)
+    assert torch.equal(got[0], mv) or torch.allclose(got[0].double(), times(exact, by_row, by_number), rtol=3e-7)
+    square = of_vector.scale if of_vector.scale is not None else torch.tensor(1.0)
+    total = (of_vector.elements.double() ** 2).sum()
+    assert torch.allclose(got[1].double(), total * square.double() ** 2, rtol=3e-7)
+    assert torch.equal(got[2], c * 0.5 + (rows @ r(b, 0)) * 3)
+    assert torch.equal(got[3], c * 2 + r(stack, 2) @ r(torch.stack([b, b]), 1))
+    assert torch.allclose(got[4], c[:, 0] + mv, rtol=1e-6)
+
+
+@pytest.mark.parametrize("cast", ["e4m3fn/tensor", "nvfp4", "int8"])
+def test_the_scale_of_a_tensor_multiplies_the_result_of_a_convolution(cast: str) -> None:
+    """The scales of rows, which vary from place to place, multiply the operand."""
+    torch.manual_seed(7)
+    layer, x = nn.Conv2d(6, 4, 3), torch.randn(2, 6, 5, 6, requires_grad=True)
+    torch._dynamo.reset()
+    y = torch.compile(layer, backend="fpsim_eager", options={"format": cast})(x)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+
+    def r(x: Tensor, *axes: int) -> Operand:
+        return rounded(x, cast, axes, rows=False)
+
+    places, weight = (0, 2, 3), layer.weight.detach()
+    a, b, bias = r(x, 1), r(weight, 1), layer.bias.detach()
+    plain = a.scale is None
+    fprop = F.conv2d(a.elements, b.elements, bias if plain else None)
+    assert torch.equal(y, fprop if plain else bias.view(-1, 1, 1) + times(fprop, a, b))
+    a, b = r(weight, 0), r(dy, 1)
+    assert torch.equal(x.grad, times(torch.nn.grad.conv2d_input(x.shape, a.elements, b.elements), b, a))
+    a, b = r(x, *places), r(dy, *places)
+    assert torch.equal(
+        layer.weight.grad, times(torch.nn.grad.conv2d_weight(a.elements, weight.shape, b.elements), b, a)
+    )
+    assert torch.allclose(layer.bias.grad, dy.sum(places))
+
+
+def test_the_results_of_rows_with_nan_or_infinity_are_nan() -> None:
+    x, w = torch.ones(3, 32), torch.ones(32, 2)
+    x[0, 1], x[1, 2] = torch.nan, torch.inf
+    for cast, wanted in (("int8", [True, True, False]), ("e4m3fn/tensor", [True] * 3)):
+        torch._dynamo.reset()
+        y = torch.compile(torch.mm, backend="fpsim_eager", options={"format": cast})(x, w)
+        assert y.isnan().all(1).tolist() == wanted == y.isnan().any(1).tolist()
+
+
+def test_explain_and_profile_tell_which_scales_are_in_the_epilogue() -> None:
+    x, layer = torch.randn(4, 48, requires_grad=True), nn.Linear(48, 24)
+    policy = fpsim.Policy(activation="nvfp4", weight="int8", gradient="e4m3fn/block:16")
+    sites = fpsim.explain(layer, x, policy=policy).sites
+    assert [(site.scales, site.epilogue) for site in sites] == [
+        ("12 along 1, 1 in the epilogue", True),
+        ("24 along 0, in the epilogue", True),
+        ("8 along 1", False),
+        ("48 along 0, in the epilogue", True),
+        ("24 along 1", False),
+        ("48 along 0, 1 in the epilogue", True),
+    ]
+    profile = fpsim.profile(layer, x, policy=policy)
+    assert [site.epilogue for site in profile.sites] == [site.epilogue for site in sites]
+    assert fpsim.compile_backend.Profile.from_json(profile.to_json()).sites == profile.sites
+    [product] = [product for product in profile.products if product.kind == "fprop"]
+    exact = x.detach().double() @ layer.weight.detach().double().t()
+    simulated = (rounded(x, "nvfp4", 1) @ rounded(layer.weight, "int8", 1).t()).double()
+    assert abs(product.error - float((simulated - exact).norm())) < 1e-5 * float(exact.norm())
+    [site] = [site for site in profile.sites if site.kind == "fprop" and site.role == "weight"]
+    noise = (fpsim.round(layer.weight.detach(), "int8") - layer.weight.detach()).double().norm()
+    assert abs(site.statistics.noise / float(noise) - 1) < 1e-6
+
+
+# -- statistics -------------------------------------------------------------------------------------------------------
 
 
 def test_profile_counts_what_block_scales_clip() -> None:

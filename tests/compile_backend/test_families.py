@@ -220,3 +220,17 @@ def test_an_operator_that_changes_its_arguments_is_refused_by_its_own_name() -> 
     assert torch.equal(
         torch.compile(gram, backend="fpsim_eager", options=options)(torch.ones(2, 3)), torch.full((2, 2), 3.0)
     )
+
+
+@pytest.mark.parametrize("format", ["e8m1", "mxfp4", "int8", "nf4", "nvfp4/stochastic"])
+def test_every_rounding_of_fpsim_may_stand_in_a_compiled_model(format: str) -> None:
+    """Its own operators, elementwise or with scales, are known to hold no product."""
+    weight = torch.eye(32)
+    seed = 1 if "stochastic" in format else None
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return fpsim.round(x, format, seed=seed) @ weight
+
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+    compiled = torch.compile(function, backend="fpsim_eager", options={"gradient": "e8m1"}, fullgraph=True)
+    assert torch.equal(compiled(x), fpsim.round(x, format, seed=seed))

@@ -446,7 +446,7 @@ def test_the_sites_are_those_that_explain_lists() -> None:
     plan = fpsim.explain(model, x, labels=x)
     profile = fpsim.profile(model, x, labels=x)
     names = [field.name for field in fields(Site)]
-    assert [Site(*(getattr(site, name) for name in names)) for site in profile.sites] == list(plan.sites)
+    assert [Site(**{name: getattr(site, name) for name in names}) for site in profile.sites] == list(plan.sites)
     assert len(profile.products) == 7 * 3 + 2 * 3 + 3 and {product.runs for product in profile.products} == {1}
     assert [site.product for site in profile.sites] == [i for i in range(len(profile.products)) for _ in range(2)]
     assert all(site.statistics.elements == math.prod(site.shape) for site in profile.sites)
@@ -603,14 +603,17 @@ GOOD = Statistics(elements=4, amax=1.0, signal=2.0, exponents=((0, 4),), rounded
 WEIRD = "layers.<b>[red]x[/red]</b>"
 HAND_MADE = Profile(
     (
-        SiteStatistics("b", "aten.mm", "fprop", "forward", "activation", (2, 2), "float32", None, (1,), 0, GOOD),
         SiteStatistics(
-            WEIRD, "aten.mm", "dgrad", "backward", "gradient", (10, 10), "float32",
-            parse_cast("e4m3fn/stochastic:23/ovf_inf"), (1,), 1, BAD,
+            "b", "aten.mm", "fprop", "forward", "activation", (2, 2), "float32", None, (1,),
+            product=0, statistics=GOOD,
         ),
         SiteStatistics(
-            "", "aten.tanh", None, "forward", "result", ("*",), "float64", parse_cast("e5m2"), (), None,
-            Statistics(elements=9, signal=4.0, noise=0.1),
+            WEIRD, "aten.mm", "dgrad", "backward", "gradient", (10, 10), "float32",
+            parse_cast("e4m3fn/stochastic:23/ovf_inf"), (1,), product=1, statistics=BAD,
+        ),
+        SiteStatistics(
+            "", "aten.tanh", None, "forward", "result", ("*",), "float64", parse_cast("e5m2"), (), product=None,
+            statistics=Statistics(elements=9, signal=4.0, noise=0.1),
         ),
     ),
     (

@@ -71,6 +71,43 @@ def test_rounded_forward_is_symmetric(mode):
     assert eigenpairs(operator).converged
 
 
+@pytest.mark.parametrize("cast", ["mxfp8", "nvfp4", "int8", "e4m3fn/tensor", "uint8", "nf4/group:8:double"])
+def test_losses_with_scaled_operands(cast):
+    """Values are those of the compiled model; derivatives are those of a model with straight-through operands."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 12), nn.Tanh(), nn.Linear(12, 3))
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    batch, tangent = (torch.randn(9, 40), torch.randn(9, 3)), {name: torch.randn_like(p) for name, p in params.items()}
+
+    def squares(outputs, target):
+        return (outputs - target).square().sum()
+
+    def straight_through(x):
+        return x + (fpsim.round(x.detach(), cast) - x.detach())
+
+    def linear(x, weight, bias):
+        return functional.linear(straight_through(x), straight_through(weight), bias)
+
+    def emulated(p):
+        hidden = linear(batch[0], p["0.weight"], p["0.bias"]).tanh()
+        return squares(linear(hidden, p["2.weight"], p["2.bias"]), batch[1])
+
+    for dtype in (torch.bfloat16, torch.float32):
+        narrow = model.to(dtype)
+        narrow.load_state_dict(params)
+        inputs = tuple(x.to(dtype) for x in batch)
+        rounded = functional_loss(narrow, squares, batch=inputs, policy={"format": cast})
+        torch._dynamo.reset()
+        compiled = torch.compile(narrow, backend="fpsim_eager", options={"format": cast})
+        own = {name: p.to(dtype) for name, p in params.items()}
+        assert torch.equal(rounded(own), squares(compiled(inputs[0]), inputs[1]))
+        assert torch.func.grad(rounded)(own)["0.weight"].isfinite().all()
+    gradients = [torch.func.grad(loss)(params) for loss in (rounded, emulated)]
+    products = [torch.func.jvp(torch.func.grad(loss), (params,), (tangent,))[1] for loss in (rounded, emulated)]
+    for mine, theirs in (gradients, products):
+        assert all(relative(mine[name], theirs[name]) < 1e-4 for name in params)
+
+
 def test_rounded_gradients_are_reported_as_not_symmetric():
     model, params, (tokens, targets) = network()
 

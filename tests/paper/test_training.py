@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fpsim
 from fpsim.paper.compiled_loss import OpenAttention, compile_loss
 from fpsim.paper.config import RunConfig
 from fpsim.paper.data import batches, validation_batches
@@ -210,3 +211,22 @@ def test_configurations_are_values():
     assert RunConfig(options={"format": "bf16"}) == RunConfig(options={"format": "bf16"})
     assert RunConfig(options={"format": "bf16"}) != RunConfig(options=None)
     assert len({RunConfig(), RunConfig(seed=1), RunConfig(seed=1)}) == 2
+
+
+@pytest.mark.parametrize("cast", ["mxfp8", "nvfp4"])
+def test_a_run_with_scaled_operands(config, data, cast):
+    """Its first loss is that of a model whose layers round, and its curvature is measured through the scales."""
+    short = replace(
+        config, options={"format": cast, "products": "weights"}, steps=2, backend="interpreted", hessian_every=1
+    )
+    history = run(short, data)
+    model = LanguageModel(llama(config.model, seed=config.seed))
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.forward = lambda x, layer=layer: torch.nn.functional.linear(
+                fpsim.round(x, cast), fpsim.round(layer.weight, cast), layer.bias
+            )
+    inputs, targets = next(batches(data.train, batch=4, context=12, seed=1337))
+    assert history[0].loss == pytest.approx(float(model(inputs, targets)), rel=1e-5)
+    assert all(math.isfinite(record.loss) for record in history)
+    assert all(math.isfinite(record.hessian_eigenvalue) for record in history)

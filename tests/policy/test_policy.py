@@ -371,9 +371,12 @@ def test_modules_inherit_the_scale_and_may_exclude_it() -> None:
 
 
 @pytest.mark.parametrize("field", ["output", "elementwise"])
-def test_only_operands_are_scaled(field: str) -> None:
-    with pytest.raises(ValueError, match="the result of an operation cannot be scaled: leave 'power_of_two' out"):
-        Policy(**{field: "bf16/power_of_two"})
+def test_results_are_scaled_only_if_their_cast_says_so(field: str) -> None:
+    policy = Policy(scale="mx", format="e4m3fn", **{field: "e5m2"})
+    assert str(policy.output_cast("fprop") or policy.elementwise_cast("forward")) == "e5m2/nearest_even/ovf_inf"
+    scaled = Policy(**{field: "mxfp8"})
+    assert str(scaled.output_cast("fprop") or scaled.elementwise_cast("forward")).endswith("/mx:32:rceil")
+    assert Policy.from_json(scaled.to_json()) == scaled
 
 
 def test_the_error_for_an_unknown_scale_lists_the_valid_ones() -> None:
@@ -410,6 +413,7 @@ def test_policies_with_the_same_meaning_are_equal_in_any_spelling() -> None:
         ("overflow", "ovf_inf"),
         ("scale", "power_of_two"),
         ("accumulator", "fp16"),
+        ("transform", "hadamard:16"),
         ("skip", ["head"]),
         ("modules", {"head": "none"}),
         ("attention", "keep"),

@@ -36,6 +36,7 @@ from fpsim.reference import (
     round_codebook,
     to_float,
 )
+from fpsim.reference.blocks import quantize_ratios, restored_ratios
 from fpsim.reference.codebooks import CODEBOOKS, dynamic_map
 from fpsim.reference.scales import affine_scale, ratio_scale
 
@@ -414,6 +415,55 @@ def test_the_tables_are_those_of_bitsandbytes():
         assert [float(value) for value in CODEBOOKS[ours].values] == table
     for signed in (True, False):
         assert [float(value) for value in dynamic_map(signed).values] == functional.create_dynamic_map(signed).tolist()
+
+
+#: Ratios whose mean is 4, the codes that bitsandbytes 0.50.2 gives them, and the ratios that it restores from these.
+DOUBLE = {
+    "ratios": [3, 1, 5, 9, 2, 6, 5, 0.5, 7.5, 1],
+    "codes": [56, 28, 198, 255, 42, 212, 198, 21, 233, 28],
+    "restored": [
+        2.97265625, 1.00390625, 5.02734375, 9.0, 1.98828125, 6.01171875, 5.02734375, 0.51171875, 7.48828125, 1.00390625,
+    ],
+}  # fmt: skip
+
+
+def test_double_quantization_of_scales_is_that_of_bitsandbytes():
+    blocks, mean = quantize_ratios([as_value(ratio) for ratio in DOUBLE["ratios"]])
+    book = CODEBOOKS["dynamic8"].values
+    assert (mean, [block.scale for block in blocks]) == (4, [5])
+    assert [book.index(value) for value in blocks[0].elements] == DOUBLE["codes"]
+    assert list(floats_of(restored_ratios(blocks, mean))) == DOUBLE["restored"]
+
+
+def test_double_quantization_of_tensors_is_that_of_bitsandbytes():
+    """Its mean is that of torch, which adds up in float32. Here every sum is exact."""
+    torch = pytest.importorskip("torch")
+    functional = pytest.importorskip("bitsandbytes.functional")
+    random = np.random.default_rng(12)
+    scales = np.repeat(random.permutation(np.arange(1, 65)), 5) + np.resize([8.0, 40.0, 0.0, 24.0], 320)
+    x = np.clip(random.standard_normal((320, 64)) * scales[:, None] / 4, -scales[:, None], scales[:, None])
+    x[:, 9] = scales
+    _, state = functional.quantize_4bit(torch.from_numpy(x).float(), compress_statistics=True, quant_type="nf4")
+    theirs = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    blocks, mean = quantize_ratios([as_value(float(scale)) for scale in scales])
+    assert float(state.offset) == to_float(mean)
+    same(floats_of(restored_ratios(blocks, mean)), theirs.numpy())
+    same(floats_of([block.scale for block in blocks]), state.state2.absmax.numpy())
+
+
+def test_the_four_bit_maps_are_those_of_the_optimizers_of_torchao():
+    torch = pytest.importorskip("torch")
+    states, utils = (pytest.importorskip(f"torchao.optim.{name}") for name in ("subclass_4bit", "quant_utils"))
+    tables = {"dynamic4": states.get_qmap_signed(), "linear4:unsigned": states.get_qmap_unsigned()}
+    for name, table in tables.items():
+        book = CODEBOOKS[name]
+        assert [round(Fraction(value), "fp32") for value in table] == list(book.values)
+        middles = [to_float((low + high) / 2) for low, high in pairwise(book.values)]
+        x = np.concatenate([float32_array(13, 8, 25).reshape(-1), np.float32(middles)])
+        x = np.clip(x if name == "dynamic4" else abs(x), -1, 1)
+        codes = utils.quantize_4bit_with_qmap(torch.from_numpy(x), torch.tensor(table))
+        ours = [book.values.index(round_codebook(value, book)) for value in values_of(x)]
+        assert codes.tolist() == ours
 
 
 @pytest.mark.parametrize(("name", "theirs"), [("nf4", "nf4"), ("fp4_bnb", "fp4")])

@@ -45,7 +45,9 @@ RATIOS = (
     "e4m3fn/tensor", "e4m3fn/tensor:bf16", "e4m3fn/row", "e5m2/row:bf16", "e2m1fn/block:4", "e3m4/block:3:bf16",
     "e4m3fn/block:2x3", "e4m3fn/block:3x3:bf16", "int8/column", "int8:full/row", "int4:full/block:4", "int4/group:3",
     "int8/tensor:bf16", "nf4/row", "fp4_bnb/block:4", "codebook:even:-1,-0.5,0,0.25,2/row",
-    "codebook:away:-3,-0.5,0.25,2/block:4:bf16",
+    "codebook:away:-3,-0.5,0.25,2/block:4:bf16", "dynamic8/group:4", "dynamic8:unsigned/row", "dynamic4/block:3",
+    "linear4:unsigned/group:4", "nf4/group:3:double", "int4:full/group:2:double", "e4m3fn/group:4:double",
+    "linear4:unsigned/group:2:double",
 )  # fmt: skip
 ASYMMETRIC = ("uint8/tensor:asymmetric", "uint4/block:3:asymmetric", "int4/group:3:asymmetric", "uint2/row:asymmetric")
 NV = ("e2m1fn/nv", "e2m1fn/nv:torchao", "e2m1fn/nv:16x16", "e2m1fn/nv:16x16:torchao")
@@ -168,6 +170,12 @@ def test_powers_of_two(tensor, name):
 def test_formats_whose_largest_value_is_small(tensor, name):
     x, axis = tensor
     check(x, name, axis)
+
+
+def test_a_tensor_of_one_block_with_the_largest_scale():
+    """The multiplier is 2^-127, which is no normal number of float32."""
+    for name in ("mxint8", *SMALL_FORMATS):
+        check(torch.tensor([[3.4028234663852886e38, 1.0, -(2.0**127)]]), name, 1)
 
 
 @many
@@ -307,7 +315,8 @@ def test_stochastic_rounding_is_unbiased_in_every_block(name):
 ENCODED = (
     "mxfp8", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp4", "mxint8", "nvfp4", "e2m1fn/nv:torchao", "e2m1fn/nv:16x16", "int8",
     "int4", "uint8", "uint4/block:3:asymmetric", "nf4", "fp4_bnb", "e4m3fn/block:2x3", "e4m3fn/tensor", "e4m3fn/column",
-    "int8:full/group:5", "e4m3fn/mx:4:floor", "e5m2/row:bf16",
+    "int8:full/group:5", "e4m3fn/mx:4:floor", "e5m2/row:bf16", "dynamic8", "dynamic8:unsigned", "dynamic4",
+    "linear4:unsigned", "nf4/group:4:double", "int4/group:3:double",
 )  # fmt: skip
 
 
@@ -365,11 +374,35 @@ def test_ratios_zero_points_and_scales_of_nvfp4_are_those_of_the_reference(tenso
         assert order(pairs) == order((b.scale, Fraction(b.zero_point or 0)) for b in blocks if b.scale is not NAN)
 
 
+def test_the_scales_of_double_quantization_are_those_of_the_reference():
+    """601 groups: two blocks of scales are full, the last one is short; some groups are zeros."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(1201, generator=generator) * 2.0 ** torch.randint(-12, 12, (1201,), generator=generator)
+    x[50:60] = 0
+    _, (codes, of_scales, offset) = fpsim.encode_blocks(x, "nf4/group:2:double")
+    blocks = [block for _, block in reference.quantize_blocks(exact(x), "nf4/group:2", (1201,))]
+    groups = [exact(x)[i : i + 2] for i in range(0, 1201, 2)]
+    ratios = [Fraction(0) if reference.blocks.amax(g) == 0 else b.scale for g, b in zip(groups, blocks, strict=True)]
+    second, mean = reference.blocks.quantize_ratios(ratios)
+    values = [value for block in second for value in block.elements]
+    assert [reference.CODEBOOKS["dynamic8"].values[code] for code in codes.tolist()] == values
+    assert exact(of_scales) == [block.scale for block in second] and exact(offset) == [mean]
+
+
+@pytest.mark.parametrize("special", [math.nan, math.inf])
+def test_a_special_value_makes_all_groups_nan_under_double_quantization(special):
+    """The mean of the scales is NaN."""
+    x = torch.tensor([1.0, 2.0, 3.0, special])
+    assert fpsim.round(x, "nf4/group:2:double").isnan().all()
+    assert fpsim.round(x, "nf4/group:2").isnan().tolist() == [False, False, True, True]
+
+
 # -- compiled ---------------------------------------------------------------------------------------------------------
 
 COMPILED = (
     ("mxfp8", -1), ("e2m1fn/mx:16:even", 0), ("nvfp4", 0), ("int8", -1), ("uint4", -1), ("nf4", -1),
-    ("e4m3fn/block:8x8", -1), ("mxint8", 0),
+    ("e4m3fn/block:8x8", -1), ("mxint8", 0), ("dynamic8", -1), ("linear4:unsigned/row", -1),
+    ("nf4/group:1:double", -1),
 )  # fmt: skip
 
 

@@ -192,7 +192,8 @@ def test_the_dtype_must_hold_the_format() -> None:
 def test_every_rule_has_an_operator_and_a_name() -> None:
     assert set(SCALE_OPERATORS) <= set(RULES)
     for rule in RULES:
-        scale = Scale(rule, "block:16" if rule in (*MX_RULES, *NV_RULES) else "tensor")
+        kind = "block:16" if rule in (*MX_RULES, *NV_RULES) else "group:16" if rule == "double" else "tensor"
+        scale = Scale(rule, kind)
         assert parse_scale(str(scale)) == scale
 
 

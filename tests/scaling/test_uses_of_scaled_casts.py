@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fpsim
 from fpsim import reference
 
-CASTS = ("mxfp8", "nvfp4", "int4", "e4m3fn/group:24", "e4m3fn/column")
+CASTS = ("mxfp8", "nvfp4", "int4", "e4m3fn/group:24", "e4m3fn/column", "dynamic8", "nf4/group:8:double")
 
 
 def rounded(x: Tensor, cast: str, axis: int = -1) -> Tensor:
@@ -106,6 +106,30 @@ def test_optimizer_states(cast: str, compiled: bool) -> None:
         buffer = rounded(buffer * 0.9 + p.grad, cast)
         optimizer.step()
         assert torch.equal(optimizer.state[p]["momentum_buffer"], buffer)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("dynamic8", "dynamic8:unsigned"),
+        ("dynamic4", "linear4:unsigned"),
+        ("mxfp8", "nvfp4"),
+        ("nf4/group:64:double", "uint8/group:32:asymmetric"),
+    ],
+)
+def test_the_states_of_adam(first: str, second: str) -> None:
+    """The step uses the states as they were rounded after the last one. A parameter may be a number."""
+    p, number = nn.Parameter(torch.randn(6, 50)), nn.Parameter(torch.tensor(1.5))
+    optimizer = torch.optim.Adam([p, number], foreach=False, betas=(0.9, 0.99))
+    fpsim.round_optimizer(optimizer, {"exp_avg": first, "exp_avg_sq": second}, compiled=False)
+    mean, square = torch.zeros(6, 50), torch.zeros(6, 50)
+    for _ in range(2):
+        p.grad, number.grad = torch.randn(6, 50), torch.tensor(0.5)
+        mean = rounded(mean.lerp(p.grad, 1 - 0.9), first)
+        square = rounded((square * 0.99).addcmul(p.grad, p.grad, value=1 - 0.99), second)
+        optimizer.step()
+        state = optimizer.state[p]
+        assert torch.equal(state["exp_avg"], mean) and torch.equal(state["exp_avg_sq"], square)
 
 
 def test_fused_optimizers_round_along_the_axes_of_the_state() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fpsim
+from fpsim import reference
 from fpsim.policy.ranks import differences, refuse_other_policy
 from fpsim.training.gradients import rounded_reduce_scatter
 from fpsim.training.in_place import draw_of_step
@@ -20,6 +21,9 @@ from tests.shared.ranks import error_of, results_of_two_ranks
 HOOKS: dict[str, dict[str, Any]] = {
     "nearest": {"format": "e4m3fn"},
     "with the averages rounded": {"format": "e5m2/toward_zero", "result": "bf16"},
+    "blocks": {"format": "mxfp8"},
+    "rows, and averages with a scale for each tensor": {"format": "int8/row", "result": "e4m3fn/tensor"},
+    "blocks, stochastic": {"format": "e2m1fn/stochastic/mx:4", "seed": 7},
     "stochastic": {"format": "e4m3fn/stochastic", "result": "e5m2/stochastic", "seed": 7},
 }
 
@@ -105,6 +109,9 @@ def test_gradients_and_policies_of_two_ranks(tmp_path: Path) -> None:
     ranks = results_of_two_ranks(results_of_rank, tmp_path)
     check_that_gradients_are_rounded_and_then_averaged("nearest", ranks)
     check_that_gradients_are_rounded_and_then_averaged("with the averages rounded", ranks)
+    for name in ("blocks", "rows, and averages with a scale for each tensor"):
+        check_that_each_gradient_has_scales_along_its_last_axis(name, ranks)
+    check_that_each_gradient_has_its_own_draw(ranks)
     check_that_each_rank_has_its_own_draw_and_averages_are_equal(ranks)
     check_that_sparse_gradients_are_rounded_as_dense_ones(ranks)
     check_gradients_under_fsdp(ranks)
@@ -121,6 +128,30 @@ def check_that_gradients_are_rounded_and_then_averaged(name: str, ranks: list[di
             first, second = (fpsim.round(g[i], fmt, rounding=mode or "nearest_even") for g in own)
             want = (first + second) / 2
             assert_same_bits(got, fpsim.round(want, "bf16") if "result" in HOOKS[name] else want)
+
+
+def by_reference(x: Tensor, cast: str) -> Tensor:
+    values = reference.round_blocks(x.flatten().tolist(), cast, tuple(x.shape))
+    return torch.tensor([reference.to_float(value) for value in values]).view(x.shape)
+
+
+def check_that_each_gradient_has_scales_along_its_last_axis(name: str, ranks: list[dict[str, Any]]) -> None:
+    hook = HOOKS[name]
+    for step, passes in enumerate([[0], [5, 1]]):
+        own = local_gradients(passes)
+        for i, (got, other) in enumerate(zip(ranks[0][name][step], ranks[1][name][step], strict=True)):
+            assert_same_bits(got, other)
+            want = (by_reference(own[0][i], hook["format"]) + by_reference(own[1][i], hook["format"])) / 2
+            assert_same_bits(got, by_reference(want, hook["result"]) if "result" in hook else want)
+
+
+def check_that_each_gradient_has_its_own_draw(ranks: list[dict[str, Any]]) -> None:
+    for i, got in enumerate(ranks[0]["blocks, stochastic"][0]):
+        sent = [
+            fpsim.round(own[i], "e2m1fn/mx:4", rounding="stochastic", seed=draw_of_step(7, 0) + rank + (i << 32))
+            for rank, own in enumerate(local_gradients([0]))
+        ]
+        assert_same_bits(got, (sent[0] + sent[1]) / 2)
 
 
 def check_that_each_rank_has_its_own_draw_and_averages_are_equal(ranks: list[dict[str, Any]]) -> None:
