@@ -71,6 +71,8 @@ benchmarks: .venv/ready
 	$(OWN) $(BIN)/python -m tests.benchmarks.training --second $(RECORD)
 	$(OWN) $(BIN)/python -m tests.benchmarks.optimizer $(RECORD)
 	$(AVX2) $(BIN)/python -m tests.benchmarks.optimizer $(RECORD)
+	$(OWN) $(BIN)/python -m tests.benchmarks.accumulators $(RECORD)
+	$(AVX2) $(BIN)/python -m tests.benchmarks.accumulators $(RECORD)
 	$(BIN)/python -m tests.benchmarks.rounding --peers
 	$(BIN)/python -m tests.benchmarks.sharpness
 	$(BIN)/python -m tests.benchmarks.curvature

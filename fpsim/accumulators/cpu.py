@@ -126,7 +126,7 @@ def _sized(accumulator: Accumulator, first: FloatFormat, second: FloatFormat, de
         least_a=2.0**first.emin, least_b=2.0**second.emin,
     )  # fmt: skip
     fmt = accumulator.format
-    spec.exact = _is_exact(first, second, fmt, depth)
+    spec.exact = _is_exact(first, second, accumulator, depth)
     if fmt is None:
         _describe_integer(spec, accumulator, depth)
         return spec
@@ -155,17 +155,21 @@ def _specification(accumulator: Accumulator, first: FloatFormat, second: FloatFo
     return Specification.from_buffer_copy(_sized(accumulator, first, second, depth))
 
 
-def _is_exact(first: FloatFormat, second: FloatFormat, fmt: FloatFormat | None, depth: int) -> bool:
+def _is_exact(first: FloatFormat, second: FloatFormat, accumulator: Accumulator, depth: int) -> bool:
     """Whether all sums of ``depth`` products, and of an accumulator and products, are exact in float64.
 
     All terms are multiples of one unit, the product of the smallest numbers, and so is an accumulator: its own unit is
-    smaller or a multiple. An accumulator is at most twice the exact sum of the magnitudes.
+    smaller or a multiple. Rounded to nearest or toward zero, it is at most twice the exact sum of the magnitudes. In
+    other directions small terms may raise it to its largest number.
     """
-    units = first.smallest_exponent + second.smallest_exponent
-    largest = first.max_exponent + second.max_exponent + 2
+    fmt = accumulator.format
     if fmt is not None and not fmt.subnormals:
         return False
-    return largest - units + max(depth, 1).bit_length() + 1 <= _FLOAT64_BITS
+    units = first.smallest_exponent + second.smallest_exponent
+    largest = first.max_exponent + second.max_exponent + 2 + max(depth, 1).bit_length() + 1
+    if fmt is not None and accumulator.rounding not in ("nearest_even", "nearest_away", "toward_zero"):
+        largest = max(largest, fmt.max_exponent + 2)
+    return largest - units <= _FLOAT64_BITS
 
 
 def _is_bounded(first: FloatFormat, second: FloatFormat, fmt: FloatFormat, depth: int) -> bool:

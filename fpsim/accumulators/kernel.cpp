@@ -198,7 +198,7 @@ V add(V a, V b, bool exact, bool down) {
 
 // The exact sum of c and products, rounded to odd: a fixed-point number of all bits that products of float32 can have.
 double exact_sum(double c, const double* a, int64_t stride_a, const double* b, int64_t stride_b, int64_t count) {
-  constexpr int LIMBS = 24, LOWEST = -320;  // in units of 2**LOWEST, 32 bits in a limb
+  constexpr int LIMBS = 24, LOWEST = -360;  // in units of 2**LOWEST, 32 bits in a limb
   int64_t limbs[LIMBS + 2] = {};
   auto accumulate = [&](double x) {
     if (x == 0) return;

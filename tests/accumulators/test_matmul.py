@@ -73,6 +73,23 @@ def test_products_are_rounded_before_the_sum_if_asked() -> None:
             check(judge, fmt, (3, 9, 4), 5, accumulator=f"{accumulator}/{rounding}", order="multiply_add")
 
 
+def test_small_terms_raise_a_sum_that_is_rounded_up_beyond_all_exact_sums() -> None:
+    """Every step rounds up by a unit, which grows with the sum: 36 + 599 quarters become 2**80."""
+    steps = torch.full((1, 600), 0.5)
+    steps[0, 0], terms = 6, [36.0] + [0.25] * 599
+    for order in ("sequential", ("chunked", 2)):
+        wanted = to_float(sum(terms, "fp32", "up", accumulator="e8m3", order=order))
+        assert wanted > 2.0**40
+        assert matmul(steps, steps.T, accumulator="e8m3/up", format="e2m1fn", order=order).item() == wanted
+
+
+def test_exact_sums_keep_the_smallest_products_beside_the_largest() -> None:
+    """The exact sum is 2**-298, the product of the smallest numbers: only a rounding up or to odd shows it."""
+    a, b = torch.tensor([2.0**127, 2.0**-149, -(2.0**127)]), torch.tensor([2.0**127, 2.0**-149, 2.0**127])
+    for rounding, wanted in (("up", 2.0**-149), ("to_odd", 2.0**-149), ("nearest_even", 0.0), ("down", 0.0)):
+        assert matmul(a, b, accumulator=f"fp32/{rounding}", chunk=3).item() == wanted
+
+
 @pytest.mark.parametrize("overflow", ["ovf_inf", "sat_finite", "sat_propagate"])
 def test_overflow_modes(overflow: str) -> None:
     for accumulator in ("e4m3fn", "e4m3", "e5m4"):
