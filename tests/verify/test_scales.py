@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fpsim.scaling import rules
 from fpsim.verify.scales import verify_scale
@@ -12,6 +13,12 @@ from fpsim.verify.scales import verify_scale
 def test_compiled_scales_are_those_of_the_reference(format: str) -> None:
     verdict = verify_scale(format, "mx:32:even", samples=4000)
     assert (verdict.mismatches, verdict.paths, verdict.inputs > 4000) == (0, ("compiled",), True)
+
+
+def test_each_scale_is_compiled_whatever_else_was() -> None:
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for rule in ("rceil", "floor", "ceil"):
+            assert verify_scale("e5m2", f"mx:32:{rule}", samples=100).mismatches == 0
 
 
 def test_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
