@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -54,18 +55,20 @@ def verify_scale(
     parsed, element = parse_scale(scale), parse_element(format)
     if parsed is None or parsed.rule not in MX_RULES:
         raise ValueError(f"scale {scale!r} has no E8M0 codes: use mx:32:rceil, floor, ceil or even")
-    rule = parsed.rule
+    rule, name = parsed.rule, element.name  # Dynamo cannot read the name of a format
     steps = reference.scale_steps(format, rule)  # type: ignore[arg-type]
     firsts, codes = (torch.tensor(part, dtype=torch.int32) for part in zip(*steps, strict=True))
 
     def codes_of(magnitudes: Tensor) -> Tensor:
         amax = magnitudes.view(torch.float32)
-        multiplier = torch.ops.fpsim.mx_multiplier(amax, element.name, rule, SOURCE)
+        multiplier = torch.ops.fpsim.mx_multiplier.default(amax, name, rule, SOURCE)
         code = 2 * E8M0_BIAS - (multiplier.view(torch.int32) >> 23)
         return torch.where(multiplier == NAN_MARK, 2 * E8M0_BIAS + 1, code)
 
     start, cpu_start = time.perf_counter(), time.process_time()
-    got_of = torch.compile(codes_of, dynamic=True) if compiled else codes_of
+    # Dynamo limits the compilations of one code object, and those of other formats count.
+    own = FunctionType(codes_of.__code__.replace(), codes_of.__globals__, closure=codes_of.__closure__)
+    got_of = torch.compile(own, dynamic=True, fullgraph=True) if compiled else codes_of
     done, mismatches = 0, 0
     examples: list[Mismatch] = []
     path = "compiled" if compiled else "eager"
@@ -81,7 +84,7 @@ def verify_scale(
         if progress is not None:
             progress(done, MAGNITUDES if exhaustive else done)
     return Verdict(
-        format=element.name,
+        format=name,
         rounding=str(parsed),
         overflow="scale",
         carrier="float32",
