@@ -37,6 +37,17 @@ PROMISES: dict[str, tuple[str, ...]] = {
         "scaling/test_scaling.py::test_the_scale_is_the_largest_power_of_two_within_the_range",
         "scaling/test_scaling.py::test_scaled_rounding_is_the_reference_on_scaled_numbers",
     ),
+    "elements that share scales are those of the reference": (
+        "scaling/test_blocks_against_reference.py::test_powers_of_two",
+        "compile_backend/test_blocks.py::test_a_linear_layer_has_six_roundings[mxfp8]",
+    ),
+    "delayed scaling is that of Transformer Engine and MS-AMP, and resumes bit for bit": (
+        "scaling/test_history.py::test_factors_by_hand",
+        "compile_backend/test_timed_scales.py::test_a_resumed_run_has_the_bits_of_an_uninterrupted_one[fpsim_eager]",
+    ),
+    "a transform leaves products as they are": (
+        "transforms/test_transformed_products.py::test_a_product_stays_as_it_is_in_exact_arithmetic",
+    ),
     "compiled rounding has the bits of eager rounding": (
         "rounding/test_compiled.py::test_float32[signed, with subnormals]",
         "rounding/test_stochastic.py::test_eager_and_compiled_give_the_bits_of_the_definition",
