@@ -413,16 +413,27 @@ def apply_cast(
     if cast.scale is not None and cast.scale.is_timed:
         if factor is None:
             refuse_timed(cast, "this function")
-        return _apply_timed(x, cast, key, factor, call)  # type: ignore[arg-type]
+        return _apply_timed(x, cast, key, factor, call, outside)  # type: ignore[arg-type]
     return apply_arguments(x, cast.arguments, axes=axes, key=key, call=call, outside=outside)
 
 
-def outer_scale(x: Any, cast: Cast, *, axes: Sequence[int], call: Callable[..., Any] = run) -> Any:
-    """The factor that `apply_cast` leaves out, in the working dtype (`fpsim.scaling.steps.outer_scale`)."""
+def outer_scale(x: Any, cast: Cast, *, axes: Sequence[int], factor: Any = None, call: Callable[..., Any] = run) -> Any:
+    """The factor that `apply_cast` leaves out, in the working dtype (`fpsim.scaling.steps.outer_scale`).
+
+    ``factor`` is the one in use if the scale is timed. That of a history multiplies before rounding, and its inverse
+    is left out.
+    """
+    if factor is not None:
+        assert cast.scale is not None, "a timed scale is a scale"
+        left_out = call(aten.reciprocal.default, factor) if cast.scale.order else factor
+        like = x.meta["val"] if hasattr(x, "meta") else x
+        return call(prims.convert_element_type.default, left_out, working_dtype(like.dtype))
     return call(outer_scale_op, x, cast.format.name, str(cast.scale), list(axes), SOURCE)
 
 
-def _apply_timed(x: Any, cast: Cast, key: Any, factor: Callable[[Any], Any], call: Callable[..., Any]) -> Any:
+def _apply_timed(
+    x: Any, cast: Cast, key: Any, factor: Callable[[Any], Any], call: Callable[..., Any], outside: bool
+) -> Any:
     """`apply_cast` with a scale that other steps determine."""
     format, rounding, overflow, rule = cast.arguments
     like = x.meta["val"] if hasattr(x, "meta") else x
@@ -433,7 +444,7 @@ def _apply_timed(x: Any, cast: Cast, key: Any, factor: Callable[[Any], Any], cal
             return call(round_op, x, format, rounding, overflow, SOURCE, in_use)
         return call(round_stochastic_op, x, key, format, rounding, overflow, SOURCE, in_use)
     words = None if key is None else call(random_words_op, x, key)
-    return call(round_scaled_op, x, format, rounding, overflow, rule, [-1], SOURCE, words, in_use)
+    return call(round_scaled_op, x, format, rounding, overflow, rule, [-1], SOURCE, words, in_use, outside)
 
 
 def apply_arguments(

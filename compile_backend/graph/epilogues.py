@@ -30,13 +30,12 @@ def is_outside(product: Product, cast: Cast | None, contracted: Axes, dtype: tor
     Returns:
         True for the ratios of tensors, and of rows where the operator maps them to rows or columns of its result. False
         for powers of two, which change no bit; for zero points; for codebooks, whose values are looked up before the
-        product; for scales that other steps determine, and casts with a transform of their own; and if the dtype lacks
-        an element of the format.
+        product; for casts with a transform of their own; and if the dtype lacks an element of the format.
     """
     entry = product_operator(product.node.target) or _BY_NAME.get(product.operator)
     if cast is None or cast.scale is None or entry is None or not entry.scales:
         return False
-    if cast.scale.is_timed or cast.transform is not None:
+    if cast.transform is not None:
         return False
     if cast.scale.rule in NV_RULES:
         return True

@@ -148,10 +148,10 @@ def _is_timed(site: Site) -> bool:
 
 def _factor_of(rounded: fx.Node) -> fx.Node:
     """The node of the factor in use with which ``rounded``, or the value that it rearranges, was scaled."""
-    # A rounding without a node at the end is the conversion of a transformed operand to the dtype of its product.
-    while rounded.target not in ROUNDING_OPERATORS or not isinstance(rounded.args[-1], fx.Node):
+    # A rounding of one node is the conversion of a transformed operand to the dtype of its product.
+    while rounded.target not in ROUNDING_OPERATORS or len(rounded.all_input_nodes) < 2:
         (rounded, *_) = rounded.all_input_nodes
-    return rounded.args[-1]
+    return rounded.all_input_nodes[-1]
 
 
 class Recorder:

@@ -70,6 +70,7 @@ class Inserter:
         self.roundings: dict[tuple[fx.Node, Cast, Axes, bool], fx.Node] = {}
         self.outer_scales: dict[tuple[fx.Node, Cast, Axes], fx.Node] = {}
         self.transforms: dict[tuple[Any, ...], fx.Node] = {}
+        self.factors: dict[tuple[fx.Node, Cast], fx.Node] = {}
         # The calls into which joint ones were split, as `convolution.split` describes them.
         self.split_calls: dict[fx.Node, tuple[int, fx.Node | None]] = {}
         self.seed = seed
@@ -225,7 +226,9 @@ class Inserter:
             return self._outer_scale(value.args[0], cast, near, axes_of_base)  # type: ignore[arg-type]
         key = value, cast, axes
         if key not in self.outer_scales:
-            self.outer_scales[key] = outer_scale(value, cast, axes=axes, call=self.calls_after(value, near))
+            factor = self.factors.get((value, cast))
+            call = self.calls_after(value, near, start=factor)
+            self.outer_scales[key] = outer_scale(value, cast, axes=axes, factor=factor, call=call)
         return self.outer_scales[key]
 
     def rounded_result(self, value: fx.Node, near: fx.Node, site: Site) -> fx.Node:
@@ -278,7 +281,7 @@ class Inserter:
         key = self.random_key(value) if cast.is_stochastic else None
         is_timed = cast.scale is not None and cast.scale.is_timed
         inputs_end = next(node for node in self.graph.nodes if node.next.op != "placeholder") if is_timed else None
-        call = self.calls_after(value, near, key or inputs_end)
+        call = self.calls_after(value, near, key or inputs_end, start=self.factors.get((value, cast)))
         exact = value
         order = order_in_memory(value) if key is None else None  # random numbers are drawn in the usual order
         if order is not None:
@@ -286,18 +289,20 @@ class Inserter:
             axes = tuple(sorted(order.index(axis) for axis in axes))
         factor = None
         if is_timed:
-            factor = functools.partial(self._timed_factor, cast, site, call)
+            factor = functools.partial(self._timed_factor, value, cast, site, call)
         rounded = apply_cast(exact, cast, axes=axes, key=key, factor=factor, call=call, outside=outside)
         if order is not None:
             rounded = call(aten.permute.default, rounded, [order.index(i) for i in range(len(order))])
         return rounded
 
-    def calls_after(self, value: fx.Node, near: fx.Node, after: fx.Node | None = None) -> Callable[..., fx.Node]:
+    def calls_after(
+        self, value: fx.Node, near: fx.Node, after: fx.Node | None = None, start: fx.Node | None = None
+    ) -> Callable[..., fx.Node]:
         """A function that inserts calls, one after the other, behind ``value``: as parts of its rounding for ``near``.
 
-        They follow ``value`` or, if that is an input, all inputs and ``after``.
+        They follow ``value`` or, if that is an input, all inputs and ``after``; or ``start``, which depends on it.
         """
-        last = value
+        last = start or value
         while last.op == "placeholder" and last.next.op == "placeholder":
             last = last.next
         if after is not None and last.op == "placeholder":
@@ -328,16 +333,20 @@ class Inserter:
         return meta | {name: near.meta[name] for name in _PLACES if name in near.meta}
 
     def _timed_factor(
-        self, cast: Cast, site: tuple[str, str, str], call: Callable[..., fx.Node], amax: fx.Node
+        self, value: fx.Node, cast: Cast, site: tuple[str, str, str], call: Callable[..., fx.Node], amax: fx.Node
     ) -> fx.Node:
-        """The factor in use at a site for a tensor with the largest magnitude ``amax``."""
+        """The factor in use for ``value``, whose largest magnitude is ``amax``; all products that read it share it."""
+        if (value, cast) in self.factors:
+            return self.factors[value, cast]
         path, kind, role = site
         phase = "forward" if kind == "fprop" else "backward"
         name = f"{path or '(root)'} {role}"
         self.timed_sites[name, phase] += 1
         if self.timed_sites[name, phase] > 1:
             name = f"{name} {self.timed_sites[name, phase]}"
-        return call(timed_factor_op, amax, self.handle, name, phase, cast.format.name, str(cast.scale), SOURCE)
+        names = (name, phase, cast.format.name, str(cast.scale))
+        self.factors[value, cast] = call(timed_factor_op, amax, self.handle, *names, SOURCE)
+        return self.factors[value, cast]
 
     def random_key(self, value: fx.Node) -> fx.Node:
         """The key for one stochastic rounding of ``value``: it is made of the seed and the number of the rounding.

@@ -129,7 +129,8 @@ def _operand(x: Tensor, cast: Cast | None, axis: int, accumulator: Accumulator) 
 def takes_factor(cast: Cast | None, accumulator: Accumulator) -> bool:
     """Whether a machine gets operands of ``cast`` times their scale, a power of two. Its result is divided by it."""
     scale = None if cast is None else cast.scale
-    return scale is not None and scale.rule in SCALE_OPERATORS and accumulator.machine is not None
+    is_current = scale is not None and scale.rule in SCALE_OPERATORS and not scale.is_timed
+    return is_current and accumulator.machine is not None
 
 
 def operand_format(cast: Cast, accumulator: Accumulator) -> FloatFormat:
