@@ -68,7 +68,7 @@ def test_transformer_engine_uses_the_factors_of_earlier_steps(backend: str) -> N
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inverse_factors_multiply_the_result_of_the_product(backend: str) -> None:
-    """Elements are multiplied; their sums are exact here. Then come both inverse factors, as one number, and the bias."""
+    """Elements are multiplied, exactly here. Then come both inverse factors, as one number, and then the bias."""
     layer = nn.Linear(8, 8)
     layer.weight.data = torch.arange(-32.0, 32.0).view(8, 8) / 5
     x = torch.arange(-16.0, 16.0).view(4, 8) / 3
