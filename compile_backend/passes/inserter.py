@@ -103,7 +103,8 @@ class Inserter:
         operand: fx.Node = product.node.args[position]  # type: ignore[assignment]
         exact = rounded = transformed or operand
         if cast is not None:
-            check_cast(operand.meta["val"].dtype, cast)
+            if transformed is not None:
+                check_cast(operand.meta["val"].dtype, cast)
             site = (product.path or "", product.kind, product.roles[product.operands.index(position)])
             rounded = self.rounded(exact, cast, product.node, contracted, site, outside)
         rounded = self._in_dtype(rounded, operand.meta["val"].dtype, product.node)
