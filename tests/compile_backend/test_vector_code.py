@@ -69,7 +69,8 @@ def test_rounding_is_vector_code(width: str | None) -> None:
         assert "vector_size(" in code, case
         assert scalars_in_loops(code) == [], case
         assert vectors_through_arrays(code) == [], case
-        assert operators_called(code) == [], case
+        # One call computes the keys of all stochastic roundings of a graph, 8 bytes for each.
+        assert [line for line in operators_called(code) if "random_keys" not in line] == [], case
 
 
 def test_a_detour_is_found() -> None:
