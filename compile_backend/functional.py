@@ -19,7 +19,9 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from fpsim.accumulators.ops import accumulate_op
 from fpsim.compile_backend.compiling import compile_with_rounding
+from fpsim.compile_backend.errors import UnroundedError
 from fpsim.compile_backend.torch_settings import apply_settings
 from fpsim.policy import Policy
 from fpsim.rounding.ops import round_op
@@ -43,14 +45,20 @@ def functional(module: nn.Module, policy: Policy) -> Call:
 
     Args:
         module: any uncompiled module. It is traced for every new shape of its arguments.
-        policy: the casts of every product and operation. It must not be stochastic, because a random function has a
-            different surrogate at every call.
+        policy: the casts of every product and operation. It must not be stochastic, and its scales must not depend on
+            other steps, because such a function has a different surrogate at every call.
 
     Raises:
-        ValueError: a stochastic policy; when called, a policy that does not fit the module (see `compile_backend`).
+        ValueError: a stochastic policy, or one with timed scales; when called, a policy that does not fit the module
+            (see `compile_backend`).
         UnroundedError: when called, products that cannot be rounded.
         RuntimeError: when called, a result that is an argument or a view of one.
     """
+    if policy.is_timed:
+        raise ValueError(
+            "a loss whose scales depend on other steps is another function at every call, so that its derivatives are "
+            "not defined: give a policy without history, every and calibrated"
+        )
     if policy.is_stochastic:
         raise ValueError(
             "a stochastically rounded loss is a different function at every call, so that its derivatives are not "
@@ -156,37 +164,45 @@ def _places(values: Sequence[Any], among: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _differentiable(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph with differentiable rounding, and without the final writes of new values into buffers."""
+    """The graph with differentiable rounding, and without the final writes of new values into buffers.
+
+    Raises:
+        UnroundedError: an operator of fpsim has no entry in `_WITH_DERIVATIVE`. Torch would take its derivative
+            to be 0.
+    """
     for node in list(gm.graph.nodes):
-        if node.target is round_op:
-            node.target = _rounded
-        elif node.target is round_scaled_op:
-            node.target = _rounded_with_scale
-        elif node.target in (*SCALE_OPERATORS.values(), outer_scale_op):
-            node.args, node.target = (node.target, *node.args), _scale
-        elif node.target is transform_parameters_op:
-            node.target = _transform_parameters
-        elif node.target is transform_operand_op:
-            node.target = _transformed
-        elif node.target is prims.convert_element_type.default:
-            node.target = Tensor.to  # the operator has no derivative under transforms of torch.func
-        elif node.target is round_transformed_op:
-            node.target = _rounded_under_transform
-        elif node.target is aten.copy_.default and not node.users:
+        if node.target is aten.copy_.default and not node.users:
             gm.graph.erase_node(node)
+        elif node.target in _WITH_DERIVATIVE:
+            node.target = _WITH_DERIVATIVE[node.target]
+        elif getattr(node.target, "namespace", None) == "fpsim":
+            raise UnroundedError(f"{node.target} has no derivative here, and torch would take it to be 0")
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
 
 
-def _scale(operator: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
-    """A scale, which has no derivative."""
-    return operator(x.detach(), *arguments)
+def _without_derivative(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``operator`` of detached tensors: a scale, or what the changes of both operands of a product share."""
+
+    def call(*arguments: Any) -> Tensor:
+        return operator(*(each.detach() if isinstance(each, Tensor) else each for each in arguments))
+
+    return call
 
 
-def _transform_parameters(first: Tensor, second: Tensor, *arguments: Any) -> Tensor:
-    """What the changes of both operands share; it has no derivative, as the product does not depend on it."""
-    return transform_parameters_op(first.detach(), second.detach(), *arguments)
+def _passed_through(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``operator``, a rounding of its first argument, with the derivative 1."""
+
+    def call(x: Tensor, *arguments: Any) -> Tensor:
+        return straight_through(x, operator(x.detach(), *arguments))
+
+    return call
+
+
+def _accumulated(a: Tensor, b: Tensor, *arguments: Any) -> Tensor:
+    """A product with a narrow accumulator, with the derivative of the product."""
+    return straight_through(a @ b, accumulate_op(a.detach(), b.detach(), *arguments))
 
 
 def _transformed(x: Tensor, name: str, number: int, axis: int, source: str, *parameters: Tensor) -> Tensor:
@@ -197,14 +213,6 @@ def _transformed(x: Tensor, name: str, number: int, axis: int, source: str, *par
     return straight_through(transform.linear(x.to(value.dtype), number, axis, *parameters), value)
 
 
-def _rounded_under_transform(x: Tensor, *arguments: Any) -> Tensor:
-    return straight_through(x, round_transformed_op(x.detach(), *arguments))
-
-
-def _rounded(x: Tensor, *arguments: Any) -> Tensor:
-    return straight_through(x, round_op(x.detach(), *arguments))
-
-
 def _rounded_with_scale(
     x: Tensor,
     element: str,
@@ -213,8 +221,8 @@ def _rounded_with_scale(
     scale: str,
     axes: list[int],
     source: str,
-    words: Tensor | None = None,
-    factor: Tensor | None = None,
+    words: None = None,
+    factor: None = None,
     outside: bool = False,
 ) -> Tensor:
     """``round_scaled_op`` with a derivative: 1, or the inverse of the scale that it leaves out."""
@@ -223,3 +231,15 @@ def _rounded_with_scale(
     if outside:
         x = (x / outer_scale_op(exact, element, scale, axes, source)).to(value.dtype)
     return straight_through(x, value)
+
+
+#: The operators of fpsim that stand in a forward graph, and one of prims, with the derivatives of the surrogate.
+_WITH_DERIVATIVE: dict[Any, Callable[..., Tensor]] = {
+    round_op: _passed_through(round_op),
+    round_transformed_op: _passed_through(round_transformed_op),
+    round_scaled_op: _rounded_with_scale,
+    transform_operand_op: _transformed,
+    accumulate_op: _accumulated,
+    prims.convert_element_type.default: Tensor.to,  # it has no derivative under transforms of torch.func
+    **{op: _without_derivative(op) for op in (*SCALE_OPERATORS.values(), outer_scale_op, transform_parameters_op)},
+}

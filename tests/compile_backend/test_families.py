@@ -5,6 +5,7 @@ The judges are torch's own counter of floating-point operations, torch's tags, a
 
 from __future__ import annotations
 
+import importlib
 import re
 
 import pytest
@@ -222,7 +223,22 @@ def test_an_operator_that_changes_its_arguments_is_refused_by_its_own_name() -> 
     )
 
 
-@pytest.mark.parametrize("format", ["e8m1", "mxfp4", "int8", "nf4", "nvfp4/stochastic"])
+FORMATS = [
+    "e8m1", "e4m3fn/power_of_two", "mxfp4", "int8", "nf4/group:16:double", "nvfp4/stochastic", "nvfp4/hadamard:16:te",
+    "e4m3fn/group:16/expand",
+]  # fmt: skip
+
+
+def test_every_operator_of_fpsim_is_known_or_a_product() -> None:
+    """A new one has to be added to the table, or compiled models refuse it."""
+    importlib.import_module("fpsim.compile_backend.backend")
+    own = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fpsim::")}
+    products = {"accumulate_mm", "accumulate_scaled_mm"}
+    known = {name.partition(".")[0].removeprefix("fpsim::") for name in own} - products
+    assert known == set(OTHER_NAMESPACES["fpsim"])
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_every_rounding_of_fpsim_may_stand_in_a_compiled_model(format: str) -> None:
     """Its own operators, elementwise or with scales, are known to hold no product."""
     weight = torch.eye(32)

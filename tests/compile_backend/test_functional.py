@@ -113,9 +113,25 @@ def test_buffers_are_given_and_left_as_they_are() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("accumulator", ["e8m3/toward_zero", "hopper_fp8"])
+def test_narrow_accumulators_pass_the_derivative_of_the_product(accumulator: str) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 4), drawn(5, 6).float()
+    x[:, 0] *= 64  # beside these products the accumulators lose bits of the others
+    policy = Policy(format="e4m3fn", accumulator=accumulator)
+    call, state = functional(layer, policy), {name: value.detach() for name, value in layer.named_parameters()}
+    y = torch.compile(layer, backend="fpsim_eager", options={"policy": policy})(x).detach()
+    assert torch.equal(call(state, (x,), {}), y) and not torch.equal(y, e4m3(x) @ e4m3(layer.weight).T + layer.bias)
+    got = grad(lambda state: call(state, (x,), {}).square().sum())(state)
+    assert_close(got, {"weight": (2 * y).T @ e4m3(x), "bias": (2 * y).sum(0)})
+
+
 def test_a_random_function_is_refused(network: Network) -> None:
     with pytest.raises(ValueError, match="stochastically rounded loss is a different function at every call"):
         functional(network, Policy(format="e4m3fn/stochastic"))
+    for timing in ("history:4", "every:2", "calibrated"):
+        with pytest.raises(ValueError, match="whose scales depend on other steps is another function at every call"):
+            functional(network, Policy(format="bf16", modules={"first": f"e4m3fn/tensor/{timing}"}))
 
 
 def test_a_policy_that_does_not_fit_is_refused(network: Network, state: State) -> None:
