@@ -32,15 +32,13 @@ from fpsim.suggestions import near_names, suggest
 
 Phase = Literal["forward", "backward"]
 
-#: Returns the factor in use, float32 without axes. Arguments: the largest magnitude of a tensor, the handle, the name
-#: of the site, its phase, the element format, the scale, and `fpsim.rounding.ops.SOURCE`.
-timed_factor_op: Callable[..., Tensor]
-
 _library = torch.library.Library("fpsim", "FRAGMENT")
 _library.define(
     "timed_factor(Tensor amax, Tensor handle, str site, str phase, str element, str scale, str source) -> Tensor"
 )
-timed_factor_op = torch.ops.fpsim.timed_factor.default
+#: Returns the factor in use, float32 without axes. Arguments: the largest magnitude of a tensor, the handle, the name
+#: of the site, its phase, the element format, the scale, and `fpsim.rounding.ops.SOURCE`.
+timed_factor_op: Callable[..., Tensor] = torch.ops.fpsim.timed_factor.default
 
 #: An example of a handle.
 HANDLE = torch.zeros(3, dtype=torch.int64)

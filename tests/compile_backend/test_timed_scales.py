@@ -85,6 +85,45 @@ def test_inverse_factors_multiply_the_result_of_the_product(backend: str) -> Non
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_are_rounded_to_once(dtype: torch.dtype, backend: str) -> None:
+    model = torch.compile(Unit().to(dtype), backend=backend, options={"activation": "e4m3fn/tensor/history:2"})
+    xs = [numbers(amax, i).to(dtype) for i, amax in enumerate((3.0, 5.0, 2.0))]
+    factors = delayed(xs, "e4m3fn", 2, "max", "fp32")
+    for x, factor in zip(xs, factors, strict=True):
+        exact = x.double() * factor if dtype == torch.float64 else (x.float() * np.float32(factor)).double()
+        elements = torch.from_numpy(exact.clamp(-448, 448).numpy().astype(ml_dtypes.float8_e4m3fn).astype(np.float64))
+        inverse = float(np.float32(1) / np.float32(factor))
+        want = elements * inverse if dtype == torch.float64 else (elements.float() * np.float32(inverse)).to(dtype)
+        assert torch.equal(step(model, x, x)[0], want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tensor_without_elements_has_no_magnitude(backend: str) -> None:
+    model = torch.compile(Unit(), backend=backend, options=TE, dynamic=False)
+    step(model, numbers(7.0, 1), numbers(1.0, 2))
+    before = fpsim.scale_state(model)
+    y, dx = step(model, torch.empty(0, 8), torch.empty(0, 8))
+    assert y.shape == dx.shape == (0, 8)
+    assert_same_state(fpsim.scale_state(model), before)
+
+
+def test_a_step_that_the_scaler_skips_ends_no_step_of_ms_amp() -> None:
+    module = Unit()
+    model = torch.compile(module, backend="fpsim_eager", options=MS_AMP)
+    optimizer, scaler = torch.optim.SGD(module.parameters()), torch.amp.GradScaler("cpu", init_scale=1.0)
+    name = "layer activation forward [e4m3fn/power_of_two/history:2:ms_amp]"
+    for overflows, updates in ((False, 1), (True, 1), (False, 2)):
+        scaler.scale(model(numbers(1.0, 1)).sum()).backward()
+        if overflows:
+            module.layer.weight.grad.fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert fpsim.scale_state(model)[name]["updates"] == updates
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_ms_amp_ends_a_step_when_the_optimizer_has_stepped(backend: str, accumulated: int) -> None:
     """In the first two steps, and after an infinity, the factor is that of the tensor itself."""
@@ -213,6 +252,9 @@ def test_reports_leave_the_state_alone() -> None:
     profile = fpsim.profile(module, x, policy=TE)
     site = next(site for site in profile.sites if site.role == "activation")
     assert site.statistics.saturations == 0 and site.statistics.amax == 7.0
+    large = numbers(1000.0, 2)  # the first factor is 1, so that what exceeds 448 saturates
+    site = next(s for s in fpsim.profile(module, large, policy=TE).sites if s.role == "activation")
+    assert site.statistics.saturations == int((large.abs() > 448).sum()) > 0
     assert_same_state(fpsim.scale_state(model), before)
 
 
@@ -265,6 +307,25 @@ def test_what_is_refused() -> None:
     fpsim.load_scale_state(model, state)
     with pytest.raises(ValueError, match=r"has amaxes of shape \(1, 7\), and its scale .* needs"):
         model(numbers(1.0, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output": "e4m3fn/tensor/history:4"}, "leave 'history:4' out|leave out 'history:4'"),
+        ({"elementwise": "e4m3fn/power_of_two/every:4"}, "leave 'every:4' out|leave out 'every:4'"),
+        ({"activation": "e4m3fn/tensor/history:4/hadamard:16"}, "name a transform of products in the policy"),
+    ],
+)
+def test_policies_that_are_refused(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fpsim.Policy.from_options(options)
+
+
+def test_a_machine_refuses_a_delayed_power_of_two() -> None:
+    options = {"format": "e4m3fn/power_of_two/history:4", "accumulator": "hopper_fp8"}
+    with pytest.raises(Exception, match="gives elements times scales, which fpsim does not take apart"):
+        torch.compile(Unit(), backend="fpsim_eager", options=options)(numbers(1.0, 1))
 
 
 def test_magnitudes_are_those_of_all_ranks(tmp_path: Path) -> None:
