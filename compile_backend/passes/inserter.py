@@ -80,42 +80,33 @@ class Inserter:
         self.recorder = recorder
 
     def round_operand(
-        self,
-        product: Product,
-        position: int,
-        cast: Cast | None,
-        contracted: Axes,
-        transformed: fx.Node | None = None,
-        *,
-        outside: bool = False,
+        self, product: Product, position: int, site: Site, transformed: fx.Node | None = None
     ) -> fx.Node | None:
         """Round one operand of ``product``, and of no other product that the same call computes.
 
         Args:
-            cast: how to round it; None leaves it unrounded.
-            contracted: the axes of the operand along which the product sums.
+            position: that of the operand among the arguments of the call.
+            site: the operand, with its cast or without one, and whether its scale multiplies the result.
             transformed: the operand after the transform of the product, if there is one.
-            outside: whether the operand's outer scale multiplies the result (`fpsim.casts.outer_scale`).
 
         Returns:
-            The node of that scale; None if there is none.
+            The node of the scale that multiplies the result (`fpsim.casts.outer_scale`); None if there is none.
         """
         operand: fx.Node = product.node.args[position]  # type: ignore[assignment]
         exact = rounded = transformed or operand
-        if cast is not None:
+        if site.cast is not None:
             if transformed is not None:
-                check_cast(operand.meta["val"].dtype, cast)
-            site = (product.path or "", product.kind, product.roles[product.operands.index(position)])
-            rounded = self.rounded(exact, cast, product.node, contracted, site, outside)
+                check_cast(operand.meta["val"].dtype, site.cast)
+            rounded = self.rounded(exact, site, product.node, site.contracted)
         rounded = self._in_dtype(rounded, operand.meta["val"].dtype, product.node)
         if rounded is operand:
             return None
         if _is_joint(product.node) and product.node not in self.split_calls:
             self.split_calls |= convolution.split(product.node)
         product.node.update_arg(position, rounded)
-        if cast is None or not outside:
+        if site.cast is None or not site.epilogue:
             return None
-        return self._outer_scale(exact, cast, product.node, contracted)
+        return self._outer_scale(exact, site.cast, product.node, site.contracted)
 
     def transformed(
         self, operands: Sequence[fx.Node], axes: Sequence[int], transform: Transform, near: fx.Node
@@ -190,32 +181,25 @@ class Inserter:
             call.update_arg(position, operand)
         convolution.join(self.split_calls)
 
-    def rounded(
-        self,
-        value: fx.Node,
-        cast: Cast,
-        near: fx.Node,
-        axes: Axes = (),
-        site: tuple[str, str, str] = ("", "", ""),
-        outside: bool = False,
-    ) -> fx.Node:
-        """The node that holds ``value`` rounded.
+    def rounded(self, value: fx.Node, site: Site, near: fx.Node, axes: Axes) -> fx.Node:
+        """The node that holds ``value`` rounded by the cast of ``site``.
 
         Rounding commutes with rearrangement, so that the base of a view is rounded and then rearranged again: the
         operand of fprop and its transpose in dgrad and wgrad share one rounding. If the scales of the cast lie along
-        ``axes``, this holds for views in which these axes are axes of the base. ``near`` is the node that needs it, and
-        ``site`` says where: the module, the kind of the product, and the role. ``outside`` is that of `round_operand`.
+        ``axes``, this holds for views in which these axes are axes of the base. ``near`` is the node that needs it.
         """
+        cast = site.cast
+        assert cast is not None, "the value is rounded"
         if _is_exact(value.meta["val"].dtype, cast):
             return value
         axes = _axes_of_scales(cast, axes, value.meta["val"].dim())
-        key = value, cast, axes, outside
+        key = value, cast, axes, site.epilogue
         if key not in self.roundings:
             axes_of_base = _axes_of_base(value, axes, cast) if is_view(value) else None
             if axes_of_base is not None:
-                self.roundings[key] = self._rearranged(value, cast, near, axes_of_base, site, outside)
+                self.roundings[key] = self._rearranged(value, site, near, axes_of_base)
             else:
-                self.roundings[key] = self._insert(value, cast, near, axes, site, outside)
+                self.roundings[key] = self._insert(value, site, near, axes)
         return self.roundings[key]
 
     def _outer_scale(self, value: fx.Node, cast: Cast, near: fx.Node, axes: Axes) -> fx.Node:
@@ -234,26 +218,22 @@ class Inserter:
 
     def rounded_result(self, value: fx.Node, near: fx.Node, site: Site) -> fx.Node:
         """The node that holds ``value``, the result of an operation, rounded by the cast of ``site``; as `rounded`."""
-        assert site.cast is not None
-        result = self.rounded(value, site.cast, near, site.contracted)
+        result = self.rounded(value, site, near, site.contracted)
         if self.recorder is not None:
             self.recorder.add_result(value, result, site)
         return result
 
     def round_result(self, node: fx.Node, site: Site) -> None:
         """Replace ``node``, for all of its users, by the node that holds it rounded by the cast of ``site``."""
-        assert site.cast is not None
         users = list(node.users)
-        result = self._insert(node, site.cast, node, site.contracted)
+        result = self._insert(node, site, node, site.contracted)
         for user in users:
             user.replace_input_with(node, result)
         if self.recorder is not None:
             self.recorder.add_result(node, result, site)
 
-    def _rearranged(
-        self, view: fx.Node, cast: Cast, near: fx.Node, axes: Axes, site: tuple[str, str, str], outside: bool
-    ) -> fx.Node:
-        source = self.rounded(view.args[0], cast, near, axes, site, outside)  # type: ignore[arg-type]
+    def _rearranged(self, view: fx.Node, site: Site, near: fx.Node, axes: Axes) -> fx.Node:
+        source = self.rounded(view.args[0], site, near, axes)  # type: ignore[arg-type]
         with self.graph.inserting_after(view):
             return self._view_of(view, source)
 
@@ -268,16 +248,10 @@ class Inserter:
         self.sources[copy] = self.sources[view]
         return copy
 
-    def _insert(
-        self,
-        value: fx.Node,
-        cast: Cast,
-        near: fx.Node,
-        axes: Axes = (),
-        site: tuple[str, str, str] = ("", "", ""),
-        outside: bool = False,
-    ) -> fx.Node:
+    def _insert(self, value: fx.Node, site: Site, near: fx.Node, axes: Axes) -> fx.Node:
         """A new node that holds ``value`` rounded. It follows ``value`` or, if that is an input, all inputs."""
+        cast = site.cast
+        assert cast is not None, "the value is rounded"
         check_cast(value.meta["val"].dtype, cast)
         key = self.random_key(value) if cast.is_stochastic else None
         is_timed = cast.scale is not None and cast.scale.is_timed
@@ -290,8 +264,8 @@ class Inserter:
             axes = tuple(sorted(order.index(axis) for axis in axes))
         factor = None
         if is_timed:
-            factor = functools.partial(self._timed_factor, value, cast, site, call)
-        rounded = apply_cast(exact, cast, axes=axes, key=key, factor=factor, call=call, outside=outside)
+            factor = functools.partial(self._timed_factor, value, site, call)
+        rounded = apply_cast(exact, cast, axes=axes, key=key, factor=factor, call=call, outside=site.epilogue)
         if order is not None:
             rounded = call(aten.permute.default, rounded, [order.index(i) for i in range(len(order))])
         return rounded
@@ -333,19 +307,17 @@ class Inserter:
         meta = {key: value.meta[key] for key in _COPIED if key in value.meta}
         return meta | {name: near.meta[name] for name in _PLACES if name in near.meta}
 
-    def _timed_factor(
-        self, value: fx.Node, cast: Cast, site: tuple[str, str, str], call: Callable[..., fx.Node], amax: fx.Node
-    ) -> fx.Node:
+    def _timed_factor(self, value: fx.Node, site: Site, call: Callable[..., fx.Node], amax: fx.Node) -> fx.Node:
         """The factor in use for ``value``, whose largest magnitude is ``amax``; all products that read it share it."""
+        cast = site.cast
+        assert cast is not None, "the value is rounded"
         if (value, cast) in self.factors:
             return self.factors[value, cast]
-        path, kind, role = site
-        phase = "forward" if kind == "fprop" else "backward"
-        name = f"{path or '(root)'} {role}"
-        self.timed_sites[name, phase] += 1
-        if self.timed_sites[name, phase] > 1:
-            name = f"{name} {self.timed_sites[name, phase]}"
-        names = (name, phase, cast.format.name, str(cast.scale))
+        name = f"{site.path or '(root)'} {site.role}"
+        self.timed_sites[name, site.direction] += 1
+        if self.timed_sites[name, site.direction] > 1:
+            name = f"{name} {self.timed_sites[name, site.direction]}"
+        names = (name, site.direction, cast.format.name, str(cast.scale))
         self.factors[value, cast] = call(timed_factor_op, amax, self.handle, *names, SOURCE)
         return self.factors[value, cast]
 

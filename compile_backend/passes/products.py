@@ -162,10 +162,7 @@ def _round_product(
     scales: list[fx.Node | None] = [None, None]
     for i, (position, site) in enumerate(zip(product.operands, sites, strict=True)):
         if site.cast is not None or transform is not None:
-            changed = None if transform is None else before[i]
-            scales[i] = inserter.round_operand(
-                product, position, site.cast, site.contracted, changed, outside=site.epilogue
-            )
+            scales[i] = inserter.round_operand(product, position, site, None if transform is None else before[i])
     scaled = scale_result(product, scales, inserter)
     if inserter.recorder is not None:
         inserter.recorder.add_product(scaled.product, operands, sites, before, scaled.operands, scaled.value)
