@@ -101,18 +101,7 @@ def _mx_multiplier_fake(amax: Tensor, element: str, rule: str, source: str) -> T
 
 
 @torch.library.register_fake("fpsim::round_scaled", lib=_library)
-def _round_scaled_fake(
-    x: Tensor,
-    element: str,
-    rounding: str,
-    overflow: str,
-    scale: str,
-    axes: list[int],
-    source: str,
-    words: Tensor | None = None,
-    factor: Tensor | None = None,
-    outside: bool = False,
-) -> Tensor:
+def _round_scaled_fake(x: Tensor, *arguments: Any) -> Tensor:
     _register_lowerings()
     return torch.empty_like(x)
 
