@@ -68,7 +68,7 @@ def round_scaled(
     """
     if scale is None:
         return Elements(element, rounding, overflow, words, call).rounded(x, dtype)
-    groups = split(call.stored(x) if dtype == torch.bfloat16 else x, scale, axes, call)
+    groups = split(call.stored(x), scale, axes, call)
     if words is not None:
         words = split(call.stored(words), scale, axes, call).values
     elements = Elements(element, rounding, overflow, words, call)
@@ -76,7 +76,7 @@ def round_scaled(
     if scale.rule in MX_RULES:
         rounded = elements.on_shifted_grid(groups.values, scales[0])
         is_nan = call(aten.eq.Scalar, scales[0], NAN_MARK)
-        return groups.restore(call.stored(call(aten.where.ScalarSelf, is_nan, math.nan, rounded)))
+        return groups.restore(call(aten.where.ScalarSelf, is_nan, math.nan, rounded))
     working = working_dtype(dtype)
     q = quantized(groups.values, dtype, elements, scale, scales)
     if outside:
@@ -86,7 +86,7 @@ def round_scaled(
     if dtype != working:
         value = call(round_op, value, "e8m7", "nearest_even", "ovf_inf", SOURCE)
         value = call(prims.convert_element_type.default, value, dtype)
-    return groups.restore(call.stored(value))
+    return groups.restore(value)
 
 
 def outer_scale(x: Any, dtype: torch.dtype, element: ElementFormat, scale: Scale, axes: list[int], call: Call) -> Any:
@@ -96,7 +96,7 @@ def outer_scale(x: Any, dtype: torch.dtype, element: ElementFormat, scale: Scale
     in the working dtype. The scale of a tensor has no axes. That of rows has the axes of ``x``, with size 1 along
     ``axes``.
     """
-    groups = split(call.stored(x) if dtype == torch.bfloat16 else x, scale, axes, call)
+    groups = split(call.stored(x), scale, axes, call)
     scales = scales_of_groups(groups.values, dtype, element, scale, groups.axes, call)
     factor = scales[1] if scale.rule in NV_RULES else scales[0]
     if scale.rule == "te":
