@@ -112,7 +112,9 @@ def quantized(x: Any, dtype: torch.dtype, elements: Elements, scale: Scale, scal
     if scale.rule in NV_RULES:
         scaled = call(aten.mul.Tensor, wide, nv_factor(scales[0], scales[1], scale, call))
         scaled = scaled if exact_zero else _flushed(scaled, call)
-        return elements.rounded(_clamped(scaled, -6.0, 6.0, call), working)
+        if elements.overflow != "sat_finite":  # which limits the numbers too
+            scaled = _clamped(scaled, -6.0, 6.0, call)
+        return elements.rounded(scaled, working)
     y = call(aten.mul.Tensor if scale.order else aten.div.Tensor, wide, scales[0])
     y = y if exact_zero else _flushed(y, call)
     return elements.codes(y, scales[1]) if scale.rule == "asymmetric" else elements.rounded(y, working)
