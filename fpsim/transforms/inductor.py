@@ -78,9 +78,7 @@ def _rotated(x: ir.TensorBox, hadamard: Hadamard, shape: list[Any], axis: int) -
         return [ops.mul(value, ops.constant(inverse_root(n), working)) for value in values]
 
     ranges = [*shape[:axis], FloorDiv(shape[axis], n), *shape[axis + 1 :]]
-    result = _Blocks.create(
-        device=x.get_device(), dtype=working, inner_fn=rotated, ranges=ranges, axis=axis, length=n
-    )
+    result = _Blocks.create(device=x.get_device(), dtype=working, inner_fn=rotated, ranges=ranges, axis=axis, length=n)
     result.realize()
     if hadamard.bf16:
         return lowering.lowerings[torch.ops.fpsim.round.default](result, "e8m7", "nearest_even", "ovf_inf", SOURCE)
