@@ -134,10 +134,6 @@ def test_the_operands_of_each_product_have_the_casts_of_the_source(name: str) ->
     assert {each.accumulator for each in plan.sums} == ({sums[name]} if name in sums else set())
 
 
-def test_every_recipe_has_a_table() -> None:
-    assert set(TABLE) == set(recipes.RECIPES)
-
-
 # -- models of Hugging Face --------------------------------------------------------------------------------------------
 
 

@@ -405,7 +405,3 @@ def test_gradients_of_nvfp4_are_neighbours_and_right_on_average() -> None:
     # 8 random bits: the probability is a multiple of 1/256, within 1/256 of the distance. 5 standard errors of 4096.
     error = (rounded.mean(0) - block).abs() / (above - below).clamp(min=0.5)
     assert (error < 1 / 256 + 5 * 0.5 / 64).all(), error
-
-
-def test_every_recipe_is_here() -> None:
-    assert {recipe.name for recipe, _ in CASES.values()} >= set(recipes.RECIPES) - {"te_delayed"}
