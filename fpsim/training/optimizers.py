@@ -25,8 +25,10 @@ from fpsim.training.in_place import Job, check_seed, draw_of_step, keys_of, roun
 from fpsim.training.optimizer_state import state_names, states_of_parameters, tensors_in
 from fpsim.training.shards import local, shard_number, sharded_like
 
-#: The keys of a state dict for the tensors and the count that are saved with the optimizer's own state.
+#: The keys of a state dict for what is saved with the optimizer's own state: tensors, the count of steps, and a
+#: description of how the states were rounded.
 MASTER, COMPENSATION, WEIGHTS, STEPS = "fpsim_master", "fpsim_compensation", "fpsim_weights", "fpsim_steps"
+STATE = "fpsim_state"
 
 
 _HOOKS = ("step_pre", "step_post", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
@@ -550,7 +552,9 @@ class StepHooks:
         for name, kept in self._kept():
             for j, p in self.numbered("weights") if kept else []:
                 states[j] = {**states.get(j, {}), name: sharded_like(p, kept[p])}
-        groups = [{**group, STEPS: self.steps} for group in state_dict["param_groups"]]
+        groups = [
+            {**group, STEPS: self.steps, STATE: self._rounding_of_state()} for group in state_dict["param_groups"]
+        ]
         return {**state_dict, "state": states, "param_groups": groups}
 
     def take_from_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -564,9 +568,10 @@ class StepHooks:
         indices = [index for group in groups for index in group["params"]]
         weighted = [indices[j] for j, _ in self.numbered("weights")]
         self.loading = {name: [states[index][name] for index in weighted] for name, kept in self._kept() if kept} | {
-            STEPS: max(group[STEPS] for group in groups)
+            STEPS: max(group[STEPS] for group in groups),
+            STATE: groups[0].get(STATE),
         }
-        names = (MASTER, COMPENSATION, WEIGHTS, STEPS)
+        names = (MASTER, COMPENSATION, WEIGHTS, STEPS, STATE)
 
         def own(state: Any) -> Any:
             return {k: v for k, v in state.items() if k not in names} if isinstance(state, dict) else state
@@ -577,6 +582,10 @@ class StepHooks:
             "state": {i: rest for i, state in states.items() if (rest := own(state)) or not isinstance(state, dict)},
             "param_groups": [{key: value for key, value in group.items() if key not in names} for group in groups],
         }
+
+    def _rounding_of_state(self) -> list[str]:
+        numbers = "all" if self.chosen["state"] is None else [j for j, _ in self.numbered("state")]
+        return [*(f"{name} {cast}" for name, cast in self.state), f"of {numbers}, {self.least_size} elements or more"]
 
     def _kept(self) -> list[tuple[str, dict[Tensor, Tensor]]]:
         return [(MASTER, self.masters), (COMPENSATION, self.compensations), (WEIGHTS, self.written)]
@@ -605,8 +614,9 @@ class StepHooks:
                 # Some optimizers then walk over what they were given, and expect all of it in their state.
                 optimizer.state[p][name] = kept[p]
         self.steps = self.loading[STEPS]
+        if self.loading[STATE] != self._rounding_of_state():  # some casts change numbers that they have rounded before
+            self.round_state()
         self.loading = {}
-        self.round_state()
 
 
 def _skips_step(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> bool:
