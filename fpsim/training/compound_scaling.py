@@ -90,7 +90,7 @@ class CompoundScaling:
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                weighed = self._rounding(p)(_wide(p.grad) * (self.margin * (beta1 / math.sqrt(beta2))))
+                weighed = _rounding(group, p)(_wide(p.grad) * (self.margin * (beta1 / math.sqrt(beta2))))
                 if not weighed.isfinite().all():
                     return False
         return True
@@ -109,15 +109,12 @@ class CompoundScaling:
     def _states(self) -> list[tuple[Rounding, Tensor, int]]:
         """The states of the parameters that have a gradient: each with its rounding and power of the scale."""
         return [
-            (self._rounding(p), state[name], power)
+            (_rounding(group, p), state[name], power)
             for group in self.optimizer.param_groups
             for p in group["params"]
             if p.grad is not None and (state := self.optimizer.state.get(p))
             for name, power in _STATES[type(self.optimizer)].items()
         ]
-
-    def _rounding(self, p: Tensor) -> Rounding:
-        return rounding_to(format_of(p.dtype, getattr(self.optimizer, "arithmetic", None)), "scale_compound")
 
 
 def scale_compound(
@@ -182,6 +179,11 @@ def scale_compound(
 
     optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
     return result
+
+
+def _rounding(group: dict[str, Any], p: Tensor) -> Rounding:
+    """The rounding of the arithmetic in which the optimizer computes the step of a parameter."""
+    return rounding_to(format_of(p.dtype, group.get("arithmetic")), "scale_compound")
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fpsim.casts import CastLike
+from fpsim.casts import CastLike, parse_cast
 from fpsim.training.arithmetic import format_of, rounding_to
 from fpsim.training.compensation import kahan_add
 
@@ -63,12 +63,9 @@ class HypotAdam(Optimizer):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas of HypotAdam are at least 0 and below 1, got {betas}")
         rounding_to(arithmetic, "HypotAdam")
-        self.arithmetic = arithmetic
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "kahan": kahan}
-        super().__init__(params, defaults)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"arithmetic": None, **state})
+        text = None if arithmetic is None else str(parse_cast(arithmetic))
+        super().__init__(params, {**defaults, "arithmetic": text})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -86,7 +83,8 @@ class HypotAdam(Optimizer):
     def _step(self, group: dict[str, Any], p: Tensor, gradient: Tensor) -> None:
         if gradient.is_sparse:
             raise ValueError("HypotAdam takes dense gradients: leave sparse=True out of the embedding")
-        q = rounding_to(format_of(p.dtype, self.arithmetic), "HypotAdam")
+        format = format_of(p.dtype, group["arithmetic"])
+        q = rounding_to(format, "HypotAdam")
         (beta1, beta2), eps, state = group["betas"], group["eps"], self.state[p]
         if not state:
             names = ("exp_avg", "hypot", *["compensation"] * group["kahan"])
@@ -106,7 +104,6 @@ class HypotAdam(Optimizer):
         rate = group["lr"] * (1 - beta1) / (math.sqrt(1 - beta2) * (1 - beta1 ** state["step"]))
         if group["kahan"]:
             update = q(q(-rate * m) / denominator)
-            format = format_of(p.dtype, self.arithmetic)
             x, lost = kahan_add(x, state["compensation"].to(wide), update, format)
             state["compensation"].copy_(lost)
         else:
