@@ -135,7 +135,7 @@ def scale_compound(
     overflows for an element of a gradient, ``step()`` skips the step and halves the scale, the states and eps (to
     ``least_eps`` at least; a second moment is divided by 4). After more than ``growth_interval`` steps without an
     overflow all of them double, unless a state times 2 ``margin`` overflows. Overflow is that of the optimizer's
-    arithmetic (`HypotAdam`), or of the dtype.
+    arithmetic (`HypotAdam`), or of the dtype. Other rules are in `fpsim.training.loss_scaling`.
 
     The scale and the count are entries ``loss_scale`` and ``good_steps`` of the optimizer's groups, so its state dict
     holds them. Choose eps for scaled gradients: the paper has 1e-4 with a scale of 1e4.
@@ -148,12 +148,15 @@ def scale_compound(
         margin: a factor above 1, for the sums of a step.
 
     Raises:
-        ValueError: the optimizer is another one, has taken steps, or has ``amsgrad``; a number is out of range.
+        ValueError: the optimizer is another one, has taken steps, has ``amsgrad``, or its loss is scaled already; a
+            number is out of range. When it steps: ``step`` is given a closure.
     """
     if type(optimizer) not in _STATES:
         raise ValueError(f"compound scaling knows HypotAdam, Adam and AdamW, got {type(optimizer).__name__}")
     if any(group.get("amsgrad") for group in optimizer.param_groups):
         raise ValueError("compound scaling does not know the state of amsgrad: set amsgrad=False")
+    if any(SCALE in group for group in optimizer.param_groups):
+        raise ValueError(f"the loss of this {type(optimizer).__name__} is scaled already: scale it once")
     if optimizer.state:
         raise ValueError("the optimizer has states of gradients that were not scaled: call scale_compound before steps")
     for name, value in (("scale", scale), ("least_eps", least_eps), ("margin", margin)):
@@ -167,15 +170,12 @@ def scale_compound(
     own = optimizer.step
 
     @functools.wraps(getattr(own, "__func__", own))
-    def step(self: Optimizer, closure: Any = None) -> Any:
-        loss = None
+    def step(self: Optimizer, closure: Any = None) -> None:
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            raise ValueError("a scaled loss goes with step() without a closure: compute the gradients before it")
         if result.before_step():
             own()
             result.after_step()
-        return loss
 
     optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
     return result

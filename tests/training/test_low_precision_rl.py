@@ -237,6 +237,14 @@ def test_what_compound_scaling_does_not_know_is_an_error(make: Any, options: dic
         scale_compound(make([nn.Parameter(torch.ones(1))]), **options)
 
 
+def test_a_loss_is_scaled_once_and_without_closures() -> None:
+    p, optimizer, _ = scaled_optimizer()
+    with pytest.raises(ValueError, match="scaled already"):
+        scale_compound(optimizer)
+    with pytest.raises(ValueError, match="without a closure"):
+        optimizer.step(lambda: p.sum())
+
+
 def test_options_of_hypot_adam_out_of_range_are_errors() -> None:
     p = [nn.Parameter(torch.ones(1))]
     for options, message in (
