@@ -14,10 +14,14 @@ from collections.abc import Callable
 
 from fpsim.recipes.amp import amp_bf16, amp_fp16
 from fpsim.recipes.aqt import aqt
+from fpsim.recipes.bf16_rope import bf16_rope
 from fpsim.recipes.deepseek import deepseek_v3
 from fpsim.recipes.dfp16 import dfp16
 from fpsim.recipes.exclusions import Exclusions
+from fpsim.recipes.fractrain import fractrain
 from fpsim.recipes.halo import halo
+from fpsim.recipes.mcu_fp16 import mcu_fp16
+from fpsim.recipes.mosaic_layernorm import mosaic_layernorm
 from fpsim.recipes.mxfp8 import mxfp8
 from fpsim.recipes.nvfp4 import nvfp4
 from fpsim.recipes.recipe import Recipe
@@ -31,9 +35,13 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "amp_bf16": amp_bf16,
     "amp_fp16": amp_fp16,
     "aqt": aqt,
+    "bf16_rope": bf16_rope,
     "deepseek_v3": deepseek_v3,
     "dfp16": dfp16,
+    "fractrain": fractrain,
     "halo": halo,
+    "mcu_fp16": mcu_fp16,
+    "mosaic_layernorm": mosaic_layernorm,
     "mxfp8": mxfp8,
     "nvfp4": nvfp4,
     "switchback": switchback,

@@ -25,7 +25,14 @@ from fpsim.suggestions import did_you_mean
 
 #: The classes of parts by name, and the module that holds each: what `Recipe.from_json` can read.
 PARTS: dict[str, str] = {
+    "NarrowLayerNorms": "fpsim.recipes.mosaic_layernorm",
+    "Progressive": "fpsim.training.schedules",
+    "RotaryTables": "fpsim.recipes.bf16_rope",
     "RoundedState": "fpsim.recipes.rounded_state",
+    "ScaledLoss": "fpsim.recipes.scaled_loss",
+    "Cyclic": "fpsim.training.schedules",
+    "Linear": "fpsim.training.schedules",
+    "Piecewise": "fpsim.training.schedules",
 }
 
 #: The version of the JSON form. It increases when an older fpsim could misread a newer file.

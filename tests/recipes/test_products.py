@@ -314,8 +314,7 @@ def operands(positive: bool) -> tuple[Tensor, Tensor, Tensor]:
     """An activation with channels and a token of other magnitudes, a weight, and a small gradient."""
     generator = torch.Generator().manual_seed(5)
     x, w, g = (
-        torch.randn(*shape, generator=generator)
-        for shape in ((TOKENS, INPUTS), (OUTPUTS, INPUTS), (TOKENS, OUTPUTS))
+        torch.randn(*shape, generator=generator) for shape in ((TOKENS, INPUTS), (OUTPUTS, INPUTS), (TOKENS, OUTPUTS))
     )
     x[:, 3] *= 30
     x[7] *= 2.0**-12
