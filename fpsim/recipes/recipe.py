@@ -25,14 +25,21 @@ from fpsim.suggestions import did_you_mean
 
 #: The classes of parts by name, and the module that holds each: what `Recipe.from_json` can read.
 PARTS: dict[str, str] = {
+    "ClippedUpdates": "fpsim.recipes.clipped_updates",
+    "ClippingValues": "fpsim.recipes.federated",
+    "Cyclic": "fpsim.training.schedules",
+    "HalfPrecisionAdam": "fpsim.recipes.low_precision_rl",
+    "LearnedClipping": "fpsim.recipes.federated",
+    "Linear": "fpsim.training.schedules",
+    "NarrowGradients": "fpsim.recipes.fp8_lm",
     "NarrowLayerNorms": "fpsim.recipes.mosaic_layernorm",
+    "Piecewise": "fpsim.training.schedules",
     "Progressive": "fpsim.training.schedules",
+    "ProjectedAdam": "fpsim.recipes.galore",
     "RotaryTables": "fpsim.recipes.bf16_rope",
     "RoundedState": "fpsim.recipes.rounded_state",
     "ScaledLoss": "fpsim.recipes.scaled_loss",
-    "Cyclic": "fpsim.training.schedules",
-    "Linear": "fpsim.training.schedules",
-    "Piecewise": "fpsim.training.schedules",
+    "SmoothUnits": "fpsim.recipes.fp8_trillion",
 }
 
 #: The version of the JSON form. It increases when an older fpsim could misread a newer file.

@@ -139,7 +139,7 @@ def transposed(codes: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return codes[0].t(), codes[1].t() if codes[1].dim() == 2 else codes[1]
 
 
-# -- the recipes: fprop, dgrad and wgrad of y = x w^T with the gradient g ------------------------------------------------
+# -- the recipes: fprop, dgrad and wgrad of y = x w^T with the gradient g ----------------------------------------------
 
 Products = tuple[Tensor, Tensor, Tensor]
 
@@ -154,11 +154,13 @@ def amp(round: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor],
     return lambda x, w, g: tuple(map(round, of_tensors(x, w, g, lambda t, role: plain(round(t)))))  # type: ignore
 
 
-def te(x: Tensor, w: Tensor, g: Tensor, power_of_two: bool = False) -> Products:
+def te(
+    x: Tensor, w: Tensor, g: Tensor, power_of_two: bool = False, high: Callable[[Tensor], Tensor] = bf16
+) -> Products:
     def cast(t: Tensor, role: str) -> tuple[Tensor, Tensor]:
         return scaled_fp8(t, E5M2 if role == "gradient" else E4M3, None, power_of_two)
 
-    return tuple(map(bf16, of_tensors(x, w, g, cast)))  # type: ignore[return-value]
+    return tuple(map(high, of_tensors(x, w, g, cast)))  # type: ignore[return-value]
 
 
 def rows(x: Tensor, w: Tensor, g: Tensor, high_precision: bool) -> Products:
@@ -303,6 +305,7 @@ CASES: dict[str, tuple[recipes.Recipe, Callable[[Tensor, Tensor, Tensor], Produc
     "switchback": (recipes.switchback(), switchback_int8),
     "switchback in fp8": (recipes.switchback(format="fp8"), switchback_fp8),
     "te_current": (recipes.te_current(), te),
+    "te_current with float32 results": (recipes.te_current(high=None), lambda *t: te(*t, high=torch.clone)),
     "te_current of powers of two": (recipes.te_current(power_of_two=True), lambda *t: te(*t, power_of_two=True)),
     "torchao_rowwise": (recipes.torchao_rowwise(), lambda *t: rows(*t, high_precision=False)),
     "torchao_rowwise_gw_hp": (recipes.torchao_rowwise_gw_hp(), lambda *t: rows(*t, high_precision=True)),
@@ -310,40 +313,95 @@ CASES: dict[str, tuple[recipes.Recipe, Callable[[Tensor, Tensor, Tensor], Produc
 }
 
 
-def operands(positive: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """An activation with channels and a token of other magnitudes, a weight, and a small gradient."""
+def operands(name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """An activation with channels and a token of other magnitudes, a weight, and a small gradient.
+
+    Without signs after a ReLU; without signs and outliers where sums are to wrap around.
+    """
     generator = torch.Generator().manual_seed(5)
     x, w, g = (
         torch.randn(*shape, generator=generator) for shape in ((TOKENS, INPUTS), (OUTPUTS, INPUTS), (TOKENS, OUTPUTS))
     )
+    if "wraps" in name:
+        return x.abs(), w.abs(), g.abs()
     x[:, 3] *= 30
     x[7] *= 2.0**-12
     g[:, :16] = 0
-    return (x.relu() if positive else x), w / INPUTS**0.5, g * 1e-4
+    return (x.relu() if name == "aqt" else x), w / INPUTS**0.5, g * 1e-4
 
 
-def products_under(policy: Policy, x: Tensor, w: Tensor, g: Tensor) -> Products:
-    """The three products of a linear layer that is compiled with a policy."""
-    layer = nn.Linear(INPUTS, OUTPUTS, bias=False)
+def compiled_layer(policy: Policy, w: Tensor) -> nn.Module:
+    """A linear layer with the weight ``w`` that is compiled with a policy."""
+    layer = nn.Linear(w.shape[1], w.shape[0], bias=False)
     with torch.no_grad():
         layer.weight.copy_(w)
-    x = x.clone().requires_grad_()
     torch._dynamo.reset()
-    y = torch.compile(layer, backend="fpsim_eager", options={"policy": policy})(x)
+    return torch.compile(layer, backend="fpsim_eager", options={"policy": policy})  # type: ignore[return-value]
+
+
+def products_of(layer: nn.Module, x: Tensor, g: Tensor) -> Products:
+    """The three products of the layer."""
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    y = layer(x)
     y.backward(g)
-    assert x.grad is not None and layer.weight.grad is not None
-    return y.detach(), x.grad, layer.weight.grad
+    [weight] = layer.parameters()
+    assert x.grad is not None and weight.grad is not None
+    return y.detach(), x.grad, weight.grad
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_products_are_those_of_the_source(name: str) -> None:
     recipe, formula = CASES[name]
     assert recipe.policy is not None
-    given = operands(positive=recipe.name == "aqt")
-    for kind, got, want in zip(("fprop", "dgrad", "wgrad"), products_under(recipe.policy, *given), formula(*given)):
-        wrong = (got != want).nonzero()
-        assert got.shape == want.shape and len(wrong) == 0, f"{kind}: {len(wrong)} of {got.numel()}, {got - want}"
+    given = operands(name)
+    assert_same(products_of(compiled_layer(recipe.policy, given[1]), given[0], given[2]), formula(*given))
 
 
-def test_every_recipe_is_here() -> None:
-    assert {recipe.name for recipe, _ in CASES.values()} >= set(recipes.RECIPES) - {"te_delayed"}
+def assert_same(got: Products, want: Products) -> None:
+    for kind, a, b in zip(("fprop", "dgrad", "wgrad"), got, want, strict=True):
+        wrong = int((a != b).sum())
+        assert a.shape == b.shape and not wrong, f"{kind}: {wrong} of {a.numel()} differ\n{a}\n{b}"
+
+
+def test_delayed_scaling_takes_the_factors_of_the_step_before() -> None:
+    policy = recipes.te_delayed(history=2, high=None).policy
+    assert policy is not None
+    x, w, g = operands("te_delayed")
+    layer = compiled_layer(policy, w)
+    unscaled = [fp8(x, E4M3), fp8(w, E4M3), fp8(g, E5M2)]
+    first = of_tensors(x, w, g, lambda t, role: plain(unscaled[("activation", "weight", "gradient").index(role)]))
+    assert_same(products_of(layer, x, g), first)
+
+    def cast(t: Tensor, role: str) -> tuple[Tensor, Tensor]:
+        s = encode_scale(
+            57344 if role == "gradient" else 448, amax({"activation": x, "weight": w, "gradient": g}[role])
+        )
+        return fp8(t * s, E5M2 if role == "gradient" else E4M3), 1 / s
+
+    # 64 times larger: every element beyond the largest one of the step before saturates, exactly once.
+    assert_same(products_of(layer, 64 * x, 64 * g), of_tensors(64 * x, w, 64 * g, cast))
+    products_of(layer, x, g)
+    x, g = 64 * x, 64 * g  # the largest magnitudes of the last two steps
+    assert_same(products_of(layer, x / 8, g / 8), of_tensors(x / 8, w, g / 8, cast))
+
+
+def test_gradients_of_nvfp4_are_neighbours_and_right_on_average() -> None:
+    """Stochastic rounding in dgrad: with a weight of ones in one place, the result is the rounded gradient itself."""
+    policy = recipes.nvfp4(high=None).policy
+    assert policy is not None
+    layer = compiled_layer(policy, torch.eye(16))
+    block = torch.tensor([6.0, 5.5, 4.75, 3.25, 2.2, 1.7, 1.3, 0.9, 0.6, 0.3, 0.1, -0.1, -0.4, -2.9, -4.1, 0.0])
+    g = block.repeat(4096, 1)
+    _, product, _ = products_of(layer, torch.ones(4096, 16), g)
+    # S = 2688/6 = 448 and b = 448, so that the block has the scale 1, but for the last bits of 1/S.
+    rounded = (2 * product).round() / 2
+    assert torch.allclose(product, rounded, rtol=1e-6)
+    grid = torch.tensor([-6.0, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    below = grid[torch.bucketize(block, grid, right=True) - 1]
+    above = grid[torch.bucketize(block, grid)]
+    assert ((rounded == below) | (rounded == above)).all()
+    assert (rounded != rounded[0]).any(0).tolist() == (below != above).tolist()
+    # 8 random bits: the probability is a multiple of 1/256, within 1/256 of the distance. 5 standard errors of 4096.
+    error = (rounded.mean(0) - block).abs() / (above - below).clamp(min=0.5)
+    assert (error < 1 / 256 + 5 * 0.5 / 64).all(), error
