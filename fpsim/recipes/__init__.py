@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from fpsim.recipes.amp import amp_bf16, amp_fp16
 from fpsim.recipes.aqt import aqt
+from fpsim.recipes.bf16_rope import bf16_rope
 from fpsim.recipes.coat import coat
 from fpsim.recipes.deepseek import deepseek_v3
 from fpsim.recipes.dfp16 import dfp16
@@ -21,9 +22,12 @@ from fpsim.recipes.exclusions import Exclusions
 from fpsim.recipes.federated import fp8_federated
 from fpsim.recipes.fp8_lm import fp8_lm
 from fpsim.recipes.fp8_trillion import fp8_trillion
+from fpsim.recipes.fractrain import fractrain
 from fpsim.recipes.galore import galore8bit
 from fpsim.recipes.halo import halo
 from fpsim.recipes.low_precision_rl import low_precision_rl
+from fpsim.recipes.mcu_fp16 import mcu_fp16
+from fpsim.recipes.mosaic_layernorm import mosaic_layernorm
 from fpsim.recipes.mxfp8 import mxfp8
 from fpsim.recipes.nvfp4 import nvfp4
 from fpsim.recipes.recipe import Recipe
@@ -37,15 +41,19 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "amp_bf16": amp_bf16,
     "amp_fp16": amp_fp16,
     "aqt": aqt,
+    "bf16_rope": bf16_rope,
     "coat": coat,
     "deepseek_v3": deepseek_v3,
     "dfp16": dfp16,
     "fp8_federated": fp8_federated,
     "fp8_lm": fp8_lm,
     "fp8_trillion": fp8_trillion,
+    "fractrain": fractrain,
     "galore8bit": galore8bit,
     "halo": halo,
     "low_precision_rl": low_precision_rl,
+    "mcu_fp16": mcu_fp16,
+    "mosaic_layernorm": mosaic_layernorm,
     "mxfp8": mxfp8,
     "nvfp4": nvfp4,
     "switchback": switchback,
