@@ -70,9 +70,9 @@ class Columns:
         cast: the cast.
         width: the number of consecutive columns that share scales; the last columns may be fewer.
         constraint: a function of the ratios, or None.
-        whole: what the whole weight fixes beforehand: with a scale of the tensor that scale, else None.
-        restored: for ``double`` the ratios of the whole weight and the ratios as they are restored, both of shape (rows,
-            columns); else None.
+        whole: the scale of the tensor for ``power_of_two`` and NVFP4, else None.
+        restored: for ``double`` the ratios of the whole weight and the ratios as they are restored, both of shape
+            (rows, columns); else None.
     """
 
     cast: Cast

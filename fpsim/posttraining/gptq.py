@@ -1,7 +1,7 @@
 """GPTQ: a weight rounded column by column, where the columns that are still to come make up for the error.
 
-Source: Frantar, Ashkboos, Hoefler and Alistarh, GPTQ (arXiv 2210.17323), algorithm 1; the step is that of the Optimal Brain
-Surgeon (Frantar and Alistarh, arXiv 2208.11580, equation 3).
+Source: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1. The step is that of the Optimal Brain Surgeon (Frantar and
+Alistarh, arXiv 2208.11580, equation 3).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def gptq(
     Args:
         weight: a matrix of shape (outputs, inputs), float64, float32, bfloat16 or float16, finite.
         hessian: the symmetric matrix 2 X^T X of the inputs X, shape (inputs, inputs), float64 or float32
-            (`fpsim.posttraining.input_hessians`). A constant factor changes nothing. A column whose input is always 0 is
-            rounded as it is. (The code of the paper makes it 0.)
+            (`fpsim.posttraining.input_hessians`). A constant factor changes nothing. A column whose input is always 0
+            is rounded as it is. (The code of the paper makes it 0.)
         cast: a format with or without a scale: ``int4/block:128``, ``nf4``, ``mxfp4``, ``e2m1fn/row``, ``nvfp4``.
         damping: this part of the mean of the Hessian's diagonal is added to the diagonal.
         block: how many columns pass before the columns behind them are updated. It changes the time, and no more than
@@ -132,8 +132,10 @@ def _factor(hessian: Tensor, damping: float) -> Tensor:
     lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if info:
         raise ValueError(
-            f"the Hessian is not positive definite with damping {damping}: use more batches, or a larger damping such as "
-            f"{max(10 * damping, 0.01):g}"
+            f"the Hessian is not positive definite with damping {damping}: use more batches, or a larger damping such "
+            f"as {max(10 * damping, 0.01):g}"
         )
     upper = lower.flip(0, 1)
-    return torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype, device=upper.device), upper=True)
+    return torch.linalg.solve_triangular(
+        upper, torch.eye(len(upper), dtype=upper.dtype, device=upper.device), upper=True
+    )

@@ -45,7 +45,9 @@ class LinearLayer:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether ``module`` is a ``Conv1D`` of transformers: a linear layer with a weight of shape (inputs, outputs)."""
-    return any(f"{kind.__module__}.{kind.__name__}" == "transformers.pytorch_utils.Conv1D" for kind in type(module).mro())
+    return any(
+        f"{kind.__module__}.{kind.__name__}" == "transformers.pytorch_utils.Conv1D" for kind in type(module).mro()
+    )
 
 
 def linear_layers(model: nn.Module, skip: Iterable[str] | str = ()) -> dict[str, LinearLayer]:
@@ -85,12 +87,21 @@ def linear_layers(model: nn.Module, skip: Iterable[str] | str = ()) -> dict[str,
     return layers
 
 
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` in every place where ``model`` holds ``old``, in training mode if ``old`` is."""
+    new.train(old.training)
+    for parent in model.modules():
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
+
+
 def call_model(model: nn.Module, batch: Any) -> Any:
     """The output of ``model`` for a batch.
 
     Args:
-        batch: a mapping, which becomes keyword arguments; a tuple or list, which becomes positional arguments; any other
-            value, which becomes the only argument.
+        batch: a mapping, which becomes keyword arguments; a tuple or list, which becomes positional arguments; any
+            other value, which becomes the only argument.
     """
     if isinstance(batch, Mapping):
         return model(**batch)

@@ -22,8 +22,8 @@ def low_rank_factors(error: Tensor, rank: int, cast: CastLike | None = None) -> 
     Args:
         error: the weight minus the rounded weight, of shape (outputs, inputs), finite.
         rank: from 1 to the smaller of the two.
-        cast: the format to which both factors are rounded, such as ``int8``; rows and blocks that share a scale lie along
-            the last axis of each factor. None leaves them.
+        cast: the format to which both factors are rounded, such as ``int8``; rows and blocks that share a scale lie
+            along the last axis of each factor. None leaves them.
 
     Returns:
         Factors of shape (outputs, rank) and (rank, inputs), in the dtype of ``error``. The decomposition is computed in
@@ -65,7 +65,9 @@ class CompensatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of shape (..., outputs) for ``x`` of shape (..., inputs)."""
-        return functional.linear(x, self.weight, self.bias) + functional.linear(functional.linear(x, self.right), self.left)
+        return functional.linear(x, self.weight, self.bias) + functional.linear(
+            functional.linear(x, self.right), self.left
+        )
 
     def extra_repr(self) -> str:
         """The sizes, for ``print(model)``."""
