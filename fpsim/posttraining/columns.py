@@ -16,7 +16,7 @@ from fpsim.rounding.carriers import check_tensor
 from fpsim.rounding.ops import SOURCE, round_op
 from fpsim.scaling.groups import OnTensors, split
 from fpsim.scaling.ops import SCALE_OPERATORS
-from fpsim.scaling.scale import MX_RULES, NV_RULES, SYMMETRIC_RULES, Scale
+from fpsim.scaling.scale import MX_RULES, NV_RULES, Scale
 from fpsim.scaling.steps import (
     Elements,
     amax_of,
@@ -135,7 +135,7 @@ def columns_of(weight: Tensor, cast: Cast, constraint: Constraint | None = None)
     """
     check_cast(weight.dtype, cast)
     scale, count, call = cast.scale, weight.shape[1], OnTensors()
-    if constraint is not None and (scale is None or scale.rule not in SYMMETRIC_RULES or scale.rule == "double"):
+    if constraint is not None and (scale is None or scale.rule not in ("fp32", "bf16")):
         raise ValueError(
             f"a constraint changes ratios, and {str(cast)!r} has none: use a scale such as block:256, row or tensor"
         )
