@@ -66,7 +66,7 @@ def _of_block(ratios: Tensor, up: bool) -> Tensor:
 
 
 def _power(exponent: Tensor, like: Tensor) -> Tensor:
-    return torch.ldexp(torch.ones((), dtype=like.dtype, device=like.device), exponent)
+    return torch.ldexp(torch.ones_like(exponent, dtype=like.dtype), exponent)
 
 
 def _check(ratios: Any) -> None:

@@ -21,8 +21,9 @@ def sort_key_channels(model: nn.Module) -> dict[str, Tensor]:
     """Sort the channels of the keys of every head by the norm of their row in the key projection, largest first.
 
     The queries of all heads that read these keys get the same order, so that the model computes the same logits but for
-    the order of sums. Rotary embedding turns channels i and i + d/2 of a head together (d is its size). These pairs
-    stay together: they are sorted by their common norm within each half, and each head has its own cosines and sines.
+    the order of sums. Rotary embedding turns channels i and i + d/2 of a head together (d is its size). Such pairs are
+    sorted by their common norm and become neighbours, so that both are in one block. Each head has its own cosines and
+    sines.
 
     Args:
         model: a model of transformers, which changes in place: Llama, Mistral or Qwen2, also with grouped queries, or
@@ -70,7 +71,7 @@ def _sort_rotary(attention: Any) -> Tensor:
     heads = attention.k_proj.out_features // size
     squares = attention.k_proj.weight.double().square().sum(1).reshape(heads, 2, size // 2).sum(1)
     pairs = torch.sort(squares, dim=1, descending=True, stable=True).indices
-    order = torch.cat([pairs, pairs + size // 2], 1)
+    order = torch.stack([pairs, pairs + size // 2], 2).flatten(1)
     _reorder_rows(attention.k_proj, order)
     _reorder_rows(attention.q_proj, order.repeat_interleave(group, 0))
     file = sys.modules[type(attention).__module__]
@@ -148,9 +149,9 @@ def _attend(
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of ``x``, of shape (batch, heads, tokens, d)."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+    """Rotary embedding of ``x``, of shape (batch, heads, tokens, d), which turns neighbours together."""
+    first, second = x[..., ::2], x[..., 1::2]
+    return x * cos + torch.stack((-second, first), -1).flatten(-2) * sin
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fpsim.casts import Cast, CastLike, parse_cast
+from fpsim.casts import Cast, CastLike, apply_cast, check_cast, parse_cast
 from fpsim.policy.globs import matches
 from fpsim.posttraining.columns import Constraint, check_matrix, columns_of, weight_cast
 from fpsim.posttraining.gptq import Order, gptq
@@ -116,8 +116,9 @@ class _Settings:
         """Round the weight of one layer: by GPTQ, or without a Hessian to the nearest values."""
         weight = layer.matrix
         check_matrix(weight, f"the weight of {layer.path}")
+        check_cast(weight.dtype, cast)
         if hessian is None:
-            rounded = columns_of(weight, cast, self.constraint).round_all(weight)
+            rounded = _nearest(weight, cast, self.constraint)
         else:
             rounded = gptq(
                 weight,
@@ -137,6 +138,12 @@ class _Settings:
             return
         module = CompensatedLinear(rounded, left, right, layer.bias)
         replace_module(model, layer.module, module)
+
+
+def _nearest(weight: Tensor, cast: Cast, constraint: Constraint | None) -> Tensor:
+    if constraint is None:
+        return apply_cast(weight, cast)  # type: ignore[no-any-return]
+    return columns_of(weight, cast, constraint).round_all(weight)
 
 
 def _casts(format: CastLike | Mapping[str, CastLike], layers: Mapping[str, LinearLayer]) -> dict[str, Cast]:

@@ -25,7 +25,11 @@ from fpsim.suggestions import did_you_mean
 
 #: The classes of parts by name, and the module that holds each: what `Recipe.from_json` can read.
 PARTS: dict[str, str] = {
+    "CalibratedLayers": "fpsim.recipes.post_training",
+    "RoundedAttention": "fpsim.recipes.post_training",
     "RoundedState": "fpsim.recipes.rounded_state",
+    "RoundedWeights": "fpsim.recipes.post_training",
+    "SplitChannels": "fpsim.recipes.post_training",
 }
 
 #: The version of the JSON form. It increases when an older fpsim could misread a newer file.
