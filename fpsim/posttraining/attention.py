@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fpsim.casts import CastLike
-from fpsim.posttraining.key_value_casts import Along, cast_along, round_heads, round_tokens, text_of
+from fpsim.posttraining.key_value_casts import Along, round_blocks, round_tokens, token_rounding
 
 #: The prefix of the names under which rounded attention is registered in transformers.
 _PREFIX = "fpsim"
@@ -47,10 +48,10 @@ def round_attention(
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"round_attention takes a PreTrainedModel of transformers, got {type(model).__name__}")
     axes = ("head_dim", along, along if values_along is None else values_along)
-    casts = [cast_along(axis, given) for axis, given in zip(axes, (query, key, value), strict=True)]
-    if not any(casts):
+    roundings = [token_rounding(axis, given) for axis, given in zip(axes, (query, key, value), strict=True)]
+    if not any(rounding.cast for rounding in roundings):
         raise ValueError("no format is given: name one for query, key or value")
-    if "tokens" in axes and getattr(model.config, "sliding_window", None) is not None:
+    if any(rounding.block for rounding in roundings) and getattr(model.config, "sliding_window", None) is not None:
         raise ValueError("a sliding window drops tokens, and has no blocks along tokens: use along='head_dim'")
     base = model.config._attn_implementation
     if base not in ("eager", "sdpa"):
@@ -59,30 +60,39 @@ def round_attention(
             f"the attention of the model is {base!r}: {'it is rounded already' if done else 'use eager or sdpa'}, "
             "model.set_attn_implementation('sdpa')"
         )
-    plain = _eager_function(model) if base == "eager" else AttentionInterface()[base]
+    file = sys.modules[type(model).__module__]
+    if base == "eager":
+        plain = _eager_function(file)
+    else:
+        plain = getattr(file, "ALL_ATTENTION_FUNCTIONS", AttentionInterface())[base]
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         rounded = (
-            round_heads(x, cast) if axis == "head_dim" else round_tokens(x, cast)
-            for x, cast, axis in zip((query, key, value), casts, axes, strict=True)
+            round_blocks(round_tokens(x, rounding), rounding)
+            for x, rounding in zip((query, key, value), roundings, strict=True)
         )
         return plain(module, *rounded, *args, **kwargs)
 
-    texts = [
-        f"{axis}_{'none' if cast is None else text_of(cast)}".replace("/", "_")
-        for axis, cast in zip(axes, casts, strict=True)
-    ]
-    name = "-".join([_PREFIX, type(model).__module__.rpartition(".")[2], base, *texts])
+    texts = [f"{rounding.cast}_{axis}".replace("/", "_") for rounding, axis in zip(roundings, axes, strict=True)]
+    name = "-".join([_PREFIX, file.__name__.rpartition(".")[2], base, *texts])
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, AttentionMaskInterface()[base])
+    _own_config(model)
     model.set_attn_implementation(name)
     if model.config._attn_implementation != name:
         raise ValueError(f"{type(model).__name__} does not take another attention: use RoundedCache")
 
 
-def _eager_function(model: nn.Module) -> Callable[..., Any]:
-    """The function ``eager_attention_forward`` of the file that defines the model."""
-    file = sys.modules[type(model).__module__]
+def _own_config(model: Any) -> None:
+    """Give ``model`` a configuration of its own, so that other models made of the same one keep their attention."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+
+
+def _eager_function(file: Any) -> Callable[..., Any]:
+    """The function ``eager_attention_forward`` of the module that defines the model."""
     if not hasattr(file, "eager_attention_forward"):
         raise ValueError(f"{file.__name__} has no eager_attention_forward: model.set_attn_implementation('sdpa')")
     return file.eager_attention_forward  # type: ignore[no-any-return]

@@ -8,11 +8,21 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from fpsim.casts import Cast, CastLike
-from fpsim.posttraining.key_value_casts import TOKENS, Along, cast_along, round_heads, round_tokens
+from fpsim.casts import CastLike
+from fpsim.posttraining.key_value_casts import (
+    TOKENS,
+    Along,
+    TokenRounding,
+    round_blocks,
+    round_tokens,
+    token_rounding,
+)
 
 Current = Literal["rounded", "exact"]
 CURRENTS: tuple[str, ...] = get_args(Current)
+
+#: The roundings of keys and of values.
+Roundings = tuple[TokenRounding, TokenRounding]
 
 
 class RoundedCache(DynamicCache):
@@ -55,61 +65,57 @@ class RoundedCache(DynamicCache):
         current: Current = "rounded",
         config: Any = None,
     ) -> None:
-        axes = (along, along if values_along is None else values_along)
         if current not in CURRENTS:
             raise ValueError(f"unknown current={current!r}: use one of {', '.join(CURRENTS)}")
-        casts = tuple(cast_along(axis, given) for axis, given in zip(axes, (keys, values), strict=True))
-        settings = (casts, axes, current)
+        roundings = (
+            token_rounding(along, keys),
+            token_rounding(along if values_along is None else values_along, values),
+        )
         super().__init__(config=config)
         if self.layers:
-            self.layers = [_layer_like(layer, settings) for layer in self.layers]
+            self.layers = [_layer_like(layer, roundings, current) for layer in self.layers]
         else:
-            self.layer_class_to_replicate = lambda: RoundedLayer(*settings)
+            self.layer_class_to_replicate = lambda: RoundedLayer(roundings, current)
 
 
-def _layer_like(layer: Any, settings: Any) -> Any:
+def _layer_like(layer: Any, roundings: Roundings, current: str) -> Any:
     """A layer in place of one of transformers' own."""
     if type(layer) is DynamicLayer:
-        return RoundedLayer(*settings)
+        return RoundedLayer(roundings, current)
     if type(layer) is not DynamicSlidingWindowLayer:
         raise ValueError(
             f"the model keeps a state of type {type(layer).__name__}: RoundedCache rounds plain keys and values only"
         )
-    if "tokens" in settings[1]:
+    if any(rounding.block for rounding in roundings):
         raise ValueError("a sliding window drops tokens, and has no blocks along tokens: use along='head_dim'")
-    return RoundedSlidingWindowLayer(layer.sliding_window, *settings)
+    return RoundedSlidingWindowLayer(layer.sliding_window, roundings, current)
 
 
 class RoundedLayer(DynamicLayer):
     """The keys and values of one layer of a `RoundedCache`."""
 
-    def __init__(self, casts: tuple[Cast | None, Cast | None], axes: tuple[str, str], current: str) -> None:
+    def __init__(self, roundings: Roundings, current: str) -> None:
         super().__init__()
-        self.casts, self.axes, self.current = casts, axes, current
+        self.roundings, self.current = roundings, current
         # A block that is complete is rounded, and cannot be taken apart again.
-        self.is_croppable = "tokens" not in axes
+        self.is_croppable = not any(rounding.block for rounding in roundings)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append the keys and values of new tokens, and return those that the attention of this step reads.
 
         Both have the shape (batch, heads, tokens, head_dim).
         """
-        new = (key_states, value_states)
-        entering = [
-            round_heads(x, cast) if axis == "head_dim" else x
-            for x, cast, axis in zip(new, self.casts, self.axes, strict=True)
-        ]
+        of_keys, of_values = self.roundings
         before = self.get_seq_length()
-        stored = super().update(*entering, *args, **kwargs)
-        exact = [
-            torch.cat([x[..., :before, :], y], TOKENS) if self.current == "exact" else x
-            for x, y in zip(stored, new, strict=True)
-        ]
-        self.keys, self.values = (
-            round_tokens(x, cast, before) if axis == "tokens" else x
-            for x, cast, axis in zip(stored, self.casts, self.axes, strict=True)
-        )
-        return tuple(exact) if self.current == "exact" else (self.keys, self.values)  # type: ignore[return-value]
+        new = round_tokens(key_states, of_keys), round_tokens(value_states, of_values)
+        keys, values = super().update(*new, *args, **kwargs)
+        self.keys, self.values = round_blocks(keys, of_keys, before), round_blocks(values, of_values, before)
+        if self.current == "exact":
+            return (
+                torch.cat([keys[..., :before, :], key_states], TOKENS),
+                torch.cat([values[..., :before, :], value_states], TOKENS),
+            )
+        return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens, given as a negative number.
@@ -125,19 +131,19 @@ class RoundedLayer(DynamicLayer):
 class RoundedSlidingWindowLayer(DynamicSlidingWindowLayer):
     """`RoundedLayer` for a layer that keeps the last tokens only; scales lie along ``head_dim``."""
 
-    def __init__(
-        self, window: int, casts: tuple[Cast | None, Cast | None], axes: tuple[str, str], current: str
-    ) -> None:
+    def __init__(self, window: int, roundings: Roundings, current: str) -> None:
         super().__init__(window)
-        self.casts, self.current = casts, current
+        self.roundings, self.current = roundings, current
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """`RoundedLayer.update`."""
-        new = (key_states, value_states)
-        stored = super().update(
-            *(round_heads(x, cast) for x, cast in zip(new, self.casts, strict=True)), *args, **kwargs
-        )
-        if self.current == "rounded":
-            return stored
-        count = key_states.shape[TOKENS]
-        return tuple(torch.cat([x[..., :-count, :], y], TOKENS) for x, y in zip(stored, new, strict=True))  # type: ignore[return-value]
+        of_keys, of_values = self.roundings
+        new = round_tokens(key_states, of_keys), round_tokens(value_states, of_values)
+        keys, values = super().update(*new, *args, **kwargs)
+        if self.current == "exact":
+            count = key_states.shape[TOKENS]
+            return (
+                torch.cat([keys[..., :-count, :], key_states], TOKENS),
+                torch.cat([values[..., :-count, :], value_states], TOKENS),
+            )
+        return keys, values

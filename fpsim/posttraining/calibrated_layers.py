@@ -60,17 +60,17 @@ class RoundedInput(nn.Module):
 
     def __init__(self, format: str, ratio: Tensor) -> None:
         super().__init__()
-        self.format = format
+        self.cast = f"{format}/{UNSCALED}"
         self.register_buffer("ratio", ratio)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` rounded, in its own dtype."""
         ratio = self.ratio.to(x.dtype)
-        return round(x / ratio, f"{self.format}/{UNSCALED}", overflow="sat_finite", gradient="clipped") * ratio
+        return round(x / ratio, self.cast, overflow="sat_finite", gradient="clipped") * ratio
 
     def extra_repr(self) -> str:
         """The format, for ``print(model)``."""
-        return self.format
+        return self.cast
 
 
 def round_layers(

@@ -78,7 +78,7 @@ def gptq(
         if order == "activation"
         else torch.arange(count, device=weight.device)
     )
-    position = torch.argsort(sequence)
+    position, numbers = torch.argsort(sequence), sequence.tolist()
     factor = _factor(hessian[sequence][:, sequence].double(), damping)
     work = weight.double()[:, sequence]  # in the order of rounding
     result = torch.empty_like(weight)
@@ -87,7 +87,7 @@ def gptq(
     for start in range(0, count, block):
         end, since = min(start + block, count), start
         for i in range(start, end):
-            j = int(sequence[i])
+            j = numbers[i]
             group = j // columns.width
             if group not in scales:
                 # The columns of the group that lie behind the block have not seen its errors yet.

@@ -1,8 +1,11 @@
-"""The casts that can round the queries, keys and values of attention: token by token, or blocks of tokens."""
+"""The casts that can round the queries, keys and values of attention: token by token, or blocks of tokens.
+
+Casts are text here: Dynamo passes text, and no casts, to the functions that it does not trace.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -18,75 +21,76 @@ Along = Literal["head_dim", "tokens"]
 ALONGS: tuple[str, ...] = get_args(Along)
 
 
-def cast_along(axis: str, given: CastLike | None) -> Cast | None:
-    """`along_heads` or `along_tokens`, as ``axis`` says."""
-    if axis not in ALONGS:
-        raise ValueError(f"scales of keys and values lie along one of {', '.join(ALONGS)}, got {axis!r}")
-    return along_heads(given) if axis == "head_dim" else along_tokens(given)
+class TokenRounding(NamedTuple):
+    """How queries, keys or values are rounded.
+
+    Attributes:
+        cast: the name of the cast; None leaves them.
+        block: along tokens, the number of tokens in a block; 0 along head_dim.
+    """
+
+    cast: str | None
+    block: int
 
 
-def along_heads(given: CastLike | None) -> Cast | None:
-    """The cast that ``given`` denotes, if it rounds each token of each head by itself.
+def token_rounding(axis: str, given: CastLike | None) -> TokenRounding:
+    """The rounding that ``given`` denotes, with scales along ``axis``.
 
     Raises:
-        ValueError: its scale is shared by other elements than those of one token and head, or it draws random numbers.
+        ValueError: the axis is unknown, the format draws random numbers, or its scales are not those of one token of
+            one head (``head_dim``), or of some consecutive tokens of one channel (``tokens``).
     """
-    cast = _cast(given)
-    scale = None if cast is None else cast.scale
+    if axis not in ALONGS:
+        raise ValueError(f"scales of keys and values lie along one of {', '.join(ALONGS)}, got {axis!r}")
+    cast = None if given is None else parse_cast(given)
+    if cast is None:
+        return TokenRounding(None, 0)
+    refuse_timed(cast, "a cache of keys and values")
+    if cast.is_stochastic:
+        raise ValueError(f"keys and values are rounded to nearest values, got {cast.rounding!r}: leave it out")
+    block = _block_of_tokens(cast) if axis == "tokens" else 0
+    if axis == "head_dim":
+        _check_along_heads(cast)
+    return TokenRounding(f"{cast}/{UNSCALED}" if cast.scale is None else str(cast), block)
+
+
+def _check_along_heads(cast: Cast) -> None:
+    scale = cast.scale
     if scale is not None and (scale.kind not in ("row", "block") or scale.rule in NV_RULES):
         raise ValueError(
             f"tokens enter one after the other, and scale {str(scale)!r} is shared between tokens: use a scale of rows "
             "or blocks along head_dim, such as int8/row or int4/block:32, or none"
         )
-    return cast
 
 
-def along_tokens(given: CastLike | None) -> Cast | None:
-    """The cast that ``given`` denotes, if its scales belong to one channel and a number of consecutive tokens.
-
-    Raises:
-        ValueError: it has other scales, or draws random numbers.
-    """
-    cast = _cast(given)
-    if cast is not None and (
-        cast.scale is None or cast.scale.kind != "block" or cast.scale.rule in NV_RULES or cast.transform
-    ):
+def _block_of_tokens(cast: Cast) -> int:
+    scale = cast.scale
+    if scale is None or scale.kind != "block" or scale.rule in NV_RULES or cast.transform is not None:
         raise ValueError(
             f"scales along tokens belong to blocks of tokens, and {str(cast)!r} has none: use a format such as "
             "int4/block:32"
         )
-    return cast
+    return scale.sizes[-1]
 
 
-def round_heads(x: Tensor, cast: Cast | None) -> Tensor:
-    """Queries, keys or values of shape (batch, heads, tokens, head_dim), rounded along head_dim; None leaves them."""
-    return x if cast is None else round(x, text_of(cast), axis=HEAD_DIM)
+def round_tokens(x: Tensor, rounding: TokenRounding) -> Tensor:
+    """Queries, keys or values rounded along head_dim, each token of each head by itself.
+
+    Those with scales along tokens stay as they are.
+    """
+    return x if rounding.cast is None or rounding.block else round(x, rounding.cast, axis=HEAD_DIM)
 
 
-def round_tokens(x: Tensor, cast: Cast | None, before: int = 0) -> Tensor:
+def round_blocks(x: Tensor, rounding: TokenRounding, before: int = 0) -> Tensor:
     """Keys or values with the blocks of tokens rounded that became complete since there were ``before`` tokens.
 
-    None leaves them.
+    Those with scales along head_dim stay as they are.
     """
-    if cast is None:
+    if rounding.cast is None or not rounding.block:
         return x
-    assert cast.scale is not None, "casts along tokens have blocks"
-    size = cast.scale.sizes[-1]
+    size = rounding.block
     first, last = before // size * size, x.shape[TOKENS] // size * size
     if first == last:
         return x
-    blocks = round(x[..., first:last, :], text_of(cast), axis=TOKENS)
+    blocks = round(x[..., first:last, :], rounding.cast, axis=TOKENS)
     return torch.cat([x[..., :first, :], blocks, x[..., last:, :]], TOKENS)
-
-
-def text_of(cast: Cast) -> str:
-    """A name of ``cast``; Dynamo of some versions of torch passes names, and no casts, to functions that it skips."""
-    return f"{cast}/{UNSCALED}" if cast.scale is None else str(cast)
-
-
-def _cast(given: CastLike | None) -> Cast | None:
-    cast = None if given is None else parse_cast(given)
-    refuse_timed(cast, "a cache of keys and values")
-    if cast is not None and cast.is_stochastic:
-        raise ValueError(f"keys and values are rounded to nearest values, got {cast.rounding!r}: leave it out")
-    return cast

@@ -57,7 +57,8 @@ def linear_layers(model: nn.Module, skip: Iterable[str] | str = ()) -> dict[str,
         skip: globs of the paths of modules to leave out.
 
     Raises:
-        ValueError: a glob matches no module, no layer is left, or another module shares the weight of a layer.
+        ValueError: a glob matches no module, no layer is left, or the weight of a layer is that of another module too,
+            or is parametrized.
 
     >>> list(linear_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), skip="2"))
     ['0']
@@ -79,6 +80,11 @@ def linear_layers(model: nn.Module, skip: Iterable[str] | str = ()) -> dict[str,
         for name, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
     for path, layer in layers.items():
+        if not isinstance(layer.module.weight, nn.Parameter):
+            raise ValueError(
+                f"the weight of {path} is computed when it is used, and cannot be written: remove its parametrization "
+                f"(torch.nn.utils.parametrize), or leave the layer out, skip={path!r}"
+            )
         if len(shared := owners.get(id(layer.module.weight), [])) > 1:
             raise ValueError(
                 f"{' and '.join(shared)} are one parameter, and rounding it changes all of them: leave the layer out, "

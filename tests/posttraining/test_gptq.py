@@ -268,6 +268,8 @@ class TestModels:
         model.a.weight = model.b.weight
         with pytest.raises(ValueError, match=r"a\.weight and b\.weight are one parameter"):
             round_weights(model, "int4/row", batches())
+        with pytest.raises(ValueError, match="the weight of 0 is computed"):
+            round_weights(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))), "int4/row", [])
         attention = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
         with pytest.raises(ValueError, match=r"no batch reaches self_attn\.out_proj"):
             input_hessians(attention, [torch.randn(1, 2, 8)])
