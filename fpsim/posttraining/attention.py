@@ -95,4 +95,4 @@ def _eager_function(file: Any) -> Callable[..., Any]:
     """The function ``eager_attention_forward`` of the module that defines the model."""
     if not hasattr(file, "eager_attention_forward"):
         raise ValueError(f"{file.__name__} has no eager_attention_forward: model.set_attn_implementation('sdpa')")
-    return file.eager_attention_forward  # type: ignore[no-any-return]
+    return file.eager_attention_forward

@@ -75,7 +75,7 @@ class RoundedCache(DynamicCache):
         if self.layers:
             self.layers = [_layer_like(layer, roundings, current) for layer in self.layers]
         else:
-            self.layer_class_to_replicate = lambda: RoundedLayer(roundings, current)
+            self.layer_class_to_replicate = lambda: RoundedLayer(roundings, current)  # type: ignore[assignment]
 
 
 def _layer_like(layer: Any, roundings: Roundings, current: str) -> Any:

@@ -204,7 +204,8 @@ def fold_batch_norms(model: nn.Module, batches: Iterable[Any]) -> dict[str, str]
     kept = {path: (module.weight, module.bias) for path, module in ((p, model.get_submodule(p)) for p in pairs)}
     norms = {path: model.get_submodule(path) for path in pairs.values()}
     for path, norm_path in pairs.items():
-        convolution, norm = model.get_submodule(path), norms[norm_path]
+        convolution: Any = model.get_submodule(path)
+        norm: Any = norms[norm_path]
         statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
         convolution.weight, convolution.bias = fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics)
         _set(model, norm_path, nn.Identity())

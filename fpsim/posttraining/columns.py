@@ -111,14 +111,14 @@ class Columns:
         """Some columns, rounded with the scales of their group, in their own dtype."""
         cast, scale, call = self.cast, self.cast.scale, OnTensors()
         if scale is None:
-            return apply_cast(columns, cast)  # type: ignore[no-any-return]
+            return apply_cast(columns, cast)
         if scale.rule in SCALE_OPERATORS:
             return round_op(columns, cast.arguments[0], cast.rounding, cast.overflow, SOURCE, *scales)
         elements = Elements(cast.format, cast.rounding, cast.overflow, None, call)
         if scale.rule in MX_RULES:
-            return elements.on_shifted_grid(columns, scales[0])  # type: ignore[no-any-return]
+            return elements.on_shifted_grid(columns, scales[0])
         value = dequantized(quantized(columns, columns.dtype, elements, scale, scales), scale, scales, call)
-        return value.to(columns.dtype)  # type: ignore[no-any-return]
+        return value.to(columns.dtype)
 
     def round_all(self, weight: Tensor) -> Tensor:
         """The whole weight, each group of columns rounded with its own scales."""

@@ -29,7 +29,7 @@ class LinearLayer:
     @property
     def matrix(self) -> Tensor:
         """The weight as a matrix of shape (outputs, inputs), a view of the parameter without a gradient."""
-        weight: Tensor = self.module.weight.detach()  # type: ignore[assignment, operator]
+        weight: Tensor = self.module.weight.detach()  # type: ignore[operator]
         return weight.T if is_conv1d(self.module) else weight
 
     @property

@@ -77,7 +77,7 @@ def _sort_rotary(attention: Any) -> Tensor:
     file = sys.modules[type(attention).__module__]
     attention.eager_attention = file.eager_attention_forward
     attention.register_buffer("key_order", order)
-    attention.__class__ = _sorted_class(type(attention))
+    attention.__class__ = _sorted_class(attention.__class__)
     return order
 
 

@@ -142,7 +142,7 @@ class _Settings:
 
 def _nearest(weight: Tensor, cast: Cast, constraint: Constraint | None) -> Tensor:
     if constraint is None:
-        return apply_cast(weight, cast)  # type: ignore[no-any-return]
+        return apply_cast(weight, cast)
     return columns_of(weight, cast, constraint).round_all(weight)
 
 
