@@ -309,6 +309,48 @@ def list_experiments() -> None:
 
 @app.command()
 @plain_errors
+def claims(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Claims, or recipes with all their claims.", show_default="all")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the measured numbers and the table.")] = Path("runs/claims"),
+    show: Annotated[
+        bool, typer.Option("--list", help="Show the claims and their pass marks, and measure none.")
+    ] = False,
+) -> None:
+    """Test the claims of published recipes on small test beds, by pass marks that were registered beforehand.
+
+    The numbers of each seed are kept in the folder, and an interrupted test goes on from there.
+    """
+    from fpsim.paper.claims import CLAIMS
+    from fpsim.paper.claims.claim import registered
+    from fpsim.paper.claims.run import chosen, markdown, measure
+    from fpsim.paper.progress import say
+    from fpsim.paper.storage import replace_file
+
+    selected = chosen(names or [], CLAIMS)
+    if show:
+        table = Table("claim", "recipe", "statement", "holds", "control", "seeds", show_lines=True)
+        for claim in selected:
+            by = registered(claim.name)
+            marks = ("\n".join(map(str, part)) for part in (by.holds, by.control))
+            table.add_row(claim.name, claim.recipe, claim.statement, *marks, str(len(by.seeds)))
+        Console().print(table)
+        return
+    console = Console(stderr=True)
+    outcomes = {}
+    for claim in selected:
+        say(console, f"{claim.name}: {len(registered(claim.name).seeds)} seeds")
+        outcomes[claim.name], computed = measure(claim, out)
+        say(console, f"  {outcomes[claim.name].verdict} ({computed} seeds computed)")
+        for judged in (*outcomes[claim.name].holds, *outcomes[claim.name].control):
+            say(console, f"    {judged}")
+    replace_file(out / "claims.md", markdown(outcomes, CLAIMS).encode())
+    typer.echo(out / "claims.md")
+
+
+@app.command()
+@plain_errors
 def rules() -> None:
     """Print the registered rules: when a run counts as diverged, spiking or trained, and how predictions are judged."""
     from fpsim.paper.verdicts import preregistration

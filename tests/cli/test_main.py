@@ -26,7 +26,7 @@ HELP = {
         "MODEL_OR_SCRIPT", "TEXT", "--weights", "--format", "--epsilon", "--method", "--windows", "--context",
         "--gradients", "--no-gradients",
     ),
-    ("study",): ("run", "experiment", "report", "list", "rules", "train", "Needs fpsim[paper]"),
+    ("study",): ("run", "experiment", "report", "list", "claims", "rules", "train", "Needs fpsim[paper]"),
     ("study", "run"): (
         "--model", "--data", "--formats", "--seeds", "default: 3", "--learning-rates", "--steps", "--batch",
         "--context", "--vocabulary", "--loss-scale", "--clip", "--quality", "--level", "--measure-every",
@@ -40,6 +40,7 @@ HELP = {
     ("study", "report"): ("folder", "--out"),
     ("study", "list"): (),
     ("study", "rules"): (),
+    ("study", "claims"): ("names", "--out", "--list"),
     ("study", "train"): ("config", "out", "--parallel", "--checkpoint"),
 }  # fmt: skip
 
