@@ -52,7 +52,8 @@ Data = Annotated[
         help="UTF-8 file, folder of such files, nanoGPT .bin file or folder, or hf:NAME.", show_default="Shakespeare"
     ),
 ]
-Seeds = Annotated[int | None, typer.Option(min=1, help="Number of seeds; the first one is 0.")]
+Seeds = Annotated[int | None, typer.Option(min=1, help="Number of seeds.")]
+FirstSeed = Annotated[int, typer.Option(min=0, help="The first seed; the others follow it.")]
 Steps = Annotated[int | None, typer.Option(min=2, help="Optimizer steps per run.")]
 Rates = Annotated[list[float] | None, typer.Option(help="Learning rates.")]
 Model = Annotated[
@@ -89,6 +90,7 @@ def run(
         ),
     ] = None,
     seeds: Seeds = 3,
+    first_seed: FirstSeed = 0,
     learning_rates: Rates = None,
     steps: Steps = 300,
     batch: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 8,
@@ -138,7 +140,7 @@ def run(
         device=device or "cpu",
     )
     names = list(dict.fromkeys(formats or ["fp32", "bf16", "e4m3fn", "e8m3"]))
-    plan = grid(base, formats=names, learning_rates=learning_rates, seeds=range(seeds or 3))
+    plan = grid(base, formats=names, learning_rates=learning_rates, seeds=range(first_seed, first_seed + (seeds or 3)))
     _compute(
         plan,
         out or Path("runs/study"),
@@ -163,6 +165,7 @@ def experiment(
     model: Model = None,
     data: Data = None,
     seeds: Seeds = None,
+    first_seed: FirstSeed = 0,
     learning_rates: Rates = None,
     steps: Steps = None,
     device: Device = None,
@@ -183,6 +186,7 @@ def experiment(
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}: use one of {', '.join(SIZES)}")
     setting = _resized(chosen.settings[size], model, data, seeds, learning_rates, steps, device, interpret)
+    setting = replace(setting, first_seed=first_seed)
     facts = {
         "number": number,
         "question": chosen.question,
@@ -190,7 +194,7 @@ def experiment(
         "differs": chosen.differences(size),
         "reference": chosen.reference,
         "pairs": [list(pair) for pair in chosen.pairs],
-        "size": f"{size}: {setting.base.model.label}, {setting.base.steps} steps, {setting.seeds} seeds, "
+        "size": f"{size}: {setting.base.model.label}, {setting.base.steps} steps, {setting.seeds} seeds from {setting.first_seed}, "
         f"learning rates {', '.join(f'{rate:g}' for rate in setting.rates)}",
     }
     on_gpu = setting.base.device.startswith("cuda")

@@ -28,14 +28,14 @@ HELP = {
     ),
     ("study",): ("run", "experiment", "report", "list", "claims", "rules", "train", "Needs fpsim[paper]"),
     ("study", "run"): (
-        "--model", "--data", "--formats", "--seeds", "default: 3", "--learning-rates", "--steps", "--batch",
+        "--model", "--data", "--formats", "--seeds", "default: 3", "--first-seed", "--learning-rates", "--steps", "--batch",
         "--context", "--vocabulary", "--loss-scale", "--clip", "--quality", "--level", "--measure-every",
         "--hessian-every", "--device", "--interpret", "--out", "--executor", "--workers", "--address", "--gpus",
         "--cpus", "--retries",
     ),
     ("study", "experiment"): (
-        "number", "--size", "--conditions", "--model", "--data", "--seeds", "--learning-rates", "--steps", "--device",
-        "--interpret", "--out", "--executor", "--workers", "--address", "--gpus", "--cpus", "--retries",
+        "number", "--size", "--conditions", "--model", "--data", "--seeds", "--first-seed", "--learning-rates", "--steps",
+        "--device", "--interpret", "--out", "--executor", "--workers", "--address", "--gpus", "--cpus", "--retries",
     ),
     ("study", "report"): ("folder", "--out"),
     ("study", "list"): (),
