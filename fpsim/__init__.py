@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fpsim import curvature, reference, sharpness, testing
+    from fpsim import curvature, recipes, reference, sharpness, testing
     from fpsim.accumulators.matmul import matmul
     from fpsim.block_functions import decode_blocks, encode_blocks
     from fpsim.compile_backend import (
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fpsim.training.parameters import round_parameters
 
 #: The public modules.
-_MODULES = ("curvature", "reference", "sharpness", "testing")
+_MODULES = ("curvature", "recipes", "reference", "sharpness", "testing")
 
 #: The other public names, and the module that holds each.
 _HOMES = {
@@ -85,6 +85,7 @@ __all__ = [
     "parse_format",
     "power_of_two_scale",
     "profile",
+    "recipes",
     "reference",
     "round",
     "round_gradients_hook",

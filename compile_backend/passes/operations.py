@@ -15,6 +15,7 @@ from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.places import policy_at, site_of_operation
 from fpsim.compile_backend.plan import Site
 from fpsim.policy import Policy
+from fpsim.policy.policy import DIRECTIONS
 
 
 def round_operations(
@@ -31,7 +32,8 @@ def round_operations(
     sum, as in a linear layer.
     """
     sites = []
-    for node in convolution.find_bias_gradients(graph):
+    rounded = {direction for direction in DIRECTIONS if policy.rounds_elementwise(direction)}
+    for node in convolution.find_bias_gradients(graph) if "backward" in rounded else ():
         path = module_path(convolution.backward_of(node))
         local = policy_at(path, f"gradient of a bias {node.name}", policy, strict)
         cast = None if local is None else local.elementwise_cast("backward")
@@ -45,8 +47,8 @@ def round_operations(
         if node in of_products:
             continue
         cast = None
-        if sources[node] & VARIABLE and value not in of_products:
-            direction = "backward" if is_backward(node, sources) else "forward"
+        direction = "backward" if is_backward(node, sources) else "forward"
+        if direction in rounded and sources[node] & VARIABLE and value not in of_products:
             path = module_path(node)
             if path is None and (direction == "forward" or node.meta.get("is_gradient_acc")):
                 path = ""  # the root is never recorded, and autograd adds up gradients outside of modules

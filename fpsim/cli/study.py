@@ -86,8 +86,11 @@ def run(
         list[str] | None,
         typer.Option(
             help="fp32, bf16, e8m3/toward_zero, e4m3fn+e5m2, paper:e8m3, fp8_hybrid, ...",
-            show_default="fp32, bf16, e4m3fn and e8m3",
+            show_default="fp32, bf16, e4m3fn and e8m3, or none beside --recipes",
         ),
+    ] = None,
+    recipes: Annotated[
+        list[str] | None, typer.Option(help="Recipes (see fpsim recipes), or formats beside them.", show_default="none")
     ] = None,
     seeds: Seeds = 3,
     first_seed: FirstSeed = 0,
@@ -114,7 +117,7 @@ def run(
     cpus: Cpus = 1.0,
     retries: Retries = 2,
 ) -> None:
-    """Train a model in several formats over seeds and learning rates, and write a report."""
+    """Train a model in several formats or recipes over seeds and learning rates, and write a report."""
     from fpsim.paper.config import RunConfig
     from fpsim.paper.data import DataConfig
     from fpsim.paper.models import model_config
@@ -139,8 +142,14 @@ def run(
         backend="interpreted" if interpret else "compiled",
         device=device or "cpu",
     )
-    names = list(dict.fromkeys(formats or ["fp32", "bf16", "e4m3fn", "e8m3"]))
-    plan = grid(base, formats=names, learning_rates=learning_rates, seeds=range(first_seed, first_seed + (seeds or 3)))
+    names = list(dict.fromkeys(formats or ([] if recipes else ["fp32", "bf16", "e4m3fn", "e8m3"])))
+    plan = grid(
+        base,
+        formats=names,
+        recipes=dict.fromkeys(recipes or []),
+        learning_rates=learning_rates,
+        seeds=range(first_seed, first_seed + (seeds or 3)),
+    )
     _compute(
         plan,
         out or Path("runs/study"),
@@ -194,7 +203,8 @@ def experiment(
         "differs": chosen.differences(size),
         "reference": chosen.reference,
         "pairs": [list(pair) for pair in chosen.pairs],
-        "size": f"{size}: {setting.base.model.label}, {setting.base.steps} steps, {setting.seeds} seeds from {setting.first_seed}, "
+        "size": f"{size}: {setting.base.model.label}, {setting.base.steps} steps, "
+        f"{setting.seeds} seeds from {setting.first_seed}, "
         f"learning rates {', '.join(f'{rate:g}' for rate in setting.rates)}",
     }
     on_gpu = setting.base.device.startswith("cuda")

@@ -365,6 +365,11 @@ class Policy:
         own = bool(self.elementwise) or any(self.output_cast(kind) for kind in KINDS)
         return own or any(policy.rounds_results for policy in self._policies_of_modules)
 
+    def rounds_elementwise(self, direction: str) -> bool:
+        """Whether results of operations that are no products are rounded in any module, ``forward`` or ``backward``."""
+        own = self.elementwise_cast(direction) is not None
+        return own or any(policy.rounds_elementwise(direction) for policy in self._policies_of_modules)
+
     def check_names_format(self) -> None:
         """Refuse a policy that names no format, for the whole model or in a rule for modules.
 
