@@ -363,6 +363,31 @@ def claims(
     typer.echo(out / "claims.md")
 
 
+@app.command(cls=_SeveralValues)
+@plain_errors
+def pareto(
+    families: Annotated[list[str] | None, typer.Option(help="resnet, llama.", show_default="both")] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option(help="bf16, int8, e4m3fn, int4, e2m1fn, int2.", show_default="all")
+    ] = None,
+    size: Annotated[str, typer.Option(help="quick (minutes on 2 cores) or full (hours).")] = "quick",
+    interpret: Interpret = False,
+    out: Annotated[Path, typer.Option(help="Folder for the numbers, the table and the figure.")] = Path("runs/pareto"),
+) -> None:
+    """Train models of several widths in several formats, and show which reach a loss at the least cost."""
+    from fpsim.paper import pareto as study
+    from fpsim.paper.choices import check_choice
+    from fpsim.paper.storage import replace_file
+
+    check_choice("size", size, study.SIZES)
+    chosen = study.SIZES[size]
+    points = study.pareto(families or study.FAMILIES, formats or study.FORMATS, chosen, out, interpret=interpret)
+    found = study.means(points)
+    replace_file(out / "pareto.md", study.markdown(found).encode())
+    study.figure(found).savefig(out / "pareto.png")
+    typer.echo(out / "pareto.md")
+
+
 @app.command()
 @plain_errors
 def rules() -> None:
