@@ -84,7 +84,7 @@ def test_points_are_computed_once_and_only_rounded_formats_differ(tmp_path, monk
     content = json.loads((tmp_path / "points.json").read_text())
     (tmp_path / "points.json").write_text(json.dumps({**content, "source": "another"}))
     with pytest.raises(ValueError, match="another version of fpsim: name another folder"):
-        pareto.pareto(["resnet"], formats, TINY, tmp_path)
+        pareto.pareto(["resnet"], ["int4"], TINY, tmp_path)
 
 
 def test_the_command_writes_a_table_and_a_figure(tmp_path, monkeypatch) -> None:
