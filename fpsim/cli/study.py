@@ -388,6 +388,34 @@ def pareto(
     typer.echo(out / "pareto.md")
 
 
+@app.command(cls=_SeveralValues)
+@plain_errors
+def generation(
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="fp32, bf16, int8, nf4, 'nf4, double', fp4, 'fp4, double'; all are compared with fp32.",
+            show_default="all",
+        ),
+    ] = None,
+    size: Annotated[str, typer.Option(help="quick (minutes on 2 cores) or full (an hour or more).")] = "quick",
+    out: Annotated[Path, typer.Option(help="Folder for the numbers, the table and the figure.")] = Path(
+        "runs/generation"
+    ),
+) -> None:
+    """Round the weights of a trained model, and show how its texts change with temperature, top-k and length."""
+    from fpsim.paper import generation as study
+    from fpsim.paper.choices import check_choice
+    from fpsim.paper.storage import replace_file
+
+    check_choice("size", size, study.SIZES)
+    names = dict.fromkeys(["fp32", *(formats or study.FORMATS)])
+    qualities = study.study(study.SIZES[size], names, out)
+    replace_file(out / "generation.md", study.markdown(qualities).encode())
+    study.figure(qualities).savefig(out / "generation.png")
+    typer.echo(out / "generation.md")
+
+
 @app.command()
 @plain_errors
 def rules() -> None:

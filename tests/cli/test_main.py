@@ -26,7 +26,9 @@ HELP = {
         "MODEL_OR_SCRIPT", "TEXT", "--weights", "--format", "--epsilon", "--method", "--windows", "--context",
         "--gradients", "--no-gradients",
     ),
-    ("study",): ("run", "experiment", "report", "list", "claims", "pareto", "rules", "train", "Needs fpsim[paper]"),
+    ("study",): (
+        "run", "experiment", "report", "list", "claims", "pareto", "generation", "rules", "train", "Needs fpsim[paper]",
+    ),
     ("study", "run"): (
         "--model", "--data", "--formats", "--recipes", "--seeds", "default: 3", "--first-seed", "--learning-rates",
         "--steps", "--batch", "--context", "--vocabulary", "--loss-scale", "--clip", "--quality", "--level",
@@ -42,6 +44,7 @@ HELP = {
     ("study", "list"): (),
     ("study", "rules"): (),
     ("study", "claims"): ("names", "--out", "--list"),
+    ("study", "generation"): ("--formats", "--size", "--out"),
     ("study", "pareto"): ("--families", "--formats", "--size", "--interpret", "--out"),
     ("study", "train"): ("config", "out", "--parallel", "--checkpoint"),
 }  # fmt: skip
