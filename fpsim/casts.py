@@ -193,7 +193,7 @@ def _check_scale(cast: Cast) -> None:
     if isinstance(fmt, CodebookFormat):
         if cast.rounding != "nearest_even":
             raise ValueError(f"codebooks are rounded to nearest, got rounding {cast.rounding!r}: leave it out")
-        if rule not in (None, *SYMMETRIC_RULES):
+        if rule == "encode" or rule not in (None, *SYMMETRIC_RULES):
             raise ValueError(f"codebook {fmt.name} takes ratios, got scale {str(scale)!r}: use group:64 or row")
     if isinstance(fmt, IntegerFormat) and rule is not None:
         if not fmt.signed and rule != "asymmetric":

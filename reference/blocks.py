@@ -27,6 +27,7 @@ from .scales import (
     Scale,
     affine_scale,
     amax,
+    encode_scale,
     flushed,
     mean_ratio,
     nv_block_scale,
@@ -126,6 +127,8 @@ def quantize_block(
     - Under a power of two (``mx``, ``power_of_two``), an element is the exact quotient by the scale, rounded once.
     - Under a ratio, the quotient rounds to ``working``, and then to the element format. An element or a quotient below
       2**-126 counts as zero, here and in the next two cases. (To nearest the result is zero anyway.)
+    - Under ``encode`` the product with the scale's inverse takes the place of the quotient. The scale is the float32
+      reciprocal of that inverse.
     - An asymmetric element rounds its quotient to an integer and then adds the zero point (ONNX's order). Integers
       without sign are asymmetric under every ratio.
     - Under ``double`` a block alone has the same scale as under a ratio: it equals the mean.
@@ -133,7 +136,7 @@ def quantize_block(
       then rounds to e2m1fn.
 
     A block with a NaN is NaN. So is a block with an infinity, except in NVFP4, where the infinity counts as the largest
-    value, and under ``power_of_two``, where the scale is 1.
+    value, and under ``power_of_two``, where the scale is 1. Under ``encode`` the scale is 1 in both cases.
 
     Arguments:
         values: the elements of the block, each an int, Fraction, float (taken exactly) or `Special`.
@@ -165,6 +168,10 @@ def quantize_block(
         return _affine(exact, fmt, how, rounding, random, working)
     if how.rule in NV_RULES:
         return _nv(exact, fmt, how.rule, rounded, as_value(a if tensor_amax is None else tensor_amax), working)
+    if how.rule == "encode":
+        factor = encode_scale(a, fmt)
+        products = [flushed(mul(flushed(x), factor, working)) for x in exact]
+        return Block(tuple(rounded(i, y) for i, y in enumerate(products)), div(1, factor, "fp32"), how.rule)
     if how.rule == "power_of_two":
         shared: Value = tensor_power_of_two(a, fmt, working)
     elif how.rule in POWER_OF_TWO_RULES:

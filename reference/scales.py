@@ -41,7 +41,7 @@ from .values import (
 )
 
 PowerOfTwoRule = Literal["floor", "ceil", "rceil", "even"]
-RatioRule = Literal["fp32", "bf16"]
+RatioRule = Literal["fp32", "bf16", "encode"]
 NvRule = Literal["te", "torchao"]
 
 POWER_OF_TWO_RULES: Final = get_args(PowerOfTwoRule)
@@ -105,7 +105,8 @@ def parse_scale(name: str | Scale) -> Scale:
       ``even``.
     - ``nv[:16|:16x16][:te|:torchao]``: blocks or tiles under one more scale for the tensor, as in NVFP4.
     - ``tensor``, ``row``, ``column``, ``block:n``, ``block:AxB`` and ``group:n``, which is of the flattened tensor: the
-      ratio of amax and the largest value, in float32 or, with ``:bf16``, in bfloat16. With ``:asymmetric`` the ratio of
+      ratio of amax and the largest value, in float32 or, with ``:bf16``, in bfloat16. With ``:encode`` the float32
+      ratio of the largest value and amax, which multiplies. With ``:asymmetric`` the ratio of
       the range and the number of integers, and a zero point. With a rule of ``mx``, or ``:power_of_two`` for ``rceil``,
       a power of two. ``group:n:double`` is a ratio that is quantized again.
     - ``power_of_two`` or ``tensor:power_of_two``: one scale for the tensor, see `fpsim.power_of_two_scale`.
@@ -309,6 +310,25 @@ def ratio_scale(a: Value, element: Element, rule: str) -> Value:
         return Fraction(1) if not isinstance(element, Codebook) or 0 in element.values else LEAST_RATIO
     full = element.half_range if isinstance(element, Integers) else largest_magnitude(element)
     return _bounded(div(rounded, full, "fp32"), rule)
+
+
+def encode_scale(a: Value, element: Element) -> Fraction:
+    """The ratio s of the largest value of the format and the largest magnitude ``a``, which multiplies the elements.
+
+    1. ``a`` is rounded to float32. If it is NaN, infinite, or below 2**-126, s is 1.
+    2. s is the quotient rounded to float32, lowered to 2**100, and raised to 2**-126.
+
+    Source: Transformer Engine's current scaling, whose bound is the largest float32.
+    """
+    check_ratio(element)
+    if isinstance(element, Codebook):
+        raise ValueError("a codebook takes the ratio fp32 or bf16")
+    rounded = round(a, "fp32")
+    if not isinstance(rounded, Fraction) or rounded < SMALLEST_NORMAL:
+        return Fraction(1)
+    full = element.half_range if isinstance(element, Integers) else largest_magnitude(element)
+    quotient = rational(round(div(full, rounded, "fp32"), "fp32", overflow="sat_finite"))
+    return max(min(quotient, 1 / LEAST_RATIO), SMALLEST_NORMAL)
 
 
 def _bounded(ratio: Value, rule: str) -> Fraction:

@@ -19,6 +19,7 @@ from fpsim.casts import NONE, UNSCALED, Cast, CastLike, parse_cast
 from fpsim.formats import OVERFLOWS, ElementFormat, FloatFormat, full_rounding, parse_format
 from fpsim.json_text import check_depth, parse_json
 from fpsim.policy.globs import matches
+from fpsim.policy.presets import HYBRID, MORE_THAN_POLICIES, PRESETS
 from fpsim.scaling.scale import Scale, parse_scale
 from fpsim.suggestions import did_you_mean
 from fpsim.transforms.names import NAMES_OF_PRODUCTS, parse_transform
@@ -42,24 +43,6 @@ DIRECTIONS = ("forward", "backward")
 ATTENTIONS = ("round", "keep")
 PRODUCTS = ("all", "weights")
 
-#: The casts of the OCP FP8 hybrid recipe, by role.
-HYBRID = {"activation": "e4m3fn/sat_finite", "weight": "e4m3fn/sat_finite", "gradient": "e5m2/sat_finite"}
-
-#: The fields of each named policy (`Policy.preset`).
-PRESETS: dict[str, dict[str, Any]] = {
-    "fp8_hybrid": {**HYBRID},
-    "bf16": {"format": "bf16", "output": "bf16"},
-    "fp16": {"format": "fp16", "output": "fp16"},
-    "mxfp8": {"format": "mxfp8"},
-    "nvfp4": {
-        "activation": "nvfp4",
-        "weight": "e2m1fn/nv:16x16",
-        "gradient": "nvfp4/stochastic:8",
-        "transform": {"wgrad": "hadamard:16:te"},
-        "products": "weights",
-        "attention": "keep",
-    },
-}
 #: The prefix of presets that apply the paper's recipe to a format.
 _PAPER = "paper:"
 
@@ -507,6 +490,8 @@ class Policy:
           wgrad rotated in blocks of 16 with fixed signs. Attention is not rounded. The recipe also keeps the LM head
           and some blocks in bfloat16, which depends on the model: ``skip=["lm_head", "layers.0", ...]``. A convolution
           has no rotation in wgrad, and needs a rule in `modules`.
+        - ``amp_bf16``, ``dfp16``, ``te_current``, ``te_delayed``, ``torchao_rowwise``, ``torchao_rowwise_gw_hp``,
+          ``torchao_tensorwise``: the policies of the recipes of these names (`fpsim.recipes`), with default arguments.
         - ``paper:FORMAT``, such as ``paper:e8m3``: the recipe of arXiv 2405.18710, as far as it is known. Both operands
           of all three products of linear layers, the LM head included, are truncated. Attention is not rounded. With
           the exponents of bfloat16 (``e8m3``) this is a bit mask, through which infinities and NaN pass. Any other
@@ -638,6 +623,10 @@ def _preset_fields(name: str) -> dict[str, Any]:
         written = name.removeprefix(_PAPER)
         cast = f"{written}/toward_zero/{'sat_propagate' if _is_masked(written) else 'sat_finite'}"
         return {"format": cast, "products": "weights", "attention": "keep"}
+    if name in MORE_THAN_POLICIES:
+        raise ValueError(
+            f"{name!r} is more than a policy: use fpsim.recipes.{name}().apply(model, optimizer), which returns both"
+        )
     if name not in PRESETS:
         raise ValueError(
             f"unknown preset {name!r}: use one of {', '.join(PRESETS)}, or {_PAPER}FORMAT; one format for all is "

@@ -5,21 +5,43 @@ Each function returns a frozen `Recipe`. Its method ``apply`` changes a model an
 >>> import fpsim
 >>> recipe = fpsim.recipes.te_current()
 >>> recipe.policy.cast("dgrad", "gradient").written
-'e5m2/nearest_even/sat_finite/tensor:fp32'
+'e5m2/nearest_even/sat_finite/tensor:encode'
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from fpsim.recipes.amp import amp_bf16, amp_fp16
+from fpsim.recipes.aqt import aqt
+from fpsim.recipes.deepseek import deepseek_v3
+from fpsim.recipes.dfp16 import dfp16
 from fpsim.recipes.exclusions import Exclusions
+from fpsim.recipes.halo import halo
+from fpsim.recipes.mxfp8 import mxfp8
+from fpsim.recipes.nvfp4 import nvfp4
 from fpsim.recipes.recipe import Recipe
 from fpsim.recipes.rounded_state import RoundedState
-from fpsim.recipes.te import te_current
+from fpsim.recipes.switchback import switchback
+from fpsim.recipes.te import te_current, te_delayed
+from fpsim.recipes.torchao_float8 import torchao_rowwise, torchao_rowwise_gw_hp, torchao_tensorwise
 
 #: The recipes by name. Each takes its options as keyword arguments, and has a default for each.
 RECIPES: dict[str, Callable[..., Recipe]] = {
+    "amp_bf16": amp_bf16,
+    "amp_fp16": amp_fp16,
+    "aqt": aqt,
+    "deepseek_v3": deepseek_v3,
+    "dfp16": dfp16,
+    "halo": halo,
+    "mxfp8": mxfp8,
+    "nvfp4": nvfp4,
+    "switchback": switchback,
     "te_current": te_current,
+    "te_delayed": te_delayed,
+    "torchao_rowwise": torchao_rowwise,
+    "torchao_rowwise_gw_hp": torchao_rowwise_gw_hp,
+    "torchao_tensorwise": torchao_tensorwise,
 }
 
 __all__ = ["RECIPES", "Exclusions", "Recipe", "RoundedState", *RECIPES]

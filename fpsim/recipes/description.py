@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import textwrap
 
-from fpsim.casts import Cast
+from fpsim.casts import Cast, usual_overflow
+from fpsim.formats import expand
 from fpsim.policy import Policy
 from fpsim.policy.policy import KINDS
 
@@ -34,6 +35,14 @@ def lines_of_policy(policy: Policy | None) -> list[tuple[str, str]]:
     return lines
 
 
+def short(policy: Policy | None) -> str:
+    """A policy in a few words: ``bf16``, or the casts of its products."""
+    if policy is None:
+        return "unrounded"
+    casts = {policy.cast(kind, role) for kind, roles in _OPERANDS.items() for role in roles}
+    return _text(casts.pop()) if len(casts) == 1 else "; ".join(f"{kind}: {_product(policy, kind)}" for kind in KINDS)
+
+
 def _product(policy: Policy, kind: str) -> str:
     texts = [f"{role} {_text(policy.cast(kind, role))}" for role in _OPERANDS[kind]]
     if (transform := policy.product_transform(kind)) is not None:
@@ -46,4 +55,10 @@ def _product(policy: Policy, kind: str) -> str:
 
 
 def _text(cast: Cast | None) -> str:
-    return "unrounded" if cast is None else cast.written
+    """The text of a cast without the modes that are usual."""
+    if cast is None:
+        return "unrounded"
+    usual = ("nearest_even", usual_overflow(cast.format, cast.scale))
+    name, *modes = cast.written.split("/")
+    element = expand(name).partition("/")[0]
+    return "/".join([element, *(mode for mode in modes if mode not in usual)])

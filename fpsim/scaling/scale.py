@@ -9,16 +9,16 @@ from typing import Literal, get_args
 
 #: Rules whose scales are powers of two, by OCP MX's E8M0 codes (`fpsim.scaling.rules.mx_multiplier_code`).
 MxRule = Literal["rceil", "floor", "ceil", "even"]
-#: Rules whose scales are ratios of magnitudes, in float32 or rounded to bfloat16; ``asymmetric`` adds a zero point, and
-#: ``double`` quantizes the ratios again.
-RatioRule = Literal["fp32", "bf16", "asymmetric", "double"]
+#: Rules whose scales are ratios of magnitudes, in float32 or rounded to bfloat16; ``encode`` multiplies by the inverse
+#: ratio, ``asymmetric`` adds a zero point, and ``double`` quantizes the ratios again.
+RatioRule = Literal["fp32", "bf16", "encode", "asymmetric", "double"]
 #: Orders of operations of NVFP4: Transformer Engine's and torchao's.
 NvRule = Literal["te", "torchao"]
 
 MX_RULES: tuple[str, ...] = get_args(MxRule)
 RATIO_RULES: tuple[str, ...] = get_args(RatioRule)
 #: Rules whose scales are ratios without a zero point.
-SYMMETRIC_RULES: tuple[str, ...] = ("fp32", "bf16", "double")
+SYMMETRIC_RULES: tuple[str, ...] = ("fp32", "bf16", "encode", "double")
 NV_RULES: tuple[str, ...] = get_args(NvRule)
 #: Rules whose scales are powers of two. They keep the number of significant bits.
 POWERS_OF_TWO: tuple[str, ...] = ("power_of_two", *MX_RULES)
@@ -47,7 +47,8 @@ class Scale:
         rule: how the factor is computed. ``power_of_two`` is the inverse of the largest power of two that keeps the
             largest magnitude in the format's range (`fpsim.power_of_two_scale`). ``rceil``, ``floor``, ``ceil`` and
             ``even`` are the rules in use for OCP MX. ``fp32`` and ``bf16`` are the ratio of the largest magnitudes of
-            the elements and of the format. ``asymmetric`` is a ratio with a zero point. ``double`` is a ratio whose
+            the elements and of the format. ``encode`` is its inverse, max / amax in float32: elements are multiplied by
+            it, and by its reciprocal afterwards. ``asymmetric`` is a ratio with a zero point. ``double`` is a ratio whose
             difference from the mean of all ratios is quantized to 8 bits, as in QLoRA. ``te`` and ``torchao`` are
             NVFP4's scales, in these libraries' orders of operations.
         granularity: which elements share a factor: those of the ``tensor``; of a ``row``, which runs along the axis; of
@@ -162,7 +163,7 @@ class Scale:
 
 #: What scales may be called, for messages.
 SCALE_NAMES = (
-    "power_of_two", "tensor[:fp32|:bf16]", "row", "column", "mx[:32][:rceil|:floor|:ceil|:even]",
+    "power_of_two", "tensor[:fp32|:bf16|:encode]", "row", "column", "mx[:32][:rceil|:floor|:ceil|:even]",
     "nv[:16x16][:torchao]", "block:128[:fp32|:power_of_two]", "block:128x128", "group:64[:asymmetric|:double]",
 )  # fmt: skip
 #: The form of a timing behind a scale, for messages.

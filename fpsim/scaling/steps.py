@@ -115,7 +115,10 @@ def quantized(x: Any, dtype: torch.dtype, elements: Elements, scale: Scale, scal
         scaled = call(aten.mul.Tensor, wide, nv_factor(scales[0], scales[1], scale, call))
         scaled = scaled if exact_zero else _flushed(scaled, call)
         return elements.rounded(_clamped(scaled, -6.0, 6.0, call), working)
-    y = call(aten.mul.Tensor if scale.order else aten.div.Tensor, wide, scales[0])
+    if scale.rule == "encode":
+        y = call(aten.mul.Tensor, wide, scales[1])
+    else:
+        y = call(aten.mul.Tensor if scale.order else aten.div.Tensor, wide, scales[0])
     y = y if exact_zero else _flushed(y, call)
     return elements.codes(y, scales[1]) if scale.rule == "asymmetric" else elements.rounded(y, working)
 
@@ -140,7 +143,7 @@ def scales_of_groups(
 
     Returns:
         For powers of two, the multipliers in the dtype of ``x`` (`fpsim.scaling.rules.mx_multiplier_code`). For ratios,
-        the ratios, and for ``asymmetric`` also the zero points. For ``double``, the ratios, the ratios as they are
+        the ratios, for ``encode`` also the factors before rounding, and for ``asymmetric`` also the zero points. For ``double``, the ratios, the ratios as they are
         restored, and the ratios that are quantized. For NVFP4, the scales of the blocks and the one of the tensor. All
         but the multipliers are float32.
     """
@@ -153,6 +156,9 @@ def scales_of_groups(
     if scale.rule == "asymmetric":
         return asymmetric_scale(x, unsigned_of(element), axes, call)
     amax = call(prims.convert_element_type.default, amax_of(x, axes, call), torch.float32)
+    if scale.rule == "encode":
+        factor = encode_scale(amax, element, call)
+        return call.stored(call(aten.div.Tensor, call.constant(1.0, factor), factor)), factor
     ratio = ratio_scale(amax, element, scale.rule, call)
     if scale.rule == "double":
         ratios = call.stored(call(aten.where.ScalarSelf, call(aten.lt.Scalar, amax, _SMALLEST_NORMAL), 0.0, ratio))
@@ -244,6 +250,21 @@ def ratio_scale(amax: Any, element: ElementFormat, rule: str, call: Call) -> Any
     ratio = call(aten.clamp_max.default, ratio, _LARGEST_BF16 if rule == "bf16" else _LARGEST)
     has_zero = not isinstance(element, CodebookFormat) or 0 in element.values
     return call.stored(_usable(ratio, amax, call, 1.0 if has_zero else SMALLEST_RATIO))
+
+
+def encode_scale(amax: Any, element: ElementFormat, call: Call) -> Any:
+    """The ratios of the largest magnitudes of the format and of the groups, ``amax``, both float32.
+
+    1 for a group of zeros, and for one that holds a NaN or an infinity. At most 2^100 and at least 2^-126, so that the
+    reciprocals are normal numbers.
+
+    Source: Transformer Engine, ``recipe_common.cuh`` (where the bound is the largest float32).
+    """
+    factor = call(aten.div.Tensor, call.constant(range_of(element), amax), amax)
+    factor = call(aten.clamp_max.default, factor, 1 / SMALLEST_RATIO)
+    factor = call(aten.clamp_min.default, factor, _SMALLEST_NORMAL)
+    factor = call(aten.where.ScalarOther, call(aten.ge.Scalar, amax, _SMALLEST_NORMAL), factor, 1.0)
+    return call.stored(call(aten.where.ScalarOther, call(aten.le.Scalar, amax, _LARGEST), factor, 1.0))
 
 
 def quantized_ratios(ratios: Any, call: Call) -> tuple[Groups, Any, Any]:
@@ -411,4 +432,6 @@ def scaled_groups(x: torch.Tensor, element: ElementFormat, scale: Scale, axes: l
     if scale.rule in NV_RULES:
         factors = parts[1] / parts[0] if scale.rule == "te" else 1 / (parts[0] * parts[1])
         return ScaledGroups(groups, parts[0], factors)
+    if scale.rule == "encode":
+        return ScaledGroups(groups, *parts)
     return ScaledGroups(groups, parts[1] if scale.rule == "double" else parts[0], 1 / parts[0])
