@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from . import arithmetic
+from . import arithmetic, training
 from .claim import Claim
 
 #: All claims by name.
-CLAIMS: dict[str, Claim] = {claim.name: claim for claim in (*arithmetic.CLAIMS,)}
+CLAIMS: dict[str, Claim] = {claim.name: claim for claim in (*arithmetic.CLAIMS, *training.CLAIMS)}
