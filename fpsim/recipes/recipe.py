@@ -26,6 +26,13 @@ from fpsim.suggestions import did_you_mean
 #: The classes of parts by name, and the module that holds each: what `Recipe.from_json` can read.
 PARTS: dict[str, str] = {
     "RoundedState": "fpsim.recipes.rounded_state",
+    "ClippedUpdates": "fpsim.recipes.clipped_updates",
+    "ClippingValues": "fpsim.recipes.federated",
+    "HalfPrecisionAdam": "fpsim.recipes.low_precision_rl",
+    "LearnedClipping": "fpsim.recipes.federated",
+    "NarrowGradients": "fpsim.recipes.fp8_lm",
+    "ProjectedAdam": "fpsim.recipes.galore",
+    "SmoothUnits": "fpsim.recipes.fp8_trillion",
 }
 
 #: The version of the JSON form. It increases when an older fpsim could misread a newer file.
