@@ -69,7 +69,7 @@ class Trainer:
         )
         network = build(config.model, seed=config.seed).to(config.device, getattr(torch, config.dtype))
         self.model = (LossAndLogits if config.measure_every else LanguageModel)(network)
-        self.recipe = None if config.recipe is None else Recipe.from_json(json.dumps(config.recipe))
+        self.recipe = recipe_of(config)
         if self.recipe is not None and self.recipe.preparation is not None:
             self.model = self.recipe.preparation.apply(self.model, None)
         self.stage: int | None = None
@@ -213,6 +213,11 @@ class Trainer:
         options = self.options
         is_timed = options is not None and Policy.from_options(options).is_timed
         return dict(scale_state(self.compiled)) if is_timed else {}
+
+
+def recipe_of(config: RunConfig) -> Recipe | None:
+    """The recipe of a run, or None."""
+    return None if config.recipe is None else Recipe.from_json(json.dumps(config.recipe))
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, steps: int, floor: float = 0.1) -> float:
