@@ -16,20 +16,20 @@ from fpsim.transforms.transform import Transform
 
 @dataclass(frozen=True)
 class Site:
-    """An operand, or the result, of a matrix product, or the result of another operation.
+    """An operand, or the result, of a matrix product, the result of another operation, or an activation that is saved.
 
     Attributes:
         path: the module, ``""`` for the root.
-        operator: the aten operator, such as ``aten.mm``.
+        operator: the aten operator, such as ``aten.mm``; for a saved activation the first that reads it in backward.
         kind: ``fprop``, ``dgrad`` or ``wgrad`` for a product; None for another operation.
         direction: ``forward`` or ``backward``.
         role: ``activation``, ``weight``, ``gradient`` or ``output`` for a value of a product; ``result`` for the result
-            of another operation.
+            of another operation; ``saved`` for an activation that is kept for backward.
         shape: the shape of the value; symbolic sizes are text.
         dtype: the dtype of the value, its carrier.
         cast: how the value is rounded; None where the policy leaves it unrounded.
-        contracted: the axes of an operand along which its product sums; for results with scales of rows or blocks the
-            last axis, along which these lie; empty for other results.
+        contracted: the axes of an operand along which its product sums; for results and saved activations with
+            scales of rows or blocks the last axis, along which these lie; empty for others.
         transform: the transform of both operands of the product before they are rounded, or None.
         epilogue: whether the scale of an operand, for NVFP4 the scale of the tensor, multiplies the result of the
             product instead of the operand.

@@ -10,7 +10,7 @@ from fpsim.compile_backend.graph import convolution
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.nodes import module_path
 from fpsim.compile_backend.graph.operation_ends import find_marks, replace_mark
-from fpsim.compile_backend.graph.sources import VARIABLE, Source, is_backward
+from fpsim.compile_backend.graph.sources import VARIABLE, Source, forward_by_number, is_backward, operation_of
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.places import policy_at, site_of_operation
 from fpsim.compile_backend.plan import Site
@@ -40,6 +40,7 @@ def round_operations(
         if cast is not None:
             sites.append(site_of_operation(path, "aten.sum", "backward", node, cast))
             inserter.round_result(node, sites[-1])
+    forward = forward_by_number(graph, sources)
     of_products = {node for product in products for node in (product.value, product.result)}
     for node in find_marks(graph):
         value, operator = node.args
@@ -52,6 +53,8 @@ def round_operations(
             path = module_path(node)
             if path is None and (direction == "forward" or node.meta.get("is_gradient_acc")):
                 path = ""  # the root is never recorded, and autograd adds up gradients outside of modules
+            elif path is None and (operation := operation_of(node, forward)) is not None:
+                path = module_path(operation) or ""
             local = policy_at(path, f"{direction} operation {node.name} ({operator})", policy, strict)
             cast = None if local is None else local.elementwise_cast(direction)
         if cast is not None:

@@ -26,6 +26,7 @@ from fpsim.compile_backend.passes.accumulators import insert_accumulators
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.operations import round_operations
 from fpsim.compile_backend.passes.products import opaque_gaps, round_products, warn_if_no_weight_is_found
+from fpsim.compile_backend.passes.saved import insert_saved, round_saved
 from fpsim.compile_backend.plan import Plan
 from fpsim.policy import Policy
 from fpsim.rounding.ops import SOURCE
@@ -110,9 +111,10 @@ def rewrite(
             list as a gap, or a product whose module is unknown while the policy has rules for modules.
         ValueError: a format with values that the dtype of an operand lacks.
     """
-    views = {node for node in graph.nodes if is_alias(node)}
     note_gradients(graph)
     refused = opaque_gaps(graph, policy, strict)
+    copies = insert_saved(graph, policy, find_sources(graph, input_sources), strict)
+    views = {node for node in graph.nodes if is_alias(node)}
     sources = find_sources(graph, input_sources)
     inserter = Inserter(graph, sources, seed, handle, recorder)
     products = find_products(graph, sources, input_sources)
@@ -122,6 +124,7 @@ def rewrite(
         views.discard(node)
     results = round_operations(graph, policy, sources, products, inserter, strict)
     operands, gaps, sums = round_products(products, policy, inserter, strict)
+    saved = round_saved(copies, inserter)
     if strict:
         warn_if_no_weight_is_found(products, [*results, *operands], policy)
     inserter.release_shapes()
@@ -133,4 +136,4 @@ def rewrite(
     graph.eliminate_dead_code()
     update_aliases(graph, views)
     graph.lint()
-    return Plan((*results, *operands), (*refused, *gaps), tuple(each.sum for each in sums))
+    return Plan((*results, *operands, *saved), (*refused, *gaps), tuple(each.sum for each in sums))

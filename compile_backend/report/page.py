@@ -32,6 +32,7 @@ _COLOURS = {
     "gradient": "#d55e00",
     "output": "#cc79a7",
     "result": "#8a6d00",
+    "saved": "#56b4e9",
 }
 
 _CARRIERS = {str(dtype).removeprefix("torch."): format for dtype, format in CARRIERS.items()}
@@ -57,7 +58,8 @@ _COLUMNS = (
     _Column(
         "role",
         "role",
-        "Role of the value in its product; output: result of a product; result: result of another operation.",
+        "Role of the value in its product; output: result of a product; result: result of another operation; saved: "
+        "activation that is kept for backward.",
         True,
     ),
     _Column("shape", "shape", "Shape of the value.", True),

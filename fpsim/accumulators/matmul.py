@@ -127,17 +127,20 @@ def _operand(x: Tensor, cast: Cast | None, axis: int, accumulator: Accumulator) 
 
 
 def takes_factor(cast: Cast | None, accumulator: Accumulator) -> bool:
-    """Whether a machine gets operands of ``cast`` times their scale, a power of two. Its result is divided by it."""
+    """Whether a sum gets operands of ``cast`` times their scale, a power of two. Its result is divided by it.
+
+    Machines do, and integers.
+    """
     scale = None if cast is None else cast.scale
     is_current = scale is not None and scale.rule in SCALE_OPERATORS and not scale.is_timed
-    return is_current and accumulator.machine is not None
+    return is_current and (accumulator.machine is not None or accumulator.integer_bits is not None)
 
 
 def operand_format(cast: Cast, accumulator: Accumulator) -> FloatFormat:
     """The format of operands that ``cast`` has rounded: float32 for the products of elements and scales.
 
-    A machine multiplies elements. Its operands with a power of two as the scale of the whole tensor are such elements
-    once they are multiplied by it (`takes_factor`).
+    Machines and integers multiply elements. Their operands with a power of two as the scale of the whole tensor are
+    such elements once they are multiplied by it (`takes_factor`).
 
     Raises:
         ValueError: the accumulator is that of a machine or an integer, and the cast has another scale, or the cast's

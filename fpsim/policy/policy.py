@@ -40,6 +40,8 @@ OPERANDS = frozenset(
     }
 )
 DIRECTIONS = ("forward", "backward")
+#: The operations that read a saved activation in backward.
+READERS = ("product", "elementwise")
 ATTENTIONS = ("round", "keep")
 PRODUCTS = ("all", "weights")
 
@@ -88,6 +90,18 @@ class Policy:
             axis. An operator that torch itself composes of others (CompositeImplicitAutograd) counts as
             these others. Operations that only move, select or create numbers are not rounded, nor are
             operations that depend on neither a parameter nor a floating-point input.
+        saved: the format of the copies of activations that forward keeps for backward, as in COAT (arXiv 2410.19313).
+            Forward reads the activations themselves, and has the same bits as without it. A mapping with the keys
+            ``product`` and ``elementwise`` sets the formats of the copies that the derivatives of matrix products
+            and of all other operations read. An activation is every floating-point tensor that autograd saves and that
+            depends on an input of the model: operands of products, arguments and results of activation functions,
+            softmax, norms and losses. Not counted are parameters, functions of parameters alone, tables of constants,
+            and statistics: tensors with one number for each row, and those that a norm or attention returns for its
+            own backward. A view reads the copy of the tensor that it is a view of; rows and blocks that share a scale
+            lie along the last axis of that tensor. The cast of an operand of dgrad or wgrad rounds the copy. Under
+            activation checkpointing the inputs of a checkpointed region are saved, and backward computes the rest from
+            their copies. The policy of the module whose derivative reads the copy decides. Default: backward reads
+            what forward read.
         products: ``"all"`` rounds all matrix products. ``"weights"`` rounds only the products with weights, forward
             and backward: those of linear layers, convolutions and the LM head. Products of two activations, as in
             attention, are then listed as gaps.
@@ -149,6 +163,7 @@ class Policy:
     dgrad: CastsLike = ()
     wgrad: CastsLike = ()
     elementwise: CastsLike = ()
+    saved: CastsLike = ()
     products: str = "all"
     rounding: str = "nearest_even"
     overflow: str | None = None
@@ -187,6 +202,7 @@ class Policy:
         for name in ("chunk", "order", "promote"):  # the accumulators have them
             set_(self, name, None)
         set_(self, "elementwise", self._casts("elementwise", DIRECTIONS, DIRECTIONS, "direction"))
+        set_(self, "saved", self._casts("saved", READERS, READERS, "reader"))
         if all(getattr(self, field.name) == field.default for field in fields(self)):
             for role, usual in HYBRID.items():
                 set_(self, role, self._operand(usual))
@@ -214,12 +230,15 @@ class Policy:
         parsed = parse_cast(given, self.rounding, self.overflow)
         if parsed is not None and parsed.scale is not None and parsed.scale.is_timed:
             raise ValueError(
-                f"results of operations have no scales that other steps determine: leave {parsed.scale.timing!r} out "
-                f"of {str(given)!r}"
+                f"results and saved activations have no scales that other steps determine: leave "
+                f"{parsed.scale.timing!r} out of {str(given)!r}"
             )
         if parsed is not None and parsed.transform is not None:
             name = str(parsed.transform)
-            raise ValueError(f"the result of an operation takes no transform: leave {name!r} out of {str(given)!r}")
+            raise ValueError(
+                f"the result of an operation takes no transform, nor does a saved activation: leave {name!r} out of "
+                f"{str(given)!r}"
+            )
         return parsed or NONE
 
     def _casts(
@@ -342,6 +361,15 @@ class Policy:
         """The cast of the results of other operations, ``forward`` or ``backward``; None if they are not rounded."""
         return _rounding_cast(_casts_by_key(self, "elementwise").get(direction))
 
+    def saved_cast(self, reader: str) -> Cast | None:
+        """The cast of the activations that a ``product`` or an ``elementwise`` operation reads in backward, or None."""
+        return _rounding_cast(_casts_by_key(self, "saved").get(reader))
+
+    @property
+    def rounds_saved(self) -> bool:
+        """Whether activations that are kept for backward are rounded in any module."""
+        return bool(self.saved) or any(policy.rounds_saved for policy in self._policies_of_modules)
+
     @property
     def rounds_results(self) -> bool:
         """Whether results are rounded in any module: results of products or of other operations."""
@@ -400,7 +428,7 @@ class Policy:
     def _all_casts(self) -> Iterator[Cast]:
         """The casts that any field names, in the rules for modules too."""
         casts = [getattr(self, name) for name in ("format", *ROLES, "output")]
-        casts += [cast for name in (*KINDS, "elementwise") for cast in _casts_by_key(self, name).values()]
+        casts += [cast for name in (*KINDS, "elementwise", "saved") for cast in _casts_by_key(self, name).values()]
         yield from (cast for cast in casts if isinstance(cast, Cast))
         for policy in self._policies_of_modules:
             yield from policy._all_casts()
@@ -519,7 +547,7 @@ class Policy:
             value = getattr(self, field.name)
             if value == field.default:
                 continue
-            if field.name in (*KINDS, "elementwise"):
+            if field.name in (*KINDS, "elementwise", "saved"):
                 value = {key: self._text(cast, spelled) if isinstance(cast, Cast) else cast for key, cast in value}
             elif field.name == "accumulator":
                 texts = {kind: str(accumulator) for kind, accumulator in value}

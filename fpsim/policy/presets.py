@@ -61,4 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 #: The recipes that are more than a policy: `fpsim.recipes.NAME(...).apply(model, optimizer)` carries them out.
-MORE_THAN_POLICIES = ("amp_fp16", "aqt", "deepseek_v3", "halo", "switchback")
+MORE_THAN_POLICIES = (
+    "amp_fp16", "aqt", "coat", "deepseek_v3", "fp8_federated", "fp8_lm", "fp8_trillion", "galore8bit", "halo",
+    "low_precision_rl", "switchback",
+)  # fmt: skip

@@ -26,9 +26,16 @@ from fpsim.suggestions import did_you_mean
 #: The classes of parts by name, and the module that holds each: what `Recipe.from_json` can read.
 PARTS: dict[str, str] = {
     "CalibratedLayers": "fpsim.recipes.post_training",
+    "ClippedUpdates": "fpsim.recipes.clipped_updates",
+    "ClippingValues": "fpsim.recipes.federated",
+    "HalfPrecisionAdam": "fpsim.recipes.low_precision_rl",
+    "LearnedClipping": "fpsim.recipes.federated",
+    "NarrowGradients": "fpsim.recipes.fp8_lm",
+    "ProjectedAdam": "fpsim.recipes.galore",
     "RoundedAttention": "fpsim.recipes.post_training",
     "RoundedState": "fpsim.recipes.rounded_state",
     "RoundedWeights": "fpsim.recipes.post_training",
+    "SmoothUnits": "fpsim.recipes.fp8_trillion",
     "SplitChannels": "fpsim.recipes.post_training",
 }
 

@@ -38,8 +38,8 @@ def switchback(*, format: str = "int8", head: bool | str = True, high: str | Non
         "arXiv 2304.13013; IST-DASLab/HALO d8c1dc9, qllmt/nn/switchback.py",
         policy=policy,
         notes=(
-            "Paper and code compute 127 x / amax, and multiply results by amax_x amax_w / 127^2. This multiplies by the "
-            "float32 factor 127 / amax, and results by the reciprocals of factors: other last bits.",
+            "Paper and code compute 127 x / amax, and multiply results by amax_x amax_w / 127^2. This multiplies by "
+            "the float32 factor 127 / amax, and results by the reciprocals of factors: other last bits.",
             "The code keeps the amax of rows in bf16. This keeps it in float32.",
             "The paper's FP8 runs simulate e4m3fn and e5m2; it gives no code for them.",
             "LayerScale of zero, with which whole-tensor FP8 trains too in the paper, is a change of the model.",

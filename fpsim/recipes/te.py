@@ -12,8 +12,8 @@ _LEFT_TO_THE_USER = (
     "recipe.policy.with_modules({'lm_head': 'bf16'}) keeps it."
 )
 _SUMS = (
-    "On Hopper the sum of fprop keeps 13 bits below its largest term, and those of dgrad and wgrad move to float32 every "
-    "128 products: accumulator='hopper_fp8'. By default sums are those of torch."
+    "On Hopper the sum of fprop keeps 13 bits below its largest term, and those of dgrad and wgrad move to float32 "
+    "every 128 products: accumulator='hopper_fp8'. By default sums are those of torch."
 )
 
 

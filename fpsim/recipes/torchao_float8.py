@@ -8,9 +8,10 @@ from fpsim.recipes.recipe import Recipe
 
 _SOURCE = "pytorch/ao 36027d8, torchao/float8/config.py and float8_utils.py"
 _NOTES = (
-    "torchao computes the factor in float64 and rounds it to float32, which is the float32 quotient; and it bounds amax "
-    "by 1e-12 from below, where this has factors of at most 2^100.",
-    "torchao converts every linear layer, unless a filter says otherwise: recipe.policy.with_modules({'lm_head': 'bf16'}).",
+    "torchao computes the factor in float64 and rounds it to float32, which is the float32 quotient; and it bounds "
+    "amax by 1e-12 from below, where this has factors of at most 2^100.",
+    "torchao converts every linear layer, unless a filter says otherwise: recipe.policy.with_modules({'lm_head': "
+    "'bf16'}).",
 )
 _ROW = "e4m3fn/row:power_of_two"
 

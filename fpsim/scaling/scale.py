@@ -48,8 +48,8 @@ class Scale:
             largest magnitude in the format's range (`fpsim.power_of_two_scale`). ``rceil``, ``floor``, ``ceil`` and
             ``even`` are the rules in use for OCP MX. ``fp32`` and ``bf16`` are the ratio of the largest magnitudes of
             the elements and of the format. ``encode`` is its inverse, max / amax in float32: elements are multiplied by
-            it, and by its reciprocal afterwards. ``asymmetric`` is a ratio with a zero point. ``double`` is a ratio whose
-            difference from the mean of all ratios is quantized to 8 bits, as in QLoRA. ``te`` and ``torchao`` are
+            it, and by its reciprocal afterwards. ``asymmetric`` is a ratio with a zero point. ``double`` is a ratio
+            whose difference from the mean of all ratios is quantized to 8 bits, as in QLoRA. ``te`` and ``torchao`` are
             NVFP4's scales, in these libraries' orders of operations.
         granularity: which elements share a factor: those of the ``tensor``; of a ``row``, which runs along the axis; of
             a ``column``, which runs across it; of a ``block:N``, N elements in a row along the axis; of a

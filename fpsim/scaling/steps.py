@@ -143,9 +143,9 @@ def scales_of_groups(
 
     Returns:
         For powers of two, the multipliers in the dtype of ``x`` (`fpsim.scaling.rules.mx_multiplier_code`). For ratios,
-        the ratios, for ``encode`` also the factors before rounding, and for ``asymmetric`` also the zero points. For ``double``, the ratios, the ratios as they are
-        restored, and the ratios that are quantized. For NVFP4, the scales of the blocks and the one of the tensor. All
-        but the multipliers are float32.
+        the ratios, for ``encode`` also the factors before rounding, and for ``asymmetric`` also the zero points. For
+        ``double``, the ratios, the ratios as they are restored, and the ratios that are quantized. For NVFP4, the
+        scales of the blocks and the one of the tensor. All but the multipliers are float32.
     """
     if scale.rule in MX_RULES:
         return (mx_multiplier(x, dtype, element, scale.rule, axes, call),)

@@ -7,6 +7,7 @@ import reprlib
 from fpsim.transforms.hadamard import Hadamard
 from fpsim.transforms.permutation import ORDERS, Permutation
 from fpsim.transforms.power_map import PowerMap
+from fpsim.transforms.root import Root
 from fpsim.transforms.smoothing import Smoothing
 from fpsim.transforms.transform import Transform
 
@@ -15,7 +16,7 @@ NAMES_OF_PRODUCTS = (
     "hadamard:16[:te|:seed=N|:+-...][:bf16]", "hadamard:full", "smooth[:alpha=0.5|:factors=1,2,...][:power_of_two]",
     "permute:amax[:second]", "permute:norm[:second]", "permute:order=1,0,...",
 )  # fmt: skip
-NAMES_OF_CASTS = ("hadamard:16[:te|:seed=N|:+-...][:bf16]", "expand[:kernel][:clamp]")
+NAMES_OF_CASTS = ("hadamard:16[:te|:seed=N|:+-...][:bf16]", "expand[:kernel][:clamp]", "sqrt")
 
 
 def parse_transform(name: str | Transform | None) -> Transform | None:
@@ -101,4 +102,8 @@ def _power_map(options: list[str]) -> PowerMap | None:
     return PowerMap("kernel" if "kernel" in options else "nonzero", "clamp" in options)
 
 
-_PARSERS = {"hadamard": _hadamard, "smooth": _smoothing, "permute": _permutation, "expand": _power_map}
+def _root(options: list[str]) -> Root | None:
+    return None if options else Root()
+
+
+_PARSERS = {"hadamard": _hadamard, "smooth": _smoothing, "permute": _permutation, "expand": _power_map, "sqrt": _root}
