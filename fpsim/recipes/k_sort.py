@@ -28,8 +28,8 @@ def k_sort(*, block: int = 32, key_bits: int = 4, query_bits: int | None = 8, so
         notes=(
             "An exponent is floor(log2(amax)), and the largest numbers of a block saturate, as in the code.",
             "The code rounds halves towards plus infinity, this rounds ties to even.",
-            "Pairs of channels that rotary embedding turns together become neighbours. The paper says no more than that "
-            "the tables of cosines and sines are permuted.",
+            "Pairs of channels that rotary embedding turns together become neighbours. The paper says no more than "
+            "that the tables of cosines and sines are permuted.",
             "All else, values included, keeps the dtype of the model (16 bits in the paper).",
         ),
     )

@@ -12,7 +12,7 @@ from fpsim.recipes.recipe import Recipe
 def zeroquant_fp(
     *,
     weight: str = "e2m1fn",
-    activation: str = "e4m3fn",
+    activation: str | None = "e4m3fn",
     group: int = 256,
     constraint: str | None = "m2",
     rows: int | None = None,
@@ -25,7 +25,7 @@ def zeroquant_fp(
 
     Args:
         weight: the elements of the weights: ``e2m1fn``, ``e3m0finite``, ``int4``, ``e4m3fn``.
-        activation: the elements of the activations, ``e4m3fn`` or ``int8``.
+        activation: the elements of the activations, ``e4m3fn`` or ``int8``; None leaves them unrounded.
         group: how many weights of one output share a scale.
         constraint: of the scales: None, ``m1`` (powers of two), ``m2`` (powers of two times the largest of the compute
             block), or ``m2_up`` (the same, rounded up in place of down).
@@ -38,7 +38,7 @@ def zeroquant_fp(
     return Recipe(
         name="zeroquant_fp",
         source="Wu, Yao and He, ZeroQuant-FP, arXiv 2307.09782; LoRC: arXiv 2303.08302; GPTQ: arXiv 2210.17323",
-        policy=Policy(fprop={"activation": f"{activation}/row"}, **LINEAR),
+        policy=None if activation is None else Policy(fprop={"activation": f"{activation}/row"}, **LINEAR),
         preparation=RoundedWeights(
             f"{weight}/block:{group}",
             method=method,  # type: ignore[arg-type]
@@ -57,5 +57,5 @@ def zeroquant_fp(
             "DeepSpeed's float quantizer (csrc/fp_quantizer) rounds halves away and makes small numbers the least "
             "normal one. This rounds ties to even and has subnormals.",
         ),
-        exclusions=Exclusions(head=True),
+        exclusions=None if activation is None else Exclusions(head=True),
     )
