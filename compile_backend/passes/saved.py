@@ -106,11 +106,12 @@ class _Saving:
 
     def run(self) -> list[tuple[fx.Node, Site]]:
         for node in self.backward:
-            if not is_view(node):
-                reader = self._reader(node)
-                for value in node.all_input_nodes:
-                    if base(value) not in self.backward:
-                        node.replace_input_with(value, self._kept(value, reader))
+            read = [value for value in node.all_input_nodes if base(value) not in self.backward]
+            if not read or is_view(node) or node.meta.get("is_gradient_acc"):
+                continue  # sums of gradients lie outside of modules, and read nothing that is kept
+            reader = self._reader(node)
+            for value in read:
+                node.replace_input_with(value, self._kept(value, reader))
         return self.copies
 
     def _reader(self, node: fx.Node) -> _Reader:

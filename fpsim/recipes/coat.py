@@ -58,6 +58,7 @@ def coat(
             "expansion='kernel' has the zeros of the kernel, and no NaN.",
             "The code divides by a group's float32 scale and keeps it in bf16. This divides by what it keeps.",
             "The code adds 1e-10 to amax. This does not.",
+            "The code keeps what fused attention reads in bf16. Here its copies are rounded like all others.",
             "The code's norms and activation functions read the rounded copy in forward too. Here forward reads the "
             "activations, of which those that products return are rounded.",
         ),

@@ -9,10 +9,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fpsim.policy import Policy
-from fpsim.recipes.layers import linear_weights
 from fpsim.recipes.parts import LINEAR, by_role, results, split_in_backward
 from fpsim.recipes.recipe import Recipe
 from fpsim.recipes.rounded_state import RoundedState
+from fpsim.training.layers import linear_weights
 from fpsim.training.wire import AutomaticFactor, NarrowExchange, narrow_exchange_hook
 
 #: The parts of the optimizer at each level.

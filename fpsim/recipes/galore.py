@@ -9,9 +9,9 @@ import torch
 from torch.optim import Adam, AdamW
 
 from fpsim.policy import Policy
-from fpsim.recipes.layers import linear_weights
 from fpsim.recipes.recipe import Recipe
 from fpsim.training.galore import GaLore
+from fpsim.training.layers import linear_weights
 from fpsim.training.optimizers import round_optimizer
 
 

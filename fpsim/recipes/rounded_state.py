@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fpsim.recipes.layers import linear_weights
+from fpsim.training.layers import linear_weights
 from fpsim.training.optimizers import round_optimizer
 
 

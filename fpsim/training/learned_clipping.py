@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fpsim.training.federated import round_to_grid
+from fpsim.training.layers import is_linear
 
-#: The layers whose weights and inputs are rounded.
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: The name under which a layer holds the grid of its input.
 _INPUT = "input_grid"
 
@@ -67,7 +67,7 @@ def learn_clipping(
     Raises:
         ValueError: there is no layer, or a layer has a grid already.
     """
-    layers = [module for module in model.modules() if isinstance(module, LAYERS)]
+    layers = [module for module in model.modules() if is_linear(module) or isinstance(module, _CONVOLUTIONS)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layer or convolution")
     if clipping_values(model):

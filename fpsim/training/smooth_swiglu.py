@@ -20,6 +20,30 @@ Granularity = Literal["token", "channel"]
 LAYERS = ("gate_proj", "up_proj", "down_proj")
 
 
+class ScaledLinear(nn.Linear):
+    """A linear layer whose input was divided by scales, which it multiplies back: those of tokens, or of channels."""
+
+    @staticmethod
+    def of(layer: nn.Linear) -> ScaledLinear:
+        """The layer with the parameters of ``layer``."""
+        own = ScaledLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        own.weight, own.bias = layer.weight, layer.bias
+        return own.train(layer.training)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """The result for the input ``x * scale``.
+
+        Args:
+            x: shape (..., in_features).
+            scale: shape (..., 1) for tokens: the result is multiplied. Shape (in_features,) for channels: the columns
+                of the weight are.
+        """
+        if scale is None or scale.dim() == 1:
+            return linear(x, self.weight if scale is None else self.weight * scale, self.bias)
+        out = linear(x, self.weight) * scale
+        return out if self.bias is None else out + self.bias
+
+
 class SmoothSwiGLU(nn.Module):
     """A gated unit down(act(gate(x)) * up(x)) whose product has scales that down_proj's input does not see.
 
@@ -30,7 +54,10 @@ class SmoothSwiGLU(nn.Module):
 
     A scale of zero counts as 1. In exact arithmetic the result is that of the unit. With ``power_of_two`` a scale is
     the least power of two above, and the result has the same bits where no number is subnormal. The layers are those
-    of the unit, under their names: parameters, and state dicts, stay as they are.
+    of the unit, under their names: parameters, and state dicts, stay as they are (down_proj becomes a `ScaledLinear`).
+
+    The backend takes the weight times the scales of channels for a weight in models of tokens. If the model's inputs
+    are floating-point numbers, it counts as an activation, since it is computed from them.
 
     Args:
         unit: a module with linear layers ``gate_proj``, ``up_proj`` and ``down_proj`` and the activation ``act_fn``.
@@ -47,6 +74,7 @@ class SmoothSwiGLU(nn.Module):
             raise ValueError(f"unknown granularity {granularity!r} of Smooth-SwiGLU: use 'token' or 'channel'")
         for name in (*LAYERS, "act_fn"):
             setattr(self, name, getattr(unit, name))
+        self.down_proj = ScaledLinear.of(unit.down_proj)  # type: ignore[arg-type]
         self.granularity, self.detach, self.power_of_two = granularity, detach, power_of_two
         self.training = unit.training
 
@@ -55,12 +83,10 @@ class SmoothSwiGLU(nn.Module):
         gate, up = self.act_fn(self.gate_proj(x)), self.up_proj(x)
         if self.granularity == "token":
             scale = self._scale(up.abs().amax(-1, keepdim=True))
-            bias = self.down_proj.bias
-            out = linear(gate * (up / scale), self.down_proj.weight) * scale
-            return out if bias is None else out + bias
+            return self.down_proj(gate * (up / scale), scale)  # type: ignore[no-any-return]
         product = gate * up
         scale = self._scale(product.abs().flatten(0, -2).amax(0))
-        return linear(product / scale, self.down_proj.weight * scale, self.down_proj.bias)
+        return self.down_proj(product / scale, scale)  # type: ignore[no-any-return]
 
     def _scale(self, largest: Tensor) -> Tensor:
         scale = largest.detach() if self.detach else largest

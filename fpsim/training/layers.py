@@ -1,4 +1,4 @@
-"""Linear layers of a model, for parts of recipes."""
+"""The linear layers of a model."""
 
 from __future__ import annotations
 
