@@ -5,6 +5,7 @@ from __future__ import annotations
 from fpsim.policy import Policy
 from fpsim.recipes.recipe import Recipe
 from fpsim.recipes.scaled_loss import ScaledLoss
+from fpsim.recipes.scaled_loss import ScaledLoss
 
 _NOTES = (
     "Parameters and the optimizer stay as they are: float32 parameters are the master weights.",
