@@ -34,8 +34,8 @@ def aqt(
         )
     return Recipe(
         name="aqt",
-        source="Abdolrashidi et al., Pareto-Optimal Quantized ResNet Is Mostly 4-bit, arXiv 2105.03536; google/aqt, "
-        "aqt/jax_legacy",
+        source="Abdolrashidi et al., Pareto-Optimal Quantized ResNet Is Mostly 4-bit, arXiv 2105.03536; "
+        "google/aqt 034b0e2, aqt/jax_legacy",
         policy=_integers(bits, activations, granularity),
         notes=(
             "The code fixes the bounds of activations at step 7500, as averages of batches' maxima, and does not round "

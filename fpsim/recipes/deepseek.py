@@ -56,8 +56,8 @@ def deepseek_v3(
     )
     return Recipe(
         name="deepseek_v3",
-        source="DeepSeek-AI, DeepSeek-V3 Technical Report, arXiv 2412.19437; deepseek-ai/DeepGEMM 54e2261; NVIDIA "
-        "Transformer Engine d0067d0",
+        source="DeepSeek-AI, DeepSeek-V3 Technical Report, arXiv 2412.19437; deepseek-ai/DeepGEMM 54e2261; "
+        "NVIDIA/TransformerEngine d0067d0",
         policy=policy,
         optimizer=None if state is None else RoundedState({"exp_avg": state, "exp_avg_sq": state}),
         notes=(

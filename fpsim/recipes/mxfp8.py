@@ -36,7 +36,8 @@ def mxfp8(
     gradient = f"e5m2/mx:32:{rule}" if hybrid else element
     return Recipe(
         name="mxfp8",
-        source="Mishra et al., Recipes for Pre-training LLMs with MXFP8, arXiv 2506.08027; Transformer Engine d0067d0",
+        source="Mishra et al., Recipes for Pre-training LLMs with MXFP8, arXiv 2506.08027; "
+        "NVIDIA/TransformerEngine d0067d0",
         policy=Policy(**by_role(element, weight, gradient), **results(high), **LINEAR),
         notes=(
             "The OCP specification rounds scales down. Paper and code round them up: this follows them.",

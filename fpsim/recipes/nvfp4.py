@@ -51,7 +51,8 @@ def nvfp4(
     )
     return Recipe(
         name="nvfp4",
-        source="NVIDIA, Pretraining Large Language Models with NVFP4, arXiv 2509.25149; Transformer Engine d0067d0",
+        source="NVIDIA, Pretraining Large Language Models with NVFP4, arXiv 2509.25149; "
+        "NVIDIA/TransformerEngine d0067d0",
         policy=policy,
         notes=(
             "The paper keeps the first 2 and last 8 of 62 blocks and the head in bf16. The code leaves that to the "

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from fpsim.policy import Policy
+from fpsim.recipes.clipped_updates import ClippedUpdates
 from fpsim.recipes.exclusions import Exclusions
 from fpsim.recipes.parts import LINEAR, kept_in, results
 from fpsim.recipes.recipe import Recipe
 
 
-def switchback(*, format: str = "int8", head: bool | str = True, high: str | None = "bf16") -> Recipe:
+def switchback(
+    *, format: str = "int8", stable: bool = True, head: bool | str = True, high: str | None = "bf16"
+) -> Recipe:
     """SwitchBack: rows of activations and gradients and whole weights are scaled; wgrad stays in 16 bits.
 
     The sums of wgrad run over all tokens, where 8-bit rounding errors add up. Factors are 127 / amax in float32, and
-    the result of a product is multiplied by their reciprocals.
+    the result of a product is multiplied by their reciprocals. The optimizer is StableAdamW: AdamW with updates that
+    are clipped where a second moment lags behind its gradients (`fpsim.training.clipping.clip_updates`).
 
     Args:
         format: ``"int8"``, or ``"fp8"``: e4m3fn activations and weights, e5m2 gradients.
+        stable: whether AdamW becomes StableAdamW; False takes any optimizer.
         head: whether the output layer stays high: True finds it, or the glob of its path.
         high: the format of results, of wgrad and of what stays high; None leaves them in the model's dtype.
 
@@ -37,6 +42,7 @@ def switchback(*, format: str = "int8", head: bool | str = True, high: str | Non
         source="Wortsman et al., Stable and low-precision training for large-scale vision-language models, "
         "arXiv 2304.13013; IST-DASLab/HALO d8c1dc9, qllmt/nn/switchback.py",
         policy=policy,
+        optimizer=ClippedUpdates() if stable else None,
         notes=(
             "Paper and code compute 127 x / amax, and multiply results by amax_x amax_w / 127^2. This multiplies by "
             "the float32 factor 127 / amax, and results by the reciprocals of factors: other last bits.",

@@ -6,7 +6,7 @@ from fpsim.policy import Policy
 from fpsim.recipes.parts import LINEAR, by_role, results, split_in_backward
 from fpsim.recipes.recipe import Recipe
 
-_SOURCE = "Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433; NVIDIA Transformer Engine d0067d0"
+_SOURCE = "Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433; NVIDIA/TransformerEngine d0067d0"
 _LEFT_TO_THE_USER = (
     "Transformer Engine rounds the layers that the user builds with it. This rounds all of them, the head too: "
     "recipe.policy.with_modules({'lm_head': 'bf16'}) keeps it."

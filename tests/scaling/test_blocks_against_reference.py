@@ -44,7 +44,8 @@ SMALL_FORMATS = tuple(
 RATIOS = (
     "e4m3fn/tensor", "e4m3fn/tensor:bf16", "e4m3fn/row", "e5m2/row:bf16", "e2m1fn/block:4", "e3m4/block:3:bf16",
     "e4m3fn/block:2x3", "e4m3fn/block:3x3:bf16", "int8/column", "int8:full/row", "int4:full/block:4", "int4/group:3",
-    "int8/tensor:bf16", "e4m3fn/tensor:encode", "int8:full/row:encode", "e2m1fn/block:3:encode", "nf4/row", "fp4_bnb/block:4", "codebook:even:-1,-0.5,0,0.25,2/row",
+    "int8/tensor:bf16", "e4m3fn/tensor:encode", "int8:full/row:encode", "e2m1fn/block:3:encode", "nf4/row",
+    "fp4_bnb/block:4", "codebook:even:-1,-0.5,0,0.25,2/row",
     "codebook:away:-3,-0.5,0.25,2/block:4:bf16", "dynamic8/group:4", "dynamic8:unsigned/row", "dynamic4/block:3",
     "linear4:unsigned/group:4", "nf4/group:3:double", "int4:full/group:2:double", "e4m3fn/group:4:double",
     "linear4:unsigned/group:2:double",
@@ -315,7 +316,8 @@ def test_stochastic_rounding_is_unbiased_in_every_block(name):
 ENCODED = (
     "mxfp8", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp4", "mxint8", "nvfp4", "e2m1fn/nv:torchao", "e2m1fn/nv:16x16", "int8",
     "int4", "uint8", "uint4/block:3:asymmetric", "nf4", "fp4_bnb", "e4m3fn/block:2x3", "e4m3fn/tensor", "e4m3fn/column",
-    "int8:full/group:5", "e4m3fn/mx:4:floor", "e5m2/row:bf16", "e5m2/row:encode", "int8/column:encode", "dynamic8", "dynamic8:unsigned", "dynamic4",
+    "int8:full/group:5", "e4m3fn/mx:4:floor", "e5m2/row:bf16", "e5m2/row:encode", "int8/column:encode",
+    "dynamic8", "dynamic8:unsigned", "dynamic4",
     "linear4:unsigned", "nf4/group:4:double", "int4/group:3:double",
 )  # fmt: skip
 
