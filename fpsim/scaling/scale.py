@@ -10,8 +10,9 @@ from typing import Literal, get_args
 #: Rules whose scales are powers of two, by OCP MX's E8M0 codes (`fpsim.scaling.rules.mx_multiplier_code`).
 MxRule = Literal["rceil", "floor", "ceil", "even"]
 #: Rules whose scales are ratios of magnitudes, in float32 or rounded to bfloat16; ``encode`` multiplies by the inverse
-#: ratio, ``asymmetric`` adds a zero point, and ``double`` quantizes the ratios again.
-RatioRule = Literal["fp32", "bf16", "encode", "asymmetric", "double"]
+#: ratio, ``asymmetric`` adds a zero point, ``range`` begins at the least element, and ``double`` quantizes the ratios
+#: again.
+RatioRule = Literal["fp32", "bf16", "encode", "asymmetric", "range", "double"]
 #: Orders of operations of NVFP4: Transformer Engine's and torchao's.
 NvRule = Literal["te", "torchao"]
 
@@ -20,6 +21,8 @@ RATIO_RULES: tuple[str, ...] = get_args(RatioRule)
 #: Rules whose scales are ratios without a zero point.
 SYMMETRIC_RULES: tuple[str, ...] = ("fp32", "bf16", "encode", "double")
 NV_RULES: tuple[str, ...] = get_args(NvRule)
+#: Rules whose scales are a ratio of the range from the least to the greatest element, and another number.
+AFFINE_RULES: tuple[str, ...] = ("asymmetric", "range")
 #: Rules whose scales are powers of two. They keep the number of significant bits.
 POWERS_OF_TWO: tuple[str, ...] = ("power_of_two", *MX_RULES)
 #: The rules that compute a scale from the magnitudes of the elements that share it.
@@ -48,7 +51,8 @@ class Scale:
             largest magnitude in the format's range (`fpsim.power_of_two_scale`). ``rceil``, ``floor``, ``ceil`` and
             ``even`` are the rules in use for OCP MX. ``fp32`` and ``bf16`` are the ratio of the largest magnitudes of
             the elements and of the format. ``encode`` is its inverse, max / amax in float32: elements are multiplied by
-            it, and by its reciprocal afterwards. ``asymmetric`` is a ratio with a zero point. ``double`` is a ratio
+            it, and by its reciprocal afterwards. ``asymmetric`` is a ratio with a zero point. ``range`` is a
+            ratio and the least element, from which integers count, so that zero may be no value. ``double`` is a ratio
             whose difference from the mean of all ratios is quantized to 8 bits, as in QLoRA. ``te`` and ``torchao`` are
             NVFP4's scales, in these libraries' orders of operations.
         granularity: which elements share a factor: those of the ``tensor``; of a ``row``, which runs along the axis; of
@@ -84,6 +88,8 @@ class Scale:
             raise ValueError(f"rule 'power_of_two' is of whole tensors, got {self.granularity!r}: use rule 'rceil'")
         if self.rule in MX_RULES and self.kind not in ("block", "tile", "row", "tensor"):
             raise ValueError(f"rule {self.rule!r} takes blocks, tiles, rows or tensors, got {self.granularity!r}")
+        if self.rule == "range" and self.kind not in ("tensor", "row", "column"):
+            raise ValueError(f"rule 'range' takes tensors, rows or columns, got {self.granularity!r}")
         if self.rule == "double" and self.kind != "group":
             raise ValueError(f"rule 'double' takes groups, got {self.granularity!r}: use group:64:double")
         if self.rule in NV_RULES and self.granularity not in ("block:16", "tile:16x16"):
@@ -163,7 +169,7 @@ class Scale:
 
 #: What scales may be called, for messages.
 SCALE_NAMES = (
-    "power_of_two", "tensor[:fp32|:bf16|:encode]", "row", "column", "mx[:32][:rceil|:floor|:ceil|:even]",
+    "power_of_two", "tensor[:fp32|:bf16|:encode|:asymmetric|:range]", "row", "column", "mx[:32][:rceil|:floor|:ceil|:even]",
     "nv[:16x16][:torchao]", "block:128[:fp32|:power_of_two]", "block:128x128", "group:64[:asymmetric|:double]",
 )  # fmt: skip
 #: The form of a timing behind a scale, for messages.

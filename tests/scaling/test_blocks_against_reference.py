@@ -50,7 +50,10 @@ RATIOS = (
     "linear4:unsigned/group:4", "nf4/group:3:double", "int4:full/group:2:double", "e4m3fn/group:4:double",
     "linear4:unsigned/group:2:double",
 )  # fmt: skip
-ASYMMETRIC = ("uint8/tensor:asymmetric", "uint4/block:3:asymmetric", "int4/group:3:asymmetric", "uint2/row:asymmetric")
+ASYMMETRIC = (
+    "uint8/tensor:asymmetric", "uint4/block:3:asymmetric", "int4/group:3:asymmetric", "uint2/row:asymmetric",
+    "uint8/tensor:range", "uint4/row:range", "int3/column:range", "uint2/down/row:range",
+)  # fmt: skip
 NV = ("e2m1fn/nv", "e2m1fn/nv:torchao", "e2m1fn/nv:16x16", "e2m1fn/nv:16x16:torchao")
 MODES = (
     "e4m3fn/toward_zero/mx:4", "e4m3fn/up/mx:4:floor", "e2m1fn/down/mx:3", "e5m2/to_odd/mx:4",
@@ -298,7 +301,9 @@ def test_stochastic_rounding_takes_the_random_number_of_the_element(tensor, cast
     same(got, expected(x, f"{element}/{rounding}/{scale}", axis, random=random), exact(x))
 
 
-@pytest.mark.parametrize("name", ["mxfp8", "nvfp4", "int8/row", "mxfp4", "e4m3fn/block:16", "uint4/row:asymmetric"])
+@pytest.mark.parametrize(
+    "name", ["mxfp8", "nvfp4", "int8/row", "mxfp4", "e4m3fn/block:16", "uint4/row:asymmetric", "uint4/row:range"]
+)
 def test_stochastic_rounding_is_unbiased_in_every_block(name):
     """An element goes up, among 2,000 copies, as often as its place asks for, within 5 standard errors."""
     x = torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
