@@ -56,7 +56,7 @@ class OptimizerPart(Protocol):
 class GradientsPart(Protocol):
     """A change of the exchange of gradients between processes."""
 
-    def apply(self, model: torch.nn.Module, optimizer: Any) -> None:
+    def apply(self, model: torch.nn.Module, optimizer: Any) -> Any:
         """Register hooks on ``model``, a `DistributedDataParallel` or FSDP module."""
 
 
