@@ -53,11 +53,11 @@ def encode_blocks(
 
         The scales. Those of ``mx`` are E8M0 codes, uint8: 2**(code - 127), and 255 for NaN. Ratios are float32. NVFP4
         has a pair: e4m3fn codes (uint8), and the float32 scale of the tensor, which multiplies elements before
-        rounding (``te``) or after it (``torchao``). ``asymmetric`` has a pair of ratios and zero points, and
-        ``range`` one of ratios and least elements, all float32. ``double`` has three: the codes of the ratios (uint8, in the order of the values of
-        ``dynamic8``), the float32 ratio of every 256 of these, and the float32 mean of the ratios. The shape is
-        that of ``x`` with the number of blocks in place of the length of each axis that is split, and 1 in
-        place of one along which all elements share a scale; for ``group`` it is the number of groups.
+        rounding (``te``) or after it (``torchao``). ``asymmetric`` has a pair of ratios and zero points, and ``range``
+        one of ratios and least elements, all float32. ``double`` has three: the codes of the ratios (uint8, in the
+        order of the values of ``dynamic8``), the float32 ratio of every 256 of these, and the float32 mean of the
+        ratios. The shape is that of ``x`` with the number of blocks in place of the length of each axis that is split,
+        and 1 in place of one along which all elements share a scale; for ``group`` it is the number of groups.
 
     Raises:
         ValueError: the format has no scale of blocks, rows, groups or tensors by ratio; or packed codes do not fill

@@ -364,6 +364,8 @@ def block_indices(shape: Sequence[int], axis: int | Sequence[int], scale: str | 
         return [tuple(range(count))]
     if how.shared_by == "group":
         return [tuple(range(i, min(i + how.size[0], count))) for i in range(0, count, how.size[0])]
+    if how.shared_by == "channel":
+        return [tuple(range(i, i + math.prod(shape[1:]))) for i in range(0, count, math.prod(shape[1:]) or 1)]
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     if any(not -rank <= each < rank for each in axes):
         raise ValueError(f"axis {axis} is out of range: an array of {rank} axes has axes {-rank} to {rank - 1}")

@@ -68,7 +68,8 @@ class Scale:
 
     Attributes:
         shared_by: the elements that share a scale. ``"tensor"``: all; ``"row"``: those along the axis; ``"column"``:
-            those along the other one of the last two axes; ``"block"``: ``size`` in a row along the axis, or tiles of
+            those along the other one of the last two axes; ``"channel"``: those with one index of the first axis;
+            ``"block"``: ``size`` in a row along the axis, or tiles of
             ``size`` along the other one of the last two axes and along the axis; ``"group"``: ``size`` in a row of the
             flattened tensor. The last block of an axis may be short.
         rule: one of `POWER_OF_TWO_RULES`, `RATIO_RULES` and `NV_RULES`, ``"power_of_two"`` or ``"range"``.
@@ -77,7 +78,7 @@ class Scale:
         double: whether the ratios are quantized again (`fpsim.reference.blocks.restored_ratios`).
     """
 
-    shared_by: Literal["tensor", "row", "column", "block", "group"]
+    shared_by: Literal["tensor", "row", "column", "channel", "block", "group"]
     rule: str
     size: tuple[int, ...] = ()
     asymmetric: bool = False
@@ -90,7 +91,7 @@ _SCALES = {
     "power_of_two": "power_of_two",
     "mx": rf"mx(?::(?P<size>[0-9]+(?:x[0-9]+)?))?(?::(?P<rule>{'|'.join(POWER_OF_TWO_RULES)}))?",
     "nv": rf"nv(?::(?P<size>16|16x16))?(?::(?P<rule>{'|'.join(NV_RULES)}))?",
-    "all": rf"(?P<shared_by>tensor|row|column)(?::(?P<rule>{_RULE}|range))?",
+    "all": rf"(?P<shared_by>tensor|row|column|channel)(?::(?P<rule>{_RULE}|range))?",
     "block": rf"block:(?P<size>[0-9]+(?:x[0-9]+)?)(?::(?P<rule>{_RULE}))?",
     "group": rf"group:(?P<size>[0-9]+)(?::(?P<rule>{_RULE}|double))?",
 }
@@ -104,13 +105,12 @@ def parse_scale(name: str | Scale) -> Scale:
     - ``mx[:n][:rule]``: blocks of n (32) along the axis, or tiles AxB, with the rule ``rceil``, ``floor``, ``ceil`` or
       ``even``.
     - ``nv[:16|:16x16][:te|:torchao]``: blocks or tiles under one more scale for the tensor, as in NVFP4.
-    - ``tensor``, ``row``, ``column``, ``block:n``, ``block:AxB`` and ``group:n``, which is of the flattened tensor: the
-      ratio of amax and the largest value, in float32 or, with ``:bf16``, in bfloat16. With ``:encode`` the float32
-      ratio of the largest value and amax, which multiplies. With ``:range``, not for blocks and groups,
-      the ratio of the range and the number of integers, which count from the least element. With ``:asymmetric`` the
-      ratio of
-      the range and the number of integers, and a zero point. With a rule of ``mx``, or ``:power_of_two`` for ``rceil``,
-      a power of two. ``group:n:double`` is a ratio that is quantized again.
+    - ``tensor``, ``row``, ``column``, ``channel``, ``block:n``, ``block:AxB`` and ``group:n``, which is of the
+      flattened tensor: the ratio of amax and the largest value, in float32 or, with ``:bf16``, in bfloat16. With
+      ``:encode`` the float32 ratio of the largest value and amax, which multiplies. With ``:asymmetric`` the ratio of
+      the range and the number of integers, and a zero point. With ``:range``, not for blocks and groups, that ratio and
+      the least element, from which integers count. With a rule of ``mx``, or ``:power_of_two`` for ``rceil``, a power
+      of two. ``group:n:double`` is a ratio that is quantized again.
     - ``power_of_two`` or ``tensor:power_of_two``: one scale for the tensor, see `fpsim.power_of_two_scale`.
 
     Raises:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from fpsim.policy import Policy
 from fpsim.recipes.recipe import Recipe
+from fpsim.recipes.scaled_loss import ScaledLoss
+from fpsim.recipes.scaled_loss import ScaledLoss
 
 _NOTES = (
     "Parameters and the optimizer stay as they are: float32 parameters are the master weights.",
@@ -19,5 +21,5 @@ def amp_bf16() -> Recipe:
 
 
 def amp_fp16() -> Recipe:
-    """Operands and results of all matrix products in float16, with a dynamic scale of the loss."""
-    return Recipe("amp_fp16", _SOURCE, Policy.preset("fp16"), notes=_NOTES)
+    """Operands and results of all matrix products in float16, with a dynamic scale of the loss (`ScaledLoss`)."""
+    return Recipe("amp_fp16", _SOURCE, Policy.preset("fp16"), optimizer=ScaledLoss(), notes=_NOTES)

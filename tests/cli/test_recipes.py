@@ -28,7 +28,7 @@ def test_recipes_lists_every_recipe_with_its_source() -> None:
 
 def test_a_recipe_is_printed_as_text_or_as_json() -> None:
     assert run("recipes", "halo") == (
-        f"{recipes.halo()}\n\nfpsim.recipes.halo(level=0, format='fp8', head=True, high='bf16')\n"
+        f"{recipes.halo()}\n\nfpsim.recipes.halo(level=0, format='fp8', block=None, head=True, high='bf16')\n"
     )
     assert Recipe.from_json(run("recipes", "deepseek_v3", "--json")) == recipes.deepseek_v3()
 

@@ -44,6 +44,7 @@ SMALL_FORMATS = tuple(
 RATIOS = (
     "e4m3fn/tensor", "e4m3fn/tensor:bf16", "e4m3fn/row", "e5m2/row:bf16", "e2m1fn/block:4", "e3m4/block:3:bf16",
     "e4m3fn/block:2x3", "e4m3fn/block:3x3:bf16", "int8/column", "int8:full/row", "int4:full/block:4", "int4/group:3",
+    "int8/channel",
     "int8/tensor:bf16", "e4m3fn/tensor:encode", "int8:full/row:encode", "e2m1fn/block:3:encode", "nf4/row",
     "fp4_bnb/block:4", "codebook:even:-1,-0.5,0,0.25,2/row",
     "codebook:away:-3,-0.5,0.25,2/block:4:bf16", "dynamic8/group:4", "dynamic8:unsigned/row", "dynamic4/block:3",
@@ -52,7 +53,7 @@ RATIOS = (
 )  # fmt: skip
 ASYMMETRIC = (
     "uint8/tensor:asymmetric", "uint4/block:3:asymmetric", "int4/group:3:asymmetric", "uint2/row:asymmetric",
-    "uint8/tensor:range", "uint4/row:range", "int3/column:range", "uint2/down/row:range",
+    "uint8/tensor:range", "uint4/row:range", "uint3/channel:range", "int3/column:range", "uint2/down/row:range",
 )  # fmt: skip
 NV = ("e2m1fn/nv", "e2m1fn/nv:torchao", "e2m1fn/nv:16x16", "e2m1fn/nv:16x16:torchao")
 MODES = (
