@@ -25,6 +25,7 @@ from fpsim.suggestions import did_you_mean
 
 #: The classes of parts by name, and the module that holds each: what `Recipe.from_json` can read.
 PARTS: dict[str, str] = {
+    "RoundedState": "fpsim.recipes.rounded_state",
     "CalibratedLayers": "fpsim.recipes.post_training",
     "ClippedUpdates": "fpsim.recipes.clipped_updates",
     "ClippingValues": "fpsim.recipes.federated",
@@ -33,7 +34,6 @@ PARTS: dict[str, str] = {
     "NarrowGradients": "fpsim.recipes.fp8_lm",
     "ProjectedAdam": "fpsim.recipes.galore",
     "RoundedAttention": "fpsim.recipes.post_training",
-    "RoundedState": "fpsim.recipes.rounded_state",
     "RoundedWeights": "fpsim.recipes.post_training",
     "SmoothUnits": "fpsim.recipes.fp8_trillion",
     "SplitChannels": "fpsim.recipes.post_training",
