@@ -132,7 +132,12 @@ def _pictures(judged: Judged, predictions: Sequence[Prediction]) -> list[Picture
     if _has_recipes(judged):
         note = f"Final loss minus that of {judged.reference}, mean over pairs with 95 % intervals."
         pictures.append(
-            Picture("recipes", "Recipes", note, lambda: figures.gaps([(c.condition, c.gap, c.low, c.high) for c in compare_recipes(judged)]))
+            Picture(
+                "recipes",
+                "Recipes",
+                note,
+                lambda: figures.gaps([(c.condition, c.gap, c.low, c.high) for c in compare_recipes(judged)]),
+            )
         )
     pictures += [
         Picture(
