@@ -37,6 +37,7 @@ NV_BLOCK = 16
 _INTEGERS = (
     "order", "length", "block", "promote", "exact", "round_products", "flush", "bounded", "cuts", "narrow", "rounding",
     "mantissa_bits", "random_bits", "roundings", "first_sum", "key", "nan_bits", "lanes", "scale_block", "group",
+    "rescale", "first_element",
 )  # fmt: skip
 _NUMBERS = (
     "start", "smallest_normal", "least_power", "largest", "infinite_from", "overflow_up", "overflow_down", "infinity",
@@ -58,7 +59,7 @@ def _library() -> Any:
     flags = ("-ffp-contract=off", "-fno-unsafe-math-optimizations", "-fsigned-zeros", "-fno-finite-math-only")
     library = CppCodeCache.load(Path(__file__).with_name("kernel.cpp").read_text(), extra_flags=flags)
     pointer, count = ctypes.c_void_p, ctypes.c_int64
-    library.fpsim_accumulate.argtypes = [ctypes.POINTER(Specification), *[pointer] * 6, *[count] * 5]
+    library.fpsim_accumulate.argtypes = [ctypes.POINTER(Specification), *[pointer] * 7, *[count] * 5]
     library.fpsim_accumulate.restype = None
     return library
 
@@ -72,14 +73,20 @@ def accumulate_on_cpu(
     key: Tensor | None,
     scales: tuple[Tensor, Tensor] | None = None,
     scale_block: int = 0,
+    first_element: int = 0,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """The product of ``a`` (batches, M, K) and ``b`` (batches, K, N), with values of these formats, in their dtype.
 
     Args:
         key: of stochastic rounding.
-        scales: for a machine that takes scales, those by which the elements have been multiplied: (batches, M, blocks)
-            and (batches, blocks, N), float32.
+        scales: of blocks, (batches, M, blocks) and (batches, blocks, N), float32. They multiply the elements on a
+            machine whose sums take them in. On others they multiply the partial sums, which move to float32 after every
+            block.
         scale_block: how many elements share a scale.
+        first_element: the number of the first element of the result, on which its random numbers depend.
+        counts: three int64 numbers, to which are added: the sums that stagnated, because a step left them as they were
+            although its products do not add up to zero; such steps; and all steps whose products do not add up to zero.
     """
     batches, rows, depth = a.shape
     columns = b.shape[2]
@@ -89,9 +96,14 @@ def accumulate_on_cpu(
         spec.key = _signed(low | high << 32)
     wide = a.dtype == torch.float64 or accumulator.integer_bits is not None
     out = torch.empty(batches, rows, columns, dtype=torch.float64 if wide else torch.float32)
-    left, right = (x.to(torch.float32).contiguous() for x in (a, b))
     factors = [scale.contiguous() for scale in scales or ()]  # kept alive while the kernel reads them
-    spec.scale_block = scale_block
+    spec.scale_block, spec.first_element = scale_block, first_element
+    left, right = a, b
+    if accumulator.machine is not None and accumulator.machine.blocks:
+        left, right = (_times_scales(a, factors[0], scale_block, 2), _times_scales(b, factors[1], scale_block, 1))
+    elif factors:
+        spec.rescale, spec.promote = 1, scale_block
+    left, right = (x.to(torch.float32).contiguous() for x in (left, right))
     if spec.group > 1:  # the exponents are those of the scales, whose least one is that of e4m3fn or E8M0
         spec.least_a = spec.least_b = 2.0 ** (-6 if scale_block == NV_BLOCK else -127)
     if out.numel():
@@ -99,11 +111,16 @@ def accumulate_on_cpu(
         _library().fpsim_accumulate(
             ctypes.byref(spec), left.data_ptr(), right.data_ptr(),
             *(factors[i].data_ptr() if factors else None for i in (0, 1)), *pointers,
-            batches, rows, columns, depth, torch.get_num_threads(),
+            None if counts is None else counts.data_ptr(), batches, rows, columns, depth, torch.get_num_threads(),
         )  # fmt: skip
     if accumulator.integer_bits is not None:
         return _integer_result(out, accumulator, a.dtype)
     return out.to(a.dtype)
+
+
+def _times_scales(elements: Tensor, scales: Tensor, block: int, axis: int) -> Tensor:
+    each = scales.double().repeat_interleave(block, axis).narrow(axis, 0, elements.shape[axis])
+    return elements.double() * each
 
 
 def _integer_result(sums: Tensor, accumulator: Accumulator, dtype: torch.dtype) -> Tensor:

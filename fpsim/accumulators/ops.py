@@ -23,6 +23,10 @@ _library.define(
     "accumulate_mm(Tensor a, Tensor b, Tensor? key, str accumulator, str first, str second, str source) -> Tensor"
 )
 _library.define(
+    "accumulate_grouped_mm(Tensor a, Tensor b, Tensor ends, Tensor? key, Tensor? scales_a, Tensor? scales_b, "
+    "int block, str accumulator, str first, str second, str source) -> Tensor"
+)
+_library.define(
     "accumulate_scaled_mm(Tensor a, Tensor b, Tensor scales_a, Tensor scales_b, int block, str accumulator, str first, "
     "str second, str source) -> Tensor"
 )
@@ -32,9 +36,16 @@ _library.define(
 #: that of stochastic rounding or None, and ``source`` is `fpsim.rounding.ops.SOURCE`.
 accumulate_op: Callable[..., Tensor] = torch.ops.fpsim.accumulate_mm.default
 
-#: The same for a machine that takes scales, float32, by which every ``block`` elements of ``a`` and ``b`` along the
-#: summed axis have been multiplied: (M, blocks) and (blocks, N), or batches of these.
+#: The same for elements of which every ``block`` along the summed axis share a scale, float32: (M, blocks) and
+#: (blocks, N), or batches of these. The scales join the sums of a machine that takes them, and else multiply the
+#: partial sum of every block (`fpsim.accumulators.scaled`).
 accumulate_scaled_op: Callable[..., Tensor] = torch.ops.fpsim.accumulate_scaled_mm.default
+
+#: Products of groups, as `torch.nn.functional.grouped_mm` has them: ``ends``, int32, are the ends of the groups along
+#: the rows of ``a`` (T, K), with ``b`` (groups, K, N); along the columns of ``b`` (K, T), with ``a`` (groups, M, K); or
+#: along the axis that is summed, of ``a`` (M, T) and ``b`` (T, N). Elements outside of all groups are 0. With scales,
+#: as above, groups along the summed axis end where blocks do.
+accumulate_grouped_op: Callable[..., Tensor] = torch.ops.fpsim.accumulate_grouped_mm.default
 
 
 @torch.library.register_fake("fpsim::accumulate_mm", lib=_library)
@@ -80,6 +91,68 @@ def _accumulate_scaled_cpu(
     pair = (scales[0], scales[1])
     product = accumulate_on_cpu(left, right, parse_accumulator(accumulator), *formats, None, pair, block)
     return product if a.dim() == 3 else product.squeeze(0)
+
+
+@torch.library.register_fake("fpsim::accumulate_grouped_mm", lib=_library)
+def _accumulate_grouped_fake(a: Tensor, b: Tensor, ends: Tensor, *others: Any) -> Tensor:
+    return a.new_empty(_shape_of_groups(a, b, ends))
+
+
+@torch.library.impl(_library, "accumulate_grouped_mm", "CPU")
+def _accumulate_grouped_cpu(
+    a: Tensor,
+    b: Tensor,
+    ends: Tensor,
+    key: Tensor | None,
+    scales_a: Tensor | None,
+    scales_b: Tensor | None,
+    block: int,
+    accumulator: str,
+    first: str,
+    second: str,
+    source: str,
+) -> Tensor:
+    result = a.new_zeros(_shape_of_groups(a, b, ends))
+    arguments = parse_accumulator(accumulator), parse_format(first), parse_format(second), key
+    stops = ends.tolist()
+    for number, (start, stop) in enumerate(zip([0, *stops[:-1]], stops, strict=True)):
+        left, right = _group(a, b, number, (start, stop), (start, stop))
+        if a.dim() == b.dim():
+            into, element = result[number], number * result[number].numel()
+        else:
+            into = result[start:stop] if a.dim() == 2 else result[:, start:stop]
+            element = start * (result.shape[1] if a.dim() == 2 else result.shape[0])
+        scales = None
+        if scales_a is not None and scales_b is not None:
+            if a.dim() == b.dim() and stop % block and stop < a.shape[1]:
+                raise ValueError(
+                    f"a group ends after {stop} elements, within a block of {block} that share a scale: pad groups to "
+                    f"multiples of {block}"
+                )
+            by_group = _group(scales_a, scales_b, number, (start, stop), (start // block, -(-stop // block)))
+            scales = (by_group[0].unsqueeze(0), by_group[1].unsqueeze(0))
+        product = accumulate_on_cpu(left.unsqueeze(0), right.unsqueeze(0), *arguments, scales, block, element)
+        into.copy_(product.squeeze(0))
+    return result
+
+
+def _group(a: Tensor, b: Tensor, number: int, free: tuple[int, int], summed: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The operands of one group, which begins and ends at ``free`` along an axis of the result, or at ``summed``."""
+    part, along = slice(*free), slice(*summed)
+    if a.dim() == b.dim():
+        return a[:, along], b[along]
+    return (a[part], b[number]) if a.dim() == 2 else (a[number], b[:, part])
+
+
+def _shape_of_groups(a: Tensor, b: Tensor, ends: Tensor) -> tuple[int, ...]:
+    if a.dtype not in CARRIERS or a.dtype != b.dtype:
+        raise TypeError(f"operands have one dtype, a floating-point carrier, got {a.dtype} and {b.dtype}")
+    dims = a.dim(), b.dim()
+    if dims not in ((2, 3), (3, 2), (2, 2)) or a.shape[-1] != b.shape[-2] or ends.dim() != 1:
+        raise ValueError(f"shapes {tuple(a.shape)}, {tuple(b.shape)} and {tuple(ends.shape)} are none of groups")
+    if dims == (2, 2):
+        return ends.shape[0], a.shape[0], b.shape[1]
+    return (a.shape[0], b.shape[2]) if dims == (2, 3) else (a.shape[1], b.shape[1])
 
 
 @torch.library.impl(_library, "accumulate_mm", "CompositeExplicitAutograd")

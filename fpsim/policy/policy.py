@@ -264,12 +264,6 @@ class Policy:
             for kind in KINDS
             if kind in accumulators
         )
-        for _, accumulator in parsed:
-            if accumulator.machine is not None and accumulator.machine.blocks:
-                raise ValueError(
-                    f"{accumulator} takes the scales of blocks into its sums, and a policy multiplies operands by them "
-                    "before: use fpsim.matmul, or a machine without scales, such as 'blackwell'"
-                )
         return parsed or None
 
     def _transforms(self) -> tuple[tuple[str, Transform], ...]:
