@@ -29,6 +29,7 @@ from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.metadata import describe
 from fpsim.compile_backend.graph.products import product_operator
 from fpsim.compile_backend.graph.views import is_view
+from fpsim.compile_backend.observe.lost_sums import observe_sum
 from fpsim.compile_backend.observe.product_error import result_of
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.unfolding import convolution, gradient
@@ -142,13 +143,23 @@ def _replace(each: Summed, inserter: Inserter) -> None:
         inserter.sources[new] = inserter.sources[end]
         return new
 
+    def observed(result: fx.Node, *arguments: Any) -> fx.Node:
+        if inserter.recorder is None:
+            return result
+        return call(observe_sum, result, *arguments, inserter.recorder.number_of(each.product))
+
     def multiply(a: fx.Node, b: fx.Node, exchanged: bool = False, ends: fx.Node | None = None) -> fx.Node:
         """The product of matrices of the first and the second operand; ``exchanged``: of the second and the first.
 
         ``ends`` are those of groups.
         """
         if each.block:
-            return _scaled(each, a, b, ends, key, inserter, call)
+            elements, rest = _scaled(each, a, b, inserter, call)
+            if ends is not None:
+                result = call(accumulate_grouped_op, *elements, ends, key, *rest, SOURCE)
+            else:
+                result = call(accumulate_scaled_op, *elements, *rest, SOURCE)
+            return observed(result, *elements, ends, key, *rest)
         order = (1, 0) if exchanged else (0, 1)
         operands = [
             x if scales[i] is None else call(aten.mul.Tensor, x, scales[i]) for i, x in zip(order, (a, b), strict=True)
@@ -159,6 +170,7 @@ def _replace(each: Summed, inserter: Inserter) -> None:
         else:
             rest = (None, None, 0, str(each.accumulator), *names, SOURCE)
             result = call(accumulate_grouped_op, *operands, ends, key, *rest)
+        result = observed(result, *operands, ends, key, None, None, 0, str(each.accumulator), *names)
         for scale in scales:
             result = result if scale is None else call(aten.div.Tensor, result, scale)
         return result
@@ -180,19 +192,17 @@ def _replace(each: Summed, inserter: Inserter) -> None:
 
 
 def _scaled(
-    each: Summed, a: fx.Node, b: fx.Node, ends: fx.Node | None, key: fx.Node | None, inserter: Inserter, call: Call
-) -> fx.Node:
-    """The product of two matrices, or batches or groups of matrices, whose blocks have scales."""
+    each: Summed, a: fx.Node, b: fx.Node, inserter: Inserter, call: Call
+) -> tuple[list[fx.Node], tuple[Any, ...]]:
+    """The elements of operands whose blocks have scales; and the rest of the arguments."""
     parts = [[_part(x, part, inserter, call) for part in ("elements", "scales")] for x in (a, b)]
     axes = a.meta["val"].dim() - 1, b.meta["val"].dim() - 2
     scales = [
         call(aten.slice.Tensor, part[1], axis, 0, sys.maxsize, each.block)
         for part, axis in zip(parts, axes, strict=True)
     ]
-    rest = (*scales, each.block, str(each.accumulator), *(fmt.name for fmt in each.formats), SOURCE)
-    if ends is not None:
-        return call(accumulate_grouped_op, parts[0][0], parts[1][0], ends, key, *rest)
-    return call(accumulate_scaled_op, parts[0][0], parts[1][0], *rest)
+    rest = (*scales, each.block, str(each.accumulator), *(fmt.name for fmt in each.formats))
+    return [part[0] for part in parts], rest
 
 
 def _part(node: fx.Node, part: str, inserter: Inserter, call: Call) -> fx.Node:

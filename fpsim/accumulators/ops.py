@@ -7,7 +7,8 @@ tensors, and the compiler backend inserts it after autograd.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -114,14 +115,40 @@ def _accumulate_grouped_cpu(
 ) -> Tensor:
     result = a.new_zeros(_shape_of_groups(a, b, ends))
     arguments = parse_accumulator(accumulator), parse_format(first), parse_format(second), key
-    stops = ends.tolist()
+    for group in groups_of(a, b, ends, scales_a, scales_b, block):
+        product = accumulate_on_cpu(group.a, group.b, *arguments, group.scales, block, group.element)
+        result[group.place] = product.squeeze(0)
+    return result
+
+
+@dataclass(frozen=True)
+class Group:
+    """One product of groups.
+
+    Attributes:
+        a, b: the operands, (1, M, K) and (1, K, N).
+        scales: those of their blocks, or None.
+        element: the number of the first element of its result, on which random numbers depend.
+        place: the index of its result in the result of all groups.
+    """
+
+    a: Tensor
+    b: Tensor
+    scales: tuple[Tensor, Tensor] | None
+    element: int
+    place: Any
+
+
+def groups_of(
+    a: Tensor, b: Tensor, ends: Tensor, scales_a: Tensor | None, scales_b: Tensor | None, block: int
+) -> Iterator[Group]:
+    """The products of `accumulate_grouped_op`.
+
+    Raises:
+        ValueError: a group along the summed axis ends within a block whose elements share a scale.
+    """
+    shape, stops = _shape_of_groups(a, b, ends), ends.tolist()
     for number, (start, stop) in enumerate(zip([0, *stops[:-1]], stops, strict=True)):
-        left, right = _group(a, b, number, (start, stop), (start, stop))
-        if a.dim() == b.dim():
-            into, element = result[number], number * result[number].numel()
-        else:
-            into = result[start:stop] if a.dim() == 2 else result[:, start:stop]
-            element = start * (result.shape[1] if a.dim() == 2 else result.shape[0])
         scales = None
         if scales_a is not None and scales_b is not None:
             if a.dim() == b.dim() and stop % block and stop < a.shape[1]:
@@ -129,19 +156,25 @@ def _accumulate_grouped_cpu(
                     f"a group ends after {stop} elements, within a block of {block} that share a scale: pad groups to "
                     f"multiples of {block}"
                 )
-            by_group = _group(scales_a, scales_b, number, (start, stop), (start // block, -(-stop // block)))
-            scales = (by_group[0].unsqueeze(0), by_group[1].unsqueeze(0))
-        product = accumulate_on_cpu(left.unsqueeze(0), right.unsqueeze(0), *arguments, scales, block, element)
-        into.copy_(product.squeeze(0))
-    return result
+            scales = _part(scales_a, scales_b, number, (start, stop), (start // block, -(-stop // block)))
+        operands = _part(a, b, number, (start, stop), (start, stop))
+        if a.dim() == b.dim():
+            element, place = number * shape[1] * shape[2], (number,)
+        elif a.dim() == 2:
+            element, place = start * shape[1], (slice(start, stop),)
+        else:
+            element, place = start * shape[0], (slice(None), slice(start, stop))
+        yield Group(*operands, scales, element, place)
 
 
-def _group(a: Tensor, b: Tensor, number: int, free: tuple[int, int], summed: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _part(a: Tensor, b: Tensor, number: int, free: tuple[int, int], summed: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The operands of one group, which begins and ends at ``free`` along an axis of the result, or at ``summed``."""
     part, along = slice(*free), slice(*summed)
     if a.dim() == b.dim():
-        return a[:, along], b[along]
-    return (a[part], b[number]) if a.dim() == 2 else (a[number], b[:, part])
+        a, b = a[:, along], b[along]
+    else:
+        a, b = (a[part], b[number]) if a.dim() == 2 else (a[number], b[:, part])
+    return a.unsqueeze(0), b.unsqueeze(0)
 
 
 def _shape_of_groups(a: Tensor, b: Tensor, ends: Tensor) -> tuple[int, ...]:

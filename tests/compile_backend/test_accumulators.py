@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fpsim
 from fpsim.compile_backend.functional import functional
+from fpsim.compile_backend.observe.lost_sums import SumStatistics
 from fpsim.compile_backend.passes.rounding_pass import RoundingPass
 from fpsim.reference import dot, to_float
 
@@ -170,6 +171,57 @@ def test_profile_measures_the_error_of_the_accumulator() -> None:
     exact = A.double() @ B.double()
     (product,) = profile.products
     assert product.error == pytest.approx(float((PRODUCT - exact).norm()))
+
+
+def test_profile_counts_sums_that_stagnated() -> None:
+    """In e5m4 step by step in the reference; on Hopper by hand: 512 steps of 2**-5 reach 16, and 3584 change nothing."""
+
+    def counted(x: list[float], y: list[float]) -> tuple[bool, int, int]:
+        sums = [to_float(dot(x[:k], y[:k], "fp32", accumulator="e5m4")) for k in range(len(x) + 1)]
+        steps = [(sums[k], sums[k + 1]) for k in range(len(x)) if x[k] * y[k]]
+        idle = sum(before == after for before, after in steps)
+        return idle > 0, idle, len(steps)
+
+    (product,) = fpsim.profile(lambda a, b: a @ b, A, B, policy=POLICY).products
+    counts = [counted(x, y) for x in A.tolist() for y in B.T.tolist()]
+    lost, exact = product.sum, A.double() @ B.double()
+    assert (lost.stagnated, lost.idle_steps, lost.steps) == tuple(map(sum, zip(*counts, strict=True)))
+    assert lost.sums == 12 and 0 < lost.stagnated < 12
+    assert lost.relative_error == pytest.approx(float((PRODUCT - exact).norm() / exact.norm()))
+
+    steps = torch.full((1, 131072), 2.0**-5)
+    policy = {"format": "e4m3fn", "accumulator": "hopper_fp8"}
+    profile = fpsim.profile(lambda a, b: a @ b, steps, steps.T, policy=policy)
+    (product,) = profile.products
+    assert product.sum == SumStatistics("hopper_fp8", 112.0, 128.0, 1, 1, 4096, 3584)
+    assert product.sum.relative_error == 0.875 and product.sum.idle_share == 0.875
+    assert "1 products with accumulators" in str(profile) and "87.5%" in str(profile).replace(" %", "%")
+    assert type(profile).from_json(profile.to_json()).products == profile.products
+    both = (profile + profile).products[0].sum
+    assert (both.sums, both.stagnated, both.steps, both.idle_steps) == (2, 2, 8192, 7168)
+    promoted = fpsim.profile(lambda a, b: a @ b, steps, steps.T, policy={**policy, "promote": 128}).products[0].sum
+    assert (promoted.error, promoted.stagnated, promoted.steps) == (0, 0, 4096)
+
+
+def test_profile_counts_the_sums_of_every_kind_of_product() -> None:
+    """Scales of blocks, groups and a model with gradients: the numbers of sums and steps follow from the shapes."""
+    layer, x = nn.Linear(300, 10, bias=False), torch.randn(70, 300, generator=torch.Generator().manual_seed(1))
+
+    def loss(x: Tensor) -> Tensor:
+        return layer(x).square().sum()
+
+    products = fpsim.profile(loss, x, policy=BLOCKS["deepseek"]).products
+    assert [(each.kind, each.sum.sums) for each in products] == [("fprop", 700), ("wgrad", 3000)]
+    assert 6990 <= products[0].sum.steps <= 7000  # 10 for each, but where products add up to zero
+    assert 8990 <= products[1].sum.steps <= 9000
+    assert all(0 < each.sum.relative_error < 1e-3 for each in products)
+    a, b = numbers(20, 16, seed=1).bfloat16(), numbers(3, 16, 8, seed=2).bfloat16()
+    grouped = fpsim.profile(lambda a, b: torch._grouped_mm(a, b, offs=ENDS), a, b, policy=POLICY).products[0].sum
+    assert grouped.sums == 160 and grouped.steps == sum(
+        int(torch.count_nonzero(a[i:j, :, None] * b[n])) for n, (i, j) in enumerate([(0, 7), (7, 7), (7, 20)])
+    )
+    pairwise = fpsim.profile(torch.mm, A, B, policy={**POLICY, "order": "pairwise"}).products[0].sum
+    assert pairwise.stagnated is None and pairwise.idle_share is None and pairwise.relative_error > 0
 
 
 def test_the_key_of_compiled_code_covers_the_accumulator() -> None:
