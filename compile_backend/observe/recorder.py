@@ -21,7 +21,7 @@ from fpsim.casts import ROUNDING_OPERATORS, Cast, in_range_of_format
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.views import base
 from fpsim.compile_backend.observe.lost_sums import SumStatistics, measure_sums, merge_sums, observe_sum
-from fpsim.compile_backend.observe.product_error import comparison, other_tensors, result_of
+from fpsim.compile_backend.observe.product_error import Comparison, comparison, other_tensors, result_of
 from fpsim.compile_backend.observe.rounding_statistics import Statistics, measure, measure_groups, merge, relative_error
 from fpsim.compile_backend.plan import Site
 
@@ -171,6 +171,7 @@ class Recorder:
         self._exact = exact
         self._observations: list[_Observation] = []
         self._keys: dict[tuple[Any, ...], int] = {}
+        self._comparisons: dict[int, Comparison] = {}
         self._bound: set[int] = set()
         self._bound_sums: set[int] = set()
         self._measured: set[int] = set()
@@ -227,6 +228,8 @@ class Recorder:
         """Insert the observations into the graph that is being rewritten."""
         for number, observation in enumerate(self._observations):
             value, others = observation.value, other_tensors(observation.product)
+            if observation.product is not None:  # an accumulator may take the place of its node
+                self._comparisons[number] = comparison(observation.product, observation.unscaled, self._exact)
             factors = [
                 _factor_of(node)
                 for node, site in zip(observation.rounded, observation.sites, strict=True)
@@ -272,8 +275,7 @@ class Recorder:
 
     def _observer(self, number: int) -> Callable[..., Tensor]:
         observation = self._observations[number]
-        product = observation.product
-        compare = None if product is None else comparison(product, observation.unscaled, self._exact)
+        compare = self._comparisons.get(number)
         own = [i for i, key in enumerate(observation.keys) if key not in self._measured]
         self._measured |= set(observation.keys)
 

@@ -174,7 +174,7 @@ def test_profile_measures_the_error_of_the_accumulator() -> None:
 
 
 def test_profile_counts_sums_that_stagnated() -> None:
-    """In e5m4 step by step in the reference; on Hopper by hand: 512 steps of 2**-5 reach 16, and 3584 change nothing."""
+    """In e5m4 by the reference, step by step. On Hopper by hand: 512 steps of 2**-5 reach 16; 3584 change nothing."""
 
     def counted(x: list[float], y: list[float]) -> tuple[bool, int, int]:
         sums = [to_float(dot(x[:k], y[:k], "fp32", accumulator="e5m4")) for k in range(len(x) + 1)]
