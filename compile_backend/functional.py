@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fpsim.accumulators.ops import accumulate_op, accumulate_scaled_op
 from fpsim.accumulators.parts import scaled_part_op
+from fpsim.accumulators.sums import accumulate_sum_op
 from fpsim.compile_backend.compiling import compile_with_rounding
 from fpsim.compile_backend.errors import UnroundedError
 from fpsim.compile_backend.torch_settings import apply_settings
@@ -207,6 +208,12 @@ def _accumulated(a: Tensor, b: Tensor, *arguments: Any) -> Tensor:
     return straight_through(a @ b, accumulate_op(a.detach(), b.detach(), *arguments))
 
 
+def _summed(x: Tensor, axes: list[int], keepdim: bool, *arguments: Any) -> Tensor:
+    """A sum with a narrow accumulator, with the derivative of the sum."""
+    value = accumulate_sum_op(x.detach(), axes, keepdim, *arguments)
+    return straight_through(x.float().sum(axes, keepdim) if axes else x.float(), value)
+
+
 def _part(
     x: Tensor, element: str, rounding: str, overflow: str, scale: str, axes: list[int], part: str, source: str, _: None
 ) -> Tensor:
@@ -270,6 +277,7 @@ _WITH_DERIVATIVE: dict[Any, Callable[..., Tensor]] = {
     accumulate_op: _accumulated,
     scaled_part_op: _part,
     accumulate_scaled_op: _accumulated_parts,
+    accumulate_sum_op: _summed,
     prims.convert_element_type.default: Tensor.to,  # it has no derivative under transforms of torch.func
     **{op: _without_derivative(op) for op in (*SCALE_OPERATORS.values(), outer_scale_op, transform_parameters_op)},
 }
