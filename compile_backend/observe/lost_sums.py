@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from fpsim.accumulators.accumulator import Accumulator, parse_accumulator
-from fpsim.accumulators.cpu import accumulate_on_cpu
 from fpsim.accumulators.ops import Group, groups_of
+from fpsim.accumulators.product import accumulate
 from fpsim.compile_backend.observe.rounding_statistics import norm, relative_error
 from fpsim.formats import parse_format
 
@@ -111,7 +111,7 @@ def measure_sums(
     errors, references, sums = [], [], 0
     for group in groups:
         left, right = (x if x.dtype == torch.float64 else x.float() for x in (group.a, group.b))
-        value = accumulate_on_cpu(left, right, parsed, *formats, key, group.scales, block, group.element, counts)
+        value = accumulate(left, right, parsed, *formats, key, group.scales, block, group.element, counts)
         exact = torch.bmm(*_decoded(group, block))
         errors.append(norm(value.double() - exact))
         references.append(norm(exact))

@@ -1,7 +1,7 @@
 """The operator ``fpsim::accumulate_mm``: a product of matrices, or of batches of matrices, with a narrow accumulator.
 
-It has a CPU kernel and a rule for shapes. Like the rounding operators it has no derivative: callers give it detached
-tensors, and the compiler backend inserts it after autograd.
+It has kernels for CPUs and GPUs, and a rule for shapes. Like the rounding operators it has no derivative: callers give
+it detached tensors, and the compiler backend inserts it after autograd.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fpsim.accumulators.accumulator import parse_accumulator
-from fpsim.accumulators.cpu import accumulate_on_cpu
+from fpsim.accumulators.product import accumulate
 from fpsim.formats import parse_format
 from fpsim.rounding.carriers import CARRIERS
 
@@ -57,14 +57,14 @@ def _accumulate_fake(
     return a.new_empty((*a.shape[:-1], b.shape[-1]))
 
 
-@torch.library.impl(_library, "accumulate_mm", "CPU")
-def _accumulate_cpu(
+@torch.library.impl(_library, "accumulate_mm", "CompositeExplicitAutograd")
+def _accumulate(
     a: Tensor, b: Tensor, key: Tensor | None, accumulator: str, first: str, second: str, source: str
 ) -> Tensor:
     _check_operands(a, b)
     formats = parse_format(first), parse_format(second)
     left, right = (x if x.dim() == 3 else x.unsqueeze(0) for x in (a, b))
-    product = accumulate_on_cpu(left, right, parse_accumulator(accumulator), *formats, key)
+    product = accumulate(left, right, parse_accumulator(accumulator), *formats, key)
     return product if a.dim() == 3 else product.squeeze(0)
 
 
@@ -74,8 +74,8 @@ def _accumulate_scaled_fake(a: Tensor, b: Tensor, *others: Any) -> Tensor:
     return a.new_empty((*a.shape[:-1], b.shape[-1]))
 
 
-@torch.library.impl(_library, "accumulate_scaled_mm", "CPU")
-def _accumulate_scaled_cpu(
+@torch.library.impl(_library, "accumulate_scaled_mm", "CompositeExplicitAutograd")
+def _accumulate_scaled(
     a: Tensor,
     b: Tensor,
     scales_a: Tensor,
@@ -90,7 +90,7 @@ def _accumulate_scaled_cpu(
     formats = parse_format(first), parse_format(second)
     left, right, *scales = (x if x.dim() == 3 else x.unsqueeze(0) for x in (a, b, scales_a, scales_b))
     pair = (scales[0], scales[1])
-    product = accumulate_on_cpu(left, right, parse_accumulator(accumulator), *formats, None, pair, block)
+    product = accumulate(left, right, parse_accumulator(accumulator), *formats, None, pair, block)
     return product if a.dim() == 3 else product.squeeze(0)
 
 
@@ -99,8 +99,8 @@ def _accumulate_grouped_fake(a: Tensor, b: Tensor, ends: Tensor, *others: Any) -
     return a.new_empty(_shape_of_groups(a, b, ends))
 
 
-@torch.library.impl(_library, "accumulate_grouped_mm", "CPU")
-def _accumulate_grouped_cpu(
+@torch.library.impl(_library, "accumulate_grouped_mm", "CompositeExplicitAutograd")
+def _accumulate_grouped(
     a: Tensor,
     b: Tensor,
     ends: Tensor,
@@ -116,7 +116,7 @@ def _accumulate_grouped_cpu(
     result = a.new_zeros(_shape_of_groups(a, b, ends))
     arguments = parse_accumulator(accumulator), parse_format(first), parse_format(second), key
     for group in groups_of(a, b, ends, scales_a, scales_b, block):
-        product = accumulate_on_cpu(group.a, group.b, *arguments, group.scales, block, group.element)
+        product = accumulate(group.a, group.b, *arguments, group.scales, block, group.element)
         result[group.place] = product.squeeze(0)
     return result
 
@@ -186,13 +186,6 @@ def _shape_of_groups(a: Tensor, b: Tensor, ends: Tensor) -> tuple[int, ...]:
     if dims == (2, 2):
         return ends.shape[0], a.shape[0], b.shape[1]
     return (a.shape[0], b.shape[2]) if dims == (2, 3) else (a.shape[1], b.shape[1])
-
-
-@torch.library.impl(_library, "accumulate_mm", "CompositeExplicitAutograd")
-def _accumulate_elsewhere(
-    a: Tensor, b: Tensor, key: Tensor | None, accumulator: str, first: str, second: str, source: str
-) -> Tensor:
-    raise NotImplementedError(f"accumulators are simulated on the CPU, got a tensor on {a.device}: use a.cpu()")
 
 
 @torch.library.register_vmap("fpsim::accumulate_mm", lib=_library)

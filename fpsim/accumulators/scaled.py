@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from fpsim.accumulators.accumulator import Accumulator
-from fpsim.accumulators.cpu import NV_BLOCK
 from fpsim.accumulators.machines import Machine
 from fpsim.accumulators.ops import accumulate_scaled_op
 from fpsim.accumulators.parts import RULES, parts_of
 from fpsim.accumulators.shapes import matrices, result_shape
+from fpsim.accumulators.specification import NV_BLOCK
 from fpsim.casts import Cast, outer_scale
 from fpsim.formats import FloatFormat
 from fpsim.rounding.ops import SOURCE
