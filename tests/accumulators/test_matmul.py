@@ -340,7 +340,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"accumulator": "hopper_fp8", "format": "bf16"}, "hopper_fp8 multiplies e4m3fn and e5m2, and not e8m7: "
      "accumulator='ampere' multiplies these"),
     ({"accumulator": "hopper", "format": ("fp16", "bf16")}, "hopper multiplies fp16, or bf16, or tf32, and not"),
-    ({"accumulator": "hopper_fp8", "format": "mxfp8"}, "multiplies elements.*use an unscaled format such as 'e4m3fn'"),
+    ({"accumulator": "hopper_fp8", "format": "e4m3fn/row"}, "multiplies elements.*use an unscaled format"),
     ({"accumulator": "blackwell_nvfp4"}, "multiplies elements with scales, got 'no format': give format='nvfp4'"),
     ({"accumulator": "blackwell_mxfp8", "format": "nvfp4"}, "multiplies elements with scales, got 'e2m1fn.*'mxfp8'"),
     ({"accumulator": "blackwell_nvfp4", "format": "mxfp8"}, "blackwell_nvfp4 multiplies e2m1fn, and not e4m3fn"),
