@@ -531,23 +531,45 @@ struct Tile : Packed<double> {
     const V limit(0x1p128), infinite(std::numeric_limits<double>::infinity());
     for (int64_t k = first; k < last; k += spec.length) {
       const int64_t end = std::min(k + spec.length, last);
-      for (int r = 0; r < ROWS; ++r) {
-        for (int v = 0; v < VECTORS; ++v) {
-          V tops[2] = {V(spec.floor), V(spec.floor)}, sums[2] = {V(0.0), V(0.0)};
-          for (int64_t lane = 0; lane < spec.lanes; ++lane) {
-            V top = tops[lane], sum(0.0);
-            for (int64_t i = k + lane; i < end; i += spec.lanes) top = at::vec::clamp_min(top, product_power(i, r, v));
-            const V scale = V(spec.kept) * inverse(top);
-            for (int64_t i = k + lane; i < end; i += spec.lanes) {
-              const V p = product(i, r, v);
-              sum = sum + choose(magnitude(p) >= limit, infinite | (p & Mask::sign()), (p * scale).trunc());
-            }
-            tops[lane] = top;
-            sums[lane] = sum;
+      V tops[2][ROWS][VECTORS], sums[2][ROWS][VECTORS];
+      for (int64_t lane = 0; lane < spec.lanes; ++lane) {
+        V top[ROWS][VECTORS], scale[ROWS][VECTORS], sum[ROWS][VECTORS];
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < VECTORS; ++v) top[r][v] = V(spec.floor);
+        for (int64_t i = k + lane; i < end; i += spec.lanes)
+#pragma GCC unroll 4
+          for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; ++v) top[r][v] = at::vec::clamp_min(top[r][v], product_power(i, r, v));
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < VECTORS; ++v) {
+            scale[r][v] = V(spec.kept) * inverse(top[r][v]);
+            sum[r][v] = V(0.0);
           }
-          const V top = at::vec::clamp_min(tops[0], tops[1]);
-          V products = sums[0];
-          if (spec.lanes == 2) products = (sums[0] * (tops[0] * inverse(top))).floor() + (sums[1] * (tops[1] * inverse(top))).floor();
+        for (int64_t i = k + lane; i < end; i += spec.lanes)
+#pragma GCC unroll 4
+          for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; ++v) {
+              const V p = product(i, r, v);
+              sum[r][v] = sum[r][v] + choose(magnitude(p) >= limit, infinite | (p & Mask::sign()), (p * scale[r][v]).trunc());
+            }
+        copy(top, tops[lane]);
+        copy(sum, sums[lane]);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) {
+          V top = tops[0][r][v], products = sums[0][r][v];
+          if (spec.lanes == 2) {
+            top = at::vec::clamp_min(top, tops[1][r][v]);
+            products = (products * (tops[0][r][v] * inverse(top))).floor() + (sums[1][r][v] * (tops[1][r][v] * inverse(top))).floor();
+          }
           const V old = c[r][v], own = finite_power(old), joined = at::vec::clamp_min(top, own);
           V kept = floor_to(old, V(spec.kept) * inverse(joined));
           if (spec.lanes == 2) kept = choose((own * V(2 * spec.kept) < joined) & (magnitude(old) < infinite), V(0.0), kept);
@@ -555,7 +577,6 @@ struct Tile : Packed<double> {
           const V cut = floor_to(x, V(spec.late_kept) * inverse(finite_power(x)));
           c[r][v] = round<NEAREST>(choose(x == V(0.0), V(0.0), cut), r, v, 0);
         }
-      }
     }
   }
 
