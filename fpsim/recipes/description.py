@@ -22,7 +22,7 @@ def wrapped(heading: str, text: str) -> str:
 def lines_of_policy(policy: Policy | None) -> list[tuple[str, str]]:
     """Headings and texts: a line for each kind of product, and one for each field that says more."""
     if policy is None:
-        return [("policy", "none: nothing in the model is rounded")]
+        return [("policy", "none: the model is not compiled")]
     lines = [(kind, _product(policy, kind)) for kind in KINDS]
     results = {name: cast for name in ("forward", "backward") if (cast := policy.elementwise_cast(name)) is not None}
     if results:
