@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fpsim import curvature, recipes, reference, sharpness, testing
+    from fpsim import curvature, posttraining, recipes, reference, sharpness, testing
     from fpsim.accumulators.matmul import matmul
     from fpsim.block_functions import decode_blocks, encode_blocks
     from fpsim.compile_backend import (
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fpsim.training.parameters import round_parameters
 
 #: The public modules.
-_MODULES = ("curvature", "recipes", "reference", "sharpness", "testing")
+_MODULES = ("curvature", "posttraining", "recipes", "reference", "sharpness", "testing")
 
 #: The other public names, and the module that holds each.
 _HOMES = {
@@ -83,6 +83,7 @@ __all__ = [
     "matmul",
     "pack",
     "parse_format",
+    "posttraining",
     "power_of_two_scale",
     "profile",
     "recipes",

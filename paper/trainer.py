@@ -9,6 +9,7 @@ The recipe is that of nanoGPT and TinyLlama, the code bases the paper names: Ada
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fpsim.compile_backend import load_scale_state, scale_state
 from fpsim.compile_backend.report.profiler import Profiler
+from fpsim.policy import Policy
+from fpsim.recipes import Recipe
 
 from .compiled_loss import Autocast, Compile, Loss, OpenAttention, compile_loss, with_attention
 from .config import RunConfig
@@ -65,10 +69,15 @@ class Trainer:
         )
         network = build(config.model, seed=config.seed).to(config.device, getattr(torch, config.dtype))
         self.model = (LossAndLogits if config.measure_every else LanguageModel)(network)
+        self.recipe = recipe_of(config)
+        if self.recipe is not None and self.recipe.preparation is not None:
+            self.model = self.recipe.preparation.apply(self.model, None)
         self.stage: int | None = None
         self.profiler: Profiler | None = None
         self._enter(0)
-        self.optimizer = _adamw(self.model, config)  # after `install`, which may replace the parameters
+        optimizer = _adamw(self.model, config)  # after `install`, which may replace the parameters
+        part = None if self.recipe is None else self.recipe.optimizer
+        self.optimizer = optimizer if part is None else part.apply(optimizer, self.model)
 
     def _enter(self, index: int) -> None:
         """Compile for the stage of the run that the step ``index`` is in, unless it is compiled."""
@@ -76,12 +85,20 @@ class Trainer:
         stage = sum(start <= index for start, _ in config.stages)
         if stage == self.stage:
             return
-        self.stage, self.options, self.profiler = stage, config.options_at(index), None
+        self.stage, self.options, self.profiler = stage, self._options_at(index), None
         module: nn.Module = self.model
         if config.autocast:
             module = Autocast(module, getattr(torch, config.autocast), torch.device(config.device).type)
         self.trained = module
-        self.install(self.compile(module, self.options))
+        self.compiled = self.compile(module, self.options)
+        self.install(self.compiled)
+
+    def _options_at(self, index: int) -> Mapping[str, object] | None:
+        """The options of the step ``index``: those of the configuration, or the policy of its recipe."""
+        if self.recipe is None:
+            return self.config.options_at(index)
+        policy = self.recipe.policy_for(self.model)
+        return None if policy is None else {"policy": policy}
 
     def install(self, compiled: Loss) -> None:
         """Train by ``compiled`` from now on."""
@@ -171,7 +188,9 @@ class Trainer:
 
     def state_if(self, is_due: bool) -> dict[str, Any] | None:
         """The weights and the optimizer's state if a checkpoint ``is_due``; None if this process has none to write."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()} if is_due else None
+        if not is_due:
+            return None
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scales": self.scales()}
 
     def resume(self, index: int, state: Mapping[str, Any]) -> None:
         """Continue before the step ``index`` from the ``state`` that `state_if` returned there."""
@@ -182,6 +201,23 @@ class Trainer:
         """Set the weights and the optimizer to ``state``."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.load_scales(state)
+
+    def load_scales(self, state: Mapping[str, Any]) -> None:
+        """Set the scales that other steps determine to ``state``."""
+        if state["scales"]:
+            load_scale_state(self.compiled, state["scales"])
+
+    def scales(self) -> dict[str, Any]:
+        """The state of the scales that other steps determine; empty if the policy has none."""
+        options = self.options
+        is_timed = options is not None and Policy.from_options(options).is_timed
+        return dict(scale_state(self.compiled)) if is_timed else {}
+
+
+def recipe_of(config: RunConfig) -> Recipe | None:
+    """The recipe of a run, or None."""
+    return None if config.recipe is None else Recipe.from_json(json.dumps(config.recipe))
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, steps: int, floor: float = 0.1) -> float:

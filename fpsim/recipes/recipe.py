@@ -25,6 +25,7 @@ from fpsim.suggestions import did_you_mean
 
 #: The classes of parts by name, and the module that holds each: what `Recipe.from_json` can read.
 PARTS: dict[str, str] = {
+    "CalibratedLayers": "fpsim.recipes.post_training",
     "ClippedUpdates": "fpsim.recipes.clipped_updates",
     "ClippingValues": "fpsim.recipes.federated",
     "Cyclic": "fpsim.training.schedules",
@@ -37,9 +38,12 @@ PARTS: dict[str, str] = {
     "Progressive": "fpsim.training.schedules",
     "ProjectedAdam": "fpsim.recipes.galore",
     "RotaryTables": "fpsim.recipes.bf16_rope",
+    "RoundedAttention": "fpsim.recipes.post_training",
     "RoundedState": "fpsim.recipes.rounded_state",
+    "RoundedWeights": "fpsim.recipes.post_training",
     "ScaledLoss": "fpsim.recipes.scaled_loss",
     "SmoothUnits": "fpsim.recipes.fp8_trillion",
+    "SplitChannels": "fpsim.recipes.post_training",
 }
 
 #: The version of the JSON form. It increases when an older fpsim could misread a newer file.

@@ -388,6 +388,11 @@ def nv_scales(x: Any, scale: Scale, axes: list[int], call: Call) -> tuple[Any, A
     small = call(aten.lt.Scalar, total, _SMALLEST_NORMAL)
     whole = call(aten.where.ScalarSelf, small, 1.0, whole)
     whole = call.stored(call(aten.where.ScalarOther, usable, whole, 1.0))
+    return nv_block_scale(amax, whole, scale, call), whole
+
+
+def nv_block_scale(amax: Any, whole: Any, scale: Scale, call: Call) -> Any:
+    """NVFP4's scales of blocks with the largest magnitudes ``amax``, under the scale ``whole`` of the tensor."""
     if scale.rule == "te":
         factor = call(aten.mul.Tensor, whole, call.constant(_SIXTH, whole))
         block = call(aten.mul.Tensor, amax, factor)
@@ -395,7 +400,7 @@ def nv_scales(x: Any, scale: Scale, axes: list[int], call: Call) -> tuple[Any, A
         sixth = call(aten.div.Tensor, amax, call.constant(6.0, amax))
         block = call(aten.clamp_min.default, call(aten.div.Tensor, sixth, whole), 2.0**-6)
     block = call(round_op, block, "e4m3fn", "nearest_even", "sat_finite", SOURCE)
-    return call.stored(block), whole
+    return call.stored(block)
 
 
 def nv_factor(block: Any, whole: Any, scale: Scale, call: Call) -> Any:

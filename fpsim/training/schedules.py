@@ -302,7 +302,8 @@ class Scheduled(nn.Module):
         """
         policy = self.policy
         if policy not in self._compiled:
-            self._compiled[policy] = torch.compile(self._orig_mod, backend=self.backend, options={"policy": policy})
+            options: dict[str, Any] = {"policy": policy}
+            self._compiled[policy] = torch.compile(self._orig_mod, backend=self.backend, options=options)
         return self._compiled[policy]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
