@@ -319,7 +319,8 @@ class Scheduled(nn.Module):
         Raises:
             ValueError: the schedule follows the loss, and there is none.
         """
-        self.state = self.schedule.after(self.state, None if loss is None else float(loss))
+        given = loss.detach() if isinstance(loss, Tensor) else loss
+        self.state = self.schedule.after(self.state, None if given is None else float(given))
 
     def __getattr__(self, name: str) -> Any:
         try:
