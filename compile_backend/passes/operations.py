@@ -40,7 +40,7 @@ def round_operations(
         if cast is not None:
             sites.append(site_of_operation(path, "aten.sum", "backward", node, cast))
             inserter.round_result(node, sites[-1])
-    forward = forward_by_number(graph, sources)
+    forward = forward_by_number(graph, sources) if rounded else {}
     of_products = {node for product in products for node in (product.value, product.result)}
     for node in find_marks(graph):
         value, operator = node.args

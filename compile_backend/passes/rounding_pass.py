@@ -113,7 +113,7 @@ def rewrite(
     """
     note_gradients(graph)
     refused = opaque_gaps(graph, policy, strict)
-    copies = insert_saved(graph, policy, find_sources(graph, input_sources), strict)
+    copies = insert_saved(graph, policy, input_sources, strict)
     views = {node for node in graph.nodes if is_alias(node)}
     sources = find_sources(graph, input_sources)
     inserter = Inserter(graph, sources, seed, handle, recorder)

@@ -15,7 +15,7 @@ Backward computes the rest again, from the copy: its nodes in the graph are copi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -33,7 +33,14 @@ from fpsim.compile_backend.graph.operation_ends import mark
 from fpsim.compile_backend.graph.operations import ONE_RESULT
 from fpsim.compile_backend.graph.products import opaque_family
 from fpsim.compile_backend.graph.recognition import is_product
-from fpsim.compile_backend.graph.sources import VARIABLE, Source, forward_by_number, is_backward, operation_of
+from fpsim.compile_backend.graph.sources import (
+    VARIABLE,
+    Source,
+    find_sources,
+    forward_by_number,
+    is_backward,
+    operation_of,
+)
 from fpsim.compile_backend.graph.views import base, is_view
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.places import policy_at, site_of_saved
@@ -49,12 +56,12 @@ _RECOMPUTED = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUT
 
 
 def insert_saved(
-    graph: fx.Graph, policy: Policy, sources: Mapping[fx.Node, Source], strict: bool
+    graph: fx.Graph, policy: Policy, input_sources: Sequence[Source], strict: bool
 ) -> list[tuple[fx.Node, Site]]:
     """Let backward read copies of the activations of ``graph``, which `round_saved` will round.
 
     Args:
-        sources: the sources of the nodes (`find_sources`).
+        input_sources: the kinds of the inputs of the traced function, in order.
 
     Returns:
         The copies, and their sites.
@@ -63,7 +70,9 @@ def insert_saved(
         UnroundedError: with ``strict``, a complex activation, or a module that is unknown while the policy has rules
             for modules.
     """
-    return _Saving(graph, policy, sources, strict).run() if policy.rounds_saved else []
+    if not policy.rounds_saved:
+        return []
+    return _Saving(graph, policy, find_sources(graph, input_sources), strict).run()
 
 
 def round_saved(copies: list[tuple[fx.Node, Site]], inserter: Inserter) -> list[Site]:

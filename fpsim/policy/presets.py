@@ -8,10 +8,10 @@ from typing import Any
 HYBRID = {"activation": "e4m3fn/sat_finite", "weight": "e4m3fn/sat_finite", "gradient": "e5m2/sat_finite"}
 
 #: The fields of a policy for linear layers and convolutions, which leaves attention alone.
-LINEAR = {"products": "weights", "attention": "keep"}
+LINEAR: dict[str, Any] = {"products": "weights", "attention": "keep"}
 
 
-def by_role(activation: str, weight: str, gradient: str) -> dict[str, str]:
+def by_role(activation: str, weight: str, gradient: str) -> dict[str, Any]:
     """The fields with the casts of the three roles."""
     return {"activation": activation, "weight": weight, "gradient": gradient}
 
@@ -62,6 +62,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 #: The recipes that are more than a policy: `fpsim.recipes.NAME(...).apply(model, optimizer)` carries them out.
 MORE_THAN_POLICIES = (
-    "amp_fp16", "aqt", "coat", "comet", "deepseek_v3", "fp8_federated", "fp8_lm", "fp8_trillion", "galore8bit", "halo",
-    "int8_qat", "k_sort", "low_precision_rl", "nf4", "switchback", "zeroquant_fp",
+    "amp_fp16", "aqt", "bf16_rope", "coat", "comet", "deepseek_v3", "fp8_federated", "fp8_lm", "fp8_trillion",
+    "fractrain", "galore8bit", "halo", "int8_qat", "k_sort", "low_precision_rl", "mcu_fp16", "mosaic_layernorm", "nf4",
+    "switchback", "zeroquant_fp",
 )  # fmt: skip

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from fpsim.recipes.amp import amp_bf16, amp_fp16
 from fpsim.recipes.aqt import aqt
+from fpsim.recipes.bf16_rope import bf16_rope
 from fpsim.recipes.coat import coat
 from fpsim.recipes.comet import comet
 from fpsim.recipes.deepseek import deepseek_v3
@@ -22,11 +23,14 @@ from fpsim.recipes.exclusions import Exclusions
 from fpsim.recipes.federated import fp8_federated
 from fpsim.recipes.fp8_lm import fp8_lm
 from fpsim.recipes.fp8_trillion import fp8_trillion
+from fpsim.recipes.fractrain import fractrain
 from fpsim.recipes.galore import galore8bit
 from fpsim.recipes.halo import halo
 from fpsim.recipes.int8_qat import int8_qat
 from fpsim.recipes.k_sort import k_sort
 from fpsim.recipes.low_precision_rl import low_precision_rl
+from fpsim.recipes.mcu_fp16 import mcu_fp16
+from fpsim.recipes.mosaic_layernorm import mosaic_layernorm
 from fpsim.recipes.mxfp8 import mxfp8
 from fpsim.recipes.nf4 import nf4
 from fpsim.recipes.nvfp4 import nvfp4
@@ -43,6 +47,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "amp_bf16": amp_bf16,
     "amp_fp16": amp_fp16,
     "aqt": aqt,
+    "bf16_rope": bf16_rope,
     "coat": coat,
     "comet": comet,
     "deepseek_v3": deepseek_v3,
@@ -50,11 +55,14 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "fp8_federated": fp8_federated,
     "fp8_lm": fp8_lm,
     "fp8_trillion": fp8_trillion,
+    "fractrain": fractrain,
     "galore8bit": galore8bit,
     "halo": halo,
     "int8_qat": int8_qat,
     "k_sort": k_sort,
     "low_precision_rl": low_precision_rl,
+    "mcu_fp16": mcu_fp16,
+    "mosaic_layernorm": mosaic_layernorm,
     "mxfp8": mxfp8,
     "nf4": nf4,
     "nvfp4": nvfp4,

@@ -13,7 +13,7 @@ import importlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -29,12 +29,19 @@ PARTS: dict[str, str] = {
     "CalibratedLayers": "fpsim.recipes.post_training",
     "ClippedUpdates": "fpsim.recipes.clipped_updates",
     "ClippingValues": "fpsim.recipes.federated",
+    "Cyclic": "fpsim.training.schedules",
     "HalfPrecisionAdam": "fpsim.recipes.low_precision_rl",
     "LearnedClipping": "fpsim.recipes.federated",
+    "Linear": "fpsim.training.schedules",
     "NarrowGradients": "fpsim.recipes.fp8_lm",
+    "NarrowLayerNorms": "fpsim.recipes.mosaic_layernorm",
+    "Piecewise": "fpsim.training.schedules",
+    "Progressive": "fpsim.training.schedules",
     "ProjectedAdam": "fpsim.recipes.galore",
+    "RotaryTables": "fpsim.recipes.bf16_rope",
     "RoundedAttention": "fpsim.recipes.post_training",
     "RoundedWeights": "fpsim.recipes.post_training",
+    "ScaledLoss": "fpsim.recipes.scaled_loss",
     "SmoothUnits": "fpsim.recipes.fp8_trillion",
     "SplitChannels": "fpsim.recipes.post_training",
 }
@@ -60,7 +67,7 @@ class OptimizerPart(Protocol):
 class GradientsPart(Protocol):
     """A change of the exchange of gradients between processes."""
 
-    def apply(self, model: torch.nn.Module, optimizer: Any) -> None:
+    def apply(self, model: torch.nn.Module, optimizer: Any) -> Any:
         """Register hooks on ``model``, a `DistributedDataParallel` or FSDP module."""
 
 
@@ -158,7 +165,8 @@ class Recipe:
         if self.schedule is not None:
             compiled = self.schedule.apply(model, policy, backend)
         elif policy is not None:
-            compiled = torch.compile(model, backend=backend, options={"policy": policy})
+            options: dict[str, Any] = {"policy": policy}
+            compiled = cast(torch.nn.Module, torch.compile(model, backend=backend, options=options))
         else:
             compiled = model
         if self.optimizer is not None and optimizer is not None:

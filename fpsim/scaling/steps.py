@@ -19,13 +19,15 @@ from fpsim.rounding.carriers import CODES_OF, working_dtype
 from fpsim.rounding.ops import SOURCE, round_op, round_with_words_op
 from fpsim.scaling.groups import Call, Groups, OnTensors, split
 from fpsim.scaling.rules import E8M0_BIAS, NAN_MARK
-from fpsim.scaling.scale import MX_RULES, NV_RULES, Scale
+from fpsim.scaling.scale import AFFINE_RULES, MX_RULES, NV_RULES, Scale
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 _SMALLEST_NORMAL = 2.0**-126
 #: The smallest ratio: with it no quotient or product of interest is subnormal in float32.
 SMALLEST_RATIO = 2.0**-100
+#: The smallest ratio of the rule ``range``, which is FracTrain's.
+_SMALLEST_RANGE = 1e-8
 _LARGEST = float.fromhex("0x1.fffffep127")
 #: 1/6 rounded to float32.
 _SIXTH = float.fromhex("0x1.555556p-3")
@@ -115,12 +117,16 @@ def quantized(x: Any, dtype: torch.dtype, elements: Elements, scale: Scale, scal
         scaled = call(aten.mul.Tensor, wide, nv_factor(scales[0], scales[1], scale, call))
         scaled = scaled if exact_zero else _flushed(scaled, call)
         return elements.rounded(_clamped(scaled, -6.0, 6.0, call), working)
+    if scale.rule == "range":
+        wide = call(aten.sub.Tensor, wide, scales[1])
     if scale.rule == "encode":
         y = call(aten.mul.Tensor, wide, scales[1])
     else:
         y = call(aten.mul.Tensor if scale.order else aten.div.Tensor, wide, scales[0])
     y = y if exact_zero else _flushed(y, call)
-    return elements.codes(y, scales[1]) if scale.rule == "asymmetric" else elements.rounded(y, working)
+    if scale.rule in AFFINE_RULES:
+        return elements.codes(y, scales[1] if scale.rule == "asymmetric" else None)
+    return elements.rounded(y, working)
 
 
 def dequantized(q: Any, scale: Scale, scales: tuple[Any, ...], call: Call) -> Any:
@@ -133,7 +139,8 @@ def dequantized(q: Any, scale: Scale, scales: tuple[Any, ...], call: Call) -> An
     if scale.order:
         inverse = call.stored(call(aten.div.Tensor, call.constant(1.0, scales[0]), scales[0]))
         return call(aten.mul.Tensor, q, inverse)
-    return call(aten.mul.Tensor, q, scales[1] if scale.rule == "double" else scales[0])
+    value = call(aten.mul.Tensor, q, scales[1] if scale.rule == "double" else scales[0])
+    return call(aten.add.Tensor, value, scales[1]) if scale.rule == "range" else value
 
 
 def scales_of_groups(
@@ -143,7 +150,8 @@ def scales_of_groups(
 
     Returns:
         For powers of two, the multipliers in the dtype of ``x`` (`fpsim.scaling.rules.mx_multiplier_code`). For ratios,
-        the ratios, for ``encode`` also the factors before rounding, and for ``asymmetric`` also the zero points. For
+        the ratios, for ``encode`` also the factors before rounding, for ``asymmetric`` also the zero points, and for
+        ``range`` also the least elements. For
         ``double``, the ratios, the ratios as they are restored, and the ratios that are quantized. For NVFP4, the
         scales of the blocks and the one of the tensor. All but the multipliers are float32.
     """
@@ -155,6 +163,8 @@ def scales_of_groups(
         return nv_scales(x, scale, axes, call)
     if scale.rule == "asymmetric":
         return asymmetric_scale(x, unsigned_of(element), axes, call)
+    if scale.rule == "range":
+        return range_scale(x, unsigned_of(element), axes, call)
     amax = call(prims.convert_element_type.default, amax_of(x, axes, call), torch.float32)
     if scale.rule == "encode":
         factor = encode_scale(amax, element, call)
@@ -208,9 +218,10 @@ class Elements:
         return q
 
     def codes(self, y: Any, zero: Any) -> Any:
-        """``y`` rounded to integers, plus the integers ``zero``, limited to the codes from 0 upwards."""
+        """``y`` rounded to integers, plus the integers ``zero`` if given, limited to the codes from 0 upwards."""
         unsigned = unsigned_of(self.element)
-        q = self.call(aten.add.Tensor, self._round(y, unsigned.grid()), zero)
+        q = self._round(y, unsigned.grid())
+        q = q if zero is None else self.call(aten.add.Tensor, q, zero)
         return _clamped(q, 0.0, float(unsigned.max_integer), self.call)
 
 
@@ -338,6 +349,25 @@ def asymmetric_scale(x: Any, element: IntegerFormat, axes: list[int], call: Call
     zero = call(aten.div.Tensor, call(aten.neg.default, low), ratio)
     zero = call(round_op, zero, element.grid().name, "nearest_even", "sat_finite", SOURCE)
     return ratio, call.stored(_clamped(zero, 0.0, float(element.max_integer), call))
+
+
+def range_scale(x: Any, element: IntegerFormat, axes: list[int], call: Call) -> tuple[Any, Any]:
+    """The ratios and the least elements of the groups of ``x``, both float32 and of size 1 along ``axes``.
+
+    The ratio is (max - min) / (2^b - 1), and at least 1e-8. NaN where a group holds a NaN or an infinity.
+
+    Source: FracTrain (Fu et al., NeurIPS 2020), ``modules/quantize.py``.
+    """
+    high, low = (call(op, x, axes, True) for op in (aten.amax.default, aten.amin.default))
+    high, low = (call.stored(call(prims.convert_element_type.default, v, torch.float32)) for v in (high, low))
+    low = call(aten.where.ScalarSelf, call(aten.lt.Scalar, call(aten.abs.default, low), _SMALLEST_NORMAL), 0.0, low)
+    width = call(aten.sub.Tensor, high, low)
+    ratio = call(aten.div.Tensor, width, call.constant(float(element.max_integer), width))
+    ratio = call(aten.clamp_max.default, ratio, _LARGEST)
+    ratio = call(aten.clamp_min.default, ratio, _SMALLEST_RANGE)
+    amax = call(aten.maximum.default, call(aten.abs.default, high), call(aten.abs.default, low))
+    ratio = call(aten.where.ScalarSelf, call(aten.gt.Scalar, amax, _LARGEST), math.nan, ratio)
+    return call.stored(ratio), call.stored(low)
 
 
 def nv_scales(x: Any, scale: Scale, axes: list[int], call: Call) -> tuple[Any, Any]:

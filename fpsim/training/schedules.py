@@ -262,7 +262,7 @@ class Progressive(_Schedule):
         return self.stages[state.stage]
 
     def __str__(self) -> str:
-        stages = ", then ".join(map(_shown, self.stages))
+        stages = "; then ".join(map(_shown, self.stages))
         return f"{stages}; next when {self.keep} losses of {self.interval} steps differ by {self.threshold} at most"
 
 
@@ -378,9 +378,18 @@ def _with_bits(text: Any, bits: int) -> Any:
 
 
 def _shown(text: Any) -> str:
-    return text if isinstance(text, str) else " ".join(f"{key}={_shown_value(value)}" for key, value in text)
+    """A policy in a few words: its name, or its fields with each different value once."""
+    if isinstance(text, str):
+        return text
+    values = {value if isinstance(value, str) else _values(value) for _, value in text}
+    if len(text) == 1 or (len(values) == len(text) and all(isinstance(v, str) for _, v in text)):
+        return ", ".join(f"{key} {_values(value)}" for key, value in text)
+    return _values(text)
 
 
-def _shown_value(value: Any) -> str:
+def _values(value: Any) -> str:
+    """The different values in ``value``, without the names of fields."""
     thawed = _thawed(value)
-    return thawed if isinstance(thawed, str) else str(thawed)
+    if isinstance(thawed, Mapping):
+        return ", ".join(dict.fromkeys(_values(_frozen(inner)) for inner in thawed.values()))
+    return ", ".join(map(str, thawed)) if isinstance(thawed, tuple) else str(thawed)

@@ -221,15 +221,17 @@ def halo_cast(t: Tensor, role: str, format: str) -> tuple[Tensor, Tensor]:
     return (fp8(t / scale, E4M3) if format == "fp8" else torch.round(t / scale)), scale
 
 
-def halo(level: int, format: str) -> Callable[[Tensor, Tensor, Tensor], Products]:
+def halo(level: int, format: str, size: int = INPUTS) -> Callable[[Tensor, Tensor, Tensor], Products]:
     def products(x: Tensor, w: Tensor, g: Tensor) -> Products:
         def cast(t: Tensor, role: str) -> tuple[Tensor, Tensor]:
             return halo_cast(t, role, format)
 
         fprop, dgrad, wgrad = of_tensors(x, w, g, cast)
         if level > 0:
-            xh, wh = (hadamard(t, 1, INPUTS) for t in (x, w))
+            xh, wh = (hadamard(t, 1, size) for t in (x, w))
             fprop = product(cast(xh, ""), transposed(cast(wh, "")))
+        if level > 1:  # along the tokens
+            dgrad = hadamard(product(cast(hadamard(g, 0, size), ""), cast(w, "")), 0, size)
         return bf16(fprop), bf16(dgrad), bf16(wgrad)
 
     return products
@@ -300,6 +302,7 @@ CASES: dict[str, tuple[recipes.Recipe, Callable[[Tensor, Tensor, Tensor], Produc
     "dfp16 that wraps around": (recipes.dfp16(overflow="wrap"), dfp_wrapped),
     "halo": (recipes.halo(), halo(0, "fp8")),
     "halo 1": (recipes.halo(level=1, format="int8"), halo(1, "int8")),
+    "halo 2 in blocks": (recipes.halo(level=2, format="int8", block=32), halo(2, "int8", 32)),
     "mxfp8": (recipes.mxfp8(), mx),
     "nvfp4 without stochastic rounding": (recipes.nvfp4(stochastic=False), nv),
     "switchback": (recipes.switchback(), switchback_int8),
