@@ -26,6 +26,7 @@ from fpsim.compile_backend.passes.accumulators import insert_accumulators
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.operations import round_operations
 from fpsim.compile_backend.passes.products import opaque_gaps, round_products, warn_if_no_weight_is_found
+from fpsim.compile_backend.passes.reductions import replace_sums
 from fpsim.compile_backend.passes.saved import insert_saved, round_saved
 from fpsim.compile_backend.plan import Plan
 from fpsim.policy import Policy
@@ -122,7 +123,8 @@ def rewrite(
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph.erase_node(node)
         views.discard(node)
-    results = round_operations(graph, policy, sources, products, inserter, strict)
+    other_sums, sum_gaps, bias_gradients = replace_sums(graph, policy, sources, products, inserter, strict)
+    results = round_operations(graph, policy, sources, products, inserter, strict, bias_gradients)
     operands, gaps, sums = round_products(products, policy, inserter, strict)
     saved = round_saved(copies, inserter)
     if strict:
@@ -136,4 +138,5 @@ def rewrite(
     graph.eliminate_dead_code()
     update_aliases(graph, views)
     graph.lint()
-    return Plan((*results, *operands, *saved), (*refused, *gaps), tuple(each.sum for each in sums))
+    all_sums = (*(each.sum for each in sums), *other_sums)
+    return Plan((*results, *operands, *saved), (*refused, *gaps, *sum_gaps), all_sums)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
 from fpsim.accumulators.accumulator import Accumulator, AccumulatorLike, Order, parse_accumulator
+from fpsim.accumulators.sums import parse_reduction
 from fpsim.casts import NONE, UNSCALED, Cast, CastLike, parse_cast
 from fpsim.formats import OVERFLOWS, ElementFormat, FloatFormat, full_rounding, parse_format
 from fpsim.json_text import check_depth, parse_json
@@ -134,6 +135,13 @@ class Policy:
             mapping from ``fprop``, ``dgrad`` and ``wgrad``; other kinds of product then have the sums of torch, or
             no chunk, order or promotion. Stored are the accumulators, with the other three in their text. A bias is
             added after the sum. Default: the sums are those of torch. Rules for modules do not inherit it.
+        reductions: the accumulator of all sums that are no products, forward and backward: of softmax, norms (means and
+            variances), losses, and gradients of biases and of broadcast tensors. A format with an order:
+            ``"e8m13"``, ``"bf16 chunk=32"``, ``"fp16 order=pairwise"``, as in `fpsim.matmul`. Other steps (quotients,
+            exponentials) stay in the tensors' dtype. Integers are added as usual. An operator whose sums cannot be
+            simulated, such as the gradient of an embedding, is an error unless `gaps` lists it
+            (``"aten.embedding_dense_backward"``). Default: the sums are those of torch. Rules for modules do not
+            inherit it.
         attention: ``"round"`` decomposes scaled dot-product attention, so that its inner products are rounded.
             ``"keep"`` leaves it fused and unrounded; the plan lists it as a gap.
         gaps: names of operators that contain matrix products which the backend cannot round, and which may stay
@@ -172,6 +180,7 @@ class Policy:
     chunk: int | Mapping[str, int] | None = None
     order: Order | Mapping[str, Order] | None = None
     promote: int | Mapping[str, int] | None = None
+    reductions: AccumulatorLike | None = None
     transform: TransformsLike | None = ()
     skip: str | Iterable[str] = ()
     modules: Mapping[str, ModuleRule] | Sequence[tuple[str, ModuleRule]] = ()
@@ -199,6 +208,7 @@ class Policy:
         for kind in KINDS:
             set_(self, kind, self._casts(kind, ROLES, (*ROLES, "output"), "role"))
         set_(self, "accumulator", self._accumulators())
+        set_(self, "reductions", None if self.reductions in (None, NONE) else parse_reduction(self.reductions))
         for name in ("chunk", "order", "promote"):  # the accumulators have them
             set_(self, name, None)
         set_(self, "elementwise", self._casts("elementwise", DIRECTIONS, DIRECTIONS, "direction"))
@@ -266,12 +276,6 @@ class Policy:
             for kind in KINDS
             if kind in accumulators
         )
-        for _, accumulator in parsed:
-            if accumulator.machine is not None and accumulator.machine.blocks:
-                raise ValueError(
-                    f"{accumulator} takes the scales of blocks into its sums, and a policy multiplies operands by them "
-                    "before: use fpsim.matmul, or a machine without scales, such as 'blackwell'"
-                )
         return parsed or None
 
     def _transforms(self) -> tuple[tuple[str, Transform], ...]:
@@ -357,6 +361,16 @@ class Policy:
         """The accumulator of products of ``kind``; None if their sums are those of torch."""
         return dict(cast(tuple[tuple[str, Accumulator], ...], self.accumulator or ())).get(kind)
 
+    @property
+    def reduction(self) -> Accumulator | None:
+        """The accumulator of sums that are no products; None if they are those of torch."""
+        return cast(Accumulator | None, self.reductions)
+
+    @property
+    def reduces(self) -> bool:
+        """Whether sums that are no products have an accumulator in any module."""
+        return self.reductions is not None or any(policy.reduces for policy in self._policies_of_modules)
+
     def elementwise_cast(self, direction: str) -> Cast | None:
         """The cast of the results of other operations, ``forward`` or ``backward``; None if they are not rounded."""
         return _rounding_cast(_casts_by_key(self, "elementwise").get(direction))
@@ -395,7 +409,8 @@ class Policy:
                     policy.check_names_format()
             except ValueError as error:
                 raise ValueError(f"in the rule for modules {glob!r}: {error}") from None
-        is_rounding = self._policies_of_modules or self.accumulator or any(True for _ in self._all_casts())
+        sums = self.accumulator or self.reductions
+        is_rounding = self._policies_of_modules or sums or any(True for _ in self._all_casts())
         says_none = self.format == NONE or all(getattr(self, role) == NONE for role in ROLES)
         if not is_rounding and not says_none:
             given = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
@@ -441,7 +456,7 @@ class Policy:
     @property
     def is_stochastic(self) -> bool:
         """Whether any rounding draws random numbers."""
-        sums = [self.accumulator_of(kind) for kind in KINDS]
+        sums = [self.reduction, *(self.accumulator_of(kind) for kind in KINDS)]
         return (
             any(cast.is_stochastic for cast in self._all_casts())
             or any(accumulator is not None and accumulator.is_stochastic for accumulator in sums)
@@ -552,6 +567,8 @@ class Policy:
             elif field.name == "accumulator":
                 texts = {kind: str(accumulator) for kind, accumulator in value}
                 value = texts[KINDS[0]] if len(texts) == len(KINDS) and len(set(texts.values())) == 1 else texts
+            elif isinstance(value, Accumulator):
+                value = str(value)
             elif field.name == "transform":
                 value = _written_transforms(dict(value))
             elif field.name == "modules":

@@ -70,15 +70,13 @@ def round_scaled(
     """
     if scale is None:
         return Elements(element, rounding, overflow, words, call).rounded(x, dtype)
-    groups = split(call.stored(x) if dtype == torch.bfloat16 else x, scale, axes, call)
+    groups = split(call.stored(x), scale, axes, call)
     if words is not None:
-        words = split(call.stored(words), scale, axes, call).values
+        words = split(words, scale, axes, call).values
     elements = Elements(element, rounding, overflow, words, call)
     scales = scales_of_groups(groups.values, dtype, element, scale, groups.axes, call) if factor is None else (factor,)
     if scale.rule in MX_RULES:
-        rounded = elements.on_shifted_grid(groups.values, scales[0])
-        is_nan = call(aten.eq.Scalar, scales[0], NAN_MARK)
-        return groups.restore(call.stored(call(aten.where.ScalarSelf, is_nan, math.nan, rounded)))
+        return groups.restore(elements.in_mx_groups(groups.values, scales[0], scale.rule))
     working = working_dtype(dtype)
     q = quantized(groups.values, dtype, elements, scale, scales)
     if outside:
@@ -88,7 +86,7 @@ def round_scaled(
     if dtype != working:
         value = call(round_op, value, "e8m7", "nearest_even", "ovf_inf", SOURCE)
         value = call(prims.convert_element_type.default, value, dtype)
-    return groups.restore(call.stored(value))
+    return groups.restore(value)
 
 
 def outer_scale(x: Any, dtype: torch.dtype, element: ElementFormat, scale: Scale, axes: list[int], call: Call) -> Any:
@@ -98,7 +96,7 @@ def outer_scale(x: Any, dtype: torch.dtype, element: ElementFormat, scale: Scale
     in the working dtype. The scale of a tensor has no axes. That of rows has the axes of ``x``, with size 1 along
     ``axes``.
     """
-    groups = split(call.stored(x) if dtype == torch.bfloat16 else x, scale, axes, call)
+    groups = split(call.stored(x), scale, axes, call)
     scales = scales_of_groups(groups.values, dtype, element, scale, groups.axes, call)
     factor = scales[1] if scale.rule in NV_RULES else scales[0]
     if scale.rule == "te":
@@ -199,10 +197,23 @@ class Elements:
 
     def on_shifted_grid(self, x: Any, multiplier: Any) -> Any:
         """``x`` rounded to the grid of the format divided by ``multiplier``, powers of two."""
+        return self._round(x, self._grid(), multiplier)
+
+    def in_mx_groups(self, x: Any, multiplier: Any, rule: str) -> Any:
+        """`on_shifted_grid` for the multipliers of `mx_multiplier`; NaN where the scale is NaN."""
+        call = self.call
+        if self.words is None:
+            name = self._grid().name
+            return call(
+                torch.ops.fpsim.round_mx.default, x, multiplier, name, self.rounding, self.overflow, rule, SOURCE
+            )
+        is_nan = call(aten.eq.Scalar, multiplier, NAN_MARK)
+        return call(aten.where.ScalarSelf, is_nan, math.nan, self.on_shifted_grid(x, multiplier))
+
+    def _grid(self) -> FloatFormat:
+        """The floating-point format with the values of the element format."""
         assert not isinstance(self.element, CodebookFormat), "casts with codebooks have ratios"
-        return self._round(
-            x, self.element.grid() if isinstance(self.element, IntegerFormat) else self.element, multiplier
-        )
+        return self.element.grid() if isinstance(self.element, IntegerFormat) else self.element
 
     def rounded(self, y: Any, working: torch.dtype) -> Any:
         """``y`` rounded to the format."""
@@ -236,16 +247,23 @@ def amax_of(x: Any, axes: list[int], call: Call) -> Any:
     return call.stored(call(aten.amax.default, call(aten.abs.default, x), axes, True))
 
 
+def amax_by_codes(x: Any, dtype: torch.dtype, axes: list[int], call: Call) -> Any:
+    """`amax_of` by the codes of magnitudes, which are in their order."""
+    integer = CODES_OF[dtype]
+    codes = call(aten.bitwise_and.Scalar, call(aten.view.dtype, x, integer), torch.iinfo(integer).max)
+    return call(aten.view.dtype, call.stored(call(aten.amax.default, codes, axes, True)), dtype)
+
+
 def mx_multiplier(x: Any, dtype: torch.dtype, element: ElementFormat, rule: str, axes: list[int], call: Call) -> Any:
     """The powers of two by which the groups of ``x`` are multiplied: see `fpsim.scaling.rules.mx_multiplier_code`."""
     assert not isinstance(element, CodebookFormat), "casts with codebooks have ratios"
-    if element.max_exponent >= 1:  # all subnormals have the smallest scale
-        amax = amax_of(x, axes, call)
-    else:  # a comparison of floats would take subnormals for zeros where the process does so
-        integer = CODES_OF[dtype]
-        magnitude = torch.iinfo(integer).max
-        codes = call(aten.bitwise_and.Scalar, call(aten.view.dtype, x, integer), magnitude)
-        amax = call(aten.view.dtype, call.stored(call(aten.amax.default, codes, axes, True)), dtype)
+    # A comparison of floats takes subnormals for zeros where the process does so. That is no harm where all have the
+    # smallest scale.
+    is_across = dtype != torch.bfloat16 and len(call.shape(x)) - 1 not in axes
+    if is_across or element.max_exponent < 1:
+        amax = amax_by_codes(x, dtype, axes, call)
+    else:
+        amax = amax_of(x, axes, call)  # faster along vectors
     return call.stored(call(torch.ops.fpsim.mx_multiplier.default, amax, element.name, rule, SOURCE))
 
 
