@@ -23,6 +23,7 @@ from fpsim.compile_backend.graph.recognition import note_gradients
 from fpsim.compile_backend.graph.sources import Source, find_input, find_sources
 from fpsim.compile_backend.observe.recorder import Recorder
 from fpsim.compile_backend.passes.accumulators import insert_accumulators
+from fpsim.compile_backend.passes.flash import flash_sites
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.operations import round_operations
 from fpsim.compile_backend.passes.products import opaque_gaps, round_products, warn_if_no_weight_is_found
@@ -120,6 +121,7 @@ def rewrite(
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph.erase_node(node)
         views.discard(node)
+    attended, attended_sums = flash_sites(graph, recorder)
     results = round_operations(graph, policy, sources, products, inserter, strict)
     operands, gaps, sums = round_products(products, policy, inserter, strict)
     if strict:
@@ -133,4 +135,5 @@ def rewrite(
     graph.eliminate_dead_code()
     update_aliases(graph, views)
     graph.lint()
-    return Plan((*results, *operands), (*refused, *gaps), tuple(each.sum for each in sums))
+    all_sums = (*(each.sum for each in sums), *attended_sums)
+    return Plan((*results, *operands, *attended), (*refused, *gaps), all_sums)

@@ -1,0 +1,100 @@
+"""Attention in tiles has the bits of its definition, of plain loops over tiles, and of the published code."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fpsim
+from fpsim import reference
+from fpsim.reference import to_float
+
+from . import plain
+
+#: Roundings that differ at every step, so that a step at the wrong place changes bits.
+MANY = {
+    "inputs": "e5m4", "arithmetic": "e8m12", "scores": "e8m9", "exponentials": "e8m8", "probabilities": "e8m5/toward_zero",
+    "sums": "e8m10/up", "accumulator": "e8m9/toward_zero", "output": "e8m6", "delta": "e8m7/down",
+    "score_gradients": "e8m5", "block_q": 2, "block_k": 3, "late_scale": False,
+}  # fmt: skip
+TILES = {"block_q": 2, "block_k": 3}
+BF16 = {"inputs": "bf16", "probabilities": "bf16", "score_gradients": "bf16", "output": "bf16", "arithmetic": "fp32"}
+ALL_BF16 = {"inputs": "bf16", "arithmetic": "bf16", "late_scale": False}
+FIELDS: dict[str, dict[str, Any]] = {
+    "float32": TILES,
+    "flash2_bf16": BF16 | TILES,
+    "all_bf16": ALL_BF16 | TILES,
+    "every step its own": MANY,
+    "late scale": MANY | {"late_scale": True},
+    "cure": ALL_BF16 | TILES | {"cure": 2.0},
+    "offset": BF16 | TILES | {"probabilities": "e4m3fn", "offset": 8},
+    "one tile": MANY | {"block_q": 64, "block_k": 64},
+}
+
+
+def numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, fields: dict[str, Any], **options: Any
+) -> list[Tensor]:
+    """O, dQ, dK and dV."""
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    output = fpsim.flash_attention(*leaves, steps=fields, **options)
+    return [output.detach(), *torch.autograd.grad(output, leaves, gradient)]
+
+
+def repeated_rows(q: Tensor) -> Tensor:
+    """Whole numbers in the first rows, so that scores repeat."""
+    return torch.cat([q[:2].round(), q[2:]])
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("carrier", ["fp64", "fp32"])
+def test_small_tensors_have_the_bits_of_the_reference(name: str, carrier: str) -> None:
+    """In float32 the operands are short numbers, so that products have exact sums."""
+    fields = FIELDS[name]
+    dtype = torch.float64 if carrier == "fp64" else torch.float32
+    q, k, v, gradient = (fpsim.round(numbers(n, 2, seed=i), "e5m3").to(dtype) for i, n in enumerate((5, 7, 7, 5)))
+    k[1] = k[4] = k[0]  # equal keys: scores repeat
+    mask = torch.zeros(5, 7, dtype=dtype)
+    mask[3, 2:5], mask[2] = -torch.inf, -torch.inf
+    mask[4, 1] = 0.75
+    scale = float(torch.tensor(1 / math.sqrt(2)))
+    steps = reference.Steps(**fields)
+    exact = [x.tolist() for x in (q, k, v)]
+    options = {"scale": scale, "mask": mask.tolist(), "carrier": carrier}
+    output, logarithms = reference.flash_forward(*exact, steps, **options)
+    gradients = reference.flash_backward(gradient.tolist(), *exact, output, logarithms, steps, **options)
+    wanted = [
+        torch.tensor([[to_float(x) for x in row] for row in matrix], dtype=dtype) for matrix in (output, *gradients)
+    ]
+    for got, want in zip(attention(q, k, v, gradient, fields, attn_mask=mask), wanted, strict=True):
+        assert torch.equal(got, want)
+    assert not wanted[0][2].any() and wanted[0][0].all()  # the row without a key
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_heads_have_the_bits_of_plain_loops_over_tiles(name: str, dtype: torch.dtype) -> None:
+    """Lengths are no multiples of tiles. Short operands make the sums of float32 products exact, in any order."""
+    fields = FIELDS[name]
+    rounded = "e5m2" if dtype == torch.float32 else "bf16"
+    q, gradient = (fpsim.round(numbers(2, 3, 13, 4, seed=i, dtype=dtype), rounded) for i in (0, 1))
+    k, v = (fpsim.round(numbers(2, 3, 11, 4, seed=i, dtype=dtype), rounded) for i in (2, 3))
+    k[:, :, 5] = k[:, :, 2]
+    is_seen = torch.rand(2, 1, 13, 11, generator=torch.Generator().manual_seed(4)) < 0.7
+    got = attention(q, k, v, gradient, fields, attn_mask=is_seen)
+    added = torch.zeros(is_seen.shape, dtype=dtype).masked_fill(~is_seen, -torch.inf)
+    for batch in range(2):
+        for head in range(3):
+            one = [x[batch, head] for x in (q, k, v)]
+            output, logarithms = plain.forward(*one, 0.5, added[batch, 0], fields)
+            given = (gradient[batch, head], *one, output, logarithms, 0.5, added[batch, 0], fields)
+            for ours, theirs in zip(got, (output, *plain.backward(*given)), strict=True):
+                assert torch.equal(ours[batch, head], theirs)
