@@ -83,10 +83,10 @@ def flash_forward(
     rounding to the carrier and to ``arithmetic``, which every operation has; the rounding of a field follows by name.
 
     - S = scores(R(scale * scores(R(Q K^T)))), plus the mask as scores(R(S + mask)); -infinity where the mask is.
-    - m' = the larger of m and the largest S; with a ``cure``, where more than one S is at least R(largest - 0.001), of m
-      and of R(cure * largest) for a positive largest, or 0 for a negative one.
+    - m' = the larger of m and of the largest S in the block. With a ``cure``, where more than one S is at least
+      R(largest - 0.001), R(cure * largest) takes the place of a positive largest S, and 0 that of a negative one.
     - a = exponentials(R(exp(R(m - m')))) and P = exponentials(R(2**offset * exp(R(S - m')))). Where m' is -infinity, 0
-      takes its place in these differences. Exponentials, and the logarithm below, are rounded to fp64 before the carrier.
+      takes its place in these differences. Exponentials, and the logarithm below, are rounded to fp64 first.
     - l = sums(R(R(a l) + sums(R(the sum of P)))).
     - O = accumulator(R(R(a O) + accumulator(R(probabilities(P) V)))).
 
@@ -158,7 +158,7 @@ def flash_backward(
     - dV = accumulator(R(dV + accumulator(R(P^T dO)))) with probabilities(P), and
       dK = accumulator(R(dK + accumulator(R(dS^T Q)))), for every block of queries, in order.
 
-    In the end each is rounded to R and to ``output``; with ``late_scale``, dQ and dK are multiplied by the scale before.
+    In the end dQ, dK and dV are output(R(...)) of these sums; with ``late_scale``, of the scale times dQ and dK.
     """
     rounded = _Rounder(steps, carrier)
     queries, keys, values, gradients = (rounded.inputs(x) for x in (q, k, v, gradient))

@@ -1,4 +1,4 @@
-"""The operators ``fpsim::flash_attention`` and ``fpsim::flash_attention_backward``, and the function that calls them."""
+"""The operators ``fpsim::flash_attention`` and ``fpsim::flash_attention_backward``, and the function around them."""
 
 from __future__ import annotations
 
@@ -64,6 +64,33 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Ten
 @torch.library.register_fake("fpsim::flash_attention_backward", lib=_library)
 def _backward_fake(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _batched(operator: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    """`torch.vmap` of ``operator``: the samples become one more leading axis. With one seed each draws its own."""
+    count = TENSORS[operator]
+    if in_dims[count + 1] is not None:
+        raise NotImplementedError("torch.vmap over the seeds of attention: call it in a loop")
+    tensors = [
+        x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(arguments[:count], in_dims[:count], strict=True)
+    ]
+    mask, dim = arguments[count], in_dims[count]
+    if dim is not None:
+        mask = mask.movedim(dim, 0)
+        mask = mask.reshape(len(mask), *[1] * (tensors[0].dim() - mask.dim()), *mask.shape[1:])
+    results = operator(*tensors, mask, *arguments[count + 1 :])
+    return results, (0,) * len(results)
+
+
+@torch.library.register_vmap("fpsim::flash_attention", lib=_library)
+def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    return _batched(flash_op, info, in_dims, *arguments)
+
+
+@torch.library.register_vmap("fpsim::flash_attention_backward", lib=_library)
+def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    return _batched(flash_backward_op, info, in_dims, *arguments)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -25,12 +25,16 @@ def to(cast: str | None, otherwise: Round | None = None) -> Round:
     return lambda x: fpsim.round(x, name, rounding=rounding or "nearest_even")
 
 
+def after(first: Round, second: Round) -> Round:
+    return lambda x: second(first(x))
+
+
 def roundings(fields: dict[str, object]) -> SimpleNamespace:
     """R, and one function for each step, that rounds what R has rounded."""
     text = {name: value if isinstance(value, str) else None for name, value in fields.items()}
     R = to(text.get("arithmetic") or "fp32")
     names = ("scores", "exponentials", "sums", "accumulator", "output", "delta", "score_gradients")
-    steps = {name: (lambda x, own=to(text.get(name)): own(R(x))) for name in names}
+    steps = {name: after(R, to(text.get(name))) for name in names}
     return SimpleNamespace(R=R, inputs=to(text.get("inputs")), probabilities=to(text.get("probabilities")), **steps)
 
 
@@ -57,7 +61,7 @@ def forward(
     for i in range(0, len(q), block_q):
         rows = slice(i, i + block_q)
         m = torch.full((len(q[rows]), 1), -torch.inf, dtype=q.dtype)
-        l, o = torch.zeros_like(m), torch.zeros(len(m), v.shape[1], dtype=q.dtype)
+        total, o = torch.zeros_like(m), torch.zeros(len(m), v.shape[1], dtype=q.dtype)
         for j in range(0, len(k), block_k):
             columns = slice(j, j + block_k)
             s = tile_scores(q[rows], k[columns], scale, None if mask is None else mask[rows, columns], f)
@@ -70,12 +74,12 @@ def forward(
             base = new.masked_fill(new == -torch.inf, 0.0)
             a = f.exponentials(exponential(f.R(m - base)))
             p = f.exponentials(torch.exp(f.R(s - base).double()).mul(2.0**offset).to(q.dtype))  # type: ignore[operator]
-            l = f.sums(f.R(a * l) + f.sums(p.double().sum(1, keepdim=True).to(q.dtype)))
+            total = f.sums(f.R(a * total) + f.sums(p.double().sum(1, keepdim=True).to(q.dtype)))
             o = f.accumulator(f.R(a * o) + f.accumulator(f.probabilities(p) @ v[columns]))
             m = new
-        empty = l == 0
-        outputs.append(f.output(o / l.masked_fill(empty, 1.0)))
-        log = torch.log(l.double() / 2.0**offset).to(q.dtype)  # type: ignore[operator]
+        empty = total == 0
+        outputs.append(f.output(o / total.masked_fill(empty, 1.0)))
+        log = torch.log(total.double() / 2.0**offset).to(q.dtype)  # type: ignore[operator]
         logarithms.append(f.sums(f.R(log) + m).masked_fill(empty, torch.inf))
     return torch.cat(outputs), torch.cat(logarithms)[:, 0]
 

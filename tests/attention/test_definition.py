@@ -17,9 +17,10 @@ from . import plain
 
 #: Roundings that differ at every step, so that a step at the wrong place changes bits.
 MANY = {
-    "inputs": "e5m4", "arithmetic": "e8m12", "scores": "e8m9", "exponentials": "e8m8", "probabilities": "e8m5/toward_zero",
-    "sums": "e8m10/up", "accumulator": "e8m9/toward_zero", "output": "e8m6", "delta": "e8m7/down",
-    "score_gradients": "e8m5", "block_q": 2, "block_k": 3, "late_scale": False,
+    "inputs": "e5m4", "arithmetic": "e8m12", "scores": "e8m9", "exponentials": "e8m8",
+    "probabilities": "e8m5/toward_zero", "sums": "e8m10/up", "accumulator": "e8m9/toward_zero",
+    "output": "e8m6", "delta": "e8m7/down", "score_gradients": "e8m5", "block_q": 2, "block_k": 3,
+    "late_scale": False,
 }  # fmt: skip
 TILES = {"block_q": 2, "block_k": 3}
 BF16 = {"inputs": "bf16", "probabilities": "bf16", "score_gradients": "bf16", "output": "bf16", "arithmetic": "fp32"}
@@ -49,17 +50,16 @@ def attention(
     return [output.detach(), *torch.autograd.grad(output, leaves, gradient)]
 
 
-def repeated_rows(q: Tensor) -> Tensor:
-    """Whole numbers in the first rows, so that scores repeat."""
-    return torch.cat([q[:2].round(), q[2:]])
+#: Where operands are float32 numbers, float32 products have the sums of torch, in its order.
+EXACT_IN_FLOAT32 = [name for name in FIELDS if name != "float32"]
+CASES = [(name, torch.float64) for name in FIELDS] + [(name, torch.float32) for name in EXACT_IN_FLOAT32]
 
 
-@pytest.mark.parametrize("name", FIELDS)
-@pytest.mark.parametrize("carrier", ["fp64", "fp32"])
-def test_small_tensors_have_the_bits_of_the_reference(name: str, carrier: str) -> None:
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_small_tensors_have_the_bits_of_the_reference(name: str, dtype: torch.dtype) -> None:
     """In float32 the operands are short numbers, so that products have exact sums."""
     fields = FIELDS[name]
-    dtype = torch.float64 if carrier == "fp64" else torch.float32
+    carrier = "fp64" if dtype == torch.float64 else "fp32"
     q, k, v, gradient = (fpsim.round(numbers(n, 2, seed=i), "e5m3").to(dtype) for i, n in enumerate((5, 7, 7, 5)))
     k[1] = k[4] = k[0]  # equal keys: scores repeat
     mask = torch.zeros(5, 7, dtype=dtype)
@@ -79,8 +79,7 @@ def test_small_tensors_have_the_bits_of_the_reference(name: str, carrier: str) -
     assert not wanted[0][2].any() and wanted[0][0].all()  # the row without a key
 
 
-@pytest.mark.parametrize("name", FIELDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_heads_have_the_bits_of_plain_loops_over_tiles(name: str, dtype: torch.dtype) -> None:
     """Lengths are no multiples of tiles. Short operands make the sums of float32 products exact, in any order."""
     fields = FIELDS[name]
@@ -98,3 +97,46 @@ def test_heads_have_the_bits_of_plain_loops_over_tiles(name: str, dtype: torch.d
             given = (gradient[batch, head], *one, output, logarithms, 0.5, added[batch, 0], fields)
             for ours, theirs in zip(got, (output, *plain.backward(*given)), strict=True):
                 assert torch.equal(ours[batch, head], theirs)
+
+
+def plain_bfloat16(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, size: int) -> list[Tensor]:
+    """Causal attention of one head in bfloat16 tensors, with the arithmetic of torch and nothing of fpsim."""
+    scale, outputs, logarithms = q.shape[1] ** -0.5, [], []
+    unseen = torch.ones(len(q), len(k), dtype=torch.bool).triu(1)
+    for i in range(0, len(q), size):
+        rows = slice(i, i + size)
+        m = torch.full((len(q[rows]), 1), -torch.inf, dtype=q.dtype)
+        total, o = torch.zeros_like(m), torch.zeros(len(m), v.shape[1], dtype=q.dtype)
+        for j in range(0, len(k), size):
+            s = ((q[rows] @ k[j : j + size].T) * scale).masked_fill(unseen[rows, j : j + size], -torch.inf)
+            new = torch.maximum(m, s.amax(1, keepdim=True))
+            p, a = torch.exp(s - new), torch.exp(m - new)
+            total = a * total + p.sum(1, keepdim=True)
+            o = a * o + p @ v[j : j + size]
+            m = new
+        outputs.append(o / total)
+        logarithms.append(total.log() + m)
+    output, total = torch.cat(outputs), torch.cat(logarithms)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    delta = (gradient * output).sum(1, keepdim=True)
+    for i in range(0, len(q), size):
+        for j in range(0, len(k), size):
+            rows, columns = slice(i, i + size), slice(j, j + size)
+            s = ((q[rows] @ k[columns].T) * scale).masked_fill(unseen[rows, columns], -torch.inf)
+            p = torch.exp(s - total[rows])
+            ds = p * scale * (gradient[rows] @ v[columns].T - delta[rows])
+            dq[rows] += ds @ k[columns]
+            dk[columns] += ds.T @ q[rows]
+            dv[columns] += p.T @ gradient[rows]
+    return [output, dq, dk, dv]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_all_bf16_has_the_bits_of_plain_torch_code_on_bfloat16_tensors(dtype: torch.dtype) -> None:
+    q, k, v, gradient = (fpsim.round(numbers(2, 11, 8, seed=i), "bf16").bfloat16() for i in range(4))
+    fields = {"preset": "all_bf16", "block_q": 4, "block_k": 4}
+    got = attention(*(x.to(dtype) for x in (q, k, v, gradient)), fields, is_causal=True)
+    for head in range(2):
+        wanted = plain_bfloat16(q[head], k[head], v[head], gradient[head], 4)
+        for ours, theirs in zip(got, wanted, strict=True):
+            assert torch.equal(ours[head].float(), theirs.float())
