@@ -235,6 +235,7 @@ def _checked_mask(mask: Tensor | None, is_causal: bool, shape: tuple[int, ...]) 
         raise ValueError(
             "tiled attention gives a mask no gradient, and attn_mask needs one: detach it, or use attention='round'"
         )
-    if torch.broadcast_shapes(mask.shape, shape) != torch.Size(shape):
+    pairs = zip(reversed(mask.shape), reversed(shape), strict=False)
+    if mask.dim() > len(shape) or any(own not in (1, size) for own, size in pairs):
         raise ValueError(f"attn_mask of shape {tuple(mask.shape)} does not broadcast to {shape}")
     return mask.reshape((1,) * (2 - mask.dim()) + tuple(mask.shape)) if mask.dim() < 2 else mask

@@ -35,11 +35,14 @@ def roundings(fields: dict[str, object]) -> SimpleNamespace:
     R = to(text.get("arithmetic") or "fp32")
     names = ("scores", "exponentials", "sums", "accumulator", "output", "delta", "score_gradients")
     steps = {name: after(R, to(text.get(name))) for name in names}
-    return SimpleNamespace(R=R, inputs=to(text.get("inputs")), probabilities=to(text.get("probabilities")), **steps)
+    own = fields.get("products")
+    multiply = torch.matmul if own is None else (lambda a, b: fpsim.matmul(a, b, accumulator=own))
+    operands = {name: to(text.get(name)) for name in ("inputs", "probabilities")}
+    return SimpleNamespace(R=R, multiply=multiply, **operands, **steps)
 
 
 def tile_scores(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, f: SimpleNamespace) -> Tensor:
-    scores = f.scores(f.scores(q @ k.T) * scale)
+    scores = f.scores(f.scores(f.multiply(q, k.T)) * scale)
     if mask is not None:
         scores = f.scores(scores + mask)
         scores[mask == -torch.inf] = -torch.inf
@@ -75,7 +78,7 @@ def forward(
             a = f.exponentials(exponential(f.R(m - base)))
             p = f.exponentials(torch.exp(f.R(s - base).double()).mul(2.0**offset).to(q.dtype))  # type: ignore[operator]
             total = f.sums(f.R(a * total) + f.sums(p.double().sum(1, keepdim=True).to(q.dtype)))
-            o = f.accumulator(f.R(a * o) + f.accumulator(f.probabilities(p) @ v[columns]))
+            o = f.accumulator(f.R(a * o) + f.accumulator(f.multiply(f.probabilities(p), v[columns])))
             m = new
         empty = total == 0
         outputs.append(f.output(o / total.masked_fill(empty, 1.0)))
@@ -107,11 +110,11 @@ def backward(
             rows = slice(i, i + block_q)
             s = tile_scores(q[rows], k[columns], scale, None if mask is None else mask[rows, columns], f)
             p = f.exponentials(exponential(f.R(s - logarithms[rows, None])))
-            dp = f.scores(gradient[rows] @ v[columns].T)
+            dp = f.scores(f.multiply(gradient[rows], v[columns].T))
             weight = p if late else f.R(p * scale)
             ds = f.score_gradients(weight * f.R(dp - delta[rows]))
-            dv[columns] = f.accumulator(dv[columns] + f.accumulator(f.probabilities(p).T @ gradient[rows]))
-            dk[columns] = f.accumulator(dk[columns] + f.accumulator(ds.T @ q[rows]))
-            dq[rows] = f.accumulator(dq[rows] + f.accumulator(ds @ k[columns]))
+            dv[columns] = f.accumulator(dv[columns] + f.accumulator(f.multiply(f.probabilities(p).T, gradient[rows])))
+            dk[columns] = f.accumulator(dk[columns] + f.accumulator(f.multiply(ds.T, q[rows])))
+            dq[rows] = f.accumulator(dq[rows] + f.accumulator(f.multiply(ds, k[columns])))
     last = scale if late else 1.0
     return f.output(dq * last), f.output(dk * last), f.output(dv)
