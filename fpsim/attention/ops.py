@@ -194,6 +194,7 @@ def attend(
         raise ValueError(
             f"tiled attention simulates no dropout, got dropout_p={dropout_p}: set it to 0, or use attention='round'"
         )
+    query, key, value, attn_mask = (_autocast(x, query.device.type) for x in (query, key, value, attn_mask))
     for x in (query, key, value):
         if check_tensor(x, "attend to") not in CARRIERS:
             raise TypeError(f"attention takes floating-point tensors, got {x.dtype}: convert it, e.g. x.float()")
@@ -211,6 +212,13 @@ def attend(
     factor = in_float32(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     tensors = [x.expand(*leading, *x.shape[-2:]) for x in (query, key, value)]
     return flash_op(*tensors, mask, seed, is_causal, factor, salt, steps, SOURCE)[0]
+
+
+def _autocast(x: Any, device: str) -> Any:
+    """``x`` in the dtype of `torch.autocast`, if that is in force and casts ``x``, as it does for torch's attention."""
+    if not torch.is_autocast_enabled(device) or not isinstance(x, Tensor) or x.dtype not in CARRIERS:
+        return x
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
 
 
 def in_float32(number: float) -> float:

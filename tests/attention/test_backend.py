@@ -88,6 +88,20 @@ def test_a_policy_replaces_torch_s_attention(name: str) -> None:
     assert not torch.equal(got[0], step(model)[0])
 
 
+def test_autocast_gives_attention_its_dtype() -> None:
+    q = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    mask = torch.full((5, 5), 0.3)
+    wanted = fpsim.flash_attention(*[q.bfloat16()] * 3, mask.bfloat16(), steps=TILES)
+    call = torch.compile(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask),
+        backend="fpsim_eager",
+        options={"format": "none", "attention": TILES},
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        got = call(q, q.bfloat16(), q)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, wanted)
+
+
 def test_products_outside_are_rounded_by_the_policy_and_those_inside_by_the_steps() -> None:
     model = Model(Attention(is_causal=True))
     got = step(model, format="e4m3fn", output="bf16", elementwise="bf16", attention="flash")
