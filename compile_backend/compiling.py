@@ -110,7 +110,7 @@ def compile_with_rounding(
             stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
             patches["fx_graph_cache"] = False
         compiler: dict[str, Any] = {"inner_compile": interpreter(recorder, keep)} if interpret else {}
-        if policy.rounds_results:
+        if policy.rounds_results or policy.rounds_saved:
             compiler["decompositions"] = decompositions()
         compiled = cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches, **compiler))
 

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fpsim import curvature, recipes, reference, sharpness, testing
+    from fpsim import curvature, posttraining, recipes, reference, sharpness, testing
     from fpsim.accumulators.matmul import matmul
     from fpsim.attention.flash import FlashAttention
     from fpsim.attention.ops import flash_attention
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fpsim.training.parameters import round_parameters
 
 #: The public modules.
-_MODULES = ("curvature", "recipes", "reference", "sharpness", "testing")
+_MODULES = ("curvature", "posttraining", "recipes", "reference", "sharpness", "testing")
 
 #: The other public names, and the module that holds each.
 _HOMES = {
@@ -89,6 +89,7 @@ __all__ = [
     "matmul",
     "pack",
     "parse_format",
+    "posttraining",
     "power_of_two_scale",
     "profile",
     "recipes",

@@ -20,7 +20,13 @@ from fpsim.compile_backend.passes.accumulators import Summed, summed
 from fpsim.compile_backend.passes.epilogue import scale_result
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.places import policy_at, site_of_product
-from fpsim.compile_backend.passes.transforms import transform_of, transform_operands, why_not
+from fpsim.compile_backend.passes.transforms import (
+    transform_of,
+    transform_operands,
+    transform_result,
+    transforms_of,
+    why_not,
+)
 from fpsim.compile_backend.plan import Gap, Site
 from fpsim.policy import Policy
 from fpsim.policy.policy import KINDS, ROLES
@@ -155,20 +161,26 @@ def _round_product(
         raise UnroundedError(f"{operator} in {product.path!r} multiplies {dtype} numbers")
     casts = [policy.cast(product.kind, role) for role in product.roles]
     sites = [
-        site_of_product(product, role, operand, cast, axes, transform)
-        for role, operand, cast, axes in zip(product.roles, operands, casts, product.contracted, strict=True)
+        site_of_product(product, role, operand, cast, axes, own)
+        for role, operand, cast, axes, own in zip(
+            product.roles, operands, casts, product.contracted, transforms_of(product, transform), strict=True
+        )
     ]
     before = operands if transform is None else transform_operands(product, transform, inserter)
     scales: list[fx.Node | None] = [None, None]
     for i, (position, site) in enumerate(zip(product.operands, sites, strict=True)):
-        if site.cast is not None or transform is not None:
-            scales[i] = inserter.round_operand(product, position, site, None if transform is None else before[i])
+        transformed = None if before[i] is operands[i] else before[i]
+        if site.cast is not None or transformed is not None:
+            scales[i] = inserter.round_operand(product, position, site, transformed)
     scaled = scale_result(product, scales, inserter)
     if inserter.recorder is not None:
         inserter.recorder.add_product(scaled.product, operands, sites, before, scaled.operands, scaled.value)
     product = scaled.product
-    result = policy.output_cast(product.kind)
-    if result is not None:
-        sites.append(site_of_product(product, "output", product.result, result))
-        inserter.round_result(product.result, sites[-1])
+    result = product.result
+    if transform is not None and transform.of_kept_axis:
+        result = transform_result(product, transform, inserter)
+    output = policy.output_cast(product.kind)
+    if output is not None:
+        sites.append(site_of_product(product, "output", result, output))
+        inserter.round_result(result, sites[-1])
     return sites, product, before

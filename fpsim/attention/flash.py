@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, TypeAlias
 
 from fpsim.accumulators.accumulator import Accumulator, parse_accumulator
+from fpsim.accumulators.sums import parse_reduction
 from fpsim.casts import NONE, Cast, CastLike, parse_cast, parse_unscaled
 from fpsim.formats import FloatFormat
 from fpsim.suggestions import did_you_mean
@@ -49,6 +50,9 @@ class FlashAttention:
         score_gradients: dS as operand of dS K and dS^T Q.
         products: the accumulator of the sums inside matrix products, as `fpsim.matmul` takes it: ``"hopper_fp8"``,
             ``"fp32 chunk=16"``. None means those of torch, in float32 (float64 for float64 tensors).
+        reductions: the accumulator of the sums of rows, of P in every tile and of dO * O, as `Policy.reductions` takes
+            it: ``"bf16"``, ``"fp16 order=pairwise"``. For tensors that are not float64. None means sums in float64 that
+            are rounded once.
         block_q, block_k: how many rows of Q, and of K and V, a tile has. The last tile may have fewer.
         late_scale: whether dQ and dK are multiplied by the scale once, at the end, as kernels do; or P, in every tile,
             as plain code does.
@@ -77,6 +81,7 @@ class FlashAttention:
     delta: CastLike | None = None
     score_gradients: CastLike | None = None
     products: str | Accumulator | None = None
+    reductions: str | Accumulator | None = None
     block_q: int = 128
     block_k: int = 128
     late_scale: bool = True
@@ -89,7 +94,8 @@ class FlashAttention:
         set_(self, "inputs", _inputs(self.inputs))
         for name in ("arithmetic", *STEPS):
             set_(self, name, _step(name, getattr(self, name)))
-        set_(self, "products", _products(self.products))
+        set_(self, "products", _sums("products", self.products))
+        set_(self, "reductions", _sums("reductions", self.reductions))
         for name in ("block_q", "block_k"):
             _check_int(name, getattr(self, name), 1, _MOST_ROWS)
         _check_int("offset", self.offset, 0, 127)
@@ -302,14 +308,14 @@ def _step(name: str, given: CastLike | None) -> Cast | None:
     return cast
 
 
-def _products(given: str | Accumulator | None) -> Accumulator | None:
+def _sums(name: str, given: str | Accumulator | None) -> Accumulator | None:
     if given is None:
         return None
-    accumulator = parse_accumulator(given)
+    accumulator = parse_accumulator(given) if name == "products" else parse_reduction(given)
     if accumulator.is_stochastic or (accumulator.machine is not None and accumulator.machine.blocks):
         raise ValueError(
-            f"products={str(accumulator)!r} draws random numbers or takes scales into its sums, which attention does "
-            "not simulate: use an accumulator such as 'hopper_fp8' or 'fp32 chunk=16'"
+            f"{name}={str(accumulator)!r} draws random numbers or takes scales into its sums, which attention does not "
+            "simulate: use an accumulator such as 'fp32 chunk=16'"
         )
     return accumulator
 

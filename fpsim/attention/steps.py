@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fpsim.accumulators.matmul import operand_format
 from fpsim.accumulators.ops import accumulate_op
+from fpsim.accumulators.sums import accumulate_sum_op
 from fpsim.attention.flash import STEPS, FlashAttention
 from fpsim.casts import Cast, apply_cast, check_cast
 from fpsim.formats import FloatFormat
@@ -126,6 +127,18 @@ class Rounder:
         names = [fmt.name for fmt in formats]
         return accumulate_op(a.contiguous(), b.contiguous(), None, str(accumulator), *names, SOURCE)
 
+    def row_sums(self, x: Tensor) -> Tensor:
+        """The sums of rows: added in float64 and rounded once to the dtype of ``x``, or those of an accumulator."""
+        accumulator = self.steps.reductions
+        if accumulator is None:
+            return x.double().sum(-1, keepdim=True).to(x.dtype)
+        if x.dtype == torch.float64:
+            raise ValueError(
+                f"reductions={str(accumulator)!r} adds numbers of float32, and the tensors are float64: leave it out, "
+                "or use float32 tensors"
+            )
+        return accumulate_sum_op(x, [-1], True, None, str(accumulator), SOURCE)
+
 
 def _is_exact(dtype: torch.dtype, cast: Cast) -> bool:
     """Whether ``cast`` changes no number of ``dtype``, infinities included."""
@@ -158,7 +171,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
         finite = torch.where(new == -torch.inf, 0.0, new)  # a row in which no key has been seen yet
         factor = _exponentials(maxima - finite, rounded)
         exponentials = _exponentials(scores - finite, rounded, 2.0**steps.offset)
-        sums = rounded("sums", rounded.arithmetic(factor * sums) + rounded("sums", _row_sums(exponentials)))
+        sums = rounded("sums", rounded.arithmetic(factor * sums) + rounded("sums", rounded.row_sums(exponentials)))
         probabilities = _probabilities(exponentials, rounded)
         added = rounded.product(probabilities, values[:, start:stop], "probabilities", "inputs")
         output = rounded("accumulator", rounded.arithmetic(factor * output) + rounded("accumulator", added))
@@ -184,7 +197,7 @@ def backward(
     shared, rounded = Rounder(call, steps, dtype, "scores"), Rounder(call, steps, dtype, "backward")
     queries, keys, values = shared.inputs("q", q), shared.inputs("k", k), shared.inputs("v", v)
     gradients = rounded.inputs("gradient", gradient)
-    delta = rounded("delta", _row_sums(rounded.arithmetic(gradients * output.to(dtype))))
+    delta = rounded("delta", rounded.row_sums(rounded.arithmetic(gradients * output.to(dtype))))
     total = logsumexp.unsqueeze(-1)
     of_queries = torch.zeros_like(queries)
     all_probabilities, all_score_gradients = [], []
@@ -270,8 +283,3 @@ def _probabilities(exponentials: Tensor, rounded: Rounder) -> Tensor:
     if rounded.steps.cast("probabilities") == rounded.steps.cast("exponentials"):
         return exponentials
     return rounded.operand("probabilities", exponentials)
-
-
-def _row_sums(x: Tensor) -> Tensor:
-    """The sums of rows, added in float64 and rounded once to the dtype of ``x``."""
-    return x.double().sum(-1, keepdim=True).to(x.dtype)

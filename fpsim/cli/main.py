@@ -10,6 +10,7 @@ import typer
 
 from fpsim.cli.demo import demo
 from fpsim.cli.formats import formats
+from fpsim.cli.recipes import recipes
 from fpsim.cli.round import round
 from fpsim.cli.sharpness import sharpness
 from fpsim.cli.study import app as study
@@ -25,5 +26,6 @@ app.command()(formats)
 app.command(context_settings={"ignore_unknown_options": True})(round)  # else -1 would be an unknown option
 app.command(cls=VerifyCommand)(verify)
 app.command()(demo)
+app.command()(recipes)
 app.command()(sharpness)
 app.add_typer(study, name="study")

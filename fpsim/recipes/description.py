@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 
 from fpsim.attention.flash import FlashAttention
-from fpsim.casts import Cast
+from fpsim.casts import Cast, usual_overflow
+from fpsim.formats import expand
 from fpsim.policy import Policy
 from fpsim.policy.policy import KINDS
 
@@ -22,7 +23,7 @@ def wrapped(heading: str, text: str) -> str:
 def lines_of_policy(policy: Policy | None) -> list[tuple[str, str]]:
     """Headings and texts: a line for each kind of product, and one for each field that says more."""
     if policy is None:
-        return [("policy", "none: nothing in the model is rounded")]
+        return [("policy", "none: the model is not compiled")]
     lines = [(kind, _product(policy, kind)) for kind in KINDS]
     results = {name: cast for name in ("forward", "backward") if (cast := policy.elementwise_cast(name)) is not None}
     if results:
@@ -37,6 +38,14 @@ def lines_of_policy(policy: Policy | None) -> list[tuple[str, str]]:
     return lines
 
 
+def short(policy: Policy | None) -> str:
+    """A policy in a few words: ``bf16``, or the casts of its products."""
+    if policy is None:
+        return "unrounded"
+    casts = {policy.cast(kind, role) for kind, roles in _OPERANDS.items() for role in roles}
+    return _text(casts.pop()) if len(casts) == 1 else "; ".join(f"{kind}: {_product(policy, kind)}" for kind in KINDS)
+
+
 def _product(policy: Policy, kind: str) -> str:
     texts = [f"{role} {_text(policy.cast(kind, role))}" for role in _OPERANDS[kind]]
     if (transform := policy.product_transform(kind)) is not None:
@@ -49,4 +58,10 @@ def _product(policy: Policy, kind: str) -> str:
 
 
 def _text(cast: Cast | None) -> str:
-    return "unrounded" if cast is None else cast.written
+    """The text of a cast without the modes that are usual."""
+    if cast is None:
+        return "unrounded"
+    usual = ("nearest_even", usual_overflow(cast.format, cast.scale))
+    name, *modes = cast.written.split("/")
+    element = expand(name).partition("/")[0]
+    return "/".join([element, *(mode for mode in modes if mode not in usual)])

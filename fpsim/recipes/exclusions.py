@@ -10,6 +10,7 @@ from torch import nn
 
 from fpsim.policy import Policy
 from fpsim.policy.globs import matches
+from fpsim.recipes.description import short
 from fpsim.suggestions import did_you_mean
 
 #: The last part of the path that heads have: of language models, of classifiers.
@@ -101,10 +102,9 @@ class Exclusions:
         texts = ["head" if self.head is True else str(self.head)] if self.head else []
         for end, number in (("first", self.first_blocks), ("last", self.last_blocks)):
             if number:
-                texts.append(f"{end} {number:.0%} of blocks" if number < 1 else f"{end} {number:.0f} blocks")
+                texts.append(f"{end} {number:.1%} of blocks" if number < 1 else f"{end} {number:.0f} blocks")
         texts += ["routers"] * self.router + ["first layer"] * self.first_layer + ["last layer"] * self.last_layer
-        kept = "unrounded" if self.policy is None else f"policy {self.policy.to_dict()}"
-        return f"{', '.join([*texts, *self.modules])}: {kept}"
+        return f"{', '.join([*texts, *self.modules])}: {short(self.policy)}"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as JSON types."""

@@ -26,6 +26,24 @@ from fpsim.suggestions import did_you_mean
 #: The classes of parts by name, and the module that holds each: what `Recipe.from_json` can read.
 PARTS: dict[str, str] = {
     "RoundedState": "fpsim.recipes.rounded_state",
+    "CalibratedLayers": "fpsim.recipes.post_training",
+    "ClippedUpdates": "fpsim.recipes.clipped_updates",
+    "ClippingValues": "fpsim.recipes.federated",
+    "Cyclic": "fpsim.training.schedules",
+    "HalfPrecisionAdam": "fpsim.recipes.low_precision_rl",
+    "LearnedClipping": "fpsim.recipes.federated",
+    "Linear": "fpsim.training.schedules",
+    "NarrowGradients": "fpsim.recipes.fp8_lm",
+    "NarrowLayerNorms": "fpsim.recipes.mosaic_layernorm",
+    "Piecewise": "fpsim.training.schedules",
+    "Progressive": "fpsim.training.schedules",
+    "ProjectedAdam": "fpsim.recipes.galore",
+    "RotaryTables": "fpsim.recipes.bf16_rope",
+    "RoundedAttention": "fpsim.recipes.post_training",
+    "RoundedWeights": "fpsim.recipes.post_training",
+    "ScaledLoss": "fpsim.recipes.scaled_loss",
+    "SmoothUnits": "fpsim.recipes.fp8_trillion",
+    "SplitChannels": "fpsim.recipes.post_training",
 }
 
 #: The version of the JSON form. It increases when an older fpsim could misread a newer file.
@@ -49,7 +67,7 @@ class OptimizerPart(Protocol):
 class GradientsPart(Protocol):
     """A change of the exchange of gradients between processes."""
 
-    def apply(self, model: torch.nn.Module, optimizer: Any) -> None:
+    def apply(self, model: torch.nn.Module, optimizer: Any) -> Any:
         """Register hooks on ``model``, a `DistributedDataParallel` or FSDP module."""
 
 

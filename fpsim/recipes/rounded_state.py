@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fpsim.training.layers import linear_weights
 from fpsim.training.optimizers import round_optimizer
 
 
@@ -17,13 +18,16 @@ class RoundedState:
 
     Attributes:
         state: a cast for all state, or pairs of the name of a state and its cast; a mapping is stored as pairs.
-        weights, master, kahan, rounding, overflow, seed: the arguments of `fpsim.round_optimizer`.
+        weights, master, kahan, least_size, rounding, overflow, seed: the arguments of `fpsim.round_optimizer`.
+        linear_only: whether ``weights``, ``master`` and ``kahan`` apply to the weights of linear layers only.
     """
 
     state: str | tuple[tuple[str, str], ...] | Mapping[str, str] | None = None
     weights: str | None = None
     master: str | None = None
     kahan: bool = False
+    linear_only: bool = False
+    least_size: int = 0
     rounding: str = "nearest_even"
     overflow: str | None = None
     seed: int | None = None
@@ -39,11 +43,16 @@ class RoundedState:
         """
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         state = given.pop("state")
+        if given.pop("linear_only"):
+            given["weights_of"] = linear_weights(model, optimizer)
         round_optimizer(optimizer, dict(state) if isinstance(state, tuple) else state, **given)
         return optimizer
 
     def __str__(self) -> str:
         texts = [f"{name} {cast}" for name, cast in self.state] if isinstance(self.state, tuple) else []
         texts += [f"state {self.state}"] if isinstance(self.state, str) else []
-        texts += [f"{name} {cast}" for name in ("weights", "master") if (cast := getattr(self, name)) is not None]
+        if self.least_size:
+            texts.append(f"states below {self.least_size} elements unrounded")
+        of = " of linear layers" * self.linear_only
+        texts += [f"{name}{of} {cast}" for name in ("weights", "master") if (cast := getattr(self, name)) is not None]
         return ", ".join(texts + ["weights compensated (Kahan)"] * self.kahan)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from . import arithmetic
+from . import after_training, arithmetic, training
 from .claim import Claim
 
 #: All claims by name.
-CLAIMS: dict[str, Claim] = {claim.name: claim for claim in (*arithmetic.CLAIMS,)}
+CLAIMS: dict[str, Claim] = {
+    claim.name: claim for claim in (*arithmetic.CLAIMS, *after_training.CLAIMS, *training.CLAIMS)
+}

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 import fpsim
+from fpsim import reference
+from fpsim.reference import to_float
 
 Round = Callable[[Tensor], Tensor]
 
@@ -38,7 +40,15 @@ def roundings(fields: dict[str, object]) -> SimpleNamespace:
     own = fields.get("products")
     multiply = torch.matmul if own is None else (lambda a, b: fpsim.matmul(a, b, accumulator=own))
     operands = {name: to(text.get(name)) for name in ("inputs", "probabilities")}
-    return SimpleNamespace(R=R, multiply=multiply, **operands, **steps)
+    return SimpleNamespace(R=R, multiply=multiply, sum=row_sums(fields.get("reductions")), **operands, **steps)
+
+
+def row_sums(accumulator: object) -> Round:
+    """The sums of rows: in float64 and rounded once, or one addition after the other in the format ``accumulator``."""
+    if accumulator is None:
+        return lambda x: x.double().sum(1, keepdim=True).to(x.dtype)
+    add = lambda row: to_float(reference.sum(row, "fp32", accumulator=str(accumulator)))  # noqa: E731
+    return lambda x: torch.tensor([[add(row)] for row in x.tolist()], dtype=x.dtype)
 
 
 def tile_scores(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, f: SimpleNamespace) -> Tensor:
@@ -77,7 +87,7 @@ def forward(
             base = new.masked_fill(new == -torch.inf, 0.0)
             a = f.exponentials(exponential(f.R(m - base)))
             p = f.exponentials(torch.exp(f.R(s - base).double()).mul(2.0**offset).to(q.dtype))  # type: ignore[operator]
-            total = f.sums(f.R(a * total) + f.sums(p.double().sum(1, keepdim=True).to(q.dtype)))
+            total = f.sums(f.R(a * total) + f.sums(f.sum(p)))
             o = f.accumulator(f.R(a * o) + f.accumulator(f.multiply(f.probabilities(p), v[columns])))
             m = new
         empty = total == 0
@@ -102,7 +112,7 @@ def backward(
     f, block_q, block_k = roundings(fields), int(fields["block_q"]), int(fields["block_k"])  # type: ignore[call-overload]
     late = fields.get("late_scale", True)
     q, k, v, gradient = f.inputs(q), f.inputs(k), f.inputs(v), f.inputs(gradient)
-    delta = f.delta(f.R(gradient * o).double().sum(1, keepdim=True).to(q.dtype))
+    delta = f.delta(f.sum(f.R(gradient * o)))
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for j in range(0, len(k), block_k):  # the order of the kernel: keys outside, queries inside
         columns = slice(j, j + block_k)

@@ -291,6 +291,8 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("takes tensors of shape \\(..., L, E\\), got \\(4,\\)", {"value": torch.zeros(4)}),
     ("a seed has no meaning without stochastic rounding", {"seed": 1}),
     ("needs a seed", {"steps": {"output": "bf16/stochastic"}}),
+    ("reductions='e8m7/nearest_even/ovf_inf' adds numbers of float32, and the tensors are float64",
+        {"query": Q.double(), "key": Q.double(), "value": Q.double(), "steps": {"reductions": "bf16"}}),
     ("e8m30 has values that torch.float32 lacks", {"steps": {"arithmetic": "e8m30"}}),
 ]  # fmt: skip
 

@@ -94,9 +94,11 @@ def test_a_block_of_rows_has_one_scale_and_backward_its_own_roundings() -> None:
         assert ours.tolist() == [[to_float(x) for x in row] for row in theirs]
 
 
-@pytest.mark.parametrize("products", ["e8m13/toward_zero chunk=2", "e8m9 order=pairwise"])
-def test_products_have_the_sums_of_their_accumulator(products: str) -> None:
-    fields = BF16 | TILES | {"products": products}
+@pytest.mark.parametrize(
+    "sums", [{"products": "e8m13/toward_zero chunk=2"}, {"products": "e8m9 order=pairwise"}, {"reductions": "bf16"}]
+)
+def test_sums_are_those_of_their_accumulator(sums: dict[str, str]) -> None:
+    fields = BF16 | TILES | sums
     q, k, v, gradient = (fpsim.round(numbers(5, 8, seed=i).float(), "bf16") for i in range(4))
     got = attention(*(x.unsqueeze(0) for x in (q, k, v, gradient)), fields, scale=0.25)
     output, logarithms = plain.forward(q, k, v, 0.25, None, fields)

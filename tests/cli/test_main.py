@@ -11,7 +11,7 @@ from tests.shared.command_line import run
 
 #: The options of every command, and words of its help.
 HELP = {
-    (): ("formats", "round", "verify", "demo", "sharpness", "study"),
+    (): ("formats", "round", "verify", "demo", "recipes", "sharpness", "study"),
     ("formats",): ("NAME", "default: (all names)"),
     ("round",): (
         "VALUE", "--format", "--rounding", "stochastic_c[:BITS]", "default: (a table of them all)", "--overflow",
@@ -22,6 +22,7 @@ HELP = {
         "--carrier", "--device", "--jobs", "default: (one per core, at most 4)", "--markdown", "--json",
     ),
     ("demo",): ("--steps", "--format", "--text", "--out", "--loss-scale", "Needs fpsim[paper]"),
+    ("recipes",): ("NAME", "default: (all recipes)", "--json", "--markdown"),
     ("sharpness",): (
         "MODEL_OR_SCRIPT", "TEXT", "--weights", "--format", "--epsilon", "--method", "--windows", "--context",
         "--gradients", "--no-gradients",
