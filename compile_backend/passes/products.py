@@ -77,21 +77,31 @@ def round_products(
     gaps: list[Gap] = []
     sums: list[Summed] = []
     for product in products:
-        description = f"{product.kind} product {product.node.name} ({product.operator})"
-        local = policy_at(product.path, description, policy, strict)
-        reason = _reason_to_leave(product, local)
-        transform = None if local is None or reason is not None else transform_of(product, local)
-        if transform is not None and (reason := why_not(product, transform)) is not None and strict:
-            raise UnroundedError(reason)
-        if local is not None and reason is None:
+        local, transform, reason = local_policy(product, policy, strict)
+        if local is not None:
             own, product, exact = _round_product(product, local, transform, inserter)
             sites += own
             accumulator = local.accumulator_of(product.kind)
             if accumulator is not None:
                 sums.append(summed(product, exact, [_cast_of_factors(site) for site in own[:2]], accumulator))
         else:
-            gaps.append(Gap(product.path or "", product.operator, reason or ""))
+            gaps.append(Gap(product.path or "", product.operator, reason))
     return sites, gaps, sums
+
+
+def local_policy(product: Product, policy: Policy, strict: bool) -> tuple[Policy | None, Transform | None, str]:
+    """The policy for ``product`` and its transform; no policy if it stays unrounded, and the reason for that.
+
+    Raises:
+        UnroundedError: as `round_products`.
+    """
+    description = f"{product.kind} product {product.node.name} ({product.operator})"
+    local = policy_at(product.path, description, policy, strict)
+    reason = _reason_to_leave(product, local)
+    transform = None if local is None or reason is not None else transform_of(product, local)
+    if transform is not None and (reason := why_not(product, transform)) is not None and strict:
+        raise UnroundedError(reason)
+    return (local, transform, "") if reason is None else (None, None, reason)
 
 
 def rounds_only_weights(policy: Policy) -> bool:
@@ -142,7 +152,19 @@ def _cast_of_factors(site: Site) -> Cast | None:
 def _round_product(
     product: Product, policy: Policy, transform: Transform | None, inserter: Inserter
 ) -> tuple[list[Site], Product, Sequence[fx.Node]]:
-    """Round the operands and the result of one product.
+    """Round the operands and the result of one product; the result is that of `round_operands`."""
+    sites, product, before = round_operands(product, policy, transform, inserter)
+    result = policy.output_cast(product.kind)
+    if result is not None:
+        sites.append(site_of_product(product, "output", product.result, result))
+        inserter.round_result(product.result, sites[-1])
+    return sites, product, before
+
+
+def round_operands(
+    product: Product, policy: Policy, transform: Transform | None, inserter: Inserter
+) -> tuple[list[Site], Product, Sequence[fx.Node]]:
+    """Round the operands of one product.
 
     Returns:
         Their sites, the product as it is then, and its operands after a transform and before rounding.
@@ -158,6 +180,8 @@ def _round_product(
         site_of_product(product, role, operand, cast, axes, transform)
         for role, operand, cast, axes in zip(product.roles, operands, casts, product.contracted, strict=True)
     ]
+    if inserter.is_blended:
+        sites = [replace(site, epilogue=False) for site in sites]
     before = operands if transform is None else transform_operands(product, transform, inserter)
     scales: list[fx.Node | None] = [None, None]
     for i, (position, site) in enumerate(zip(product.operands, sites, strict=True)):
@@ -166,9 +190,4 @@ def _round_product(
     scaled = scale_result(product, scales, inserter)
     if inserter.recorder is not None:
         inserter.recorder.add_product(scaled.product, operands, sites, before, scaled.operands, scaled.value)
-    product = scaled.product
-    result = policy.output_cast(product.kind)
-    if result is not None:
-        sites.append(site_of_product(product, "output", product.result, result))
-        inserter.round_result(product.result, sites[-1])
-    return sites, product, before
+    return sites, scaled.product, before

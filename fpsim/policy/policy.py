@@ -433,6 +433,11 @@ class Policy:
         )
 
     @property
+    def sums_narrowly(self) -> bool:
+        """Whether the sums of any product have an accumulator."""
+        return bool(self.accumulator) or any(policy.sums_narrowly for policy in self._policies_of_modules)
+
+    @property
     def is_timed(self) -> bool:
         """Whether any scale depends on other steps."""
         return any(cast.scale is not None and cast.scale.is_timed for cast in self._all_casts())
