@@ -7,7 +7,6 @@ other parameters.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,8 +51,8 @@ def functional(module: nn.Module, policy: Policy, switches: Switches | None = No
             other steps, because such a function has a different surrogate at every call.
         switches: blended ones, for its roundings. The function then takes a vector s of the shape of their state,
             with floating-point numbers: where a rounding of x has the error e, the value is x + s e. So the function is
-            differentiable in s. Errors are constants in all derivatives. Where an error is infinite or NaN, it counts as
-            zero, and `Switches.overflowed` has the number of its place.
+            differentiable in s. Errors are constants in all derivatives. Where an error is infinite or NaN, it
+            counts as zero, and `Switches.overflowed` has the number of its place.
 
     Raises:
         ValueError: a stochastic policy, or one with timed scales; when called, a policy that does not fit the module
@@ -187,7 +186,7 @@ def _differentiable(gm: fx.GraphModule, switches: Switches | None) -> fx.GraphMo
         if node.target is aten.copy_.default and not node.users:
             gm.graph.erase_node(node)
         elif node.target is switch_op and switches is not None:
-            node.target = functools.partial(_switched, switches)
+            node.target = _blended(switches)
         elif node.target in _WITH_DERIVATIVE:
             node.target = _WITH_DERIVATIVE[node.target]
         elif getattr(node.target, "namespace", None) == "fpsim":
@@ -248,15 +247,19 @@ def _rounded_with_scale(
     return straight_through(x, value)
 
 
-def _switched(switches: Switches, exact: Tensor, rounded: Tensor, weights: Tensor, numbers: list[int]) -> Tensor:
-    """``exact`` plus the part of the error that the weight of its place names."""
-    error = rounded.detach() - exact.detach()
-    finite = error.isfinite()
-    if not bool(finite.all()):
-        switches.overflowed.update(numbers)
-        error = error.where(finite, 0)
-    (number,) = numbers
-    return exact + (weights[number] * error).to(exact.dtype)
+def _blended(switches: Switches) -> Callable[..., Tensor]:
+    """The operator `switch` for weights: the exact value plus the part of the error that the weight names."""
+
+    def blended(exact: Tensor, rounded: Tensor, weights: Tensor, numbers: list[int]) -> Tensor:
+        error = rounded.detach() - exact.detach()
+        finite = error.isfinite()
+        if not bool(finite.all()):
+            switches.overflowed.update(numbers)
+            error = error.where(finite, 0)
+        (number,) = numbers
+        return exact + (weights[number] * error).to(exact.dtype)
+
+    return blended
 
 
 #: The operators of fpsim that stand in a forward graph, and one of prims, with the derivatives of the surrogate.

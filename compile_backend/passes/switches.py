@@ -41,8 +41,8 @@ def round_switched(
     """Round ``products`` under all policies of ``switches``; the sites of all, and the gaps of the first policy.
 
     Raises:
-        UnroundedError: as `fpsim.compile_backend.passes.products.round_products`, or a scale of a product that torch has
-            decomposed multiplies its result.
+        UnroundedError: as `fpsim.compile_backend.passes.products.round_products`, or a scale multiplies the
+            result of a product that torch has decomposed.
     """
     sites: list[Site] = []
     gaps: list[Gap] = []
@@ -77,9 +77,9 @@ def _copied(product: Product, inserter: Inserter) -> Product:
     entry = product_operator(product.node.target)
     if product.value is not product.node or entry is None or entry.is_joint:
         raise UnroundedError(
-            f"{product.operator} ({product.kind}) in module {product.path or ''!r} cannot be switched with a transform, "
-            "or with a scale that multiplies its result: use a format with powers of two (mxfp8, e4m3fn/power_of_two), "
-            f"or leave the module out (skip={[product.path or '<module>']})"
+            f"{product.operator} ({product.kind}) in module {product.path or ''!r} cannot be switched with a "
+            "transform, or with a scale that multiplies its result: use a format with powers of two (mxfp8, "
+            f"e4m3fn/power_of_two), or leave the module out (skip={[product.path or '<module>']})"
         )
     graph = product.node.graph
     with graph.inserting_before(product.node):

@@ -7,5 +7,6 @@
 """
 
 from fpsim.evaluate.comparison import Comparison, compare
+from fpsim.evaluate.sensitivities import Sensitivity, sensitivity
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "Sensitivity", "compare", "sensitivity"]

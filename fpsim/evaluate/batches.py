@@ -33,7 +33,13 @@ class Mean:
     stderr: float
 
     def __str__(self) -> str:
-        return f"{self.value:.4g}" if math.isnan(self.stderr) else f"{self.value:.4g} ± {self.stderr:.1g}"
+        """The mean and its error, with the digits that the error leaves: ``0.0032 ± 0.0014``."""
+        if not (math.isfinite(self.value) and 0 < self.stderr < math.inf):
+            return f"{self.value:.4g}"
+        digits = 1 - math.floor(math.log10(self.stderr))
+        if digits > 7:
+            return f"{self.value:.2e} ± {self.stderr:.1e}"
+        return f"{self.value:.{max(digits, 0)}f} ± {self.stderr:.{max(digits, 0)}f}"
 
     @property
     def plain(self) -> str:
@@ -55,8 +61,8 @@ def number_of(model: Callable[..., Any], batch: Any, function: Callable[..., Any
     """The result of ``function``, a loss or a metric, for ``batch``; without one, the loss that the model returns.
 
     A mapping gives ``function(model(**batch), batch)``, or ``model(**batch).loss``. A tuple or a list gives
-    ``function(model(batch[0]), *batch[1:])``, or ``model(*batch)``. Any other batch gives ``function(model(batch))``, or
-    ``model(batch)``.
+    ``function(model(batch[0]), *batch[1:])``, or ``model(*batch)``. Any other batch gives
+    ``function(model(batch))``, or ``model(batch)``.
     """
     if isinstance(batch, Mapping):
         outputs = model(**batch)

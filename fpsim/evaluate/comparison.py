@@ -187,8 +187,8 @@ def compare(
             values, for which it is ``loss(model(batch))``, or ``model(batch)``. A generator will do.
         policies: policies by name, or several policies, or one (`fpsim.evaluate.policies.parse_policy`).
         loss: a function that gives one number. It is not rounded.
-        metric: ``"perplexity"`` shows the exponential of the mean loss too. A function is measured in place of the loss,
-            and is called as the loss is.
+        metric: ``"perplexity"`` shows the exponential of the mean loss too. A function is measured in place of the
+            loss, and is called as the loss is.
         weight: a function from a batch to its weight in means, such as `fpsim.curvature.label_count`; None: all alike.
         backend: ``fpsim_eager``, or ``fpsim``, which compiles: the same bits, and faster for many batches.
         progress: called with the number of batches that are done.
