@@ -7,6 +7,7 @@
 """
 
 from fpsim.evaluate.comparison import Comparison, compare
+from fpsim.evaluate.function_errors import Accuracy, accuracy
 from fpsim.evaluate.sensitivities import Sensitivity, sensitivity
 
-__all__ = ["Comparison", "Sensitivity", "compare", "sensitivity"]
+__all__ = ["Accuracy", "Comparison", "Sensitivity", "accuracy", "compare", "sensitivity"]
