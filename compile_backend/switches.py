@@ -95,7 +95,10 @@ class Switches:
             if len(self.policies) > 1 and policy.elementwise:
                 raise ValueError("results of elementwise operations have no switches here: leave elementwise out")
             if policy.attentions != self.policies[0].attentions:
-                raise ValueError("policies that are switched must treat attention alike: give all the same attention")
+                raise ValueError(
+                    "policies that are switched must treat attention alike: give all of them the same attention "
+                    "({'format': 'nvfp4'} instead of the preset nvfp4, which keeps attention unrounded)"
+                )
 
     def number(self, site: Site, policy: int) -> int:
         """The number of the switch of ``site``, which ``policy`` rounds."""

@@ -8,6 +8,16 @@
 
 from fpsim.evaluate.comparison import Comparison, compare
 from fpsim.evaluate.function_errors import Accuracy, accuracy
+from fpsim.evaluate.searching import SearchResult, search
 from fpsim.evaluate.sensitivities import Sensitivity, sensitivity
 
-__all__ = ["Accuracy", "Comparison", "Sensitivity", "accuracy", "compare", "sensitivity"]
+__all__ = [
+    "Accuracy",
+    "Comparison",
+    "SearchResult",
+    "Sensitivity",
+    "accuracy",
+    "compare",
+    "search",
+    "sensitivity",
+]
