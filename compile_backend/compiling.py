@@ -32,7 +32,7 @@ from fpsim.compile_backend.observe.recorder import Recorder
 from fpsim.compile_backend.passes.products import rounds_only_weights
 from fpsim.compile_backend.passes.rounding_pass import Observer, RoundingPass
 from fpsim.compile_backend.scale_states import HANDLE, ScaleStates, current
-from fpsim.compile_backend.switches import Switches
+from fpsim.compile_backend.switches import Lazy, Switches
 from fpsim.compile_backend.torch_settings import apply_settings
 from fpsim.compile_backend.watching import graph_runs, own_work
 from fpsim.policy import Policy
@@ -127,7 +127,7 @@ def compile_with_rounding(
         if interpret or switches is not None or (rounds_only_weights(policy) and not has_layer(gm, policy)):
             stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
             patches["fx_graph_cache"] = False
-        compiler: dict[str, Any] = {"inner_compile": interpreter(recorder, keep)} if interpret else {}
+        compiler: dict[str, Any] = {"inner_compile": interpreter(recorder, keep, switches)} if interpret else {}
         if any(each.rounds_results for each in policies):
             compiler["decompositions"] = decompositions()
         compiled = cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches, **compiler))
@@ -175,21 +175,24 @@ def _with_input(gm: fx.GraphModule, name: str, example: torch.Tensor) -> fx.Grap
 
 
 def interpreter(
-    recorder: Recorder | None, keep: Callable[[fx.GraphModule, Sequence[Any], Any], None] | None
+    recorder: Recorder | None,
+    keep: Callable[[fx.GraphModule, Sequence[Any], Any], None] | None,
+    switches: Switches | None = None,
 ) -> Callable[..., Any]:
     """A substitute for Inductor's compiler. It returns a function that interprets the graph and empties its argument.
 
-    ``recorder`` and ``keep`` are arguments of `compile_with_rounding`.
+    ``recorder``, ``keep`` and ``switches`` are arguments of `compile_with_rounding`.
     """
 
     def interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         if recorder is not None:
             recorder.bind(gm)
+        evaluate = gm if switches is None else Lazy(gm).run
 
         def run(inputs: list[Any]) -> Any:
             arguments = list(inputs)
             inputs.clear()
-            results = gm(*arguments)
+            results = evaluate(*arguments)
             if keep is not None:
                 keep(gm, arguments, results)
             return results

@@ -10,9 +10,10 @@ import functools
 import operator
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fpsim.compile_backend.plan import Site
 from fpsim.policy import Policy
@@ -34,6 +35,33 @@ def _switch(exact: Tensor, rounded: Tensor, switches: Tensor, numbers: list[int]
 @torch.library.register_fake("fpsim::switch", lib=_library)
 def _switch_fake(exact: Tensor, rounded: Tensor, switches: Tensor, numbers: list[int]) -> Tensor:
     return torch.where(switches[0], rounded, exact)
+
+
+class Lazy(fx.Interpreter):
+    """Runs a graph with switches, and computes only the values that they take.
+
+    Most runs have few places on. Their cost is then about that of the unrounded graph.
+    """
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The results of the graph for these inputs."""
+        inputs = dict(zip(self.graph.find_nodes(op="placeholder"), args, strict=True))
+        calls = self.graph.find_nodes(op="call_function", target=switch_op)
+        on = set() if not calls else set(inputs[calls[0].args[2]].nonzero().flatten().tolist())
+        self.taken = {call: call.args[0 if on.isdisjoint(call.args[3]) else 1] for call in calls}
+        self.needed: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            if node.op == "output" or node.is_impure():
+                self.needed.add(node)
+            if node in self.needed:
+                self.needed.update([self.taken[node]] if node in self.taken else node.all_input_nodes)
+        return super().run(*args, **kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of a node; None if nothing needs it."""
+        if n in self.taken:
+            return self.env.get(self.taken[n])
+        return super().run_node(n) if n in self.needed or n.op == "placeholder" else None
 
 
 @dataclass(frozen=True, order=True)

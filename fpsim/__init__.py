@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fpsim import curvature, reference, sharpness, testing
+    from fpsim import curvature, evaluate, reference, sharpness, testing
     from fpsim.accumulators.matmul import matmul
     from fpsim.block_functions import decode_blocks, encode_blocks
     from fpsim.compile_backend import (
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fpsim.training.parameters import round_parameters
 
 #: The public modules.
-_MODULES = ("curvature", "reference", "sharpness", "testing")
+_MODULES = ("curvature", "evaluate", "reference", "sharpness", "testing")
 
 #: The other public names, and the module that holds each.
 _HOMES = {
@@ -78,6 +78,7 @@ __all__ = [
     "decode_blocks",
     "encode",
     "encode_blocks",
+    "evaluate",
     "explain",
     "load_scale_state",
     "matmul",

@@ -397,7 +397,7 @@ class _Estimated:
     def __init__(self, model: nn.Module, policy: Policy, loss: Callable[..., Any] | None, by: str) -> None:
         self.switches = Switches([policy], is_blended=True)
         self.call = functional(model, policy, self.switches)
-        self.state = {name: value.detach() for name, value in model.named_parameters(remove_duplicate=False)}
+        self.state = {name: value.detach() for name, value in model.named_parameters()}
         self.dtype = next((v.dtype for v in self.state.values() if v.dtype == torch.float64), torch.float32)
         self.device = next((value.device for value in self.state.values()), torch.device("cpu"))
         self.loss, self.by = loss, by

@@ -6,17 +6,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fpsim.curvature.losses import IGNORED
+from fpsim.curvature.losses import IGNORED, cross_entropy
 from fpsim.evaluate.load import BYTES, errors_of_checkpoint, errors_of_script, load_checkpoint, load_script, positions
 from fpsim.sharpness.streaming import logits_of
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
 #: Bytes of text per token to read: more than any tokenizer makes a token of in prose.
 _BYTES_PER_TOKEN = 64
+
+
+def token_loss(outputs: Any, targets: Tensor) -> Tensor:
+    """The mean cross-entropy in nats of a model's outputs, over the targets that count."""
+    return cross_entropy(logits_of(outputs), targets)
 
 
 @dataclass(frozen=True, eq=False)

@@ -180,6 +180,16 @@ def test_modules_switch_their_sites_together_and_overflow_is_marked(model, batch
     assert math.isnan(result.forward[0].first.value) and math.isnan(result.forward[0].second.value)
 
 
+def test_tied_weights_are_one_parameter_with_two_sites(batches):
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).eval()
+    model[2].weight = model[0].weight
+    result = sensitivity(model, batches, policy="e3m4", loss=cross_entropy)
+    assert {effect.unit.path for effect in result.forward} == {"0", "2"}
+    for effect in result.forward:
+        assert effect.alone.value == pytest.approx(effect.second.value, abs=0.2 * abs(effect.alone.value) + 1e-4)
+
+
 def test_results_are_shown_as_text_frames_html_and_plots(result):
     pytest.importorskip("matplotlib")
     frame = result.to_pandas()
