@@ -128,7 +128,7 @@ def compile_with_rounding(
             stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
             patches["fx_graph_cache"] = False
         compiler: dict[str, Any] = {"inner_compile": interpreter(recorder, keep, switches)} if interpret else {}
-        if any(each.rounds_results for each in policies):
+        if any(each.rounds_results or each.rounds_saved for each in policies):
             compiler["decompositions"] = decompositions()
         compiled = cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches, **compiler))
 

@@ -19,7 +19,9 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from fpsim.accumulators.ops import accumulate_op
+from fpsim.accumulators.ops import accumulate_op, accumulate_scaled_op
+from fpsim.accumulators.parts import scaled_part_op
+from fpsim.accumulators.sums import accumulate_sum_op
 from fpsim.compile_backend.compiling import compile_with_rounding
 from fpsim.compile_backend.errors import UnroundedError
 from fpsim.compile_backend.switches import Switches, switch_op
@@ -27,6 +29,7 @@ from fpsim.compile_backend.torch_settings import apply_settings
 from fpsim.policy import Policy
 from fpsim.rounding.ops import round_op
 from fpsim.scaling.ops import SCALE_OPERATORS, outer_scale_op, round_scaled_op
+from fpsim.scaling.scale import NV_RULES, parse_scale
 from fpsim.tensor_functions import straight_through
 from fpsim.transforms.names import parse_transform
 from fpsim.transforms.ops import round_transformed_op, transform_operand_op, transform_parameters_op
@@ -219,6 +222,38 @@ def _accumulated(a: Tensor, b: Tensor, *arguments: Any) -> Tensor:
     return straight_through(a @ b, accumulate_op(a.detach(), b.detach(), *arguments))
 
 
+def _summed(x: Tensor, axes: list[int], keepdim: bool, *arguments: Any) -> Tensor:
+    """A sum with a narrow accumulator, with the derivative of the sum."""
+    value = accumulate_sum_op(x.detach(), axes, keepdim, *arguments)
+    return straight_through(x.float().sum(axes, keepdim) if axes else x.float(), value)
+
+
+def _part(
+    x: Tensor, element: str, rounding: str, overflow: str, scale: str, axes: list[int], part: str, source: str, _: None
+) -> Tensor:
+    """The scales of a rounded operand, or its elements, whose derivative is 1: `_accumulated_parts` takes them so.
+
+    It is the inverse of the scale that multiplies the result of the product, if there is one.
+    """
+    exact = x.detach()
+    value = scaled_part_op(exact, element, rounding, overflow, scale, axes, part, source)
+    if part == "scales":
+        return value
+    if parse_scale(scale).rule in NV_RULES:  # type: ignore[union-attr]
+        x = x / outer_scale_op(exact, element, scale, axes, source)
+    return straight_through(x.to(value.dtype), value)
+
+
+def _accumulated_parts(a: Tensor, b: Tensor, scales_a: Tensor, scales_b: Tensor, block: int, *arguments: Any) -> Tensor:
+    """A product of elements and scales of blocks, with the derivative of the product of the operands."""
+    value = accumulate_scaled_op(a.detach(), b.detach(), scales_a, scales_b, block, *arguments)
+    decoded = [
+        straight_through(x, x.detach() * scales.repeat_interleave(block, axis).narrow(axis, 0, x.shape[axis]))
+        for x, scales, axis in ((a, scales_a, -1), (b, scales_b, -2))
+    ]
+    return straight_through(decoded[0] @ decoded[1], value)
+
+
 def _transformed(x: Tensor, name: str, number: int, axis: int, source: str, *parameters: Tensor) -> Tensor:
     """A changed operand, with the derivative of the change, which is linear."""
     value = transform_operand_op(x.detach(), name, number, axis, source, *parameters)
@@ -269,6 +304,9 @@ _WITH_DERIVATIVE: dict[Any, Callable[..., Tensor]] = {
     round_scaled_op: _rounded_with_scale,
     transform_operand_op: _transformed,
     accumulate_op: _accumulated,
+    scaled_part_op: _part,
+    accumulate_scaled_op: _accumulated_parts,
+    accumulate_sum_op: _summed,
     prims.convert_element_type.default: Tensor.to,  # it has no derivative under transforms of torch.func
     **{op: _without_derivative(op) for op in (*SCALE_OPERATORS.values(), outer_scale_op, transform_parameters_op)},
 }

@@ -18,6 +18,11 @@ from torch import Tensor, fx
 from fpsim.compile_backend.plan import Site
 from fpsim.policy import Policy
 
+#: The fields of policies that have switches.
+_FIELDS = frozenset(
+    "format activation weight gradient output fprop dgrad wgrad elementwise products rounding overflow scale transform "
+    "skip modules attention gaps".split()
+)
 #: The length of the input: the greatest number of places.
 CAPACITY = 2**14
 
@@ -102,8 +107,8 @@ class Switches:
         overflowed: the numbers of places where a rounding gave an infinity or NaN (`functional` fills it).
 
     Raises:
-        ValueError: a policy has accumulators, or scales that depend on other steps; or there are several, which treat
-            attention differently, or of which one rounds results of operations that are no products.
+        ValueError: a policy has fields without switches (accumulators, reductions, saved copies), or scales that depend
+            on other steps; or there are several, which treat attention differently, or of which one rounds results of operations that are no products.
     """
 
     def __init__(self, policies: Collection[Policy], *, is_blended: bool = False) -> None:
@@ -113,8 +118,8 @@ class Switches:
         self.state = torch.zeros(CAPACITY, dtype=torch.bool)
         self.overflowed: set[int] = set()
         for policy in self.policies:
-            if policy.sums_narrowly:
-                raise ValueError("sums with an accumulator have no switches: leave accumulator out of the policy")
+            if unknown := sorted(policy.stated_fields - _FIELDS):
+                raise ValueError(f"what {unknown[0]} states has no switches: leave {unknown[0]} out of the policy")
             if policy.is_timed:
                 raise ValueError(
                     "scales that depend on other steps have no switches: leave history, every and calibrated out of "

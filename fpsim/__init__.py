@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fpsim import curvature, evaluate, reference, sharpness, testing
+    from fpsim import curvature, evaluate, posttraining, recipes, reference, sharpness, testing
     from fpsim.accumulators.matmul import matmul
     from fpsim.block_functions import decode_blocks, encode_blocks
     from fpsim.compile_backend import (
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fpsim.training.parameters import round_parameters
 
 #: The public modules.
-_MODULES = ("curvature", "evaluate", "reference", "sharpness", "testing")
+_MODULES = ("curvature", "evaluate", "posttraining", "recipes", "reference", "sharpness", "testing")
 
 #: The other public names, and the module that holds each.
 _HOMES = {
@@ -84,8 +84,10 @@ __all__ = [
     "matmul",
     "pack",
     "parse_format",
+    "posttraining",
     "power_of_two_scale",
     "profile",
+    "recipes",
     "reference",
     "round",
     "round_gradients_hook",

@@ -61,6 +61,7 @@ from .flags import with_flags
 from .histories import delayed_scales
 from .integers import Integers, parse_integers, round_integer
 from .outcomes import TININESS, Flags, Result
+from .reductions import mean, variance
 from .rounding import round
 from .scales import Scale, block_scale, parse_scale, scale_steps
 from .sums import dot, sum
@@ -135,6 +136,7 @@ __all__ = [
     "logb",
     "maximum",
     "maximum_number",
+    "mean",
     "minimum",
     "minimum_number",
     "mul",
@@ -172,5 +174,6 @@ __all__ = [
     "total_order",
     "ulp",
     "unordered",
+    "variance",
     "with_flags",
 ]

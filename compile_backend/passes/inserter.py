@@ -198,6 +198,18 @@ class Inserter:
         rounded = self._shared(round_op, (value, name, "nearest_even", "ovf_inf", SOURCE), [value], near)
         return self._shared(prims.convert_element_type.default, (rounded, dtype), [rounded], near)
 
+    def part(self, rounded: fx.Node, target: Callable[..., Any], arguments: tuple[Any, ...]) -> fx.Node:
+        """A call that computes a part of ``rounded``, with its metadata and behind it; equal calls have one node."""
+        key = (target, *map(str, arguments))
+        if key not in self.transforms:
+            with self.graph.inserting_after(rounded):
+                node = self.graph.call_function(target, arguments)
+            node.meta = {name: value for name, value in rounded.meta.items() if name not in ("val", "tensor_meta")}
+            describe(node)
+            self.sources[node] = self.sources[rounded]
+            self.transforms[key] = node
+        return self.transforms[key]
+
     def release_shapes(self) -> None:
         """Replace operands of which only the shape is used, so that backward keeps none of them for its shape alone.
 

@@ -26,6 +26,8 @@ from fpsim.compile_backend.passes.accumulators import Summed, insert_accumulator
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.operations import round_operations
 from fpsim.compile_backend.passes.products import opaque_gaps, round_products, warn_if_no_weight_is_found
+from fpsim.compile_backend.passes.reductions import replace_sums
+from fpsim.compile_backend.passes.saved import insert_saved, round_saved
 from fpsim.compile_backend.passes.switches import round_switched
 from fpsim.compile_backend.plan import Plan
 from fpsim.compile_backend.switches import Switches
@@ -128,9 +130,10 @@ def rewrite(
             list as a gap, or a product whose module is unknown while the policy has rules for modules.
         ValueError: a format with values that the dtype of an operand lacks.
     """
-    views = {node for node in graph.nodes if is_alias(node)}
     note_gradients(graph)
     refused = opaque_gaps(graph, policy, strict)
+    copies = insert_saved(graph, policy, input_sources, strict)
+    views = {node for node in graph.nodes if is_alias(node)}
     sources = find_sources(graph, input_sources)
     inserter = Inserter(graph, sources, seed, handle, recorder, switches)
     products = find_products(graph, sources, input_sources)
@@ -138,12 +141,14 @@ def rewrite(
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph.erase_node(node)
         views.discard(node)
-    results = round_operations(graph, policy, sources, products, inserter, strict)
+    other_sums, sum_gaps, bias_gradients = replace_sums(graph, policy, sources, products, inserter, strict)
+    results = round_operations(graph, policy, sources, products, inserter, strict, bias_gradients)
     sums: Sequence[Summed] = ()
     if switches is None:
         operands, gaps, sums = round_products(products, policy, inserter, strict)
     else:
         operands, gaps = round_switched(products, switches[0], inserter, strict)
+    saved = round_saved(copies, inserter)
     if strict:
         warn_if_no_weight_is_found(products, [*results, *operands], policy)
     inserter.release_shapes()
@@ -155,4 +160,5 @@ def rewrite(
     graph.eliminate_dead_code()
     update_aliases(graph, views)
     graph.lint()
-    return Plan((*results, *operands), (*refused, *gaps), tuple(each.sum for each in sums))
+    all_sums = (*(each.sum for each in sums), *other_sums)
+    return Plan((*results, *operands, *saved), (*refused, *gaps, *sum_gaps), all_sums)

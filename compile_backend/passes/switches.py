@@ -59,11 +59,11 @@ def round_switched(
                 for i, role, cast, axes in zip(product.operands, product.roles, casts, product.contracted, strict=True)
             ]
             if transform is None and (inserter.is_blended or not any(site.epilogue for site in planned)):
-                own, product, _ = round_operands(product, local, transform, inserter)
+                own, product, _, _ = round_operands(product, local, transform, inserter)
             else:
                 copied = _copied(product, inserter)
-                own, scaled, _ = round_operands(copied, local, transform, inserter)
-                product = _switched(product, scaled.result, own, inserter)
+                own, _, _, result = round_operands(copied, local, transform, inserter)
+                product = _switched(product, result, own, inserter)
             output = local.output_cast(product.kind)
             if output is not None:
                 own.append(site_of_product(product, "output", product.result, output))

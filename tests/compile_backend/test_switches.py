@@ -154,8 +154,11 @@ def test_an_error_that_is_infinite_counts_as_zero_and_is_told(x):
 
 
 def test_what_has_no_switches_is_refused(model, x):
-    with pytest.raises(ValueError, match="accumulator"):
+    with pytest.raises(ValueError, match="leave accumulator out"):
         Switches([Policy(format="e4m3fn", modules={"a": {"format": "bf16", "accumulator": "fp32"}})])
+    for field in ("saved", "reductions"):
+        with pytest.raises(ValueError, match=f"leave {field} out"):
+            Switches([Policy.from_options({"format": "e4m3fn", field: "bf16"})])
     with pytest.raises(ValueError, match="history, every and calibrated"):
         Switches([Policy(format="e4m3fn/tensor/history:4")])
     with pytest.raises(ValueError, match="elementwise"):
