@@ -17,12 +17,13 @@ from torch import Tensor, fx
 
 from fpsim.compile_backend.plan import Site
 from fpsim.policy import Policy
+from fpsim.policy.policy import KINDS, ROLES
 
 #: The fields of policies that have switches.
-_FIELDS = frozenset(
-    "format activation weight gradient output fprop dgrad wgrad elementwise products rounding overflow scale transform "
-    "skip modules attention gaps".split()
-)
+_FIELDS = {
+    *("format", *ROLES, "output", *KINDS, "elementwise", "products", "rounding", "overflow", "scale", "transform"),
+    *("skip", "modules", "attention", "gaps"),
+}
 #: The length of the input: the greatest number of places.
 CAPACITY = 2**14
 
@@ -108,7 +109,8 @@ class Switches:
 
     Raises:
         ValueError: a policy has fields without switches (accumulators, reductions, saved copies), or scales that depend
-            on other steps; or there are several, which treat attention differently, or of which one rounds results of operations that are no products.
+            on other steps; or there are several, which treat attention differently, or of which one rounds results of
+            operations that are no products.
     """
 
     def __init__(self, policies: Collection[Policy], *, is_blended: bool = False) -> None:
