@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fpsim.casts import Cast
+from fpsim.policy.policy import KINDS
 from fpsim.scaling.groups import count
 from fpsim.scaling.scale import NV_RULES
 from fpsim.transforms.transform import Transform
@@ -16,20 +17,20 @@ from fpsim.transforms.transform import Transform
 
 @dataclass(frozen=True)
 class Site:
-    """An operand, or the result, of a matrix product, or the result of another operation.
+    """An operand, or the result, of a matrix product, the result of another operation, or an activation that is saved.
 
     Attributes:
         path: the module, ``""`` for the root.
-        operator: the aten operator, such as ``aten.mm``.
+        operator: the aten operator, such as ``aten.mm``; for a saved activation the first that reads it in backward.
         kind: ``fprop``, ``dgrad`` or ``wgrad`` for a product; None for another operation.
         direction: ``forward`` or ``backward``.
         role: ``activation``, ``weight``, ``gradient`` or ``output`` for a value of a product; ``result`` for the result
-            of another operation.
+            of another operation; ``saved`` for an activation that is kept for backward.
         shape: the shape of the value; symbolic sizes are text.
         dtype: the dtype of the value, its carrier.
         cast: how the value is rounded; None where the policy leaves it unrounded.
-        contracted: the axes of an operand along which its product sums; for results with scales of rows or blocks the
-            last axis, along which these lie; empty for other results.
+        contracted: the axes of an operand along which its product sums; for results and saved activations with
+            scales of rows or blocks the last axis, along which these lie; empty for others.
         transform: the transform of both operands of the product before they are rounded, or None.
         epilogue: whether the scale of an operand, for NVFP4 the scale of the tensor, multiplies the result of the
             product instead of the operand.
@@ -86,10 +87,11 @@ class Gap:
 
 @dataclass(frozen=True)
 class Sum:
-    """A matrix product whose sum has a narrow accumulator.
+    """A matrix product whose sum has a narrow accumulator, or another sum.
 
     Attributes:
-        path, operator, kind: as in `Site`.
+        path, operator: as in `Site`.
+        kind: ``fprop``, ``dgrad`` or ``wgrad`` for a product, ``forward`` or ``backward`` for another sum.
         accumulator: the accumulator as text: ``hopper_fp8 promote=128``.
     """
 
@@ -126,7 +128,10 @@ class Plan:
             table.add_row(*map(Text, words), cast, *map(Text, extra))
         yield table
         if self.sums:
-            sums = Table(title=f"{len(self.sums)} products with accumulators", title_justify="left")
+            of_products = sum(each.kind in KINDS for each in self.sums)
+            counts = (of_products, "products"), (len(self.sums) - of_products, "other sums")
+            title = " and ".join(f"{number} {what}" for number, what in counts if number)
+            sums = Table(title=f"{title} with accumulators", title_justify="left")
             for name in ("module", "operator", "kind", "accumulator"):
                 sums.add_column(name, overflow="fold")
             for each in self.sums:

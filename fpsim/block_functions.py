@@ -14,7 +14,7 @@ from fpsim.rounding.carriers import check_tensor, working_dtype
 from fpsim.rounding.packing import pack, unpack
 from fpsim.scaling.groups import Groups, OnTensors, split
 from fpsim.scaling.rules import E8M0_BIAS, NAN_MARK
-from fpsim.scaling.scale import MX_RULES, NV_RULES, Scale
+from fpsim.scaling.scale import AFFINE_RULES, MX_RULES, NV_RULES, Scale
 from fpsim.scaling.steps import (
     DOUBLE_ELEMENT,
     DOUBLE_SCALE,
@@ -53,11 +53,11 @@ def encode_blocks(
 
         The scales. Those of ``mx`` are E8M0 codes, uint8: 2**(code - 127), and 255 for NaN. Ratios are float32. NVFP4
         has a pair: e4m3fn codes (uint8), and the float32 scale of the tensor, which multiplies elements before
-        rounding (``te``) or after it (``torchao``). ``asymmetric`` has a pair of ratios and zero points, both
-        float32. ``double`` has three: the codes of the ratios (uint8, in the order of the values of
-        ``dynamic8``), the float32 ratio of every 256 of these, and the float32 mean of the ratios. The shape is
-        that of ``x`` with the number of blocks in place of the length of each axis that is split, and 1 in
-        place of one along which all elements share a scale; for ``group`` it is the number of groups.
+        rounding (``te``) or after it (``torchao``). ``asymmetric`` has a pair of ratios and zero points, and ``range``
+        one of ratios and least elements, all float32. ``double`` has three: the codes of the ratios (uint8, in the
+        order of the values of ``dynamic8``), the float32 ratio of every 256 of these, and the float32 mean of the
+        ratios. The shape is that of ``x`` with the number of blocks in place of the length of each axis that is split,
+        and 1 in place of one along which all elements share a scale; for ``group`` it is the number of groups.
 
     Raises:
         ValueError: the format has no scale of blocks, rows, groups or tensors by ratio; or packed codes do not fill
@@ -169,7 +169,7 @@ def _decode_elements(codes: Tensor, element: ElementFormat, scale: Scale, workin
     if wide.numel() and not 0 <= int(wide.min()) <= int(wide.max()) < 1 << element.bits:
         raise ValueError(f"a code is not one of {element.name}: codes are 0 to {most - 1}")
     if isinstance(element, IntegerFormat):
-        if element.signed and scale.rule != "asymmetric":
+        if element.signed and scale.rule not in AFFINE_RULES:
             wide = wide - ((wide >> (element.bits - 1)) << element.bits)
         return wide.to(working) * 2.0**element.unit_exponent
     by_code = dict(zip(element.codes or range(len(element.values)), element.values, strict=True))
@@ -188,13 +188,13 @@ def _encode_scales(scales: Any, scale: Scale, groups: Groups) -> Scales:
         ratios, of_ratios, offset = quantized_ratios(scales[2].reshape(-1), OnTensors())
         codes = _codes_of(ratios.restore(ratios.values).nan_to_num(0.0), DOUBLE_ELEMENT)
         return codes, of_ratios.reshape(-1), offset.reshape(())
-    return (parts[0], parts[1]) if scale.rule == "asymmetric" else parts[0]
+    return (parts[0], parts[1]) if scale.rule in AFFINE_RULES else parts[0]
 
 
 def _decode_scales(scales: Scales, scale: Scale, groups: Groups) -> tuple[Tensor, ...]:
     """The scales as factors that broadcast to the groups."""
     given: tuple[Tensor, ...] = scales if isinstance(scales, tuple) else (scales,)
-    count = 3 if scale.rule == "double" else 2 if scale.rule in (*NV_RULES, "asymmetric") else 1
+    count = 3 if scale.rule == "double" else 2 if scale.rule in (*NV_RULES, *AFFINE_RULES) else 1
     if len(given) != count:
         raise ValueError(f"scale {str(scale)!r} has {count} tensors of scales, got {len(given)}")
     shape = [1 if axis in groups.axes else size for axis, size in enumerate(groups.values.shape)]

@@ -30,6 +30,7 @@ from fpsim.rounding.carriers import check_carrier, working_dtype
 from fpsim.rounding.ops import SOURCE, random_words_op, round_op, round_stochastic_op
 from fpsim.scaling.ops import SCALE_OPERATORS, check_scaled_carrier, outer_scale_op, round_scaled_op
 from fpsim.scaling.scale import (
+    AFFINE_RULES,
     MX_RULES,
     NV_RULES,
     SCALE_NAMES,
@@ -193,14 +194,14 @@ def _check_scale(cast: Cast) -> None:
     if isinstance(fmt, CodebookFormat):
         if cast.rounding != "nearest_even":
             raise ValueError(f"codebooks are rounded to nearest, got rounding {cast.rounding!r}: leave it out")
-        if rule not in (None, *SYMMETRIC_RULES):
+        if rule == "encode" or rule not in (None, *SYMMETRIC_RULES):
             raise ValueError(f"codebook {fmt.name} takes ratios, got scale {str(scale)!r}: use group:64 or row")
     if isinstance(fmt, IntegerFormat) and rule is not None:
-        if not fmt.signed and rule != "asymmetric":
+        if not fmt.signed and rule not in AFFINE_RULES:
             raise ValueError(f"{fmt.name} is unsigned and takes no scale {str(scale)!r}: use row:asymmetric")
-        if fmt.full and rule not in (*SYMMETRIC_RULES, "asymmetric"):
+        if fmt.full and rule not in (*SYMMETRIC_RULES, *AFFINE_RULES):
             raise ValueError(f"{fmt.name} takes ratios, got scale {str(scale)!r}: use row, or leave out ':full'")
-    elif rule == "asymmetric":
+    elif rule in AFFINE_RULES:
         raise ValueError(f"{fmt.name} has no zero point: scale {str(scale)!r} is for integers, such as 'uint8'")
     if isinstance(fmt, FloatFormat):
         if rule in NV_RULES and fmt.name != "e2m1fn":

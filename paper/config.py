@@ -16,6 +16,7 @@ from typing import Any
 
 from fpsim.evaluate.load import script_file
 from fpsim.policy import Policy
+from fpsim.recipes import Recipe
 from fpsim.suggestions import did_you_mean
 
 from .choices import check_choice
@@ -45,6 +46,8 @@ class RunConfig:
         model: sizes of the network.
         options: fields of the simulated policy, as ``torch.compile(backend="fpsim", options=...)`` takes them;
             ``{}`` is the backend's default, None is no simulation: plain Inductor in float32.
+        recipe: a recipe (`fpsim.recipes.Recipe`) or its JSON object, in place of ``options``: its policy, its optimizer
+            and its schedule. Stored is the JSON object.
         steps: optimizer steps, at least 1.
         batch: windows per step (per micro-batch, where there are several).
         learning_rate: the peak of the schedule.
@@ -82,6 +85,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     options: Options = field(default=None, hash=False)
+    recipe: Mapping[str, Any] | Recipe | None = field(default=None, hash=False)
     steps: int = 100
     batch: int = 8
     learning_rate: float = 3e-3
@@ -112,6 +116,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple((int(step), options) for step, options in self.stages))
         object.__setattr__(self, "betas", tuple(self.betas))
+        if self.recipe is not None:
+            if self.options is not None or self.stages:
+                raise ValueError("a recipe has its own policy and schedule: leave out options and stages")
+            object.__setattr__(self, "recipe", recipe_fields(self.recipe))
         for name in ("steps", "batch", "validate_every", "validation_batches", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -140,13 +148,25 @@ class RunConfig:
         return [self.options, *(options for start, options in self.stages if start <= index)][-1]
 
 
+def recipe_fields(recipe: Mapping[str, Any] | Recipe) -> dict[str, Any]:
+    """The JSON object of a recipe, in the one form that its text has.
+
+    Raises:
+        ValueError: the object is no recipe.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.from_json(json.dumps(recipe))
+    return dict(json.loads(recipe.to_json()))
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """All fields as JSON types; policies in their shortest form, so that equal ones look equal.
 
     Raises:
         ValueError, TypeError: options that are no policy, or name no format.
     """
-    plain = asdict(replace(config, options=None, stages=()))
+    plain = asdict(replace(config, options=None, recipe=None, stages=()))
+    plain["recipe"] = config.recipe
     plain["options"] = _plain_options(config.options)
     plain["stages"] = [[start, _plain_options(options)] for start, options in config.stages]
     plain["betas"] = list(config.betas)
@@ -225,6 +245,6 @@ def compile_key(config: RunConfig) -> str:
     The seed, the learning rate and the text are not part of it.
     """
     plain = to_dict(config)
-    names = ("model", "options", "stages", "attention", "backend", "autocast", "batch", "dtype", "device")
+    names = ("model", "options", "recipe", "stages", "attention", "backend", "autocast", "batch", "dtype", "device")
     graph = [plain[name] for name in names] + [config.measure_every > 0]
     return hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest()[:16]

@@ -31,15 +31,17 @@ class Setting:
     Attributes:
         base: the configuration that conditions change.
         rates: learning rates.
-        seeds: the number of seeds, from 0.
+        seeds: the number of seeds.
         low: mantissa bits of the truncated format that is unstable at this size: 3 in the paper's models, 1 in small
             ones.
+        first_seed: the first of the seeds; the others follow it.
     """
 
     base: RunConfig
     rates: tuple[float, ...]
     seeds: int
     low: int = 1
+    first_seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Experiment:
         chosen = self.conditions(setting)
         return [
             Planned(name, replace(setting.base, learning_rate=rate, seed=seed, **changes))
-            for seed in range(setting.seeds)
+            for seed in range(setting.first_seed, setting.first_seed + setting.seeds)
             for name, changes in chosen.items()
             for rate in setting.rates
         ]

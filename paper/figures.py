@@ -84,6 +84,25 @@ def loss_curves(judged: Judged) -> Figure:
     return _finished(figure, panels)
 
 
+def gaps(rows: Sequence[tuple[str, float, float, float]]) -> Figure:
+    """Differences with their intervals, one row per name: a point and a line from low to high, around zero.
+
+    Args:
+        rows: name, difference, low and high; a difference that is NaN is left out.
+    """
+    shown = [row for row in rows if np.isfinite(row[1])]
+    figure, (axes,) = _panels(1, width=5.5, height=0.8 + 0.26 * len(shown))
+    places = np.arange(len(shown))[::-1]
+    axes.axvline(0, color="#000000", linewidth=1)
+    for place, (_, middle, low, high) in zip(places, shown, strict=True):
+        if np.isfinite(low):
+            axes.plot([low, high], [place, place], color=COLOURS[1], linewidth=2)
+        axes.plot(middle, place, "o", color=COLOURS[1], markersize=5)
+    axes.set_yticks(places, [name for name, *_ in shown], fontsize=8)
+    axes.set_xlabel("gap (nats per token)")
+    return figure
+
+
 def heat_maps(judged: Judged) -> Figure:
     """Final smoothed loss over seed and learning rate, one map per condition; a cross where the run diverged."""
     figure, panels = _panels(len(judged.conditions), height=0.9 + 0.32 * max(2, len(judged.seeds)))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import figures, require
+from .comparison import compare_recipes
 from .config import RunConfig, to_dict
 from .figures import Judged
 from .intervals import compare, share
@@ -127,7 +128,18 @@ def _predictions(judged: Judged) -> list[Prediction]:
 
 
 def _pictures(judged: Judged, predictions: Sequence[Prediction]) -> list[Picture]:
-    pictures = [
+    pictures = []
+    if _has_recipes(judged):
+        note = f"Final loss minus that of {judged.reference}, mean over pairs with 95 % intervals."
+        pictures.append(
+            Picture(
+                "recipes",
+                "Recipes",
+                note,
+                lambda: figures.gaps([(c.condition, c.gap, c.low, c.high) for c in compare_recipes(judged)]),
+            )
+        )
+    pictures += [
         Picture(
             "loss",
             "Loss curves",
@@ -161,7 +173,7 @@ def _pictures(judged: Judged, predictions: Sequence[Prediction]) -> list[Picture
 
 
 def _tables(judged: Judged, facts: Mapping[str, Any], predictions: Sequence[Prediction]) -> list[Table]:
-    tables = [_conditions(judged), _by_rate(judged), _comparisons(judged, facts)]
+    tables = [_recipes(judged), _conditions(judged), _by_rate(judged), _comparisons(judged, facts)]
     if predictions:
         tables += [_prediction_table(predictions), _warning_table(judged)]
     tables += [_range_table(judged), _failures(facts)]
@@ -202,6 +214,39 @@ def _conditions(judged: Judged) -> Table:
         "validation loss",
     ]
     return Table("Conditions", note, columns, rows)
+
+
+def _recipes(judged: Judged) -> Table:
+    rows = []
+    for found in compare_recipes(judged) if _has_recipes(judged) else []:
+        memory = found.memory
+        rows.append(
+            [
+                found.condition,
+                _interval(found.gap, found.low, found.high) if found.condition != judged.reference else "-",
+                str(found.diverged),
+                "-" if math.isnan(found.sharpness) else f"{found.sharpness:.3g}",
+                *(
+                    ("-", "-", "-")
+                    if memory is None
+                    else (f"{memory.weights:.3g}", f"{memory.moments:.3g}", f"{memory.activation:.3g}")
+                ),
+                f"{found.cost:.2f}",
+            ]
+        )
+    note = (
+        f"Gap: final smoothed loss minus that of {judged.reference} over pairs with the same seed and learning rate, "
+        "mean with its 95 % interval (Student), nats per token; pairs in which a run diverged are left out. Sharpness: "
+        "median of the last measurement. Memory: bytes that hardware would keep for a parameter (weight with master "
+        "copy; moments of AdamW) and for an activation of a rounded linear layer, with the share of its scales. Cost: "
+        "time of a simulated step over that of the reference."
+    )
+    columns = ["condition", "gap", "diverged", "sharpness", "weight", "moments", "activation", "cost"]
+    return Table("Recipes", note, columns, rows)
+
+
+def _has_recipes(judged: Judged) -> bool:
+    return any(run.config.recipe is not None for run in judged.runs)
 
 
 def _by_rate(judged: Judged) -> Table:

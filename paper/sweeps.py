@@ -24,6 +24,8 @@ from rich.progress import TaskID
 
 from fpsim.policy.shorthand import parse_shorthand
 from fpsim.processors import check_device, usable_cores
+from fpsim.recipes import RECIPES
+from fpsim.suggestions import did_you_mean
 
 from . import require
 from .choices import check_choice
@@ -74,31 +76,47 @@ class Outcome:
 def grid(
     base: RunConfig,
     *,
-    formats: Iterable[str],
+    formats: Iterable[str] = (),
+    recipes: Iterable[str] = (),
     seeds: Iterable[int],
     learning_rates: Iterable[float] | None = None,
     data: Iterable[DataConfig] | None = None,
 ) -> list[Planned]:
-    """Every format with every learning rate, seed and text; seeds vary slowest, so that a sweep is balanced early.
+    """Every format and recipe with every rate, seed and text; seeds vary slowest, so that a sweep is balanced early.
 
     Args:
         base: the fields that do not vary.
         formats: as `fpsim.policy.shorthand.parse_shorthand` reads them.
+        recipes: names of recipes (`fpsim.recipes.RECIPES`), with their defaults. A format may stand here too.
         learning_rates, data: None means those of ``base``.
 
     Raises:
-        ValueError: a format that `parse_shorthand` cannot read.
+        ValueError: a format that `parse_shorthand` cannot read, an unknown recipe, or neither formats nor recipes.
     """
     texts = list(data or [base.data])
     rates = list(learning_rates or [base.learning_rate])
-    options = {name: parse_shorthand(name) for name in formats}
+    precisions: dict[str, dict[str, Any]] = {name: {"options": parse_shorthand(name)} for name in formats}
+    for name in recipes:
+        label = name if name not in precisions else f"{name} recipe"
+        precisions[label] = {"recipe": RECIPES[name]()} if name in RECIPES else {"options": _baseline(name)}
+    if not precisions:
+        raise ValueError("a sweep needs formats or recipes: give at least one")
     return [
         Planned(
-            name if len(texts) == 1 else f"{name}, {text.label}",
-            replace(base, options=options[name], learning_rate=rate, seed=seed, data=text),
+            label if len(texts) == 1 else f"{label}, {text.label}",
+            replace(base, learning_rate=rate, seed=seed, data=text, **precisions[label]),
         )
-        for seed, name, text, rate in itertools.product(seeds, options, texts, rates)
+        for seed, label, text, rate in itertools.product(seeds, precisions, texts, rates)
     ]
+
+
+def _baseline(name: str) -> dict[str, Any] | None:
+    """The options of a format that stands among recipes."""
+    try:
+        return parse_shorthand(name)
+    except ValueError:
+        hint = did_you_mean(name, RECIPES)
+        raise ValueError(f"no recipe and no format {name!r}{hint}: recipes are {', '.join(RECIPES)}") from None
 
 
 def sweep(

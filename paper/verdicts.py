@@ -26,6 +26,7 @@ class Rules:
     spiked: Mapping[str, float]
     trained: Mapping[str, float]
     prediction: Mapping[str, Any]
+    claims: Mapping[str, Mapping[str, Any]]
 
 
 def preregistration() -> str:

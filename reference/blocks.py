@@ -27,6 +27,7 @@ from .scales import (
     Scale,
     affine_scale,
     amax,
+    encode_scale,
     flushed,
     mean_ratio,
     nv_block_scale,
@@ -34,6 +35,7 @@ from .scales import (
     nv_tensor_scale,
     parse_scale,
     power_of_two_scale,
+    range_scale,
     ratio_scale,
     tensor_power_of_two,
 )
@@ -52,6 +54,7 @@ class Block:
         scale: the scale of the block: a power of two, a ratio, or a value of e4m3fn; NaN if the block is NaN.
         rule: the rule of the scale (`fpsim.reference.scales.Scale`).
         zero_point: the integer that stands for zero; None in a symmetric block.
+        minimum: the number for which the integer 0 stands under the rule ``range``; None under others.
         tensor_scale: the float32 scale of the tensor in NVFP4, which the rule ``te`` divides by; else 1.
     """
 
@@ -59,6 +62,7 @@ class Block:
     scale: Value
     rule: str
     zero_point: int | None = None
+    minimum: Fraction | None = None
     tensor_scale: Fraction = Fraction(1)
 
     def decoded(self, working: str | FloatFormat = "fp32") -> tuple[Value, ...]:
@@ -75,6 +79,8 @@ class Block:
         if self.rule in NV_RULES:
             product = mul(element, self.scale, working)
             return (div if self.rule == "te" else mul)(product, self.tensor_scale, working)
+        if self.minimum is not None:
+            return add(mul(element, self.scale, working), self.minimum, working)
         if self.zero_point is not None:
             return mul(rational(element) - self.zero_point, self.scale, working)
         if self.rule in (*POWER_OF_TWO_RULES, "power_of_two"):
@@ -126,6 +132,11 @@ def quantize_block(
     - Under a power of two (``mx``, ``power_of_two``), an element is the exact quotient by the scale, rounded once.
     - Under a ratio, the quotient rounds to ``working``, and then to the element format. An element or a quotient below
       2**-126 counts as zero, here and in the next two cases. (To nearest the result is zero anyway.)
+    - Under ``encode`` the product with the scale's inverse takes the place of the quotient. The scale is the float32
+      reciprocal of that inverse.
+    - Under ``range`` the difference of an element and the least one, and its quotient by the scale, round to
+      ``working``. The quotient rounds to an integer. Integers from 0 to 2**N - 1 are kept, and others are clamped. The
+      product of the integer and the scale, and its sum with the least element, round to ``working``.
     - An asymmetric element rounds its quotient to an integer and then adds the zero point (ONNX's order). Integers
       without sign are asymmetric under every ratio.
     - Under ``double`` a block alone has the same scale as under a ratio: it equals the mean.
@@ -133,7 +144,7 @@ def quantize_block(
       then rounds to e2m1fn.
 
     A block with a NaN is NaN. So is a block with an infinity, except in NVFP4, where the infinity counts as the largest
-    value, and under ``power_of_two``, where the scale is 1.
+    value, and under ``power_of_two``, where the scale is 1. Under ``encode`` the scale is 1 in both cases.
 
     Arguments:
         values: the elements of the block, each an int, Fraction, float (taken exactly) or `Special`.
@@ -161,10 +172,16 @@ def quantize_block(
     def rounded(index: int, value: Value) -> Value:
         return round_element(value, fmt, rounding, overflow, random=_number(random, index))
 
+    if how.rule == "range":
+        return _ranged(exact, fmt, rounding, random, working)
     if how.asymmetric or (isinstance(fmt, Integers) and fmt.least == 0):
         return _affine(exact, fmt, how, rounding, random, working)
     if how.rule in NV_RULES:
         return _nv(exact, fmt, how.rule, rounded, as_value(a if tensor_amax is None else tensor_amax), working)
+    if how.rule == "encode":
+        factor = encode_scale(a, fmt)
+        products = [flushed(mul(flushed(x), factor, working)) for x in exact]
+        return Block(tuple(rounded(i, y) for i, y in enumerate(products)), div(1, factor, "fp32"), how.rule)
     if how.rule == "power_of_two":
         shared: Value = tensor_power_of_two(a, fmt, working)
     elif how.rule in POWER_OF_TWO_RULES:
@@ -206,6 +223,26 @@ def _affine(
         whole = round_integer(flushed(div(flushed(x), d, working)), unbounded, rounding, random=_number(random, i))
         codes.append(min(max(rational(whole) + zero_point, Fraction(0)), Fraction(levels)))
     return Block(tuple(codes), d, how.rule, zero_point)
+
+
+def _ranged(
+    exact: Sequence[Value], fmt: Element, rounding: str, random: RandomNumbers | None, working: str | FloatFormat
+) -> Block:
+    """A block of integers from 0 to 2**N - 1 that count from the least element."""
+    if not isinstance(fmt, Integers) or fmt.unit != 1:
+        raise ValueError("the scale range has integers as elements")
+    levels = 2 ** (fmt.greatest - fmt.least).bit_length() - 1
+    d, least = range_scale(exact, levels)
+    if d is NAN:
+        return Block((NAN,) * len(exact), NAN, "range", minimum=least)
+    unbounded = Integers(-(2**40), 2**40)
+    codes = []
+    for i, x in enumerate(exact):
+        above = sub(flushed(x), least, working)
+        quotient = flushed(div(above, d, working))
+        whole = round_integer(quotient, unbounded, rounding, random=_number(random, i))
+        codes.append(min(max(rational(whole), Fraction(0)), Fraction(levels)))
+    return Block(tuple(codes), d, "range", minimum=least)
 
 
 def _nv(
@@ -327,6 +364,8 @@ def block_indices(shape: Sequence[int], axis: int | Sequence[int], scale: str | 
         return [tuple(range(count))]
     if how.shared_by == "group":
         return [tuple(range(i, min(i + how.size[0], count))) for i in range(0, count, how.size[0])]
+    if how.shared_by == "channel":
+        return [tuple(range(i, i + math.prod(shape[1:]))) for i in range(0, count, math.prod(shape[1:]) or 1)]
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     if any(not -rank <= each < rank for each in axes):
         raise ValueError(f"axis {axis} is out of range: an array of {rank} axes has axes {-rank} to {rank - 1}")

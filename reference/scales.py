@@ -41,7 +41,7 @@ from .values import (
 )
 
 PowerOfTwoRule = Literal["floor", "ceil", "rceil", "even"]
-RatioRule = Literal["fp32", "bf16"]
+RatioRule = Literal["fp32", "bf16", "encode"]
 NvRule = Literal["te", "torchao"]
 
 POWER_OF_TWO_RULES: Final = get_args(PowerOfTwoRule)
@@ -68,16 +68,17 @@ class Scale:
 
     Attributes:
         shared_by: the elements that share a scale. ``"tensor"``: all; ``"row"``: those along the axis; ``"column"``:
-            those along the other one of the last two axes; ``"block"``: ``size`` in a row along the axis, or tiles of
+            those along the other one of the last two axes; ``"channel"``: those with one index of the first axis;
+            ``"block"``: ``size`` in a row along the axis, or tiles of
             ``size`` along the other one of the last two axes and along the axis; ``"group"``: ``size`` in a row of the
             flattened tensor. The last block of an axis may be short.
-        rule: one of `POWER_OF_TWO_RULES`, `RATIO_RULES` and `NV_RULES`, or ``"power_of_two"``.
+        rule: one of `POWER_OF_TWO_RULES`, `RATIO_RULES` and `NV_RULES`, ``"power_of_two"`` or ``"range"``.
         size: the length of a block or group, or the two lengths of a tile; empty for the others.
         asymmetric: whether the range from the least to the greatest element is used, with a zero point.
         double: whether the ratios are quantized again (`fpsim.reference.blocks.restored_ratios`).
     """
 
-    shared_by: Literal["tensor", "row", "column", "block", "group"]
+    shared_by: Literal["tensor", "row", "column", "channel", "block", "group"]
     rule: str
     size: tuple[int, ...] = ()
     asymmetric: bool = False
@@ -90,7 +91,7 @@ _SCALES = {
     "power_of_two": "power_of_two",
     "mx": rf"mx(?::(?P<size>[0-9]+(?:x[0-9]+)?))?(?::(?P<rule>{'|'.join(POWER_OF_TWO_RULES)}))?",
     "nv": rf"nv(?::(?P<size>16|16x16))?(?::(?P<rule>{'|'.join(NV_RULES)}))?",
-    "all": rf"(?P<shared_by>tensor|row|column)(?::(?P<rule>{_RULE}))?",
+    "all": rf"(?P<shared_by>tensor|row|column|channel)(?::(?P<rule>{_RULE}|range))?",
     "block": rf"block:(?P<size>[0-9]+(?:x[0-9]+)?)(?::(?P<rule>{_RULE}))?",
     "group": rf"group:(?P<size>[0-9]+)(?::(?P<rule>{_RULE}|double))?",
 }
@@ -104,10 +105,12 @@ def parse_scale(name: str | Scale) -> Scale:
     - ``mx[:n][:rule]``: blocks of n (32) along the axis, or tiles AxB, with the rule ``rceil``, ``floor``, ``ceil`` or
       ``even``.
     - ``nv[:16|:16x16][:te|:torchao]``: blocks or tiles under one more scale for the tensor, as in NVFP4.
-    - ``tensor``, ``row``, ``column``, ``block:n``, ``block:AxB`` and ``group:n``, which is of the flattened tensor: the
-      ratio of amax and the largest value, in float32 or, with ``:bf16``, in bfloat16. With ``:asymmetric`` the ratio of
-      the range and the number of integers, and a zero point. With a rule of ``mx``, or ``:power_of_two`` for ``rceil``,
-      a power of two. ``group:n:double`` is a ratio that is quantized again.
+    - ``tensor``, ``row``, ``column``, ``channel``, ``block:n``, ``block:AxB`` and ``group:n``, which is of the
+      flattened tensor: the ratio of amax and the largest value, in float32 or, with ``:bf16``, in bfloat16. With
+      ``:encode`` the float32 ratio of the largest value and amax, which multiplies. With ``:asymmetric`` the ratio of
+      the range and the number of integers, and a zero point. With ``:range``, not for blocks and groups, that ratio and
+      the least element, from which integers count. With a rule of ``mx``, or ``:power_of_two`` for ``rceil``, a power
+      of two. ``group:n:double`` is a ratio that is quantized again.
     - ``power_of_two`` or ``tensor:power_of_two``: one scale for the tensor, see `fpsim.power_of_two_scale`.
 
     Raises:
@@ -311,6 +314,25 @@ def ratio_scale(a: Value, element: Element, rule: str) -> Value:
     return _bounded(div(rounded, full, "fp32"), rule)
 
 
+def encode_scale(a: Value, element: Element) -> Fraction:
+    """The ratio s of the largest value of the format and the largest magnitude ``a``, which multiplies the elements.
+
+    1. ``a`` is rounded to float32. If it is NaN, infinite, or below 2**-126, s is 1.
+    2. s is the quotient rounded to float32, lowered to 2**100, and raised to 2**-126.
+
+    Source: Transformer Engine's current scaling, whose bound is the largest float32.
+    """
+    check_ratio(element)
+    if isinstance(element, Codebook):
+        raise ValueError("a codebook takes the ratio fp32 or bf16")
+    rounded = round(a, "fp32")
+    if not isinstance(rounded, Fraction) or rounded < SMALLEST_NORMAL:
+        return Fraction(1)
+    full = element.half_range if isinstance(element, Integers) else largest_magnitude(element)
+    quotient = rational(round(div(full, rounded, "fp32"), "fp32", overflow="sat_finite"))
+    return max(min(quotient, 1 / LEAST_RATIO), SMALLEST_NORMAL)
+
+
 def _bounded(ratio: Value, rule: str) -> Fraction:
     fmt = parse_format(rule)
     return max(rational(round(ratio, fmt, overflow="sat_finite")), LEAST_RATIO)
@@ -358,6 +380,24 @@ def affine_scale(values: Iterable[Number], levels: int) -> tuple[Value, int]:
     d = _bounded(div(round(high - low, "fp32"), levels, "fp32"), "fp32")
     zero_point = rational(round(div(-low, d, "fp32"), "fp32"))
     return d, min(max(_nearest_integer(zero_point), 0), levels)
+
+
+def range_scale(values: Iterable[Number], levels: int) -> tuple[Value, Fraction]:
+    """The distance d of neighbours and the least value, for codes from 0 to ``levels`` under the rule ``range``.
+
+    The least and the greatest element, their distance, and the quotient of the distance and ``levels`` are rounded to
+    float32. A least element below 2**-126 in magnitude is 0. d is that quotient, raised to the float32 number 1e-8 and
+    lowered to the largest float32; NaN if an element is infinite (in float32) or NaN.
+
+    Source: FracTrain (Fu et al., NeurIPS 2020).
+    """
+    exact = [as_value(value) for value in values]
+    if NAN in exact or any(round(value, "fp32") in INFINITIES for value in exact):
+        return NAN, Fraction(0)
+    low, high = (rational(round(end(map(rational, exact)), "fp32")) for end in (min, max))
+    low = low if abs(low) >= SMALLEST_NORMAL else Fraction(0)
+    d = _bounded(div(round(high - low, "fp32"), levels, "fp32"), "fp32")
+    return max(d, rational(round(Fraction(1, 10**8), "fp32"))), low
 
 
 def _nearest_integer(number: Fraction) -> int:

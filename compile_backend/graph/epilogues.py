@@ -39,7 +39,7 @@ def is_outside(product: Product, cast: Cast | None, contracted: Axes, dtype: tor
         return False
     if cast.scale.rule in NV_RULES:
         return True
-    if cast.scale.rule not in ("fp32", "bf16") or not _holds(dtype, cast):
+    if cast.scale.rule not in ("fp32", "bf16", "encode") or not _holds(dtype, cast):
         return False
     return cast.scale.kind == "tensor" or (cast.scale.kind == "row" and entry.scales == "rows" and bool(contracted))
 

@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 #: Operators of which only the first result is an operation's. The other results are statistics for backward, which stay
 #: within the unit that computes them.
-_ONE_RESULT = frozenset(
+ONE_RESULT = frozenset(
     {
         "_batch_norm_no_update", "_batch_norm_with_update_functional", "_fused_rms_norm", "_native_batch_norm_legit",
         "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
@@ -119,12 +119,12 @@ def _one_operation() -> Iterator[None]:
 
 
 def _with_marks(result: Any, op: OpOverload, given: list[Tensor]) -> Any:
-    """``result`` with its new floating-point tensors marked; for operators of `_ONE_RESULT` only the first."""
+    """``result`` with its new floating-point tensors marked; for operators of `ONE_RESULT` only the first."""
 
     def marked(value: Any) -> Any:
         new = isinstance(value, Tensor) and value.is_floating_point() and not any(value is tensor for tensor in given)
         return mark(value, f"aten.{op._opname}") if new else value
 
     values, structure = pytree.tree_flatten(result)
-    results = 1 if op._opname in _ONE_RESULT else len(values)
+    results = 1 if op._opname in ONE_RESULT else len(values)
     return pytree.tree_unflatten([*map(marked, values[:results]), *values[results:]], structure)

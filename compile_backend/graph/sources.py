@@ -118,6 +118,24 @@ def is_backward(node: fx.Node, sources: Mapping[fx.Node, Source]) -> bool:
     return bool(sources[node] & Source.TANGENT) or node.meta.get("partitioner_tag") == "is_backward"
 
 
+def forward_by_number(graph: fx.Graph, sources: Mapping[fx.Node, Source]) -> dict[int, fx.Node]:
+    """From the sequence numbers that autograd gives to operations to the first node of forward with that number."""
+    found: dict[int, fx.Node] = {}
+    for node in graph.nodes:
+        number = node.meta.get("seq_nr")
+        if number is not None and not is_backward(node, sources):
+            found.setdefault(number, node)
+    return found
+
+
+def operation_of(node: fx.Node, forward: Mapping[int, fx.Node]) -> fx.Node | None:
+    """The operation of forward of which ``node`` computes the derivative; None if it is unknown.
+
+    torch gives another number, and no tag, to the nodes of a backward that the user has written.
+    """
+    return forward.get(node.meta.get("seq_nr", -1)) if node.meta.get("partitioner_tag") == "is_backward" else None
+
+
 def find_input(graph: fx.Graph, position: int) -> fx.Node:
     """The placeholder of ``graph`` that is input number ``position`` of the traced function."""
     for node in graph.nodes:

@@ -19,7 +19,7 @@ from fpsim.casts import Cast
 from fpsim.formats import FloatFormat
 from fpsim.rounding.carriers import CARRIERS, check_carrier
 from fpsim.scaling.rules import E8M0_BIAS
-from fpsim.scaling.scale import MX_RULES, NV_RULES, Scale
+from fpsim.scaling.scale import AFFINE_RULES, MX_RULES, NV_RULES, Scale
 from fpsim.scaling.steps import SMALLEST_RATIO, scaled_groups
 
 #: Pairs of an exponent and a number of elements, ascending. The exponent of x is floor(log2(abs(x))); zeros have none.
@@ -206,7 +206,7 @@ def measure_groups(x: Tensor, cast: Cast, axes: Sequence[int]) -> dict[str, Any]
     exponents, counts = torch.unique(torch.frexp(counted)[1] - 1, return_counts=True)
     return {
         "scales": scaled.scales.numel(),
-        "clipped_groups": 0 if cast.scale.rule == "asymmetric" else _count(amax * scaled.factors > cast.format.max),
+        "clipped_groups": 0 if cast.scale.rule in AFFINE_RULES else _count(amax * scaled.factors > cast.format.max),
         "zero_groups": _count(is_zero),
         "lowest_scales": _count((scaled.scales == lowest) & ~is_zero),
         "highest_scales": _count((scaled.scales == highest) & ~is_zero),

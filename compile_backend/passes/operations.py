@@ -10,11 +10,12 @@ from fpsim.compile_backend.graph import convolution
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.nodes import module_path
 from fpsim.compile_backend.graph.operation_ends import find_marks, replace_mark
-from fpsim.compile_backend.graph.sources import VARIABLE, Source, is_backward
+from fpsim.compile_backend.graph.sources import VARIABLE, Source, forward_by_number, is_backward, operation_of
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.places import policy_at, site_of_operation
 from fpsim.compile_backend.plan import Site
 from fpsim.policy import Policy
+from fpsim.policy.policy import DIRECTIONS
 
 
 def round_operations(
@@ -24,20 +25,24 @@ def round_operations(
     products: Sequence[Product],
     inserter: Inserter,
     strict: bool,
+    bias_gradients: Sequence[fx.Node] = (),
 ) -> list[Site]:
     """Replace the marks at the ends of operations by roundings, or by nothing where the policy has no cast.
 
     The marks at the ends of matrix products stay. The gradient of a convolution's bias counts as an operation: it is a
-    sum, as in a linear layer.
+    sum, as in a linear layer. ``bias_gradients`` are those that are sums already.
     """
     sites = []
-    for node in convolution.find_bias_gradients(graph):
-        path = module_path(convolution.backward_of(node))
+    rounded = {direction for direction in DIRECTIONS if policy.rounds_elementwise(direction)}
+    sums = (*convolution.find_bias_gradients(graph), *bias_gradients)
+    for node in sums if "backward" in rounded else ():
+        path = module_path(node if node in bias_gradients else convolution.backward_of(node))
         local = policy_at(path, f"gradient of a bias {node.name}", policy, strict)
         cast = None if local is None else local.elementwise_cast("backward")
         if cast is not None:
             sites.append(site_of_operation(path, "aten.sum", "backward", node, cast))
             inserter.round_result(node, sites[-1])
+    forward = forward_by_number(graph, sources) if rounded else {}
     of_products = {node for product in products for node in (product.value, product.result)}
     for node in find_marks(graph):
         value, operator = node.args
@@ -45,11 +50,13 @@ def round_operations(
         if node in of_products:
             continue
         cast = None
-        if sources[node] & VARIABLE and value not in of_products:
-            direction = "backward" if is_backward(node, sources) else "forward"
+        direction = "backward" if is_backward(node, sources) else "forward"
+        if direction in rounded and sources[node] & VARIABLE and value not in of_products:
             path = module_path(node)
             if path is None and (direction == "forward" or node.meta.get("is_gradient_acc")):
                 path = ""  # the root is never recorded, and autograd adds up gradients outside of modules
+            elif path is None and (operation := operation_of(node, forward)) is not None:
+                path = module_path(operation) or ""
             local = policy_at(path, f"{direction} operation {node.name} ({operator})", policy, strict)
             cast = None if local is None else local.elementwise_cast(direction)
         if cast is not None:

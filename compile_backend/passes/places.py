@@ -50,6 +50,11 @@ def site_of_operation(path: str | None, operator: str, direction: str, value: fx
     return _site(path, operator, None, direction, "result", value, cast, ())
 
 
+def site_of_saved(path: str, operator: str, value: fx.Node, cast: Cast) -> Site:
+    """The site of an activation that is kept for backward, where ``operator`` reads it."""
+    return _site(path, operator, None, "backward", "saved", value, cast, ())
+
+
 def _site(
     path: str | None,
     operator: str,
@@ -62,7 +67,7 @@ def _site(
     transform: Transform | None = None,
 ) -> Site:
     tensor = value.meta["val"]
-    if role in ("output", "result") and cast is not None and cast.has_axis:
+    if role in ("output", "result", "saved") and cast is not None and cast.has_axis:
         contracted = tuple(range(tensor.dim()))[-1:]
     shape = tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
     dtype = str(tensor.dtype).removeprefix("torch.")

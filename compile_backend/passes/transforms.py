@@ -1,4 +1,8 @@
-"""Transforms of both operands of a product, which leave the product as it is in exact arithmetic."""
+"""Transforms of the operands of a product, which leave the product as it is in exact arithmetic.
+
+They change both operands along the axis over which the product sums; or the first operand along the axis that the
+product keeps, and the result back.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,11 @@ from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.products import Form, product_operator
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.policy import Policy
+from fpsim.rounding.ops import SOURCE
+from fpsim.transforms.ops import transform_operand_op
 from fpsim.transforms.transform import Transform
+
+aten = torch.ops.aten
 
 #: Operators that torch decomposes into a multiplication without a sum if there is one element to sum over.
 _SUMS_OF_ONE = ("aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.mv", "aten.addmv", "aten.dot")
@@ -31,6 +39,8 @@ def transform_of(product: Product, policy: Policy) -> Transform | None:
 
 def why_not(product: Product, transform: Transform) -> str | None:
     """Why ``transform`` would change the value of ``product``, and the remedy; None if it leaves the value as it is."""
+    if transform.of_kept_axis:
+        return _why_not_along_kept_axis(product, transform)
     lengths = []
     for operand, axes in zip(_operands(product), product.contracted, strict=True):
         shape = operand.meta["val"].shape
@@ -51,6 +61,17 @@ def why_not(product: Product, transform: Transform) -> str | None:
     )
 
 
+def _why_not_along_kept_axis(product: Product, transform: Transform) -> str | None:
+    if product.node.target is not aten.mm.default:
+        return (
+            f"transform {str(transform)!r} changes the rows or columns of the result of a product of two matrices, and "
+            f"{product.operator} ({product.kind}) in {product.path!r} is none: name it for dgrad and wgrad of linear "
+            f"layers, or give this module a policy without it (modules={{{product.path or '<module>'!r}: ...}})"
+        )
+    first, _ = _order(product)
+    return _wrong_length(product, transform, _operands(product)[first].meta["val"].shape[kept_axis(product)])
+
+
 def _wrong_length(product: Product, transform: Transform, length: int | torch.SymInt) -> str | None:
     """Why ``transform`` cannot change ``length`` elements; None if it can, or if the length is known only in a run."""
     if isinstance(length, int):
@@ -67,11 +88,45 @@ def transform_operands(product: Product, transform: Transform, inserter: Inserte
     The first operand of the transform is the gradient if there is one, else the activation; of two activations the one
     that the product takes first. A weight is the second operand.
     """
-    order = sorted((0, 1), key=lambda i: (_ORDER.index(product.roles[i]), i))
-    operands = [_operands(product)[i] for i in order]
+    order, operands = _order(product), _operands(product)
+    if transform.of_kept_axis:
+        [operands[order[0]]] = inserter.transformed([operands[order[0]]], [kept_axis(product)], transform, product.node)
+        return operands
     axes = [product.contracted[i][-1] for i in order]
-    transformed = inserter.transformed(operands, axes, transform, product.node)
+    transformed = inserter.transformed([operands[i] for i in order], axes, transform, product.node)
     return [transformed[order.index(i)] for i in (0, 1)]
+
+
+def transform_result(product: Product, transform: Transform, inserter: Inserter) -> fx.Node:
+    """Change the result of ``product``, whose first operand is transformed along the axis that it keeps, back.
+
+    Returns:
+        The node that takes its place for all of its users.
+    """
+    result = product.result
+    call = inserter.calls_after(result, product.node)
+    axis = _order(product)[0]  # rows of the result are those of the first factor, columns those of the second one
+    first = back = call(transform_operand_op, result, str(transform), 1, axis, SOURCE)
+    if back.meta["val"].dtype != result.meta["val"].dtype:
+        back = call(torch.ops.prims.convert_element_type.default, back, result.meta["val"].dtype)
+    result.replace_all_uses_with(back, delete_user_cb=lambda user: user is not first)
+    return back
+
+
+def transforms_of(product: Product, transform: Transform | None) -> list[Transform | None]:
+    """The transform of each operand of ``product``, in the order in which the product takes them."""
+    is_of_first = transform is not None and transform.of_kept_axis
+    return [None if is_of_first and i != _order(product)[0] else transform for i in (0, 1)]
+
+
+def kept_axis(product: Product) -> int:
+    """The axis of the transform's first operand over which a product of two matrices does not sum."""
+    return 1 - product.contracted[_order(product)[0]][-1]
+
+
+def _order(product: Product) -> list[int]:
+    """The numbers of the operands of ``product`` in the order in which transforms take them."""
+    return sorted((0, 1), key=lambda i: (_ORDER.index(product.roles[i]), i))
 
 
 def _operands(product: Product) -> list[fx.Node]:

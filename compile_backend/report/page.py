@@ -32,6 +32,7 @@ _COLOURS = {
     "gradient": "#d55e00",
     "output": "#cc79a7",
     "result": "#8a6d00",
+    "saved": "#56b4e9",
 }
 
 _CARRIERS = {str(dtype).removeprefix("torch."): format for dtype, format in CARRIERS.items()}
@@ -57,7 +58,8 @@ _COLUMNS = (
     _Column(
         "role",
         "role",
-        "Role of the value in its product; output: result of a product; result: result of another operation.",
+        "Role of the value in its product; output: result of a product; result: result of another operation; saved: "
+        "activation that is kept for backward.",
         True,
     ),
     _Column("shape", "shape", "Shape of the value.", True),
@@ -313,4 +315,8 @@ def _facts(row: _Row, products: Sequence[ProductStatistics]) -> dict[str, Any]:
         statistics = products[product]
         shapes = " by ".join(" × ".join(map(str, shape)) for shape in statistics.shapes)
         facts["product"] = f"{shapes}; runs: {statistics.runs}; relative error {statistics.relative_error:.4g}"
+        if statistics.sum is not None:
+            lost, share = statistics.sum, statistics.sum.stagnated_share
+            facts["product"] += f"; of the sums in {lost.accumulator} {lost.relative_error:.4g}"
+            facts["product"] += "" if share is None else f", {percent(share)} of them stagnated"
     return facts

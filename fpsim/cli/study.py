@@ -52,7 +52,8 @@ Data = Annotated[
         help="UTF-8 file, folder of such files, nanoGPT .bin file or folder, or hf:NAME.", show_default="Shakespeare"
     ),
 ]
-Seeds = Annotated[int | None, typer.Option(min=1, help="Number of seeds; the first one is 0.")]
+Seeds = Annotated[int | None, typer.Option(min=1, help="Number of seeds.")]
+FirstSeed = Annotated[int, typer.Option(min=0, help="The first seed; the others follow it.")]
 Steps = Annotated[int | None, typer.Option(min=2, help="Optimizer steps per run.")]
 Rates = Annotated[list[float] | None, typer.Option(help="Learning rates.")]
 Model = Annotated[
@@ -85,10 +86,14 @@ def run(
         list[str] | None,
         typer.Option(
             help="fp32, bf16, e8m3/toward_zero, e4m3fn+e5m2, paper:e8m3, fp8_hybrid, ...",
-            show_default="fp32, bf16, e4m3fn and e8m3",
+            show_default="fp32, bf16, e4m3fn and e8m3, or none beside --recipes",
         ),
     ] = None,
+    recipes: Annotated[
+        list[str] | None, typer.Option(help="Recipes (see fpsim recipes), or formats beside them.", show_default="none")
+    ] = None,
     seeds: Seeds = 3,
+    first_seed: FirstSeed = 0,
     learning_rates: Rates = None,
     steps: Steps = 300,
     batch: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 8,
@@ -112,7 +117,7 @@ def run(
     cpus: Cpus = 1.0,
     retries: Retries = 2,
 ) -> None:
-    """Train a model in several formats over seeds and learning rates, and write a report."""
+    """Train a model in several formats or recipes over seeds and learning rates, and write a report."""
     from fpsim.paper.config import RunConfig
     from fpsim.paper.data import DataConfig
     from fpsim.paper.models import model_config
@@ -137,8 +142,14 @@ def run(
         backend="interpreted" if interpret else "compiled",
         device=device or "cpu",
     )
-    names = list(dict.fromkeys(formats or ["fp32", "bf16", "e4m3fn", "e8m3"]))
-    plan = grid(base, formats=names, learning_rates=learning_rates, seeds=range(seeds or 3))
+    names = list(dict.fromkeys(formats or ([] if recipes else ["fp32", "bf16", "e4m3fn", "e8m3"])))
+    plan = grid(
+        base,
+        formats=names,
+        recipes=dict.fromkeys(recipes or []),
+        learning_rates=learning_rates,
+        seeds=range(first_seed, first_seed + (seeds or 3)),
+    )
     _compute(
         plan,
         out or Path("runs/study"),
@@ -163,6 +174,7 @@ def experiment(
     model: Model = None,
     data: Data = None,
     seeds: Seeds = None,
+    first_seed: FirstSeed = 0,
     learning_rates: Rates = None,
     steps: Steps = None,
     device: Device = None,
@@ -183,6 +195,7 @@ def experiment(
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}: use one of {', '.join(SIZES)}")
     setting = _resized(chosen.settings[size], model, data, seeds, learning_rates, steps, device, interpret)
+    setting = replace(setting, first_seed=first_seed)
     facts = {
         "number": number,
         "question": chosen.question,
@@ -190,7 +203,8 @@ def experiment(
         "differs": chosen.differences(size),
         "reference": chosen.reference,
         "pairs": [list(pair) for pair in chosen.pairs],
-        "size": f"{size}: {setting.base.model.label}, {setting.base.steps} steps, {setting.seeds} seeds, "
+        "size": f"{size}: {setting.base.model.label}, {setting.base.steps} steps, "
+        f"{setting.seeds} seeds from {setting.first_seed}, "
         f"learning rates {', '.join(f'{rate:g}' for rate in setting.rates)}",
     }
     on_gpu = setting.base.device.startswith("cuda")
@@ -305,6 +319,120 @@ def list_experiments() -> None:
         counts = [str(len(chosen.plan(chosen.settings[size]))) for size in SIZES]
         table.add_row(str(chosen.number), chosen.title, chosen.question, chosen.claim, *counts)
     Console().print(table)
+
+
+@app.command()
+@plain_errors
+def claims(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Claims, or recipes with all their claims.", show_default="all")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the measured numbers and the table.")] = Path("runs/claims"),
+    show: Annotated[
+        bool, typer.Option("--list", help="Show the claims and their pass marks, and measure none.")
+    ] = False,
+) -> None:
+    """Test the claims of published recipes on small test beds, by pass marks that were registered beforehand.
+
+    The numbers of each seed are kept in the folder, and an interrupted test goes on from there.
+    """
+    from fpsim.paper.claims import CLAIMS
+    from fpsim.paper.claims.claim import registered
+    from fpsim.paper.claims.run import chosen, markdown, measure
+    from fpsim.paper.progress import say
+    from fpsim.paper.storage import replace_file
+
+    selected = chosen(names or [], CLAIMS)
+    if show:
+        table = Table("claim", "recipe", "statement", "holds", "control", "seeds", show_lines=True)
+        for claim in selected:
+            by = registered(claim.name)
+            marks = ("\n".join(map(str, part)) for part in (by.holds, by.control))
+            table.add_row(claim.name, claim.recipe, claim.statement, *marks, str(len(by.seeds)))
+        Console().print(table)
+        return
+    console = Console(stderr=True)
+    outcomes = {}
+    for claim in selected:
+        say(console, f"{claim.name}: {len(registered(claim.name).seeds)} seeds")
+        outcomes[claim.name], computed = measure(claim, out)
+        say(console, f"  {outcomes[claim.name].verdict} ({computed} seeds computed)")
+        for judged in (*outcomes[claim.name].holds, *outcomes[claim.name].control):
+            say(console, f"    {judged}")
+    replace_file(out / "claims.md", markdown(outcomes, CLAIMS).encode())
+    typer.echo(out / "claims.md")
+
+
+@app.command(cls=_SeveralValues)
+@plain_errors
+def pareto(
+    families: Annotated[list[str] | None, typer.Option(help="resnet, llama.", show_default="both")] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option(help="bf16, int8, e4m3fn, int4, e2m1fn, int2.", show_default="all")
+    ] = None,
+    size: Annotated[str, typer.Option(help="quick (minutes on 2 cores) or full (hours).")] = "quick",
+    interpret: Interpret = False,
+    out: Annotated[Path, typer.Option(help="Folder for the numbers, the table and the figure.")] = Path("runs/pareto"),
+) -> None:
+    """Train models of several widths in several formats, and show which reach a loss at the least cost."""
+    from fpsim.paper import pareto as study
+    from fpsim.paper.choices import check_choice
+    from fpsim.paper.storage import replace_file
+
+    check_choice("size", size, study.SIZES)
+    chosen = study.SIZES[size]
+    points = study.pareto(families or study.FAMILIES, formats or study.FORMATS, chosen, out, interpret=interpret)
+    found = study.means(points)
+    replace_file(out / "pareto.md", study.markdown(found).encode())
+    study.figure(found).savefig(out / "pareto.png")
+    typer.echo(out / "pareto.md")
+
+
+@app.command(cls=_SeveralValues)
+@plain_errors
+def generation(
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="fp32, bf16, int8, nf4, 'nf4, double', fp4, 'fp4, double'; all are compared with fp32.",
+            show_default="all",
+        ),
+    ] = None,
+    size: Annotated[str, typer.Option(help="quick (minutes on 2 cores) or full (an hour or more).")] = "quick",
+    out: Annotated[Path, typer.Option(help="Folder for the numbers, the table and the figure.")] = Path(
+        "runs/generation"
+    ),
+) -> None:
+    """Round the weights of a trained model, and show how its texts change with temperature, top-k and length."""
+    from fpsim.paper import generation as study
+    from fpsim.paper.choices import check_choice
+    from fpsim.paper.storage import replace_file
+
+    check_choice("size", size, study.SIZES)
+    names = dict.fromkeys(["fp32", *(formats or study.FORMATS)])
+    qualities = study.study(study.SIZES[size], names, out)
+    replace_file(out / "generation.md", study.markdown(qualities).encode())
+    study.figure(qualities).savefig(out / "generation.png")
+    typer.echo(out / "generation.md")
+
+
+@app.command()
+@plain_errors
+def attention(
+    seed: Annotated[int, typer.Option(help="Of the random rows.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the tables and the figure.")] = Path("runs/attention"),
+) -> None:
+    """Show the one-sided rounding errors of attention in bfloat16, without any training."""
+    from fpsim.paper import attention_bias as study
+    from fpsim.paper.storage import replace_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    found = [*study.sums(seed=seed), *study.attentions(seed=seed)]
+    tables = study.markdown(found)
+    replace_file(out / "attention.md", tables.encode())
+    study.figure(found).savefig(out / "attention.png")
+    typer.echo(tables)
+    typer.echo(out / "attention.md")
 
 
 @app.command()

@@ -15,10 +15,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
 from fpsim.accumulators.accumulator import Accumulator, AccumulatorLike, Order, parse_accumulator
+from fpsim.accumulators.sums import parse_reduction
+from fpsim.attention.flash import PRESETS as KERNELS
+from fpsim.attention.flash import FlashAttention, FlashLike, parse_flash
 from fpsim.casts import NONE, UNSCALED, Cast, CastLike, parse_cast
 from fpsim.formats import OVERFLOWS, ElementFormat, FloatFormat, full_rounding, parse_format
 from fpsim.json_text import check_depth, parse_json
 from fpsim.policy.globs import matches
+from fpsim.policy.presets import HYBRID, MORE_THAN_POLICIES, PRESETS
 from fpsim.scaling.scale import Scale, parse_scale
 from fpsim.suggestions import did_you_mean
 from fpsim.transforms.names import NAMES_OF_PRODUCTS, parse_transform
@@ -39,27 +43,12 @@ OPERANDS = frozenset(
     }
 )
 DIRECTIONS = ("forward", "backward")
+#: The operations that read a saved activation in backward.
+READERS = ("product", "elementwise")
+#: The values of the field `attention` that are no `FlashAttention`.
 ATTENTIONS = ("round", "keep")
 PRODUCTS = ("all", "weights")
 
-#: The casts of the OCP FP8 hybrid recipe, by role.
-HYBRID = {"activation": "e4m3fn/sat_finite", "weight": "e4m3fn/sat_finite", "gradient": "e5m2/sat_finite"}
-
-#: The fields of each named policy (`Policy.preset`).
-PRESETS: dict[str, dict[str, Any]] = {
-    "fp8_hybrid": {**HYBRID},
-    "bf16": {"format": "bf16", "output": "bf16"},
-    "fp16": {"format": "fp16", "output": "fp16"},
-    "mxfp8": {"format": "mxfp8"},
-    "nvfp4": {
-        "activation": "nvfp4",
-        "weight": "e2m1fn/nv:16x16",
-        "gradient": "nvfp4/stochastic:8",
-        "transform": {"wgrad": "hadamard:16:te"},
-        "products": "weights",
-        "attention": "keep",
-    },
-}
 #: The prefix of presets that apply the paper's recipe to a format.
 _PAPER = "paper:"
 
@@ -105,6 +94,18 @@ class Policy:
             axis. An operator that torch itself composes of others (CompositeImplicitAutograd) counts as
             these others. Operations that only move, select or create numbers are not rounded, nor are
             operations that depend on neither a parameter nor a floating-point input.
+        saved: the format of the copies of activations that forward keeps for backward, as in COAT (arXiv 2410.19313).
+            Forward reads the activations themselves, and has the same bits as without it. A mapping with the keys
+            ``product`` and ``elementwise`` sets the formats of the copies that the derivatives of matrix products
+            and of all other operations read. An activation is every floating-point tensor that autograd saves and that
+            depends on an input of the model: operands of products, arguments and results of activation functions,
+            softmax, norms and losses. Not counted are parameters, functions of parameters alone, tables of constants,
+            and statistics: tensors with one number for each row, and those that a norm or attention returns for its
+            own backward. A view reads the copy of the tensor that it is a view of; rows and blocks that share a scale
+            lie along the last axis of that tensor. The cast of an operand of dgrad or wgrad rounds the copy. Under
+            activation checkpointing the inputs of a checkpointed region are saved, and backward computes the rest from
+            their copies. The policy of the module whose derivative reads the copy decides. Default: backward reads
+            what forward read.
         products: ``"all"`` rounds all matrix products. ``"weights"`` rounds only the products with weights, forward
             and backward: those of linear layers, convolutions and the LM head. Products of two activations, as in
             attention, are then listed as gaps.
@@ -137,8 +138,19 @@ class Policy:
             mapping from ``fprop``, ``dgrad`` and ``wgrad``; other kinds of product then have the sums of torch, or
             no chunk, order or promotion. Stored are the accumulators, with the other three in their text. A bias is
             added after the sum. Default: the sums are those of torch. Rules for modules do not inherit it.
+        reductions: the accumulator of all sums that are no products, forward and backward: of softmax, norms (means and
+            variances), losses, and gradients of biases and of broadcast tensors. A format with an order:
+            ``"e8m13"``, ``"bf16 chunk=32"``, ``"fp16 order=pairwise"``, as in `fpsim.matmul`. Other steps (quotients,
+            exponentials) stay in the tensors' dtype. Integers are added as usual. An operator whose sums cannot be
+            simulated, such as the gradient of an embedding, is an error unless `gaps` lists it
+            (``"aten.embedding_dense_backward"``). Default: the sums are those of torch. Rules for modules do not
+            inherit it.
         attention: ``"round"`` decomposes scaled dot-product attention, so that its inner products are rounded.
-            ``"keep"`` leaves it fused and unrounded; the plan lists it as a gap.
+            ``"keep"`` leaves it fused and unrounded; the plan lists it as a gap. ``"flash"`` computes it in tiles with
+            an online softmax, as kernels do, and rounds every step: a `FlashAttention`, the name of a kernel
+            (``flash2_bf16``, which ``flash`` means, ``flash2_fp16``, ``all_bf16``, ``flash3_fp8``), or a mapping of
+            its fields, which may stand beside a name: ``{"preset": "flash2_bf16", "block_k": 64}``. The formats of
+            this policy do not apply inside. In modules that `skip` names, attention stays fused and unrounded.
         gaps: names of operators that contain matrix products which the backend cannot round, and which may stay
             unrounded (``"aten.convolution"``, ``"*"``). The plan lists them. Any other such operator is an error.
 
@@ -166,6 +178,7 @@ class Policy:
     dgrad: CastsLike = ()
     wgrad: CastsLike = ()
     elementwise: CastsLike = ()
+    saved: CastsLike = ()
     products: str = "all"
     rounding: str = "nearest_even"
     overflow: str | None = None
@@ -174,10 +187,11 @@ class Policy:
     chunk: int | Mapping[str, int] | None = None
     order: Order | Mapping[str, Order] | None = None
     promote: int | Mapping[str, int] | None = None
+    reductions: AccumulatorLike | None = None
     transform: TransformsLike | None = ()
     skip: str | Iterable[str] = ()
     modules: Mapping[str, ModuleRule] | Sequence[tuple[str, ModuleRule]] = ()
-    attention: str = "round"
+    attention: FlashLike = "round"
     gaps: str | Iterable[str] = ()
 
     def __post_init__(self) -> None:
@@ -185,11 +199,10 @@ class Policy:
         object.__setattr__(self, "rounding", full_rounding(self.rounding))
         if self.overflow is not None and self.overflow not in OVERFLOWS:
             raise ValueError(f"unknown overflow mode {self.overflow!r}: use one of {', '.join(OVERFLOWS)}, or None")
-        if self.attention not in ATTENTIONS:
-            raise ValueError(f"unknown attention {self.attention!r}: use one of {', '.join(ATTENTIONS)}")
         if self.products not in PRODUCTS:
             raise ValueError(f"unknown products {self.products!r}: use one of {', '.join(PRODUCTS)}")
         set_ = object.__setattr__
+        set_(self, "attention", _attention(self.attention))
         set_(self, "scale", parse_scale(self.scale))
         set_(self, "transform", self._transforms())
         set_(self, "skip", _strings("skip", self.skip))
@@ -201,9 +214,11 @@ class Policy:
         for kind in KINDS:
             set_(self, kind, self._casts(kind, ROLES, (*ROLES, "output"), "role"))
         set_(self, "accumulator", self._accumulators())
+        set_(self, "reductions", None if self.reductions in (None, NONE) else parse_reduction(self.reductions))
         for name in ("chunk", "order", "promote"):  # the accumulators have them
             set_(self, name, None)
         set_(self, "elementwise", self._casts("elementwise", DIRECTIONS, DIRECTIONS, "direction"))
+        set_(self, "saved", self._casts("saved", READERS, READERS, "reader"))
         if all(getattr(self, field.name) == field.default for field in fields(self)):
             for role, usual in HYBRID.items():
                 set_(self, role, self._operand(usual))
@@ -231,12 +246,15 @@ class Policy:
         parsed = parse_cast(given, self.rounding, self.overflow)
         if parsed is not None and parsed.scale is not None and parsed.scale.is_timed:
             raise ValueError(
-                f"results of operations have no scales that other steps determine: leave {parsed.scale.timing!r} out "
-                f"of {str(given)!r}"
+                f"results and saved activations have no scales that other steps determine: leave "
+                f"{parsed.scale.timing!r} out of {str(given)!r}"
             )
         if parsed is not None and parsed.transform is not None:
             name = str(parsed.transform)
-            raise ValueError(f"the result of an operation takes no transform: leave {name!r} out of {str(given)!r}")
+            raise ValueError(
+                f"the result of an operation takes no transform, nor does a saved activation: leave {name!r} out of "
+                f"{str(given)!r}"
+            )
         return parsed or NONE
 
     def _casts(
@@ -264,12 +282,6 @@ class Policy:
             for kind in KINDS
             if kind in accumulators
         )
-        for _, accumulator in parsed:
-            if accumulator.machine is not None and accumulator.machine.blocks:
-                raise ValueError(
-                    f"{accumulator} takes the scales of blocks into its sums, and a policy multiplies operands by them "
-                    "before: use fpsim.matmul, or a machine without scales, such as 'blackwell'"
-                )
         return parsed or None
 
     def _transforms(self) -> tuple[tuple[str, Transform], ...]:
@@ -355,15 +367,39 @@ class Policy:
         """The accumulator of products of ``kind``; None if their sums are those of torch."""
         return dict(cast(tuple[tuple[str, Accumulator], ...], self.accumulator or ())).get(kind)
 
+    @property
+    def reduction(self) -> Accumulator | None:
+        """The accumulator of sums that are no products; None if they are those of torch."""
+        return cast(Accumulator | None, self.reductions)
+
+    @property
+    def reduces(self) -> bool:
+        """Whether sums that are no products have an accumulator in any module."""
+        return self.reductions is not None or any(policy.reduces for policy in self._policies_of_modules)
+
     def elementwise_cast(self, direction: str) -> Cast | None:
         """The cast of the results of other operations, ``forward`` or ``backward``; None if they are not rounded."""
         return _rounding_cast(_casts_by_key(self, "elementwise").get(direction))
+
+    def saved_cast(self, reader: str) -> Cast | None:
+        """The cast of the activations that a ``product`` or an ``elementwise`` operation reads in backward, or None."""
+        return _rounding_cast(_casts_by_key(self, "saved").get(reader))
+
+    @property
+    def rounds_saved(self) -> bool:
+        """Whether activations that are kept for backward are rounded in any module."""
+        return bool(self.saved) or any(policy.rounds_saved for policy in self._policies_of_modules)
 
     @property
     def rounds_results(self) -> bool:
         """Whether results are rounded in any module: results of products or of other operations."""
         own = bool(self.elementwise) or any(self.output_cast(kind) for kind in KINDS)
         return own or any(policy.rounds_results for policy in self._policies_of_modules)
+
+    def rounds_elementwise(self, direction: str) -> bool:
+        """Whether results of operations that are no products are rounded in any module, ``forward`` or ``backward``."""
+        own = self.elementwise_cast(direction) is not None
+        return own or any(policy.rounds_elementwise(direction) for policy in self._policies_of_modules)
 
     def check_names_format(self) -> None:
         """Refuse a policy that names no format, for the whole model or in a rule for modules.
@@ -379,7 +415,9 @@ class Policy:
                     policy.check_names_format()
             except ValueError as error:
                 raise ValueError(f"in the rule for modules {glob!r}: {error}") from None
-        is_rounding = self._policies_of_modules or self.accumulator or any(True for _ in self._all_casts())
+        sums = self.accumulator or self.reductions
+        is_rounding = self._policies_of_modules or sums or isinstance(self.attention, FlashAttention)
+        is_rounding = is_rounding or any(True for _ in self._all_casts())
         says_none = self.format == NONE or all(getattr(self, role) == NONE for role in ROLES)
         if not is_rounding and not says_none:
             given = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
@@ -412,7 +450,7 @@ class Policy:
     def _all_casts(self) -> Iterator[Cast]:
         """The casts that any field names, in the rules for modules too."""
         casts = [getattr(self, name) for name in ("format", *ROLES, "output")]
-        casts += [cast for name in (*KINDS, "elementwise") for cast in _casts_by_key(self, name).values()]
+        casts += [cast for name in (*KINDS, "elementwise", "saved") for cast in _casts_by_key(self, name).values()]
         yield from (cast for cast in casts if isinstance(cast, Cast))
         for policy in self._policies_of_modules:
             yield from policy._all_casts()
@@ -425,12 +463,19 @@ class Policy:
     @property
     def is_stochastic(self) -> bool:
         """Whether any rounding draws random numbers."""
-        sums = [self.accumulator_of(kind) for kind in KINDS]
+        sums = [self.reduction, *(self.accumulator_of(kind) for kind in KINDS)]
         return (
             any(cast.is_stochastic for cast in self._all_casts())
             or any(accumulator is not None and accumulator.is_stochastic for accumulator in sums)
+            or (isinstance(self.attention, FlashAttention) and self.attention.is_stochastic)
             or any(policy.is_stochastic for policy in self._policies_of_modules)
         )
+
+    @property
+    def stated_fields(self) -> frozenset[str]:
+        """The names of the fields that differ from their defaults, here or in a rule for modules."""
+        own = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        return frozenset(own.union(*(policy.stated_fields for policy in self._policies_of_modules)))
 
     @property
     def is_timed(self) -> bool:
@@ -438,9 +483,10 @@ class Policy:
         return any(cast.scale is not None and cast.scale.is_timed for cast in self._all_casts())
 
     @property
-    def attentions(self) -> frozenset[str]:
+    def attentions(self) -> frozenset[str | FlashAttention]:
         """The values of `attention` in this policy and in the rules for modules."""
-        return frozenset({self.attention}.union(*(policy.attentions for policy in self._policies_of_modules)))
+        own = cast(str | FlashAttention, self.attention)
+        return frozenset({own}.union(*(policy.attentions for policy in self._policies_of_modules)))
 
     def unmatched_globs(self, paths: Set[str]) -> list[str]:
         """The globs of `skip` and `modules` that match none of ``paths``, the paths of modules.
@@ -502,6 +548,8 @@ class Policy:
           wgrad rotated in blocks of 16 with fixed signs. Attention is not rounded. The recipe also keeps the LM head
           and some blocks in bfloat16, which depends on the model: ``skip=["lm_head", "layers.0", ...]``. A convolution
           has no rotation in wgrad, and needs a rule in `modules`.
+        - ``amp_bf16``, ``dfp16``, ``te_current``, ``te_delayed``, ``torchao_rowwise``, ``torchao_rowwise_gw_hp``,
+          ``torchao_tensorwise``: the policies of the recipes of these names (`fpsim.recipes`), with default arguments.
         - ``paper:FORMAT``, such as ``paper:e8m3``: the recipe of arXiv 2405.18710, as far as it is known. Both operands
           of all three products of linear layers, the LM head included, are truncated. Attention is not rounded. With
           the exponents of bfloat16 (``e8m3``) this is a bit mask, through which infinities and NaN pass. Any other
@@ -529,11 +577,13 @@ class Policy:
             value = getattr(self, field.name)
             if value == field.default:
                 continue
-            if field.name in (*KINDS, "elementwise"):
+            if field.name in (*KINDS, "elementwise", "saved"):
                 value = {key: self._text(cast, spelled) if isinstance(cast, Cast) else cast for key, cast in value}
             elif field.name == "accumulator":
                 texts = {kind: str(accumulator) for kind, accumulator in value}
                 value = texts[KINDS[0]] if len(texts) == len(KINDS) and len(set(texts.values())) == 1 else texts
+            elif isinstance(value, Accumulator):
+                value = str(value)
             elif field.name == "transform":
                 value = _written_transforms(dict(value))
             elif field.name == "modules":
@@ -542,6 +592,8 @@ class Policy:
                 value = self._text(value, spelled)
             elif isinstance(value, Scale):
                 value = str(value)
+            elif isinstance(value, FlashAttention):
+                value = value.written() if spelled else value.to_dict(spelled=False)
             elif isinstance(value, tuple):
                 value = list(value)
             result[field.name] = value
@@ -551,14 +603,15 @@ class Policy:
         """The fields of a module's policy, including those that a reader would otherwise inherit from this policy."""
         if policy is None:
             return NONE
-        inherited = {"rounding": policy.rounding, "overflow": policy.overflow}
+        inherited: dict[str, Any] = {"rounding": policy.rounding, "overflow": policy.overflow}
         if policy.scale != self.scale:
             inherited["scale"] = None if policy.scale is None else str(policy.scale)
         own = policy._fields(spelled)
         if policy.attention == self.attention:
             own.pop("attention", None)
         else:
-            inherited["attention"] = policy.attention
+            kernel = policy.attention
+            inherited["attention"] = kernel.written() if isinstance(kernel, FlashAttention) else kernel
         return {**inherited, **own}
 
     def _text(self, cast: Cast, spelled: bool) -> str:
@@ -633,6 +686,10 @@ def _preset_fields(name: str) -> dict[str, Any]:
         written = name.removeprefix(_PAPER)
         cast = f"{written}/toward_zero/{'sat_propagate' if _is_masked(written) else 'sat_finite'}"
         return {"format": cast, "products": "weights", "attention": "keep"}
+    if name in MORE_THAN_POLICIES:
+        raise ValueError(
+            f"{name!r} is more than a policy: use fpsim.recipes.{name}().apply(model, optimizer), which returns both"
+        )
     if name not in PRESETS:
         raise ValueError(
             f"unknown preset {name!r}: use one of {', '.join(PRESETS)}, or {_PAPER}FORMAT; one format for all is "
@@ -663,6 +720,14 @@ def is_preset(name: str) -> bool:
     except ValueError:
         return name in PRESETS or name.startswith(_PAPER)
     return False
+
+
+def _attention(given: FlashLike) -> str | FlashAttention:
+    """The field `attention` as a policy stores it."""
+    if isinstance(given, str) and given not in (*ATTENTIONS, "flash", *KERNELS):
+        valid = (*ATTENTIONS, "flash", *KERNELS)
+        raise ValueError(f"unknown attention {given!r}{did_you_mean(given, valid)}: use one of {', '.join(valid)}")
+    return given if isinstance(given, str) and given in ATTENTIONS else parse_flash(given)
 
 
 def _by_kind(name: str, given: Any) -> dict[str, Any]:

@@ -109,6 +109,8 @@ def split(x: Any, scale: Scale, axes: Sequence[int], call: Call) -> Groups:
         return Groups(x, list(range(dims)), lambda y: y)
     if scale.kind == "group":
         return _in_blocks(x, call(aten.reshape.default, x, [-1]), {0: scale.sizes[0]}, call)
+    if scale.kind == "channel":
+        return split(x, Scale(scale.rule, "row"), range(1, dims), call)
     if not axes:
         return Groups(call(aten.unsqueeze.default, x, dims), [dims], lambda y: call(aten.squeeze.dim, y, dims), True)
     if scale.kind == "row":

@@ -9,34 +9,39 @@ from typing import Literal, get_args
 
 #: Rules whose scales are powers of two, by OCP MX's E8M0 codes (`fpsim.scaling.rules.mx_multiplier_code`).
 MxRule = Literal["rceil", "floor", "ceil", "even"]
-#: Rules whose scales are ratios of magnitudes, in float32 or rounded to bfloat16; ``asymmetric`` adds a zero point, and
-#: ``double`` quantizes the ratios again.
-RatioRule = Literal["fp32", "bf16", "asymmetric", "double"]
+#: Rules whose scales are ratios of magnitudes, in float32 or rounded to bfloat16; ``encode`` multiplies by the inverse
+#: ratio, ``asymmetric`` adds a zero point, ``range`` begins at the least element, and ``double`` quantizes the ratios
+#: again.
+RatioRule = Literal["fp32", "bf16", "encode", "asymmetric", "range", "double"]
 #: Orders of operations of NVFP4: Transformer Engine's and torchao's.
 NvRule = Literal["te", "torchao"]
 
 MX_RULES: tuple[str, ...] = get_args(MxRule)
 RATIO_RULES: tuple[str, ...] = get_args(RatioRule)
 #: Rules whose scales are ratios without a zero point.
-SYMMETRIC_RULES: tuple[str, ...] = ("fp32", "bf16", "double")
+SYMMETRIC_RULES: tuple[str, ...] = ("fp32", "bf16", "encode", "double")
 NV_RULES: tuple[str, ...] = get_args(NvRule)
+#: Rules whose scales are a ratio of the range from the least to the greatest element, and another number.
+AFFINE_RULES: tuple[str, ...] = ("asymmetric", "range")
 #: Rules whose scales are powers of two. They keep the number of significant bits.
 POWERS_OF_TWO: tuple[str, ...] = ("power_of_two", *MX_RULES)
 #: The rules that compute a scale from the magnitudes of the elements that share it.
 RULES: tuple[str, ...] = ("power_of_two", *MX_RULES, *RATIO_RULES, *NV_RULES)
 #: The forms of the sets of elements that share a scale: `Scale.granularity`.
-GRANULARITIES: tuple[str, ...] = ("tensor", "row", "column", "block:N", "tile:AxB", "group:N")
+GRANULARITIES: tuple[str, ...] = ("tensor", "row", "column", "channel", "block:N", "tile:AxB", "group:N")
 #: The forms of the times at which a scale is computed: `Scale.timing`.
 TIMINGS: tuple[str, ...] = ("current", "history:N[:most_recent|:ms_amp]", "every:N", "calibrated")
 #: How the magnitudes of earlier steps give a scale: as in Transformer Engine, or as in MS-AMP.
 HISTORY_ORDERS: tuple[str, ...] = ("max", "most_recent", "ms_amp")
 
+#: The granularities without a size.
+_WHOLE = ("tensor", "row", "column", "channel")
 _SIZE = re.compile(r"(?P<rows>[0-9]{1,9}x)?(?P<n>[0-9]{1,9})")
 _TIMING = re.compile(
     r"(?P<kind>current|calibrated)|(?P<every>every):(?P<n>[0-9]{1,9})"
     r"|(?P<history>history):(?P<length>[0-9]{1,9})(?::(?P<order>max|most_recent|ms_amp))?"
 )
-_GRANULARITY = re.compile(r"tensor|row|column|(?:block|group):[0-9]{1,9}|tile:[0-9]{1,9}x[0-9]{1,9}")
+_GRANULARITY = re.compile(r"tensor|row|column|channel|(?:block|group):[0-9]{1,9}|tile:[0-9]{1,9}x[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,16 @@ class Scale:
         rule: how the factor is computed. ``power_of_two`` is the inverse of the largest power of two that keeps the
             largest magnitude in the format's range (`fpsim.power_of_two_scale`). ``rceil``, ``floor``, ``ceil`` and
             ``even`` are the rules in use for OCP MX. ``fp32`` and ``bf16`` are the ratio of the largest magnitudes of
-            the elements and of the format. ``asymmetric`` is a ratio with a zero point. ``double`` is a ratio whose
-            difference from the mean of all ratios is quantized to 8 bits, as in QLoRA. ``te`` and ``torchao`` are
+            the elements and of the format. ``encode`` is its inverse, max / amax in float32: elements are multiplied by
+            it, and by its reciprocal afterwards. ``asymmetric`` is a ratio with a zero point. ``range`` is a
+            ratio and the least element, from which integers count, so that zero may be no value. ``double`` is a ratio
+            whose difference from the mean of all ratios is quantized to 8 bits, as in QLoRA. ``te`` and ``torchao`` are
             NVFP4's scales, in these libraries' orders of operations.
         granularity: which elements share a factor: those of the ``tensor``; of a ``row``, which runs along the axis; of
-            a ``column``, which runs across it; of a ``block:N``, N elements in a row along the axis; of a
-            ``tile:AxB``, B along the axis and A along the other one of the last two axes; of a ``group:N``, N elements
-            in a row of the flattened tensor.
+            a ``column``, which runs across it; of a ``block:N``, N elements in a row along the axis; of a ``tile:AxB``,
+            B along the axis and A along the other one of the last two axes; of a ``group:N``, N elements in a row of
+            the flattened tensor; of a ``channel``, those with one index of the first axis. The last two are of the
+            tensor itself, not of a view of it: a channel of a weight is an output channel in fprop and in dgrad.
         timing: which magnitudes determine the factor. ``current`` means those of the tensor itself, when it is rounded.
             ``history:N`` means the largest of the last N steps (delayed scaling) as in Transformer Engine, with
             ``:most_recent`` the last one, with ``:ms_amp`` as in MS-AMP (`fpsim.scaling.history`). ``every:N`` computes
@@ -83,6 +91,8 @@ class Scale:
             raise ValueError(f"rule 'power_of_two' is of whole tensors, got {self.granularity!r}: use rule 'rceil'")
         if self.rule in MX_RULES and self.kind not in ("block", "tile", "row", "tensor"):
             raise ValueError(f"rule {self.rule!r} takes blocks, tiles, rows or tensors, got {self.granularity!r}")
+        if self.rule == "range" and self.kind not in ("tensor", "row", "column", "channel"):
+            raise ValueError(f"rule 'range' takes tensors, rows, columns or channels, got {self.granularity!r}")
         if self.rule == "double" and self.kind != "group":
             raise ValueError(f"rule 'double' takes groups, got {self.granularity!r}: use group:64:double")
         if self.rule in NV_RULES and self.granularity not in ("block:16", "tile:16x16"):
@@ -162,8 +172,9 @@ class Scale:
 
 #: What scales may be called, for messages.
 SCALE_NAMES = (
-    "power_of_two", "tensor[:fp32|:bf16]", "row", "column", "mx[:32][:rceil|:floor|:ceil|:even]",
-    "nv[:16x16][:torchao]", "block:128[:fp32|:power_of_two]", "block:128x128", "group:64[:asymmetric|:double]",
+    "power_of_two", "tensor[:fp32|:bf16|:encode|:range]", "row", "column", "channel",
+    "mx[:32][:rceil|:floor|:ceil|:even]", "nv[:16x16][:torchao]", "block:128[:fp32|:power_of_two]", "block:128x128",
+    "group:64[:asymmetric|:double]",
 )  # fmt: skip
 #: The form of a timing behind a scale, for messages.
 TIMING_NAMES = ("history:16[:most_recent|:ms_amp]", "every:16", "calibrated")
@@ -219,7 +230,17 @@ def _canonical_timing(timing: re.Match[str]) -> str:
 
 def is_scale(name: str) -> bool:
     """Whether ``name`` begins like a scale, so that `parse_scale` either reads it or says why it cannot."""
-    return name.partition(":")[0] in ("power_of_two", "tensor", "row", "column", "mx", "nv", "block", "group")
+    return name.partition(":")[0] in (
+        "power_of_two",
+        "tensor",
+        "row",
+        "column",
+        "channel",
+        "mx",
+        "nv",
+        "block",
+        "group",
+    )
 
 
 def _parse(name: str) -> Scale | None:
@@ -235,9 +256,9 @@ def _parse(name: str) -> Scale | None:
     if rule == "power_of_two":
         rule = "power_of_two" if kind == "tensor" else "rceil"
     valid = {"mx": MX_RULES, "nv": NV_RULES}.get(kind, (*RATIO_RULES, *MX_RULES, "power_of_two"))
-    if rule not in valid or (kind in ("tensor", "row", "column") and size is not None):
+    if rule not in valid or (kind in _WHOLE and size is not None):
         return None
-    if kind in ("tensor", "row", "column"):
+    if kind in _WHOLE:
         return Scale(rule, kind)
     if size is None:
         if kind not in ("mx", "nv"):

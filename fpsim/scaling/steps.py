@@ -19,13 +19,15 @@ from fpsim.rounding.carriers import CODES_OF, working_dtype
 from fpsim.rounding.ops import SOURCE, round_op, round_with_words_op
 from fpsim.scaling.groups import Call, Groups, OnTensors, split
 from fpsim.scaling.rules import E8M0_BIAS, NAN_MARK
-from fpsim.scaling.scale import MX_RULES, NV_RULES, Scale
+from fpsim.scaling.scale import AFFINE_RULES, MX_RULES, NV_RULES, Scale
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 _SMALLEST_NORMAL = 2.0**-126
 #: The smallest ratio: with it no quotient or product of interest is subnormal in float32.
 SMALLEST_RATIO = 2.0**-100
+#: The smallest ratio of the rule ``range``, which is FracTrain's.
+_SMALLEST_RANGE = 1e-8
 _LARGEST = float.fromhex("0x1.fffffep127")
 #: 1/6 rounded to float32.
 _SIXTH = float.fromhex("0x1.555556p-3")
@@ -115,9 +117,16 @@ def quantized(x: Any, dtype: torch.dtype, elements: Elements, scale: Scale, scal
         if elements.overflow != "sat_finite":  # which limits the numbers too
             scaled = _clamped(scaled, -6.0, 6.0, call)
         return elements.rounded(scaled, working)
-    y = call(aten.mul.Tensor if scale.order else aten.div.Tensor, wide, scales[0])
+    if scale.rule == "range":
+        wide = call(aten.sub.Tensor, wide, scales[1])
+    if scale.rule == "encode":
+        y = call(aten.mul.Tensor, wide, scales[1])
+    else:
+        y = call(aten.mul.Tensor if scale.order else aten.div.Tensor, wide, scales[0])
     y = y if exact_zero else _flushed(y, call)
-    return elements.codes(y, scales[1]) if scale.rule == "asymmetric" else elements.rounded(y, working)
+    if scale.rule in AFFINE_RULES:
+        return elements.codes(y, scales[1] if scale.rule == "asymmetric" else None)
+    return elements.rounded(y, working)
 
 
 def dequantized(q: Any, scale: Scale, scales: tuple[Any, ...], call: Call) -> Any:
@@ -130,7 +139,8 @@ def dequantized(q: Any, scale: Scale, scales: tuple[Any, ...], call: Call) -> An
     if scale.order:
         inverse = call.stored(call(aten.div.Tensor, call.constant(1.0, scales[0]), scales[0]))
         return call(aten.mul.Tensor, q, inverse)
-    return call(aten.mul.Tensor, q, scales[1] if scale.rule == "double" else scales[0])
+    value = call(aten.mul.Tensor, q, scales[1] if scale.rule == "double" else scales[0])
+    return call(aten.add.Tensor, value, scales[1]) if scale.rule == "range" else value
 
 
 def scales_of_groups(
@@ -140,9 +150,10 @@ def scales_of_groups(
 
     Returns:
         For powers of two, the multipliers in the dtype of ``x`` (`fpsim.scaling.rules.mx_multiplier_code`). For ratios,
-        the ratios, and for ``asymmetric`` also the zero points. For ``double``, the ratios, the ratios as they are
-        restored, and the ratios that are quantized. For NVFP4, the scales of the blocks and the one of the tensor. All
-        but the multipliers are float32.
+        the ratios, for ``encode`` also the factors before rounding, for ``asymmetric`` also the zero points, and for
+        ``range`` also the least elements. For ``double``, the ratios, the ratios as they are restored, and the ratios
+        that are quantized. For NVFP4, the scales of the blocks and the one of the tensor. All but the multipliers are
+        float32.
     """
     if scale.rule in MX_RULES:
         return (mx_multiplier(x, dtype, element, scale.rule, axes, call),)
@@ -152,7 +163,12 @@ def scales_of_groups(
         return nv_scales(x, dtype, scale, axes, call)
     if scale.rule == "asymmetric":
         return asymmetric_scale(x, unsigned_of(element), axes, call)
+    if scale.rule == "range":
+        return range_scale(x, unsigned_of(element), axes, call)
     amax = call(prims.convert_element_type.default, amax_of(x, dtype, axes, call), torch.float32)
+    if scale.rule == "encode":
+        factor = encode_scale(amax, element, call)
+        return call.stored(call(aten.div.Tensor, call.constant(1.0, factor), factor)), factor
     ratio = ratio_scale(amax, element, scale.rule, call)
     if scale.rule == "double":
         ratios = call.stored(call(aten.where.ScalarSelf, call(aten.lt.Scalar, amax, _SMALLEST_NORMAL), 0.0, ratio))
@@ -215,9 +231,10 @@ class Elements:
         return q
 
     def codes(self, y: Any, zero: Any) -> Any:
-        """``y`` rounded to integers, plus the integers ``zero``, limited to the codes from 0 upwards."""
+        """``y`` rounded to integers, plus the integers ``zero`` if given, limited to the codes from 0 upwards."""
         unsigned = unsigned_of(self.element)
-        q = self.call(aten.add.Tensor, self._round(y, unsigned.grid()), zero)
+        q = self._round(y, unsigned.grid())
+        q = q if zero is None else self.call(aten.add.Tensor, q, zero)
         return _clamped(q, 0.0, float(unsigned.max_integer), self.call)
 
 
@@ -262,6 +279,21 @@ def ratio_scale(amax: Any, element: ElementFormat, rule: str, call: Call) -> Any
     ratio = call(aten.clamp_max.default, ratio, _LARGEST_BF16 if rule == "bf16" else _LARGEST)
     has_zero = not isinstance(element, CodebookFormat) or 0 in element.values
     return call.stored(_usable(ratio, amax, call, 1.0 if has_zero else SMALLEST_RATIO))
+
+
+def encode_scale(amax: Any, element: ElementFormat, call: Call) -> Any:
+    """The ratios of the largest magnitudes of the format and of the groups, ``amax``, both float32.
+
+    1 for a group of zeros, and for one that holds a NaN or an infinity. At most 2^100 and at least 2^-126, so that the
+    reciprocals are normal numbers.
+
+    Source: Transformer Engine, ``recipe_common.cuh`` (where the bound is the largest float32).
+    """
+    factor = call(aten.div.Tensor, call.constant(range_of(element), amax), amax)
+    factor = call(aten.clamp_max.default, factor, 1 / SMALLEST_RATIO)
+    factor = call(aten.clamp_min.default, factor, _SMALLEST_NORMAL)
+    factor = call(aten.where.ScalarOther, call(aten.ge.Scalar, amax, _SMALLEST_NORMAL), factor, 1.0)
+    return call.stored(call(aten.where.ScalarOther, call(aten.le.Scalar, amax, _LARGEST), factor, 1.0))
 
 
 def quantized_ratios(ratios: Any, call: Call) -> tuple[Groups, Any, Any]:
@@ -337,6 +369,25 @@ def asymmetric_scale(x: Any, element: IntegerFormat, axes: list[int], call: Call
     return ratio, call.stored(_clamped(zero, 0.0, float(element.max_integer), call))
 
 
+def range_scale(x: Any, element: IntegerFormat, axes: list[int], call: Call) -> tuple[Any, Any]:
+    """The ratios and the least elements of the groups of ``x``, both float32 and of size 1 along ``axes``.
+
+    The ratio is (max - min) / (2^b - 1), and at least 1e-8. NaN where a group holds a NaN or an infinity.
+
+    Source: FracTrain (Fu et al., NeurIPS 2020), ``modules/quantize.py``.
+    """
+    high, low = (call(op, x, axes, True) for op in (aten.amax.default, aten.amin.default))
+    high, low = (call.stored(call(prims.convert_element_type.default, v, torch.float32)) for v in (high, low))
+    low = call(aten.where.ScalarSelf, call(aten.lt.Scalar, call(aten.abs.default, low), _SMALLEST_NORMAL), 0.0, low)
+    width = call(aten.sub.Tensor, high, low)
+    ratio = call(aten.div.Tensor, width, call.constant(float(element.max_integer), width))
+    ratio = call(aten.clamp_max.default, ratio, _LARGEST)
+    ratio = call(aten.clamp_min.default, ratio, _SMALLEST_RANGE)
+    amax = call(aten.maximum.default, call(aten.abs.default, high), call(aten.abs.default, low))
+    ratio = call(aten.where.ScalarSelf, call(aten.gt.Scalar, amax, _LARGEST), math.nan, ratio)
+    return call.stored(ratio), call.stored(low)
+
+
 def nv_scales(x: Any, dtype: torch.dtype, scale: Scale, axes: list[int], call: Call) -> tuple[Any, Any]:
     """NVFP4's scales of the blocks, values of e4m3fn, and the scale of the tensor: both float32.
 
@@ -355,6 +406,11 @@ def nv_scales(x: Any, dtype: torch.dtype, scale: Scale, axes: list[int], call: C
     small = call(aten.lt.Scalar, total, _SMALLEST_NORMAL)
     whole = call(aten.where.ScalarSelf, small, 1.0, whole)
     whole = call.stored(call(aten.where.ScalarOther, usable, whole, 1.0))
+    return nv_block_scale(amax, whole, scale, call), whole
+
+
+def nv_block_scale(amax: Any, whole: Any, scale: Scale, call: Call) -> Any:
+    """NVFP4's scales of blocks with the largest magnitudes ``amax``, under the scale ``whole`` of the tensor."""
     if scale.rule == "te":
         factor = call(aten.mul.Tensor, whole, call.constant(_SIXTH, whole))
         block = call(aten.mul.Tensor, amax, factor)
@@ -362,7 +418,7 @@ def nv_scales(x: Any, dtype: torch.dtype, scale: Scale, axes: list[int], call: C
         sixth = call(aten.div.Tensor, amax, call.constant(6.0, amax))
         block = call(aten.clamp_min.default, call(aten.div.Tensor, sixth, whole), 2.0**-6)
     block = call(round_op, block, "e4m3fn", "nearest_even", "sat_finite", SOURCE)
-    return call.stored(block), whole
+    return call.stored(block)
 
 
 def nv_factor(block: Any, whole: Any, scale: Scale, call: Call) -> Any:
@@ -429,4 +485,6 @@ def scaled_groups(x: torch.Tensor, element: ElementFormat, scale: Scale, axes: l
     if scale.rule in NV_RULES:
         factors = parts[1] / parts[0] if scale.rule == "te" else 1 / (parts[0] * parts[1])
         return ScaledGroups(groups, parts[0], factors)
+    if scale.rule == "encode":
+        return ScaledGroups(groups, *parts)
     return ScaledGroups(groups, parts[1] if scale.rule == "double" else parts[0], 1 / parts[0])

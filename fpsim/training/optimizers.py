@@ -6,7 +6,8 @@ after the step that changes it, so between steps it holds values of its format.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,8 +25,10 @@ from fpsim.training.in_place import Job, check_seed, draw_of_step, keys_of, roun
 from fpsim.training.optimizer_state import state_names, states_of_parameters, tensors_in
 from fpsim.training.shards import local, shard_number, sharded_like
 
-#: The keys of a state dict for the tensors and the count that are saved with the optimizer's own state.
+#: The keys of a state dict for what is saved with the optimizer's own state: tensors, the count of steps, and a
+#: description of how the states were rounded.
 MASTER, COMPENSATION, WEIGHTS, STEPS = "fpsim_master", "fpsim_compensation", "fpsim_weights", "fpsim_steps"
+STATE = "fpsim_state"
 
 
 _HOOKS = ("step_pre", "step_post", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
@@ -43,6 +46,8 @@ class RoundedOptimizer:
         state: pairs of the name and the cast of each kind of state that is rounded.
         weights, master: the casts of the parameters and of their master copies, or None.
         kahan: whether the rounding errors of the weights are kept as compensations.
+        state_of, weights_of: the parameters whose state and which themselves are rounded; None stands for all.
+        least_size: states with fewer elements are not rounded.
         seed: the seed of stochastic rounding, or None.
     """
 
@@ -51,6 +56,9 @@ class RoundedOptimizer:
     weights: Cast | None
     master: Cast | None
     kahan: bool
+    state_of: tuple[Tensor, ...] | None = field(repr=False)
+    weights_of: tuple[Tensor, ...] | None = field(repr=False)
+    least_size: int
     seed: int | None
     _hooks: StepHooks = field(repr=False, compare=False)
     _handles: tuple[Any, ...] = field(repr=False, compare=False)
@@ -90,6 +98,9 @@ def round_optimizer(
     weights: CastLike | None = None,
     master: CastLike | None = None,
     kahan: bool = False,
+    state_of: Iterable[Tensor] | None = None,
+    weights_of: Iterable[Tensor] | None = None,
+    least_size: int = 0,
     rounding: str = "nearest_even",
     overflow: str | None = None,
     seed: int | None = None,
@@ -113,6 +124,11 @@ def round_optimizer(
         kahan: whether to compensate the rounding errors of the weights. Each error is rounded (nearest-even) to the
             weights' format, and added to the weights before the next step: ``s = (w + c) + update``, ``w = round(s)``,
             ``c = round(s - w)`` (Kahan 1965; for training: Zamirai et al., Revisiting BFloat16 Training, 2020).
+        state_of: the parameters of the optimizer whose state is rounded. None means all.
+        weights_of: the parameters of the optimizer to which ``weights``, ``master`` and ``kahan`` apply. None means
+            all.
+        least_size: states with fewer elements are not rounded. The optimizers of bitsandbytes and torchao have 4096. A
+            shard counts the elements on its rank.
         rounding, overflow: the modes of a cast that names none.
         seed: for stochastic rounding, and only for it. Every tensor has its own draw in every step. A parameter has
             ``n`` casts: those of its states, in alphabetical order, then the master copy, then the weights. After step
@@ -139,8 +155,9 @@ def round_optimizer(
         ValueError: a format or mode is unknown; the optimizer has no state of this name; the format of the master
             copies lacks values of the weights' format; ``master`` or ``kahan`` is given without ``weights``, or both
             are given; a format has values that a tensor's dtype lacks; a seed is missing, or has no stochastic rounding
-            to seed; the optimizer is rounded already, or lacks the hooks of `torch.optim.Optimizer`. Nothing is changed
-            in these cases.
+            to seed; ``state_of`` or ``weights_of`` holds a tensor that is no parameter of the optimizer, or is given
+            without ``state`` or ``weights``; the optimizer is rounded already, or lacks the hooks of
+            `torch.optim.Optimizer`. Nothing is changed in these cases.
         TypeError: a tensor to round does not have a floating-point dtype.
         RuntimeError: in a step, parameters were added, or have another shape, dtype or device than their kept copies.
     """
@@ -153,7 +170,14 @@ def round_optimizer(
     check_seed(seed, [cast for cast in (*state_casts.values(), *casts.values()) if cast])
 
     state_items = tuple(sorted(state_casts.items()))
-    hooks = StepHooks(optimizer, state_items, casts["weights"], casts["master"], kahan, seed, compiled)
+    chosen = {
+        "state": _chosen("state", state_of, bool(state_casts), optimizer),
+        "weights": _chosen("weights", weights_of, casts["weights"] is not None, optimizer),
+    }
+    sets = {name: None if given is None else frozenset(given) for name, given in chosen.items()}
+    hooks = StepHooks(
+        optimizer, state_items, casts["weights"], casts["master"], kahan, seed, sets, least_size, compiled
+    )
     hooks.check_carriers()
     hooks.start()
     handles = (
@@ -165,7 +189,17 @@ def round_optimizer(
         *([intercept(optimizer, hooks.step_fused)] if type(optimizer) in OPTIMIZERS and compiled is not False else []),
     )
     return RoundedOptimizer(
-        optimizer, hooks.state, hooks.weights, hooks.master, kahan, seed, _hooks=hooks, _handles=handles
+        optimizer,
+        hooks.state,
+        hooks.weights,
+        hooks.master,
+        kahan,
+        chosen["state"],
+        chosen["weights"],
+        least_size,
+        seed,
+        _hooks=hooks,
+        _handles=handles,
     )
 
 
@@ -193,6 +227,23 @@ def _state_casts(
     return {name: cast for name, cast in casts.items() if cast is not None}
 
 
+def _chosen(
+    name: str, given: Iterable[Tensor] | None, is_rounded: bool, optimizer: Optimizer
+) -> tuple[Tensor, ...] | None:
+    """The parameters that ``state_of`` or ``weights_of`` gives, each once and in the order of the optimizer."""
+    if given is None:
+        return None
+    if not is_rounded:
+        raise ValueError(f"{name}_of chooses among the parameters whose {name} is rounded: give {name} a format too")
+    wanted = dict.fromkeys([given] if isinstance(given, Tensor) else given)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for tensor in wanted:
+        if not any(tensor is p for p in parameters):
+            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else repr(tensor)
+            raise ValueError(f"{name}_of holds {shape}, which is no parameter of the optimizer: give parameters of it")
+    return tuple(p for p in parameters if p in wanted)
+
+
 def _check_weights(weights: Cast | None, master: Cast | None, kahan: bool) -> None:
     if weights is None and (master is not None or kahan):
         raise ValueError(f"{'kahan' if kahan else 'master'} is about rounded weights: give weights=... a format too")
@@ -200,8 +251,16 @@ def _check_weights(weights: Cast | None, master: Cast | None, kahan: bool) -> No
         raise ValueError("kahan keeps what the weights lose, and so does a master copy: give one of the two")
     if weights is None or master is None:
         return
-    if not isinstance(master.format, FloatFormat) or master.scale is not None or master.transform is not None:
-        raise ValueError(f"master weights are floating-point numbers without scales, got {master}: use fp32")
+    if not isinstance(master.format, FloatFormat) or master.transform is not None:
+        raise ValueError(f"master weights are floating-point numbers without a transform, got {master}: use fp32")
+    if master.scale is not None:
+        if not _is_scaled_alike(weights, master):
+            raise ValueError(
+                f"master weights {master} have a scale, and cannot hold weights {weights}: give the master copy no "
+                "scale, or give both the scale power_of_two, and the master copy as many bits in its exponent and "
+                "mantissa"
+            )
+        return
     inexact = weights.transform or weights.scale
     if weights.transform is not None or (weights.scale is not None and weights.scale.rule not in POWERS_OF_TWO):
         if not FLOAT32.is_subset_of(master.format):
@@ -220,6 +279,18 @@ def _check_weights(weights: Cast | None, master: Cast | None, kahan: bool) -> No
             f"master weights in {master.format.name} cannot hold scaled weights, which have the exponents of float32: "
             "give master a format with 8 exponent bits, such as bf16 or fp32"
         )
+
+
+def _is_scaled_alike(weights: Cast, master: Cast) -> bool:
+    """Whether master copies with a power of two for each tensor hold all weights with another one for each tensor."""
+    fine, coarse = master.format, weights.grid
+    if coarse is None or not isinstance(fine, FloatFormat) or weights.transform is not None:
+        return False
+    if any(cast.scale is None or str(cast.scale) != "power_of_two" for cast in (weights, master)):
+        return False
+    # both largest magnitudes lie within a factor of two below those of the formats
+    reach = [math.log2(fmt.max) - fmt.smallest_exponent for fmt in (fine, coarse)]
+    return fine.mantissa_bits >= coarse.mantissa_bits and reach[0] >= reach[1] + 1
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:
@@ -248,6 +319,9 @@ class StepHooks:
     master: Cast | None
     kahan: bool
     seed: int | None
+    #: The parameters whose ``state`` and whose ``weights`` are rounded; None stands for all.
+    chosen: Mapping[str, frozenset[Tensor] | None] = field(default_factory=lambda: {"state": None, "weights": None})
+    least_size: int = 0
     compiled: bool | None = None
     steps: int = 0
     masters: dict[Tensor, Tensor] = field(default_factory=dict)
@@ -263,24 +337,34 @@ class StepHooks:
     def parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    def numbered(self, kind: str) -> list[tuple[int, Tensor]]:
+        """The parameters whose ``state`` or ``weights`` are rounded, each with its number in the optimizer."""
+        chosen = self.chosen[kind]
+        return [(j, p) for j, p in enumerate(self.parameters) if chosen is None or p in chosen]
+
+    @property
+    def weighted(self) -> list[Tensor]:
+        return [p for _, p in self.numbered("weights")]
+
     @property
     def casts_per_parameter(self) -> int:
         return len(self.state) + 2
 
     def check_carriers(self) -> None:
-        for p in self.parameters:
+        for p in self.weighted:
             for cast in (self.weights, self.master):
                 if cast is not None:
                     check_cast(check_tensor(local(p)), cast)
+        for _, p in self.numbered("state"):
             for name, cast in self.state:
                 for tensor in tensors_in(self.optimizer.state.get(p, {}).get(name)) or [p]:
                     check_cast(check_tensor(local(tensor)), cast)
 
     def start(self) -> None:
         if self.master is not None:
-            self.masters = {p: local(p).clone() for p in self.parameters}
+            self.masters = {p: local(p).clone() for p in self.weighted}
         if self.kahan:
-            self.compensations = {p: torch.zeros_like(local(p)) for p in self.parameters}
+            self.compensations = {p: torch.zeros_like(local(p)) for p in self.weighted}
         self.written = {p: local(p).clone() for p in self.masters or self.compensations}
         self.round_state()
         self.round_weights()
@@ -351,10 +435,10 @@ class StepHooks:
         """Round the existing state in place."""
         jobs = [
             Job(_values(tensor), cast, self._draw_index(j, p, i))
-            for j, p in enumerate(self.parameters)
+            for j, p in self.numbered("state")
             for i, (name, cast) in enumerate(self.state)
             for tensor in tensors_in(self.optimizer.state.get(p, {}).get(name))
-            if tensor not in self.written_rounded
+            if tensor not in self.written_rounded and local(tensor).numel() >= self.least_size
         ]
         self.written_rounded.clear()
         self._round(jobs)
@@ -364,7 +448,7 @@ class StepHooks:
         hooks = self.optimizer._optimizer_step_post_hooks.values()
         if self.skipping or next(iter(hooks)) != self.after_step:  # an earlier hook sees states that are not rounded
             return []
-        numbers = {p: j for j, p in enumerate(self.parameters)}
+        numbers = {p: j for j, p in self.numbered("state") if p.numel() >= self.least_size}
         order = {name: i for i, (name, _) in enumerate(self.state)}
         casts = dict(self.state)
         draw = None if self.seed is None else draw_of_step(self.seed, self.steps + 1)
@@ -372,7 +456,9 @@ class StepHooks:
         def key_of(p: Tensor, name: str) -> Tensor | None:
             return keys_of([Job(p, casts[name], self._draw_index(numbers[p], p, order[name]))], draw)[0]
 
-        taken = step_and_round(kernel, lists, options, casts, key_of, self.compiled)
+        own = [i for i, p in enumerate(lists[0]) if p in numbers]
+        chosen = [[each[i] for i in own] if each else [] for each in lists]
+        taken = [own[i] for i in step_and_round(kernel, chosen, options, casts, key_of, self.compiled)]
         for i in taken:
             self.written_rounded.update(
                 self.optimizer.state[lists[0][i]][name] for name in FUSED[kernel].states if name in casts
@@ -383,7 +469,7 @@ class StepHooks:
         """Compute the master copies, the weights and the compensations from the parameters after a step."""
         if self.weights is None:
             return
-        parameters = [local(p) for p in self.parameters]
+        parameters = [local(p) for p in self.weighted]
         masters = list(self.masters.values())
         if self.master is not None:
             torch._foreach_copy_(masters, parameters)
@@ -403,7 +489,7 @@ class StepHooks:
     def _jobs(self, tensors: Sequence[Tensor], cast: Cast, i: int) -> list[Job]:
         return [
             Job(tensor, cast, self._draw_index(j, p, i))
-            for j, (p, tensor) in enumerate(zip(self.parameters, tensors, strict=True))
+            for (j, p), tensor in zip(self.numbered("weights"), tensors, strict=True)
         ]
 
     def _draw_index(self, j: int, parameter: Tensor, i: int) -> int:
@@ -423,7 +509,7 @@ class StepHooks:
 
         def evaluate() -> Any:
             with torch.no_grad():
-                parameters = [local(p) for p in self.parameters]
+                parameters = [local(p) for p in self.weighted]
                 exact = [p.clone() for p in parameters]
                 assert self.weights is not None
                 self._round(self._jobs(parameters, self.weights, len(self.state) + 1))
@@ -441,7 +527,7 @@ class StepHooks:
 
     def _refuse_other_parameters(self) -> None:
         remedy = "call remove() of what round_optimizer returned before, and round_optimizer after"
-        if self.written and len(self.parameters) != len(self.written):
+        if self.written and len(self.weighted) != len(self.written):
             raise RuntimeError(
                 "parameters were added to the optimizer after round_optimizer, and have no master copies or "
                 f"compensations: {remedy}"
@@ -464,9 +550,11 @@ class StepHooks:
     def add_to_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         states = dict(state_dict["state"])
         for name, kept in self._kept():
-            for j, (p, tensor) in enumerate(kept.items()):
-                states[j] = {**states.get(j, {}), name: sharded_like(p, tensor)}
-        groups = [{**group, STEPS: self.steps} for group in state_dict["param_groups"]]
+            for j, p in self.numbered("weights") if kept else []:
+                states[j] = {**states.get(j, {}), name: sharded_like(p, kept[p])}
+        groups = [
+            {**group, STEPS: self.steps, STATE: self._rounding_of_state()} for group in state_dict["param_groups"]
+        ]
         return {**state_dict, "state": states, "param_groups": groups}
 
     def take_from_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -478,10 +566,12 @@ class StepHooks:
         self._check_state_dict(state_dict)
         states, groups = state_dict["state"], state_dict["param_groups"]
         indices = [index for group in groups for index in group["params"]]
-        self.loading = {name: [states[index][name] for index in indices] for name, kept in self._kept() if kept} | {
-            STEPS: max(group[STEPS] for group in groups)
+        weighted = [indices[j] for j, _ in self.numbered("weights")]
+        self.loading = {name: [states[index][name] for index in weighted] for name, kept in self._kept() if kept} | {
+            STEPS: max(group[STEPS] for group in groups),
+            STATE: groups[0].get(STATE),
         }
-        names = (MASTER, COMPENSATION, WEIGHTS, STEPS)
+        names = (MASTER, COMPENSATION, WEIGHTS, STEPS, STATE)
 
         def own(state: Any) -> Any:
             return {k: v for k, v in state.items() if k not in names} if isinstance(state, dict) else state
@@ -489,9 +579,13 @@ class StepHooks:
         return {
             **state_dict,
             # an optimizer expects all its state, or none
-            "state": {i: own(state) for i, state in states.items() if not isinstance(state, dict) or own(state)},
+            "state": {i: rest for i, state in states.items() if (rest := own(state)) or not isinstance(state, dict)},
             "param_groups": [{key: value for key, value in group.items() if key not in names} for group in groups],
         }
+
+    def _rounding_of_state(self) -> list[str]:
+        numbers = "all" if self.chosen["state"] is None else [j for j, _ in self.numbered("state")]
+        return [*(f"{name} {cast}" for name, cast in self.state), f"of {numbers}, {self.least_size} elements or more"]
 
     def _kept(self) -> list[tuple[str, dict[Tensor, Tensor]]]:
         return [(MASTER, self.masters), (COMPENSATION, self.compensations), (WEIGHTS, self.written)]
@@ -501,12 +595,15 @@ class StepHooks:
             raise ValueError(
                 "the state dict is of an optimizer that was not rounded: load it before you call round_optimizer"
             )
+        states = state_dict["state"]
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        own = [indices[j] for j, _ in self.numbered("weights") if j < len(indices)]
         for (name, kept), option in zip(self._kept(), ("master", "kahan", "master and kahan"), strict=True):
-            count = sum(name in state for state in states_of_parameters(state_dict["state"]))
-            if count != len(kept):
+            held = [index for index in indices if name in states.get(index, {})]
+            if held != (own if kept else []):
                 raise ValueError(
-                    f"the state dict holds {name!r} of {count} parameters, and this optimizer of {len(kept)}: call "
-                    f"round_optimizer with {option} as it was when the state dict was saved"
+                    f"the state dict holds {name!r} of {len(held)} parameters, and this optimizer of {len(kept)}: call "
+                    f"round_optimizer with {option} as it was when the state dict was saved, and weights_of too"
                 )
 
     @torch.no_grad()
@@ -517,8 +614,9 @@ class StepHooks:
                 # Some optimizers then walk over what they were given, and expect all of it in their state.
                 optimizer.state[p][name] = kept[p]
         self.steps = self.loading[STEPS]
+        if self.loading[STATE] != self._rounding_of_state():  # some casts change numbers that they have rounded before
+            self.round_state()
         self.loading = {}
-        self.round_state()
 
 
 def _skips_step(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> bool:

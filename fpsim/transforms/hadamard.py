@@ -48,6 +48,8 @@ class Hadamard(Transform):
             Transformer Engine, for blocks of 16; ``seed=N``: the sign of element i is negative if output number i of
             SplitMix64 with this seed is 2^63 or more; or ``+`` and ``-``, one for each element.
         bf16: whether the rotated numbers are rounded to bfloat16, as in Transformer Engine's fused kernels.
+        of_kept_axis: whether the first operand is rotated along the axis that the product keeps, such as the tokens of
+            a gradient in dgrad, and the result is rotated back (``kept``; HALO, arXiv 2501.02625).
 
     The additions of a block, all in the working dtype: for h = 1, 2, 4, ... below 2^k, elements a and b whose indices
     differ in bit h only become a + b and a - b. Then, if m > 1, row i of Paley's matrix is summed over j = 0, 1, ...,
@@ -64,6 +66,7 @@ class Hadamard(Transform):
     size: int | None
     signs: str = ""
     bf16: bool = False
+    of_kept_axis: bool = False
 
     is_of_products: ClassVar[bool] = True
     is_of_casts: ClassVar[bool] = True
@@ -93,22 +96,28 @@ class Hadamard(Transform):
             )
 
     def __str__(self) -> str:
-        parts = ["hadamard", "full" if self.size is None else str(self.size), self.signs, "bf16" * self.bf16]
+        parts = ["hadamard", "full" if self.size is None else str(self.size), self.signs]
+        parts += ["bf16" * self.bf16, "kept" * self.of_kept_axis]
         return ":".join(part for part in parts if part)
 
     def check_axis(self, length: int) -> None:
         if self.size is None and length:
             factor_of(length)
 
+    def check_cast(self, element: ElementFormat, scale: Scale | None) -> None:
+        if self.of_kept_axis:
+            raise ValueError(f"{str(self)!r} changes the result of a product too: leave ':kept' out of a cast")
+
     def operand(self, x: Tensor, number: int, axis: int, parameters: Tensor | None, out: Tensor) -> None:
-        self._rotate(x, out, axis)
-        if self.bf16:
+        is_result = self.of_kept_axis and number == 1
+        self._rotate(x, out, axis, back=is_result)
+        if self.bf16 and not is_result:
             out.copy_(round_op(out, "e8m7", "nearest_even", "ovf_inf", SOURCE))
 
     def linear(self, x: Tensor, number: int, axis: int, parameters: Tensor | None = None) -> Tensor:
         identity = torch.eye(x.shape[axis], dtype=x.dtype, device=x.device)
         rotation = torch.empty_like(identity)
-        self._rotate(identity, rotation, 1)
+        self._rotate(identity, rotation, 1, back=self.of_kept_axis and number == 1)
         return (x.movedim(axis, -1) @ rotation).movedim(-1, axis)
 
     def rounded(

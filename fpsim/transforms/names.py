@@ -7,15 +7,17 @@ import reprlib
 from fpsim.transforms.hadamard import Hadamard
 from fpsim.transforms.permutation import ORDERS, Permutation
 from fpsim.transforms.power_map import PowerMap
+from fpsim.transforms.root import Root
 from fpsim.transforms.smoothing import Smoothing
 from fpsim.transforms.transform import Transform
 
 #: What transforms may be called, for messages: those of products, and those of casts.
 NAMES_OF_PRODUCTS = (
-    "hadamard:16[:te|:seed=N|:+-...][:bf16]", "hadamard:full", "smooth[:alpha=0.5|:factors=1,2,...][:power_of_two]",
-    "permute:amax[:second]", "permute:norm[:second]", "permute:order=1,0,...",
+    "hadamard:16[:te|:seed=N|:+-...][:bf16][:kept]", "hadamard:full",
+    "smooth[:alpha=0.5|:factors=1,2,...][:power_of_two]", "permute:amax[:second]", "permute:norm[:second]",
+    "permute:order=1,0,...",
 )  # fmt: skip
-NAMES_OF_CASTS = ("hadamard:16[:te|:seed=N|:+-...][:bf16]", "expand[:kernel][:clamp]")
+NAMES_OF_CASTS = ("hadamard:16[:te|:seed=N|:+-...][:bf16]", "expand[:kernel][:clamp]", "sqrt")
 
 
 def parse_transform(name: str | Transform | None) -> Transform | None:
@@ -25,7 +27,7 @@ def parse_transform(name: str | Transform | None) -> Transform | None:
         ValueError: there is no such transform. The message lists the valid names.
 
     >>> parse_transform("hadamard:16:te")
-    Hadamard(size=16, signs='te', bf16=False)
+    Hadamard(size=16, signs='te', bf16=False, of_kept_axis=False)
     >>> str(parse_transform("smooth"))
     'smooth:alpha=0.5'
     """
@@ -56,11 +58,13 @@ def _hadamard(options: list[str]) -> Hadamard | None:
     size, *options = options
     if size != "full" and not (size.isascii() and size.isdigit()):
         return None
+    kept = options[-1:] == ["kept"]
+    options = options[: len(options) - kept]
     bf16 = options[-1:] == ["bf16"]
     signs = options[: len(options) - bf16]
     if len(signs) > 1:
         return None
-    return Hadamard(None if size == "full" else int(size), signs[0] if signs else "", bf16)
+    return Hadamard(None if size == "full" else int(size), signs[0] if signs else "", bf16, kept)
 
 
 def _smoothing(options: list[str]) -> Smoothing | None:
@@ -101,4 +105,8 @@ def _power_map(options: list[str]) -> PowerMap | None:
     return PowerMap("kernel" if "kernel" in options else "nonzero", "clamp" in options)
 
 
-_PARSERS = {"hadamard": _hadamard, "smooth": _smoothing, "permute": _permutation, "expand": _power_map}
+def _root(options: list[str]) -> Root | None:
+    return None if options else Root()
+
+
+_PARSERS = {"hadamard": _hadamard, "smooth": _smoothing, "permute": _permutation, "expand": _power_map, "sqrt": _root}

@@ -25,6 +25,9 @@ class Transform:
     is_of_casts: ClassVar[bool] = False
     #: Whether it depends on the axis over which a product sums.
     has_axis: ClassVar[bool] = True
+    #: Whether it changes the axis of the first operand that the product keeps, and the result back, in place of both
+    #: operands along the axis over which the product sums.
+    of_kept_axis: bool = False
     #: Whether both operands of a product determine it, or a list does, so that `parameters` has to be called.
     has_parameters: ClassVar[bool] = False
     #: Whether the parameters are indices, int64; otherwise they have the working dtype.
@@ -43,8 +46,9 @@ class Transform:
 
         Args:
             x: the operand.
-            number: 0 for the first and 1 for the second operand (`first_and_second`).
-            axis: the axis of ``x`` over which the product sums.
+            number: 0 for the first and 1 for the second operand; with `of_kept_axis` 1 is for the result, which is
+                changed back.
+            axis: the axis of ``x`` over which the product sums; with `of_kept_axis` the one that it keeps.
             parameters: the result of `parameters`, if there are any.
             out: a tensor of the shape of ``x`` in the working dtype.
 

@@ -11,7 +11,9 @@ from tests.shared.command_line import run
 
 #: The options of every command, and words of its help.
 HELP = {
-    (): ("formats", "round", "verify", "demo", "sharpness", "study"),
+    (): (
+        "formats", "round", "verify", "demo", "recipes", "evaluate", "sensitivity", "accuracy", "sharpness", "study",
+    ),
     ("formats",): ("NAME", "default: (all names)"),
     ("round",): (
         "VALUE", "--format", "--rounding", "stochastic_c[:BITS]", "default: (a table of them all)", "--overflow",
@@ -22,24 +24,42 @@ HELP = {
         "--carrier", "--device", "--jobs", "default: (one per core, at most 4)", "--markdown", "--json",
     ),
     ("demo",): ("--steps", "--format", "--text", "--out", "--loss-scale", "Needs fpsim[paper]"),
+    ("recipes",): ("NAME", "default: (all recipes)", "--json", "--markdown"),
+    ("evaluate",): (
+        "MODEL_OR_SCRIPT", "TEXT", "--policy", "--weights", "--windows", "--context", "--backend", "--csv",
+        "required",
+    ),
+    ("sensitivity",): (
+        "MODEL_OR_SCRIPT", "TEXT", "--policy", "--by", "--gradients", "--no-gradients", "--weights", "--windows",
+        "--context", "--backend", "--csv",
+    ),
+    ("accuracy",): ("MODULE:FUNCTION", "--format", "--range", "LOW HIGH", "--exact", "--samples", "--worst", "--plot"),
     ("sharpness",): (
         "MODEL_OR_SCRIPT", "TEXT", "--weights", "--format", "--epsilon", "--method", "--windows", "--context",
         "--gradients", "--no-gradients",
     ),
-    ("study",): ("run", "experiment", "report", "list", "rules", "train", "Needs fpsim[paper]"),
+    ("study",): (
+        "run", "experiment", "report", "list", "claims", "pareto", "generation", "attention", "rules", "train",
+        "Needs fpsim[paper]",
+    ),
     ("study", "run"): (
-        "--model", "--data", "--formats", "--seeds", "default: 3", "--learning-rates", "--steps", "--batch",
-        "--context", "--vocabulary", "--loss-scale", "--clip", "--quality", "--level", "--measure-every",
-        "--hessian-every", "--device", "--interpret", "--out", "--executor", "--workers", "--address", "--gpus",
-        "--cpus", "--retries",
+        "--model", "--data", "--formats", "--recipes", "--seeds", "default: 3", "--first-seed", "--learning-rates",
+        "--steps", "--batch", "--context", "--vocabulary", "--loss-scale", "--clip", "--quality", "--level",
+        "--measure-every", "--hessian-every", "--device", "--interpret", "--out", "--executor", "--workers",
+        "--address", "--gpus", "--cpus", "--retries",
     ),
     ("study", "experiment"): (
-        "number", "--size", "--conditions", "--model", "--data", "--seeds", "--learning-rates", "--steps", "--device",
-        "--interpret", "--out", "--executor", "--workers", "--address", "--gpus", "--cpus", "--retries",
+        "number", "--size", "--conditions", "--model", "--data", "--seeds", "--first-seed", "--learning-rates",
+        "--steps", "--device", "--interpret", "--out", "--executor", "--workers", "--address", "--gpus", "--cpus",
+        "--retries",
     ),
     ("study", "report"): ("folder", "--out"),
     ("study", "list"): (),
     ("study", "rules"): (),
+    ("study", "attention"): ("--seed", "--out"),
+    ("study", "claims"): ("names", "--out", "--list"),
+    ("study", "generation"): ("--formats", "--size", "--out"),
+    ("study", "pareto"): ("--families", "--formats", "--size", "--interpret", "--out"),
     ("study", "train"): ("config", "out", "--parallel", "--checkpoint"),
 }  # fmt: skip
 

@@ -17,6 +17,9 @@ from fpsim.paper.checkpoint import Checkpoint
 from fpsim.paper.config import RunConfig, run_key, to_dict
 from fpsim.paper.data import DataConfig
 from fpsim.paper.training import records, run
+from fpsim.policy import Policy
+from fpsim.recipes import Recipe, RoundedState
+from fpsim.training.schedules import Piecewise
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,25 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(measured, data, unin
     assert list(islice(stream, steps_before + 1)) == uninterrupted[: steps_before + 1]
     stream.close()  # the last of these steps was not written
     assert run(measured, data, checkpoint=checkpoint) == uninterrupted
+
+
+@pytest.mark.parametrize("steps_before", [1, 4])
+def test_a_resumed_run_has_its_delayed_scales_and_its_rounded_moments(config, data, tmp_path, steps_before):
+    recipe = Recipe(
+        "delayed",
+        "",
+        Policy(format="e4m3fn/tensor/history:3", products="weights"),
+        optimizer=RoundedState({"exp_avg": "e4m3fn/stochastic", "exp_avg_sq": "bf16"}, seed=7),
+        # The policy with a history comes back after one without, and finds the state that it left.
+        schedule=Piecewise(((0, {}), (2, "bf16"), (3, {}))),
+    )
+    config = replace(config, recipe=recipe, backend="interpreted")
+    checkpoint = Checkpoint(tmp_path / "state.pt", seconds=0)
+    stream = records(config, data, checkpoint=checkpoint)
+    expected = run(config, data)
+    assert list(islice(stream, steps_before + 1)) == expected[: steps_before + 1]
+    stream.close()
+    assert run(config, data, checkpoint=checkpoint) == expected
 
 
 def test_a_finished_run_is_not_run_again(config, data, eager, tmp_path):

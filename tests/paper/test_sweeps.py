@@ -104,6 +104,17 @@ FEW_KERNELS = """
 """
 
 
+def test_recipes_and_formats_stand_beside_each_other_in_a_grid():
+    plan = grid(RunConfig(), formats=["fp32"], recipes=["bf16", "te_current"], seeds=[5])
+    assert [planned.condition for planned in plan] == ["fp32", "bf16", "te_current"]
+    assert [planned.config.options for planned in plan] == [None, {"format": "bf16"}, None]
+    assert plan[2].config.recipe["policy"]["gradient"].startswith("e5m2/")
+    with pytest.raises(ValueError, match="did you mean 'te_current'"):
+        grid(RunConfig(), recipes=["te_curent"], seeds=[0])
+    with pytest.raises(ValueError, match="needs formats or recipes"):
+        grid(RunConfig(), seeds=[0])
+
+
 @pytest.mark.parametrize("backend", ["interpreted", "compiled"])
 def test_another_process_computes_the_same_bits(base, tmp_path, quiet, backend):
     if backend == "compiled":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from itertools import islice
@@ -13,12 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fpsim
 from fpsim.paper.compiled_loss import OpenAttention, compile_loss
-from fpsim.paper.config import RunConfig
+from fpsim.paper.config import RunConfig, compile_key, from_dict, run_key, to_dict
 from fpsim.paper.data import batches, validation_batches
 from fpsim.paper.models import LanguageModel, llama
 from fpsim.paper.record import Record, step_seconds
-from fpsim.paper.trainer import evaluate, learning_rate
+from fpsim.paper.trainer import Trainer, evaluate, learning_rate
 from fpsim.paper.training import records, run
+from fpsim.policy import Policy
+from fpsim.recipes import Recipe, RoundedState
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
@@ -109,6 +112,40 @@ def test_a_simulated_run_rounds_and_repeats(config, data):
     losses = {name: history[-1].loss for name, history in histories.items()}
     assert len(set(losses.values())) == 3
     assert losses["e8m3"] == pytest.approx(losses["fp32"], abs=0.2)
+
+
+def test_a_run_of_a_recipe_has_its_policy_and_its_optimizer(config, data):
+    config = replace(config, backend="interpreted", attention="opened", steps=3)
+    policy = Policy(format="bf16")
+    plain = run(replace(config, options={"policy": policy}), data)
+    assert _losses(run(replace(config, recipe=Recipe("mine", "", policy)), data)) == _losses(plain)
+    # The state that round_optimizer rounds, rounded here by hand after each step of a fresh optimizer.
+    recipe = Recipe("mine", "", policy, optimizer=RoundedState({"exp_avg": "e4m3fn", "exp_avg_sq": "bf16"}))
+    trainer = Trainer(replace(config, options={"policy": policy}), None)
+    expected = []
+    for index, batch in enumerate(islice(batches(data.train, batch=4, context=12, seed=1337), 3)):
+        expected.append(trainer.step(index, batch, [batch], None).loss)
+        for state in trainer.optimizer.state.values():
+            state["exp_avg"].copy_(fpsim.round(state["exp_avg"], "e4m3fn"))
+            state["exp_avg_sq"].copy_(fpsim.round(state["exp_avg_sq"], "bf16"))
+    assert _losses(run(replace(config, recipe=recipe), data)) == expected != _losses(plain)
+
+
+def test_a_recipe_stands_in_place_of_options_and_is_part_of_the_key():
+    recipe = Recipe("mine", "", Policy(format="bf16"))
+    config = RunConfig(recipe=recipe)
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    other = RunConfig(recipe=Recipe("mine", "", Policy(format="bf16"), optimizer=RoundedState("bf16")))
+    assert len({run_key(each) for each in (RunConfig(), config, other)}) == 3
+    assert len({compile_key(each) for each in (RunConfig(), config, other)}) == 3
+    with pytest.raises(ValueError, match="leave out options and stages"):
+        RunConfig(recipe=recipe, options={})
+    with pytest.raises(ValueError, match="a recipe has a name"):
+        RunConfig(recipe={"source": ""})
+
+
+def _losses(history: list[Record]) -> list[float]:
+    return [record.loss for record in history]
 
 
 def test_interleaved_runs_do_not_touch_each_other(config, data, eager):

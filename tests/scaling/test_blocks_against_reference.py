@@ -44,12 +44,17 @@ SMALL_FORMATS = tuple(
 RATIOS = (
     "e4m3fn/tensor", "e4m3fn/tensor:bf16", "e4m3fn/row", "e5m2/row:bf16", "e2m1fn/block:4", "e3m4/block:3:bf16",
     "e4m3fn/block:2x3", "e4m3fn/block:3x3:bf16", "int8/column", "int8:full/row", "int4:full/block:4", "int4/group:3",
-    "int8/tensor:bf16", "nf4/row", "fp4_bnb/block:4", "codebook:even:-1,-0.5,0,0.25,2/row",
+    "int8/channel",
+    "int8/tensor:bf16", "e4m3fn/tensor:encode", "int8:full/row:encode", "e2m1fn/block:3:encode", "nf4/row",
+    "fp4_bnb/block:4", "codebook:even:-1,-0.5,0,0.25,2/row",
     "codebook:away:-3,-0.5,0.25,2/block:4:bf16", "dynamic8/group:4", "dynamic8:unsigned/row", "dynamic4/block:3",
     "linear4:unsigned/group:4", "nf4/group:3:double", "int4:full/group:2:double", "e4m3fn/group:4:double",
     "linear4:unsigned/group:2:double",
 )  # fmt: skip
-ASYMMETRIC = ("uint8/tensor:asymmetric", "uint4/block:3:asymmetric", "int4/group:3:asymmetric", "uint2/row:asymmetric")
+ASYMMETRIC = (
+    "uint8/tensor:asymmetric", "uint4/block:3:asymmetric", "int4/group:3:asymmetric", "uint2/row:asymmetric",
+    "uint8/tensor:range", "uint4/row:range", "uint3/channel:range", "int3/column:range", "uint2/down/row:range",
+)  # fmt: skip
 NV = ("e2m1fn/nv", "e2m1fn/nv:torchao", "e2m1fn/nv:16x16", "e2m1fn/nv:16x16:torchao")
 MODES = (
     "e4m3fn/toward_zero/mx:4", "e4m3fn/up/mx:4:floor", "e2m1fn/down/mx:3", "e5m2/to_odd/mx:4",
@@ -297,7 +302,9 @@ def test_stochastic_rounding_takes_the_random_number_of_the_element(tensor, cast
     same(got, expected(x, f"{element}/{rounding}/{scale}", axis, random=random), exact(x))
 
 
-@pytest.mark.parametrize("name", ["mxfp8", "nvfp4", "int8/row", "mxfp4", "e4m3fn/block:16", "uint4/row:asymmetric"])
+@pytest.mark.parametrize(
+    "name", ["mxfp8", "nvfp4", "int8/row", "mxfp4", "e4m3fn/block:16", "uint4/row:asymmetric", "uint4/row:range"]
+)
 def test_stochastic_rounding_is_unbiased_in_every_block(name):
     """An element goes up, among 2,000 copies, as often as its place asks for, within 5 standard errors."""
     x = torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
@@ -315,7 +322,8 @@ def test_stochastic_rounding_is_unbiased_in_every_block(name):
 ENCODED = (
     "mxfp8", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp4", "mxint8", "nvfp4", "e2m1fn/nv:torchao", "e2m1fn/nv:16x16", "int8",
     "int4", "uint8", "uint4/block:3:asymmetric", "nf4", "fp4_bnb", "e4m3fn/block:2x3", "e4m3fn/tensor", "e4m3fn/column",
-    "int8:full/group:5", "e4m3fn/mx:4:floor", "e5m2/row:bf16", "dynamic8", "dynamic8:unsigned", "dynamic4",
+    "int8:full/group:5", "e4m3fn/mx:4:floor", "e5m2/row:bf16", "e5m2/row:encode", "int8/column:encode",
+    "dynamic8", "dynamic8:unsigned", "dynamic4",
     "linear4:unsigned", "nf4/group:4:double", "int4/group:3:double",
 )  # fmt: skip
 
@@ -401,7 +409,7 @@ def test_a_special_value_makes_all_groups_nan_under_double_quantization(special)
 
 COMPILED = (
     ("mxfp8", -1), ("e2m1fn/mx:16:even", 0), ("nvfp4", 0), ("int8", -1), ("uint4", -1), ("nf4", -1),
-    ("e4m3fn/block:8x8", -1), ("mxint8", 0), ("dynamic8", -1), ("linear4:unsigned/row", -1),
+    ("e4m3fn/block:8x8", -1), ("e4m3fn/row:encode", 0), ("mxint8", 0), ("dynamic8", -1), ("linear4:unsigned/row", -1),
     ("nf4/group:1:double", -1),
 )  # fmt: skip
 

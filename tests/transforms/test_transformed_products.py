@@ -428,3 +428,67 @@ def test_small_parameters_are_transformed_one_by_one() -> None:
         wanted = [fpsim.round(p.detach(), cast) for p in module.parameters()]
         fpsim.round_parameters(module, cast)
         assert all(map(torch.equal, module.parameters(), wanted))
+
+
+# -- the axis that a product keeps -------------------------------------------------------------------------------------
+
+
+def test_a_rotation_of_the_kept_axis_is_undone_on_the_result() -> None:
+    """In exact arithmetic nothing changes: rows of a gradient and of its product, columns of the one in wgrad."""
+    for kinds in ({"dgrad": "hadamard:4:seed=1:kept"}, {"wgrad": "hadamard:4:kept"}):
+        for name in ("linear", "linear with bias", "weight first"):
+            function, inputs = PRODUCTS[name]
+            got = run(function, inputs, "fpsim_eager", format="fp64", transform=kinds)
+            for a, b in zip(got, run(function, inputs), strict=True):
+                assert torch.equal(a, b), (name, kinds)
+
+
+def test_only_the_first_operand_is_rotated_and_the_plan_says_so() -> None:
+    layer = nn.Linear(4, 8, bias=False)
+    plan = fpsim.explain(
+        nn.Sequential(nn.Linear(4, 4), layer), torch.ones(3, 4),
+        policy={"format": "int8/tensor", "transform": {"dgrad": "hadamard:2:kept"}},
+    )  # fmt: skip
+    found = [(site.kind, site.role) for site in plan.sites if site.transform is not None]
+    assert found == [("dgrad", "gradient")]
+
+
+def test_second_derivatives_pass_a_rotation_of_the_kept_axis() -> None:
+    """The rotation and the way back have derivatives: those of an unrotated loss, up to rounding in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Tanh(), nn.Linear(6, 3, bias=False)).double()
+    x, parameters = torch.randn(4, 4).double(), dict(model.named_parameters())
+    policy = Policy(format="fp64", transform={"fprop": "hadamard:4:seed=3:kept"})
+    loss = fpsim.curvature.functional_loss(model, lambda y: y.square().sum(), batch=x, policy=policy)
+    plain = fpsim.curvature.functional_loss(model, lambda y: y.square().sum(), batch=x)
+    vector = torch.randn(42).double()
+    got, want = (fpsim.curvature.hessian(f, parameters) @ vector for f in (loss, plain))
+    assert torch.allclose(got, want, rtol=1e-10) and not torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"transform": {"fprop": "hadamard:4:kept"}},
+            r"changes the rows or columns .* and aten\.addmm \(fprop\) in 'layer'",
+        ),
+        (
+            {"transform": {"dgrad": "hadamard:full:kept"}},
+            r"aten\.mm \(dgrad\) in 'layer': no Hadamard matrix of 3 rows",
+        ),
+    ],
+)
+def test_a_product_whose_kept_axis_cannot_be_rotated_is_refused(options: dict[str, Any], message: str) -> None:
+    model = nn.Sequential()
+    model.add_module("layer", nn.Linear(4, 4))
+    x = torch.ones(3, 4, requires_grad=True)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=message):
+        torch.compile(model, backend="fpsim_eager", options={"format": "int8/tensor", **options})(x)
+
+
+def test_a_cast_takes_no_rotation_of_the_kept_axis() -> None:
+    assert str(parse_transform("hadamard:16:te:bf16:kept")) == "hadamard:16:te:bf16:kept"
+    with pytest.raises(ValueError, match="changes the result of a product too: leave ':kept' out of a cast"):
+        fpsim.round(torch.ones(16), "e4m3fn/hadamard:16:kept")

@@ -1,0 +1,98 @@
+"""Recipes beside each other: the gap of each to the reference over paired runs, its cost, and its memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from .figures import Judged
+from .footprint import Footprint, footprint
+from .intervals import Share, share
+from .trainer import recipe_of
+from .verdicts import rules
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A condition of a sweep against the reference.
+
+    Attributes:
+        condition: its name.
+        gap, low, high: the mean of its final loss minus that of the reference, over the seeds and learning rates of
+            both, with Student's interval of the registered level; nats per token. Pairs in which a run diverged are
+            left out. NaN without pairs, and an interval of NaN with a single one.
+        pairs: the number of pairs.
+        diverged: the share of its runs that diverged.
+        sharpness: the median of the last measured sharpness; NaN where none was measured.
+        cost: seconds of a step over those of the reference, the median over pairs.
+        memory: the memory that the recipe would need; None for a condition without a recipe.
+    """
+
+    condition: str
+    gap: float
+    low: float
+    high: float
+    pairs: int
+    diverged: Share
+    sharpness: float
+    cost: float
+    memory: Footprint | None
+
+
+def compare_recipes(judged: Judged) -> list[Compared]:
+    """Every condition of the sweep against its reference, in the order of the plan."""
+    return [_compared(judged, name) for name in judged.conditions]
+
+
+def _compared(judged: Judged, name: str) -> Compared:
+    reference = {_pair_key(judged, index): index for index in judged.of(judged.reference)}
+    gaps, costs = [], []
+    for index in judged.of(name):
+        other = reference.get(_pair_key(judged, index))
+        if other is None:
+            continue
+        costs.append(_seconds(judged, index) / _seconds(judged, other))
+        if not judged.verdicts[index].diverged and not judged.verdicts[other].diverged:
+            gaps.append(judged.verdicts[index].final_loss - judged.verdicts[other].final_loss)
+    mean, half = _mean_and_half(gaps)
+    last = [values[-1] for index in judged.of(name) if len(values := _measured(judged, index))]
+    recipe = recipe_of(judged.runs[judged.of(name)[0]].config)
+    return Compared(
+        name,
+        mean,
+        mean - half,
+        mean + half,
+        len(gaps),
+        share([judged.verdicts[index].diverged for index in judged.of(name)]),
+        float(np.median(last)) if last else math.nan,
+        float(np.median(costs)) if costs else math.nan,
+        None if recipe is None else footprint(recipe),
+    )
+
+
+def _pair_key(judged: Judged, index: int) -> tuple[int, float, str]:
+    config = judged.runs[index].config
+    return config.seed, config.learning_rate, config.data.label
+
+
+def _seconds(judged: Judged, index: int) -> float:
+    return float(np.median(judged.runs[index]["seconds"][1:]))
+
+
+def _measured(judged: Judged, index: int) -> np.ndarray:
+    values = judged.runs[index]["sharpness_5e4"]
+    return np.asarray(values[np.isfinite(values)])
+
+
+def _mean_and_half(values: list[float]) -> tuple[float, float]:
+    """The mean, and half of Student's interval of the registered level."""
+    if not values:
+        return math.nan, math.nan
+    if len(values) == 1:
+        return values[0], math.nan
+    level = float(rules().prediction["level"])
+    quantile = float(stats.t.ppf((1 + level) / 2, len(values) - 1))
+    return float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
