@@ -163,6 +163,8 @@ def _in_blocks(original: Any, x: Any, sizes: dict[int, int], call: Call) -> Grou
     values = call(aten.reshape.default, padded, arranged)
 
     def restore(y: Any) -> Any:
+        # Inductor splits a loop over an axis into blocks, and leaves out the elements of a last block that is not full.
+        y = y if padded is x else call.stored(y)
         y = call(aten.reshape.default, y, list(call.shape(padded)))
         if padded is not x:
             for axis, length in enumerate(shape):

@@ -425,6 +425,15 @@ def test_compiled_blocks_are_those_of_the_reference():
         same(exact(got), expected(x, name, axis), exact(x))
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
+def test_compiled_code_rounds_a_last_block_that_is_not_full(name):
+    """Rounding into given memory: one loop goes over blocks, and writes rows."""
+    x = torch.linspace(-3, 3, 360).view(9, 40)
+    torch._dynamo.reset()
+    into = torch.compile(lambda x, target: target.copy_(fpsim.round(x, name)), fullgraph=True)
+    same(exact(into(x, torch.full_like(x, 7.0))), expected(x, name, -1), exact(x))
+
+
 @pytest.mark.parametrize("cast", ["mxint8", "e2m1fn/mx:ceil", "mxfp8"])
 def test_compiled_code_has_the_largest_and_the_smallest_scales(cast: str) -> None:
     """2^127 is the scale of MXINT8 for the largest numbers; its inverse is no normal number of float32."""
