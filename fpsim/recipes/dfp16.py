@@ -43,7 +43,6 @@ def dfp16(*, bits: int = 16, overflow: str = "spill", chain: int | None = None) 
             "The paper takes the exponent of amax. This takes the least one with which amax fits, which is another one "
             "if amax is just below a power of two.",
             "A sum within a chain is exact; it is rounded to float32 as it moves there. The paper has no code.",
-            "Sums are simulated on the CPU only.",
         ),
     )
 
