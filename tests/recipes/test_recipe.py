@@ -115,6 +115,7 @@ def test_wrong_json_is_an_error_that_names_it(change: dict[str, Any], message: s
         (lambda: recipes.halo(format="int4"), "format='int4' is none of HALO's: use one of fp8, int8, fp6"),
         (lambda: recipes.halo(level=3), "level=3: use 0, 1 or 2"),
         (lambda: recipes.dfp16(overflow="saturate"), "overflow='saturate': use 'spill' or 'wrap'"),
+        (lambda: recipes.dfp16(overflow="wrap", chain=2), "sums that wrap around have no chains, got chain=2"),
         (lambda: recipes.aqt(activations="signed"), "activations='signed', granularity='channel': use 'positive'"),
         (lambda: recipes.te_delayed(algorithm="mean"), "mean"),
         (
