@@ -5,7 +5,6 @@ from __future__ import annotations
 from fpsim.policy import Policy
 from fpsim.recipes.recipe import Recipe
 from fpsim.recipes.scaled_loss import ScaledLoss
-from fpsim.recipes.scaled_loss import ScaledLoss
 
 _NOTES = (
     "Parameters and the optimizer stay as they are: float32 parameters are the master weights.",
@@ -21,5 +20,10 @@ def amp_bf16() -> Recipe:
 
 
 def amp_fp16() -> Recipe:
-    """Operands and results of all matrix products in float16, with a dynamic scale of the loss (`ScaledLoss`)."""
-    return Recipe("amp_fp16", _SOURCE, Policy.preset("fp16"), optimizer=ScaledLoss(), notes=_NOTES)
+    """Operands and results of all matrix products in float16, with a dynamic scale of the loss.
+
+    Multiply the loss by ``optimizer.param_groups[0]["loss_scale"]``. The optimizer divides the gradients by it, and
+    skips steps whose gradients overflow (`fpsim.training.loss_scaling.scale_loss`).
+    """
+    notes = (*_NOTES, "The rule of the loss's scale is that of torch.amp.GradScaler.")
+    return Recipe("amp_fp16", _SOURCE, Policy.preset("fp16"), optimizer=ScaledLoss(), notes=notes)
