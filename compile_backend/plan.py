@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fpsim.casts import Cast
+from fpsim.policy.policy import KINDS
 from fpsim.scaling.groups import count
 from fpsim.scaling.scale import NV_RULES
 from fpsim.transforms.transform import Transform
@@ -86,10 +87,11 @@ class Gap:
 
 @dataclass(frozen=True)
 class Sum:
-    """A matrix product whose sum has a narrow accumulator.
+    """A matrix product whose sum has a narrow accumulator, or another sum.
 
     Attributes:
-        path, operator, kind: as in `Site`.
+        path, operator: as in `Site`.
+        kind: ``fprop``, ``dgrad`` or ``wgrad`` for a product, ``forward`` or ``backward`` for another sum.
         accumulator: the accumulator as text: ``hopper_fp8 promote=128``.
     """
 
@@ -126,7 +128,10 @@ class Plan:
             table.add_row(*map(Text, words), cast, *map(Text, extra))
         yield table
         if self.sums:
-            sums = Table(title=f"{len(self.sums)} products with accumulators", title_justify="left")
+            of_products = sum(each.kind in KINDS for each in self.sums)
+            counts = (of_products, "products"), (len(self.sums) - of_products, "other sums")
+            title = " and ".join(f"{number} {what}" for number, what in counts if number)
+            sums = Table(title=f"{title} with accumulators", title_justify="left")
             for name in ("module", "operator", "kind", "accumulator"):
                 sums.add_column(name, overflow="fold")
             for each in self.sums:

@@ -1,4 +1,4 @@
-"""Recipes beside each other: the gap of each to the reference over paired runs, its cost, and the memory it would need."""
+"""Recipes beside each other: the gap of each to the reference over paired runs, its cost, and its memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from scipy import stats
 from .figures import Judged
 from .footprint import Footprint, footprint
 from .intervals import Share, share
-from .record import step_seconds
 from .trainer import recipe_of
 from .verdicts import rules
 

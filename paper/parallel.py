@@ -144,7 +144,7 @@ class ParallelTrainer(Trainer):
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights, moments = get_state_dict(self.model, self.optimizer, options=options)
-        return {"model": weights, "optimizer": moments, "scales": self.scales()} if self._parallel.is_first else None
+        return {"model": weights, "optimizer": moments} if self._parallel.is_first else None
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Set the weights and the optimizer of all processes to ``state``, which each of them has read whole."""
@@ -157,7 +157,6 @@ class ParallelTrainer(Trainer):
             optim_state_dict=state["optimizer"],
             options=StateDictOptions(full_state_dict=True),
         )
-        self.load_scales(state)
 
 
 def _mean(value: float) -> float:

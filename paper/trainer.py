@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,9 +25,10 @@ from fpsim.compile_backend import load_scale_state, scale_state
 from fpsim.compile_backend.report.profiler import Profiler
 from fpsim.policy import Policy
 from fpsim.recipes import Recipe
+from fpsim.training.schedules import ScheduleState
 
 from .compiled_loss import Autocast, Compile, Loss, OpenAttention, compile_loss, with_attention
-from .config import RunConfig
+from .config import Options, RunConfig
 from .measurements import hessian_eigenvalue, logit_signals, range_shares
 from .models import LanguageModel, LossAndLogits, build
 from .record import Record, smoothed_loss
@@ -72,32 +74,39 @@ class Trainer:
         self.recipe = recipe_of(config)
         if self.recipe is not None and self.recipe.preparation is not None:
             self.model = self.recipe.preparation.apply(self.model, None)
-        self.stage: int | None = None
-        self.profiler: Profiler | None = None
+        self.trained: nn.Module = self.model
+        if config.autocast:
+            self.trained = Autocast(self.model, getattr(torch, config.autocast), torch.device(config.device).type)
+        schedule = None if self.recipe is None else self.recipe.schedule
+        self.schedule_state = None if schedule is None else schedule.start()
+        self.codes: dict[Policy | None, Loss] = {}
         self._enter(0)
         optimizer = _adamw(self.model, config)  # after `install`, which may replace the parameters
         part = None if self.recipe is None else self.recipe.optimizer
         self.optimizer = optimizer if part is None else part.apply(optimizer, self.model)
 
     def _enter(self, index: int) -> None:
-        """Compile for the stage of the run that the step ``index`` is in, unless it is compiled."""
-        config = self.config
-        stage = sum(start <= index for start, _ in config.stages)
-        if stage == self.stage:
+        """Train the step ``index`` under its options; each policy is compiled once."""
+        options = self._options_at(index)
+        if self.codes and options == self.options:
             return
-        self.stage, self.options, self.profiler = stage, self._options_at(index), None
-        module: nn.Module = self.model
-        if config.autocast:
-            module = Autocast(module, getattr(torch, config.autocast), torch.device(config.device).type)
-        self.trained = module
-        self.compiled = self.compile(module, self.options)
-        self.install(self.compiled)
+        self.options: Options = options
+        self.profiler: Profiler | None = None
+        self.install(self._code(options))
 
-    def _options_at(self, index: int) -> Mapping[str, object] | None:
+    def _code(self, options: Options) -> Loss:
+        policy = None if options is None else Policy.from_options(options)
+        if policy not in self.codes:
+            self.codes[policy] = self.compile(self.trained, options)
+        return self.codes[policy]
+
+    def _options_at(self, index: int) -> Options:
         """The options of the step ``index``: those of the configuration, or the policy of its recipe."""
         if self.recipe is None:
             return self.config.options_at(index)
         policy = self.recipe.policy_for(self.model)
+        if self.recipe.schedule is not None:
+            policy = self.recipe.schedule.policy(self.schedule_state, policy)
         return None if policy is None else {"policy": policy}
 
     def install(self, compiled: Loss) -> None:
@@ -131,6 +140,8 @@ class Trainer:
             start = time.perf_counter()
             update = self.update(micro_batches, rate)
             seconds = time.perf_counter() - start
+            if self.recipe is not None and self.recipe.schedule is not None:
+                self.schedule_state = self.recipe.schedule.after(self.schedule_state, update.loss)
             if update.last_tokens and _due(index, config.measure_every):
                 measured |= self.logit_signals(update.last_tokens, lbfgsb=_due(index, config.lbfgsb_every))
                 measured["sharpness_seconds"] = time.perf_counter() - start - seconds
@@ -145,22 +156,31 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()
+        kept = self.loss_scale
         losses, last_tokens = [], []
         for inputs, targets in micro_batches:
             loss, logits = _loss_and_logits(self.loss_of(inputs, targets))
-            loss.backward(torch.full_like(loss, config.loss_scale))
+            loss.backward(torch.full_like(loss, config.loss_scale * kept))
             losses.append(loss.detach())
             if logits is not None:
                 last_tokens.append((logits, targets[:, -1]))
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         torch._foreach_div_(gradients, config.loss_scale * len(micro_batches))
-        norm = self.clip_gradients()
+        norm = float(self.clip_gradients()) / kept
         optimizer.step()
-        return Update(math.fsum(float(loss) for loss in losses) / len(losses), float(norm), last_tokens)
+        return Update(math.fsum(float(loss) for loss in losses) / len(losses), norm, last_tokens)
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor of the gradients that the optimizer itself expects: 1 unless a recipe scales the loss."""
+        return float(self.optimizer.param_groups[0].get("loss_scale", 1.0))
 
     def clip_gradients(self) -> Tensor:
-        """Scale the gradients down to the norm ``config.clip``, if they exceed it; returns their norm before."""
-        limit = math.inf if self.config.clip is None else self.config.clip
+        """Scale the gradients down to the norm ``config.clip``, if they exceed it; returns their norm before.
+
+        Both norms are those of gradients times `loss_scale`.
+        """
+        limit = math.inf if self.config.clip is None else self.config.clip * self.loss_scale
         return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
     def validation_loss(self, held_out: Sequence[Batch]) -> float:
@@ -188,12 +208,26 @@ class Trainer:
 
     def state_if(self, is_due: bool) -> dict[str, Any] | None:
         """The weights and the optimizer's state if a checkpoint ``is_due``; None if this process has none to write."""
-        if not is_due:
-            return None
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scales": self.scales()}
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()} if is_due else None
 
-    def resume(self, index: int, state: Mapping[str, Any]) -> None:
-        """Continue before the step ``index`` from the ``state`` that `state_if` returned there."""
+    def precision_state(self) -> dict[str, Any]:
+        """What the precision of the next steps depends on: the state of a schedule, and scales of earlier steps.
+
+        All processes have the same.
+        """
+        scales = {
+            policy.to_json(): scale_state(code)
+            for policy, code in self.codes.items()
+            if policy is not None and policy.is_timed
+        }
+        return {"schedule": None if self.schedule_state is None else asdict(self.schedule_state), "scales": scales}
+
+    def resume(self, index: int, state: Mapping[str, Any], precision: Mapping[str, Any]) -> None:
+        """Continue before the step ``index`` from what `state_if` and `precision_state` returned there."""
+        if precision["schedule"] is not None:
+            self.schedule_state = ScheduleState(**precision["schedule"])
+        for policy, scales in precision["scales"].items():
+            load_scale_state(self._code({"policy": Policy.from_json(policy)}), scales)
         self._enter(index)
         self.load(state)
 
@@ -201,18 +235,6 @@ class Trainer:
         """Set the weights and the optimizer to ``state``."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.load_scales(state)
-
-    def load_scales(self, state: Mapping[str, Any]) -> None:
-        """Set the scales that other steps determine to ``state``."""
-        if state["scales"]:
-            load_scale_state(self.compiled, state["scales"])
-
-    def scales(self) -> dict[str, Any]:
-        """The state of the scales that other steps determine; empty if the policy has none."""
-        options = self.options
-        is_timed = options is not None and Policy.from_options(options).is_timed
-        return dict(scale_state(self.compiled)) if is_timed else {}
 
 
 def recipe_of(config: RunConfig) -> Recipe | None:

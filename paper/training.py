@@ -50,7 +50,7 @@ def records(
     history: list[Record] = []
     if checkpoint and (found := checkpoint.read(key)):
         history, saved = found
-        trainer.resume(len(history), saved)
+        trainer.resume(len(history), saved, saved["precision"])
     yield from history
     shape = {"batch": config.batch, "context": config.model.context}
     held_out = [
@@ -67,7 +67,7 @@ def records(
         history.append(trainer.step(index, _to(next(stream), config.device), held_out, smoothed))
         yield history[-1]
         if checkpoint and (state := trainer.state_if(time.monotonic() - written >= checkpoint.seconds)):
-            checkpoint.write(key, history, state)
+            checkpoint.write(key, history, {**state, "precision": trainer.precision_state()})
             written = time.monotonic()
 
 

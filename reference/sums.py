@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 from fpsim.formats import FloatFormat, parse_format, split_rounding
 
 from .aligned import Aligned, exponent_of
-from .arithmetic import convert, exact_sum, mul
+from .arithmetic import convert, exact_sum, fma, mul
 from .orders import Exponents, Order, Step, Steps, adder, is_aligned
 from .outcomes import Flags, Result, Target, check_tininess, rounded_result, target
 from .values import Number, Value, as_value
@@ -114,6 +114,8 @@ def dot(
     operands: Operands = None,
     scales: Scales = None,
     scale_format: str | FloatFormat = "e8m0fnu",
+    promote: int | None = None,
+    part_scales: Scales = None,
     random: RandomNumbers | None = None,
 ) -> Value:
     """The inner product of ``xs`` and ``ys``, in ``format``: the `sum` of their products.
@@ -134,19 +136,27 @@ def dot(
         scales: a pair of vectors, the scales by which every element of ``xs`` and ``ys`` is multiplied. Their exponents
             join those of the elements in a matrix unit. A group of products (`Aligned`) has one pair of scales.
         scale_format: the format of the scales, whose least exponent subnormal scales have.
+        promote: after this many products the partial sum is added to a total in float32, to nearest even, and the
+            accumulator begins again. The first partial sum is the first total. These additions draw no random numbers.
+        part_scales: a pair of vectors, the scales of every partial sum, such as those of blocks of ``promote``
+            elements. Their product s is rounded to float32. Then ``total = fma(part, s, total)`` in float32, to nearest
+            even, from a total of +0 (DeepSeek-V3's products of blocks of 128, arXiv 2412.19437, section 3.3).
 
     Raises:
-        ValueError: as `sum`; or ``xs`` and ``ys`` differ in length, or products are rounded and then aligned.
+        ValueError: as `sum`; or ``xs`` and ``ys`` differ in length, products are rounded and then aligned, or there is
+            not one pair of scales for every partial sum.
         TypeError: as `sum`.
 
     >>> dot([1.125, 1], [1.125, -1.25], "e4m3fn"), dot([1.125, 1], [1.125, -1.25], "e4m3fn", product="e4m3fn")
     (Fraction(1, 64), Fraction(0, 1))
     >>> dot([448, 1], [1, 1 / 64], "fp32", "toward_zero", accumulator="e8m13", order=("aligned", 32, 13))
     Fraction(448, 1)
+    >>> dot([1, 2, 3], [1, 1, 1], "fp32", accumulator="fp16", promote=2, part_scales=([1, 0.5], [1, 4]))
+    Fraction(9, 1)
     """
     modes = Modes(rounding, overflow, random)
     options: dict[str, Any] = {"product": product, "accumulator": accumulator, "order": order, "operands": operands}
-    options |= {"scales": scales, "scale_format": scale_format}
+    options |= {"scales": scales, "scale_format": scale_format, "promote": promote, "part_scales": part_scales}
     return dot_with_flags(xs, ys, format, modes, **options).value
 
 
@@ -193,6 +203,8 @@ def dot_with_flags(
     operands: Operands = None,
     scales: Scales = None,
     scale_format: str | FloatFormat = "e8m0fnu",
+    promote: int | None = None,
+    part_scales: Scales = None,
 ) -> Result:
     """`dot`, and the flags of all its products and roundings together: see `with_flags`."""
     left, right = [as_value(x) for x in xs], [as_value(y) for y in ys]
@@ -211,7 +223,10 @@ def dot_with_flags(
         )
     if product is not None and is_aligned(order):
         raise ValueError(f"products of a matrix unit are exact, got product={product!r} and order={order!r}")
-    total = _total(format, modes, accumulator, order, exponents)
+    promotion = None if promote is None else _promotion(promote, part_scales, len(left))
+    if part_scales is not None and promotion is None:
+        raise ValueError("part_scales are those of partial sums: give their length too, such as promote=128")
+    total = _total(format, modes, accumulator, order, exponents, promotion)
     multiply = None if product is None else modes.target(product)
 
     def steps() -> Steps:
@@ -245,21 +260,62 @@ def _total(
     accumulator: str | FloatFormat | None,
     order: Order,
     exponents: Exponents = None,
+    promotion: _Promotion | None = None,
 ) -> Callable[[Sequence[Value]], Steps]:
     """The function from terms to the steps that add them up and round the sum to ``format``."""
     into = modes.target(format)
     within = None if accumulator is None else modes.target(accumulator)
     if within is None and is_aligned(order):
         raise ValueError(f"order={order!r} needs an accumulator, such as accumulator='e8m13'")
+    if within is None and promotion is not None:
+        raise ValueError("exact sums are not promoted: give an accumulator, such as 'e8m13', or leave out promote")
     add_up = adder(order, exponents)
+
+    def promoted(terms: Sequence[Value], where: Target, by: _Promotion) -> Steps:
+        sum_: Value = Fraction(0)
+        for number, first in enumerate(range(0, len(terms), by.length)):
+            part = slice(first, first + by.length)
+            own = None if exponents is None else exponents[part]
+            value = yield from adder(order, own)(terms[part], where)
+            if by.scales is not None:
+                pair = by.scales[0][number], by.scales[1][number]
+                scale = yield Step(mul.exact, pair, _FLOAT32)
+                sum_ = yield Step(fma.exact, (value, scale, sum_), _FLOAT32)
+            else:
+                sum_ = value if number == 0 else (yield Step(exact_sum, (sum_, value), _FLOAT32))
+        return sum_
 
     def total(terms: Sequence[Value]) -> Steps:
         if within is None:
             return (yield Step(exact_sum, tuple(terms), into))
-        accumulated = yield from add_up(terms, within)
+        accumulated = yield from (add_up(terms, within) if promotion is None else promoted(terms, within, promotion))
         return (yield Step(convert.exact, (accumulated,), into))
 
     return total
+
+
+@dataclass(frozen=True, slots=True)
+class _Promotion:
+    """The number of products in a partial sum, and for both vectors the scales of all partial sums, or None."""
+
+    length: int
+    scales: tuple[Sequence[Value], Sequence[Value]] | None
+
+
+#: The rounding of totals of partial sums.
+_FLOAT32 = target("fp32")
+
+
+def _promotion(length: int, scales: Scales, count: int) -> _Promotion:
+    if type(length) is not int or length < 1:
+        raise ValueError(f"promote is a number of products from 1, got {length!r}")
+    if scales is None:
+        return _Promotion(length, None)
+    first, second = ([as_value(scale) for scale in vector] for vector in scales)
+    parts = -(-count // length)
+    if len(first) != parts or len(second) != parts:
+        raise ValueError(f"part_scales are two vectors of {parts} numbers, got {len(first)} and {len(second)}")
+    return _Promotion(length, (first, second))
 
 
 # -- taking the steps -------------------------------------------------------------------------------------------------
@@ -275,7 +331,8 @@ def _run(steps: Callable[[], Steps], modes: Modes) -> Result:
         if where is None:
             value, flags = operation(None, *operands)
         else:
-            result = rounded_result(operation, operands, replace(where, random=next(numbers)))
+            draws = split_rounding(where.rounding)[1] > 0
+            result = rounded_result(operation, operands, replace(where, random=next(numbers) if draws else None))
             value, flags = result.value, result.flags
         raised.append(flags)
         return value
@@ -312,7 +369,7 @@ def _numbers(random: RandomNumbers | None, rounding: str, steps: Callable[[], St
 
 
 def _roundings(steps: Steps) -> int:
-    """How many of the steps round. This does not depend on the values."""
+    """How many of the steps draw a random number. This does not depend on the values."""
     taken: list[Step] = []
 
     def take(step: Step) -> Value:
@@ -320,4 +377,4 @@ def _roundings(steps: Steps) -> int:
         return Fraction(0)
 
     _drive(steps, take)
-    return len([step for step in taken if step.where is not None])
+    return len([step for step in taken if step.where is not None and split_rounding(step.where.rounding)[1]])

@@ -10,7 +10,9 @@ Names are those of aten without overload and without the underscore of an in-pla
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -30,15 +32,17 @@ class Family:
         reason: why no operand of these operators is that of a matrix product.
         work: whether their results are new numbers.
         names: the operators.
+        adds: whether a result may be a sum of many numbers.
     """
 
     reason: str
     work: Work
     names: frozenset[str]
+    adds: bool = False
 
 
-def _family(reason: str, work: Work, names: str) -> Family:
-    return Family(reason, work, frozenset(names.split()))
+def _family(reason: str, work: Work, names: str, adds: bool = False) -> Family:
+    return Family(reason, work, frozenset(names.split()), adds)
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -102,6 +106,7 @@ FAMILIES: tuple[Family, ...] = (
         logcumsumexp logsumexp mean nansum native_norm norm powsum prod renorm searchsorted segment_reduce softmax std
         std_mean sum trace var var_mean
         """,
+        adds=True,
     ),
     _family(
         "a normalisation: its sums are of one operand and of that operand times its own gradient",
@@ -116,6 +121,7 @@ FAMILIES: tuple[Family, ...] = (
         native_batch_norm_backward native_group_norm native_group_norm_backward native_layer_norm
         native_layer_norm_backward
         """,
+        adds=True,
     ),
     _family(
         "a loss, which compares two operands element by element",
@@ -127,6 +133,7 @@ FAMILIES: tuple[Family, ...] = (
         nll_loss_backward nll_loss_forward smooth_l1_loss smooth_l1_loss_backward soft_margin_loss
         soft_margin_loss_backward
         """,
+        adds=True,
     ),
     _family(
         "a pooling: a mean or an extreme of one operand's neighbourhoods",
@@ -139,6 +146,7 @@ FAMILIES: tuple[Family, ...] = (
         fractional_max_pool3d_backward max_pool2d_backward max_pool2d_with_indices_backward
         max_pool3d_with_indices_backward
         """,
+        adds=True,
     ),
     _family(
         "an interpolation: its coefficients follow from positions alone, and their gradients are elementwise",
@@ -155,17 +163,20 @@ FAMILIES: tuple[Family, ...] = (
         upsample_nearest2d_backward upsample_nearest3d upsample_nearest3d_backward upsample_trilinear3d
         upsample_trilinear3d_backward
         """,
+        adds=True,
     ),
     _family(
         "a Fourier transform: no unit for matrix products computes it, and its coefficients are constants",
         Work.ARITHMETIC,
         "_fft_c2c _fft_c2r _fft_r2c",
+        adds=True,
     ),
     _family("the cross product of two vectors with three elements", Work.ARITHMETIC, "linalg_cross"),
     _family(
         "a distance: a sum of powers of differences; `opaque` finds the calls that multiply",
         Work.ARITHMETIC,
         "_cdist_backward _cdist_forward _pdist_backward _pdist_forward",
+        adds=True,
     ),
     _family(
         "it adds elements of one operand at given positions",
@@ -177,6 +188,7 @@ FAMILIES: tuple[Family, ...] = (
         reflection_pad2d_backward reflection_pad3d_backward replication_pad1d_backward replication_pad2d_backward
         replication_pad3d_backward scatter scatter_add scatter_reduce unfold_backward
         """,
+        adds=True,
     ),
     _family(
         "the step of an optimizer or of a gradient scaler, elementwise",
@@ -272,7 +284,8 @@ FAMILIES: tuple[Family, ...] = (
 #: numbers between ranks, and add them up. The quantization of pt2e works on single elements.
 _OTHERS = {
     "fpsim": """
-        mark mx_multiplier observe outer_scale power_of_two_scale random_key random_keys random_words round round_scaled
+        mark mx_multiplier observe outer_scale power_of_two_scale random_key random_keys random_words round round_mx
+        round_scaled
         round_stochastic round_transformed round_with_words timed_factor transform_operand transform_parameters
         """,
     "prims": """
@@ -315,6 +328,14 @@ _OTHERS = {
 }
 OTHER_NAMESPACES = {namespace: frozenset(names.split()) for namespace, names in _OTHERS.items()}
 
+#: Operators of prims whose results may be sums of many numbers.
+_ADDING_PRIMS = frozenset(
+    ["fft_c2c", "fft_c2r", "fft_r2c", "prepare_softmax_online", "prod", "sum", "var", "_unsafe_index_put_"]
+)
+#: The position of the argument that tells whether a call adds, for operators of families that do.
+_ADDING_IF = {"index_put": 3, "_unsafe_index_put": 3, "put": 3}
+_WITHOUT_ADDITIONS = frozenset(["im2col", "scatter.src", "scatter.value"])
+
 _FAMILY = {name: family for family in FAMILIES for name in family.names}
 
 
@@ -323,6 +344,25 @@ def family_of(name: str) -> Family | None:
     name = name.removeprefix("_foreach_")
     in_place = name.endswith("_") and not name.endswith("__")
     return _FAMILY.get(name[:-1] if in_place else name)
+
+
+def adds_up(operator: object, arguments: Sequence[Any], named: Mapping[str, Any]) -> bool:
+    """Whether a call of ``operator``, which holds no product, may have sums of many numbers as results.
+
+    Operators of other libraries than aten and prims do not count: collective operations add numbers of other ranks.
+    """
+    if not isinstance(operator, torch._ops.OpOverload):
+        return False
+    name = operator._opname
+    if operator.namespace != "aten":
+        return operator.namespace == "prims" and name in _ADDING_PRIMS
+    if {name, f"{name}.{operator._overloadname}"} & _WITHOUT_ADDITIONS:
+        return False
+    if name in _ADDING_IF:
+        position = _ADDING_IF[name]
+        return bool(arguments[position] if len(arguments) > position else named.get("accumulate", False))
+    family = family_of(name)
+    return family is not None and family.adds
 
 
 def is_known(operator: torch._ops.OpOverload) -> bool:

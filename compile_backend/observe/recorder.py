@@ -7,6 +7,7 @@ the operands before and after rounding, so that they are available there, in bac
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from fpsim.attention.ops import TENSORS, compute
 from fpsim.casts import ROUNDING_OPERATORS, Cast, in_range_of_format
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.views import base
-from fpsim.compile_backend.observe.product_error import comparison, other_tensors, result_of
+from fpsim.compile_backend.observe.lost_sums import SumStatistics, measure_sums, merge_sums, observe_sum
+from fpsim.compile_backend.observe.product_error import Comparison, comparison, other_tensors, result_of
 from fpsim.compile_backend.observe.rounding_statistics import Statistics, measure, measure_groups, merge, relative_error
 from fpsim.compile_backend.plan import Site
 
@@ -63,6 +66,7 @@ class ProductStatistics:
         error: the Frobenius norm of its result minus the product of the unrounded operands in float64, over all runs.
             An addend (a bias) is subtracted first, and the rounding of the result is not included.
         reference: the Frobenius norm of the product of the unrounded operands.
+        sum: what its accumulator lost; None if its sums are torch's.
 
     For products with 128 columns or more (convolutions: 32 images or channels) both norms are unbiased estimates from
     12 random combinations of the columns. The standard deviation of ``error**2`` is at most 0.41 of its value, and
@@ -76,6 +80,7 @@ class ProductStatistics:
     runs: int
     error: float
     reference: float
+    sum: SumStatistics | None = None
 
     @property
     def relative_error(self) -> float:
@@ -167,8 +172,11 @@ class Recorder:
     def __init__(self, exact: bool = False) -> None:
         self._exact = exact
         self._observations: list[_Observation] = []
+        self._attentions: dict[str, tuple[tuple[str, Site], ...]] = {}
         self._keys: dict[tuple[Any, ...], int] = {}
+        self._comparisons: dict[int, Comparison] = {}
         self._bound: set[int] = set()
+        self._bound_sums: set[int] = set()
         self._measured: set[int] = set()
         self.clear()
 
@@ -196,6 +204,10 @@ class Recorder:
         """Observe ``exact``, the result of an operation or a product, and ``rounded``, the same after rounding."""
         self._add(rounded, rounded, None, [exact], [rounded], [site])
 
+    def add_attention(self, node: fx.Node, sites: Sequence[tuple[str, Site]]) -> None:
+        """Observe ``node``, a call of attention in tiles: the names of its roundings, and their sites."""
+        self._attentions[node.name] = tuple(sites)
+
     def _add(
         self,
         value: fx.Node,
@@ -215,10 +227,16 @@ class Recorder:
             )
         )
 
+    def number_of(self, product: Product) -> int:
+        """The number of the observation of ``product``."""
+        return next(i for i, observation in enumerate(self._observations) if observation.product is product)
+
     def insert(self, graph: fx.Graph) -> None:
         """Insert the observations into the graph that is being rewritten."""
         for number, observation in enumerate(self._observations):
             value, others = observation.value, other_tensors(observation.product)
+            if observation.product is not None:  # an accumulator may take the place of its node
+                self._comparisons[number] = comparison(observation.product, observation.unscaled, self._exact)
             factors = [
                 _factor_of(node)
                 for node, site in zip(observation.rounded, observation.sites, strict=True)
@@ -246,12 +264,41 @@ class Recorder:
             else:
                 self._bound.add(number)
                 node.target = self._observer(number)
+        for node in gm.graph.find_nodes(op="call_function", target=observe_sum):
+            number = node.args[-1]
+            if number in self._bound_sums:
+                node.replace_all_uses_with(node.args[0])
+                gm.graph.erase_node(node)
+            else:
+                self._bound_sums.add(number)
+                node.target = self._observe_sum
+        for node in gm.graph.nodes:
+            if node.name in self._attentions and node.target in TENSORS:
+                node.target = functools.partial(self._attend, node.target, node.name)
+                node.target.__name__ = node.name
         gm.recompile()
+
+    @torch.no_grad()
+    def _attend(self, operator: Callable[..., Any], name: str, *arguments: Any) -> tuple[Tensor, ...]:
+        """Run attention in tiles, and measure all of its roundings."""
+        casts = {each: site.cast for each, site in self._attentions[name]}
+
+        def watch(each: str, exact: Tensor, rounded: Tensor) -> None:
+            if each in casts:
+                statistics = measure_cast(exact, rounded, casts[each])
+                self._of_attentions.setdefault((name, each), []).append(statistics)
+
+        return compute(operator, *arguments, watch=watch)
+
+    @torch.no_grad()
+    def _observe_sum(self, result: Tensor, *arguments: Any) -> Tensor:
+        *own, number = arguments
+        self._sums.setdefault(number, []).append(measure_sums(*own))
+        return result
 
     def _observer(self, number: int) -> Callable[..., Tensor]:
         observation = self._observations[number]
-        product = observation.product
-        compare = None if product is None else comparison(product, observation.unscaled, self._exact)
+        compare = self._comparisons.get(number)
         own = [i for i, key in enumerate(observation.keys) if key not in self._measured]
         self._measured |= set(observation.keys)
 
@@ -282,7 +329,9 @@ class Recorder:
         """Forget all measurements."""
         self._runs: Counter[int] = Counter()
         self._errors: dict[int, list[tuple[float, float]]] = {}
+        self._sums: dict[int, list[SumStatistics]] = {}
         self._statistics: dict[int, list[Statistics]] = {}
+        self._of_attentions: dict[tuple[str, str], list[Statistics]] = {}
 
     def results(self) -> tuple[list[SiteStatistics], list[ProductStatistics]]:
         """The statistics since the beginning or `clear`: those of sites and products that ran, in the graph's order."""
@@ -300,6 +349,12 @@ class Recorder:
                 SiteStatistics(**vars(site), product=place, statistics=statistics[key])
                 for site, key in zip(observation.sites, observation.keys, strict=True)
             ]
+        for node, own in self._attentions.items():
+            sites += [
+                SiteStatistics(**vars(site), product=None, statistics=merge(self._of_attentions[node, name]))
+                for name, site in dict(own).items()
+                if (node, name) in self._of_attentions
+            ]
         return sites, products
 
     def _product(self, number: int, observation: _Observation) -> ProductStatistics:
@@ -313,4 +368,5 @@ class Recorder:
             self._runs[number],
             math.hypot(*errors),
             math.hypot(*references),
+            merge_sums(self._sums.get(number, ())),
         )

@@ -2,11 +2,15 @@
 
 The operands have been rounded by then. A product becomes ``fpsim::accumulate_mm``; what its operator adds to it (a
 bias) is added afterwards, in float32 for 16-bit operands, as matrix libraries do before they store the result.
+
+A machine multiplies elements. Where blocks of operands have scales, ``fpsim::scaled_part`` computes elements and scales
+from the value that was rounded, and both go through the rearrangements of the operand.
 """
 
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,20 +20,25 @@ from torch import fx
 
 from fpsim.accumulators.accumulator import Accumulator
 from fpsim.accumulators.matmul import operand_format, takes_factor
-from fpsim.accumulators.ops import accumulate_op
+from fpsim.accumulators.ops import accumulate_grouped_op, accumulate_op, accumulate_scaled_op
+from fpsim.accumulators.parts import scaled_part_op
+from fpsim.accumulators.scaled import block_of, takes_scales
 from fpsim.casts import Cast
 from fpsim.compile_backend.errors import UnroundedError
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.metadata import describe
 from fpsim.compile_backend.graph.products import product_operator
+from fpsim.compile_backend.graph.views import is_view
+from fpsim.compile_backend.observe.lost_sums import observe_sum
 from fpsim.compile_backend.observe.product_error import result_of
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.unfolding import convolution, gradient
 from fpsim.compile_backend.plan import Sum
 from fpsim.formats import FloatFormat
 from fpsim.rounding.carriers import CARRIERS
-from fpsim.rounding.ops import SOURCE
-from fpsim.scaling.ops import SCALE_OPERATORS
+from fpsim.rounding.ops import SOURCE, round_op
+from fpsim.scaling.ops import SCALE_OPERATORS, round_scaled_op
+from fpsim.scaling.scale import NV_RULES, parse_scale
 
 aten = torch.ops.aten
 
@@ -45,18 +54,25 @@ class Summed:
         formats: formats that have all values of the operands.
         factors: for each operand the value of which a power of two is the scale, before rounding, and the format; None
             if the operand has no such scale.
+        block: how many elements along the summed axis share a scale that joins the sum, or multiplies a partial sum; 0
+            if there is no such scale.
     """
 
     product: Product
     accumulator: Accumulator
     formats: tuple[FloatFormat, FloatFormat]
     factors: tuple[tuple[fx.Node, str] | None, ...]
+    block: int = 0
 
     @property
     def sum(self) -> Sum:
         """The product's line in the plan."""
-        product = self.product
-        return Sum(product.path or "", product.operator, product.kind, str(self.accumulator))
+        product, text = self.product, str(self.accumulator)
+        machine = self.accumulator.machine
+        if self.block:
+            where = "in the sum" if machine is not None and machine.blocks else "times partial sums"
+            text += f", scales of {self.block} {where}"
+        return Sum(product.path or "", product.operator, product.kind, text)
 
 
 def summed(
@@ -76,6 +92,14 @@ def summed(
             f"without one, such as modules={{{product.path or '<module>'!r}: 'e4m3fn'}}, or leave out accumulator"
         )
     try:
+        if takes_scales(casts, accumulator):
+            if call.target in _CONVOLUTIONS:
+                raise ValueError(
+                    "the sums of a convolution run over taps too, and blocks of channels with scales do not: give the "
+                    "module a rule with an unscaled format, such as 'e4m3fn', and a machine that takes it"
+                )
+            own, block = block_of(casts, accumulator)
+            return Summed(product, accumulator, own, (None, None), block)
         formats = tuple(_format(product, number, casts[number], accumulator) for number in (0, 1))
         accumulator.check_operands(*formats)
     except ValueError as error:
@@ -119,14 +143,34 @@ def _replace(each: Summed, inserter: Inserter) -> None:
         inserter.sources[new] = inserter.sources[end]
         return new
 
-    def multiply(a: fx.Node, b: fx.Node, exchanged: bool = False) -> fx.Node:
-        """The product of matrices of the first and the second operand; ``exchanged``: of the second and the first."""
+    def observed(result: fx.Node, *arguments: Any) -> fx.Node:
+        if inserter.recorder is None:
+            return result
+        return call(observe_sum, result, *arguments, inserter.recorder.number_of(each.product))
+
+    def multiply(a: fx.Node, b: fx.Node, exchanged: bool = False, ends: fx.Node | None = None) -> fx.Node:
+        """The product of matrices of the first and the second operand; ``exchanged``: of the second and the first.
+
+        ``ends`` are those of groups.
+        """
+        if each.block:
+            elements, rest = _scaled(each, a, b, inserter, call)
+            if ends is not None:
+                result = call(accumulate_grouped_op, *elements, ends, key, *rest, SOURCE)
+            else:
+                result = call(accumulate_scaled_op, *elements, *rest, SOURCE)
+            return observed(result, *elements, ends, key, *rest)
         order = (1, 0) if exchanged else (0, 1)
         operands = [
             x if scales[i] is None else call(aten.mul.Tensor, x, scales[i]) for i, x in zip(order, (a, b), strict=True)
         ]
         names = [each.formats[i].name for i in order]
-        result = call(accumulate_op, *operands, key, str(each.accumulator), *names, SOURCE)
+        if ends is None:
+            result = call(accumulate_op, *operands, key, str(each.accumulator), *names, SOURCE)
+        else:
+            rest = (None, None, 0, str(each.accumulator), *names, SOURCE)
+            result = call(accumulate_grouped_op, *operands, ends, key, *rest)
+        result = observed(result, *operands, ends, key, None, None, 0, str(each.accumulator), *names)
         for scale in scales:
             result = result if scale is None else call(aten.div.Tensor, result, scale)
         return result
@@ -147,6 +191,42 @@ def _replace(each: Summed, inserter: Inserter) -> None:
     end.replace_all_uses_with(result)
 
 
+def _scaled(
+    each: Summed, a: fx.Node, b: fx.Node, inserter: Inserter, call: Call
+) -> tuple[list[fx.Node], tuple[Any, ...]]:
+    """The elements of operands whose blocks have scales; and the rest of the arguments."""
+    parts = [[_part(x, part, inserter, call) for part in ("elements", "scales")] for x in (a, b)]
+    axes = a.meta["val"].dim() - 1, b.meta["val"].dim() - 2
+    scales = [
+        call(aten.slice.Tensor, part[1], axis, 0, sys.maxsize, each.block)
+        for part, axis in zip(parts, axes, strict=True)
+    ]
+    rest = (*scales, each.block, str(each.accumulator), *(fmt.name for fmt in each.formats))
+    return [part[0] for part in parts], rest
+
+
+def _part(node: fx.Node, part: str, inserter: Inserter, call: Call) -> fx.Node:
+    """One part of ``node``, which rearranges a value that was rounded with scales of blocks."""
+    if node.target is round_scaled_op:
+        x, *cast_, source = node.args[:7]
+        words, outside = (*node.args[7:8], None)[0], node.args[9:10] == (True,)
+        if parse_scale(cast(str, cast_[3])).rule in NV_RULES and not outside:  # type: ignore[union-attr]
+            raise UnroundedError(f"the tensor's scale of {node.name} is in its elements, not in the product's result")
+        return inserter.part(node, scaled_part_op, (x, *cast_, part, source, words))
+    if node.target is torch.ops.prims.convert_element_type.default:  # parts are float32
+        (source,) = node.all_input_nodes
+        is_stored = source.target is round_op and source.args[1] == CARRIERS[node.meta["val"].dtype].name
+        return _part(source.all_input_nodes[0] if is_stored else source, part, inserter, call)
+    if not is_view(node) and node.target not in _REARRANGEMENTS:
+        raise UnroundedError(f"the scales of {node.name} cannot be taken apart from its elements")
+    base, *rest = node.args
+    return call(node.target, _part(cast(fx.Node, base), part, inserter, call), *rest)
+
+
+#: Rearrangements beside views that products of batches and of vectors are made of.
+_REARRANGEMENTS = (aten.squeeze.dim, aten.unsqueeze.default)
+
+
 def _product(node: fx.Node, call: Call, multiply: Call) -> fx.Node:
     """The result of an operator of `_PRODUCTS`, with what it adds to its product."""
     entry = product_operator(node.target)
@@ -158,6 +238,8 @@ def _product(node: fx.Node, call: Call, multiply: Call) -> fx.Node:
         a, b = (call(torch.ops.prims.convert_element_type.default, x, torch.float32) for x in (a, b))
     if node.target is aten.convolution.default:
         result = convolution(node, a, b, call, multiply)
+    elif node.target is aten._grouped_mm.default:
+        result = multiply(a, b, ends=cast(fx.Node, node.args[2]) if len(node.args) > 2 else None)
     else:
         result = _PRODUCTS[node.target](a, b, call, multiply)
     if not adds:
@@ -253,4 +335,5 @@ _PRODUCTS: dict[Any, Callable[[fx.Node, fx.Node, Call, Call], fx.Node]] = {
     aten.dot.default: _of_vectors,
     aten.vdot.default: _of_vectors,
     aten.addr.default: _outer,
+    aten._grouped_mm.default: _plain,
 }

@@ -25,16 +25,18 @@ def round_operations(
     products: Sequence[Product],
     inserter: Inserter,
     strict: bool,
+    bias_gradients: Sequence[fx.Node] = (),
 ) -> list[Site]:
     """Replace the marks at the ends of operations by roundings, or by nothing where the policy has no cast.
 
     The marks at the ends of matrix products stay. The gradient of a convolution's bias counts as an operation: it is a
-    sum, as in a linear layer.
+    sum, as in a linear layer. ``bias_gradients`` are those that are sums already.
     """
     sites = []
     rounded = {direction for direction in DIRECTIONS if policy.rounds_elementwise(direction)}
-    for node in convolution.find_bias_gradients(graph) if "backward" in rounded else ():
-        path = module_path(convolution.backward_of(node))
+    sums = (*convolution.find_bias_gradients(graph), *bias_gradients)
+    for node in sums if "backward" in rounded else ():
+        path = module_path(node if node in bias_gradients else convolution.backward_of(node))
         local = policy_at(path, f"gradient of a bias {node.name}", policy, strict)
         cast = None if local is None else local.elementwise_cast("backward")
         if cast is not None:

@@ -315,4 +315,8 @@ def _facts(row: _Row, products: Sequence[ProductStatistics]) -> dict[str, Any]:
         statistics = products[product]
         shapes = " by ".join(" × ".join(map(str, shape)) for shape in statistics.shapes)
         facts["product"] = f"{shapes}; runs: {statistics.runs}; relative error {statistics.relative_error:.4g}"
+        if statistics.sum is not None:
+            lost, share = statistics.sum, statistics.sum.stagnated_share
+            facts["product"] += f"; of the sums in {lost.accumulator} {lost.relative_error:.4g}"
+            facts["product"] += "" if share is None else f", {percent(share)} of them stagnated"
     return facts

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fpsim.casts import parse_cast
+from fpsim.compile_backend.observe.lost_sums import SumStatistics, merge_sums
 from fpsim.compile_backend.observe.recorder import ProductStatistics, SiteStatistics
 from fpsim.compile_backend.observe.rounding_statistics import (
     COUNTS,
@@ -154,6 +155,8 @@ class Profile:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.table()
+        if any(product.sum for product in self.products):
+            yield self.table_of_sums()
         if self.gaps:
             yield Text(f"{len(self.gaps)} gaps are not in this table: fpsim.explain lists them", style="yellow")
 
@@ -181,6 +184,24 @@ class Profile:
         table.add_column("exponents", no_wrap=True)
         for row in rows[:limit]:
             table.add_row(*_cells(row))
+        return table
+
+    def table_of_sums(self) -> Table:
+        """A table for rich of the products with accumulators, those that lost most first.
+
+        Its numbers are the relative error of the sums, the share of sums that had a step which changed nothing, and the
+        share of such steps (`SumStatistics`).
+        """
+        sums = [(product, product.sum) for product in self.products if product.sum is not None]
+        table = Table(title=f"{len(sums)} products with accumulators", title_justify="left")
+        for name in ("module", "operator", "kind", "accumulator"):
+            table.add_column(name, overflow="fold")
+        for name in ("error of sums", "stagnated sums", "idle steps"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for product, lost in sorted(sums, key=lambda pair: -pair[1].relative_error):
+            words = (product.path or "(root)", product.operator, product.kind, lost.accumulator)
+            shares = ["-" if share is None else percent(share) for share in (lost.stagnated_share, lost.idle_share)]
+            table.add_row(*map(Text, (*words, f"{lost.relative_error:.2g}", *shares)))
         return table
 
 
@@ -278,7 +299,8 @@ def _merged_products(products: Sequence[ProductStatistics]) -> ProductStatistics
     runs = sum(product.runs for product in products)
     error = math.hypot(*(product.error for product in products))
     reference = math.hypot(*(product.reference for product in products))
-    return replace(products[0], shapes=shapes, runs=runs, error=error, reference=reference)
+    lost = merge_sums(product.sum for product in products)
+    return replace(products[0], shapes=shapes, runs=runs, error=error, reference=reference, sum=lost)
 
 
 def _common(shapes: Sequence[tuple[int | str, ...]]) -> tuple[int | str, ...]:
@@ -344,7 +366,11 @@ def _site_of(row: Mapping[str, Any]) -> SiteStatistics:
 
 
 def _product_of(row: Mapping[str, Any]) -> ProductStatistics:
+    row = {"sum": None, **row}  # older profiles lack it
     values = {field.name: row[field.name] for field in fields(ProductStatistics)}
+    if values["sum"] is not None:
+        lost = {field.name: values["sum"][field.name] for field in fields(SumStatistics)}
+        values["sum"] = SumStatistics(**lost | {name: float(lost[name]) for name in ("error", "reference")})
     shapes = tuple(map(tuple, row["shapes"]))
     return ProductStatistics(
         **values | {"shapes": shapes, "error": float(row["error"]), "reference": float(row["reference"])}

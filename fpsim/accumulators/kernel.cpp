@@ -67,6 +67,8 @@ struct Specification {
   int64_t bounded, cuts, narrow;               // whether sums stay in range, are cut, and are exact in float32
   int64_t rounding, mantissa_bits, random_bits, roundings, first_sum, key, nan_bits, lanes;
   int64_t scale_block, group;  // how many products share scales, and are added before they are aligned
+  int64_t rescale;             // whether scales multiply the partial sums that are promoted, and not the elements
+  int64_t first_element;       // the number of the result's first element, which random numbers depend on
   double start, smallest_normal, least_power, largest, infinite_from, overflow_up, overflow_down, infinity;
   double least_a, least_b, kept, floor, late_kept;
 };
@@ -529,23 +531,45 @@ struct Tile : Packed<double> {
     const V limit(0x1p128), infinite(std::numeric_limits<double>::infinity());
     for (int64_t k = first; k < last; k += spec.length) {
       const int64_t end = std::min(k + spec.length, last);
-      for (int r = 0; r < ROWS; ++r) {
-        for (int v = 0; v < VECTORS; ++v) {
-          V tops[2] = {V(spec.floor), V(spec.floor)}, sums[2] = {V(0.0), V(0.0)};
-          for (int64_t lane = 0; lane < spec.lanes; ++lane) {
-            V top = tops[lane], sum(0.0);
-            for (int64_t i = k + lane; i < end; i += spec.lanes) top = at::vec::clamp_min(top, product_power(i, r, v));
-            const V scale = V(spec.kept) * inverse(top);
-            for (int64_t i = k + lane; i < end; i += spec.lanes) {
-              const V p = product(i, r, v);
-              sum = sum + choose(magnitude(p) >= limit, infinite | (p & Mask::sign()), (p * scale).trunc());
-            }
-            tops[lane] = top;
-            sums[lane] = sum;
+      V tops[2][ROWS][VECTORS], sums[2][ROWS][VECTORS];
+      for (int64_t lane = 0; lane < spec.lanes; ++lane) {
+        V top[ROWS][VECTORS], scale[ROWS][VECTORS], sum[ROWS][VECTORS];
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < VECTORS; ++v) top[r][v] = V(spec.floor);
+        for (int64_t i = k + lane; i < end; i += spec.lanes)
+#pragma GCC unroll 4
+          for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; ++v) top[r][v] = at::vec::clamp_min(top[r][v], product_power(i, r, v));
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < VECTORS; ++v) {
+            scale[r][v] = V(spec.kept) * inverse(top[r][v]);
+            sum[r][v] = V(0.0);
           }
-          const V top = at::vec::clamp_min(tops[0], tops[1]);
-          V products = sums[0];
-          if (spec.lanes == 2) products = (sums[0] * (tops[0] * inverse(top))).floor() + (sums[1] * (tops[1] * inverse(top))).floor();
+        for (int64_t i = k + lane; i < end; i += spec.lanes)
+#pragma GCC unroll 4
+          for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; ++v) {
+              const V p = product(i, r, v);
+              sum[r][v] = sum[r][v] + choose(magnitude(p) >= limit, infinite | (p & Mask::sign()), (p * scale[r][v]).trunc());
+            }
+        copy(top, tops[lane]);
+        copy(sum, sums[lane]);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) {
+          V top = tops[0][r][v], products = sums[0][r][v];
+          if (spec.lanes == 2) {
+            top = at::vec::clamp_min(top, tops[1][r][v]);
+            products = (products * (tops[0][r][v] * inverse(top))).floor() + (sums[1][r][v] * (tops[1][r][v] * inverse(top))).floor();
+          }
           const V old = c[r][v], own = finite_power(old), joined = at::vec::clamp_min(top, own);
           V kept = floor_to(old, V(spec.kept) * inverse(joined));
           if (spec.lanes == 2) kept = choose((own * V(2 * spec.kept) < joined) & (magnitude(old) < infinite), V(0.0), kept);
@@ -553,7 +577,6 @@ struct Tile : Packed<double> {
           const V cut = floor_to(x, V(spec.late_kept) * inverse(finite_power(x)));
           c[r][v] = round<NEAREST>(choose(x == V(0.0), V(0.0), cut), r, v, 0);
         }
-      }
     }
   }
 
@@ -610,6 +633,15 @@ class Output {
   float nan_;
 };
 
+// The place of a tile in the result, and how much of the tile lies in it.
+struct Corner {
+  int64_t batch, row, column, rows, columns;
+};
+
+int64_t blocks_of_scales(const Specification& spec, int64_t depth) {
+  return spec.scale_block ? (depth + spec.scale_block - 1) / spec.scale_block : 0;
+}
+
 // Calls `compute` for all tiles of the result. A block of rows is packed once, and every strip of columns once for it.
 template <typename T, typename Compute>
 void run(const Specification& spec, const float* a, const float* b, const float* scales_a, const float* scales_b, int64_t batches, int64_t rows, int64_t columns,
@@ -618,7 +650,8 @@ void run(const Specification& spec, const float* a, const float* b, const float*
   const int64_t strips = (columns + width - 1) / width, tiles = (rows + ROWS - 1) / ROWS;
   const int64_t most = std::clamp<int64_t>((1 << 18) / std::max<int64_t>(depth, 1) / ROWS, 8, 64);
   const int64_t blocks = (tiles + most - 1) / most;
-  const int64_t scale_count = spec.scale_block ? (depth + spec.scale_block - 1) / spec.scale_block : 0;
+  const int64_t scale_count = blocks_of_scales(spec, depth);
+  const float *joined_a = spec.rescale ? nullptr : scales_a, *joined_b = spec.rescale ? nullptr : scales_b;
   const int64_t groups = std::clamp<int64_t>(4 * threads / (batches * blocks), 1, strips);  // all threads need work
 #pragma omp parallel num_threads(threads)
   {
@@ -633,7 +666,7 @@ void run(const Specification& spec, const float* a, const float* b, const float*
         for (int64_t i = 0; i < ROWS; ++i) {  // rows beyond the last one repeat it
           const int64_t row = batch * rows + std::min(tile * ROWS + i, rows - 1);
           pack(spec, a + row * depth, depth, left.values.data() + offset + i, left.powers.data() + offset + i, ROWS,
-               spec.least_a, scales_a ? scales_a + row * scale_count : nullptr, spec.scale_block);
+               spec.least_a, joined_a ? joined_a + row * scale_count : nullptr, spec.scale_block);
         }
       }
       for (int64_t strip = group * strips / groups; strip < (group + 1) * strips / groups; ++strip) {
@@ -641,41 +674,127 @@ void run(const Specification& spec, const float* a, const float* b, const float*
         for (int64_t k = 0; k < depth; ++k)
           pack(spec, b + (batch * depth + k) * columns + strip * width, count, right.values.data() + k * width,
                right.powers.data() + k * width, 1, spec.least_b,
-               scales_b ? scales_b + (batch * scale_count + k / spec.scale_block) * columns + strip * width : nullptr, 1);
+               joined_b ? joined_b + (batch * scale_count + k / spec.scale_block) * columns + strip * width : nullptr, 1);
         for (int64_t tile = first; tile < last; ++tile) {
           const int64_t offset = (tile - first) * ROWS * depth;
           const Packed<T> packed{left.values.data() + offset, left.powers.data() + offset, right.values.data(),
                                  right.powers.data()};
-          compute(packed, batch * rows * columns, tile * ROWS, strip * width);
+          const int64_t row = tile * ROWS;
+          compute(packed, Corner{batch, row, strip * width, std::min<int64_t>(ROWS, rows - row), count});
         }
       }
     }
   }
 }
 
-// The partial sums of `promote` products are added in float32, to nearest even.
-template <typename Vec, typename Accumulate, typename Promoted>
+// Adds the partial sums of `promote` products by `combine`, which takes their number.
+template <typename Vec, typename Accumulate, typename Combine>
 void promoted_sums(const Specification& spec, int64_t depth, Vec (&total)[ROWS][VECTORS], double start,
-                   const Accumulate& accumulate, const Promoted& to_float32) {
+                   const Accumulate& accumulate, const Combine& combine) {
   const int64_t length = spec.promote ? spec.promote : std::max<int64_t>(depth, 1);
-  bool is_first = true;
-  for (int64_t k = 0; k < depth; k += length, is_first = false) {
+  for (int64_t k = 0; k < depth; k += length) {
     Vec part[ROWS][VECTORS];
     for (auto& row : part) std::fill(row, row + VECTORS, Vec(start));
     accumulate(k, std::min(k + length, depth), part);
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < VECTORS; ++v) total[r][v] = is_first ? part[r][v] : to_float32(total[r][v] + part[r][v]);
+    combine(k / length, part, total);
   }
 }
 
+// Adds partial sums in float32, to nearest even: plainly, or multiplied by the scales of their blocks.
+template <typename T, typename ToFloat32>
+struct Combine {
+  using Vec = at::vec::Vectorized<T>;
+  const Specification& spec;
+  const Corner& corner;
+  const float *scales_a, *scales_b;
+  int64_t rows, columns, parts;
+  ToFloat32 to_float32;
+
+  void operator()(int64_t number, const Vec (&part)[ROWS][VECTORS], Vec (&total)[ROWS][VECTORS]) const {
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < VECTORS; ++v)
+        total[r][v] = spec.rescale ? scaled(number, r, v, part[r][v], total[r][v])
+                      : number     ? to_float32(total[r][v] + part[r][v])
+                                   : part[r][v];
+  }
+
+ private:
+  // fma(part, scale, total), where the product of both scales is rounded to float32.
+  Vec scaled(int64_t number, int r, int v, Vec part, Vec total) const {
+    T sums[Vec::size()], totals[Vec::size()];
+    part.store(sums);
+    total.store(totals);
+    const int64_t row = corner.batch * rows + corner.row + std::min<int64_t>(r, corner.rows - 1);
+    const float a = scales_a[row * parts + number];
+    const float* b = scales_b + (corner.batch * parts + number) * columns + corner.column;
+    for (int64_t lane = 0; lane < Vec::size(); ++lane) {
+      const float scale = a * b[std::min(v * Vec::size() + lane, corner.columns - 1)];
+      totals[lane] = T(std::fma(float(sums[lane]), scale, float(totals[lane])));
+    }
+    return Vec::loadu(totals);
+  }
+};
+
+// Counts the sums that a step left as they were although its products do not add up to zero, and these steps.
 template <typename T>
-void store(const Output& output, const at::vec::Vectorized<T> (&results)[ROWS][VECTORS], int64_t matrix, int64_t row,
-           int64_t column, int64_t rows, int64_t columns) {
+class Watch {
+ public:
+  using Vec = at::vec::Vectorized<T>;
+  Watch(const Specification& spec, const Packed<T>& tile, const Corner& corner)
+      : tile_(tile), corner_(corner), step_(spec.block ? spec.block : std::max<int64_t>(spec.length, 1)) {}
+
+  template <typename Accumulate>
+  void operator()(int64_t first, int64_t last, Vec (&c)[ROWS][VECTORS], const Accumulate& accumulate) {
+    for (int64_t k = first; k < last; k += step_) {
+      const int64_t end = std::min(k + step_, last);
+      T before[ROWS * COLUMNS<T>], after[ROWS * COLUMNS<T>];
+      copy(c, before);
+      accumulate(k, end, c);
+      copy(c, after);
+      for (int64_t r = 0; r < corner_.rows; ++r)
+        for (int64_t j = 0; j < corner_.columns; ++j) {
+          double sum = 0;
+          for (int64_t i = k; i < end; ++i) sum += double(tile_.a[i * ROWS + r]) * double(tile_.b[i * COLUMNS<T> + j]);
+          const int64_t place = r * COLUMNS<T> + j;
+          if (sum == 0 || !std::isfinite(before[place])) continue;
+          ++steps_;
+          if (before[place] == after[place]) {
+            ++idle_;
+            stagnated_[place] = true;
+          }
+        }
+    }
+  }
+
+  // Adds to counts: the sums with such a step, such steps, and all steps whose products do not add up to zero.
+  void add_to(int64_t* counts) const {
+    const int64_t own[] = {std::count(stagnated_, stagnated_ + ROWS * COLUMNS<T>, true), idle_, steps_};
+    for (int i = 0; i < 3; ++i) {
+#pragma omp atomic
+      counts[i] += own[i];
+    }
+  }
+
+ private:
+  static void copy(const Vec (&from)[ROWS][VECTORS], T* to) {
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < VECTORS; ++v) from[r][v].store(to + r * COLUMNS<T> + v * Vec::size());
+  }
+
+  const Packed<T>& tile_;
+  const Corner& corner_;
+  int64_t step_, idle_ = 0, steps_ = 0;
+  bool stagnated_[ROWS * COLUMNS<T>] = {};
+};
+
+template <typename T>
+void store(const Output& output, const at::vec::Vectorized<T> (&results)[ROWS][VECTORS], const Corner& corner,
+           int64_t rows, int64_t columns) {
   T values[COLUMNS<T>];
-  for (int64_t r = 0; r < std::min<int64_t>(ROWS, rows - row); ++r) {
+  for (int64_t r = 0; r < corner.rows; ++r) {
     for (int v = 0; v < VECTORS; ++v) results[r][v].store(values + v * at::vec::Vectorized<T>::size());
-    for (int64_t j = 0; j < std::min<int64_t>(COLUMNS<T>, columns - column); ++j)
-      output.store(matrix + (row + r) * columns + column + j, double(values[j]));
+    const int64_t first = (corner.batch * rows + corner.row + r) * columns + corner.column;
+    for (int64_t j = 0; j < corner.columns; ++j) output.store(first + j, double(values[j]));
   }
 }
 
@@ -689,42 +808,60 @@ struct ToFloat32 {
   }
 };
 
+// Computes one tile: `accumulate` adds products to sums that begin with `start`.
+template <typename T, typename ToFloat32, typename Accumulate>
+void tile_of_result(const Combine<T, ToFloat32>& combine, const Packed<T>& packed, int64_t depth, double start,
+                    const Output& output, int64_t* counts, const Accumulate& accumulate) {
+  using Vec = at::vec::Vectorized<T>;
+  const Specification& spec = combine.spec;
+  Vec total[ROWS][VECTORS];
+  for (auto& row : total) std::fill(row, row + VECTORS, Vec(T(0)));
+  if (counts) {
+    Watch<T> watch(spec, packed, combine.corner);
+    promoted_sums(spec, depth, total, start,
+                  [&](int64_t first, int64_t last, Vec(&part)[ROWS][VECTORS]) { watch(first, last, part, accumulate); }, combine);
+    watch.add_to(counts);
+  } else {
+    promoted_sums(spec, depth, total, start, accumulate, combine);
+  }
+  store<T>(output, total, combine.corner, combine.rows, combine.columns);
+}
+
 }  // namespace
 
 // out = a @ b: a (batches, rows, depth), b (batches, depth, columns), out float32 in `narrow` or float64 in `wide`. The
-// scales by which blocks of a and b have been multiplied, or null: (batches, rows, blocks), (batches, blocks, columns).
+// scales of blocks of a and b, or null: (batches, rows, blocks), (batches, blocks, columns). The elements have been
+// multiplied by them, unless `rescale` is set. `counts`, or null: those of `Watch`.
 extern "C" void fpsim_accumulate(const Specification* specification, const float* a, const float* b, const float* scales_a,
-                                 const float* scales_b, float* narrow, double* wide, int64_t batches, int64_t rows, int64_t columns, int64_t depth,
-                                 int64_t threads) {
+                                 const float* scales_b, float* narrow, double* wide, int64_t* counts, int64_t batches,
+                                 int64_t rows, int64_t columns, int64_t depth, int64_t threads) {
   const Specification& spec = *specification;
   const Output output(spec, narrow, wide);
+  const int64_t parts = blocks_of_scales(spec, depth);
   if (spec.narrow) {
     using Vec = at::vec::Vectorized<float>;
+    const auto plain = [](Vec x) { return x; };
     const CutInFloat32 cut(spec);
     run<float>(spec, a, b, scales_a, scales_b, batches, rows, columns, depth, threads,
-               [&](const Packed<float>& packed, int64_t matrix, int64_t row, int64_t column) {
-                 Vec total[ROWS][VECTORS];
-                 for (auto& r : total) std::fill(r, r + VECTORS, Vec(0.0f));
-                 promoted_sums(spec, depth, total, 0.0,
-                               [&](int64_t first, int64_t last, Vec(&part)[ROWS][VECTORS]) { aligned<float>(spec, packed, first, last, part, cut); },
-                               [](Vec x) { return x; });
-                 store<float>(output, total, matrix, row, column, rows, columns);
+               [&](const Packed<float>& packed, const Corner& corner) {
+                 tile_of_result(Combine<float, decltype(plain)>{spec, corner, scales_a, scales_b, rows, columns, parts, plain},
+                                packed, depth, 0.0, output, counts, [&](int64_t first, int64_t last, Vec(&part)[ROWS][VECTORS]) {
+                                  aligned<float>(spec, packed, first, last, part, cut);
+                                });
                });
     return;
   }
   const Rounder rounder(spec);
   run<double>(spec, a, b, scales_a, scales_b, batches, rows, columns, depth, threads,
-              [&](const Packed<double>& packed, int64_t matrix, int64_t row, int64_t column) {
-                const Tile tile(packed, spec, rounder, matrix + row * columns + column, columns);
-                V total[ROWS][VECTORS];
-                for (auto& r : total) std::fill(r, r + VECTORS, V(0.0));
-                promoted_sums(spec, depth, total, spec.start,
-                              [&](int64_t first, int64_t last, V(&part)[ROWS][VECTORS]) {
-                                if (spec.bounded) tile.accumulate<BOUNDED>(first, last, part);
-                                else if (spec.rounding == NEAREST_EVEN) tile.accumulate<NEAREST>(first, last, part);
-                                else tile.accumulate<GENERAL>(first, last, part);
-                              },
-                              ToFloat32());
-                store<double>(output, total, matrix, row, column, rows, columns);
+              [&](const Packed<double>& packed, const Corner& corner) {
+                const int64_t element = spec.first_element + (corner.batch * rows + corner.row) * columns + corner.column;
+                const Tile tile(packed, spec, rounder, element, columns);
+                tile_of_result(Combine<double, ToFloat32>{spec, corner, scales_a, scales_b, rows, columns, parts, {}},
+                               packed, depth, spec.start, output, counts,
+                               [&](int64_t first, int64_t last, V(&part)[ROWS][VECTORS]) {
+                                 if (spec.bounded) tile.accumulate<BOUNDED>(first, last, part);
+                                 else if (spec.rounding == NEAREST_EVEN) tile.accumulate<NEAREST>(first, last, part);
+                                 else tile.accumulate<GENERAL>(first, last, part);
+                               });
               });
 }

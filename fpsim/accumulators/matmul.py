@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fpsim.accumulators.accumulator import Accumulator, AccumulatorLike, Order, parse_accumulator
 from fpsim.accumulators.ops import accumulate_op
-from fpsim.accumulators.scaled import scaled_matmul
+from fpsim.accumulators.scaled import scaled_matmul, takes_scales
 from fpsim.accumulators.shapes import matrices, result_shape
-from fpsim.casts import UNSCALED, Cast, CastLike, parse_cast
+from fpsim.casts import UNSCALED, Cast, CastLike, check_cast, parse_cast
 from fpsim.formats import FloatFormat, parse_format
 from fpsim.rounding.carriers import CARRIERS, check_tensor
 from fpsim.rounding.ops import SOURCE, random_key_op, round_op
@@ -50,9 +50,11 @@ def matmul(
         chunk, order, promote: how many products are added exactly before a rounding, the order of the additions, and
             the number of products after which a partial sum moves to float32. A machine has its own order.
         format: the format to which the operands are rounded first, or a pair of formats. Blocks and rows of a scaled
-            format lie along the axis that is summed. None leaves the operands as they are. Their format is then that
-            of their dtype. For a machine, float32 and float64 operands have the first of its formats that has all of
-            their values.
+            format lie along the axis that is summed. A machine multiplies elements: the scales of blocks join its sums
+            (``blackwell_mxfp8``), or multiply its partial sums, one for every block (``hopper_fp8`` with
+            ``promote=128`` and ``format="e4m3fn/block:128"``). None leaves the operands as they are. Their format is
+            then that of their dtype. For a machine, float32 and float64 operands have the first of its formats that has
+            all of their values.
         seed, salt: of stochastic accumulators, as in `fpsim.round`. Each rounding of each element of the result draws
             its own random number: ``random[i]`` of the element's i-th rounding in `fpsim.reference.sum`.
 
@@ -74,10 +76,15 @@ def matmul(
     if len(pair) != 2:
         raise ValueError(f"format is one format or a pair, got {len(pair)}")
     casts = [None if given is None else _cast(given) for given in pair]
-    if parsed.machine is not None and parsed.machine.blocks:
+    if takes_scales(casts, parsed):
         if seed is not None:
             raise ValueError(f"a seed has no meaning with accumulator={str(parsed)!r}")
-        return scaled_matmul(a, b, parsed, casts[0], casts[1])
+        wide = [x.to(torch.float32) if isinstance(x, Tensor) and x.dtype in _NARROW_DTYPES else x for x in (a, b)]
+        for x, cast in zip(wide, casts, strict=True):
+            dtype = check_tensor(x, "matmul")
+            if cast is not None:
+                check_cast(dtype, cast)
+        return scaled_matmul(wide[0], wide[1], parsed, casts)
     operands, known = [], []
     for x, cast, axis in zip((a, b), casts, (-1, -2), strict=True):
         value, fmt = _operand(x, cast, axis, parsed)
@@ -149,9 +156,9 @@ def operand_format(cast: Cast, accumulator: Accumulator) -> FloatFormat:
     if (cast.scale is not None and not takes_factor(cast, accumulator)) or cast.grid is None:
         if accumulator.machine is not None or accumulator.integer_bits is not None:
             raise ValueError(
-                f"{str(accumulator)!r} multiplies elements, and {str(cast)!r} gives elements times scales, which fpsim "
-                "does not take apart: use an unscaled format such as 'e4m3fn' or 'int8/unscaled', or an accumulator "
-                "such as 'e8m13/toward_zero'"
+                f"{str(accumulator)!r} multiplies elements, and {str(cast)!r} gives elements times scales that are "
+                "none of blocks: use an unscaled format such as 'e4m3fn' or 'int8/unscaled', blocks such as "
+                "'e4m3fn/block:128', or an accumulator such as 'e8m13/toward_zero'"
             )
         return _FLOAT32
     if not cast.grid.is_subset_of(FloatFormat(8, 23)):

@@ -1,66 +1,114 @@
-"""Products of operands whose blocks have scales, on machines whose sums take the scales in."""
+"""Products of operands whose blocks have scales.
+
+The scales join the sums of machines that take them (`blackwell_mxfp8`, `blackwell_nvfp4`). On other machines they
+multiply the partial sum of every block, as in DeepSeek-V3: with the partial sum p of a block and the scales a and b of
+both operands, ``total = fma(p, a * b, total)`` in float32, where ``a * b`` is rounded to float32 too, and the total is
++0 at first. `fpsim.reference.dot` has these as ``scales``, and as ``promote`` with ``part_scales``.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fpsim.accumulators.accumulator import Accumulator
-from fpsim.accumulators.cpu import NV_BLOCK
 from fpsim.accumulators.machines import Machine
 from fpsim.accumulators.ops import accumulate_scaled_op
+from fpsim.accumulators.parts import RULES, parts_of
 from fpsim.accumulators.shapes import matrices, result_shape
-from fpsim.block_functions import encode_blocks
-from fpsim.casts import Cast
+from fpsim.accumulators.specification import NV_BLOCK
+from fpsim.casts import Cast, outer_scale
 from fpsim.formats import FloatFormat
 from fpsim.rounding.ops import SOURCE
 from fpsim.scaling.scale import MX_RULES, NV_RULES
-from fpsim.tensor_functions import decode, straight_through
-
-_E8M0_BIAS, _E8M0_NAN = 127, 255
+from fpsim.tensor_functions import straight_through
 
 
-def scaled_matmul(a: Tensor, b: Tensor, accumulator: Accumulator, first: Cast | None, second: Cast | None) -> Tensor:
-    """``torch.matmul(a, b)`` of operands that the casts round to elements with scales.
+def takes_scales(casts: Sequence[Cast | None], accumulator: Accumulator) -> bool:
+    """Whether the sums of ``accumulator``, or their partial sums, are multiplied by the scales of blocks."""
+    if accumulator.machine is None:
+        return False
+    return bool(accumulator.machine.blocks) or any(_size(cast) for cast in casts)
 
-    The scales of blocks join the sum. Those of whole tensors (NVFP4) multiply the result: one float32 product of both
-    scales, and one float32 product with the sum. Transformer Engine's are inverted first, each in float32.
+
+def block_of(casts: Sequence[Cast | None], accumulator: Accumulator) -> tuple[tuple[FloatFormat, FloatFormat], int]:
+    """The formats of the elements of both operands, and how many elements along the summed axis share a scale.
 
     Raises:
-        ValueError: a cast is missing, or it is none of the machine.
+        ValueError: a cast has no scale of blocks that the machine takes, the operands have blocks of different sizes,
+            or partial sums do not move to float32 after every block.
     """
     machine = accumulator.machine
-    assert machine is not None, "the accumulator is that of a machine with scales"
-    formats, blocks = zip(*(_checked(cast, machine) for cast in (first, second)), strict=True)
-    if blocks[0] != blocks[1]:
-        raise ValueError(f"{machine.name} takes blocks of one size, got {blocks[0]} and {blocks[1]}")
+    assert machine is not None, "the accumulator is that of a machine"
+    check = _check_joined if machine.blocks else _check_multiplied
+    first, second = (check(cast, machine) for cast in casts)
+    sizes = [_size(cast) for cast in casts]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{machine.name} takes blocks of one size, got {sizes[0]} and {sizes[1]}")
+    if not machine.blocks and accumulator.promote != sizes[0]:
+        raise ValueError(
+            f"the scales of blocks multiply partial sums of {machine.name} in float32, got blocks of {sizes[0]} and "
+            f"{'no promotion' if accumulator.promote is None else f'promote={accumulator.promote}'}: use "
+            f"promote={sizes[0]}"
+        )
+    accumulator.check_operands(first, second)
+    return (first, second), sizes[0]
+
+
+def scaled_matmul(a: Tensor, b: Tensor, accumulator: Accumulator, casts: Sequence[Cast | None]) -> Tensor:
+    """``torch.matmul(a, b)`` of operands that the casts round to elements with scales of blocks.
+
+    The scales of whole tensors (NVFP4) multiply the result: one float32 product of both scales, and one float32 product
+    with the sum. Transformer Engine's are inverted first, each in float32.
+
+    Raises:
+        ValueError: in the cases of `block_of`.
+        TypeError: the operands have different dtypes.
+    """
+    formats, block = block_of(casts, accumulator)
     if a.dtype != b.dtype:
         raise TypeError(f"operands have one dtype, got {a.dtype} and {b.dtype}: convert one of them")
-    accumulator.check_operands(*formats)
     shape = result_shape(a, b)
     if not (a.numel() and b.numel()):
         return a.new_zeros(shape)
-    operands = [
-        _scaled(x, cast, axis, blocks[0]) for x, cast, axis in ((a, first, -1), (b, second, -2 if b.dim() > 1 else 0))
-    ]
-    values, scales, factors = zip(*operands, strict=True)
-    rest = blocks[0], str(accumulator), formats[0].name, formats[1].name, SOURCE
-    product = accumulate_scaled_op(*matrices(*values), *matrices(*scales), *rest).reshape(shape)
-    result = (product * (factors[0] * factors[1])).to(a.dtype)
+    factor = torch.ones(())
+    operands, decoded = [], []
+    for x, cast, axis in zip((a, b), casts, (-1, -2 if b.dim() > 1 else 0), strict=True):
+        assert cast is not None and cast.scale is not None, "the cast was checked"
+        elements, scales = parts_of(x.detach(), cast, axis)
+        own = torch.ones(())
+        if cast.scale.rule in NV_RULES:
+            own = outer_scale(x.detach(), cast, axes=(axis % x.dim(),)).float()
+        factor = factor * own
+        operands.append((elements, scales))
+        decoded.append((elements * scales * own).to(x.dtype))
+    left, right = matrices(operands[0][0], operands[1][0])
+    scales_left, scales_right = matrices(operands[0][1], operands[1][1])
+    by_block = scales_left[..., ::block], scales_right[..., ::block, :]
+    names = str(accumulator), formats[0].name, formats[1].name
+    product = accumulate_scaled_op(left, right, *by_block, block, *names, SOURCE).reshape(shape)
+    result = (product * factor).to(a.dtype)
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        decoded = [straight_through(x, (v * f).to(x.dtype)) for x, v, f in zip((a, b), values, factors, strict=True)]
-        return straight_through(torch.matmul(*decoded), result)
+        rounded = [straight_through(x, value) for x, value in zip((a, b), decoded, strict=True)]
+        return straight_through(torch.matmul(*rounded), result)
     return result
 
 
-def _checked(cast: Cast | None, machine: Machine) -> tuple[FloatFormat, int]:
-    """The element format and the block size of a cast.
+def _size(cast: Cast | None) -> int:
+    """How many elements along the summed axis share a scale; 0 if the scale is none of blocks or tiles."""
+    scale = None if cast is None else cast.scale
+    return scale.sizes[-1] if scale is not None and scale.kind in ("block", "tile") else 0
+
+
+def _check_joined(cast: Cast | None, machine: Machine) -> FloatFormat:
+    """The element format of ``cast`` for a machine whose sums take scales in.
 
     Raises:
         ValueError: the machine does not take it.
     """
-    scale = None if cast is None else cast.scale
-    size = scale.sizes[0] if scale is not None and scale.kind == "block" else 0
+    scale, size = None if cast is None else cast.scale, _size(cast)
     is_known = scale is not None and (scale.rule in MX_RULES or (scale.rule in NV_RULES and machine.group > 1))
     is_power_of_16 = size == NV_BLOCK and scale is not None and scale.rule not in NV_RULES
     if cast is None or cast.grid is None or not is_known or size not in machine.blocks or is_power_of_16:
@@ -69,20 +117,26 @@ def _checked(cast: Cast | None, machine: Machine) -> tuple[FloatFormat, int]:
             f"{machine.name} multiplies elements with scales, got {'no format' if cast is None else str(cast)!r}: give "
             f"format={usual!r}, which rounds the operands, or name a machine without scales, such as 'blackwell'"
         )
-    return cast.grid, size
+    return _without_transform(cast, machine)
 
 
-def _scaled(x: Tensor, cast: Cast | None, axis: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The elements of ``x`` times the scales of blocks, the scales of blocks, and the factor of the tensor; float32."""
-    assert cast is not None and cast.scale is not None and cast.grid is not None, "the cast was checked"
-    codes, scales = encode_blocks(x, cast, axis, packed=False)
-    factor = torch.ones(())
-    if isinstance(scales, tuple):
-        block_scales, of_tensor = decode(scales[0], "e4m3fn"), scales[1].float()
-        factor = 1 / of_tensor if cast.scale.rule == "te" else of_tensor
-    else:
-        exponents = scales.double() - _E8M0_BIAS
-        block_scales = torch.where(scales == _E8M0_NAN, torch.nan, torch.exp2(exponents))
-    each = block_scales.double().repeat_interleave(block, axis).narrow(axis, 0, x.shape[axis])
-    elements = decode(codes, cast.grid, torch.float32).double()
-    return (elements * each).float(), block_scales.float(), factor
+def _check_multiplied(cast: Cast | None, machine: Machine) -> FloatFormat:
+    """The element format of ``cast`` for a machine whose partial sums are multiplied by scales.
+
+    Raises:
+        ValueError: the scale is none of blocks, or none of `RULES`, or NVFP4's.
+    """
+    scale = None if cast is None else cast.scale
+    if cast is None or scale is None or not _size(cast) or scale.rule not in RULES or scale.rule in NV_RULES:
+        raise ValueError(
+            f"{machine.name} multiplies its partial sums by the scales of the blocks of both operands, got "
+            f"{'no format' if cast is None else str(cast)!r} for one: use 'e4m3fn/block:128' or 'e4m3fn/block:128x128'"
+        )
+    return _without_transform(cast, machine)
+
+
+def _without_transform(cast: Cast, machine: Machine) -> FloatFormat:
+    if cast.transform is not None:
+        raise ValueError(f"{machine.name} multiplies elements: leave the transform out of {str(cast)!r}")
+    assert cast.grid is not None, "a codebook is none of the machine's formats"
+    return cast.grid

@@ -15,6 +15,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
 from fpsim.accumulators.accumulator import Accumulator, AccumulatorLike, Order, parse_accumulator
+from fpsim.accumulators.sums import parse_reduction
+from fpsim.attention.flash import PRESETS as KERNELS
+from fpsim.attention.flash import FlashAttention, FlashLike, parse_flash
 from fpsim.casts import NONE, UNSCALED, Cast, CastLike, parse_cast
 from fpsim.formats import OVERFLOWS, ElementFormat, FloatFormat, full_rounding, parse_format
 from fpsim.json_text import check_depth, parse_json
@@ -42,6 +45,7 @@ OPERANDS = frozenset(
 DIRECTIONS = ("forward", "backward")
 #: The operations that read a saved activation in backward.
 READERS = ("product", "elementwise")
+#: The values of the field `attention` that are no `FlashAttention`.
 ATTENTIONS = ("round", "keep")
 PRODUCTS = ("all", "weights")
 
@@ -134,8 +138,19 @@ class Policy:
             mapping from ``fprop``, ``dgrad`` and ``wgrad``; other kinds of product then have the sums of torch, or
             no chunk, order or promotion. Stored are the accumulators, with the other three in their text. A bias is
             added after the sum. Default: the sums are those of torch. Rules for modules do not inherit it.
+        reductions: the accumulator of all sums that are no products, forward and backward: of softmax, norms (means and
+            variances), losses, and gradients of biases and of broadcast tensors. A format with an order:
+            ``"e8m13"``, ``"bf16 chunk=32"``, ``"fp16 order=pairwise"``, as in `fpsim.matmul`. Other steps (quotients,
+            exponentials) stay in the tensors' dtype. Integers are added as usual. An operator whose sums cannot be
+            simulated, such as the gradient of an embedding, is an error unless `gaps` lists it
+            (``"aten.embedding_dense_backward"``). Default: the sums are those of torch. Rules for modules do not
+            inherit it.
         attention: ``"round"`` decomposes scaled dot-product attention, so that its inner products are rounded.
-            ``"keep"`` leaves it fused and unrounded; the plan lists it as a gap.
+            ``"keep"`` leaves it fused and unrounded; the plan lists it as a gap. ``"flash"`` computes it in tiles with
+            an online softmax, as kernels do, and rounds every step: a `FlashAttention`, the name of a kernel
+            (``flash2_bf16``, which ``flash`` means, ``flash2_fp16``, ``all_bf16``, ``flash3_fp8``), or a mapping of
+            its fields, which may stand beside a name: ``{"preset": "flash2_bf16", "block_k": 64}``. The formats of
+            this policy do not apply inside. In modules that `skip` names, attention stays fused and unrounded.
         gaps: names of operators that contain matrix products which the backend cannot round, and which may stay
             unrounded (``"aten.convolution"``, ``"*"``). The plan lists them. Any other such operator is an error.
 
@@ -172,10 +187,11 @@ class Policy:
     chunk: int | Mapping[str, int] | None = None
     order: Order | Mapping[str, Order] | None = None
     promote: int | Mapping[str, int] | None = None
+    reductions: AccumulatorLike | None = None
     transform: TransformsLike | None = ()
     skip: str | Iterable[str] = ()
     modules: Mapping[str, ModuleRule] | Sequence[tuple[str, ModuleRule]] = ()
-    attention: str = "round"
+    attention: FlashLike = "round"
     gaps: str | Iterable[str] = ()
 
     def __post_init__(self) -> None:
@@ -183,11 +199,10 @@ class Policy:
         object.__setattr__(self, "rounding", full_rounding(self.rounding))
         if self.overflow is not None and self.overflow not in OVERFLOWS:
             raise ValueError(f"unknown overflow mode {self.overflow!r}: use one of {', '.join(OVERFLOWS)}, or None")
-        if self.attention not in ATTENTIONS:
-            raise ValueError(f"unknown attention {self.attention!r}: use one of {', '.join(ATTENTIONS)}")
         if self.products not in PRODUCTS:
             raise ValueError(f"unknown products {self.products!r}: use one of {', '.join(PRODUCTS)}")
         set_ = object.__setattr__
+        set_(self, "attention", _attention(self.attention))
         set_(self, "scale", parse_scale(self.scale))
         set_(self, "transform", self._transforms())
         set_(self, "skip", _strings("skip", self.skip))
@@ -199,6 +214,7 @@ class Policy:
         for kind in KINDS:
             set_(self, kind, self._casts(kind, ROLES, (*ROLES, "output"), "role"))
         set_(self, "accumulator", self._accumulators())
+        set_(self, "reductions", None if self.reductions in (None, NONE) else parse_reduction(self.reductions))
         for name in ("chunk", "order", "promote"):  # the accumulators have them
             set_(self, name, None)
         set_(self, "elementwise", self._casts("elementwise", DIRECTIONS, DIRECTIONS, "direction"))
@@ -266,12 +282,6 @@ class Policy:
             for kind in KINDS
             if kind in accumulators
         )
-        for _, accumulator in parsed:
-            if accumulator.machine is not None and accumulator.machine.blocks:
-                raise ValueError(
-                    f"{accumulator} takes the scales of blocks into its sums, and a policy multiplies operands by them "
-                    "before: use fpsim.matmul, or a machine without scales, such as 'blackwell'"
-                )
         return parsed or None
 
     def _transforms(self) -> tuple[tuple[str, Transform], ...]:
@@ -357,6 +367,16 @@ class Policy:
         """The accumulator of products of ``kind``; None if their sums are those of torch."""
         return dict(cast(tuple[tuple[str, Accumulator], ...], self.accumulator or ())).get(kind)
 
+    @property
+    def reduction(self) -> Accumulator | None:
+        """The accumulator of sums that are no products; None if they are those of torch."""
+        return cast(Accumulator | None, self.reductions)
+
+    @property
+    def reduces(self) -> bool:
+        """Whether sums that are no products have an accumulator in any module."""
+        return self.reductions is not None or any(policy.reduces for policy in self._policies_of_modules)
+
     def elementwise_cast(self, direction: str) -> Cast | None:
         """The cast of the results of other operations, ``forward`` or ``backward``; None if they are not rounded."""
         return _rounding_cast(_casts_by_key(self, "elementwise").get(direction))
@@ -395,7 +415,9 @@ class Policy:
                     policy.check_names_format()
             except ValueError as error:
                 raise ValueError(f"in the rule for modules {glob!r}: {error}") from None
-        is_rounding = self._policies_of_modules or self.accumulator or any(True for _ in self._all_casts())
+        sums = self.accumulator or self.reductions
+        is_rounding = self._policies_of_modules or sums or isinstance(self.attention, FlashAttention)
+        is_rounding = is_rounding or any(True for _ in self._all_casts())
         says_none = self.format == NONE or all(getattr(self, role) == NONE for role in ROLES)
         if not is_rounding and not says_none:
             given = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
@@ -441,12 +463,19 @@ class Policy:
     @property
     def is_stochastic(self) -> bool:
         """Whether any rounding draws random numbers."""
-        sums = [self.accumulator_of(kind) for kind in KINDS]
+        sums = [self.reduction, *(self.accumulator_of(kind) for kind in KINDS)]
         return (
             any(cast.is_stochastic for cast in self._all_casts())
             or any(accumulator is not None and accumulator.is_stochastic for accumulator in sums)
+            or (isinstance(self.attention, FlashAttention) and self.attention.is_stochastic)
             or any(policy.is_stochastic for policy in self._policies_of_modules)
         )
+
+    @property
+    def stated_fields(self) -> frozenset[str]:
+        """The names of the fields that differ from their defaults, here or in a rule for modules."""
+        own = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        return frozenset(own.union(*(policy.stated_fields for policy in self._policies_of_modules)))
 
     @property
     def is_timed(self) -> bool:
@@ -454,9 +483,10 @@ class Policy:
         return any(cast.scale is not None and cast.scale.is_timed for cast in self._all_casts())
 
     @property
-    def attentions(self) -> frozenset[str]:
+    def attentions(self) -> frozenset[str | FlashAttention]:
         """The values of `attention` in this policy and in the rules for modules."""
-        return frozenset({self.attention}.union(*(policy.attentions for policy in self._policies_of_modules)))
+        own = cast(str | FlashAttention, self.attention)
+        return frozenset({own}.union(*(policy.attentions for policy in self._policies_of_modules)))
 
     def unmatched_globs(self, paths: Set[str]) -> list[str]:
         """The globs of `skip` and `modules` that match none of ``paths``, the paths of modules.
@@ -552,6 +582,8 @@ class Policy:
             elif field.name == "accumulator":
                 texts = {kind: str(accumulator) for kind, accumulator in value}
                 value = texts[KINDS[0]] if len(texts) == len(KINDS) and len(set(texts.values())) == 1 else texts
+            elif isinstance(value, Accumulator):
+                value = str(value)
             elif field.name == "transform":
                 value = _written_transforms(dict(value))
             elif field.name == "modules":
@@ -560,6 +592,8 @@ class Policy:
                 value = self._text(value, spelled)
             elif isinstance(value, Scale):
                 value = str(value)
+            elif isinstance(value, FlashAttention):
+                value = value.written() if spelled else value.to_dict(spelled=False)
             elif isinstance(value, tuple):
                 value = list(value)
             result[field.name] = value
@@ -569,14 +603,15 @@ class Policy:
         """The fields of a module's policy, including those that a reader would otherwise inherit from this policy."""
         if policy is None:
             return NONE
-        inherited = {"rounding": policy.rounding, "overflow": policy.overflow}
+        inherited: dict[str, Any] = {"rounding": policy.rounding, "overflow": policy.overflow}
         if policy.scale != self.scale:
             inherited["scale"] = None if policy.scale is None else str(policy.scale)
         own = policy._fields(spelled)
         if policy.attention == self.attention:
             own.pop("attention", None)
         else:
-            inherited["attention"] = policy.attention
+            kernel = policy.attention
+            inherited["attention"] = kernel.written() if isinstance(kernel, FlashAttention) else kernel
         return {**inherited, **own}
 
     def _text(self, cast: Cast, spelled: bool) -> str:
@@ -685,6 +720,14 @@ def is_preset(name: str) -> bool:
     except ValueError:
         return name in PRESETS or name.startswith(_PAPER)
     return False
+
+
+def _attention(given: FlashLike) -> str | FlashAttention:
+    """The field `attention` as a policy stores it."""
+    if isinstance(given, str) and given not in (*ATTENTIONS, "flash", *KERNELS):
+        valid = (*ATTENTIONS, "flash", *KERNELS)
+        raise ValueError(f"unknown attention {given!r}{did_you_mean(given, valid)}: use one of {', '.join(valid)}")
+    return given if isinstance(given, str) and given in ATTENTIONS else parse_flash(given)
 
 
 def _by_kind(name: str, given: Any) -> dict[str, Any]:

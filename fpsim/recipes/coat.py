@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fpsim.policy import Policy
 from fpsim.recipes.exclusions import Exclusions
 from fpsim.recipes.parts import LINEAR, by_role, kept_in
@@ -40,17 +42,14 @@ def coat(
         raise ValueError(f"expansion={expansion!r} is none of COAT's: use 'nonzero', 'kernel' or None")
     state = f"e4m3fn/group:128{maps[expansion]}"
     kept, back = f"e4m3fn/block:{group}:bf16", f"e5m2/block:{group}:bf16"
-    rounded = {"fprop": {"output": kept}, "dgrad": {"output": back}, "saved": {"elementwise": kept}}
-    policy = Policy(
-        **by_role("e4m3fn/tensor:bf16", "e4m3fn/tensor:bf16", "e5m2/tensor:bf16"),
-        **(rounded if activations else {}),  # type: ignore[arg-type]
-        **LINEAR,  # type: ignore[arg-type]
-    )
+    fields: dict[str, Any] = {**by_role("e4m3fn/tensor:bf16", "e4m3fn/tensor:bf16", "e5m2/tensor:bf16"), **LINEAR}
+    if activations:
+        fields |= {"fprop": {"output": kept}, "dgrad": {"output": back}, "saved": {"elementwise": kept}}
     return Recipe(
         name="coat",
         source="Xi et al., COAT: Compressing Optimizer States and Activations for Memory-Efficient FP8 Training, arXiv "
         "2410.19313; NVlabs/COAT 80ec99f",
-        policy=policy,
+        policy=Policy(**fields),
         optimizer=RoundedState({"exp_avg": state, "exp_avg_sq": state}),
         notes=(
             "The paper computes the power of a group from its range. The kernel gives NaN for half of the groups whose "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from fpsim.attention.flash import FlashAttention
 from fpsim.casts import Cast, usual_overflow
 from fpsim.formats import expand
 from fpsim.policy import Policy
@@ -22,12 +23,14 @@ def wrapped(heading: str, text: str) -> str:
 def lines_of_policy(policy: Policy | None) -> list[tuple[str, str]]:
     """Headings and texts: a line for each kind of product, and one for each field that says more."""
     if policy is None:
-        return [("policy", "none: nothing in the model is rounded")]
+        return [("policy", "none: the model is not compiled")]
     lines = [(kind, _product(policy, kind)) for kind in KINDS]
     results = {name: cast for name in ("forward", "backward") if (cast := policy.elementwise_cast(name)) is not None}
     if results:
         lines.append(("other results", ", ".join(f"{name} {_text(cast)}" for name, cast in results.items())))
-    if policy.products == "weights":
+    if isinstance(policy.attention, FlashAttention):
+        lines.append(("attention", f"computed in tiles: {policy.attention.written()}"))
+    elif policy.products == "weights":
         lines.append(("attention", "its products are not rounded"))
     for field in ("skip", "modules"):
         if given := policy.to_dict().get(field):

@@ -73,19 +73,19 @@ def fp8_trillion(
     """
     scale = f"power_of_two/history:{history}"
     gradient = f"e5m2{'/stochastic' * stochastic}/{scale}"
-    policy = Policy(
-        fprop={"activation": f"e4m3/{scale}", "weight": f"e4m3/{scale}"},
-        dgrad={"gradient": gradient, "weight": f"e5m2/{scale}"},
-        wgrad={"gradient": gradient, "activation": f"e5m2/{scale}"},
+    fields: dict[str, Any] = {
+        "fprop": {"activation": f"e4m3/{scale}", "weight": f"e4m3/{scale}"},
+        "dgrad": {"gradient": gradient, "weight": f"e5m2/{scale}"},
+        "wgrad": {"gradient": gradient, "activation": f"e5m2/{scale}"},
         **results(high),
-        **LINEAR,  # type: ignore[arg-type]
-    )
+        **LINEAR,
+    }
     codecs = {"exp_avg": "e4m3/tensor:encode", "exp_avg_sq": "e5m2/tensor:encode"}
     return Recipe(
         name="fp8_trillion",
         source="Fishman et al., Scaling FP8 training to trillion-token LLMs, arXiv 2409.12517; "
         "Anonymous1252022/Megatron-DeepSpeed 20029cf",
-        policy=policy,
+        policy=Policy(**fields),
         preparation=None if smooth is None else SmoothUnits(smooth, detach),
         optimizer=RoundedState(codecs, weights="fp16/tensor:encode") if state else None,
         notes=(

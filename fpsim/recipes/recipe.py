@@ -13,7 +13,7 @@ import importlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -25,6 +25,7 @@ from fpsim.suggestions import did_you_mean
 
 #: The classes of parts by name, and the module that holds each: what `Recipe.from_json` can read.
 PARTS: dict[str, str] = {
+    "RoundedState": "fpsim.recipes.rounded_state",
     "CalibratedLayers": "fpsim.recipes.post_training",
     "ClippedUpdates": "fpsim.recipes.clipped_updates",
     "ClippingValues": "fpsim.recipes.federated",
@@ -39,7 +40,6 @@ PARTS: dict[str, str] = {
     "ProjectedAdam": "fpsim.recipes.galore",
     "RotaryTables": "fpsim.recipes.bf16_rope",
     "RoundedAttention": "fpsim.recipes.post_training",
-    "RoundedState": "fpsim.recipes.rounded_state",
     "RoundedWeights": "fpsim.recipes.post_training",
     "ScaledLoss": "fpsim.recipes.scaled_loss",
     "SmoothUnits": "fpsim.recipes.fp8_trillion",
@@ -67,7 +67,7 @@ class OptimizerPart(Protocol):
 class GradientsPart(Protocol):
     """A change of the exchange of gradients between processes."""
 
-    def apply(self, model: torch.nn.Module, optimizer: Any) -> None:
+    def apply(self, model: torch.nn.Module, optimizer: Any) -> Any:
         """Register hooks on ``model``, a `DistributedDataParallel` or FSDP module."""
 
 
@@ -165,7 +165,8 @@ class Recipe:
         if self.schedule is not None:
             compiled = self.schedule.apply(model, policy, backend)
         elif policy is not None:
-            compiled = torch.compile(model, backend=backend, options={"policy": policy})
+            options: dict[str, Any] = {"policy": policy}
+            compiled = cast(torch.nn.Module, torch.compile(model, backend=backend, options=options))
         else:
             compiled = model
         if self.optimizer is not None and optimizer is not None:

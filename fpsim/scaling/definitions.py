@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,15 +12,20 @@ from torch import Tensor
 from fpsim.formats import parse_element, parse_format
 from fpsim.rounding.carriers import CARRIERS, CODES_OF, working_dtype
 from fpsim.rounding.definitions import pieces
+from fpsim.rounding.ops import round_op
 from fpsim.rounding.tensors import TorchOps
 from fpsim.scaling.groups import OnTensors
-from fpsim.scaling.rules import mx_multiplier_code, power_of_two_code
+from fpsim.scaling.rules import NAN_MARK, mx_multiplier_code, power_of_two_code
 from fpsim.scaling.scale import parse_scale
 from fpsim.scaling.steps import outer_scale, round_scaled
 
 _library = torch.library.Library("fpsim", "FRAGMENT")
 _library.define("power_of_two_scale(Tensor x, str format, str source) -> Tensor")
 _library.define("mx_multiplier(Tensor amax, str element, str rule, str source) -> Tensor", tags=(torch.Tag.pointwise,))
+_library.define(
+    "round_mx(Tensor x, Tensor multiplier, str format, str rounding, str overflow, str rule, str source) -> Tensor",
+    tags=(torch.Tag.pointwise,),
+)
 _library.define(
     "round_scaled(Tensor x, str element, str rounding, str overflow, str scale, int[] axes, str source, "
     "Tensor? words=None, Tensor? factor=None, bool outside=False) -> Tensor"
@@ -49,6 +55,14 @@ def _mx_multiplier(amax: Tensor, element: str, rule: str, source: str) -> Tensor
     magnitude = amax.to(working).view(ops.integer) & (CARRIERS[working].sign_code - 1)
     code = mx_multiplier_code(magnitude, parse_element(element), rule, CARRIERS[working], ops)  # type: ignore[arg-type]
     return code.view(working).to(amax.dtype)
+
+
+@torch.library.impl(_library, "round_mx", "CompositeExplicitAutograd")
+def _round_mx(
+    x: Tensor, multiplier: Tensor, format: str, rounding: str, overflow: str, rule: str, source: str
+) -> Tensor:
+    rounded = round_op(x, format, rounding, overflow, source, multiplier)
+    return torch.where(multiplier == NAN_MARK, math.nan, rounded)
 
 
 @torch.library.impl(_library, "round_scaled", "CompositeExplicitAutograd")

@@ -14,12 +14,13 @@ from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv
 
 from fpsim.formats import ElementFormat, parse_element, parse_format
-from fpsim.rounding.carriers import CARRIERS, working_dtype
+from fpsim.rounding.carriers import CARRIERS, grid_of, working_dtype
 from fpsim.rounding.cpp_functions import CppOps, CppText, inline
 from fpsim.rounding.inductor import LaneOps, Lanes, is_in_cpp
 from fpsim.rounding.kernel import Grid, Int, Ops, round_code
 from fpsim.scaling.definitions import shape_of_outer_scale
-from fpsim.scaling.rules import mx_multiplier_code, power_of_two_code
+from fpsim.scaling.moved_grid import block_function, suits
+from fpsim.scaling.rules import NAN_MARK, mx_multiplier_code, power_of_two_code
 from fpsim.scaling.scale import POWERS_OF_TWO, Scale, parse_scale
 from fpsim.scaling.steps import outer_scale, round_scaled
 
@@ -146,6 +147,27 @@ def _lower_mx_multiplier(amax: ir.TensorBox, element: str, rule: str, source: st
         return ops.to_dtype(_scale_of(value, parse_element(element), rule, dtype, device), dtype, src_dtype=working)
 
     return ir.Pointwise.create(device=device, dtype=dtype, inner_fn=multiplier, ranges=list(amax.get_size()))
+
+
+@lowering.register_lowering(torch.ops.fpsim.round_mx.default, type_promotion_kind=None)
+def _lower_round_mx(
+    x: ir.TensorBox, multiplier: ir.TensorBox, format: str, rounding: str, overflow: str, rule: str, source: str
+) -> ir.TensorBox:
+    dtype, device, fmt = x.get_dtype(), x.get_device_or_error(), parse_format(format)
+    is_moved = suits(grid_of(fmt, dtype, scaled=True), rounding, overflow, rule)
+    if not is_moved or not is_in_cpp(device) or config.cpp.enable_unsafe_math_opt_flag:  # which reorders sums
+        call = OnLowerings()
+        rounded = call(torch.ops.fpsim.round.default, x, format, rounding, overflow, source, multiplier)
+        return call(aten.where.ScalarSelf, call(aten.eq.Scalar, multiplier, NAN_MARK), math.nan, rounded)
+    working = working_dtype(dtype)
+    function = block_function(fmt, rounding, overflow, rule, dtype)
+    loaders = x.make_loader(), lowering.expand(multiplier, x.get_size()).make_loader()
+
+    def rounded_at(index: Any) -> Any:
+        values = (ops.to_dtype(load(index), working, src_dtype=dtype) for load in loaders)
+        return ops.to_dtype(inline(function, working, *values), dtype, src_dtype=working)
+
+    return ir.Pointwise.create(device=device, dtype=dtype, inner_fn=rounded_at, ranges=list(x.get_size()))
 
 
 @lowering.register_lowering(torch.ops.fpsim.round_scaled.default, type_promotion_kind=None)

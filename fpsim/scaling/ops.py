@@ -100,6 +100,12 @@ def _mx_multiplier_fake(amax: Tensor, element: str, rule: str, source: str) -> T
     return torch.empty_like(amax)
 
 
+@torch.library.register_fake("fpsim::round_mx", lib=_library)
+def _round_mx_fake(x: Tensor, *arguments: Any) -> Tensor:
+    _register_lowerings()
+    return torch.empty_like(x)
+
+
 @torch.library.register_fake("fpsim::round_scaled", lib=_library)
 def _round_scaled_fake(x: Tensor, *arguments: Any) -> Tensor:
     _register_lowerings()

@@ -71,4 +71,9 @@ def mx_multiplier_code(
         a = a + (1 << (m - element.mantissa_bits - 1))
     power = ops.clamp((a >> m) - (carrier.bias + element.max_exponent), -E8M0_BIAS, E8M0_BIAS)
     multiplier = (carrier.bias - power) << m
-    return ops.choose(ops.less(amax, infinity), multiplier, grid.plain_code_of(round(NAN_MARK * 2.0**133) << 941))
+    return ops.choose(ops.less(amax, infinity), multiplier, nan_mark_code(grid))
+
+
+def nan_mark_code(grid: Grid) -> int:
+    """The code of `NAN_MARK` in the grid's carrier."""
+    return grid.plain_code_of(round(NAN_MARK * 2.0**133) << 941)

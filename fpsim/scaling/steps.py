@@ -70,15 +70,13 @@ def round_scaled(
     """
     if scale is None:
         return Elements(element, rounding, overflow, words, call).rounded(x, dtype)
-    groups = split(call.stored(x) if dtype == torch.bfloat16 else x, scale, axes, call)
+    groups = split(call.stored(x), scale, axes, call)
     if words is not None:
-        words = split(call.stored(words), scale, axes, call).values
+        words = split(words, scale, axes, call).values
     elements = Elements(element, rounding, overflow, words, call)
     scales = scales_of_groups(groups.values, dtype, element, scale, groups.axes, call) if factor is None else (factor,)
     if scale.rule in MX_RULES:
-        rounded = elements.on_shifted_grid(groups.values, scales[0])
-        is_nan = call(aten.eq.Scalar, scales[0], NAN_MARK)
-        return groups.restore(call.stored(call(aten.where.ScalarSelf, is_nan, math.nan, rounded)))
+        return groups.restore(elements.in_mx_groups(groups.values, scales[0], scale.rule))
     working = working_dtype(dtype)
     q = quantized(groups.values, dtype, elements, scale, scales)
     if outside:
@@ -88,7 +86,7 @@ def round_scaled(
     if dtype != working:
         value = call(round_op, value, "e8m7", "nearest_even", "ovf_inf", SOURCE)
         value = call(prims.convert_element_type.default, value, dtype)
-    return groups.restore(call.stored(value))
+    return groups.restore(value)
 
 
 def outer_scale(x: Any, dtype: torch.dtype, element: ElementFormat, scale: Scale, axes: list[int], call: Call) -> Any:
@@ -98,7 +96,7 @@ def outer_scale(x: Any, dtype: torch.dtype, element: ElementFormat, scale: Scale
     in the working dtype. The scale of a tensor has no axes. That of rows has the axes of ``x``, with size 1 along
     ``axes``.
     """
-    groups = split(call.stored(x) if dtype == torch.bfloat16 else x, scale, axes, call)
+    groups = split(call.stored(x), scale, axes, call)
     scales = scales_of_groups(groups.values, dtype, element, scale, groups.axes, call)
     factor = scales[1] if scale.rule in NV_RULES else scales[0]
     if scale.rule == "te":
@@ -116,7 +114,9 @@ def quantized(x: Any, dtype: torch.dtype, elements: Elements, scale: Scale, scal
     if scale.rule in NV_RULES:
         scaled = call(aten.mul.Tensor, wide, nv_factor(scales[0], scales[1], scale, call))
         scaled = scaled if exact_zero else _flushed(scaled, call)
-        return elements.rounded(_clamped(scaled, -6.0, 6.0, call), working)
+        if elements.overflow != "sat_finite":  # which limits the numbers too
+            scaled = _clamped(scaled, -6.0, 6.0, call)
+        return elements.rounded(scaled, working)
     if scale.rule == "range":
         wide = call(aten.sub.Tensor, wide, scales[1])
     if scale.rule == "encode":
@@ -151,21 +151,21 @@ def scales_of_groups(
     Returns:
         For powers of two, the multipliers in the dtype of ``x`` (`fpsim.scaling.rules.mx_multiplier_code`). For ratios,
         the ratios, for ``encode`` also the factors before rounding, for ``asymmetric`` also the zero points, and for
-        ``range`` also the least elements. For
-        ``double``, the ratios, the ratios as they are restored, and the ratios that are quantized. For NVFP4, the
-        scales of the blocks and the one of the tensor. All but the multipliers are float32.
+        ``range`` also the least elements. For ``double``, the ratios, the ratios as they are restored, and the ratios
+        that are quantized. For NVFP4, the scales of the blocks and the one of the tensor. All but the multipliers are
+        float32.
     """
     if scale.rule in MX_RULES:
         return (mx_multiplier(x, dtype, element, scale.rule, axes, call),)
     if dtype == torch.bfloat16:  # Inductor cannot compile two equal maxima of bfloat16 in one loop
-        x = call(prims.convert_element_type.default, x, torch.float32)
+        x, dtype = call(prims.convert_element_type.default, x, torch.float32), torch.float32
     if scale.rule in NV_RULES:
-        return nv_scales(x, scale, axes, call)
+        return nv_scales(x, dtype, scale, axes, call)
     if scale.rule == "asymmetric":
         return asymmetric_scale(x, unsigned_of(element), axes, call)
     if scale.rule == "range":
         return range_scale(x, unsigned_of(element), axes, call)
-    amax = call(prims.convert_element_type.default, amax_of(x, axes, call), torch.float32)
+    amax = call(prims.convert_element_type.default, amax_of(x, dtype, axes, call), torch.float32)
     if scale.rule == "encode":
         factor = encode_scale(amax, element, call)
         return call.stored(call(aten.div.Tensor, call.constant(1.0, factor), factor)), factor
@@ -199,10 +199,23 @@ class Elements:
 
     def on_shifted_grid(self, x: Any, multiplier: Any) -> Any:
         """``x`` rounded to the grid of the format divided by ``multiplier``, powers of two."""
+        return self._round(x, self._grid(), multiplier)
+
+    def in_mx_groups(self, x: Any, multiplier: Any, rule: str) -> Any:
+        """`on_shifted_grid` for the multipliers of `mx_multiplier`; NaN where the scale is NaN."""
+        call = self.call
+        if self.words is None:
+            name = self._grid().name
+            return call(
+                torch.ops.fpsim.round_mx.default, x, multiplier, name, self.rounding, self.overflow, rule, SOURCE
+            )
+        is_nan = call(aten.eq.Scalar, multiplier, NAN_MARK)
+        return call(aten.where.ScalarSelf, is_nan, math.nan, self.on_shifted_grid(x, multiplier))
+
+    def _grid(self) -> FloatFormat:
+        """The floating-point format with the values of the element format."""
         assert not isinstance(self.element, CodebookFormat), "casts with codebooks have ratios"
-        return self._round(
-            x, self.element.grid() if isinstance(self.element, IntegerFormat) else self.element, multiplier
-        )
+        return self.element.grid() if isinstance(self.element, IntegerFormat) else self.element
 
     def rounded(self, y: Any, working: torch.dtype) -> Any:
         """``y`` rounded to the format."""
@@ -231,21 +244,26 @@ def unsigned_of(element: ElementFormat) -> IntegerFormat:
     return IntegerFormat(element.bits, signed=False)
 
 
-def amax_of(x: Any, axes: list[int], call: Call) -> Any:
-    """The largest magnitudes along ``axes``, which stay with size 1; NaN where there is a NaN."""
-    return call.stored(call(aten.amax.default, call(aten.abs.default, x), axes, True))
+def amax_of(x: Any, dtype: torch.dtype, axes: list[int], call: Call, subnormals: bool = False) -> Any:
+    """The largest magnitudes along ``axes``, which stay with size 1; NaN where there is a NaN.
+
+    ``subnormals`` tells whether those of subnormal numbers matter. A comparison of floats takes them for zeros where
+    the process does so.
+    """
+    # Codes of magnitudes are in their order. Across vectors, their maximum takes fewer operations than that of floats.
+    is_across = dtype == torch.float32 and len(call.shape(x)) - 1 not in axes
+    if not (subnormals or is_across):
+        return call.stored(call(aten.amax.default, call(aten.abs.default, x), axes, True))
+    integer = CODES_OF[dtype]
+    codes = call(aten.bitwise_and.Scalar, call(aten.view.dtype, x, integer), torch.iinfo(integer).max)
+    return call(aten.view.dtype, call.stored(call(aten.amax.default, codes, axes, True)), dtype)
 
 
 def mx_multiplier(x: Any, dtype: torch.dtype, element: ElementFormat, rule: str, axes: list[int], call: Call) -> Any:
     """The powers of two by which the groups of ``x`` are multiplied: see `fpsim.scaling.rules.mx_multiplier_code`."""
     assert not isinstance(element, CodebookFormat), "casts with codebooks have ratios"
-    if element.max_exponent >= 1:  # all subnormals have the smallest scale
-        amax = amax_of(x, axes, call)
-    else:  # a comparison of floats would take subnormals for zeros where the process does so
-        integer = CODES_OF[dtype]
-        magnitude = torch.iinfo(integer).max
-        codes = call(aten.bitwise_and.Scalar, call(aten.view.dtype, x, integer), magnitude)
-        amax = call(aten.view.dtype, call.stored(call(aten.amax.default, codes, axes, True)), dtype)
+    subnormals = element.max_exponent < 1  # otherwise all of them have the smallest scale
+    amax = amax_of(x, dtype, axes, call, subnormals)
     return call.stored(call(torch.ops.fpsim.mx_multiplier.default, amax, element.name, rule, SOURCE))
 
 
@@ -370,12 +388,12 @@ def range_scale(x: Any, element: IntegerFormat, axes: list[int], call: Call) -> 
     return call.stored(ratio), call.stored(low)
 
 
-def nv_scales(x: Any, scale: Scale, axes: list[int], call: Call) -> tuple[Any, Any]:
+def nv_scales(x: Any, dtype: torch.dtype, scale: Scale, axes: list[int], call: Call) -> tuple[Any, Any]:
     """NVFP4's scales of the blocks, values of e4m3fn, and the scale of the tensor: both float32.
 
     The tensor's scale multiplies (`te`: 2688 / amax) or divides (`torchao`: amax / 2688) the elements.
     """
-    amax = call(prims.convert_element_type.default, amax_of(x, axes, call), torch.float32)
+    amax = call(prims.convert_element_type.default, amax_of(x, dtype, axes, call), torch.float32)
     every = list(range(len(call.shape(amax))))
     total = call.stored(call(aten.amax.default, amax, every, True))
     usable = call(aten.le.Scalar, total, _LARGEST)  # not NaN either

@@ -32,7 +32,7 @@ def rounding_to(format: CastLike | None, caller: str) -> Rounding:
 
     def rounded(x: Tensor) -> Tensor:
         check_cast(check_tensor(x), cast)
-        return apply_cast(x, cast, axes=(-1,) if x.dim() else ())  # type: ignore[no-any-return]
+        return apply_cast(x, cast, axes=(-1,) if x.dim() else ())
 
     return rounded
 

@@ -96,7 +96,7 @@ class GaLore(Optimizer):
                 raise ValueError(f"GaLore projects matrices, got shape {tuple(p.shape)}: use a group without rank")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step. Returns the result of ``closure``, which computes the loss again, or None."""
         loss = None
         if closure is not None:

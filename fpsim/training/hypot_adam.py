@@ -68,7 +68,7 @@ class HypotAdam(Optimizer):
         super().__init__(params, {**defaults, "arithmetic": text})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step. Returns the result of ``closure``, which computes the loss again, or None."""
         loss = None
         if closure is not None:

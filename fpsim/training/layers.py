@@ -19,7 +19,7 @@ def linear_weights(model: nn.Module, optimizer: Any) -> list[Tensor]:
         ValueError: there is none.
     """
     known = {p for group in optimizer.param_groups for p in group["params"]}
-    weights = [module.weight for module in model.modules() if is_linear(module)]
+    weights: list[Tensor] = [module.get_parameter("weight") for module in model.modules() if is_linear(module)]
     found = [weight for weight in dict.fromkeys(weights) if weight in known]
     if not found:
         raise ValueError(f"{type(model).__name__} has no linear layer whose weight is a parameter of the optimizer")

@@ -73,9 +73,10 @@ def learn_clipping(
     if clipping_values(model):
         raise ValueError(f"{type(model).__name__} has learned clipping values already: prepare it once")
     for layer in layers:
-        grid = LearnedGrid(mantissa_bits, exponent_bits, layer.weight)
+        weight = layer.get_parameter("weight")
+        grid = LearnedGrid(mantissa_bits, exponent_bits, weight)
         if activations:
-            setattr(layer, _INPUT, LearnedGrid(mantissa_bits, exponent_bits, layer.weight))
+            setattr(layer, _INPUT, LearnedGrid(mantissa_bits, exponent_bits, weight))
             layer.register_forward_pre_hook(_round_input)
         parametrize.register_parametrization(layer, "weight", grid)
     return model

@@ -72,9 +72,10 @@ class SmoothSwiGLU(nn.Module):
         super().__init__()
         if granularity not in ("token", "channel"):
             raise ValueError(f"unknown granularity {granularity!r} of Smooth-SwiGLU: use 'token' or 'channel'")
-        for name in (*LAYERS, "act_fn"):
-            setattr(self, name, getattr(unit, name))
-        self.down_proj = ScaledLinear.of(unit.down_proj)  # type: ignore[arg-type]
+        self.gate_proj, self.up_proj, self.act_fn = (unit.get_submodule(name) for name in (*LAYERS[:2], "act_fn"))
+        down = unit.get_submodule(LAYERS[2])
+        assert isinstance(down, nn.Linear), "units have linear layers"
+        self.down_proj = ScaledLinear.of(down)
         self.granularity, self.detach, self.power_of_two = granularity, detach, power_of_two
         self.training = unit.training
 
@@ -83,10 +84,10 @@ class SmoothSwiGLU(nn.Module):
         gate, up = self.act_fn(self.gate_proj(x)), self.up_proj(x)
         if self.granularity == "token":
             scale = self._scale(up.abs().amax(-1, keepdim=True))
-            return self.down_proj(gate * (up / scale), scale)  # type: ignore[no-any-return]
+            return self.down_proj(gate * (up / scale), scale)
         product = gate * up
         scale = self._scale(product.abs().flatten(0, -2).amax(0))
-        return self.down_proj(product / scale, scale)  # type: ignore[no-any-return]
+        return self.down_proj(product / scale, scale)
 
     def _scale(self, largest: Tensor) -> Tensor:
         scale = largest.detach() if self.detach else largest

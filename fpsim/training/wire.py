@@ -195,7 +195,7 @@ def narrow_exchange_hook(state: NarrowExchange, bucket: dist.GradBucket) -> torc
     for p, part in zip(bucket.parameters(), gradients, strict=True):
         own = slice(part.storage_offset() - first, part.storage_offset() - first + part.numel())
         ranks = [each[own] for each in gathered]
-        if state.parameters is None or p in state.parameters:  # type: ignore[operator]
+        if state.parameters is None or p in state.parameters:
             result = mean_in_format(ranks, state.format, factor=factor, own_scales=state.own_scales)
             buffer[own] = result.mean
             state.saturated, state.elements = state.saturated + result.saturated, state.elements + part.numel()

@@ -16,6 +16,7 @@ from fpsim import matmul
 from fpsim.formats import parse_format
 from fpsim.reference import Aligned, dot, round, sum, to_float
 from fpsim.rounding.random_words import random_word
+from tests.accumulators import judges
 from tests.accumulators.numpy_model import UNITS
 from tests.accumulators.test_reference import operands
 
@@ -340,7 +341,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"accumulator": "hopper_fp8", "format": "bf16"}, "hopper_fp8 multiplies e4m3fn and e5m2, and not e8m7: "
      "accumulator='ampere' multiplies these"),
     ({"accumulator": "hopper", "format": ("fp16", "bf16")}, "hopper multiplies fp16, or bf16, or tf32, and not"),
-    ({"accumulator": "hopper_fp8", "format": "mxfp8"}, "multiplies elements.*use an unscaled format such as 'e4m3fn'"),
+    ({"accumulator": "hopper_fp8", "format": "e4m3fn/row"}, "multiplies elements.*use an unscaled format"),
     ({"accumulator": "blackwell_nvfp4"}, "multiplies elements with scales, got 'no format': give format='nvfp4'"),
     ({"accumulator": "blackwell_mxfp8", "format": "nvfp4"}, "multiplies elements with scales, got 'e2m1fn.*'mxfp8'"),
     ({"accumulator": "blackwell_nvfp4", "format": "mxfp8"}, "blackwell_nvfp4 multiplies e2m1fn, and not e4m3fn"),
@@ -379,3 +380,21 @@ def test_bad_operands_name_the_remedy() -> None:
         matmul(X, X, accumulator=16)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="chunk is a number of products from 1, got 2"):
         matmul(X, X, accumulator="fp16", chunk=2.0)  # type: ignore[arg-type]
+
+
+#: From mmaemu 0.1.0 (`tests.accumulators.judges`), which replays recorded calls of `torch._scaled_mm` on an H100 PCIe
+#: and an RTX 4060: by GPU and fast accumulation, elements of the diagonal, and the sum of the bits of all results.
+MMAEMU: dict[tuple[str, bool], tuple[list[float], int]] = {
+    ("hopper", True): ([-17388.0, 82056.0, 33992.0, 162160.0, 35536.0, -36808.0], 70716919808),
+    ("hopper", False): ([-17354.875, 82045.25, 33969.0, 162230.09375, 35532.87109375, -36803.0], 70716640581),
+    ("ada", True): ([-17390.0, 82056.0, 33984.0, 162160.0, 35528.0, -36812.0], 70717110272),
+    ("ada", False): ([-17352.625, 82044.375, 33970.75, 162230.15625, 35532.83984375, -36804.5], 70716643445),
+}
+
+
+def test_fp8_machines_agree_with_mmaemu() -> None:
+    a, b = judges.operands("e4m3fn", "e5m2", (16, 1000, 24))
+    for (profile, fast), (diagonal, total) in MMAEMU.items():
+        got = judges.ours(profile, a, b, fast)
+        assert got.diagonal()[:6].tolist() == diagonal
+        assert int(got.view(torch.int32).to(torch.int64).sum()) == total

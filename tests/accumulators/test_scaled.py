@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def test_scales_join_the_sum(
         with np.errstate(all="ignore"):
             model = unit.scaled_dot(a, b, (scales[0], scales[1]), least, least_scale, group)
         assert same(wanted, model), (machine, length)
-        values = [torch.tensor(x * s, dtype=torch.float32) for x, s in zip((a, b), scales, strict=True)]
+        values = [torch.tensor(x, dtype=torch.float32) for x in (a, b)]
         factors = [torch.tensor(s, dtype=torch.float32) for s in by_block]
         rest = (block, machine, name, name, SOURCE)
         got = accumulate_scaled_op(values[0], values[1].T, factors[0], factors[1].T, *rest).diagonal()
@@ -117,3 +118,62 @@ def test_bad_scales_of_the_reference_name_the_length() -> None:
         dot([1, 1], [1, 1], "fp32", scales=([1], [1, 1]))
     with pytest.raises(ValueError, match="a step of 32 products has no groups of 5"):
         Aligned(32, 25, group=5)
+
+
+def deepseek(a: Any, b: Any, scales: Any, machine: dict[str, Any], block: int) -> float:
+    modes = {**machine, "promote": block, "part_scales": scales}
+    return to_float(dot(a, b, "fp32", "toward_zero", **modes))
+
+
+def test_scales_of_blocks_multiply_partial_sums() -> None:
+    """As in DeepSeek-V3: float32 scales of 128 elements, or of tiles of 128 by 128, and any power of two."""
+    draw = torch.Generator().manual_seed(1)
+    a, b = torch.randn(5, 300, generator=draw) * 30, torch.randn(300, 18, generator=draw)
+    a[:, :128] *= 1e-3
+    a[2, 150], b[5, 3], a[3, :128] = math.nan, math.inf, 0
+    hopper = {"accumulator": "e8m13", "order": Aligned(32, 13)}
+    full = {"accumulator": "fp32", "order": Aligned(16, 25, -133)}
+    for name, machine, block, formats in (
+        ("hopper_fp8", hopper, 128, ("e4m3fn/block:128", "e4m3fn/block:128x128")),
+        ("hopper_fp8", hopper, 64, ("e4m3fn/block:64", "e5m2/block:64")),
+        ("hopper_fp8", hopper, 128, ("e4m3fn/block:128:power_of_two", "e4m3fn/block:32x128:bf16")),
+        ("hopper", full, 128, ("fp16/mx:128", "fp16/mx:128")),
+    ):
+        got = matmul(a, b, accumulator=name, promote=block, format=formats)
+        sides = []
+        for x, fmt, other in (
+            (a, formats[0], 1),
+            (b.T.contiguous(), formats[1], formats[1].partition(":")[2].split("x")[0]),
+        ):
+            tile = int(other) if "x" in fmt.partition("block:")[2] else 1
+            codes, scales = fpsim.encode_blocks(x, fmt, packed=False)
+            element = fpsim.parse_format(fmt.partition("/")[0])
+            factors = fpsim.decode(scales, "e8m0fnu") if scales.dtype == torch.uint8 else scales
+            sides.append((fpsim.decode(codes, element), factors.repeat_interleave(tile, 0)[: len(x)]))
+        machine = {**machine, "operands": tuple(f.partition("/")[0] for f in formats)}
+        wanted = [
+            deepseek(x.tolist(), y.tolist(), (s.tolist(), t.tolist()), machine, block)
+            for x, s in zip(*sides[0], strict=True) for y, t in zip(*sides[1], strict=True)
+        ]  # fmt: skip
+        assert same(wanted, got.flatten().double().tolist()), (name, formats)
+
+
+def test_partial_sums_with_scales_have_shapes_derivatives_and_errors() -> None:
+    a, b = torch.randn(2, 3, 200, requires_grad=True), torch.randn(200, 5, requires_grad=True)
+    options: dict[str, Any] = {"accumulator": "hopper_fp8", "promote": 128, "format": "e4m3fn/block:128"}
+    result = matmul(a, b, **options)
+    result.sum().backward()
+    torch.testing.assert_close(a.grad, fpsim.round(b.detach(), "e4m3fn/block:128", axis=0).sum(1).expand(2, 3, 200))
+    assert torch.equal(result[0], matmul(a[0], b, **options)) and torch.equal(
+        result[0, 0], matmul(a[0, 0], b, **options)
+    )
+    for changed, message in (
+        ({"promote": None}, "got blocks of 128 and no promotion: use promote=128"),
+        ({"promote": 64}, "got blocks of 128 and promote=64: use promote=128"),
+        ({"format": ("e4m3fn/block:128", "e4m3fn")}, "of the blocks of both operands, got 'e4m3fn/.*' for one"),
+        ({"format": ("e4m3fn/block:128", "e4m3fn/block:64")}, "takes blocks of one size, got 128 and 64"),
+        ({"format": "fp16/mx:128"}, "hopper_fp8 multiplies e4m3fn and e5m2, and not e5m10"),
+        ({"format": "e4m3fn/row"}, "scales that are none of blocks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            matmul(a, b, **{**options, **changed})

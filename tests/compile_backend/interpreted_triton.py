@@ -24,6 +24,7 @@ from fpsim.rounding.ops import random_key_op
 from fpsim.rounding.tensors import round_with_torch_ops
 from fpsim.rounding.triton_functions import round_dense, round_stochastic_dense
 from fpsim.triton import fpsim_round, fpsim_round_stochastic
+from tests.accumulators.triton_cases import check_triton
 from tests.shared.formats import overflows
 from tests.shared.judge import (
     CARRIERS,
@@ -157,12 +158,13 @@ def check_user_kernels() -> None:
     assert torch.equal(out, round_with_torch_ops(x, parse_format("e2m1fn"), "stochastic:23", "sat_finite", words))
 
 
-CHECKS: dict[str, Callable[[], None]] = {
+CHECKS: dict[str, Callable[[], object]] = {
     **{f"values {dtype}": (lambda dtype=dtype: check_values(dtype)) for dtype in CARRIERS},
     **{f"scaled {dtype}": (lambda dtype=dtype: check_scaled(dtype)) for dtype in CARRIERS if dtype != torch.float16},
     **{f"stochastic {dtype}": (lambda dtype=dtype: check_stochastic(dtype)) for dtype in CARRIERS},
     "layouts": check_layouts,
     "user kernels": check_user_kernels,
+    "accumulators": lambda: check_triton(torch.device("cpu")),
 }
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fpsim
+from fpsim.compile_backend.functional import functional
+from fpsim.compile_backend.observe.lost_sums import SumStatistics
 from fpsim.compile_backend.passes.rounding_pass import RoundingPass
 from fpsim.reference import dot, to_float
 
@@ -171,6 +173,57 @@ def test_profile_measures_the_error_of_the_accumulator() -> None:
     assert product.error == pytest.approx(float((PRODUCT - exact).norm()))
 
 
+def test_profile_counts_sums_that_stagnated() -> None:
+    """In e5m4 by the reference, step by step. On Hopper by hand: 512 steps of 2**-5 reach 16; 3584 change nothing."""
+
+    def counted(x: list[float], y: list[float]) -> tuple[bool, int, int]:
+        sums = [to_float(dot(x[:k], y[:k], "fp32", accumulator="e5m4")) for k in range(len(x) + 1)]
+        steps = [(sums[k], sums[k + 1]) for k in range(len(x)) if x[k] * y[k]]
+        idle = sum(before == after for before, after in steps)
+        return idle > 0, idle, len(steps)
+
+    (product,) = fpsim.profile(lambda a, b: a @ b, A, B, policy=POLICY).products
+    counts = [counted(x, y) for x in A.tolist() for y in B.T.tolist()]
+    lost, exact = product.sum, A.double() @ B.double()
+    assert (lost.stagnated, lost.idle_steps, lost.steps) == tuple(map(sum, zip(*counts, strict=True)))
+    assert lost.sums == 12 and 0 < lost.stagnated < 12
+    assert lost.relative_error == pytest.approx(float((PRODUCT - exact).norm() / exact.norm()))
+
+    steps = torch.full((1, 131072), 2.0**-5)
+    policy = {"format": "e4m3fn", "accumulator": "hopper_fp8"}
+    profile = fpsim.profile(lambda a, b: a @ b, steps, steps.T, policy=policy)
+    (product,) = profile.products
+    assert product.sum == SumStatistics("hopper_fp8", 112.0, 128.0, 1, 1, 4096, 3584)
+    assert product.sum.relative_error == 0.875 and product.sum.idle_share == 0.875
+    assert "1 products with accumulators" in str(profile) and "87.5%" in str(profile).replace(" %", "%")
+    assert type(profile).from_json(profile.to_json()).products == profile.products
+    both = (profile + profile).products[0].sum
+    assert (both.sums, both.stagnated, both.steps, both.idle_steps) == (2, 2, 8192, 7168)
+    promoted = fpsim.profile(lambda a, b: a @ b, steps, steps.T, policy={**policy, "promote": 128}).products[0].sum
+    assert (promoted.error, promoted.stagnated, promoted.steps) == (0, 0, 4096)
+
+
+def test_profile_counts_the_sums_of_every_kind_of_product() -> None:
+    """Scales of blocks, groups and a model with gradients: the numbers of sums and steps follow from the shapes."""
+    layer, x = nn.Linear(300, 10, bias=False), torch.randn(70, 300, generator=torch.Generator().manual_seed(1))
+
+    def loss(x: Tensor) -> Tensor:
+        return layer(x).square().sum()
+
+    products = fpsim.profile(loss, x, policy=BLOCKS["deepseek"]).products
+    assert [(each.kind, each.sum.sums) for each in products] == [("fprop", 700), ("wgrad", 3000)]
+    assert 6990 <= products[0].sum.steps <= 7000  # 10 for each, but where products add up to zero
+    assert 8990 <= products[1].sum.steps <= 9000
+    assert all(0 < each.sum.relative_error < 1e-3 for each in products)
+    a, b = numbers(20, 16, seed=1).bfloat16(), numbers(3, 16, 8, seed=2).bfloat16()
+    grouped = fpsim.profile(lambda a, b: torch._grouped_mm(a, b, offs=ENDS), a, b, policy=POLICY).products[0].sum
+    assert grouped.sums == 160 and grouped.steps == sum(
+        int(torch.count_nonzero(a[i:j, :, None] * b[n])) for n, (i, j) in enumerate([(0, 7), (7, 7), (7, 20)])
+    )
+    pairwise = fpsim.profile(torch.mm, A, B, policy={**POLICY, "order": "pairwise"}).products[0].sum
+    assert pairwise.stagnated is None and pairwise.idle_share is None and pairwise.relative_error > 0
+
+
 def test_the_key_of_compiled_code_covers_the_accumulator() -> None:
     policies = [{}, {"accumulator": "fp16"}, {"accumulator": "fp16", "chunk": 4}, {"accumulator": {"fprop": "fp16"}},
                 {"accumulator": "hopper_fp8"}, {"accumulator": "hopper_fp8", "promote": 128}]  # fmt: skip
@@ -259,15 +312,125 @@ def test_the_sums_of_a_convolution_are_over_channels_and_then_taps() -> None:
     assert torch.equal(layer.weight.grad, of_weight.reshape(layer.weight.shape))
 
 
-def test_sums_that_cannot_be_simulated_are_refused_with_a_remedy() -> None:
-    def grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-        return torch._grouped_mm(a, b, offs=ends)
+#: Casts by role whose blocks have scales, with the accumulator that takes these.
+BLOCKS: dict[str, dict[str, Any]] = {
+    "deepseek": {
+        "activation": "e4m3fn/block:128", "weight": "e4m3fn/block:128x128", "gradient": "e4m3fn/block:128",
+        "accumulator": "hopper_fp8", "promote": 128, "format": None,
+    },
+    "mxfp8": {"format": "mxfp8", "accumulator": "blackwell_mxfp8"},
+    "nvfp4": {"format": "nvfp4", "weight": "e2m1fn/nv:16x16", "accumulator": "blackwell_nvfp4"},
+}  # fmt: skip
 
-    a, b = numbers(16, 16, seed=1).bfloat16(), numbers(2, 16, 8, seed=2).bfloat16()
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_scales_of_blocks_reach_the_sums_of_all_three_products(name: str) -> None:
+    """`fpsim.matmul`, whose judge is the reference, gets the same operands: along features, and along tokens."""
+    policy, draw = BLOCKS[name], torch.Generator().manual_seed(1)
+    layer, x = nn.Linear(300, 10), torch.randn(2, 70, 300, generator=draw)
+    gradient = torch.randn(2, 70, 10, generator=draw)
+    options = {key: policy[key] for key in ("accumulator", "promote") if key in policy}
+    cast = policy.get("activation", policy["format"])
+    weight = policy.get("weight", policy["format"])
+    rows, tangent = x.flatten(0, 1), gradient.flatten(0, 1)
+    of_weight = fpsim.matmul(tangent.T, rows, format=cast, **options)
+    of_input = fpsim.matmul(gradient, layer.weight.detach(), format=(cast, weight), **options)
+    wanted = fpsim.matmul(x, layer.weight.detach().T, format=(cast, weight), **options) + layer.bias
+    for backend in ("fpsim_eager", *(["fpsim"] if name == "deepseek" else [])):
+        layer.zero_grad()
+        own = x.clone().requires_grad_()
+        result = torch.compile(layer, backend=backend, options=policy)(own)
+        result.backward(gradient)
+        assert torch.equal(result, wanted) and torch.equal(own.grad, of_input)
+        assert torch.equal(layer.weight.grad, of_weight)
+    (first, *_) = fpsim.explain(layer, x, policy=policy).sums
+    assert (
+        first.accumulator
+        == {
+            "deepseek": "hopper_fp8 promote=128, scales of 128 times partial sums",
+            "mxfp8": "blackwell_mxfp8, scales of 32 in the sum",
+            "nvfp4": "blackwell_nvfp4, scales of 16 in the sum",
+        }[name]
+    )
+    assert fpsim.audit(layer, x, policy=policy).escaped == ()
+
+
+def test_a_functional_loss_has_the_sums_and_straight_through_derivatives() -> None:
+    layer, x = nn.Linear(40, 6, bias=False), torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
+    for name, policy in BLOCKS.items():
+        call = functional(layer, fpsim.Policy.from_options(policy))
+        parameters = {"weight": layer.weight.detach()}
+        wanted = torch.compile(layer, backend="fpsim_eager", options=policy)(x)
+        assert torch.equal(call(parameters, (x,), {}), wanted)
+        got = torch.func.grad(lambda p, call=call: call(p, (x,), {}).sum())(parameters)["weight"]
+        rounded = fpsim.round(x, policy.get("activation", policy["format"]))
+        torch.testing.assert_close(got, rounded.sum(0).expand(6, 40), msg=name)
+
+
+def test_stochastic_elements_are_those_of_the_rounded_operand() -> None:
+    """The elements times their scales are the operand that the plan shows: products of one term give them back."""
+    x, one = torch.randn(6, 1, generator=torch.Generator().manual_seed(1)), torch.ones(1, 4)
+    cast = "e4m3fn/block:128:power_of_two/stochastic"
+    options = {"activation": cast, "accumulator": "hopper_fp8", "promote": 128, "format": None}
+    results = []
+    for policy in (options, {"activation": cast}):
+        torch.manual_seed(1)
+        results.append(torch.compile(torch.mm, backend="fpsim_eager", options=policy)(x, one))
+    assert torch.equal(*results) and not torch.equal(results[0][:, :1], x)
+
+
+def test_small_products_that_torch_takes_apart_have_scales_of_blocks_too() -> None:
+    """A row times a matrix is a multiplication and a sum in the graph."""
+    x, weight = (torch.randn(*shape, generator=torch.Generator().manual_seed(2)) for shape in ((1, 300), (300, 1)))
+    policy = {**BLOCKS["deepseek"], "weight": "e4m3fn/block:128"}
+    wanted = fpsim.matmul(x, weight, accumulator="hopper_fp8", promote=128, format="e4m3fn/block:128")
+    assert torch.equal(run(torch.mm, x, weight, **policy), wanted)
+    convolve, image, kernel = nn.functional.conv1d, numbers(1, 4, 8, seed=1), numbers(2, 4, 3, seed=2)
+    with pytest.raises(Exception, match=r"aten.convolution.*the sums of a convolution run over taps too"):
+        run(convolve, image, kernel, **policy)
+
+
+ENDS = torch.tensor([7, 7, 20], dtype=torch.int32)
+
+
+def test_grouped_products_have_the_sums_of_their_groups() -> None:
+    """Forward and backward: groups of rows, groups along the sum, and an empty group; 4 of 24 rows are in no group."""
+    a, b = numbers(24, 16, seed=1).bfloat16(), numbers(3, 16, 8, seed=2).bfloat16()
+    gradient = numbers(24, 8, seed=3).bfloat16()
+    parts = [(0, 7), (7, 7), (7, 20)]
+    wanted = torch.zeros(24, 8)
+    of_a, of_b = torch.zeros(24, 16), torch.zeros(3, 16, 8)
+    for number, (i, j) in enumerate(parts):
+        if i < j:
+            wanted[i:j] = summed(a[i:j], b[number])
+            of_a[i:j] = summed(gradient[i:j], b[number].T)
+            of_b[number] = summed(a[i:j].T, gradient[i:j])
+    own, weight = a.clone().requires_grad_(), b.clone().requires_grad_()
+    result = run(lambda x, y: torch._grouped_mm(x, y, offs=ENDS), own, weight)
+    result[:20].backward(gradient[:20])
+    assert torch.equal(result[:20], wanted[:20].bfloat16()) and torch.equal(own.grad[:20], of_a[:20].bfloat16())
+    assert torch.equal(weight.grad, of_b.bfloat16())
+    columns = run(lambda x, y: torch._grouped_mm(x, y, offs=ENDS), b.transpose(1, 2).contiguous(), a.T)
+    assert torch.equal(columns[:, :20], torch.cat([summed(b[n].T, a[i:j].T) for n, (i, j) in enumerate(parts)], 1))
+
+
+def test_grouped_products_take_scales_of_blocks_and_draw_for_every_element() -> None:
+    draw = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(*shape, generator=draw).bfloat16() for shape in ((16, 192), (2, 192, 8)))
     ends = torch.tensor([8, 16], dtype=torch.int32)
-    with pytest.raises(Exception, match=r"sums of aten._grouped_mm cannot be simulated.*a rule without one") as error:
-        run(grouped, a, b, ends)
-    assert "UnroundedError" in repr(error.value) + repr(error.value.__cause__) + str(error.value)
+
+    def grouped(x: Tensor, y: Tensor) -> Tensor:
+        return torch._grouped_mm(x, y, offs=ends)
+
+    policy = {key: value for key, value in BLOCKS["deepseek"].items() if key != "weight"}
+    policy = {**policy, "weight": "e4m3fn/block:128", "accumulator": {"fprop": "hopper_fp8"}, "promote": {"fprop": 128}}
+    options: dict[str, Any] = {"accumulator": "hopper_fp8", "promote": 128, "format": "e4m3fn/block:128"}
+    wanted = [fpsim.matmul(a[i : i + 8].float(), b[n].float(), **options) for n, i in enumerate((0, 8))]
+    assert torch.equal(run(grouped, a, b, **policy), torch.cat(wanted).bfloat16())
+    same_groups = torch.cat([a[:8], a[:8]]), torch.stack([b[0], b[0]])
+    torch.manual_seed(1)
+    drawn = run(grouped, *same_groups, accumulator="e5m4/stochastic")
+    assert not torch.equal(drawn[:8], drawn[8:])
 
 
 @pytest.mark.parametrize(
@@ -275,10 +438,9 @@ def test_sums_that_cannot_be_simulated_are_refused_with_a_remedy() -> None:
     [
         ({"format": "e5m2", "accumulator": "hopper"}, "fprop product aten.mm in module '': hopper multiplies fp16, or"),
         ({"format": "none", "accumulator": "hopper_fp8"}, "hopper_fp8 multiplies e4m3fn and e5m2, and not e8m23"),
-        (
-            {"format": "mxfp8", "accumulator": "hopper_fp8"},
-            "multiplies elements, and 'e4m3fn/nearest_even/sat_finite/mx",
-        ),
+        ({"format": "mxfp8", "accumulator": "hopper_fp8"}, "got blocks of 32 and no promotion: use promote=32"),
+        ({"format": "e4m3fn/row:power_of_two", "accumulator": "hopper_fp8"}, "scales that are none of blocks"),
+        ({"format": "e4m3fn", "accumulator": "blackwell_mxfp8"}, "give format='mxfp8'"),
         ({"format": "e5m10", "accumulator": "e5m4"}, "fewer than the operands in e5m10"),
     ],
 )

@@ -316,6 +316,32 @@ def test_the_policy_of_the_module_that_reads_a_copy_decides() -> None:
     assert torch.equal(first, (2 * h * (gradient @ model.second.weight)).mT @ x)
 
 
+class Residual(nn.Module):
+    """Autograd adds up two gradients of x and of h, outside of modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(16, 16, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + self.first(x)
+        return h * h + self.second(h)
+
+
+def test_sums_of_gradients_need_no_module() -> None:
+    torch.manual_seed(0)
+    model, x = exact(Residual()), dyadic(16, 16, unit=1 / 512)
+    options = {"saved": {"elementwise": "bf16"}, "modules": {"second": {"saved": {"product": "bf16"}}}}
+    compiled = torch.compile(model, backend="fpsim_eager", options=options)
+    h = x + x @ model.first.weight.mT
+    y, to_x, first, second = outcome(model, x, compiled)
+    gradient = gradient_of(y)
+    to_h = 2 * bf16(h) * gradient + gradient @ model.second.weight
+    wanted = [to_h + to_h @ model.first.weight, to_h.mT @ x, gradient.mT @ bf16(h)]
+    torch.testing.assert_close([to_x, first, second], wanted, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(bf16(h), h)
+
+
 def test_the_plan_lists_the_copies() -> None:
     plan = fpsim.explain(Squares(), torch.randn(4, 16), policy={"format": "bf16", "saved": "e4m3fn/block:16"})
     found = [

@@ -53,7 +53,7 @@ STOCHASTIC = [*(f"stochastic torch.{dtype}" for dtype in DTYPES), "layouts", "us
 def interpreted() -> subprocess.CompletedProcess[str]:
     """All checks, run one after the other by one process in which Triton interprets."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(PROGRAM), *VALUES, *SCALED, *STOCHASTIC]
+    command = [sys.executable, str(PROGRAM), *VALUES, *SCALED, *STOCHASTIC, "accumulators"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
@@ -70,6 +70,10 @@ def test_interpreted_scaled_rounding(interpreted: Any, check: str) -> None:
 @pytest.mark.parametrize("check", STOCHASTIC)
 def test_interpreted_stochastic_rounding_any_layout_and_kernels_of_ones_own(interpreted: Any, check: str) -> None:
     assert f"{check}: as it should be" in interpreted.stdout.splitlines(), interpreted.stderr[-3000:]
+
+
+def test_interpreted_products_with_accumulators_have_the_bits_of_the_reference(interpreted: Any) -> None:
+    assert "accumulators: as it should be" in interpreted.stdout.splitlines(), interpreted.stderr[-3000:]
 
 
 @pytest.mark.skipif(

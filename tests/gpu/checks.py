@@ -20,6 +20,7 @@ from torch._inductor.utils import run_and_get_code
 import fpsim
 from fpsim.formats import OVERFLOWS, ROUNDINGS, FloatFormat, parse_format
 from fpsim.rounding.carriers import CARRIERS
+from tests.accumulators.triton_cases import check_calls, check_triton
 from tests.compile_backend.interpreted_triton import rounded_from, scaled_and_rounded
 from tests.gpu.kernels import rounded_in_a_kernel
 from tests.shared.models import dyadic
@@ -261,6 +262,22 @@ def check_optimizer(setting: Setting) -> str:
     return "three fused steps of AdamW"
 
 
+def check_accumulators(setting: Setting) -> str:
+    """The kernel against the reference, whole calls against the CPU, and a model against the CPU."""
+    compared = check_triton(setting.device)
+    if setting.device.type == "cuda":
+        compared += check_calls(setting.device, same)
+        policy = {"format": "e4m3fn", "accumulator": "hopper_fp8", "promote": 128, "reductions": "e8m13"}
+        x = torch.randn(8, 300, generator=torch.Generator().manual_seed(0))
+        layer = nn.Sequential(nn.Linear(300, 40), nn.LayerNorm(40))
+        wanted = torch.compile(layer, backend="fpsim", options=policy)(x)
+        torch._dynamo.reset()
+        got = torch.compile(layer.to(setting.device), backend="fpsim", options=policy)(x.to(setting.device))
+        torch.testing.assert_close(got.cpu(), wanted, rtol=2**-20, atol=2**-20)
+        compared += wanted.numel()
+    return f"{compared:,} results"
+
+
 CHECKS: dict[str, Callable[[Setting], str]] = {
     "eager rounding, all modes": check_eager,
     "Inductor's code, all roundings": check_compiled,
@@ -275,6 +292,7 @@ CHECKS: dict[str, Callable[[Setting], str]] = {
     "the cache trap": check_cache,
     "audit": check_audit,
     "optimizer": check_optimizer,
+    "products with accumulators": check_accumulators,
 }
 
 

@@ -19,6 +19,7 @@ from fpsim.paper.data import DataConfig
 from fpsim.paper.training import records, run
 from fpsim.policy import Policy
 from fpsim.recipes import Recipe, RoundedState
+from fpsim.training.schedules import Piecewise
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,8 @@ def test_a_resumed_run_has_its_delayed_scales_and_its_rounded_moments(config, da
         "",
         Policy(format="e4m3fn/tensor/history:3", products="weights"),
         optimizer=RoundedState({"exp_avg": "e4m3fn/stochastic", "exp_avg_sq": "bf16"}, seed=7),
+        # The policy with a history comes back after one without, and finds the state that it left.
+        schedule=Piecewise(((0, {}), (2, "bf16"), (3, {}))),
     )
     config = replace(config, recipe=recipe, backend="interpreted")
     checkpoint = Checkpoint(tmp_path / "state.pt", seconds=0)

@@ -417,6 +417,7 @@ def test_policies_with_the_same_meaning_are_equal_in_any_spelling() -> None:
         ("overflow", "ovf_inf"),
         ("scale", "power_of_two"),
         ("accumulator", "fp16"),
+        ("reductions", "e8m13"),
         ("transform", "hadamard:16"),
         ("skip", ["head"]),
         ("modules", {"head": "none"}),

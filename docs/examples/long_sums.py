@@ -1,0 +1,128 @@
+"""A tiny Llama trained with the sums of Hopper's FP8 tensor cores in its long products, with promotion and without.
+
+    python docs/examples/long_sums.py [--steps N] [--tokens N] [--vocabulary N] [--figure FILE]
+
+The gradient of a weight sums over all tokens of a batch. In that of the LM head most terms are small: the probability
+of a token, against 1 where the token occurs. A sum keeps 13 bits below its largest term so far, and loses the rest.
+Promotion to float32 after every 128 products keeps most of it. Only the gradients of weights (wgrad) have an
+accumulator here. All products are rounded to FP8 in the same way. The data and the first weights are the same in all
+runs.
+
+The script prints the loss of each model on new data, without rounding, and the error of the sums of the LM head's
+gradient for batches of several sizes. It draws both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fpsim
+
+RUNS: dict[str, dict[str, Any]] = {
+    "torch's sums": {},
+    "hopper_fp8, promoted every 128": {"accumulator": {"wgrad": "hopper_fp8"}, "promote": {"wgrad": 128}},
+    "hopper_fp8": {"accumulator": {"wgrad": "hopper_fp8"}},
+}
+FP8 = {"policy": "fp8_hybrid", "scale": "power_of_two"}
+CONTEXT = 64
+
+
+def batches(count: int, tokens: int, vocabulary: int, seed: int) -> list[Tensor]:
+    """Sequences in which a token has its own successor half of the time, and otherwise one by Zipf's law."""
+    draw = torch.Generator().manual_seed(seed)
+    frequencies = 1 / torch.arange(1.0, vocabulary + 1)
+    successor = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))
+    found = []
+    for _ in range(count):
+        columns = [torch.multinomial(frequencies, tokens // CONTEXT, True, generator=draw)]
+        for _ in range(CONTEXT - 1):
+            others = torch.multinomial(frequencies, tokens // CONTEXT, True, generator=draw)
+            own = torch.rand(others.shape, generator=draw) < 0.5
+            columns.append(torch.where(own, successor[columns[-1]], others))
+        found.append(torch.stack(columns, 1))
+    return found
+
+
+def model_of(vocabulary: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, max_position_embeddings=CONTEXT, **sizes))
+
+
+def train(data: list[Tensor], vocabulary: int, backend: str, **policy: Any) -> tuple[Any, list[float]]:
+    """The trained model and the losses of all steps."""
+    model = model_of(vocabulary)
+    compiled = torch.compile(model, backend=backend, options={**FP8, **policy})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    losses = []
+    for batch in data:
+        loss = compiled(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return model, losses
+
+
+def lost(model: Any, batch: Tensor, **policy: Any) -> tuple[float, float]:
+    """The relative error of the sums in the gradient of the LM head, and the share of steps that changed nothing."""
+    profile = fpsim.profile(model, input_ids=batch, labels=batch, use_cache=False, policy={**FP8, **policy})
+    sums = next(each.sum for each in profile.products if each.kind == "wgrad" and each.path == "lm_head")
+    assert sums is not None and sums.idle_share is not None, "the policy names an accumulator for wgrad"
+    return sums.relative_error, sums.idle_share
+
+
+def draw_figure(file: str, curves: dict[str, list[float]], errors: dict[str, dict[int, float]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    base = curves["torch's sums"]
+    for name, losses in curves.items():
+        left.plot([own - usual for own, usual in zip(losses, base, strict=True)], label=name)
+    left.set(xlabel="step", ylabel="loss minus that with torch's sums")
+    left.legend()
+    for name, by_size in errors.items():
+        right.loglog(list(by_size), list(by_size.values()), "o-", label=name)
+    right.set(xlabel="tokens in a batch", ylabel="relative error of the LM head's gradient")
+    right.legend()
+    figure.savefig(file)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, dict[int, float]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--vocabulary", type=int, default=512)
+    parser.add_argument("--backend", default="fpsim")
+    parser.add_argument("--figure", default=None)
+    given = parser.parse_args(arguments)
+    data = batches(given.steps, given.tokens, given.vocabulary, seed=1)
+    (new,) = batches(1, given.tokens, given.vocabulary, seed=2)
+    curves, model = {}, None
+    for name, policy in RUNS.items():
+        torch._dynamo.reset()
+        start = time.perf_counter()
+        model, curves[name] = train(data, given.vocabulary, given.backend, **policy)
+        with torch.no_grad():
+            loss = model(input_ids=new, labels=new, use_cache=False).loss.item()
+        print(f"{name:32} loss {loss:.4f}  {time.perf_counter() - start:.0f} s", flush=True)
+    errors: dict[str, dict[int, float]] = {name: {} for name, policy in RUNS.items() if policy}
+    for name, by_size in errors.items():
+        for tokens in (given.tokens // 64, given.tokens // 16, given.tokens // 4, given.tokens):
+            by_size[tokens], idle = lost(model, new[: max(tokens // CONTEXT, 1)], **RUNS[name])
+            print(f"{name:32} {tokens:6} tokens: error {by_size[tokens]:.2e}, idle steps {idle:.1%}", flush=True)
+    if given.figure is not None:
+        draw_figure(given.figure, curves, errors)
+    return errors
+
+
+if __name__ == "__main__":
+    main()
