@@ -331,8 +331,8 @@ def accumulate_with_triton(
     tiles = triton.cdiv(rows, block[0]) * triton.cdiv(columns, block[1])
     _accumulate[(tiles, batches)](
         left, right, power_left, power_right, *factors, out, numbers, rows, columns, depth, spec.promote or depth,
-        _whole(key), spec.roundings, spec.first_sum, spec.first_element, spec.order, spec.length, spec.group, spec.lanes,
-        spec.rounding, spec.mantissa_bits, spec.random_bits, bool(spec.exact), bool(spec.round_products),
+        _whole(key), spec.roundings, spec.first_sum, spec.first_element, spec.order, spec.length, spec.group,
+        spec.lanes, spec.rounding, spec.mantissa_bits, spec.random_bits, bool(spec.exact), bool(spec.round_products),
         bool(spec.rescale), *block, enable_fp_fusion=False,
     )  # fmt: skip
     nan = torch.tensor(spec.nan_bits, dtype=torch.int32, device=a.device).view(torch.float32).double()
