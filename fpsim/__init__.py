@@ -10,8 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fpsim import curvature, posttraining, recipes, reference, sharpness, testing
+    from fpsim import curvature, evaluate, posttraining, recipes, reference, sharpness, testing
     from fpsim.accumulators.matmul import matmul
+    from fpsim.attention.flash import FlashAttention
+    from fpsim.attention.ops import flash_attention
     from fpsim.block_functions import decode_blocks, encode_blocks
     from fpsim.compile_backend import (
         Profiler,
@@ -33,11 +35,12 @@ if TYPE_CHECKING:
     from fpsim.training.parameters import round_parameters
 
 #: The public modules.
-_MODULES = ("curvature", "posttraining", "recipes", "reference", "sharpness", "testing")
+_MODULES = ("curvature", "evaluate", "posttraining", "recipes", "reference", "sharpness", "testing")
 
 #: The other public names, and the module that holds each.
 _HOMES = {
     "CodebookFormat": "fpsim.formats",
+    "FlashAttention": "fpsim.attention.flash",
     "FloatFormat": "fpsim.formats",
     "IntegerFormat": "fpsim.formats",
     "Policy": "fpsim.policy",
@@ -50,6 +53,7 @@ _HOMES = {
     "encode": "fpsim.tensor_functions",
     "encode_blocks": "fpsim.block_functions",
     "explain": "fpsim.compile_backend",
+    "flash_attention": "fpsim.attention.ops",
     "load_scale_state": "fpsim.compile_backend",
     "matmul": "fpsim.accumulators.matmul",
     "pack": "fpsim.rounding.packing",
@@ -66,6 +70,7 @@ _HOMES = {
 
 __all__ = [
     "CodebookFormat",
+    "FlashAttention",
     "FloatFormat",
     "IntegerFormat",
     "Policy",
@@ -78,7 +83,9 @@ __all__ = [
     "decode_blocks",
     "encode",
     "encode_blocks",
+    "evaluate",
     "explain",
+    "flash_attention",
     "load_scale_state",
     "matmul",
     "pack",
@@ -100,7 +107,7 @@ __all__ = [
 
 
 #: Packages that documentation names by their path, such as ``fpsim.formats.split_rounding``.
-_PACKAGES = ("accumulators", "compile_backend", "formats", "policy", "rounding", "scaling", "training")
+_PACKAGES = ("accumulators", "attention", "compile_backend", "formats", "policy", "rounding", "scaling", "training")
 
 
 def __getattr__(name: str) -> Any:
