@@ -66,6 +66,7 @@ OWN := TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-own
 
 benchmarks: .venv/ready
 	$(BIN)/python -m tests.benchmarks.rounding $(RECORD)
+	$(BIN)/python -m tests.benchmarks.rounding --blocks --elements 16777216 $(RECORD)
 	$(OWN) $(BIN)/python -m tests.benchmarks.training --peers $(RECORD)
 	$(AVX2) $(BIN)/python -m tests.benchmarks.training --peers $(RECORD)
 	$(OWN) $(BIN)/python -m tests.benchmarks.training --second $(RECORD)

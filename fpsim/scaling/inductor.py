@@ -105,6 +105,10 @@ class OnLowerings:
         return count, count * size - length
 
     def stored(self, x: ir.TensorBox) -> ir.TensorBox:
+        if isinstance(x.data, ir.BaseView) and isinstance(getattr(x.data.unwrap_view(), "data", None), ir.Pointwise):
+            # Store the numbers as the view has them. In the order in which they are computed, those of a block would
+            # not lie side by side. All readers of the view then share what is stored.
+            x.data = lowering.lowerings[aten.clone.default](x).data
         x.realize()
         return x
 

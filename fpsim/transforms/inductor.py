@@ -11,6 +11,7 @@ from torch.utils._sympy.functions import FloorDiv
 
 from fpsim.rounding.carriers import working_dtype
 from fpsim.rounding.ops import SOURCE
+from fpsim.scaling.inductor import OnLowerings
 from fpsim.transforms.definitions import named
 from fpsim.transforms.hadamard import Hadamard, factor_of, inverse_root, signs_of
 
@@ -61,8 +62,7 @@ class _Blocks(ir.Pointwise):
 def _rotated(x: ir.TensorBox, hadamard: Hadamard, shape: list[Any], axis: int) -> ir.TensorBox:
     n, dtype, working = hadamard.size, x.get_dtype(), working_dtype(x.get_dtype())
     assert n is not None, "only blocks are rotated here"
-    x.realize()
-    load = x.make_loader()
+    load = OnLowerings().stored(x).make_loader()
     signs = signs_of(hadamard.signs, n)
 
     def rotated(index: Any) -> list[Any]:

@@ -37,7 +37,7 @@ class Block(nn.Module):
 #: The policies of the training steps. In the first one each kind of product is rounded in another way.
 POLICIES: tuple[dict[str, Any], ...] = (
     {"fprop": "e4m3fn", "dgrad": "e5m2/power_of_two", "wgrad": "e5m2/stochastic"},
-    {"policy": "mxfp8"},
+    {"policy": "mxfp8", "attention": "keep"},
     {"policy": "nvfp4"},
 )
 #: Arguments of `fpsim.round`.
