@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -30,7 +31,7 @@ def test_a_local_task_is_scored_by_the_rounded_model(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    documents = [{"question": f"Question {n}:", "choices": [" red", " green"], "answer": n % 2} for n in range(4)]
+    documents = [{"question": f"Question {n}:", "choices": ["red", "green"], "answer": n % 2} for n in range(4)]
     (tmp_path / "data.json").write_text("\n".join(map(json.dumps, documents)))
     (tmp_path / "colours.yaml").write_text(TASK.format(file=tmp_path / "data.json"))
     torch.manual_seed(0)
@@ -40,10 +41,10 @@ def test_a_local_task_is_scored_by_the_rounded_model(tmp_path, monkeypatch):
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
     tokenizer = transformers.ByT5Tokenizer()
-    manager = lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
+    manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=str(tmp_path), include_defaults=False)
 
     def scores(policy):
-        lm = harness_model(model, tokenizer, policy, batch_size=1)
+        lm = harness_model(model, tokenizer, policy, batch_size=1, add_bos_token=False)
         found = lm_eval.simple_evaluate(
             model=lm, tasks=["colours"], task_manager=manager, log_samples=True, bootstrap_iters=0
         )
@@ -60,7 +61,7 @@ def test_a_local_task_is_scored_by_the_rounded_model(tmp_path, monkeypatch):
             row = []
             for answer in document["choices"]:
                 context = tokenizer.encode(document["question"], add_special_tokens=False)
-                tokens = torch.tensor(context + tokenizer.encode(answer, add_special_tokens=False))
+                tokens = torch.tensor(context + tokenizer.encode(f" {answer}", add_special_tokens=False))
                 with torch.no_grad():
                     logits = call(tokens[None, :-1]).logits[0].log_softmax(-1)
                 row.append(float(sum(logits[i - 1, tokens[i]] for i in range(len(context), len(tokens)))))
