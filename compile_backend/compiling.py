@@ -29,6 +29,7 @@ from fpsim.compile_backend.graph.dynamo import copied, has_layer
 from fpsim.compile_backend.graph.operations import decompositions
 from fpsim.compile_backend.graph.sources import Source, sources_of_inputs
 from fpsim.compile_backend.observe.recorder import Recorder
+from fpsim.compile_backend.passes.flash import Expansion
 from fpsim.compile_backend.passes.products import rounds_only_weights
 from fpsim.compile_backend.passes.rounding_pass import Observer, RoundingPass
 from fpsim.compile_backend.scale_states import HANDLE, ScaleStates, current
@@ -41,6 +42,8 @@ from fpsim.rounding.ops import draw_seed
 
 #: The profiler's name for a forward run of a graph that fpsim rewrote; `fpsim.audit` looks for it.
 GRAPH_EVENT = "fpsim: rewritten graph"
+#: The name of the input of a graph that is the seed of stochastic rounding.
+_SEED = "fpsim_seed"
 
 
 def compile_with_rounding(
@@ -85,7 +88,7 @@ def compile_with_rounding(
     if seed_device is not None:
         seed_input = len(input_sources)
         seed = torch.zeros(1, dtype=torch.int64, device=seed_device)
-        gm, example_inputs = _with_input(gm, "fpsim_seed", seed), [*example_inputs, seed]
+        gm, example_inputs = _with_input(gm, _SEED, seed), [*example_inputs, seed]
         input_sources.append(Source.NONE)
     if policy.is_timed:
         handle_input = len(input_sources)
@@ -98,7 +101,7 @@ def compile_with_rounding(
         gm, example_inputs = _with_input(gm, "fpsim_switches", switches.state), [*example_inputs, switches.state]
         input_sources.append(Source.NONE)
     own_states = ScaleStates()  # for runs outside of a call of a compiled model
-    gm, attention = decompose_attention(gm, policy)
+    gm, attention = decompose_attention(gm, policy, _SEED)
     rounding = RoundingPass(
         policy,
         input_sources,
@@ -112,7 +115,8 @@ def compile_with_rounding(
         switches_input,
     )
     patches: dict[str, Any] = {
-        "joint_custom_pre_pass": _after_user_passes(rounding),
+        "joint_custom_pre_pass": _after_user_passes(inductor_config.joint_custom_pre_pass, rounding),
+        "post_grad_custom_pre_pass": _after_user_passes(inductor_config.post_grad_custom_pre_pass, Expansion()),
         # An explicit cast is a precision boundary: without this Inductor keeps 16-bit values in float32 between
         # fused operators, and the rounding would see numbers that the model never had.
         "emulate_precision_casts": True,
@@ -218,17 +222,16 @@ class _Sequence(CustomGraphPass):
         return None if None in keys else repr(keys)
 
 
-def _after_user_passes(rounding: RoundingPass) -> CustomGraphPass:
-    """``rounding``, run after the passes that the user has configured."""
-    configured = inductor_config.joint_custom_pre_pass
+def _after_user_passes(configured: Any, own: CustomGraphPass) -> CustomGraphPass:
+    """``own``, run after the passes that the user has configured."""
     if configured is None:
-        return rounding
-    return _Sequence([*(configured if isinstance(configured, list | tuple) else [configured]), rounding])
+        return own
+    return _Sequence([*(configured if isinstance(configured, list | tuple) else [configured]), own])
 
 
 def _identity(gm: fx.GraphModule, policy: Policy) -> Iterator[str]:
     """The facts that the pass reads and that torch's cache key may lack: attention, functions and module paths."""
-    yield f"attention={sorted(policy.attentions)}"
+    yield f"attention={sorted(map(str, policy.attentions))}"
     for node in gm.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {"": ("",)}
         function = getattr(node.target, "__name__", node.target)

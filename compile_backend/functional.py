@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from fpsim.accumulators.ops import accumulate_op, accumulate_scaled_op
 from fpsim.accumulators.parts import scaled_part_op
 from fpsim.accumulators.sums import accumulate_sum_op
+from fpsim.attention.ops import flash_op
 from fpsim.compile_backend.compiling import compile_with_rounding
 from fpsim.compile_backend.errors import UnroundedError
 from fpsim.compile_backend.switches import Switches, switch_op
@@ -222,6 +223,21 @@ def _accumulated(a: Tensor, b: Tensor, *arguments: Any) -> Tensor:
     return straight_through(a @ b, accumulate_op(a.detach(), b.detach(), *arguments))
 
 
+def _attended(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: None, causal: bool, scale: float, *others: Any
+) -> tuple[Tensor, None]:
+    """Attention in tiles, with the derivative of exact attention; without L, which only its own backward pass reads."""
+    value, _ = flash_op(q.detach(), k.detach(), v.detach(), mask, seed, causal, scale, *others)
+    scores = (q @ k.mT) * scale
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = torch.where(mask, scores, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    is_empty = scores.amax(-1, keepdim=True) == -torch.inf
+    weights = torch.softmax(torch.where(is_empty, 0.0, scores), -1)
+    return straight_through(torch.where(is_empty, 0.0, weights) @ v, value), None
+
+
 def _summed(x: Tensor, axes: list[int], keepdim: bool, *arguments: Any) -> Tensor:
     """A sum with a narrow accumulator, with the derivative of the sum."""
     value = accumulate_sum_op(x.detach(), axes, keepdim, *arguments)
@@ -304,6 +320,7 @@ _WITH_DERIVATIVE: dict[Any, Callable[..., Tensor]] = {
     round_scaled_op: _rounded_with_scale,
     transform_operand_op: _transformed,
     accumulate_op: _accumulated,
+    flash_op: _attended,
     scaled_part_op: _part,
     accumulate_scaled_op: _accumulated_parts,
     accumulate_sum_op: _summed,

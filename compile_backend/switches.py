@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fpsim.attention.flash import FlashAttention
 from fpsim.compile_backend.plan import Site
 from fpsim.policy import Policy
 from fpsim.policy.policy import KINDS, ROLES
@@ -108,9 +109,9 @@ class Switches:
         overflowed: the numbers of places where a rounding gave an infinity or NaN (`functional` fills it).
 
     Raises:
-        ValueError: a policy has fields without switches (accumulators, reductions, saved copies), or scales that depend
-            on other steps; or there are several, which treat attention differently, or of which one rounds results of
-            operations that are no products.
+        ValueError: a policy has fields without switches (accumulators, reductions, saved copies, attention in tiles),
+            or scales that depend on other steps; or there are several, which treat attention differently, or of which
+            one rounds results of operations that are no products.
     """
 
     def __init__(self, policies: Collection[Policy], *, is_blended: bool = False) -> None:
@@ -126,6 +127,11 @@ class Switches:
                 raise ValueError(
                     "scales that depend on other steps have no switches: leave history, every and calibrated out of "
                     "the policy"
+                )
+            if any(isinstance(attention, FlashAttention) for attention in policy.attentions):
+                raise ValueError(
+                    "attention in tiles has no switches: take 'round' or 'keep' in place of the flash attention of the "
+                    "policy"
                 )
             if len(self.policies) > 1 and policy.elementwise:
                 raise ValueError("results of elementwise operations have no switches here: leave elementwise out")

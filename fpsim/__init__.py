@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fpsim import curvature, evaluate, posttraining, recipes, reference, sharpness, testing
     from fpsim.accumulators.matmul import matmul
+    from fpsim.attention.flash import FlashAttention
+    from fpsim.attention.ops import flash_attention
     from fpsim.block_functions import decode_blocks, encode_blocks
     from fpsim.compile_backend import (
         Profiler,
@@ -38,6 +40,7 @@ _MODULES = ("curvature", "evaluate", "posttraining", "recipes", "reference", "sh
 #: The other public names, and the module that holds each.
 _HOMES = {
     "CodebookFormat": "fpsim.formats",
+    "FlashAttention": "fpsim.attention.flash",
     "FloatFormat": "fpsim.formats",
     "IntegerFormat": "fpsim.formats",
     "Policy": "fpsim.policy",
@@ -50,6 +53,7 @@ _HOMES = {
     "encode": "fpsim.tensor_functions",
     "encode_blocks": "fpsim.block_functions",
     "explain": "fpsim.compile_backend",
+    "flash_attention": "fpsim.attention.ops",
     "load_scale_state": "fpsim.compile_backend",
     "matmul": "fpsim.accumulators.matmul",
     "pack": "fpsim.rounding.packing",
@@ -66,6 +70,7 @@ _HOMES = {
 
 __all__ = [
     "CodebookFormat",
+    "FlashAttention",
     "FloatFormat",
     "IntegerFormat",
     "Policy",
@@ -80,6 +85,7 @@ __all__ = [
     "encode_blocks",
     "evaluate",
     "explain",
+    "flash_attention",
     "load_scale_state",
     "matmul",
     "pack",
@@ -101,7 +107,7 @@ __all__ = [
 
 
 #: Packages that documentation names by their path, such as ``fpsim.formats.split_rounding``.
-_PACKAGES = ("accumulators", "compile_backend", "formats", "policy", "rounding", "scaling", "training")
+_PACKAGES = ("accumulators", "attention", "compile_backend", "formats", "policy", "rounding", "scaling", "training")
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ operation. The reference imports nothing of fpsim but the description of the for
   and NVFP4. `block_scale` and `scale_steps`: the scales of OCP MX. `delayed_scales`: those that earlier steps give.
 - `hadamard`, `smoothing_factor`, `sorted_channels` and `round_power_map`: transforms before rounding.
 - `round_integer` and `round_codebook`: to integers, and to the nearest of a list of values.
+- `flash_forward` and `flash_backward`: attention in tiles, with every step rounded (`Steps`).
 - `with_flags`: any of these with the flags it raises.
 - `compare` to `maximum_number`, `classify` to `ulp`: comparison, classes, neighbours and exponents.
 
@@ -17,11 +18,13 @@ Stochastic rounding takes its random numbers as an argument, so that everything 
 
 The files build on one another in this order: values, decoding, substitutes, rounding, encoding, outcomes, operations,
 enclosures, irrational, arithmetic, elementary, aligned, orders, sums, flags; and, beside these, tables, comparison,
-classification, and integers, codebooks, elements, scales, blocks, histories, transforms.
+classification, and integers, codebooks, elements, scales, blocks, attention, histories,
+transforms.
 """
 
 from .aligned import Aligned
 from .arithmetic import add, convert, div, fma, mul, remainder, sqrt, sub
+from .attention import Steps, causal, flash_backward, flash_forward
 from .blocks import Block, Cast, block_indices, parse_cast, quantize_block, quantize_blocks, round_block, round_blocks
 from .classification import (
     FloatClass,
@@ -96,12 +99,14 @@ __all__ = [
     "Result",
     "Scale",
     "Special",
+    "Steps",
     "Table",
     "Value",
     "add",
     "as_value",
     "block_indices",
     "block_scale",
+    "causal",
     "classify",
     "compare",
     "convert",
@@ -116,6 +121,8 @@ __all__ = [
     "erf",
     "exp",
     "exp2",
+    "flash_backward",
+    "flash_forward",
     "fma",
     "gelu",
     "greater",

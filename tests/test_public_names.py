@@ -16,10 +16,11 @@ import fpsim
 ROOT = Path(__file__).parents[1]
 
 NAMES = [
-    "CodebookFormat", "FloatFormat", "IntegerFormat", "Policy", "Profiler", "audit", "calibrate", "check_same_policy",
-    "curvature", "decode", "decode_blocks", "encode", "encode_blocks", "evaluate", "explain", "load_scale_state",
-    "matmul", "pack", "parse_format", "posttraining", "power_of_two_scale", "profile", "recipes", "reference", "round",
-    "round_gradients_hook", "round_optimizer", "round_parameters", "scale_state", "sharpness", "testing", "unpack",
+    "CodebookFormat", "FlashAttention", "FloatFormat", "IntegerFormat", "Policy", "Profiler", "audit", "calibrate",
+    "check_same_policy", "curvature", "decode", "decode_blocks", "encode", "encode_blocks", "evaluate", "explain",
+    "flash_attention", "load_scale_state", "matmul", "pack", "parse_format", "posttraining", "power_of_two_scale",
+    "profile", "recipes", "reference", "round", "round_gradients_hook", "round_optimizer", "round_parameters",
+    "scale_state", "sharpness", "testing", "unpack",
 ]  # fmt: skip
 
 

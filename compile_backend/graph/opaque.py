@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fpsim.attention.ops import TENSORS
 from fpsim.compile_backend.graph.families import is_known
 from fpsim.compile_backend.graph.nodes import is_float, is_tensor, operator_name, operator_of
 from fpsim.compile_backend.graph.products import product_operator
@@ -30,6 +31,8 @@ def is_opaque(node: fx.Node) -> bool:
         return target is not getitem and any(map(is_tensor, node.all_input_nodes))  # else arithmetic of sizes
     if not isinstance(target, torch._ops.OpOverload):
         return True  # a higher-order operator
+    if target in TENSORS:
+        return False  # attention in tiles rounds its products itself
     if product_operator(target) is not None:
         return _has_float_result(node) and not is_product(node)
     return not is_known(target) or _weighs_embeddings(node) or _may_multiply_points(node)

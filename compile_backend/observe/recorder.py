@@ -7,6 +7,7 @@ the operands before and after rounding, so that they are available there, in bac
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from fpsim.attention.ops import TENSORS, compute
 from fpsim.casts import ROUNDING_OPERATORS, Cast, in_range_of_format
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.views import base
@@ -170,6 +172,7 @@ class Recorder:
     def __init__(self, exact: bool = False) -> None:
         self._exact = exact
         self._observations: list[_Observation] = []
+        self._attentions: dict[str, tuple[tuple[str, Site], ...]] = {}
         self._keys: dict[tuple[Any, ...], int] = {}
         self._comparisons: dict[int, Comparison] = {}
         self._bound: set[int] = set()
@@ -200,6 +203,10 @@ class Recorder:
     def add_result(self, exact: fx.Node, rounded: fx.Node, site: Site) -> None:
         """Observe ``exact``, the result of an operation or a product, and ``rounded``, the same after rounding."""
         self._add(rounded, rounded, None, [exact], [rounded], [site])
+
+    def add_attention(self, node: fx.Node, sites: Sequence[tuple[str, Site]]) -> None:
+        """Observe ``node``, a call of attention in tiles: the names of its roundings, and their sites."""
+        self._attentions[node.name] = tuple(sites)
 
     def _add(
         self,
@@ -265,7 +272,23 @@ class Recorder:
             else:
                 self._bound_sums.add(number)
                 node.target = self._observe_sum
+        for node in gm.graph.nodes:
+            if node.name in self._attentions and node.target in TENSORS:
+                node.target = functools.partial(self._attend, node.target, node.name)
+                node.target.__name__ = node.name
         gm.recompile()
+
+    @torch.no_grad()
+    def _attend(self, operator: Callable[..., Any], name: str, *arguments: Any) -> tuple[Tensor, ...]:
+        """Run attention in tiles, and measure all of its roundings."""
+        casts = {each: site.cast for each, site in self._attentions[name]}
+
+        def watch(each: str, exact: Tensor, rounded: Tensor) -> None:
+            if each in casts:
+                statistics = measure_cast(exact, rounded, casts[each])
+                self._of_attentions.setdefault((name, each), []).append(statistics)
+
+        return compute(operator, *arguments, watch=watch)
 
     @torch.no_grad()
     def _observe_sum(self, result: Tensor, *arguments: Any) -> Tensor:
@@ -308,6 +331,7 @@ class Recorder:
         self._errors: dict[int, list[tuple[float, float]]] = {}
         self._sums: dict[int, list[SumStatistics]] = {}
         self._statistics: dict[int, list[Statistics]] = {}
+        self._of_attentions: dict[tuple[str, str], list[Statistics]] = {}
 
     def results(self) -> tuple[list[SiteStatistics], list[ProductStatistics]]:
         """The statistics since the beginning or `clear`: those of sites and products that ran, in the graph's order."""
@@ -324,6 +348,12 @@ class Recorder:
             sites += [
                 SiteStatistics(**vars(site), product=place, statistics=statistics[key])
                 for site, key in zip(observation.sites, observation.keys, strict=True)
+            ]
+        for node, own in self._attentions.items():
+            sites += [
+                SiteStatistics(**vars(site), product=None, statistics=merge(self._of_attentions[node, name]))
+                for name, site in dict(own).items()
+                if (node, name) in self._of_attentions
             ]
         return sites, products
 

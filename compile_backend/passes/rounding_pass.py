@@ -23,6 +23,7 @@ from fpsim.compile_backend.graph.recognition import note_gradients
 from fpsim.compile_backend.graph.sources import Source, find_input, find_sources
 from fpsim.compile_backend.observe.recorder import Recorder
 from fpsim.compile_backend.passes.accumulators import Summed, insert_accumulators
+from fpsim.compile_backend.passes.flash import flash_sites
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.operations import round_operations
 from fpsim.compile_backend.passes.products import opaque_gaps, round_products, warn_if_no_weight_is_found
@@ -141,6 +142,7 @@ def rewrite(
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph.erase_node(node)
         views.discard(node)
+    attended, attended_sums = flash_sites(graph, recorder)
     other_sums, sum_gaps, bias_gradients = replace_sums(graph, policy, sources, products, inserter, strict)
     results = round_operations(graph, policy, sources, products, inserter, strict, bias_gradients)
     sums: Sequence[Summed] = ()
@@ -160,5 +162,5 @@ def rewrite(
     graph.eliminate_dead_code()
     update_aliases(graph, views)
     graph.lint()
-    all_sums = (*(each.sum for each in sums), *other_sums)
-    return Plan((*results, *operands, *saved), (*refused, *gaps, *sum_gaps), all_sums)
+    all_sums = (*(each.sum for each in sums), *other_sums, *attended_sums)
+    return Plan((*results, *operands, *saved, *attended), (*refused, *gaps, *sum_gaps), all_sums)

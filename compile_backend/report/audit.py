@@ -32,7 +32,7 @@ from fpsim.compile_backend.report.running import (
     state_kept,
     uncompiled,
 )
-from fpsim.compile_backend.report.seen import ACCUMULATED, Call, seen
+from fpsim.compile_backend.report.seen import MULTIPLYING, Call, seen
 from fpsim.compile_backend.watching import unwatched
 from fpsim.policy import Policy
 
@@ -178,8 +178,8 @@ def audit(
 def _judged(calls: Sequence[Call], is_compiled: bool, plan: Plan | None, eager: Sequence[Call]) -> Audit:
     """The audit of ``calls``, which the compiled model made; ``plan`` and ``eager`` are None and empty if unknown."""
     can_be_rounded = {name.replace("::", ".") for name, is_rounded in product_events().items() if is_rounded}
-    can_be_rounded |= ACCUMULATED
-    calls = [call for call in calls if call.is_inside or call.operator not in ACCUMULATED]  # a user's own fpsim.matmul
+    can_be_rounded.update(MULTIPLYING)
+    calls = [call for call in calls if call.is_inside or call.operator not in MULTIPLYING]  # a user's own calls
     covered = [
         call
         for call in calls

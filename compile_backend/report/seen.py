@@ -16,8 +16,13 @@ from fpsim.compile_backend.witness import may_multiply
 _COMPILED_EVENT = "CompiledFunction"
 _BACKWARD_EVENT = "autograd::engine::evaluate_function: "
 
-#: The operators of products with accumulators.
-ACCUMULATED = frozenset(f"fpsim.accumulate_{name}" for name in ("mm", "scaled_mm", "grouped_mm"))
+#: The operators of fpsim that multiply: products with accumulators, and attention in tiles.
+MULTIPLYING = frozenset(
+    f"fpsim.{name}"
+    for name in (
+        "accumulate_mm", "accumulate_scaled_mm", "accumulate_grouped_mm", "flash_attention", "flash_attention_backward",
+    )
+)  # fmt: skip
 
 #: Backward functions of products that call no product themselves, but a multiplication for each operand.
 _MULTIPLYING = tuple(f"{_BACKWARD_EVENT}{name}Backward0" for name in ("Dot", "Vdot"))
@@ -58,7 +63,7 @@ def seen(step: Callable[[], None]) -> tuple[list[Call], bool]:
 def _is_suspect(event: Any) -> bool:
     if event.name == "aten::mul":
         return any(each.name in _MULTIPLYING for each in _above(event))
-    return event.name.replace("::", ".") in ACCUMULATED or may_multiply(event.name, event.input_shapes or ())
+    return event.name.replace("::", ".") in MULTIPLYING or may_multiply(event.name, event.input_shapes or ())
 
 
 def _call(event: Any, ours: set[int]) -> Call:

@@ -418,6 +418,25 @@ def generation(
 
 @app.command()
 @plain_errors
+def attention(
+    seed: Annotated[int, typer.Option(help="Of the random rows.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the tables and the figure.")] = Path("runs/attention"),
+) -> None:
+    """Show the one-sided rounding errors of attention in bfloat16, without any training."""
+    from fpsim.paper import attention_bias as study
+    from fpsim.paper.storage import replace_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    found = [*study.sums(seed=seed), *study.attentions(seed=seed)]
+    tables = study.markdown(found)
+    replace_file(out / "attention.md", tables.encode())
+    study.figure(found).savefig(out / "attention.png")
+    typer.echo(tables)
+    typer.echo(out / "attention.md")
+
+
+@app.command()
+@plain_errors
 def rules() -> None:
     """Print the registered rules: when a run counts as diverged, spiking or trained, and how predictions are judged."""
     from fpsim.paper.verdicts import preregistration

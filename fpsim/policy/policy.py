@@ -16,6 +16,8 @@ from typing import Any, Literal, cast
 
 from fpsim.accumulators.accumulator import Accumulator, AccumulatorLike, Order, parse_accumulator
 from fpsim.accumulators.sums import parse_reduction
+from fpsim.attention.flash import PRESETS as KERNELS
+from fpsim.attention.flash import FlashAttention, FlashLike, parse_flash
 from fpsim.casts import NONE, UNSCALED, Cast, CastLike, parse_cast
 from fpsim.formats import OVERFLOWS, ElementFormat, FloatFormat, full_rounding, parse_format
 from fpsim.json_text import check_depth, parse_json
@@ -43,6 +45,7 @@ OPERANDS = frozenset(
 DIRECTIONS = ("forward", "backward")
 #: The operations that read a saved activation in backward.
 READERS = ("product", "elementwise")
+#: The values of the field `attention` that are no `FlashAttention`.
 ATTENTIONS = ("round", "keep")
 PRODUCTS = ("all", "weights")
 
@@ -143,7 +146,11 @@ class Policy:
             (``"aten.embedding_dense_backward"``). Default: the sums are those of torch. Rules for modules do not
             inherit it.
         attention: ``"round"`` decomposes scaled dot-product attention, so that its inner products are rounded.
-            ``"keep"`` leaves it fused and unrounded; the plan lists it as a gap.
+            ``"keep"`` leaves it fused and unrounded; the plan lists it as a gap. ``"flash"`` computes it in tiles with
+            an online softmax, as kernels do, and rounds every step: a `FlashAttention`, the name of a kernel
+            (``flash2_bf16``, which ``flash`` means, ``flash2_fp16``, ``all_bf16``, ``flash3_fp8``), or a mapping of
+            its fields, which may stand beside a name: ``{"preset": "flash2_bf16", "block_k": 64}``. The formats of
+            this policy do not apply inside. In modules that `skip` names, attention stays fused and unrounded.
         gaps: names of operators that contain matrix products which the backend cannot round, and which may stay
             unrounded (``"aten.convolution"``, ``"*"``). The plan lists them. Any other such operator is an error.
 
@@ -184,7 +191,7 @@ class Policy:
     transform: TransformsLike | None = ()
     skip: str | Iterable[str] = ()
     modules: Mapping[str, ModuleRule] | Sequence[tuple[str, ModuleRule]] = ()
-    attention: str = "round"
+    attention: FlashLike = "round"
     gaps: str | Iterable[str] = ()
 
     def __post_init__(self) -> None:
@@ -192,11 +199,10 @@ class Policy:
         object.__setattr__(self, "rounding", full_rounding(self.rounding))
         if self.overflow is not None and self.overflow not in OVERFLOWS:
             raise ValueError(f"unknown overflow mode {self.overflow!r}: use one of {', '.join(OVERFLOWS)}, or None")
-        if self.attention not in ATTENTIONS:
-            raise ValueError(f"unknown attention {self.attention!r}: use one of {', '.join(ATTENTIONS)}")
         if self.products not in PRODUCTS:
             raise ValueError(f"unknown products {self.products!r}: use one of {', '.join(PRODUCTS)}")
         set_ = object.__setattr__
+        set_(self, "attention", _attention(self.attention))
         set_(self, "scale", parse_scale(self.scale))
         set_(self, "transform", self._transforms())
         set_(self, "skip", _strings("skip", self.skip))
@@ -410,7 +416,8 @@ class Policy:
             except ValueError as error:
                 raise ValueError(f"in the rule for modules {glob!r}: {error}") from None
         sums = self.accumulator or self.reductions
-        is_rounding = self._policies_of_modules or sums or any(True for _ in self._all_casts())
+        is_rounding = self._policies_of_modules or sums or isinstance(self.attention, FlashAttention)
+        is_rounding = is_rounding or any(True for _ in self._all_casts())
         says_none = self.format == NONE or all(getattr(self, role) == NONE for role in ROLES)
         if not is_rounding and not says_none:
             given = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
@@ -460,6 +467,7 @@ class Policy:
         return (
             any(cast.is_stochastic for cast in self._all_casts())
             or any(accumulator is not None and accumulator.is_stochastic for accumulator in sums)
+            or (isinstance(self.attention, FlashAttention) and self.attention.is_stochastic)
             or any(policy.is_stochastic for policy in self._policies_of_modules)
         )
 
@@ -475,9 +483,10 @@ class Policy:
         return any(cast.scale is not None and cast.scale.is_timed for cast in self._all_casts())
 
     @property
-    def attentions(self) -> frozenset[str]:
+    def attentions(self) -> frozenset[str | FlashAttention]:
         """The values of `attention` in this policy and in the rules for modules."""
-        return frozenset({self.attention}.union(*(policy.attentions for policy in self._policies_of_modules)))
+        own = cast(str | FlashAttention, self.attention)
+        return frozenset({own}.union(*(policy.attentions for policy in self._policies_of_modules)))
 
     def unmatched_globs(self, paths: Set[str]) -> list[str]:
         """The globs of `skip` and `modules` that match none of ``paths``, the paths of modules.
@@ -583,6 +592,8 @@ class Policy:
                 value = self._text(value, spelled)
             elif isinstance(value, Scale):
                 value = str(value)
+            elif isinstance(value, FlashAttention):
+                value = value.written() if spelled else value.to_dict(spelled=False)
             elif isinstance(value, tuple):
                 value = list(value)
             result[field.name] = value
@@ -592,14 +603,15 @@ class Policy:
         """The fields of a module's policy, including those that a reader would otherwise inherit from this policy."""
         if policy is None:
             return NONE
-        inherited = {"rounding": policy.rounding, "overflow": policy.overflow}
+        inherited: dict[str, Any] = {"rounding": policy.rounding, "overflow": policy.overflow}
         if policy.scale != self.scale:
             inherited["scale"] = None if policy.scale is None else str(policy.scale)
         own = policy._fields(spelled)
         if policy.attention == self.attention:
             own.pop("attention", None)
         else:
-            inherited["attention"] = policy.attention
+            kernel = policy.attention
+            inherited["attention"] = kernel.written() if isinstance(kernel, FlashAttention) else kernel
         return {**inherited, **own}
 
     def _text(self, cast: Cast, spelled: bool) -> str:
@@ -708,6 +720,14 @@ def is_preset(name: str) -> bool:
     except ValueError:
         return name in PRESETS or name.startswith(_PAPER)
     return False
+
+
+def _attention(given: FlashLike) -> str | FlashAttention:
+    """The field `attention` as a policy stores it."""
+    if isinstance(given, str) and given not in (*ATTENTIONS, "flash", *KERNELS):
+        valid = (*ATTENTIONS, "flash", *KERNELS)
+        raise ValueError(f"unknown attention {given!r}{did_you_mean(given, valid)}: use one of {', '.join(valid)}")
+    return given if isinstance(given, str) and given in ATTENTIONS else parse_flash(given)
 
 
 def _by_kind(name: str, given: Any) -> dict[str, Any]:

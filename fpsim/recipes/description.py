@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from fpsim.attention.flash import FlashAttention
 from fpsim.casts import Cast, usual_overflow
 from fpsim.formats import expand
 from fpsim.policy import Policy
@@ -27,7 +28,9 @@ def lines_of_policy(policy: Policy | None) -> list[tuple[str, str]]:
     results = {name: cast for name in ("forward", "backward") if (cast := policy.elementwise_cast(name)) is not None}
     if results:
         lines.append(("other results", ", ".join(f"{name} {_text(cast)}" for name, cast in results.items())))
-    if policy.products == "weights":
+    if isinstance(policy.attention, FlashAttention):
+        lines.append(("attention", f"computed in tiles: {policy.attention.written()}"))
+    elif policy.products == "weights":
         lines.append(("attention", "its products are not rounded"))
     for field in ("skip", "modules"):
         if given := policy.to_dict().get(field):

@@ -39,7 +39,8 @@ HELP = {
         "--gradients", "--no-gradients",
     ),
     ("study",): (
-        "run", "experiment", "report", "list", "claims", "pareto", "generation", "rules", "train", "Needs fpsim[paper]",
+        "run", "experiment", "report", "list", "claims", "pareto", "generation", "attention", "rules", "train",
+        "Needs fpsim[paper]",
     ),
     ("study", "run"): (
         "--model", "--data", "--formats", "--recipes", "--seeds", "default: 3", "--first-seed", "--learning-rates",
@@ -55,6 +56,7 @@ HELP = {
     ("study", "report"): ("folder", "--out"),
     ("study", "list"): (),
     ("study", "rules"): (),
+    ("study", "attention"): ("--seed", "--out"),
     ("study", "claims"): ("names", "--out", "--list"),
     ("study", "generation"): ("--formats", "--size", "--out"),
     ("study", "pareto"): ("--families", "--formats", "--size", "--interpret", "--out"),

@@ -161,6 +161,8 @@ def test_what_has_no_switches_is_refused(model, x):
             Switches([Policy.from_options({"format": "e4m3fn", field: "bf16"})])
     with pytest.raises(ValueError, match="history, every and calibrated"):
         Switches([Policy(format="e4m3fn/tensor/history:4")])
+    with pytest.raises(ValueError, match="attention in tiles has no switches"):
+        Switches([Policy(format="bf16", modules={"a": {"attention": "flash"}})])
     with pytest.raises(ValueError, match="elementwise"):
         Switches([Policy(format="bf16"), Policy(elementwise="bf16")])
     with pytest.raises(ValueError, match="attention alike"):

@@ -1,0 +1,1 @@
+"""Attention as kernels compute it: in tiles, with an online softmax, every step rounded."""
