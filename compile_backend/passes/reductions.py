@@ -132,12 +132,12 @@ def _replace(node: fx.Node, accumulator: Accumulator, inserter: Inserter, is_bia
         return value if value.meta["val"].dtype == dtype else call(prims.convert_element_type.default, value, dtype)
 
     if is_bias:
-        gradient: fx.Node = convolution.backward_of(node).args[0]  # type: ignore[assignment]
+        gradient = cast(fx.Node, convolution.backward_of(node).args[0])
         axes = [axis for axis in range(gradient.meta["val"].dim()) if axis != 1]
         new = like(add(gradient, axes, False), node)
         node.replace_all_uses_with(new)
         return new
-    x: fx.Node = node.args[0]  # type: ignore[assignment]
+    x = cast(fx.Node, node.args[0])
     given = x.meta["val"].dtype
     if given in (torch.float64, torch.complex64, torch.complex128):
         raise UnroundedError(
@@ -158,8 +158,8 @@ def _replace(node: fx.Node, accumulator: Accumulator, inserter: Inserter, is_bia
 def _axes(node: fx.Node, x: fx.Node) -> list[int]:
     """The axes over which ``node`` adds, counted from the front: all if it names none."""
     dims = x.meta["val"].dim()
-    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    return sorted(axis % dims for axis in given) if given else list(range(dims))  # type: ignore[union-attr, operator]
+    given = cast(Sequence[int] | None, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim"))
+    return sorted(axis % dims for axis in given) if given else list(range(dims))
 
 
 def _keeps(node: fx.Node, position: int) -> bool:
@@ -198,8 +198,8 @@ def _mean(node: fx.Node, x: fx.Node, add: Add, call: Call) -> list[fx.Node]:
 def _variance(node: fx.Node, x: fx.Node, add: Add, call: Call) -> list[fx.Node]:
     """The variance and the mean."""
     axes, keepdim = _axes(node, x), bool(node.kwargs.get("keepdim", False))
-    given = node.kwargs.get("correction")
-    correction = 1 if given is None else int(given)  # type: ignore[call-overload]
+    given = cast(float | None, node.kwargs.get("correction"))
+    correction = 1 if given is None else int(given)
     if given is not None and correction != given:
         raise UnroundedError(f"{_name(node)} has correction={given}: the sums of a variance need an integer")
     count = _count(x, axes, call)

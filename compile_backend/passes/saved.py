@@ -112,6 +112,8 @@ class _Saving:
         self.forward = forward_by_number(graph, sources)
         self.copies: list[tuple[fx.Node, Site]] = []
         self.made: dict[tuple[Any, ...], fx.Node] = {}
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.recomputed: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> list[tuple[fx.Node, Site]]:
         for node in self.backward:
@@ -142,9 +144,8 @@ class _Saving:
             source: fx.Node = value.args[0]  # type: ignore[assignment]
             kept = self._kept(source, reader)
             return value if kept is source else self._copied(value, {source: kept})
-        if self._is_recomputed(value, reader):
-            own = self._reader_at(value, value.meta["ac_graph_id"], module_path(value) or "")
-            return self._copied(value, {x: self._kept(x, own) for x in value.all_input_nodes})
+        if self._is_recomputed(value, reader.region):
+            return self._recomputed(value)
         kind = "product" if is_product(reader.node) else "elementwise"
         cast = None if reader.policy is None else reader.policy.saved_cast(kind)
         if cast is None or not self._is_activation(value):
@@ -167,6 +168,20 @@ class _Saving:
             self.copies.append((copy, site_of_saved(reader.path, operator_name(reader.node), value, cast)))
         return self.made[key]
 
+    def _recomputed(self, value: fx.Node) -> fx.Node:
+        """``value`` of a checkpointed region, computed from the copies of what goes into the region."""
+        waiting, needed = [value], set[fx.Node]()
+        while waiting:
+            node = waiting.pop()
+            if node not in needed and node not in self.recomputed:
+                needed.add(node)
+                region = node.meta["ac_graph_id"]
+                waiting += [x for x in map(base, node.all_input_nodes) if self._is_recomputed(x, region)]
+        for node in sorted(needed, key=self.order.__getitem__):
+            reader = self._reader_at(node, node.meta["ac_graph_id"], module_path(node) or "")
+            self.recomputed[node] = self._copied(node, {x: self._kept(x, reader) for x in node.all_input_nodes})
+        return self.recomputed[value]
+
     def _copied(self, node: fx.Node, replaced: Mapping[fx.Node, fx.Node]) -> fx.Node:
         """A copy of ``node`` that reads other values; ``node`` itself if they are the same."""
         if all(value is other for value, other in replaced.items()):
@@ -180,13 +195,12 @@ class _Saving:
             self.made[key] = copy
         return self.made[key]
 
-    def _is_recomputed(self, value: fx.Node, reader: _Reader) -> bool:
-        """Whether checkpointing lets backward compute ``value`` again for ``reader``, which is of the same region."""
+    def _is_recomputed(self, value: fx.Node, region: Any) -> bool:
+        """Whether checkpointing lets backward compute ``value`` again within the checkpointed ``region``."""
         if value.op != "call_function" or value.meta.get("recompute") not in _RECOMPUTED:
             return False
         is_random = torch.Tag.nondeterministic_seeded in getattr(value.target, "tags", ())
-        region = value.meta.get("ac_graph_id")
-        return region is not None and region == reader.region and not is_random
+        return region is not None and region == value.meta.get("ac_graph_id") and not is_random
 
     def _is_activation(self, value: fx.Node) -> bool:
         source = self.sources[value]

@@ -116,8 +116,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[int, float]]:
         print(f"{name:32} loss {loss:.4f}  {time.perf_counter() - start:.0f} s", flush=True)
     errors: dict[str, dict[int, float]] = {name: {} for name, policy in RUNS.items() if policy}
     for name, by_size in errors.items():
-        for tokens in (given.tokens // 64, given.tokens // 16, given.tokens // 4, given.tokens):
-            by_size[tokens], idle = lost(model, new[: max(tokens // CONTEXT, 1)], **RUNS[name])
+        for tokens in (given.tokens // part for part in (64, 16, 4, 1) if given.tokens // part >= CONTEXT):
+            by_size[tokens], idle = lost(model, new[: tokens // CONTEXT], **RUNS[name])
             print(f"{name:32} {tokens:6} tokens: error {by_size[tokens]:.2e}, idle steps {idle:.1%}", flush=True)
     if given.figure is not None:
         draw_figure(given.figure, curves, errors)

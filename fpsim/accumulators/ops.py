@@ -148,6 +148,7 @@ def groups_of(
         ValueError: a group along the summed axis ends within a block whose elements share a scale.
     """
     shape, stops = _shape_of_groups(a, b, ends), ends.tolist()
+    place: tuple[Any, ...]
     for number, (start, stop) in enumerate(zip([0, *stops[:-1]], stops, strict=True)):
         scales = None
         if scales_a is not None and scales_b is not None:

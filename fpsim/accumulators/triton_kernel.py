@@ -327,12 +327,13 @@ def accumulate_with_triton(
     left, power_left = _packed(spec, a.transpose(1, 2), spec.least_a, joined and joined[0].transpose(1, 2), has_powers)
     right, power_right = _packed(spec, b, spec.least_b, joined and joined[1], has_powers)
     numbers = torch.tensor([getattr(spec, name) for name in NUMBERS], dtype=torch.float64, device=a.device)
+    factors = scales if scales is not None and spec.rescale else (numbers, numbers)  # which are not read
     tiles = triton.cdiv(rows, block[0]) * triton.cdiv(columns, block[1])
     _accumulate[(tiles, batches)](
-        left, right, power_left, power_right, *(scales if spec.rescale else (numbers, numbers)), out, numbers, rows,
-        columns, depth, spec.promote or depth, _whole(key), spec.roundings, spec.first_sum, spec.first_element,
-        spec.order, spec.length, spec.group, spec.lanes, spec.rounding, spec.mantissa_bits, spec.random_bits,
-        bool(spec.exact), bool(spec.round_products), bool(spec.rescale), *block, enable_fp_fusion=False,
+        left, right, power_left, power_right, *factors, out, numbers, rows, columns, depth, spec.promote or depth,
+        _whole(key), spec.roundings, spec.first_sum, spec.first_element, spec.order, spec.length, spec.group,
+        spec.lanes, spec.rounding, spec.mantissa_bits, spec.random_bits, bool(spec.exact), bool(spec.round_products),
+        bool(spec.rescale), *block, enable_fp_fusion=False,
     )  # fmt: skip
     nan = torch.tensor(spec.nan_bits, dtype=torch.int32, device=a.device).view(torch.float32).double()
     return torch.where(out.isnan(), nan, out)

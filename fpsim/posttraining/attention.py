@@ -30,7 +30,8 @@ def round_attention(
     They are rounded after rotary embedding. A cache of transformers stores them unrounded, and every step rounds them
     again, to the same bits: the results are those of a `fpsim.posttraining.RoundedCache` with the same formats. Unlike
     the cache, it acts in every forward pass. Along ``tokens`` the scale of a block depends on all its tokens, so that a
-    token's output depends on later ones of its block, as it does in the first step of `generate`.
+    token's output depends on later ones of its block, as it does in the first step of `generate`. A static cache passes
+    its empty places on as tokens: along ``tokens`` use a dynamic one.
 
     Args:
         model: a `PreTrainedModel` of transformers with the attention ``eager`` or ``sdpa``.
@@ -54,6 +55,8 @@ def round_attention(
     if any(rounding.block for rounding in roundings) and getattr(model.config, "sliding_window", None) is not None:
         raise ValueError("a sliding window drops tokens, and has no blocks along tokens: use along='head_dim'")
     base = model.config._attn_implementation
+    if base == "eager" and getattr(model.config, "reorder_and_upcast_attn", False):
+        raise ValueError("reorder_and_upcast_attn has a way to multiply of its own: set it to False")
     if base not in ("eager", "sdpa"):
         done = str(base).startswith(_PREFIX)
         raise ValueError(
@@ -85,10 +88,11 @@ def round_attention(
 
 def _own_config(model: Any) -> None:
     """Give ``model`` a configuration of its own, so that other models made of the same one keep their attention."""
-    shared, own = model.config, copy.deepcopy(model.config)
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
     for module in model.modules():
-        if getattr(module, "config", None) is shared:
-            module.config = own
+        if id(getattr(module, "config", None)) in copies:
+            module.config = copies[id(module.config)]
 
 
 def _eager_function(file: Any) -> Callable[..., Any]:

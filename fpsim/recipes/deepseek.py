@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fpsim.policy import Policy
 from fpsim.recipes.exclusions import Exclusions
 from fpsim.recipes.parts import LINEAR, by_role, kept_in, results
 from fpsim.recipes.recipe import Recipe
 from fpsim.recipes.rounded_state import RoundedState
 
-#: Hopper's sums of FP8 products, for operands times powers of two: they are the same for every 128 products.
-_HOPPER: dict[str, Any] = {"accumulator": "e8m13/toward_zero", "order": ("aligned", 32, 13), "promote": 128}
-
 
 def deepseek_v3(
     *,
     scales: str = "power_of_two",
-    accumulator: str | None = "hopper",
+    accumulator: str | None = "hopper_fp8",
     state: str | None = "bf16",
     head: bool | str = True,
     router: bool = True,
@@ -26,33 +21,28 @@ def deepseek_v3(
     """DeepSeek-V3: e4m3fn for every operand, in blocks of 128 along the summed axis, and weights in tiles.
 
     Activations and gradients are rounded for every axis along which a product sums, each time from high precision. The
-    sum of 128 products is Hopper's (13 bits below the largest term), and moves to float32. Both moments of AdamW are in
-    bfloat16, gradients of weights and master weights in float32.
+    sum of 128 products is Hopper's (13 bits below the largest term); times both scales it is added in float32. Both
+    moments of AdamW are in bfloat16, gradients of weights and master weights in float32.
 
     Args:
-        scales: ``"power_of_two"`` (Transformer Engine's default, and DeepGEMM's UE8M0) or ``"fp32"``, max / amax.
-        accumulator: ``"hopper"``, or None for the sums of torch. ``"hopper"`` needs scales that are powers of two.
+        scales: ``"power_of_two"`` (Transformer Engine's default, and DeepGEMM's UE8M0) or ``"fp32"``, amax / max.
+        accumulator: that of the sums of 128 products; None for the sums of torch.
         state: the format of the states ``exp_avg`` and ``exp_avg_sq``; None leaves them alone.
         head, router: whether the output layer (or the glob of its path) and the routers of experts stay high.
         high: the format of results and of what stays high; None leaves both in the model's dtype.
 
     Raises:
-        ValueError: ``scales`` or ``accumulator`` is unknown, or they do not go together. Otherwise the errors of
-            `fpsim.Policy`.
+        ValueError: ``scales`` is unknown. Otherwise the errors of `fpsim.Policy`.
     """
-    if scales not in ("power_of_two", "fp32") or accumulator not in ("hopper", None):
-        raise ValueError(
-            f"scales={scales!r}, accumulator={accumulator!r}: use 'power_of_two' or 'fp32', and 'hopper' or None"
-        )
-    if scales == "fp32" and accumulator is not None:
-        raise ValueError("scales='fp32' changes the bits that Hopper's sums keep: use accumulator=None")
-    rule = "power_of_two" if scales == "power_of_two" else "encode"
-    block, tile = f"e4m3fn/block:128:{rule}", f"e4m3fn/block:128x128:{rule}"
+    if scales not in ("power_of_two", "fp32"):
+        raise ValueError(f"scales={scales!r}: use 'power_of_two' or 'fp32'")
+    block, tile = f"e4m3fn/block:128:{scales}", f"e4m3fn/block:128x128:{scales}"
     policy = Policy(
         **by_role(block, tile, block),
         **results(high, "fprop", "dgrad"),
         **LINEAR,
-        **(_HOPPER if accumulator else {}),
+        accumulator=accumulator,
+        promote=None if accumulator is None else 128,
     )
     return Recipe(
         name="deepseek_v3",
@@ -65,7 +55,6 @@ def deepseek_v3(
             "Transformer Engine does not: this follows it.",
             "The report keeps the inputs of the layer after attention in a 12-bit format (E5M6) for wgrad. This rounds "
             "them to e4m3fn.",
-            "The sums are simulated on the CPU only. accumulator=None has those of torch.",
         ),
         exclusions=Exclusions(head=head, router=router, policy=kept_in(high)) if head or router else None,
     )

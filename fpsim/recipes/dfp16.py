@@ -21,11 +21,13 @@ def dfp16(*, bits: int = 16, overflow: str = "spill", chain: int | None = None) 
         chain: L; None takes the longest one that cannot overflow.
 
     Raises:
-        ValueError: ``overflow`` is unknown, or a chain of this length may overflow. Otherwise the errors of
-            `fpsim.Policy`.
+        ValueError: ``overflow`` is unknown, a chain of this length may overflow, or one is given with ``"wrap"``.
+            Otherwise the errors of `fpsim.Policy`.
     """
     if overflow not in ("spill", "wrap"):
         raise ValueError(f"overflow={overflow!r}: use 'spill' or 'wrap'")
+    if overflow == "wrap" and chain is not None:
+        raise ValueError(f"sums that wrap around have no chains, got chain={chain}: leave it out")
     cast = f"int{bits}/power_of_two"
     policy = Policy(
         format=cast,
@@ -43,7 +45,6 @@ def dfp16(*, bits: int = 16, overflow: str = "spill", chain: int | None = None) 
             "The paper takes the exponent of amax. This takes the least one with which amax fits, which is another one "
             "if amax is just below a power of two.",
             "A sum within a chain is exact; it is rounded to float32 as it moves there. The paper has no code.",
-            "Sums are simulated on the CPU only.",
         ),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -122,7 +122,7 @@ def fp8_lm(
         name="fp8_lm",
         source="Peng et al., FP8-LM: Training FP8 Large Language Models, arXiv 2310.18313; Azure/MS-AMP 9746ea8",
         policy=Policy(**fields),
-        optimizer=replace(_LEVELS[level]),
+        optimizer=_LEVELS[level],
         gradients=NarrowGradients(factor=factor, own_scales=factor == "automatic") if processes else None,
         notes=(
             f"This is level {level}. MS-AMP has O3 under DeepSpeed's ZeRO only; here nothing is partitioned.",

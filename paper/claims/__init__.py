@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from . import after_training, arithmetic, over_time, training
+from . import after_training, arithmetic, over_time, states, training, training_states
 from .claim import Claim
 
 #: All claims by name.
 CLAIMS: dict[str, Claim] = {
-    claim.name: claim for claim in (*arithmetic.CLAIMS, *after_training.CLAIMS, *over_time.CLAIMS, *training.CLAIMS)
+    claim.name: claim
+    for module in (arithmetic, states, after_training, over_time, training, training_states)
+    for claim in module.CLAIMS
 }

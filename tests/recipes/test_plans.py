@@ -129,7 +129,7 @@ def test_the_operands_of_each_product_have_the_casts_of_the_source(name: str) ->
         assert last_block == canonical((BF16,) * 9)
         assert {str(site.transform) for site in plan.sites if site.transform} == {"hadamard:16:te"}
         assert {site.kind for site in plan.sites if site.transform} == {"wgrad"}
-    sums = {"deepseek_v3": "e8m13/toward_zero/ovf_inf order=aligned:32:13 promote=128",
+    sums = {"deepseek_v3": "hopper_fp8 promote=128, scales of 128 times partial sums",
             "dfp16": "e8m23/nearest_even/ovf_inf chunk=2 promote=2"}  # fmt: skip
     assert {each.accumulator for each in plan.sums} == ({sums[name]} if name in sums else set())
 

@@ -110,12 +110,12 @@ def test_wrong_json_is_an_error_that_names_it(change: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: recipes.deepseek_v3(scales="e8m0"), "scales='e8m0', accumulator='hopper': use 'power_of_two'"),
-        (lambda: recipes.deepseek_v3(scales="fp32"), "scales='fp32' changes the bits that Hopper's sums keep"),
+        (lambda: recipes.deepseek_v3(scales="e8m0"), "scales='e8m0': use 'power_of_two' or 'fp32'"),
         (lambda: recipes.switchback(format="int4"), "format='int4' is none of SwitchBack's: use 'int8' or 'fp8'"),
         (lambda: recipes.halo(format="int4"), "format='int4' is none of HALO's: use one of fp8, int8, fp6"),
         (lambda: recipes.halo(level=3), "level=3: use 0, 1 or 2"),
         (lambda: recipes.dfp16(overflow="saturate"), "overflow='saturate': use 'spill' or 'wrap'"),
+        (lambda: recipes.dfp16(overflow="wrap", chain=2), "sums that wrap around have no chains, got chain=2"),
         (lambda: recipes.aqt(activations="signed"), "activations='signed', granularity='channel': use 'positive'"),
         (lambda: recipes.te_delayed(algorithm="mean"), "mean"),
         (
