@@ -33,6 +33,7 @@ from fpsim.compile_backend.passes.flash import Expansion
 from fpsim.compile_backend.passes.products import rounds_only_weights
 from fpsim.compile_backend.passes.rounding_pass import Observer, RoundingPass
 from fpsim.compile_backend.scale_states import HANDLE, ScaleStates, current
+from fpsim.compile_backend.switches import Lazy, Switches
 from fpsim.compile_backend.torch_settings import apply_settings
 from fpsim.compile_backend.watching import graph_runs, own_work
 from fpsim.policy import Policy
@@ -55,6 +56,7 @@ def compile_with_rounding(
     strict: bool = True,
     recorder: Recorder | None = None,
     keep: Callable[[fx.GraphModule, Sequence[Any], Any], None] | None = None,
+    switches: Switches | None = None,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph with the rounding that ``policy`` asks for.
 
@@ -67,6 +69,7 @@ def compile_with_rounding(
         strict: whether a gap that the policy does not allow is an error.
         recorder: gathers the statistics of the graph's sites when it runs; only with ``interpret``.
         keep: called after every run of a graph with the graph, its inputs and its results; only with ``interpret``.
+        switches: what turns the roundings of its policies on and off; ``policy`` is the first of them.
 
     Raises: the errors of `fpsim.compile_backend.fpsim`.
     """
@@ -79,7 +82,8 @@ def compile_with_rounding(
         guards.check_gaps(policy)
         refuse_other_policy(policy, hashlib.sha256(gm.code.encode()).hexdigest())
     input_sources, identity = sources_of_inputs(gm, example_inputs), list(_identity(gm, policy))
-    seed_device = _device(example_inputs) if policy.is_stochastic else None
+    policies = (policy,) if switches is None else switches.policies
+    seed_device = _device(example_inputs) if any(each.is_stochastic for each in policies) else None
     seed_input = handle_input = None
     if seed_device is not None:
         seed_input = len(input_sources)
@@ -90,9 +94,26 @@ def compile_with_rounding(
         handle_input = len(input_sources)
         gm, example_inputs = _with_input(gm, "fpsim_scales", HANDLE), [*example_inputs, HANDLE]
         input_sources.append(Source.NONE)
+    switches_input = None
+    if switches is not None:
+        switches_input = len(input_sources)
+        switches.state = switches.state.to(_device(example_inputs))
+        gm, example_inputs = _with_input(gm, "fpsim_switches", switches.state), [*example_inputs, switches.state]
+        input_sources.append(Source.NONE)
     own_states = ScaleStates()  # for runs outside of a call of a compiled model
     gm, attention = decompose_attention(gm, policy, _SEED)
-    rounding = RoundingPass(policy, input_sources, identity, observer, strict, seed_input, handle_input, recorder)
+    rounding = RoundingPass(
+        policy,
+        input_sources,
+        identity,
+        observer,
+        strict,
+        seed_input,
+        handle_input,
+        recorder,
+        switches,
+        switches_input,
+    )
     patches: dict[str, Any] = {
         "joint_custom_pre_pass": _after_user_passes(inductor_config.joint_custom_pre_pass, rounding),
         "post_grad_custom_pre_pass": _after_user_passes(inductor_config.post_grad_custom_pre_pass, Expansion()),
@@ -105,12 +126,13 @@ def compile_with_rounding(
         stack.enter_context(own_work())
         stack.enter_context(attention)
         stack.enter_context(recorded())
-        # The pass warns if a policy for weights finds none. It does not run for code that comes from the cache.
-        if interpret or (rounds_only_weights(policy) and not has_layer(gm, policy)):
+        # The pass warns if a policy for weights finds none, and numbers switches. It does not run for code that comes
+        # from the cache.
+        if interpret or switches is not None or (rounds_only_weights(policy) and not has_layer(gm, policy)):
             stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
             patches["fx_graph_cache"] = False
-        compiler: dict[str, Any] = {"inner_compile": interpreter(recorder, keep)} if interpret else {}
-        if policy.rounds_results or policy.rounds_saved:
+        compiler: dict[str, Any] = {"inner_compile": interpreter(recorder, keep, switches)} if interpret else {}
+        if any(each.rounds_results or each.rounds_saved for each in policies):
             compiler["decompositions"] = decompositions()
         compiled = cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches, **compiler))
 
@@ -124,6 +146,8 @@ def compile_with_rounding(
                     states = own_states
                     stack.enter_context(states.running())
                 added.append(states.handle(inputs))
+            if switches is not None:
+                added.append(switches.state)
             stack.enter_context(record_function(GRAPH_EVENT))
             stack.enter_context(graph_runs())
             return compiled(*inputs, *added)
@@ -155,21 +179,24 @@ def _with_input(gm: fx.GraphModule, name: str, example: torch.Tensor) -> fx.Grap
 
 
 def interpreter(
-    recorder: Recorder | None, keep: Callable[[fx.GraphModule, Sequence[Any], Any], None] | None
+    recorder: Recorder | None,
+    keep: Callable[[fx.GraphModule, Sequence[Any], Any], None] | None,
+    switches: Switches | None = None,
 ) -> Callable[..., Any]:
     """A substitute for Inductor's compiler. It returns a function that interprets the graph and empties its argument.
 
-    ``recorder`` and ``keep`` are arguments of `compile_with_rounding`.
+    ``recorder``, ``keep`` and ``switches`` are arguments of `compile_with_rounding`.
     """
 
     def interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         if recorder is not None:
             recorder.bind(gm)
+        evaluate = gm if switches is None else Lazy(gm).run
 
         def run(inputs: list[Any]) -> Any:
             arguments = list(inputs)
             inputs.clear()
-            results = gm(*arguments)
+            results = evaluate(*arguments)
             if keep is not None:
                 keep(gm, arguments, results)
             return results

@@ -25,6 +25,7 @@ from fpsim.accumulators.sums import accumulate_sum_op
 from fpsim.attention.ops import flash_op
 from fpsim.compile_backend.compiling import compile_with_rounding
 from fpsim.compile_backend.errors import UnroundedError
+from fpsim.compile_backend.switches import Switches, switch_op
 from fpsim.compile_backend.torch_settings import apply_settings
 from fpsim.policy import Policy
 from fpsim.rounding.ops import round_op
@@ -36,11 +37,12 @@ from fpsim.transforms.ops import round_transformed_op, transform_operand_op, tra
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-#: From parameters and buffers by name, positional arguments and keyword arguments to the module's result.
-Call = Callable[[Mapping[str, Tensor], tuple[Any, ...], Mapping[str, Any]], Any]
+#: From parameters and buffers by name, positional arguments and keyword arguments to the module's result. With
+#: switches there is a fourth argument, their vector.
+Call = Callable[..., Any]
 
 
-def functional(module: nn.Module, policy: Policy) -> Call:
+def functional(module: nn.Module, policy: Policy, switches: Switches | None = None) -> Call:
     """``module`` as a function of its parameters, buffers and arguments, with its forward products rounded.
 
     Values are those of the module compiled by backend ``"fpsim_eager"`` under ``policy``. Derivatives, of any order and
@@ -51,6 +53,10 @@ def functional(module: nn.Module, policy: Policy) -> Call:
         module: any uncompiled module. It is traced for every new shape of its arguments.
         policy: the casts of every product and operation. It must not be stochastic, and its scales must not depend on
             other steps, because such a function has a different surrogate at every call.
+        switches: blended ones, for its roundings. The function then takes a vector s of the shape of their state,
+            with floating-point numbers: where a rounding of x has the error e, the value is x + s e. So the function is
+            differentiable in s. Errors are constants in all derivatives. Where an error is infinite or NaN, it
+            counts as zero, and `Switches.overflowed` has the number of its place.
 
     Raises:
         ValueError: a stochastic policy, or one with timed scales; when called, a policy that does not fit the module
@@ -70,13 +76,15 @@ def functional(module: nn.Module, policy: Policy) -> Call:
         )
     traced: dict[Any, _Traced] = {}
 
-    def call(state: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def call(
+        state: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], weights: Tensor | None = None
+    ) -> Any:
         given = (dict(state), tuple(args), dict(kwargs))
         leaves, spec = pytree.tree_flatten(given)
         key = (spec, tuple(map(_facts, leaves)), tuple(part.training for part in module.modules()))
         if key not in traced:
-            traced[key] = _trace(module, policy, given)
-        return traced[key](leaves)
+            traced[key] = _trace(module, policy, given, switches)
+        return traced[key](leaves if weights is None else [*leaves, weights])
 
     return call
 
@@ -112,13 +120,15 @@ def _facts(leaf: Any) -> Any:
     return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
 
 
-def _trace(module: nn.Module, policy: Policy, given: tuple[Any, ...]) -> _Traced:
+def _trace(module: nn.Module, policy: Policy, given: tuple[Any, ...], switches: Switches | None) -> _Traced:
     """The graph for arguments of these shapes, traced outside of all transforms of `torch.func`."""
     runs: list[tuple[fx.GraphModule, Sequence[Any], Any]] = []
     apply_settings()
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return compile_with_rounding(gm, example_inputs, policy, interpret=True, keep=lambda *run: runs.append(run))
+        return compile_with_rounding(
+            gm, example_inputs, policy, interpret=True, keep=lambda *run: runs.append(run), switches=switches
+        )
 
     def call(module: nn.Module, state: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return functional_call(module, state, args, kwargs, tie_weights=True)
@@ -131,10 +141,12 @@ def _trace(module: nn.Module, policy: Policy, given: tuple[Any, ...]) -> _Traced
         example[0].update((name, nn.Parameter(value)) for name, value in example[0].items() if name in parameters)
         outcome = torch.compile(call, backend=backend, fullgraph=True, dynamic=False)(module, *example)
     leaves, _ = pytree.tree_flatten(example)
+    if switches is not None:
+        leaves.append(switches.state)
     values, spec = pytree.tree_flatten(outcome)
     ((graph, inputs, outputs),) = runs
     _refuse_unknown(inputs, leaves, values, outputs)
-    return _Traced(_differentiable(graph), _places(inputs, leaves), _places(values, outputs), spec)
+    return _Traced(_differentiable(graph, switches), _places(inputs, leaves), _places(values, outputs), spec)
 
 
 def _refuse_unknown(
@@ -167,7 +179,7 @@ def _places(values: Sequence[Any], among: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(_Leaf(positions[id(value)]) if id(value) in positions else value for value in values)
 
 
-def _differentiable(gm: fx.GraphModule) -> fx.GraphModule:
+def _differentiable(gm: fx.GraphModule, switches: Switches | None) -> fx.GraphModule:
     """The graph with differentiable rounding, and without the final writes of new values into buffers.
 
     Raises:
@@ -177,6 +189,8 @@ def _differentiable(gm: fx.GraphModule) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if node.target is aten.copy_.default and not node.users:
             gm.graph.erase_node(node)
+        elif node.target is switch_op and switches is not None:
+            node.target = _blended(switches)
         elif node.target in _WITH_DERIVATIVE:
             node.target = _WITH_DERIVATIVE[node.target]
         elif getattr(node.target, "namespace", None) == "fpsim":
@@ -282,6 +296,21 @@ def _rounded_with_scale(
     if outside:
         x = (x / outer_scale_op(exact, element, scale, axes, source)).to(value.dtype)
     return straight_through(x, value)
+
+
+def _blended(switches: Switches) -> Callable[..., Tensor]:
+    """The operator `switch` for weights: the exact value plus the part of the error that the weight names."""
+
+    def blended(exact: Tensor, rounded: Tensor, weights: Tensor, numbers: list[int]) -> Tensor:
+        error = rounded.detach() - exact.detach()
+        finite = error.isfinite()
+        if not bool(finite.all()):
+            switches.overflowed.update(numbers)
+            error = error.where(finite, 0)
+        (number,) = numbers
+        return exact + (weights[number] * error).to(exact.dtype)
+
+    return blended
 
 
 #: The operators of fpsim that stand in a forward graph, and one of prims, with the derivatives of the surrogate.

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fpsim import curvature, posttraining, recipes, reference, sharpness, testing
+    from fpsim import curvature, evaluate, posttraining, recipes, reference, sharpness, testing
     from fpsim.accumulators.matmul import matmul
     from fpsim.attention.flash import FlashAttention
     from fpsim.attention.ops import flash_attention
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fpsim.training.parameters import round_parameters
 
 #: The public modules.
-_MODULES = ("curvature", "posttraining", "recipes", "reference", "sharpness", "testing")
+_MODULES = ("curvature", "evaluate", "posttraining", "recipes", "reference", "sharpness", "testing")
 
 #: The other public names, and the module that holds each.
 _HOMES = {
@@ -83,6 +83,7 @@ __all__ = [
     "decode_blocks",
     "encode",
     "encode_blocks",
+    "evaluate",
     "explain",
     "flash_attention",
     "load_scale_state",

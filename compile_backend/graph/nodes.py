@@ -52,7 +52,13 @@ def module_path(node: fx.Node) -> str | None:
 
 
 def stack_path(source: str) -> str:
-    """The path of a module from its source in a module stack: ``L['self'].layers.0`` is ``layers.0``."""
+    """The path of a module from its source in a module stack: ``L['self'].layers.0`` is ``layers.0``.
+
+    Where a function gets the module as an argument, torch writes ``getattr(L['module'].layers, '0')`` for this.
+    """
+    attribute = re.compile(r"getattr\(((?:[^()]|\([^()]*\))*), '([^']*)'\)")
+    while (plain := attribute.sub(r"\1.\2", source)) != source:
+        source = plain
     return re.sub(r"^[LG]\['[^']*'\](\.|$)", "", source)
 
 

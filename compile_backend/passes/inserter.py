@@ -28,6 +28,7 @@ from fpsim.compile_backend.graph.views import is_view, mapped_axes
 from fpsim.compile_backend.observe.recorder import Recorder
 from fpsim.compile_backend.plan import Site
 from fpsim.compile_backend.scale_states import timed_factor_op
+from fpsim.compile_backend.switches import Switches, switch_op
 from fpsim.formats import FloatFormat
 from fpsim.rounding.carriers import CARRIERS
 from fpsim.rounding.ops import SOURCE, random_keys_op, random_words_op, round_op
@@ -55,6 +56,7 @@ class Inserter:
         seed: the input that is the seed of stochastic rounding.
         handle: the input that tells where the states of timed scales are.
         recorder: observes every rounded value and product.
+        switches: the switches of all roundings, and the input that holds them.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Inserter:
         seed: fx.Node | None,
         handle: fx.Node | None,
         recorder: Recorder | None,
+        switches: tuple[Switches, fx.Node] | None = None,
     ) -> None:
         self.graph = graph
         self.sources = sources
@@ -78,6 +81,8 @@ class Inserter:
         self.handle = handle
         self.timed_sites: Counter[tuple[str, str]] = Counter()
         self.recorder = recorder
+        self.switches = switches
+        self.policy_number = 0
 
     def round_operand(
         self, product: Product, position: int, site: Site, transformed: fx.Node | None = None
@@ -97,7 +102,7 @@ class Inserter:
         if site.cast is not None:
             if transformed is not None:
                 check_cast(operand.meta["val"].dtype, site.cast)
-            rounded = self.rounded(exact, site, product.node, site.contracted)
+            rounded = self.switch(exact, self.rounded(exact, site, product.node, site.contracted), [site])
         rounded = self._in_dtype(rounded, operand.meta["val"].dtype, product.node)
         if rounded is operand:
             return None
@@ -106,7 +111,34 @@ class Inserter:
         product.node.update_arg(position, rounded)
         if site.cast is None or not site.epilogue:
             return None
-        return self._outer_scale(exact, site.cast, product.node, site.contracted)
+        scale = self._outer_scale(exact, site.cast, product.node, site.contracted)
+        if self.switches is None:
+            return scale
+        call, like = self.calls_after(scale, product.node), scale.meta["val"]
+        sizes = [n if isinstance(n, int) else call(aten.sym_size.int, scale, i) for i, n in enumerate(like.shape)]
+        one = call(aten.full.default, sizes, 1.0)
+        with_dtype = (
+            one if one.meta["val"].dtype == like.dtype else call(prims.convert_element_type.default, one, like.dtype)
+        )
+        return self.switch(with_dtype, scale, [site], after=with_dtype)
+
+    @property
+    def is_blended(self) -> bool:
+        """Whether the switches are parts of errors (`Switches.is_blended`)."""
+        return self.switches is not None and self.switches[0].is_blended
+
+    def switch(
+        self, exact: fx.Node, rounded: fx.Node, sites: Sequence[Site], *, after: fx.Node | None = None
+    ) -> fx.Node:
+        """The node that is ``rounded`` if any of ``sites`` is on, else ``exact``; ``rounded`` without switches.
+
+        It follows ``after``, or else ``rounded``.
+        """
+        if self.switches is None or rounded is exact:
+            return rounded
+        switches, state = self.switches
+        numbers = [switches.number(site, self.policy_number) for site in sites if site.cast is not None]
+        return self.calls_after(after or rounded, rounded)(switch_op, exact, rounded, state, numbers)
 
     def transformed(
         self, operands: Sequence[fx.Node], axes: Sequence[int], transform: Transform, near: fx.Node
@@ -230,7 +262,7 @@ class Inserter:
 
     def rounded_result(self, value: fx.Node, near: fx.Node, site: Site) -> fx.Node:
         """The node that holds ``value``, the result of an operation, rounded by the cast of ``site``; as `rounded`."""
-        result = self.rounded(value, site, near, site.contracted)
+        result = self.switch(value, self.rounded(value, site, near, site.contracted), [site])
         if self.recorder is not None:
             self.recorder.add_result(value, result, site)
         return result
@@ -238,7 +270,7 @@ class Inserter:
     def round_result(self, node: fx.Node, site: Site) -> None:
         """Replace ``node``, for all of its users, by the node that holds it rounded by the cast of ``site``."""
         users = list(node.users)
-        result = self._insert(node, site, node, site.contracted)
+        result = self.switch(node, self._insert(node, site, node, site.contracted), [site])
         for user in users:
             user.replace_input_with(node, result)
         if self.recorder is not None:

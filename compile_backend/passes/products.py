@@ -83,21 +83,31 @@ def round_products(
     gaps: list[Gap] = []
     sums: list[Summed] = []
     for product in products:
-        description = f"{product.kind} product {product.node.name} ({product.operator})"
-        local = policy_at(product.path, description, policy, strict)
-        reason = _reason_to_leave(product, local)
-        transform = None if local is None or reason is not None else transform_of(product, local)
-        if transform is not None and (reason := why_not(product, transform)) is not None and strict:
-            raise UnroundedError(reason)
-        if local is not None and reason is None:
+        local, transform, reason = local_policy(product, policy, strict)
+        if local is not None:
             own, product, exact = _round_product(product, local, transform, inserter)
             sites += own
             accumulator = local.accumulator_of(product.kind)
             if accumulator is not None:
                 sums.append(summed(product, exact, [_cast_of_factors(site) for site in own[:2]], accumulator))
         else:
-            gaps.append(Gap(product.path or "", product.operator, reason or ""))
+            gaps.append(Gap(product.path or "", product.operator, reason))
     return sites, gaps, sums
+
+
+def local_policy(product: Product, policy: Policy, strict: bool) -> tuple[Policy | None, Transform | None, str]:
+    """The policy for ``product`` and its transform; no policy if it stays unrounded, and the reason for that.
+
+    Raises:
+        UnroundedError: as `round_products`.
+    """
+    description = f"{product.kind} product {product.node.name} ({product.operator})"
+    local = policy_at(product.path, description, policy, strict)
+    reason = _reason_to_leave(product, local)
+    transform = None if local is None or reason is not None else transform_of(product, local)
+    if transform is not None and (reason := why_not(product, transform)) is not None and strict:
+        raise UnroundedError(reason)
+    return (local, transform, "") if reason is None else (None, None, reason)
 
 
 def rounds_only_weights(policy: Policy) -> bool:
@@ -153,6 +163,23 @@ def _round_product(
     Returns:
         Their sites, the product as it is then, and its operands after a transform and before rounding.
     """
+    sites, product, before, result = round_operands(product, policy, transform, inserter)
+    output = policy.output_cast(product.kind)
+    if output is not None:
+        sites.append(site_of_product(product, "output", result, output))
+        inserter.round_result(result, sites[-1])
+    return sites, product, before
+
+
+def round_operands(
+    product: Product, policy: Policy, transform: Transform | None, inserter: Inserter
+) -> tuple[list[Site], Product, Sequence[fx.Node], fx.Node]:
+    """Round the operands of one product.
+
+    Returns:
+        Their sites, the product as it is then, its operands after a transform and before rounding, and the node that
+        holds its result.
+    """
     dtype = product.result.meta["val"].dtype
     operands: list[fx.Node] = [product.node.args[i] for i in product.operands]  # type: ignore[misc]
     is_real = all(operand.meta["val"].dtype in CARRIERS for operand in operands)
@@ -166,6 +193,8 @@ def _round_product(
             product.roles, operands, casts, product.contracted, transforms_of(product, transform), strict=True
         )
     ]
+    if inserter.is_blended:
+        sites = [replace(site, epilogue=False) for site in sites]
     before = operands if transform is None else transform_operands(product, transform, inserter)
     scales: list[fx.Node | None] = [None, None]
     for i, (position, site) in enumerate(zip(product.operands, sites, strict=True)):
@@ -175,12 +204,7 @@ def _round_product(
     scaled = scale_result(product, scales, inserter)
     if inserter.recorder is not None:
         inserter.recorder.add_product(scaled.product, operands, sites, before, scaled.operands, scaled.value)
-    product = scaled.product
-    result = product.result
+    result = scaled.product.result
     if transform is not None and transform.of_kept_axis:
-        result = transform_result(product, transform, inserter)
-    output = policy.output_cast(product.kind)
-    if output is not None:
-        sites.append(site_of_product(product, "output", result, output))
-        inserter.round_result(result, sites[-1])
-    return sites, product, before
+        result = transform_result(scaled.product, transform, inserter)
+    return sites, scaled.product, before, result

@@ -22,14 +22,16 @@ from fpsim.compile_backend.graph.operation_ends import find_marks, replace_mark
 from fpsim.compile_backend.graph.recognition import note_gradients
 from fpsim.compile_backend.graph.sources import Source, find_input, find_sources
 from fpsim.compile_backend.observe.recorder import Recorder
-from fpsim.compile_backend.passes.accumulators import insert_accumulators
+from fpsim.compile_backend.passes.accumulators import Summed, insert_accumulators
 from fpsim.compile_backend.passes.flash import flash_sites
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.operations import round_operations
 from fpsim.compile_backend.passes.products import opaque_gaps, round_products, warn_if_no_weight_is_found
 from fpsim.compile_backend.passes.reductions import replace_sums
 from fpsim.compile_backend.passes.saved import insert_saved, round_saved
+from fpsim.compile_backend.passes.switches import round_switched
 from fpsim.compile_backend.plan import Plan
+from fpsim.compile_backend.switches import Switches
 from fpsim.policy import Policy
 from fpsim.rounding.ops import SOURCE
 
@@ -49,6 +51,8 @@ class RoundingPass(CustomGraphPass):
         seed_input: the position of the input that is the seed of stochastic rounding.
         handle_input: the position of the input that tells where the states of timed scales are.
         recorder: observes every site (for graphs that are interpreted).
+        switches: what turns the roundings of its policies on and off, in place of those of ``policy``.
+        switches_input: the position of the input that holds them.
     """
 
     def __init__(
@@ -61,6 +65,8 @@ class RoundingPass(CustomGraphPass):
         seed_input: int | None = None,
         handle_input: int | None = None,
         recorder: Recorder | None = None,
+        switches: Switches | None = None,
+        switches_input: int | None = None,
     ) -> None:
         self.policy = policy
         self.input_sources = tuple(input_sources)
@@ -70,16 +76,25 @@ class RoundingPass(CustomGraphPass):
         self.seed_input = seed_input
         self.handle_input = handle_input
         self.recorder = recorder
+        self.switches = switches
+        self.switches_input = switches_input
 
     def __call__(self, graph: fx.Graph) -> None:
         if is_body(graph):
             return
-        seed, handle = (
+        seed, handle, state = (
             None if position is None else find_input(graph, position)
-            for position in (self.seed_input, self.handle_input)
+            for position in (self.seed_input, self.handle_input, self.switches_input)
         )
         plan = rewrite(
-            graph, self.policy, self.input_sources, strict=self.strict, seed=seed, handle=handle, recorder=self.recorder
+            graph,
+            self.policy,
+            self.input_sources,
+            strict=self.strict,
+            seed=seed,
+            handle=handle,
+            recorder=self.recorder,
+            switches=None if self.switches is None or state is None else (self.switches, state),
         )
         if self.observer is not None:
             self.observer(plan)
@@ -100,6 +115,7 @@ def rewrite(
     seed: fx.Node | None = None,
     handle: fx.Node | None = None,
     recorder: Recorder | None = None,
+    switches: tuple[Switches, fx.Node] | None = None,
 ) -> Plan:
     """Insert the roundings of ``policy`` into ``graph``, in place, and return the plan: its sites and gaps.
 
@@ -107,6 +123,8 @@ def rewrite(
         seed: the input of the graph that is the seed of stochastic rounding.
         handle: the input that tells where the states of timed scales are.
         recorder: observes every site.
+        switches: what turns the roundings of its policies on and off, and the input that holds them. ``policy`` is the
+            first of them then.
 
     Raises:
         UnroundedError: with ``strict``, an operator whose products cannot be rounded and which the policy does not
@@ -118,7 +136,7 @@ def rewrite(
     copies = insert_saved(graph, policy, input_sources, strict)
     views = {node for node in graph.nodes if is_alias(node)}
     sources = find_sources(graph, input_sources)
-    inserter = Inserter(graph, sources, seed, handle, recorder)
+    inserter = Inserter(graph, sources, seed, handle, recorder, switches)
     products = find_products(graph, sources, input_sources)
     for node in find_weight_marks(graph):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
@@ -127,7 +145,11 @@ def rewrite(
     attended, attended_sums = flash_sites(graph, recorder)
     other_sums, sum_gaps, bias_gradients = replace_sums(graph, policy, sources, products, inserter, strict)
     results = round_operations(graph, policy, sources, products, inserter, strict, bias_gradients)
-    operands, gaps, sums = round_products(products, policy, inserter, strict)
+    sums: Sequence[Summed] = ()
+    if switches is None:
+        operands, gaps, sums = round_products(products, policy, inserter, strict)
+    else:
+        operands, gaps = round_switched(products, switches[0], inserter, strict)
     saved = round_saved(copies, inserter)
     if strict:
         warn_if_no_weight_is_found(products, [*results, *operands], policy)

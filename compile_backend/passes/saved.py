@@ -221,5 +221,5 @@ def _is_statistic(value: fx.Node) -> bool:
     name = getattr(original_operator(value), "__name__", "")
     family = opaque_family(f"aten.{name}")
     if family is not None and family.is_attention:
-        return value.target is getitem and value.args[1] != 0
+        return value.target is getitem and bool(value.args[1])
     return name in ONE_RESULT and value.target is not mark

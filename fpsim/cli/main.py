@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import typer
 
+from fpsim.cli.accuracy import accuracy
 from fpsim.cli.demo import demo
+from fpsim.cli.evaluate import evaluate, sensitivity
 from fpsim.cli.formats import formats
 from fpsim.cli.recipes import recipes
 from fpsim.cli.round import round
@@ -27,5 +29,8 @@ app.command(context_settings={"ignore_unknown_options": True})(round)  # else -1
 app.command(cls=VerifyCommand)(verify)
 app.command()(demo)
 app.command()(recipes)
+app.command()(evaluate)
+app.command()(sensitivity)
+app.command()(accuracy)
 app.command()(sharpness)
 app.add_typer(study, name="study")

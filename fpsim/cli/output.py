@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, ConsoleRenderable
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fpsim.formats import NAMED_FORMATS, FloatFormat, parse_format
 
 
-def print_table(table: Table) -> None:
-    """Print ``table``, as wide as the terminal; 160 characters wide in a file or a pipe."""
+def print_table(value: Table | ConsoleRenderable) -> None:
+    """Print a table or a result that consists of tables, as wide as the terminal; in a pipe 160 characters wide."""
     console = Console()
     if not console.is_terminal:
         console.width = 160
-    console.print(table)
+    console.print(value)
 
 
 @contextmanager

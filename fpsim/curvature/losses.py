@@ -71,15 +71,15 @@ def functional_loss(
     def of_batch(params: Mapping[str, Tensor], batch: Any) -> Tensor:
         if isinstance(batch, Mapping):
             outputs = call(params, (), dict(batch))
-            return loss(outputs, batch) if loss is not None else _own_loss(outputs)
+            return loss(outputs, batch) if loss is not None else own_loss(outputs)
         if isinstance(batch, tuple | list):
             if loss is None:
-                return _own_loss(call(params, tuple(batch), {}))
+                return own_loss(call(params, tuple(batch), {}))
             if len(batch) != 2:
                 raise ValueError(f"a batch with a loss is (inputs, targets), got {len(batch)} entries: use a mapping")
             return loss(call(params, (batch[0],), {}), batch[1])
         outputs = call(params, (batch,), {})
-        return loss(outputs) if loss is not None else _own_loss(outputs)
+        return loss(outputs) if loss is not None else own_loss(outputs)
 
     return of_batch if batch is NO_BATCH else lambda params: of_batch(params, batch)
 
@@ -338,7 +338,12 @@ def _refuse_compiled(model: nn.Module) -> None:
             )
 
 
-def _own_loss(outputs: Any) -> Tensor:
+def own_loss(outputs: Any) -> Tensor:
+    """The loss that a model returned: ``outputs``, or its ``.loss``.
+
+    Raises:
+        ValueError, TypeError: there is none.
+    """
     value = getattr(outputs, "loss", outputs)
     if value is None:
         raise ValueError("the model returned no loss: give the batch labels, or pass a loss function")

@@ -472,6 +472,12 @@ class Policy:
         )
 
     @property
+    def stated_fields(self) -> frozenset[str]:
+        """The names of the fields that differ from their defaults, here or in a rule for modules."""
+        own = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        return frozenset(own.union(*(policy.stated_fields for policy in self._policies_of_modules)))
+
+    @property
     def is_timed(self) -> bool:
         """Whether any scale depends on other steps."""
         return any(cast.scale is not None and cast.scale.is_timed for cast in self._all_casts())

@@ -8,10 +8,10 @@ from typing import Any
 HYBRID = {"activation": "e4m3fn/sat_finite", "weight": "e4m3fn/sat_finite", "gradient": "e5m2/sat_finite"}
 
 #: The fields of a policy for linear layers and convolutions, which leaves attention alone.
-LINEAR = {"products": "weights", "attention": "keep"}
+LINEAR: dict[str, Any] = {"products": "weights", "attention": "keep"}
 
 
-def by_role(activation: str, weight: str, gradient: str) -> dict[str, str]:
+def by_role(activation: str, weight: str, gradient: str) -> dict[str, Any]:
     """The fields with the casts of the three roles."""
     return {"activation": activation, "weight": weight, "gradient": gradient}
 

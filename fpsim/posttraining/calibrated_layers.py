@@ -15,7 +15,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from fpsim.casts import UNSCALED, Cast, parse_cast, refuse_timed
+from fpsim.formats import ElementFormat, parse_element
 from fpsim.policy.globs import matches
+from fpsim.posttraining.columns import name_of
 from fpsim.posttraining.layers import call_model, check_reached, evaluating, watch_inputs
 from fpsim.suggestions import did_you_mean
 from fpsim.tensor_functions import round
@@ -35,7 +37,7 @@ class RoundedWeight(nn.Module):
 
     def __init__(self, cast: Cast, axes: tuple[int, ...]) -> None:
         super().__init__()
-        self.cast, self.axes = str(cast), axes
+        self.cast, self.axes = name_of(cast), axes
 
     def forward(self, weight: Tensor) -> Tensor:
         """``weight`` rounded; its derivative is 1."""
@@ -105,7 +107,7 @@ def round_layers(
         ValueError: a format does not fit, a glob matches nothing, no layer is left, or a layer is not reached or sees
             an infinity or a NaN.
     """
-    cast, elements = _casts(weight, activation)
+    cast, element = _casts(weight, activation)
     batches = list(batches)
     if fold:
         fold_batch_norms(model, batches)
@@ -121,14 +123,14 @@ def round_layers(
     if wrong := [path for path, amax in largest.items() if not amax.isfinite()]:
         raise ValueError(f"an input of {wrong[0]} has an infinity or a NaN: its range is no number")
     for path, layer in layers.items():
-        ratio = torch.where(largest[path] == 0, 1.0, largest[path] / elements.format.max)
+        ratio = torch.where(largest[path] == 0, 1.0, largest[path] / element.max)
         axes = (
             (0, *range(2, layer.weight.dim()))
             if isinstance(layer, _TRANSPOSED)
             else tuple(range(1, layer.weight.dim()))
         )
         parametrize.register_parametrization(layer, "weight", RoundedWeight(cast, axes))
-        layer.rounded_input = RoundedInput(elements.format.name, ratio)
+        layer.rounded_input = RoundedInput(element.name, ratio)
         layer.register_forward_pre_hook(_round_input)
     return {path: float(layer.rounded_input.ratio) for path, layer in layers.items()}
 
@@ -137,19 +139,16 @@ def _round_input(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (layer.rounded_input(args[0]), *args[1:])
 
 
-def _casts(weight: str, activation: str) -> tuple[Cast, Cast]:
-    cast, elements = parse_cast(weight), parse_cast(activation, scale=None)
-    if cast is None or elements is None:
-        raise ValueError("round_layers rounds weights and activations: name a format for both")
+def _casts(weight: str, activation: str) -> tuple[Cast, ElementFormat]:
+    cast, element = parse_cast(weight), parse_element(activation)
+    if cast is None:
+        raise ValueError("the format 'none' rounds nothing: name one for weights, such as int8")
     refuse_timed(cast, "round_layers")
     if cast.is_stochastic or cast.transform is not None:
         raise ValueError(f"round_layers rounds weights to nearest values, without a transform, got {str(cast)!r}")
-    named = [part for part in activation.split("/")[1:] if part != UNSCALED]
-    if named or not getattr(elements.format, "signed", True):
-        raise ValueError(
-            f"activations have one calibrated ratio and a signed format without modes, got {activation!r}: use int8"
-        )
-    return cast, elements
+    if not getattr(element, "signed", True):
+        raise ValueError(f"activations have one ratio and no zero point, got {activation!r}: use a signed format, int8")
+    return cast, element
 
 
 def _layers(model: nn.Module, skip: Iterable[str] | str) -> dict[str, Any]:

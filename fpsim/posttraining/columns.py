@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fpsim.casts import Cast, CastLike, apply_cast, check_cast, parse_cast, refuse_timed
+from fpsim.casts import UNSCALED, Cast, CastLike, apply_cast, check_cast, parse_cast, refuse_timed
 from fpsim.rounding.carriers import check_tensor
 from fpsim.rounding.ops import SOURCE, round_op
 from fpsim.scaling.groups import OnTensors, split
@@ -52,6 +52,11 @@ def weight_cast(format: CastLike, function: str) -> Cast:
     return cast
 
 
+def name_of(cast: Cast) -> str:
+    """A text from which `parse_cast` reads ``cast``; that of an unscaled ``int8`` says so."""
+    return f"{cast}/{UNSCALED}" if cast.scale is None else str(cast)
+
+
 def check_matrix(weight: Tensor, name: str = "weight") -> None:
     """Raise an error unless ``weight`` is a finite matrix of a floating-point dtype."""
     if not check_tensor(weight).is_floating_point:
@@ -88,10 +93,11 @@ class Columns:
         dtype of ``group``.
         """
         scale, call = self.cast.scale, OnTensors()
-        if self.whole is not None and scale is not None and scale.rule not in NV_RULES:
-            return (self.whole,)
         if scale is None:
             return ()
+        if scale.rule in SCALE_OPERATORS:
+            assert self.whole is not None, "power_of_two is a scale of the tensor"
+            return (self.whole,)
         if self.restored is not None:
             return tuple(each[:, first : first + 1] for each in self.restored)
         groups = split(group, scale, [1], call)

@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fpsim.casts import UNSCALED, Cast, CastLike, parse_cast, refuse_timed
+from fpsim.casts import Cast, CastLike, parse_cast, refuse_timed
+from fpsim.posttraining.columns import name_of
 from fpsim.scaling.scale import NV_RULES
 from fpsim.tensor_functions import round
 
@@ -51,7 +52,7 @@ def token_rounding(axis: str, given: CastLike | None) -> TokenRounding:
     block = _block_of_tokens(cast) if axis == "tokens" else 0
     if axis == "head_dim":
         _check_along_heads(cast)
-    return TokenRounding(f"{cast}/{UNSCALED}" if cast.scale is None else str(cast), block)
+    return TokenRounding(name_of(cast), block)
 
 
 def _check_along_heads(cast: Cast) -> None:

@@ -40,7 +40,9 @@ class RotaryTables:
         Raises:
             ValueError: there is no such module, or its frequencies change while it runs.
         """
-        rotary = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
+        rotary: list[Any] = [
+            module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)
+        ]
         if not rotary:
             raise ValueError(f"{type(model).__name__} has no module with a buffer 'inv_freq': it has no rotary tables")
         for module in rotary:

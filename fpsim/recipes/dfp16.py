@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fpsim.policy import Policy
 from fpsim.recipes.parts import LINEAR
 from fpsim.recipes.recipe import Recipe
@@ -32,7 +30,8 @@ def dfp16(*, bits: int = 16, overflow: str = "spill", chain: int | None = None) 
     policy = Policy(
         format=cast,
         accumulator="int32/wrap" if overflow == "wrap" else _spilled(bits, chain),
-        **{kind: {"output": cast} for kind in ("fprop", "dgrad")},
+        fprop={"output": cast},
+        dgrad={"output": cast},
         **LINEAR,
     )
     return Recipe(
@@ -51,7 +50,7 @@ def dfp16(*, bits: int = 16, overflow: str = "spill", chain: int | None = None) 
 
 def _spilled(bits: int, chain: int | None) -> str:
     """The sums of ``chain`` products, exact as in 32 bits, that are added in float32."""
-    largest: Any = 2 ** (bits - 1) - 1
+    largest = (1 << (bits - 1)) - 1
     longest = (2**31 - 1) // largest**2
     if chain is not None and not 1 <= chain <= longest:
         raise ValueError(

@@ -140,7 +140,8 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _head(model: nn.Module) -> str:
     """The path of the output layer."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    getter = getattr(model, "get_output_embeddings", None)
+    output = getter() if callable(getter) else None
     paths = [path for path, module in model.named_modules() if module is output and output is not None]
     paths += [
         path for path, module in model.named_modules() if path.rpartition(".")[2] in HEADS and path.count(".") < 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fpsim.policy import Policy
 from fpsim.recipes.exclusions import Exclusions
 from fpsim.recipes.parts import LINEAR
@@ -40,7 +42,7 @@ def fractrain(
         name="fractrain",
         source="Fu et al., FracTrain: Fractionally Squeezing Bit Savings Both Temporally and Spatially for Efficient "
         "DNN Training, NeurIPS 2020; GATECH-EIC/FracTrain 1113ec2, modules/quantize.py, train_pfq.py",
-        policy=Policy(**stages[0], **LINEAR),
+        policy=Policy(**stages[0], **LINEAR),  # type: ignore[arg-type]
         schedule=Progressive(tuple(stages), threshold, decay, interval),
         notes=(
             "Zero is no value of these integers, so that the zeros of a ReLU become small numbers, as in the code.",
@@ -54,7 +56,7 @@ def fractrain(
     )
 
 
-def _fields(bits: int, gradient_bits: int) -> dict[str, str]:
+def _fields(bits: int, gradient_bits: int) -> dict[str, Any]:
     return {
         "activation": f"uint{bits}/tensor:range",
         "weight": f"uint{bits}/channel:range",

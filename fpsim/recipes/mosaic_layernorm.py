@@ -66,7 +66,7 @@ class NarrowLayerNorms:
         Raises:
             ValueError: it has no module of the class `torch.nn.LayerNorm`.
         """
-        norms = [module for module in model.modules() if type(module) is nn.LayerNorm]
+        norms: list[Any] = [module for module in model.modules() if type(module) is nn.LayerNorm]
         if not norms:
             raise ValueError(f"{type(model).__name__} has no torch.nn.LayerNorm: leave this part out")
         for norm in norms:

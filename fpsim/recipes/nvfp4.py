@@ -16,6 +16,7 @@ def nvfp4(
     square_weights: bool = True,
     hadamard: bool = True,
     stochastic: bool = True,
+    four_over_six: bool = False,
     first_blocks: float = _FIRST / _BLOCKS,
     last_blocks: float = _LAST / _BLOCKS,
     blocks: str | None = None,
@@ -31,14 +32,23 @@ def nvfp4(
 
     Args:
         square_weights, hadamard, stochastic: False leaves out the tiles, the rotation, or stochastic rounding.
+        four_over_six: True is refused: see below.
         first_blocks, last_blocks: how many blocks at the ends stay high, or their share. By default the shares of the
             paper, 2 and 8 of 62 (it finds that the last 4 suffice).
         blocks: the path of the list of blocks; None finds it.
         head: whether the output layer stays high: True finds it, or the glob of its path.
         high: the format of results and of what stays high; None leaves both in the model's dtype.
 
-    Raises: the errors of `fpsim.Policy`, and ValueError from `Recipe.apply` if the model has no list of blocks.
+    Raises:
+        ValueError: ``four_over_six`` (arXiv 2512.02010) is asked for. It tries two scales for every block and keeps the
+            one with the smaller error, which no rule of scales does here; and Transformer Engine does not combine it
+            with the rotation. Otherwise the errors of `fpsim.Policy`, and from `Recipe.apply` those of `Exclusions`.
     """
+    if four_over_six:
+        raise ValueError(
+            "four_over_six=True chooses the scale of a block by the errors of its elements, which fpsim's scales do "
+            "not (nor does Transformer Engine together with the rotation of wgrad): leave it out"
+        )
     policy = Policy(
         **by_role(
             "nvfp4",

@@ -13,7 +13,7 @@ import importlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -165,7 +165,8 @@ class Recipe:
         if self.schedule is not None:
             compiled = self.schedule.apply(model, policy, backend)
         elif policy is not None:
-            compiled = torch.compile(model, backend=backend, options={"policy": policy})
+            options: dict[str, Any] = {"policy": policy}
+            compiled = cast(torch.nn.Module, torch.compile(model, backend=backend, options=options))
         else:
             compiled = model
         if self.optimizer is not None and optimizer is not None:

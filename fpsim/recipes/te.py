@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fpsim.policy import Policy
 from fpsim.recipes.parts import LINEAR, by_role, results, split_in_backward
 from fpsim.recipes.recipe import Recipe
@@ -73,5 +75,5 @@ def te_current(
     return Recipe("te_current", _SOURCE, policy, notes=notes)
 
 
-def _hybrid(scale: str, hybrid: bool) -> dict[str, str]:
+def _hybrid(scale: str, hybrid: bool) -> dict[str, Any]:
     return by_role(f"e4m3fn/{scale}", f"e4m3fn/{scale}", f"{'e5m2' if hybrid else 'e4m3fn'}/{scale}")

@@ -50,8 +50,8 @@ def zeroquant_fp(
         ),
         notes=(
             "The weights are rounded once, before the model is compiled, and keep their dtype.",
-            "The paper's M2 rounds a ratio down, to a power of two below the largest one of the compute block. The "
-            "largest weights of a group may saturate. m2_up rounds it up.",
+            "M2 is d / 2^ceil(log2(d / d_i)), which is at most the ratio d_i, so that the largest weights of a group "
+            "may saturate. m2_up rounds the ratio up. The paper has no code to tell which one it means.",
             "The paper leaves the compute block open. Here it is one group of columns in 'rows' outputs, since GPTQ "
             "knows no scales of later groups.",
             "DeepSpeed's float quantizer (csrc/fp_quantizer) rounds halves away and makes small numbers the least "

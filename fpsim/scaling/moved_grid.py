@@ -1,10 +1,11 @@
 """A shorter form of rounding in blocks whose scales are powers of two.
 
-`fpsim.rounding.float_forms` multiplies a number by the scale's inverse, rounds the product, and multiplies it back. Here
-the number stays, and the constants of the grid move: all that depends on the scale is the same for a whole block. For
-the rules whose scales reach the largest magnitude, no number exceeds the grid's largest value either. `fpsim.rounding.
-kernel` defines every result; the form gives the same bits where `suits` and `unsuitable` say so, because its sum and
-its difference are those of the scaled numbers times a power of two, and none of them overflows or is subnormal.
+`fpsim.rounding.float_forms` multiplies a number by the inverse of the scale, rounds the product, and multiplies it
+back. Here the number stays, and the constants of the grid move. These are the same for a whole block. Under the rules
+whose scales reach the largest magnitude, no number exceeds the largest value of the grid either.
+
+`fpsim.rounding.kernel` defines every result. The form gives the same bits where `suits` and `unsuitable` say so: its
+sum and its difference are those of the scaled numbers times a power of two, and none of them overflows or is subnormal.
 """
 
 from __future__ import annotations

@@ -114,7 +114,9 @@ def quantized(x: Any, dtype: torch.dtype, elements: Elements, scale: Scale, scal
     if scale.rule in NV_RULES:
         scaled = call(aten.mul.Tensor, wide, nv_factor(scales[0], scales[1], scale, call))
         scaled = scaled if exact_zero else _flushed(scaled, call)
-        return elements.rounded(_clamped(scaled, -6.0, 6.0, call), working)
+        if elements.overflow != "sat_finite":  # which limits the numbers too
+            scaled = _clamped(scaled, -6.0, 6.0, call)
+        return elements.rounded(scaled, working)
     if scale.rule == "range":
         wide = call(aten.sub.Tensor, wide, scales[1])
     if scale.rule == "encode":
@@ -149,21 +151,21 @@ def scales_of_groups(
     Returns:
         For powers of two, the multipliers in the dtype of ``x`` (`fpsim.scaling.rules.mx_multiplier_code`). For ratios,
         the ratios, for ``encode`` also the factors before rounding, for ``asymmetric`` also the zero points, and for
-        ``range`` also the least elements. For
-        ``double``, the ratios, the ratios as they are restored, and the ratios that are quantized. For NVFP4, the
-        scales of the blocks and the one of the tensor. All but the multipliers are float32.
+        ``range`` also the least elements. For ``double``, the ratios, the ratios as they are restored, and the ratios
+        that are quantized. For NVFP4, the scales of the blocks and the one of the tensor. All but the multipliers are
+        float32.
     """
     if scale.rule in MX_RULES:
         return (mx_multiplier(x, dtype, element, scale.rule, axes, call),)
     if dtype == torch.bfloat16:  # Inductor cannot compile two equal maxima of bfloat16 in one loop
-        x = call(prims.convert_element_type.default, x, torch.float32)
+        x, dtype = call(prims.convert_element_type.default, x, torch.float32), torch.float32
     if scale.rule in NV_RULES:
-        return nv_scales(x, scale, axes, call)
+        return nv_scales(x, dtype, scale, axes, call)
     if scale.rule == "asymmetric":
         return asymmetric_scale(x, unsigned_of(element), axes, call)
     if scale.rule == "range":
         return range_scale(x, unsigned_of(element), axes, call)
-    amax = call(prims.convert_element_type.default, amax_of(x, axes, call), torch.float32)
+    amax = call(prims.convert_element_type.default, amax_of(x, dtype, axes, call), torch.float32)
     if scale.rule == "encode":
         factor = encode_scale(amax, element, call)
         return call.stored(call(aten.div.Tensor, call.constant(1.0, factor), factor)), factor
@@ -242,13 +244,16 @@ def unsigned_of(element: ElementFormat) -> IntegerFormat:
     return IntegerFormat(element.bits, signed=False)
 
 
-def amax_of(x: Any, axes: list[int], call: Call) -> Any:
-    """The largest magnitudes along ``axes``, which stay with size 1; NaN where there is a NaN."""
-    return call.stored(call(aten.amax.default, call(aten.abs.default, x), axes, True))
+def amax_of(x: Any, dtype: torch.dtype, axes: list[int], call: Call, subnormals: bool = False) -> Any:
+    """The largest magnitudes along ``axes``, which stay with size 1; NaN where there is a NaN.
 
-
-def amax_by_codes(x: Any, dtype: torch.dtype, axes: list[int], call: Call) -> Any:
-    """`amax_of` by the codes of magnitudes, which are in their order."""
+    ``subnormals`` tells whether those of subnormal numbers matter. A comparison of floats takes them for zeros where
+    the process does so.
+    """
+    # Codes of magnitudes are in their order. Across vectors, their maximum takes fewer operations than that of floats.
+    is_across = dtype == torch.float32 and len(call.shape(x)) - 1 not in axes
+    if not (subnormals or is_across):
+        return call.stored(call(aten.amax.default, call(aten.abs.default, x), axes, True))
     integer = CODES_OF[dtype]
     codes = call(aten.bitwise_and.Scalar, call(aten.view.dtype, x, integer), torch.iinfo(integer).max)
     return call(aten.view.dtype, call.stored(call(aten.amax.default, codes, axes, True)), dtype)
@@ -257,13 +262,8 @@ def amax_by_codes(x: Any, dtype: torch.dtype, axes: list[int], call: Call) -> An
 def mx_multiplier(x: Any, dtype: torch.dtype, element: ElementFormat, rule: str, axes: list[int], call: Call) -> Any:
     """The powers of two by which the groups of ``x`` are multiplied: see `fpsim.scaling.rules.mx_multiplier_code`."""
     assert not isinstance(element, CodebookFormat), "casts with codebooks have ratios"
-    # A comparison of floats takes subnormals for zeros where the process does so. That is no harm where all have the
-    # smallest scale.
-    is_across = dtype != torch.bfloat16 and len(call.shape(x)) - 1 not in axes
-    if is_across or element.max_exponent < 1:
-        amax = amax_by_codes(x, dtype, axes, call)
-    else:
-        amax = amax_of(x, axes, call)  # faster along vectors
+    subnormals = element.max_exponent < 1  # otherwise all of them have the smallest scale
+    amax = amax_of(x, dtype, axes, call, subnormals)
     return call.stored(call(torch.ops.fpsim.mx_multiplier.default, amax, element.name, rule, SOURCE))
 
 
@@ -388,12 +388,12 @@ def range_scale(x: Any, element: IntegerFormat, axes: list[int], call: Call) -> 
     return call.stored(ratio), call.stored(low)
 
 
-def nv_scales(x: Any, scale: Scale, axes: list[int], call: Call) -> tuple[Any, Any]:
+def nv_scales(x: Any, dtype: torch.dtype, scale: Scale, axes: list[int], call: Call) -> tuple[Any, Any]:
     """NVFP4's scales of the blocks, values of e4m3fn, and the scale of the tensor: both float32.
 
     The tensor's scale multiplies (`te`: 2688 / amax) or divides (`torchao`: amax / 2688) the elements.
     """
-    amax = call(prims.convert_element_type.default, amax_of(x, axes, call), torch.float32)
+    amax = call(prims.convert_element_type.default, amax_of(x, dtype, axes, call), torch.float32)
     every = list(range(len(call.shape(amax))))
     total = call.stored(call(aten.amax.default, amax, every, True))
     usable = call(aten.le.Scalar, total, _LARGEST)  # not NaN either

@@ -302,7 +302,8 @@ class Scheduled(nn.Module):
         """
         policy = self.policy
         if policy not in self._compiled:
-            self._compiled[policy] = torch.compile(self._orig_mod, backend=self.backend, options={"policy": policy})
+            options: dict[str, Any] = {"policy": policy}
+            self._compiled[policy] = torch.compile(self._orig_mod, backend=self.backend, options=options)
         return self._compiled[policy]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -318,7 +319,8 @@ class Scheduled(nn.Module):
         Raises:
             ValueError: the schedule follows the loss, and there is none.
         """
-        self.state = self.schedule.after(self.state, None if loss is None else float(loss))
+        given = loss.detach() if isinstance(loss, Tensor) else loss
+        self.state = self.schedule.after(self.state, None if given is None else float(given))
 
     def __getattr__(self, name: str) -> Any:
         try:

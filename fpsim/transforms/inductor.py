@@ -7,17 +7,16 @@ from typing import Any
 import torch
 from torch._inductor import ir, lowering
 from torch._inductor.virtualized import V, ops
-from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+from torch.utils._sympy.functions import FloorDiv
 
 from fpsim.rounding.carriers import working_dtype
 from fpsim.rounding.ops import SOURCE
 from fpsim.transforms.definitions import named
 from fpsim.transforms.hadamard import Hadamard, factor_of, inverse_root, signs_of
 
-aten = torch.ops.aten
 _operand = torch.ops.fpsim.transform_operand.default
 
-#: The largest block that is rotated in one kernel, which reads every element this number of times.
+#: The largest block whose elements are in registers at the same time.
 _LARGEST = 32
 
 _fallback = lowering.fallback_handler(_operand, add_to_fallback_set=False)
@@ -40,6 +39,25 @@ def _is_fast(hadamard: Hadamard, shape: list[Any], axis: int) -> bool:
     return axis < len(shape) - 1 and V.graph.sizevars.statically_known_multiple_of(shape[axis], n)
 
 
+@ir.ir_dataclass
+class _Blocks(ir.Pointwise):
+    """Operations that compute all elements of a block along an axis together. Their loops go over blocks.
+
+    ``inner_fn`` returns the ``length`` values of the block at an index.
+    """
+
+    axis: int
+    length: int
+
+    def get_size(self) -> list[Any]:
+        return [size * self.length if i == self.axis else size for i, size in enumerate(self.ranges)]
+
+    def store_output(self, output_name: str | None, indexer: Any, vars: Any) -> Any:
+        for j, value in enumerate(self.inner_fn(vars)):
+            index = [self.length * i + j if axis == self.axis else i for axis, i in enumerate(vars)]
+            ops.store(output_name or "unnamed", indexer(index), value)
+
+
 def _rotated(x: ir.TensorBox, hadamard: Hadamard, shape: list[Any], axis: int) -> ir.TensorBox:
     n, dtype, working = hadamard.size, x.get_dtype(), working_dtype(x.get_dtype())
     assert n is not None, "only blocks are rotated here"
@@ -47,24 +65,21 @@ def _rotated(x: ir.TensorBox, hadamard: Hadamard, shape: list[Any], axis: int) -
     load = x.make_loader()
     signs = signs_of(hadamard.signs, n)
 
-    def rotated(index: Any) -> Any:
-        before, block, place, after = index[:axis], index[axis], index[axis + 1], index[axis + 2 :]
-        values = []
-        for j in range(n):
-            value = ops.to_dtype(load([*before, block * n + j, *after]), working, src_dtype=dtype)
-            values.append(ops.neg(value) if signs and signs[j] < 0 else value)
+    def rotated(index: Any) -> list[Any]:
+        before, block, after = index[:axis], index[axis], index[axis + 1 :]
+        values = [ops.to_dtype(load([*before, block * n + j, *after]), working, src_dtype=dtype) for j in range(n)]
+        values = [ops.neg(value) if signs and signs[j] < 0 else value for j, value in enumerate(values)]
         h = 1
         while h < n:
-            # A product with 1 or -1 is exact: a fused multiplication and addition gives the bits of the two.
-            sign = ops.to_dtype(ops.index_expr(1 - 2 * ModularIndexing(place, h, 2), torch.int32), working)
-            values = [ops.add(a, ops.mul(sign, b)) for a, b in zip(values[::2], values[1::2], strict=True)]
+            values = [
+                ops.sub(values[j - h], values[j]) if j & h else ops.add(values[j], values[j + h]) for j in range(n)
+            ]
             h *= 2
-        return ops.mul(values[0], ops.constant(inverse_root(n), working))
+        return [ops.mul(value, ops.constant(inverse_root(n), working)) for value in values]
 
-    ranges = [*shape[:axis], FloorDiv(shape[axis], n), n, *shape[axis + 1 :]]
-    result = ir.Pointwise.create(device=x.get_device(), dtype=working, inner_fn=rotated, ranges=ranges)
+    ranges = [*shape[:axis], FloorDiv(shape[axis], n), *shape[axis + 1 :]]
+    result = _Blocks.create(device=x.get_device(), dtype=working, inner_fn=rotated, ranges=ranges, axis=axis, length=n)
     result.realize()
-    result = lowering.lowerings[aten.reshape.default](result, shape)
     if hadamard.bf16:
         return lowering.lowerings[torch.ops.fpsim.round.default](result, "e8m7", "nearest_even", "ovf_inf", SOURCE)
     return result

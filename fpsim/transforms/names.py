@@ -27,7 +27,7 @@ def parse_transform(name: str | Transform | None) -> Transform | None:
         ValueError: there is no such transform. The message lists the valid names.
 
     >>> parse_transform("hadamard:16:te")
-    Hadamard(size=16, signs='te', bf16=False)
+    Hadamard(size=16, signs='te', bf16=False, of_kept_axis=False)
     >>> str(parse_transform("smooth"))
     'smooth:alpha=0.5'
     """

@@ -90,7 +90,7 @@ def _rounded(recipe: Recipe, seed: int) -> nn.Module:
 
 
 def _loss(network: nn.Module, seed: int) -> float:
-    held_out = validation_batches(_trained(seed)[1].validation, batch=16, context=BASE.model.context, count=4)
+    held_out = validation_batches(_trained(seed)[1].validation, batch=16, context=BASE.model.context, count=16)
     with torch.no_grad():
         losses = [mean_cross_entropy(network(inputs).logits, targets) for inputs, targets in held_out]
     return float(torch.stack(losses).mean())

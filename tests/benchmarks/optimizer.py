@@ -1,6 +1,6 @@
 """The cost of rounding an optimizer's state, relative to the plain step of AdamW as a loop, foreach and fused (CPU).
 
-    python -m tests.benchmarks.optimizer [--steps N] [--layers N] [--threads N] [--only NAME] [--eager]
+    python -m tests.benchmarks.optimizer [--steps N] [--layers N] [--threads N] [--only NAME] [--eager] [--cpu-time]
 
 The parameters are those of GPT-2's layers at half its width. Times are medians over interleaved steps in one process.
 The table compares the ratio of the rounded to the plain step with a lower bound of such a ratio: the plain step and one
@@ -22,7 +22,7 @@ from torch.optim import AdamW, Optimizer
 
 import fpsim
 from tests.benchmarks.results import add_record_option, record
-from tests.benchmarks.timing import interleaved_medians
+from tests.benchmarks.timing import add_clock_option, interleaved_medians
 
 WIDTH = 384
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--eager", action="store_true", help="also measure rounding that is not compiled")
     parser.add_argument("--only", choices=ROUNDINGS, nargs="+", default=list(ROUNDINGS), help="these roundings alone")
+    add_clock_option(parser)
     add_record_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -88,7 +89,7 @@ def main() -> None:
                 made = optimizer(arguments.layers, implementation, {**options, "compiled": compiled})
                 steps[name, rounding + suffix] = made.step
 
-    seconds = interleaved_medians(steps, arguments.steps)
+    seconds = interleaved_medians(steps, arguments.steps, clock=arguments.clock)
 
     title = f"AdamW, {count / 1e6:.1f} M parameters, {arguments.threads} thread(s), torch {torch.__version__}"
     table = Table(title=title)

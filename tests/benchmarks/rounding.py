@@ -1,6 +1,7 @@
 """The speed of rounding, relative to a memory copy and to other libraries, and whether these agree with fpsim.
 
     python -m tests.benchmarks.rounding            the promised ratios, at both vector widths
+    python -m tests.benchmarks.rounding --blocks   those of formats with scales, for square matrices
     python -m tests.benchmarks.rounding --peers    eager calls and other libraries
 
 One thread, float32. The cases take turns in one process. The ratios are those of the shortest times, because other
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -114,29 +116,43 @@ PROMISED = (
     ("e4m3fn", "nearest_even", "power_of_two"),
 )
 
+#: The formats with scales whose speed is promised: format, rounding, axis.
+BLOCKS = (
+    ("mxfp8", "nearest_even", -1),
+    ("mxfp8", "nearest_even", 0),
+    ("mxfp4", "nearest_even", -1),
+    ("nvfp4", "nearest_even", -1),
+    ("nvfp4", "nearest_even", 0),
+    ("nvfp4", "stochastic:8", 0),
+    ("e2m1fn/nv:16x16", "nearest_even", -1),
+    ("e4m3fn/row", "nearest_even", -1),
+    ("e4m3fn/mx:32x32", "nearest_even", -1),
+    ("e4m3fn/block:128x128:fp32", "nearest_even", -1),
+)
 
-def into(target: Tensor, format: str, rounding: str, scale: str | None) -> Function:
+
+def into(target: Tensor, format: str, rounding: str, scale: str | None = None, axis: int | None = None) -> Function:
     """Compiled rounding whose results are written to ``target``."""
-    seed = torch.tensor(0) if rounding == "stochastic" else None
+    seed = torch.tensor(0) if rounding.startswith("stochastic") else None
 
     def function(x: Tensor, target: Tensor, seed: Tensor | None) -> Tensor:
-        return target.copy_(fpsim.round(x, format, rounding=rounding, scale=scale, seed=seed))
+        return target.copy_(fpsim.round(x, format, rounding=rounding, scale=scale, seed=seed, axis=axis))
 
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
     return lambda x: compiled(x, target, seed)
 
 
-def minima(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def minima(calls: dict[str, Callable[[], object]], repeats: int, clock: timing.Clock) -> dict[str, float]:
     """The least seconds of each call, over rounds in which the calls take turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             call()
-            times[name].append(timing.seconds(call))
+            times[name].append(timing.seconds(call, clock))
     return {name: min(values) for name, values in times.items()}
 
 
-def ratios(elements: int, repeats: int) -> list[tuple[str, float]]:
+def ratios(elements: int, repeats: int, clock: timing.Clock) -> list[tuple[str, float]]:
     """The promised ratios at this process's vector width, in one thread: what is compared, and the ratio."""
     torch.set_num_threads(1)
     x = normal(elements)
@@ -145,15 +161,41 @@ def ratios(elements: int, repeats: int) -> list[tuple[str, float]]:
     for format, rounding, scale in PROMISED:
         work = f"{format} {rounding} {scale or ''}".strip()
         functions[f"{work} / copy"] = into(target, format, rounding, scale)
-    seconds = minima({name: partial(function, x) for name, function in functions.items()}, repeats)
+    seconds = minima({name: partial(function, x) for name, function in functions.items()}, repeats, clock)
     rows = [(work, value / seconds["copy"]) for work, value in seconds.items() if work != "copy"]
 
     small = x[: 1 << 16].clone()
     product = torch.compile(lambda x: x * 1.5, dynamic=False)
     rounded = compiled("e4m3fn", "nearest_even")
     calls = {"rounded": partial(repeatedly, rounded, small), "product": partial(repeatedly, product, small)}
-    seconds = minima(calls, 2 * repeats)
+    seconds = minima(calls, 2 * repeats, clock)
     return [*rows, ("e4m3fn nearest_even in cache (2^16 elements) / x * 1.5", seconds["rounded"] / seconds["product"])]
+
+
+def ratios_of_blocks(elements: int, repeats: int, clock: timing.Clock) -> list[tuple[str, float]]:
+    """The promised ratios of formats with scales, for a square matrix, and for a small one to rounding without scales.
+
+    Each small matrix is rounded into given memory too.
+    """
+    torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = 4 * len(BLOCKS)
+    rows = []
+    for side, unit in ((math.isqrt(elements), "copy"), (512, "e4m3fn in cache")):
+        x = normal(side * side).view(side, side)
+        target = torch.empty_like(x)
+        functions: dict[str, Function] = {
+            "copy": target.copy_,
+            "e4m3fn in cache": into(target, "e4m3fn", "nearest_even"),
+        }
+        for format, rounding, axis in BLOCKS:
+            place = {-1: "last axis", 0: "first axis"}[axis]
+            functions[f"{format} {rounding} {place} / {unit}"] = into(target, format, rounding, axis=axis)
+        calls = {name: partial(repeatedly, function, x) for name, function in functions.items()}
+        if unit == "copy":
+            calls = {name: partial(function, x) for name, function in functions.items()}
+        seconds = minima(calls, repeats, clock)
+        rows += [(work, value / seconds[unit]) for work, value in seconds.items() if " / " in work]
+    return rows
 
 
 def repeatedly(function: Function, x: Tensor) -> None:
@@ -166,10 +208,10 @@ def normal(elements: int) -> Tensor:
     return torch.randn(elements, generator=torch.Generator().manual_seed(0)) * 8
 
 
-def ratios_at_both_widths(elements: int, repeats: int) -> dict[str, list[tuple[str, float]]]:
-    """`ratios` in a process for AVX2 and in one for the machine's own width, by the name of the width."""
+def ratios_at_both_widths() -> dict[str, list[tuple[str, float]]]:
+    """The ratios in a process for AVX2 and in one for the machine's own width, by the name of the width."""
     results: dict[str, list[tuple[str, float]]] = {}
-    command = [sys.executable, "-m", __spec__.name, f"--elements={elements}", f"--repeats={repeats}", "--json"]
+    command = [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--json"]
     for capability in ("avx2", None):
         environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
         if capability is not None:
@@ -186,16 +228,20 @@ def main() -> None:
     parser.add_argument("--elements", type=int, default=1 << 22)
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--peers", action="store_true", help="compare eager calls and other libraries instead")
+    parser.add_argument("--blocks", action="store_true", help="formats with scales")
+    timing.add_clock_option(parser)
     parser.add_argument("--json", action="store_true", help="print the ratios of this process's width alone")
     add_record_option(parser)
     options = parser.parse_args()
     if options.peers:
         compare_with_peers(options.elements, options.repeats)
     elif options.json:
-        print(json.dumps([torch.backends.cpu.get_cpu_capability(), ratios(options.elements, options.repeats)]))
+        measure = ratios_of_blocks if options.blocks else ratios
+        rows = measure(options.elements, options.repeats, options.clock)
+        print(json.dumps([torch.backends.cpu.get_cpu_capability(), rows]))
     else:
         table = Table(title=f"{options.elements} float32 elements, 1 thread, torch {torch.__version__}")
-        results = ratios_at_both_widths(options.elements, options.repeats)
+        results = ratios_at_both_widths()
         for column in ("work", *results):
             table.add_column(column, justify="left" if column == "work" else "right")
         for rows in zip(*results.values(), strict=True):

@@ -1,7 +1,8 @@
 """The cost of a training step with every operand of every product rounded, relative to plain Inductor and peers.
 
     python -m tests.benchmarks.training [--model llama|resnet] [--steps N] [--compiles N] [--format F] [--peers]
-    python -m tests.benchmarks.training --second [--model llama|resnet] [--compiles N]
+                                        [--only CASE ...] [--cpu-time]
+    python -m tests.benchmarks.training --second [--model llama|resnet] [--compiles N] [--cpu-time]
 
 One thread. Both sides of each ratio have the same attention, kept fused or opened. Step times are medians over
 interleaved steps in one process. Peak memory is the largest sum of live allocations during one step, without parameters
@@ -118,11 +119,16 @@ def compiled_cases(workload: Workload, options: dict[str, Any]) -> dict[str, Com
     if workload.has_attention:
         cases["plain Inductor, attention fused"] = plain(opened=False)
         cases["fpsim, attention kept fused"] = with_fpsim(**options, attention="keep")
+        if not options:
+            cases["fpsim, mxfp8, attention kept fused"] = with_fpsim(policy="mxfp8", attention="keep")
+            cases["fpsim, nvfp4, attention kept fused"] = with_fpsim(policy="nvfp4")
+    blocks = {} if options else {"fpsim, everything in mxfp8": with_fpsim(policy="mxfp8")}
     return cases | {
         "plain Inductor, attention opened": plain(opened=workload.has_attention),
         "fpsim, everything rounded": with_fpsim(**options),
         "fpsim, everything rounded stochastically": with_fpsim(**options, **STOCHASTIC),
         "fpsim, everything scaled and rounded": with_fpsim(**options, **SCALED),
+        **blocks,
     }
 
 
@@ -241,36 +247,46 @@ def stepper(workload: Workload, compile: Compile) -> Callable[[], None]:
     return step
 
 
-def seconds_of_first_step(workload: Workload, compile: Compile) -> float:
+def seconds_of_first_step(workload: Workload, compile: Compile, clock: timing.Clock) -> float:
     """Seconds of a step that compiles, after something small was compiled."""
     with fresh_cache():
         torch.compile(nn.Linear(8, 8))(torch.randn(8, 8)).sum().backward()
     step = stepper(workload, compile)
     with fresh_cache():
-        return timing.seconds(step)
+        return timing.seconds(step, clock)
 
 
 def in_a_fresh_process(case: str) -> float:
     """`seconds_of_first_step` of a case, by this program in a new process with the same arguments."""
     command = [sys.executable, "-m", "tests.benchmarks.training", *sys.argv[1:], "--first-step", case]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    environment = {**os.environ, **environment_of(sys.argv)}
+    run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return float(run.stdout.split()[-1])
 
 
-def seconds_of_second_process(case: str) -> float:
+def environment_of(arguments: Sequence[str]) -> dict[str, str]:
+    """One thread that compiles, if the processor's time counts: that of other processes that still run does not."""
+    return {"TORCHINDUCTOR_COMPILE_THREADS": "1"} if "--cpu-time" in arguments else {}
+
+
+def seconds_of_second_process(case: str, clock: timing.Clock) -> float:
     """Seconds of a process from its start until its first step is done, after another has filled torch's caches."""
     command = [sys.executable, "-m", "tests.benchmarks.training", *sys.argv[1:], "--only-step", case]
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
-        for _ in range(2):
-            seconds = timing.seconds(lambda: subprocess.run(command, check=True, capture_output=True, env=environment))
-    return seconds
+        environment = {**os.environ, **environment_of(sys.argv), "TORCHINDUCTOR_CACHE_DIR": folder}
+
+        def run() -> None:
+            subprocess.run(command, check=True, capture_output=True, env=environment)
+
+        run()
+        return timing.seconds(run, clock)
 
 
-def measure_second_processes(names: Sequence[str], repeats: int) -> dict[str, float]:
+def measure_second_processes(names: Sequence[str], repeats: int, clock: timing.Clock) -> dict[str, float]:
     """Print the median seconds of the second process of each case; the result holds the ratios to plain Inductor."""
     times: dict[str, list[float]] = {name: [] for name in names}
     for name in track([name for _ in range(repeats) for name in names], "second processes", transient=True):
-        times[name].append(seconds_of_second_process(name))
+        times[name].append(seconds_of_second_process(name, clock))
     table, ratios, baseline = Table(title="second process, until the first step is done"), {}, 0.0
     for column in ("case", "seconds", "ratio"):
         table.add_column(column, justify="left" if column == "case" else "right")
@@ -293,6 +309,8 @@ def main() -> None:
     parser.add_argument("--second", action="store_true", help="measure a second process instead")
     parser.add_argument("--format", help="the format of all operands; default: the FP8 hybrid")
     parser.add_argument("--peers", action="store_true", help="also measure eager emulations")
+    parser.add_argument("--only", metavar="CASE", nargs="+", help="these cases alone; each plain one precedes its own")
+    timing.add_clock_option(parser)
     add_record_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -300,14 +318,16 @@ def main() -> None:
     compiles = compiled_cases(workload, {"format": arguments.format} if arguments.format else {})
     if arguments.peers:
         compiles |= peer_cases(workload)
+    if arguments.only:
+        compiles = {name: compile for name, compile in compiles.items() if name in arguments.only}
     if arguments.first_step:
-        print(seconds_of_first_step(workload, compiles[arguments.first_step]))
+        print(seconds_of_first_step(workload, compiles[arguments.first_step], arguments.clock))
         return
     if arguments.only_step:
         stepper(workload, compiles[arguments.only_step])()
         return
     if arguments.second:
-        ratios = measure_second_processes(list(compiles), arguments.compiles)
+        ratios = measure_second_processes(list(compiles), arguments.compiles, arguments.clock)
         record(arguments.record, {name: ratio for name, ratio in ratios.items() if not name.startswith("plain")})
         return
 
@@ -321,7 +341,7 @@ def main() -> None:
     for name in track(rounds, "compiling in fresh processes", transient=True):
         compiling[name].append(in_a_fresh_process(name))
     first = {name: statistics.median(values) for name, values in compiling.items()}
-    seconds = timing.interleaved_medians(steps, arguments.steps)
+    seconds = timing.interleaved_medians(steps, arguments.steps, clock=arguments.clock)
     peaks = {name: peak_bytes(step) for name, step in steps.items()}
 
     table = Table(title=f"forward and backward, {arguments.model}, 1 thread, torch {torch.__version__}")

@@ -11,7 +11,9 @@ from tests.shared.command_line import run
 
 #: The options of every command, and words of its help.
 HELP = {
-    (): ("formats", "round", "verify", "demo", "recipes", "sharpness", "study"),
+    (): (
+        "formats", "round", "verify", "demo", "recipes", "evaluate", "sensitivity", "accuracy", "sharpness", "study",
+    ),
     ("formats",): ("NAME", "default: (all names)"),
     ("round",): (
         "VALUE", "--format", "--rounding", "stochastic_c[:BITS]", "default: (a table of them all)", "--overflow",
@@ -23,6 +25,15 @@ HELP = {
     ),
     ("demo",): ("--steps", "--format", "--text", "--out", "--loss-scale", "Needs fpsim[paper]"),
     ("recipes",): ("NAME", "default: (all recipes)", "--json", "--markdown"),
+    ("evaluate",): (
+        "MODEL_OR_SCRIPT", "TEXT", "--policy", "--weights", "--windows", "--context", "--backend", "--csv",
+        "required",
+    ),
+    ("sensitivity",): (
+        "MODEL_OR_SCRIPT", "TEXT", "--policy", "--by", "--gradients", "--no-gradients", "--weights", "--windows",
+        "--context", "--backend", "--csv",
+    ),
+    ("accuracy",): ("MODULE:FUNCTION", "--format", "--range", "LOW HIGH", "--exact", "--samples", "--worst", "--plot"),
     ("sharpness",): (
         "MODEL_OR_SCRIPT", "TEXT", "--weights", "--format", "--epsilon", "--method", "--windows", "--context",
         "--gradients", "--no-gradients",

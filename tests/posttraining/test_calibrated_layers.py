@@ -152,9 +152,10 @@ class TestFolding:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"activation": "int8/row"}, "one calibrated ratio"),
-        ({"activation": "uint8"}, "signed format"),
-        ({"activation": "none"}, "name a format for both"),
+        ({"activation": "int8/row"}, "unknown format 'int8/row'"),
+        ({"activation": "mxfp8"}, "unknown format 'mxfp8'"),
+        ({"activation": "uint8"}, "a signed format"),
+        ({"weight": "none"}, "rounds nothing"),
         ({"weight": "int8/row/stochastic"}, "nearest values"),
         ({"skip": "head"}, "matches no layer"),
         ({"skip": "*"}, "no layer is left"),

@@ -106,7 +106,8 @@ def test_gptq_is_the_surgeons_definition(cast, rounder, width, constraint, order
     [
         "int4/block:32", "nf4/group:32", "nf4/group:32:double", "mxfp4", "e2m1fn/row", "nvfp4", "e2m1fn/nv:torchao",
         "e2m1fn/nv:16x16", "uint4/block:16:asymmetric", "e4m3fn", "e4m3fn/power_of_two", "int8/tensor", "int4/column",
-        "e4m3fn/block:16x40", "int3/group:192", "e5m2/up", "int8/group:32:bf16", "int8/row:encode",
+        "e4m3fn/block:16x40", "int3/group:192", "e5m2/up", "int8/group:32:bf16", "int8/row:encode", "int8/channel",
+        "uint4/row:range",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

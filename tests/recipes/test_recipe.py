@@ -123,6 +123,7 @@ def test_wrong_json_is_an_error_that_names_it(change: dict[str, Any], message: s
             "last_blocks is a number of blocks or a share between 0 and 1, got 2.5",
         ),
         (lambda: recipes.mxfp8(rule="nearest"), "mx:32:nearest"),
+        (lambda: recipes.nvfp4(four_over_six=True), "four_over_six=True chooses the scale of a block by the errors"),
     ],
 )
 def test_a_wrong_argument_is_an_error_that_names_it(call: Callable[[], Recipe], message: str) -> None:

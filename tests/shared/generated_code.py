@@ -34,14 +34,27 @@ class Block(nn.Module):
         return F.silu(self.out(x))
 
 
-#: The policy of the training step: each kind of product is rounded in another way.
-POLICY = {"fprop": "e4m3fn", "dgrad": "e5m2/power_of_two", "wgrad": "e5m2/stochastic"}
+#: The policies of the training steps. In the first one each kind of product is rounded in another way.
+POLICIES: tuple[dict[str, Any], ...] = (
+    {"fprop": "e4m3fn", "dgrad": "e5m2/power_of_two", "wgrad": "e5m2/stochastic"},
+    {"policy": "mxfp8"},
+    {"policy": "nvfp4"},
+)
 #: Arguments of `fpsim.round`.
 ROUNDINGS: tuple[dict[str, Any], ...] = (
     *({"format": name} for name in ("e4m3fn", "e5m2", "e8m3", "bf16")),
     {"format": "e4m3fn", "rounding": "up"},
     {"format": "e4m3fn", "rounding": "stochastic", "seed": torch.tensor(0)},
     {"format": "e4m3fn", "scale": "power_of_two"},
+)
+#: Arguments of `fpsim.round` for matrices.
+BLOCKS: tuple[dict[str, Any], ...] = tuple(
+    {"format": name, "rounding": rounding, "axis": axis, "seed": torch.tensor(0) if ":" in rounding else None}
+    for name, rounding in (
+        *((name, "nearest_even") for name in ("mxfp8", "mxfp4", "nvfp4", "e4m3fn/row", "e4m3fn/block:32x32:fp32")),
+        ("nvfp4", "stochastic:8"),
+    )
+    for axis in (0, 1)
 )
 
 
@@ -51,11 +64,14 @@ def code(call: Callable[[], Any]) -> str:
 
 def all_codes() -> Iterator[tuple[str, str]]:
     x = torch.randn(4, 32, 64)
-    compiled = torch.compile(Block(), backend="fpsim", options=POLICY)
-    yield "training step", code(lambda: compiled(x).sum().backward())
+    for policy in POLICIES:
+        compiled = torch.compile(Block(), backend="fpsim", options=policy)
+        yield f"training step, {policy}", code(lambda step=compiled: step(x).sum().backward())
     rounded = torch.compile(lambda x: [fpsim.round(x, **arguments) for arguments in ROUNDINGS])
     for dtype in (torch.float32, torch.bfloat16):
         yield f"fpsim.round of {dtype}", code(lambda dtype=dtype: rounded(torch.randn(1 << 12).to(dtype)))
+    in_blocks = torch.compile(lambda x: [fpsim.round(x, **arguments) for arguments in BLOCKS])
+    yield "fpsim.round in blocks", code(lambda: in_blocks(torch.randn(64, 512)))
     p = nn.Parameter(torch.randn(1 << 16))
     p.grad = torch.randn_like(p)
     optimizer = torch.optim.AdamW([p], fused=True)

@@ -1,0 +1,184 @@
+"""The number that a model gives for a batch, and means over batches with standard errors."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fpsim.compile_backend.errors import UnroundedError
+from fpsim.curvature.data import fingerprint
+from fpsim.curvature.losses import own_loss, scalar_loss
+
+#: From a batch to its weight in means.
+Weight = Callable[[Any], float | Tensor]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A weighted mean over batches.
+
+    Attributes:
+        value: the mean.
+        stderr: its standard error, as if batches were independent; NaN for fewer than two batches.
+    """
+
+    value: float
+    stderr: float
+
+    def __str__(self) -> str:
+        """The mean and its error, with the digits that the error leaves: ``0.0032 ± 0.0014``."""
+        if not (math.isfinite(self.value) and 0 < self.stderr < math.inf):
+            return f"{self.value:.4g}"
+        digits = 1 - math.floor(math.log10(self.stderr))
+        if digits > 7:
+            return f"{self.value:.2e} ± {self.stderr:.1e}"
+        return f"{self.value:.{max(digits, 0)}f} ± {self.stderr:.{max(digits, 0)}f}"
+
+    @property
+    def plain(self) -> str:
+        """The mean alone, with six digits."""
+        return f"{self.value:.6g}"
+
+
+def mean(values: Sequence[float], weights: Sequence[float]) -> Mean:
+    """The mean of ``values`` with ``weights``; with equal weights its error is the usual one, ``s / sqrt(n)``."""
+    x, w = (torch.tensor(list(each), dtype=torch.float64) for each in (values, weights))
+    w = w / w.sum()
+    centre = (w * x).sum()
+    count = len(x)
+    spread = (w.square() * (x - centre).square()).sum() * (count / (count - 1)) if count > 1 else torch.tensor(math.nan)
+    return Mean(float(centre), float(spread.sqrt()))
+
+
+def number_of(model: Callable[..., Any], batch: Any, function: Callable[..., Any] | None) -> Any:
+    """The result of ``function``, a loss or a metric, for ``batch``; without one, the loss that the model returns.
+
+    A mapping gives ``function(model(**batch), batch)``, or ``model(**batch).loss``. A tuple or a list gives
+    ``function(model(batch[0]), *batch[1:])``, or ``model(*batch)``. Any other batch gives
+    ``function(model(batch))``, or ``model(batch)``.
+    """
+    if isinstance(batch, Mapping):
+        outputs = model(**batch)
+        return own_loss(outputs) if function is None else function(outputs, batch)
+    if isinstance(batch, tuple | list):
+        return own_loss(model(*batch)) if function is None else function(model(batch[0]), *batch[1:])
+    outputs = model(batch)
+    return own_loss(outputs) if function is None else function(outputs)
+
+
+def loss_of(model: Callable[..., Any], batch: Any, loss: Callable[..., Any] | None) -> Tensor:
+    """`number_of` for a loss: a tensor of shape ``()``.
+
+    Raises:
+        TypeError, ValueError: the loss is not one real floating-point number.
+    """
+    return scalar_loss(number_of(model, batch, loss))
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that cannot be measured.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: it is compiled, or in training mode.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
+    in_place = getattr(model, "_compiled_call_impl", None)
+    if hasattr(model, "_orig_mod") or hasattr(in_place, "_torchdynamo_orig_callable"):
+        raise ValueError("the model is compiled, in which no other format can be simulated: give it uncompiled")
+    if model.training:
+        raise ValueError(
+            "the model is in training mode, in which dropout and batch normalisation change the loss from call to "
+            "call: call model.eval()"
+        )
+
+
+def weighed(batches: Iterable[Any], weight: Weight | None) -> Iterator[tuple[int, Any, float]]:
+    """Number, batch and weight of each of ``batches``; what uses a batch must leave it as it is.
+
+    Raises:
+        ValueError: ``batches`` is one batch or empty, a weight is not above zero, or a batch has changed in use.
+    """
+    if isinstance(batches, Mapping | Tensor | str):
+        raise ValueError(f"batches is one batch (a {type(batches).__name__}): pass it in a list, [batch]")
+    number = -1
+    for number, batch in enumerate(batches):
+        own = 1.0 if weight is None else float(weight(batch))
+        if not 0 < own < math.inf:
+            raise ValueError(f"batch {number} has the weight {own}: weights are finite and above zero")
+        before = fingerprint(batch)
+        yield number, batch, own
+        if fingerprint(batch) != before:
+            raise ValueError(f"batch {number} has changed while it was in use: let the model copy what it writes to")
+    if number < 0:
+        raise ValueError("there is no batch: give at least one (a generator can be read only once)")
+
+
+def refuse_nonfinite(loss: float, number: int) -> None:
+    """Refuse a loss of the unrounded model that is infinite or NaN.
+
+    Raises:
+        FloatingPointError: it is.
+    """
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss of the unrounded model is {loss} on batch {number}: look for labels that all are ignored, for "
+            "a mean over nothing, and for overflow"
+        )
+
+
+@contextmanager
+def same_draws(number: int) -> Iterator[None]:
+    """A block that draws the same random numbers for every run of batch ``number``; the generators are restored."""
+    with torch.random.fork_rng():
+        torch.manual_seed(number)
+        yield
+
+
+@contextmanager
+def plain_errors(what: str) -> Iterator[None]:
+    """A block that compiles and runs a model under ``what``, a policy.
+
+    Raises:
+        ValueError: the policy cannot be carried out in this model; the message says why and names the remedy.
+    """
+    try:
+        yield
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, UnroundedError | ValueError | TypeError):
+            raise ValueError(f"the model cannot be rounded to {what}: {error.inner_exception}") from error
+        raise
+
+
+class Clock:
+    """The time of the calls for one policy, without the first one, which compiles, unless there is no other."""
+
+    def __init__(self) -> None:
+        self._first = 0.0
+        self._others: list[float] = []
+        self._calls = 0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A block of which the time is taken."""
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        if self._calls:
+            self._others.append(seconds)
+        else:
+            self._first = seconds
+        self._calls += 1
+
+    @property
+    def seconds(self) -> float:
+        """The mean time of a call."""
+        return sum(self._others) / len(self._others) if self._others else self._first

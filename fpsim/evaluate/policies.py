@@ -1,0 +1,81 @@
+"""Policies as people give them: values, fields, names of presets, formats, and files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fpsim.policy import Policy
+from fpsim.policy.policy import PRESETS
+from fpsim.policy.shorthand import parse_shorthand
+
+#: A policy, its fields, or a name that `parse_policy` reads; None rounds nothing.
+PolicyLike = Policy | Mapping[str, Any] | str | None
+
+#: The name of the model in which nothing is rounded.
+UNROUNDED = "unrounded"
+
+#: The policy under which nothing is rounded.
+NOTHING = Policy(format="none")
+
+
+def parse_policy(given: PolicyLike) -> Policy | None:
+    """The policy that ``given`` stands for; None if nothing is to be rounded.
+
+    A text is the name of a preset (``bf16``, ``mxfp8``, ``nvfp4``, ``paper:e8m3``), a cast for all operands
+    (``e4m3fn``, ``e8m3/toward_zero``), two casts for forward and backward (``e4m3fn+e5m2``), or the path of a file that
+    `fpsim.Policy.to_json` wrote (``best.json``). ``unrounded`` and None round nothing.
+
+    Raises:
+        ValueError, TypeError: it is none of these.
+        FileNotFoundError: there is no such file.
+
+    >>> parse_policy("bf16") == Policy.preset("bf16"), parse_policy("e4m3fn") == Policy(format="e4m3fn")
+    (True, True)
+    """
+    if given is None or given == UNROUNDED:
+        return None
+    if isinstance(given, Mapping):
+        return Policy.from_options(given)
+    if not isinstance(given, str):
+        return Policy.from_options({"policy": given})
+    if given in PRESETS:
+        return Policy.preset(given)
+    if given.endswith(".json"):
+        return Policy.from_json(Path(given).read_text(encoding="utf-8"))
+    options = parse_shorthand(given)
+    return Policy(format=given) if options is None else Policy.from_options(options)
+
+
+def named_policies(given: Mapping[str, PolicyLike] | Iterable[PolicyLike] | PolicyLike) -> dict[str, Policy | None]:
+    """Policies by name: a mapping's keys, or else the text of each policy.
+
+    Raises:
+        ValueError: two have the same name, or there is none.
+    """
+    if isinstance(given, Policy | str) or given is None:
+        given = [given]
+    pairs = list(given.items()) if isinstance(given, Mapping) else [(_name(each), each) for each in given]
+    result: dict[str, Policy | None] = {}
+    for name, policy in pairs:
+        if name in result:
+            raise ValueError(f"two policies have the name {name!r}: give a mapping from names to policies")
+        result[str(name)] = parse_policy(policy)
+    if not result:
+        raise ValueError("there is no policy: give at least one, such as 'bf16'")
+    return result
+
+
+def _name(policy: PolicyLike) -> str:
+    if policy is None:
+        return UNROUNDED
+    if isinstance(policy, str):
+        return policy
+    parsed = parse_policy(policy)
+    return UNROUNDED if parsed is None else ", ".join(f"{k}={_text(v)}" for k, v in parsed.to_dict().items())
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
