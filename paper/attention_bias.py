@@ -93,7 +93,7 @@ def sums(rows: int = 50_000, seed: int = 0, repeated: Sequence[int] = REPEATED) 
     """
     generator = torch.Generator().manual_seed(seed)
     values = _values(rows, generator)
-    found = []
+    found: list[Bias] = []
     for r in repeated:
         for rest in RESTS:
             below, largest = _scores(rows, r, rest, generator)
@@ -123,7 +123,7 @@ def attentions(rows: int = 2_000, seed: int = 0, repeated: Sequence[int] = REPEA
     values = _values(rows * _WIDTH, generator).reshape(rows, _WIDTH, KEYS).transpose(1, 2).double()
     gradient = fpsim.round(1 + torch.rand(rows, 1, _WIDTH, generator=generator), "bf16").double()
     none = torch.zeros(rows, 1, 1, dtype=torch.float64)
-    found = []
+    found: list[Bias] = []
     for r in repeated:
         for rest in RESTS:
             below, largest = _scores(rows, r, rest, generator)

@@ -73,12 +73,14 @@ class Trainer:
         self.model = (LossAndLogits if config.measure_every else LanguageModel)(network)
         self.recipe = recipe_of(config)
         if self.recipe is not None and self.recipe.preparation is not None:
-            self.model = self.recipe.preparation.apply(self.model, None)
+            prepared = self.recipe.preparation.apply(self.model, None)
+            assert isinstance(prepared, LanguageModel), "a preparation changes layers, and leaves the model around them"
+            self.model = prepared
         self.trained: nn.Module = self.model
         if config.autocast:
             self.trained = Autocast(self.model, getattr(torch, config.autocast), torch.device(config.device).type)
         schedule = None if self.recipe is None else self.recipe.schedule
-        self.schedule_state = None if schedule is None else schedule.start()
+        self.schedule_state = ScheduleState() if schedule is None else schedule.start()
         self.codes: dict[Policy | None, Loss] = {}
         self._enter(0)
         optimizer = _adamw(self.model, config)  # after `install`, which may replace the parameters
@@ -220,12 +222,11 @@ class Trainer:
             for policy, code in self.codes.items()
             if policy is not None and policy.is_timed
         }
-        return {"schedule": None if self.schedule_state is None else asdict(self.schedule_state), "scales": scales}
+        return {"schedule": asdict(self.schedule_state), "scales": scales}
 
     def resume(self, index: int, state: Mapping[str, Any], precision: Mapping[str, Any]) -> None:
         """Continue before the step ``index`` from what `state_if` and `precision_state` returned there."""
-        if precision["schedule"] is not None:
-            self.schedule_state = ScheduleState(**precision["schedule"])
+        self.schedule_state = ScheduleState(**precision["schedule"])
         for policy, scales in precision["scales"].items():
             load_scale_state(self._code({"policy": Policy.from_json(policy)}), scales)
         self._enter(index)

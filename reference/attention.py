@@ -103,7 +103,8 @@ def flash_forward(
     """
     rounded = _Rounder(steps, carrier)
     queries, keys, values = (rounded.inputs(x) for x in (q, k, v))
-    outputs, logarithms = [], []
+    outputs: list[list[Value]] = []
+    logarithms: list[Value] = []
     for i, query in enumerate(queries):
         largest: Value = NEGATIVE_INFINITY
         total: Value = _ZERO

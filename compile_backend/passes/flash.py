@@ -177,6 +177,6 @@ def _expand(node: fx.Node) -> None:
                 if each.target is aten.view.default:  # Inductor may have laid out its argument otherwise
                     nodes[each].target = aten.reshape.default
     for user in list(node.users):
-        user.replace_all_uses_with(nodes[results[user.args[1]]])  # type: ignore[index]
+        user.replace_all_uses_with(nodes[results[user.args[1]]])
         node.graph.erase_node(user)
     node.graph.erase_node(node)

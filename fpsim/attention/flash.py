@@ -127,7 +127,8 @@ class FlashAttention:
             own, given = getattr(self, name), self.cast(earlier)
             if own is None:
                 continue
-            if own.format != given.format and given.grid.is_subset_of(own.grid):
+            assert own.grid is not None and given.grid is not None, "steps have floating-point formats"
+            if own.grid != given.grid and given.grid.is_subset_of(own.grid):
                 raise ValueError(
                     f"{name}={own.written!r} would change nothing, because {earlier}={given.written!r} has rounded "
                     f"these numbers before: leave {name} out, or make {earlier} wider"

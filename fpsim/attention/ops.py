@@ -42,7 +42,8 @@ def compute(operator: Callable[..., Any], *arguments: Any, watch: Any = None) ->
     leading = tuple(tensors[0].shape[:-2])
     call = Call(parsed(steps), scale, causal, mask, leading, seed, salt, watch)
     merged = [x.reshape(math.prod(leading), *x.shape[len(leading) :]) for x in tensors]
-    results = forward(*merged, call) if operator is flash_op else backward(*merged, call)
+    steps_of_call: Callable[..., tuple[Tensor, ...]] = forward if operator is flash_op else backward
+    results = steps_of_call(*merged, call)
     return tuple(x.reshape(*leading, *x.shape[1:]) for x in results)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fpsim.accumulators.accumulator import Accumulator
 from fpsim.accumulators.matmul import operand_format
 from fpsim.accumulators.ops import accumulate_op
 from fpsim.accumulators.sums import accumulate_sum_op
@@ -117,13 +118,13 @@ class Rounder:
     def product(self, a: Tensor, b: Tensor, first: str, second: str) -> Tensor:
         """The product of batches of matrices, whose values the steps ``first`` and ``second`` have rounded."""
         accumulator = self.steps.products
-        if accumulator is None:
+        if not isinstance(accumulator, Accumulator):
             return torch.bmm(a, b)
+        casts = [self.steps.inputs if step == "inputs" else self.steps.cast(step) for step in (first, second)]
         formats = [
-            CARRIERS[self.dtype] if cast is None else operand_format(cast, accumulator)
-            for cast in (self.steps.inputs if step == "inputs" else self.steps.cast(step) for step in (first, second))
+            operand_format(cast, accumulator) if isinstance(cast, Cast) else CARRIERS[self.dtype] for cast in casts
         ]
-        accumulator.check_operands(*formats)
+        accumulator.check_operands(formats[0], formats[1])
         names = [fmt.name for fmt in formats]
         return accumulate_op(a.contiguous(), b.contiguous(), None, str(accumulator), *names, SOURCE)
 

@@ -63,4 +63,4 @@ def _function(name: str) -> Callable[..., Any]:
         raise ValueError(f"there is no module {home!r}: write torch.special:i0e, or path/to/script.py:f") from error
     if not callable(found):
         raise ValueError(f"module {home!r} has no function {own!r}")
-    return found  # type: ignore[no-any-return]
+    return found

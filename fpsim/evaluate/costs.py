@@ -63,11 +63,11 @@ def bit_operations(operands: Operands) -> float:
         ValueError: the product is none of matrices, whose multiplications the shapes of operands tell.
     """
     (a, b), casts = operands
-    lengths = [math.prod(s.shape[axis] for axis in s.contracted) for s in (a, b)]  # type: ignore[misc]
+    lengths = [math.prod(int(s.shape[axis]) for axis in s.contracted) for s in (a, b)]
     batch = a.shape[0] if len(a.shape) == len(b.shape) == 3 else 1
     if "convolution" in a.operator or lengths[0] != lengths[1] or max(len(a.shape), len(b.shape)) > 3:
         raise ValueError(f"cost='macs' counts products of matrices, and {a.path!r} has {a.operator}: pass a function")
-    elements = [math.prod(site.shape) for site in (a, b)]  # type: ignore[arg-type]
+    elements = [math.prod(map(int, site.shape)) for site in (a, b)]
     multiplications = elements[0] * elements[1] / (lengths[0] * batch)
     widths = [bits_of(site, cast) / n for site, cast, n in zip((a, b), casts, elements, strict=True)]
     return float(multiplications * widths[0] * widths[1])

@@ -370,7 +370,7 @@ def _seams(inputs: Tensor, errors: Tensor) -> tuple[Seam, ...]:
     jumps = means[_WINDOW:] - means[:-_WINDOW]
     scale = ((spreads[_WINDOW:] + spreads[:-_WINDOW]) / _WINDOW).sqrt()
     scores = torch.where(jumps.abs() > 0.1, jumps.abs() / scale.clamp(min=1e-3), 0.0)
-    found = []
+    found: list[Seam] = []
     while float(scores.max()) > 6 and len(found) < 20:
         place = int(scores.argmax())
         above = place + _WINDOW

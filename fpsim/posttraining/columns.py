@@ -103,13 +103,15 @@ class Columns:
         groups = split(group, scale, [1], call)
         if scale.rule in NV_RULES:
             assert self.whole is not None, "NVFP4 has a scale of the tensor"
-            amax = amax_of(groups.values, groups.axes, call).float()
+            amax = amax_of(groups.values, group.dtype, groups.axes, call).float()
             parts = (nv_block_scale(amax, self.whole, scale, call),)
         else:
             parts = scales_of_groups(groups.values, group.dtype, self.cast.format, scale, groups.axes, call)
         spread = [groups.restore(part.expand_as(groups.values))[:, :1] for part in parts]
         if self.constraint is not None:
-            amax = groups.restore(amax_of(groups.values, groups.axes, call).expand_as(groups.values))[:, :1]
+            amax = groups.restore(amax_of(groups.values, group.dtype, groups.axes, call).expand_as(groups.values))[
+                :, :1
+            ]
             spread[0] = self.constraint(torch.where(amax == 0, 0.0, spread[0]))
         return (*spread, self.whole) if self.whole is not None else tuple(spread)
 
@@ -158,7 +160,7 @@ def columns_of(weight: Tensor, cast: Cast, constraint: Constraint | None = None)
     whole = None
     if scale.rule in NV_RULES:
         groups = split(weight, scale, [1], call)
-        whole = nv_scales(groups.values, scale, groups.axes, call)[1].reshape(())
+        whole = nv_scales(groups.values, weight.dtype, scale, groups.axes, call)[1].reshape(())
     return Columns(cast, width, constraint, whole)
 
 

@@ -42,7 +42,7 @@ def fractrain(
         name="fractrain",
         source="Fu et al., FracTrain: Fractionally Squeezing Bit Savings Both Temporally and Spatially for Efficient "
         "DNN Training, NeurIPS 2020; GATECH-EIC/FracTrain 1113ec2, modules/quantize.py, train_pfq.py",
-        policy=Policy(**stages[0], **LINEAR),  # type: ignore[arg-type]
+        policy=Policy(**stages[0], **LINEAR),
         schedule=Progressive(tuple(stages), threshold, decay, interval),
         notes=(
             "Zero is no value of these integers, so that the zeros of a ReLU become small numbers, as in the code.",

@@ -22,6 +22,7 @@ from fpsim.policy import Policy
 from fpsim.recipes.description import lines_of_policy, wrapped
 from fpsim.recipes.exclusions import Exclusions
 from fpsim.suggestions import did_you_mean
+from fpsim.training.schedules import ScheduleState
 
 #: The classes of parts by name, and the module that holds each: what `Recipe.from_json` can read.
 PARTS: dict[str, str] = {
@@ -72,7 +73,16 @@ class GradientsPart(Protocol):
 
 
 class Schedule(Protocol):
-    """A precision that depends on the step or on the loss."""
+    """A precision that depends on the step or on the loss (`fpsim.training.schedules`)."""
+
+    def start(self) -> ScheduleState:
+        """The state before the first step."""
+
+    def after(self, state: ScheduleState, loss: float | None = None) -> ScheduleState:
+        """The state after a step with this loss."""
+
+    def policy(self, state: ScheduleState, base: Policy | None = None) -> Policy:
+        """The policy of the next step."""
 
     def apply(self, model: torch.nn.Module, policy: Policy | None, backend: str) -> torch.nn.Module:
         """The compiled model."""

@@ -90,5 +90,6 @@ def block_function(fmt: FloatFormat, rounding: str, overflow: str, rule: str, dt
     rounded = round_code(code, grid, rounding, overflow, ops, 0, multiplier)
     mark = nan_mark_code(grid)
     is_nan = ops.less(multiplier, mark + 1) & ~ops.less(multiplier, mark)
+    assert carrier.nan_code is not None, "carriers have a NaN"
     text.give(ops.choose(is_nan, carrier.nan_code, rounded))
     return "\n".join(text.lines)

@@ -6,6 +6,7 @@ percent of images look like those of another class. Accuracies are those on fres
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -127,8 +128,9 @@ def shifted_positions(seed: int) -> Mapping[str, float]:
 @lru_cache(maxsize=64)
 def _gpt2_loss(recipe: str, seed: int) -> float:
     """The smoothed loss at the end of a run of a small GPT-2, which has layer norms."""
-    loss = run(replace(BASE, model=replace(BASE.model, family="gpt2"), recipe=Recipe.from_json(recipe), seed=seed))
-    return loss[-1].smoothed_loss
+    config = replace(BASE, model=replace(BASE.model, family="gpt2"), recipe=Recipe.from_json(recipe), seed=seed)
+    loss = run(config)[-1].smoothed_loss
+    return math.inf if loss is None or math.isnan(loss) else loss
 
 
 def narrow_norms(seed: int) -> Mapping[str, float]:

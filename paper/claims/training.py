@@ -6,6 +6,7 @@ losses at the end of the run, nats per token. The baseline is `fpsim.recipes.amp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -35,7 +36,7 @@ def final_loss(recipe: str, seed: int) -> float:
     """The smoothed loss at the end of a run by the recipe with this JSON text; NaN counts as infinity."""
     config = replace(BASE, recipe=Recipe.from_json(recipe), seed=seed)
     loss = run(config)[-1].smoothed_loss
-    return loss if loss == loss else float("inf")
+    return math.inf if loss is None or math.isnan(loss) else loss
 
 
 def gaps(seed: int, **variants: Recipe) -> Mapping[str, float]:

@@ -137,7 +137,7 @@ def test_first_order_is_the_gradient_times_the_error_and_second_order_comes_near
                 zero = torch.zeros((), requires_grad=True)
                 (slope,) = torch.autograd.grad(loss(zero), zero, create_graph=True)
                 (curvature,) = torch.autograd.grad(slope, zero)
-                changes.append((path, role, float(slope), float(slope + curvature / 2)))
+                changes.append((path, role, float(slope.detach()), float((slope + curvature / 2).detach())))
     for effect in result.forward:
         own = [(a, b) for path, role, a, b in changes if (path, role) == (effect.unit.path, effect.unit.role)]
         first, second = (sum(column) / 3 for column in zip(*own, strict=True))
