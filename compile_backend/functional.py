@@ -314,7 +314,7 @@ def _blended(switches: Switches) -> Callable[..., Tensor]:
 
 
 #: The operators of fpsim that stand in a forward graph, and one of prims, with the derivatives of the surrogate.
-_WITH_DERIVATIVE: dict[Any, Callable[..., Tensor]] = {
+_WITH_DERIVATIVE: dict[Any, Callable[..., Any]] = {
     round_op: _passed_through(round_op),
     round_transformed_op: _passed_through(round_transformed_op),
     round_scaled_op: _rounded_with_scale,

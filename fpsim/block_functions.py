@@ -60,8 +60,9 @@ def encode_blocks(
         and 1 in place of one along which all elements share a scale; for ``group`` it is the number of groups.
 
     Raises:
-        ValueError: the format has no scale of blocks, rows, groups or tensors by ratio; or packed codes do not fill
-            whole bytes. Otherwise the errors of `fpsim.round`.
+        ValueError: the format has no scale of blocks, rows, groups or tensors by ratio; packed codes do not fill whole
+            bytes; or a NaN has no code, and no scale by rule ``encode`` is NaN in its place. Otherwise the errors of
+            `fpsim.round`.
         TypeError: in the same cases as `fpsim.round`.
 
     Source: OCP Microscaling Formats (MX) 1.0, section 5; Transformer Engine's NVFP4 recipe.
@@ -86,7 +87,11 @@ def encode_blocks(
         q = (split(rounded, scale, axes, call).values * scales[0]).nan_to_num(0.0)
     else:
         elements = Elements(cast.format, cast.rounding, cast.overflow, None, call)
-        q = quantized(groups.values, dtype, elements, scale, scales).nan_to_num(0.0)
+        q = quantized(groups.values, dtype, elements, scale, scales)
+        if scale.rule != "encode":
+            q = q.nan_to_num(0.0)  # the scale is NaN
+        elif q.isnan().any() and not (isinstance(cast.format, FloatFormat) and cast.format.has_nan):
+            raise ValueError(f"{cast.format.name} has no code for NaN, and a scale by rule 'encode' is never NaN")
     codes = _encode_elements(groups.restore(q), cast.format, scale)
     if packed and _is_packed(cast.format):
         codes = pack(codes, cast.format.name)

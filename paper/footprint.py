@@ -134,6 +134,7 @@ _PARTS: dict[str, Callable[[Any, float], tuple[float, float]]] = {
     "ClippedUpdates": _unchanged,
     "ClippingValues": _unchanged,
     "RoundedState": _rounded_state,
+    "ScaledLoss": _unchanged,
     "ProjectedAdam": _projected,
     "HalfPrecisionAdam": _half_precision,
 }

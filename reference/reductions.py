@@ -42,7 +42,7 @@ def mean(
         ValueError, TypeError: as `sum`.
 
     >>> mean([1, 2, 4], "fp32", accumulator="fp16")
-    Fraction(4893355, 2097152)
+    Fraction(9786709, 4194304)
     """
     terms = [as_value(value) for value in values]
     total = _sum(terms, (rounding, overflow), accumulator, order, working, random)

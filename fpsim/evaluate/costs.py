@@ -64,7 +64,7 @@ def bit_operations(operands: Operands) -> float:
     """
     (a, b), casts = operands
     lengths = [math.prod(int(s.shape[axis]) for axis in s.contracted) for s in (a, b)]
-    batch = a.shape[0] if len(a.shape) == len(b.shape) == 3 else 1
+    batch = int(a.shape[0]) if len(a.shape) == len(b.shape) == 3 else 1
     if "convolution" in a.operator or lengths[0] != lengths[1] or max(len(a.shape), len(b.shape)) > 3:
         raise ValueError(f"cost='macs' counts products of matrices, and {a.path!r} has {a.operator}: pass a function")
     elements = [math.prod(map(int, site.shape)) for site in (a, b)]

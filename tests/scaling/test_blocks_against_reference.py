@@ -332,6 +332,10 @@ ENCODED = (
 @given(tensors(), st.sampled_from(ENCODED))
 def test_decoded_codes_are_the_rounded_tensor(tensor, name):
     x, axis = tensor
+    if name == "int8/column:encode" and fpsim.round(x, name, axis=axis).isnan().any():
+        with pytest.raises(ValueError, match="has no code for NaN"):
+            fpsim.encode_blocks(x, name, axis, packed=False)
+        return
     codes, scales = fpsim.encode_blocks(x, name, axis, packed=False)
     decoded = fpsim.decode_blocks(codes, scales, name, axis, x.dtype, packed=False)
     rounded = fpsim.round(x, name, axis=axis)

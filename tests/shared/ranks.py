@@ -37,6 +37,7 @@ def _run(rank: int, work: Callable[[int], Any], port: int, folder: Path, join: b
     if join:
         dist.init_process_group("gloo")
     torch.save(work(rank), folder / f"{rank}.pt")
+    dist.barrier()  # rank 0 holds the store, which the other may still need
     dist.destroy_process_group()
 
 
