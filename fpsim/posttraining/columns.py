@@ -19,10 +19,8 @@ from fpsim.scaling.ops import SCALE_OPERATORS
 from fpsim.scaling.scale import MX_RULES, NV_RULES, Scale
 from fpsim.scaling.steps import (
     Elements,
-    amax_of,
     dequantized,
     nv_block_scale,
-    nv_scales,
     quantized,
     scales_of_groups,
 )
@@ -101,18 +99,16 @@ class Columns:
         if self.restored is not None:
             return tuple(each[:, first : first + 1] for each in self.restored)
         groups = split(group, scale, [1], call)
+        amax = groups.values.abs().amax(groups.axes, keepdim=True).float()
         if scale.rule in NV_RULES:
             assert self.whole is not None, "NVFP4 has a scale of the tensor"
-            amax = amax_of(groups.values, group.dtype, groups.axes, call).float()
             parts = (nv_block_scale(amax, self.whole, scale, call),)
         else:
             parts = scales_of_groups(groups.values, group.dtype, self.cast.format, scale, groups.axes, call)
         spread = [groups.restore(part.expand_as(groups.values))[:, :1] for part in parts]
         if self.constraint is not None:
-            amax = groups.restore(amax_of(groups.values, group.dtype, groups.axes, call).expand_as(groups.values))[
-                :, :1
-            ]
-            spread[0] = self.constraint(torch.where(amax == 0, 0.0, spread[0]))
+            is_zero = groups.restore((amax == 0).expand_as(groups.values))[:, :1]
+            spread[0] = self.constraint(torch.where(is_zero, 0.0, spread[0]))
         return (*spread, self.whole) if self.whole is not None else tuple(spread)
 
     def round(self, columns: Tensor, scales: tuple[Tensor, ...]) -> Tensor:
@@ -160,7 +156,8 @@ def columns_of(weight: Tensor, cast: Cast, constraint: Constraint | None = None)
     whole = None
     if scale.rule in NV_RULES:
         groups = split(weight, scale, [1], call)
-        whole = nv_scales(groups.values, weight.dtype, scale, groups.axes, call)[1].reshape(())
+        parts = scales_of_groups(groups.values, weight.dtype, cast.format, scale, groups.axes, call)
+        whole = parts[1].reshape(())
     return Columns(cast, width, constraint, whole)
 
 

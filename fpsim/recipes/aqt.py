@@ -56,8 +56,8 @@ def _integers(bits: int, activations: str, granularity: str) -> Policy:
     element = f"int{bits + 1}/down" if activations == "positive" else f"int{bits}"
     across, along = ("column", "row") if granularity == "channel" else ("tensor", "tensor")
     return Policy(
-        fprop={"activation": f"{element}/{across}:encode", "weight": f"int{bits}/row:encode"},
-        dgrad={"weight": f"int{bits}/column:encode"},
+        fprop={"activation": f"{element}/{across}:encode", "weight": f"int{bits}/channel:encode"},
+        dgrad={"weight": f"int{bits}/channel:encode"},
         wgrad={"activation": f"{element}/{along}:encode"},
         **LINEAR,
     )

@@ -346,7 +346,7 @@ def test_narrow_accumulators_add_products_of_elements() -> None:
         total = fpsim.matmul(a.elements, b.elements, accumulator="hopper_fp8", format=element)
         assert torch.equal(y, layer.bias + times(total, a, b))
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="multiply partial sums .*got blocks of 32 and no promotion"):
+    with pytest.raises(Exception, match=r"multiply partial sums .*got blocks of 32 and no promotion"):
         torch.compile(layer, backend="fpsim_eager", options={"format": "mxfp8", "accumulator": "hopper_fp8"})(x)
 
 

@@ -32,8 +32,8 @@ TABLE: dict[str, tuple[tuple[str | None, ...], tuple[str | None, ...], tuple[str
     "amp_bf16": ((BF16,) * 6, (BF16,) * 6, (BF16,) * 3),
     "amp_fp16": (("fp16",) * 6, ("fp16",) * 6, ("fp16",) * 3),
     "aqt": (
-        ("int5/down/column:encode", "int4/row:encode", None, "int4/column:encode", None, "int5/down/row:encode"),
-        ("int8/column:encode", "int8/row:encode", None, "int8/column:encode", None, "int8/row:encode"),
+        ("int5/down/column:encode", "int4/channel:encode", None, "int4/channel:encode", None, "int5/down/row:encode"),
+        ("int8/column:encode", "int8/channel:encode", None, "int8/channel:encode", None, "int8/row:encode"),
         (None,) * 3,
     ),
     "deepseek_v3": ((BLOCK, TILE, BLOCK, TILE, BLOCK, BLOCK), (BF16,) * 6, (BF16, BF16, None)),
