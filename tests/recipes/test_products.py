@@ -289,7 +289,7 @@ def aqt_positive(x: Tensor, w: Tensor, g: Tensor) -> Products:
         return codes[0] * codes[1]
 
     qw, qx = scaled_int(w, 4, 1), scaled_int(x, 5, 0, torch.floor)
-    return (whole(qx) @ qw[0].t()) * qw[1].t(), g @ whole(qw), (g.t() @ qx[0]) * qx[1]
+    return whole(qx) @ whole(qw).t(), g @ whole(qw), (g.t() @ qx[0]) * qx[1]
 
 
 CASES: dict[str, tuple[recipes.Recipe, Callable[[Tensor, Tensor, Tensor], Products]]] = {
