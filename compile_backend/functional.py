@@ -25,6 +25,7 @@ from fpsim.accumulators.sums import accumulate_sum_op
 from fpsim.attention.ops import flash_op
 from fpsim.compile_backend.compiling import compile_with_rounding
 from fpsim.compile_backend.errors import UnroundedError
+from fpsim.compile_backend.passes.epilogue import times_scale_op
 from fpsim.compile_backend.switches import Switches, switch_op
 from fpsim.compile_backend.torch_settings import apply_settings
 from fpsim.policy import Policy
@@ -326,4 +327,5 @@ _WITH_DERIVATIVE: dict[Any, Callable[..., Any]] = {
     accumulate_sum_op: _summed,
     prims.convert_element_type.default: Tensor.to,  # it has no derivative under transforms of torch.func
     **{op: _without_derivative(op) for op in (*SCALE_OPERATORS.values(), outer_scale_op, transform_parameters_op)},
+    times_scale_op: torch.mul,
 }

@@ -334,6 +334,21 @@ def test_the_scale_of_a_tensor_multiplies_the_result_of_a_convolution(cast: str)
     assert torch.allclose(layer.bias.grad, dy.sum(places))
 
 
+def test_inductor_leaves_scales_before_a_softmax_where_they_are() -> None:
+    """It would subtract the largest number of a row before it multiplies by the scale."""
+
+    def shifted(x: Tensor, w: Tensor) -> Tensor:
+        y = x @ w
+        return y - y.amax(-1, keepdim=True)
+
+    torch.manual_seed(10)
+    x, w = torch.randn(6, 48), torch.randn(48, 40)
+    y = rounded(x, "e4m3fn/tensor", 1) @ rounded(w, "e4m3fn/tensor", 0)
+    torch._dynamo.reset()
+    got = torch.compile(shifted, backend="fpsim", options={"format": "e4m3fn/tensor"})(x, w)
+    assert torch.equal(got, y - y.amax(-1, keepdim=True))
+
+
 def test_narrow_accumulators_add_products_of_elements() -> None:
     """Machines multiply elements. Scales of blocks, which vary along the sum, need a promotion after each block."""
     torch.manual_seed(9)
