@@ -123,10 +123,11 @@ class Policy:
             It leaves the product as it is in exact arithmetic: ``hadamard:16`` rotates blocks
             (`fpsim.transforms.hadamard.Hadamard`), ``smooth`` moves factors of channels from one operand to the other
             (`fpsim.transforms.smoothing.Smoothing`), ``permute:amax`` sorts channels
-            (`fpsim.transforms.permutation.Permutation`). A mapping from kinds to transforms changes only products of
-            these kinds: ``{"wgrad": "hadamard:16:te"}``. The changed operands are float32 (float64 for float64), and
-            are rounded by their casts; an operand without a cast is rounded to the dtype of the product. Products of
-            which no operand is rounded stay as they are. Default: no transform.
+            (`fpsim.transforms.permutation.Permutation`). ``smooth/hadamard:16`` rotates what smoothing has made of the
+            operands (`fpsim.transforms.chain.Chain`). A mapping from kinds to transforms changes only products of these
+            kinds: ``{"wgrad": "hadamard:16:te"}``. The changed operands are float32 (float64 for float64), and are
+            rounded by their casts; an operand without a cast is rounded to the dtype of the product. Products of which
+            no operand is rounded stay as they are. Default: no transform.
         skip: globs of module paths. The products in these modules are not rounded; the plan lists them as gaps.
         modules: a mapping from globs of module paths to the policy that applies to these modules instead: a `Policy`,
             a preset (``"paper:e8m3"``), a mapping of fields, a format, or ``"none"``. A mapping and a format inherit
