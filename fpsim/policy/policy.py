@@ -520,6 +520,32 @@ class Policy:
 
     # -- other policies --------------------------------------------------------------------------------------
 
+    @property
+    def of_forward(self) -> Policy:
+        """The policy that rounds in forward as this one does, and nothing in backward.
+
+        >>> Policy(activation="e4m3fn", weight="e4m3fn", gradient="e5m2/stochastic").of_forward.is_stochastic
+        False
+        """
+        elementwise, accumulator = self.elementwise_cast("forward"), self.accumulator_of("fprop")
+        transform = self.product_transform("fprop")
+        return replace(
+            self,
+            format=NONE,
+            gradient=NONE,
+            activation=self.cast("fprop", "activation") or NONE,
+            weight=self.cast("fprop", "weight") or NONE,
+            output=self.output_cast("fprop"),
+            elementwise={} if elementwise is None else {"forward": elementwise},
+            accumulator=None if accumulator is None else {"fprop": accumulator},
+            transform={} if transform is None else {"fprop": transform},
+            fprop=(),
+            dgrad=(),
+            wgrad=(),
+            saved=(),
+            modules=tuple((glob, policy and policy.of_forward) for glob, policy in self._rules),
+        )
+
     def with_modules(self, modules: Mapping[str, ModuleRule] | Sequence[tuple[str, ModuleRule]]) -> Policy:
         """This policy with more rules for modules. They precede its own rules and replace rules with the same glob.
 
