@@ -251,7 +251,7 @@ def _is_statistic(value: fx.Node) -> bool:
         return True
     name, is_part = getattr(original_operator(value), "__name__", ""), value.target is getitem
     family = opaque_family(f"aten.{name}")
-    is_tiled = is_part and value.args[0].target in TENSORS  # type: ignore[union-attr]
+    is_tiled = is_part and any(each.target in TENSORS for each in value.all_input_nodes)
     if is_tiled or (family is not None and family.is_attention):
         return is_part and bool(value.args[1])
     return name in ONE_RESULT and value.target is not mark
