@@ -173,7 +173,7 @@ def _owners(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _has_factors(module: nn.Module) -> bool:
-    if type(module) in (nn.Conv1d, nn.Conv2d):
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
         return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return type(module) is nn.Linear
 
