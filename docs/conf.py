@@ -81,9 +81,7 @@ class Commands(Directive):
             help_text = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "100", "NO_COLOR": "1"}).stdout
             name = " ".join(["fpsim", *words])
             section = nodes.section("", nodes.title("", name), ids=[nodes.make_id(name)])
-            section += nodes.literal_block(
-                help_text, "\n".join(line.rstrip() for line in help_text.strip().splitlines())
-            )
+            section += nodes.literal_block(help_text, re.sub(r" +$", "", help_text.strip(), flags=re.MULTILINE))
             found.append(section)
         return found
 

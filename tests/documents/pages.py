@@ -7,14 +7,15 @@ A page is Markdown. Its fenced blocks mean:
     text     behind one of these: what it prints, with warnings of fpsim's and the last line of an error.
     py, bash do not run: they need minutes, a GPU, a network, or files of the reader's. They are checked for syntax.
 
-In an output ``...`` stands for any text, runs of blanks count as one, and a number with a point may be off by two percent
-or by one in its last digit, because sums differ between processors.
+In an output ``...`` stands for any text, runs of blanks count as one, and a number with a point may be off by two
+percent or by one in its last digit, because sums differ between processors.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import re
 import shlex
 import subprocess
@@ -60,13 +61,8 @@ class Block:
 
 def pages() -> list[Path]:
     """All pages, relative to the root of the repository."""
-    found = [
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        ROOT / "paper/README.md",
-        *sorted((ROOT / "docs").rglob("*.md")),
-    ]
-    return [page.relative_to(ROOT) for page in found]
+    documents = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "paper/README.md")]
+    return [page.relative_to(ROOT) for page in (*documents, *sorted((ROOT / "docs").rglob("*.md")))]
 
 
 def blocks(text: str) -> list[Block]:
@@ -79,12 +75,10 @@ def blocks(text: str) -> list[Block]:
 
 def outputs(text: str) -> dict[Block, Block]:
     """The blocks with output, and the output that stands directly behind each."""
-    every = blocks(text)
     return {
         code: shown
-        for code, shown in zip(every, every[1:], strict=False)
-        if shown.kind == "text"
-        and not text[code.end : shown.start].removeprefix("```").removesuffix("```text\n").strip()
+        for code, shown in itertools.pairwise(blocks(text))
+        if shown.kind == "text" and not text[code.end : shown.start].strip("`tex\n")
     }
 
 

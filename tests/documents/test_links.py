@@ -26,9 +26,8 @@ def prose(text: str) -> str:
 
 def anchors(page: Path) -> set[str]:
     """The anchors of the headings of a page, as GitHub and MyST name them."""
-    headings = re.findall(
-        r"^#{1,6} (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.MULTILINE
-    )
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#{1,6} (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
 
 
