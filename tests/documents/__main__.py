@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from tests.documents.pages import ROOT, Block, pages, run, written
@@ -16,14 +17,15 @@ from tests.documents.pages import ROOT, Block, pages, run, written
 def main(names: list[str]) -> None:
     for page in [Path(name) for name in names] or pages():
         file = ROOT / page
-        text, results = file.read_text(), dict[Block, str]()
+        text, results, start = file.read_text(), dict[Block, str](), time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)
             for block, got in run(page, text, Path(folder)):
                 results[block] = got
             os.chdir(ROOT)
         new = written(text, results)
-        print(f"{page}: {'changed' if new != text else 'as it was'}", file=sys.stderr)
+        told = "changed" if new != text else "as it was"
+        print(f"{page}: {told} ({time.perf_counter() - start:.0f} s)", file=sys.stderr)
         file.write_text(new)
 
 

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parents[2]
 _FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$\n?", re.MULTILINE | re.DOTALL)
 _FILE = re.compile(r"# ([\w./-]+\.\w+)\n")
@@ -88,6 +90,7 @@ def run(page: Path, text: str, folder: Path) -> Iterator[tuple[Block, str]]:
     Yields:
         Each block that ran, and what it printed.
     """
+    torch._dynamo.reset()  # shapes of other pages would make this page's symbolic
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(text):
         if block.file is not None:

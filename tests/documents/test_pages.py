@@ -7,7 +7,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 from typer.main import get_command
 
 from fpsim.cli.main import app
@@ -24,7 +23,6 @@ def test_the_code_of_a_page_prints_what_the_page_shows(
     """If only the output has changed, and rightly: ``python -m tests.documents PAGE`` writes it into the page."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    torch._dynamo.reset()
     shown = outputs(TEXTS[page])
     for block, got in run(page, TEXTS[page], tmp_path):
         want = shown[block].text if block in shown else ""
