@@ -64,7 +64,17 @@ def page_source(docname: str) -> str:
             return f"[{text}]({relpath(target, own.parent)}{anchor})"
         return text
 
-    return _LINK.sub(link, origin.read_text())
+    text = origin.read_text()
+    if not text.startswith("# "):  # the title stands in the page's own file
+        text = f"{own.read_text().partition(chr(10))[0]}\n\n{text}"
+    return _LINK.sub(link, text)
+
+
+def escape_bars(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Let ``|x|`` in a docstring be a magnitude: reStructuredText takes it for a substitution."""
+    text = "\n".join(lines)
+    escaped = re.sub(r"``.*?``|`.*?`|\|", lambda found: r"\|" if found[0] == "|" else found[0], text)
+    lines[:] = escaped.split("\n")
 
 
 class Commands(Directive):
@@ -93,5 +103,6 @@ def commands(command: Any, words: tuple[str, ...] = ()) -> list[tuple[str, ...]]
 
 
 def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", escape_bars, priority=900)  # after napoleon
     app.add_directive("fpsim-commands", Commands)
     app.connect("source-read", lambda app, docname, source: source.__setitem__(0, page_source(docname)))
