@@ -52,7 +52,7 @@ types: .venv/ready build/site/ready
 
 # The site, from docs/ and docstrings, in build/html. A link that leads nowhere is a warning, and a warning is an error.
 docs: .venv/ready
-	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs build/html
+	$(BIN)/python -m sphinx --builder html --fresh-env --fail-on-warning --keep-going --quiet docs build/html
 
 # import-linter and mypy read the built wheel: the sources stand in four folders and become one package only there.
 # A build starts from nothing, or setuptools would put files into the wheel that have been removed since.

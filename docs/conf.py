@@ -61,7 +61,8 @@ def page_source(docname: str) -> str:
         if not target.exists():
             return found[0]  # the build warns of it
         if target.is_relative_to(DOCS) and target.suffix == ".md":
-            return f"[{text}]({relpath(target, own.parent)}{anchor})"
+            shown = "" if text.endswith(".md") else text  # an empty text becomes the title of the page or section
+            return f"[{shown}]({relpath(target, own.parent)}{anchor})"
         return text
 
     text = origin.read_text()
