@@ -55,7 +55,7 @@ def unknown_options(words: list[str]) -> list[str]:
     while words and words[0] in getattr(command, "commands", {}):
         command, words = command.commands[words[0]], words[1:]
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-    assert command.params, words
+    assert not getattr(command, "commands", {}), f"{' '.join(words)} is no command"
     return [word for word in words if word.startswith("--") and word not in {*known, "--help"}]
 
 
