@@ -11,7 +11,7 @@ PROVEN_FORMATS := e4m3fn e5m2 e2m1fn bf16 e8m3 fp16
 # The record of those of the scales of OCP MX.
 PROOF_OF_SCALES := tests/exhaustive_scales.md
 
-.PHONY: demo quick test test-exhaustive prove prove-scales lint types benchmarks clean
+.PHONY: demo quick test test-exhaustive prove prove-scales lint types docs benchmarks clean
 
 # Threads that wait without spinning: beside other load, spinning makes every parallel region several times slower.
 demo quick test test-exhaustive prove prove-scales: export OMP_WAIT_POLICY = passive
@@ -59,10 +59,14 @@ types: .venv/ready build/site/ready
 	cd build/site && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fpsim
 	cd build/site && ../../$(BIN)/mypy --config-file ../../pyproject.toml ../../tests/policy/typed_caller.py
 
+# The site, from docs/ and docstrings, in build/html. A link that leads nowhere is a warning, and a warning is an error.
+docs: .venv/ready
+	$(BIN)/python -m sphinx --builder html --fresh-env --fail-on-warning --keep-going --quiet docs build/html
+
 # import-linter and mypy read the built wheel: the sources stand in four folders and become one package only there.
 # A build starts from nothing, or setuptools would put files into the wheel that have been removed since.
 build/site/ready: pyproject.toml $(shell find fpsim reference compile_backend paper -name __pycache__ -prune -o -print)
-	rm -rf build
+	rm -rf build/lib build/bdist.* build/wheel build/site
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/site build/wheel/*.whl
 	touch $@
@@ -92,7 +96,7 @@ benchmarks: .venv/ready
 .venv/ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
-	$(PIP) --editable '.[dev,paper]'
+	$(PIP) --editable '.[dev,docs,paper]'
 	touch $@
 
 clean:
