@@ -24,6 +24,7 @@ from fpsim.json_text import check_depth, parse_json
 from fpsim.policy.globs import matches
 from fpsim.policy.presets import HYBRID, MORE_THAN_POLICIES, PRESETS
 from fpsim.scaling.scale import Scale, parse_scale
+from fpsim.showing import Shown
 from fpsim.suggestions import did_you_mean, named_arguments
 from fpsim.transforms.names import NAMES_OF_PRODUCTS, parse_transform
 from fpsim.transforms.transform import Transform
@@ -72,7 +73,7 @@ _StoredCast = Cast | Literal["none"] | None
 
 @named_arguments
 @dataclass(frozen=True)
-class Policy:
+class Policy(Shown):
     """Which values the compiler backend rounds, and how. The fields are also the ``options`` of `torch.compile`.
 
     Every field that takes a format also takes a cast, which adds modes to the format: ``"e8m3/toward_zero"``,

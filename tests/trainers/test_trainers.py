@@ -1,0 +1,196 @@
+"""Models that are compiled in place train in other people's loops with the bits of a loop written by hand.
+
+Trainer and accelerate need ``pip install accelerate``, Lightning needs ``pip install lightning``; CI has neither.
+``python -m pytest tests/trainers`` runs these tests where they are installed.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fpsim
+from fpsim.trainers import StepStatistics, shares
+
+POLICY = {"activation": "e4m3fn", "weight": "e4m3fn", "gradient": "e5m2", "skip": "lm_head"}
+
+
+def tiny_llama() -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=32, use_cache=False,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def rows(count: int = 12) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 32, (count, 8), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def batch_of(some: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in some]) for name in some[0]}
+
+
+def parameters_of(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def by_hand(accumulation: int = 1, autocast: torch.dtype | None = None, steps: int = 3, size: int = 2) -> list[Tensor]:
+    """The parameters after ``steps`` of plain SGD in order of the data, as the documents tell Trainer to do."""
+    model = tiny_llama()
+    compiled = torch.compile(model, backend="fpsim_eager", options=POLICY)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    data = rows(steps * size * accumulation)
+    for step in range(steps):
+        batches = [
+            batch_of(data[first : first + size])
+            for first in range(step * size * accumulation, (step + 1) * size * accumulation, size)
+        ]
+        items = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        for batch in batches:
+            with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+                loss = compiled(**batch, num_items_in_batch=torch.tensor(items)).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return parameters_of(model)
+
+
+def trainer_of(model: Any, folder: Path, **changes: Any) -> Any:
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate: pip install accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    given = dict(
+        output_dir=str(folder), per_device_train_batch_size=2, max_steps=3, learning_rate=0.5,
+        lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, report_to=[], save_strategy="no", use_cpu=True,
+        logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    return InOrder(model, TrainingArguments(**given | changes), train_dataset=rows(12))
+
+
+@pytest.mark.parametrize("case", ["plain", "accumulation", "bf16"])
+def test_trainer_has_the_bits_of_a_loop_by_hand(case: str, tmp_path: Path) -> None:
+    changes = {"accumulation": {"gradient_accumulation_steps": 2}, "bf16": {"bf16": True}}.get(case, {})
+    model = tiny_llama()
+    model.compile(backend="fpsim_eager", options=POLICY)
+    trainer = trainer_of(model, tmp_path, **changes)
+    fpsim.trainers.log_rounding(trainer, every=2)
+    trainer.train()
+    want = by_hand(2 if case == "accumulation" else 1, torch.bfloat16 if case == "bf16" else None)
+    assert all(map(torch.equal, want, parameters_of(model)))
+    logged = [entry for entry in trainer.state.log_history if "fpsim/gradient_underflow" in entry]
+    assert [entry["step"] for entry in logged] == [2]
+    assert all(0 <= logged[0][f"fpsim/{role}_underflow"] <= 1 for role in ("activation", "weight", "gradient"))
+
+
+def test_trainer_refuses_the_backends_of_accelerate_by_name(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate: pip install accelerate")
+    with pytest.raises(ValueError, match=r"(?i)fpsim.* is not a valid|dynamo"):
+        trainer_of(tiny_llama(), tmp_path, torch_compile=True, torch_compile_backend="fpsim").train()
+
+
+def test_the_callback_logs_the_profile_of_the_last_batch(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.compile(backend="fpsim_eager", options=POLICY)
+    trainer = trainer_of(model, tmp_path, max_steps=1)
+    before = parameters_of(model)
+    fpsim.trainers.log_rounding(trainer, every=1)
+    trainer.train()
+    plain = tiny_llama()
+    assert all(map(torch.equal, before, parameters_of(plain)))
+    batch = batch_of(rows(2)) | {"num_items_in_batch": torch.tensor(14)}
+    want = shares(fpsim.profile(plain, policy=POLICY, **batch))
+    (logged,) = [entry for entry in trainer.state.log_history if "fpsim/gradient_underflow" in entry]
+    assert {name: logged[name] for name in want} == want
+    with pytest.raises(TypeError, match="is not compiled in place by fpsim"):
+        fpsim.trainers.log_rounding(trainer_of(tiny_llama(), tmp_path))
+    with pytest.raises(ValueError, match="every=0 is a number of steps"):
+        fpsim.trainers.log_rounding(trainer_of(model, tmp_path), every=0)
+
+
+def test_accelerate_launch_runs_a_script_with_a_compiled_model(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="accelerate launch needs accelerate: pip install accelerate")
+    (tmp_path / "script.py").write_text(
+        "import sys, torch\nfrom accelerate import Accelerator\n"
+        "from torch.nn import Linear, ReLU, Sequential\n"
+        "torch.manual_seed(0)\nmodel = Sequential(Linear(8, 8), ReLU(), Linear(8, 2))\n"
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "model.compile(backend='fpsim_eager', options={'format': 'e4m3fn'})\n"
+        "accelerator = Accelerator(cpu=True)\nmodel, optimizer = accelerator.prepare(model, optimizer)\n"
+        "x = torch.randn(4, 8)\n"
+        "for _ in range(3):\n    accelerator.backward(model(x).square().sum())\n"
+        "    optimizer.step()\n    optimizer.zero_grad()\n"
+        "torch.save(accelerator.unwrap_model(model).state_dict(), sys.argv[1])\n"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    subprocess.run([*launch, "script.py", "out.pt"], cwd=tmp_path, check=True, capture_output=True)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    compiled = torch.compile(model, backend="fpsim_eager", options={"format": "e4m3fn"})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(4, 8)
+    for _ in range(3):
+        compiled(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    got = torch.load(tmp_path / "out.pt")
+    assert got.keys() == model.state_dict().keys()
+    assert all(torch.equal(got[name], value) for name, value in model.state_dict().items())
+
+
+def test_lightning_has_the_bits_of_a_loop_by_hand(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning", reason="Lightning is not installed: pip install lightning")
+
+    class Task(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = tiny_llama()
+            self.model.compile(backend="fpsim_eager", options=POLICY)
+
+        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+            return self.model(**batch, num_items_in_batch=torch.tensor(14)).loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.model.parameters(), lr=0.5)
+
+    class LogRounding(lightning.Callback):
+        def on_train_start(self, trainer: Any, task: Any) -> None:
+            self.statistics = StepStatistics(task.model)
+
+        def on_before_optimizer_step(self, trainer: Any, task: Any, optimizer: Any) -> None:
+            task.log_dict(self.statistics.measure())
+
+    task = Task()
+    trainer = lightning.Trainer(
+        max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[LogRounding()], default_root_dir=str(tmp_path),
+    )  # fmt: skip
+    trainer.fit(task, torch.utils.data.DataLoader(rows(6), batch_size=2))
+    assert all(map(torch.equal, by_hand(), parameters_of(task.model)))
+    assert 0 <= float(trainer.logged_metrics["fpsim/gradient_underflow"]) <= 1
+
+
+def test_generate_takes_a_compile_config_without_mode() -> None:
+    transformers = pytest.importorskip("transformers")
+    model, prompt = tiny_llama().eval(), torch.arange(5)[None]
+    config = transformers.CompileConfig(backend="fpsim_eager", mode=None, options=POLICY, fullgraph=False)
+    config._compile_all_devices = True
+    ruled = dict(max_new_tokens=6, do_sample=False, cache_implementation="static", pad_token_id=0)
+    got = model.generate(prompt, compile_config=config, **ruled)
+    plain = tiny_llama().eval()
+    plain.compile(backend="fpsim_eager", options=POLICY)
+    assert torch.equal(got, plain.generate(prompt, **ruled))
