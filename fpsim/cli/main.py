@@ -44,7 +44,7 @@ def options(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the versions of fpsim, torch and Python."
+            "--version", callback=_show_version, is_eager=True, help="Show the versions of fpsim, PyTorch and Python."
         ),
     ] = False,
 ) -> None:

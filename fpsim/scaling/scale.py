@@ -7,7 +7,7 @@ import reprlib
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from fpsim.suggestions import did_you_mean, first_words
+from fpsim.suggestions import first_words, near_names, suggest
 
 #: Rules whose scales are powers of two, by OCP MX's E8M0 codes (`fpsim.scaling.rules.mx_multiplier_code`).
 MxRule = Literal["rceil", "floor", "ceil", "even"]
@@ -200,7 +200,7 @@ def parse_scale(name: str | Scale | None) -> Scale | None:
     factor, slash, timing = name.partition("/") if isinstance(name, str) else ("", "", "")
     scale = _parse(factor)
     if scale is None or (slash and not is_timing(timing.strip().lower())):
-        hint = did_you_mean(factor.partition(":")[0], first_words(SCALE_NAMES))
+        hint = suggest(near_names(factor.partition(":")[0], first_words(SCALE_NAMES), most=1, cutoff=0.7))
         raise ValueError(
             f"unknown scale {reprlib.repr(name)}{hint}: use one of {', '.join(SCALE_NAMES)}, or None. Behind it may "
             f"stand / and one of {', '.join(TIMING_NAMES)}"

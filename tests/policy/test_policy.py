@@ -821,7 +821,7 @@ def test_a_format_is_no_policy_and_the_error_says_what_to_write(options: Any, er
         (
             {"fprop": {"weights": "bf16"}},
             ValueError,
-            "unknown role 'weights' in fprop: use activation, ",
+            "unknown role 'weights' in fprop .did you mean 'weight'..: use activation, ",
         ),
         (
             {"elementwise": {"loss": "bf16"}},
