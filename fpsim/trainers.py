@@ -28,12 +28,22 @@ class StepStatistics:
     step, and the memory of one more batch. Steps that are not measured cost nothing.
 
     Args:
-        module: a module on which ``module.compile(backend="fpsim", options=...)`` was called. Its policy holds.
+        module: a module on which ``module.compile(backend="fpsim", options=...)`` was called. Its policy holds. Its
+            class is not one of ``torch.nn``: torch compiles nothing of those in place.
+
+    Attributes:
+        arguments: the positional and the keyword arguments of the latest call with gradients; None before it.
 
     Raises:
         TypeError: ``module`` is not a module that was compiled in place by fpsim.
 
-    >>> module = nn.Linear(4, 2)
+    >>> class Model(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.linear = nn.Linear(4, 2)
+    ...     def forward(self, x):
+    ...         return self.linear(x)
+    >>> module = Model()
     >>> module.compile(backend="fpsim_eager", options={"format": "e4m3fn"})
     >>> statistics = StepStatistics(module)
     >>> module(torch.full((8, 4), 1000.0)).sum().backward()
@@ -81,7 +91,7 @@ class StepStatistics:
         args, kwargs = self.arguments
         device, dtype, enabled = self._autocast
         with torch.enable_grad(), torch.autocast(device, dtype, enabled):
-            return profile(self._module.forward, *args, policy=self._policy, loss=loss, **kwargs)
+            return profile(self._module._call_impl, *args, policy=self._policy, loss=loss, **kwargs)
 
     def measure(self, loss: Callable[[Any], Tensor] | None = None) -> dict[str, float]:
         """The shares of rounded numbers that saturated and that underflowed to zero, by role, in the latest batch.

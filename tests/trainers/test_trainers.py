@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -46,8 +47,10 @@ def parameters_of(model: nn.Module) -> list[Tensor]:
 
 
 def by_hand(accumulation: int = 1, autocast: torch.dtype | None = None, steps: int = 3, size: int = 2) -> list[Tensor]:
-    """The parameters after ``steps`` of plain SGD in order of the data, as the documents tell Trainer to do."""
+    """The parameters after ``steps`` of plain SGD in order. Autocast is inside forward, as accelerate has it."""
     model = tiny_llama()
+    if autocast is not None:
+        model.forward = MethodType(torch.autocast("cpu", autocast)(type(model).forward), model)
     compiled = torch.compile(model, backend="fpsim_eager", options=POLICY)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     data = rows(steps * size * accumulation)
@@ -58,9 +61,7 @@ def by_hand(accumulation: int = 1, autocast: torch.dtype | None = None, steps: i
         ]
         items = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         for batch in batches:
-            with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-                loss = compiled(**batch, num_items_in_batch=torch.tensor(items)).loss
-            loss.backward()
+            compiled(**batch, num_items_in_batch=torch.tensor(items)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return parameters_of(model)
@@ -122,34 +123,45 @@ def test_the_callback_logs_the_profile_of_the_last_batch(tmp_path: Path) -> None
         fpsim.trainers.log_rounding(trainer_of(model, tmp_path), every=0)
 
 
-def test_accelerate_launch_runs_a_script_with_a_compiled_model(tmp_path: Path) -> None:
+SCRIPT = """
+import sys
+import torch
+from accelerate import Accelerator
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+torch.manual_seed(0)
+model, x = Net(), torch.randn(4, 8)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+if "by hand" in sys.argv:
+    step = torch.compile(model, backend="fpsim_eager", options={"format": "e4m3fn"})
+    backward = torch.Tensor.backward
+else:
+    model.compile(backend="fpsim_eager", options={"format": "e4m3fn"})
+    accelerator = Accelerator(cpu=True)
+    step, optimizer = accelerator.prepare(model, optimizer)
+    backward = accelerator.backward
+for _ in range(3):
+    backward(step(x).square().sum())
+    optimizer.step()
+    optimizer.zero_grad()
+torch.save(model.state_dict(), sys.argv[1])
+"""
+
+
+def test_accelerate_launch_has_the_bits_of_a_loop_by_hand(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="accelerate launch needs accelerate: pip install accelerate")
-    (tmp_path / "script.py").write_text(
-        "import sys, torch\nfrom accelerate import Accelerator\n"
-        "from torch.nn import Linear, ReLU, Sequential\n"
-        "torch.manual_seed(0)\nmodel = Sequential(Linear(8, 8), ReLU(), Linear(8, 2))\n"
-        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
-        "model.compile(backend='fpsim_eager', options={'format': 'e4m3fn'})\n"
-        "accelerator = Accelerator(cpu=True)\nmodel, optimizer = accelerator.prepare(model, optimizer)\n"
-        "x = torch.randn(4, 8)\n"
-        "for _ in range(3):\n    accelerator.backward(model(x).square().sum())\n"
-        "    optimizer.step()\n    optimizer.zero_grad()\n"
-        "torch.save(accelerator.unwrap_model(model).state_dict(), sys.argv[1])\n"
-    )
+    (tmp_path / "script.py").write_text(SCRIPT)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    subprocess.run([*launch, "script.py", "out.pt"], cwd=tmp_path, check=True, capture_output=True)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    compiled = torch.compile(model, backend="fpsim_eager", options={"format": "e4m3fn"})
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    x = torch.randn(4, 8)
-    for _ in range(3):
-        compiled(x).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    got = torch.load(tmp_path / "out.pt")
-    assert got.keys() == model.state_dict().keys()
-    assert all(torch.equal(got[name], value) for name, value in model.state_dict().items())
+    for command in ([*launch, "script.py", "launched.pt"], [sys.executable, "script.py", "hand.pt", "by hand"]):
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    got, want = (torch.load(tmp_path / name) for name in ("launched.pt", "hand.pt"))
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_lightning_has_the_bits_of_a_loop_by_hand(tmp_path: Path) -> None:
@@ -188,9 +200,16 @@ def test_generate_takes_a_compile_config_without_mode() -> None:
     transformers = pytest.importorskip("transformers")
     model, prompt = tiny_llama().eval(), torch.arange(5)[None]
     config = transformers.CompileConfig(backend="fpsim_eager", mode=None, options=POLICY, fullgraph=False)
-    config._compile_all_devices = True
-    ruled = dict(max_new_tokens=6, do_sample=False, cache_implementation="static", pad_token_id=0)
-    got = model.generate(prompt, compile_config=config, **ruled)
-    plain = tiny_llama().eval()
-    plain.compile(backend="fpsim_eager", options=POLICY)
-    assert torch.equal(got, plain.generate(prompt, **ruled))
+    config._compile_all_devices = True  # transformers compiles on GPUs alone otherwise
+    ruled = dict(
+        max_new_tokens=6, use_cache=True, do_sample=False, cache_implementation="static", pad_token_id=0, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    got = torch.stack(model.generate(prompt, compile_config=config, **ruled).logits)
+    unrounded = torch.stack(tiny_llama().eval().generate(prompt, **ruled).logits)
+    in_place = tiny_llama().eval()
+    in_place.compile(backend="fpsim_eager", options=POLICY)
+    want = torch.stack(in_place.generate(prompt, **ruled).logits)
+    # transformers compiles the steps behind the prompt; the prompt itself runs as it is.
+    assert torch.equal(got[0], unrounded[0]) and not torch.equal(got[0], want[0])
+    assert not torch.equal(got[1], unrounded[1])
