@@ -32,6 +32,8 @@ _REWRITES = {
 #: Functions in graphs that belong to transforms of `torch.func` or to forward mode, and those of `torch.vmap`.
 _DERIVATIVE = re.compile(r"_functorch|torch\.autograd\.forward_ad|_(make|unpack)_dual|_(enter|exit)_dual_level")
 _EXAMPLES = re.compile("vmap|batch_dim|lazy_load_decompositions")
+#: The function around ``x.requires_grad_()`` in a graph; a transform has other ones besides.
+_REQUIRES_GRAD = "set_inplace_requires_grad_allowed"
 
 #: The modes of `torch.compile` whose settings may stand beside rounding.
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -116,7 +118,7 @@ def refuse_inner_gradients(gm: fx.GraphModule) -> None:
         target = f"{getattr(node.target, '__module__', '')} {node.target}"
         if node.target in (torch.autograd.grad, torch.autograd.backward, "backward"):
             remedy = "set torch._dynamo.config.trace_autograd_ops to False; backward then runs compiled, outside"
-        elif _DERIVATIVE.search(target) and not _EXAMPLES.search(target):
+        elif _DERIVATIVE.search(target) and not _EXAMPLES.search(target) and _REQUIRES_GRAD not in target:
             remedy = (
                 "compile the model alone, and call backward() or torch.autograd.grad on its results, or transform "
                 "fpsim.curvature.functional_loss of the uncompiled model by torch.func"

@@ -202,8 +202,8 @@ def test_generate_takes_a_compile_config_without_mode() -> None:
     config = transformers.CompileConfig(backend="fpsim_eager", mode=None, options=POLICY, fullgraph=False)
     config._compile_all_devices = True  # transformers compiles on GPUs alone otherwise
     ruled = dict(
-        max_new_tokens=6, use_cache=True, do_sample=False, cache_implementation="static", pad_token_id=0, output_logits=True,
-        return_dict_in_generate=True,
+        max_new_tokens=6, use_cache=True, do_sample=False, cache_implementation="static", pad_token_id=0,
+        output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     got = torch.stack(model.generate(prompt, compile_config=config, **ruled).logits)
     unrounded = torch.stack(tiny_llama().eval().generate(prompt, **ruled).logits)
