@@ -213,3 +213,54 @@ def test_generate_takes_a_compile_config_without_mode() -> None:
     # transformers compiles the steps behind the prompt; the prompt itself runs as it is.
     assert torch.equal(got[0], unrounded[0]) and not torch.equal(got[0], want[0])
     assert not torch.equal(got[1], unrounded[1])
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.dropout = nn.Linear(4, 2, bias=False), nn.Dropout(0.5)
+        nn.init.constant_(self.linear.weight, 2.0**-12)  # below the smallest number of e4m3fn, 2**-9, and its half
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).square() + self.dropout(torch.ones(()))
+
+
+def train(measures: bool) -> tuple[list[Tensor], dict[str, float]]:
+    model, measured = Small(), {}
+    model.compile(backend="fpsim_eager", options=POLICY | {"skip": []})
+    statistics = StepStatistics(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    torch.manual_seed(1)
+    for _ in range(3):
+        x = torch.tensor([[500.0, 1.0, -1e4, 0.0], [2.0**-12, 2.0, 3.0, 4.0]])
+        model(x).sum().backward()
+        if measures:
+            measured = measured or statistics.measure(lambda outputs: outputs.sum() * 2.0**-40)
+        optimizer.step()
+        optimizer.zero_grad()
+    statistics.close()
+    return parameters_of(model), measured
+
+
+def test_statistics_are_those_of_the_batch_and_change_no_bit_of_training() -> None:
+    plain, _ = train(False)
+    measuring, measured = train(True)
+    assert all(map(torch.equal, plain, measuring))
+    # Two of eight activations are beyond 448, one underflows; all weights underflow, so that the gradients are zero.
+    assert measured == {
+        "fpsim/activation_saturated": 2 / 8, "fpsim/activation_underflow": 1 / 8, "fpsim/weight_saturated": 0.0,
+        "fpsim/weight_underflow": 1.0, "fpsim/gradient_saturated": 0.0, "fpsim/gradient_underflow": 0.0,
+    }  # fmt: skip
+
+
+def test_a_module_without_a_batch_or_without_fpsim_is_refused() -> None:
+    model = Small()
+    with pytest.raises(TypeError, match=r"Small is not compiled in place by fpsim: call module\.compile"):
+        StepStatistics(model)
+    model.compile(backend="fpsim_eager", options=POLICY | {"skip": []})
+    statistics = StepStatistics(model)
+    with torch.no_grad():
+        model(torch.ones(1, 4))
+    with pytest.raises(RuntimeError, match="Small has not been called with gradients yet"):
+        statistics.measure()
