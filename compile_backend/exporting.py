@@ -55,11 +55,10 @@ def export(
 
     Raises:
         UnroundedError: a product that cannot be rounded, or a module that was compiled in place.
-        ValueError: a bad policy, a model that torch cannot trace as one graph, a scale without a state in ``scales`` or
-            one that this step renews, or two sizes that vary and have the same example.
+        ValueError: a bad policy, a model that torch cannot trace as one graph or that allows fewer sizes than
+            ``dynamic_shapes``, two sizes that vary and have the same example, a size that is derived from another one,
+            a scale without a state in ``scales`` or one that this step renews.
         RuntimeError: a calibrated scale without a state in ``scales``.
-        torch.fx.experimental.symbolic_shapes.ConstraintViolationError: the model allows fewer sizes than
-            ``dynamic_shapes`` (within an error of Dynamo).
 
     >>> model = torch.nn.Linear(4, 2).eval()
     >>> program = export(model, (torch.randn(3, 4),), {"format": "e4m3fn"})
@@ -183,6 +182,11 @@ def _ranges(
             if not isinstance(size, torch.SymInt):
                 continue
             symbol, example = size.node.expr, leaf.shape[axis]
+            if symbol not in program.range_constraints:
+                raise ValueError(
+                    f"axis {axis} of input {name} has the size {symbol}, derived from another one: let it vary "
+                    "on its own, or not at all"
+                )
             if symbols.setdefault(example, str(symbol)) != str(symbol):
                 raise ValueError(
                     f"two sizes that vary on their own have the same example, {example}: give examples of different "

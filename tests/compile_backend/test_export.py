@@ -29,10 +29,10 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, layers: int) -> None:
         super().__init__()
         self.words = nn.Embedding(32, 16)
-        self.layers = nn.ModuleList(Block() for _ in range(2))
+        self.layers = nn.ModuleList(Block() for _ in range(layers))
         self.head = nn.Linear(16, 32, bias=False)
         self.head.weight = self.words.weight
 
@@ -54,9 +54,9 @@ POLICIES = {
 }
 
 
-def seeded_model() -> Model:
+def seeded_model(layers: int = 2) -> Model:
     torch.manual_seed(0)
-    return Model().eval()
+    return Model(layers).eval()
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -141,7 +141,7 @@ class Branches(nn.Module):
 def test_sizes_that_the_model_tells_apart_are_refused() -> None:
     x, y = torch.randn(3, 8), torch.randn(5, 8)
     shapes = ({0: Dim("first", max=64)}, {0: Dim("second", max=64)})
-    with pytest.raises(Exception, match=r"(?i)constraint|specified range"):
+    with pytest.raises(ValueError, match=r"torch cannot trace Branches as one graph: Constraints violated"):
         fpsim.export(Branches(), (x, y), "bf16", dynamic_shapes=shapes)
     with pytest.raises(ValueError, match=r"two sizes that vary on their own have the same example, 3"):
         fpsim.export(Added(), (x, torch.randn(3, 8)), "bf16", dynamic_shapes=shapes)
@@ -235,9 +235,9 @@ def test_what_cannot_be_rounded_is_refused() -> None:
         fpsim.export(Breaks(), (x,), "bf16")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_package_of_aotinductor_has_the_bits_of_the_compiled_model(dtype: torch.dtype, tmp_path: Path) -> None:
-    model, tokens = seeded_model().to(dtype), torch.arange(12).reshape(2, 6)
+def test_a_package_of_aotinductor_has_the_bits_of_the_compiled_model(tmp_path: Path) -> None:
+    # bfloat16, in which Inductor fuses operators to others of float32 unless it is told to keep the casts
+    model, tokens = seeded_model(layers=1).bfloat16(), torch.arange(12).reshape(2, 6)
     policy = {"format": "e4m3fn/stochastic:8", "modules": {"head": "mxfp8"}}
     program = fpsim.export(model, (tokens,), policy)
     package = torch._inductor.aoti_load_package(fpsim.package(program, str(tmp_path / "model.pt2")))
