@@ -115,7 +115,7 @@ class _Rounded(nn.Module):
         super().__init__()
         names, parameters = list(state), dict(model.named_parameters())
         for name, value in state.items():
-            home = self
+            home: nn.Module = self
             *parts, own = name.split(".")
             for part in parts:
                 if part not in home._modules:

@@ -38,4 +38,4 @@ def _is_importing() -> bool:
 def look_up_lazily() -> None:
     """Let torch find all operators of fpsim by their names."""
     if not isinstance(vars(torch.ops).get("fpsim"), LazyOperators):
-        torch.ops.fpsim = LazyOperators("fpsim")
+        torch.ops.fpsim = LazyOperators("fpsim")  # type: ignore[attr-defined]

@@ -52,7 +52,7 @@ class StepStatistics:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        compiled = getattr(module, "_compiled_call_impl", None)
+        compiled: Any = getattr(module, "_compiled_call_impl", None)
         if not isinstance(module, nn.Module) or not hasattr(compiled, "_fpsim_options"):
             raise TypeError(
                 f"{type(module).__name__} is not compiled in place by fpsim: call module.compile(backend='fpsim', "

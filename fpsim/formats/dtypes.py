@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from fpsim.formats.float import FloatFormat
 from fpsim.formats.names import parse_format as parse_name
 
-if TYPE_CHECKING:
-    import torch
+
+class Dtype(Protocol):
+    """A dtype of torch, by its attributes: this package names no type of torch either."""
+
+    @property
+    def is_floating_point(self) -> bool: ...
+
+    @property
+    def itemsize(self) -> int: ...
 
 
 def format_name(given: Any) -> Any:
@@ -36,7 +43,7 @@ def format_name(given: Any) -> Any:
     return name
 
 
-def parse_format(name: str | FloatFormat | torch.dtype) -> FloatFormat:
+def parse_format(name: str | FloatFormat | Dtype) -> FloatFormat:
     """The format that ``name`` denotes; a `FloatFormat` is returned unchanged.
 
     The names of ml_dtypes and torch are accepted with or without their prefix: ``e4m3fn``, ``float8_e4m3fn``,

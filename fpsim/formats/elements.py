@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fpsim.formats.codebook import CODEBOOKS, GROUP_SIZES, CodebookFormat, parse_codebook
-from fpsim.formats.dtypes import parse_format
+from fpsim.formats.dtypes import Dtype, parse_format
 from fpsim.formats.float import FloatFormat
 from fpsim.formats.integer import IntegerFormat, parse_integer
-
-if TYPE_CHECKING:
-    import torch
 
 #: The formats of the elements of a cast.
 ElementFormat = FloatFormat | IntegerFormat | CodebookFormat
 
 
-def parse_element(name: str | ElementFormat | torch.dtype) -> ElementFormat:
+def parse_element(name: str | ElementFormat | Dtype) -> ElementFormat:
     """The element format that ``name`` denotes: an integer, a codebook, or any format of `parse_format`.
 
     Raises:
