@@ -70,14 +70,14 @@ def export(
     model, policy, states = _resolved(model, policy, scales)
     kwargs = dict(kwargs or {})
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    ranges = {} if dynamic_shapes is None else _ranges(model, args, kwargs, dynamic_shapes, len(state))
     try:
+        ranges = {} if dynamic_shapes is None else _ranges(model, args, kwargs, dynamic_shapes, len(state))
         with torch.no_grad(), states.running():
             traced = trace(model, policy, (state, args, kwargs), ranges=ranges)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise error.inner_exception from error
     except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"torch cannot trace {type(model).__name__} as one graph: {reason}. torch.compile(model, fullgraph=True) "
             "shows where"
