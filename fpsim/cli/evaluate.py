@@ -28,8 +28,10 @@ WeightsOption = Annotated[
 WindowsOption = Annotated[int, typer.Option(min=1, help="Largest number of windows of the text.")]
 ContextOption = Annotated[int | None, typer.Option(min=2, help="Tokens per window.", show_default="the model's own")]
 BackendOption = Annotated[str, typer.Option(help="fpsim compiles; fpsim_eager has the same values.")]
-CsvOption = Annotated[Path | None, typer.Option(help="File to write the numbers to, as CSV. Needs pandas.")]
-_POLICY_HELP = (
+CsvOption = Annotated[
+    Path | None, typer.Option(help="File to write the numbers to, as CSV. Needs pandas.", show_default="none")
+]
+POLICY_HELP = (
     "A preset (bf16, mxfp8, nvfp4), a cast of all operands (e4m3fn, int8/row), two casts (e4m3fn+e5m2), or the JSON "
     "file of a policy"
 )
@@ -39,7 +41,7 @@ _POLICY_HELP = (
 def evaluate(
     model: ModelArgument,
     text: TextArgument,
-    policy: Annotated[list[str], typer.Option(help=f"{_POLICY_HELP}; may be given several times.")],
+    policy: Annotated[list[str], typer.Option(help=f"{POLICY_HELP}; may be given several times.")],
     weights: WeightsOption = None,
     windows: WindowsOption = 64,
     context: ContextOption = None,
@@ -79,7 +81,7 @@ def evaluate(
 def sensitivity(
     model: ModelArgument,
     text: TextArgument,
-    policy: Annotated[str, typer.Option(help=f"{_POLICY_HELP}.")],
+    policy: Annotated[str, typer.Option(help=f"{POLICY_HELP}.")],
     by: Annotated[str, typer.Option(help="module, or site: kind of product and role.")] = "module",
     gradients: Annotated[bool, typer.Option(help="Measure what rounding in backward does to the gradient.")] = True,
     weights: WeightsOption = None,
@@ -118,11 +120,6 @@ def sensitivity(
 
 
 def _task(model: Path, text: Path, weights: Path | None, windows: int, context: int | None) -> Task:
-    from fpsim.evaluate.load import is_script
-    from fpsim.evaluate.texts import task_of_checkpoint, task_of_script
+    from fpsim.evaluate.calls import language_task
 
-    if is_script(str(model)):
-        return task_of_script(str(model), text, windows=windows, context=context, weights=weights)
-    if weights is not None:
-        raise ValueError(f"weights are for a script, and {model} holds its own: leave --weights out")
-    return task_of_checkpoint(model, text, windows=windows, context=context)
+    return language_task(str(model), text, windows=windows, context=context, weights=weights)

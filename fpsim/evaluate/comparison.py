@@ -14,7 +14,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fpsim.compile_backend import explain
-from fpsim.compile_backend.plan import render
 from fpsim.compile_backend.report.running import ISOLATED, no_recompile_limit
 from fpsim.curvature.results import new_axes
 from fpsim.evaluate.batches import (
@@ -34,6 +33,7 @@ from fpsim.evaluate.policies import NOTHING, UNROUNDED, PolicyLike, named_polici
 from fpsim.evaluate.tables import data_frame, html
 from fpsim.evaluate.texts import unfused
 from fpsim.policy import Policy
+from fpsim.showing import Shown, render
 
 if TYPE_CHECKING:
     import pandas
@@ -73,7 +73,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """The result of `compare`. ``print(comparison)`` and ``rich.print(comparison)`` show a table.
 
     Attributes:

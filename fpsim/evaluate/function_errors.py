@@ -16,12 +16,12 @@ from rich.table import Table
 from torch import Tensor
 
 from fpsim import reference
-from fpsim.compile_backend.plan import render
 from fpsim.curvature.results import new_axes
 from fpsim.evaluate.exact_functions import Exact, exact_function
 from fpsim.evaluate.tables import html
 from fpsim.formats import FloatFormat, parse_format
 from fpsim.rounding.carriers import CARRIERS
+from fpsim.showing import Shown, render
 from fpsim.tensor_functions import decode, encode
 from fpsim.tensor_functions import round as round_to
 
@@ -72,7 +72,7 @@ class Seam:
 
 
 @dataclass(frozen=True, eq=False)
-class Accuracy:
+class Accuracy(Shown):
     """The result of `accuracy`. ``print(result)`` shows it.
 
     Attributes:

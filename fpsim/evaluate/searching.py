@@ -18,7 +18,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import nn
 
 from fpsim.compile_backend import explain
-from fpsim.compile_backend.plan import Site, render
+from fpsim.compile_backend.plan import Site
 from fpsim.compile_backend.report.running import ISOLATED, no_recompile_limit
 from fpsim.curvature.data import fingerprint, why_batches_differ
 from fpsim.curvature.results import new_axes
@@ -40,6 +40,7 @@ from fpsim.evaluate.switched import SwitchedModel
 from fpsim.evaluate.tables import data_frame, html
 from fpsim.evaluate.texts import unfused
 from fpsim.policy import Policy
+from fpsim.showing import Shown, render
 
 if TYPE_CHECKING:
     import pandas
@@ -78,7 +79,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class SearchResult:
+class SearchResult(Shown):
     """The result of `search`. ``print(result)`` shows it; ``result.policy.to_json()`` is for `fpsim.Policy.from_json`.
 
     Attributes:

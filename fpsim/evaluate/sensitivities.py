@@ -14,7 +14,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fpsim.compile_backend.functional import functional
-from fpsim.compile_backend.plan import render
 from fpsim.compile_backend.report.running import no_recompile_limit
 from fpsim.compile_backend.switches import CAPACITY, Place, Switches
 from fpsim.curvature import hessian
@@ -35,6 +34,7 @@ from fpsim.evaluate.switched import SwitchedModel
 from fpsim.evaluate.tables import data_frame, html
 from fpsim.evaluate.texts import unfused
 from fpsim.policy import Policy
+from fpsim.showing import Shown, render
 
 if TYPE_CHECKING:
     import pandas
@@ -112,7 +112,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Shown):
     """The result of `sensitivity`. ``print(result)`` and ``rich.print(result)`` show tables, the worst unit first.
 
     Attributes:

@@ -21,6 +21,7 @@ from fpsim.json_text import parse_json
 from fpsim.policy import Policy
 from fpsim.recipes.description import lines_of_policy, wrapped
 from fpsim.recipes.exclusions import Exclusions
+from fpsim.showing import Shown
 from fpsim.suggestions import did_you_mean
 from fpsim.training.schedules import ScheduleState
 
@@ -89,7 +90,7 @@ class Schedule(Protocol):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Shown):
     """A published way to train or run a model in low precision.
 
     Attributes:

@@ -7,6 +7,8 @@ import reprlib
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from fpsim.suggestions import first_words, near_names, suggest
+
 #: Rules whose scales are powers of two, by OCP MX's E8M0 codes (`fpsim.scaling.rules.mx_multiplier_code`).
 MxRule = Literal["rceil", "floor", "ceil", "even"]
 #: Rules whose scales are ratios of magnitudes, in float32 or rounded to bfloat16; ``encode`` multiplies by the inverse
@@ -198,9 +200,10 @@ def parse_scale(name: str | Scale | None) -> Scale | None:
     factor, slash, timing = name.partition("/") if isinstance(name, str) else ("", "", "")
     scale = _parse(factor)
     if scale is None or (slash and not is_timing(timing.strip().lower())):
+        hint = suggest(near_names(factor.partition(":")[0], first_words(SCALE_NAMES), most=1, cutoff=0.7))
         raise ValueError(
-            f"unknown scale {reprlib.repr(name)}: use one of {', '.join(SCALE_NAMES)}, or None. Behind it may stand "
-            f"/ and one of {', '.join(TIMING_NAMES)}"
+            f"unknown scale {reprlib.repr(name)}{hint}: use one of {', '.join(SCALE_NAMES)}, or None. Behind it may "
+            f"stand / and one of {', '.join(TIMING_NAMES)}"
         )
     return with_timing(scale, timing.strip().lower()) if slash else scale
 
