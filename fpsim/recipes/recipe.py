@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from fpsim.json_text import parse_json
+from fpsim.json_text import parse_versioned
 from fpsim.policy import Policy
 from fpsim.recipes.description import lines_of_policy, wrapped
 from fpsim.recipes.exclusions import Exclusions
@@ -234,23 +234,16 @@ class Recipe:
             ValueError: ``text`` is not JSON, is no recipe, has an unknown field or part, or was written by a newer
                 fpsim.
         """
-        try:
-            given = parse_json(text)
-        except ValueError as error:
-            raise ValueError(f"a recipe must be valid JSON: {error}") from None
-        if not isinstance(given, dict):
-            raise ValueError(f"a recipe must be a JSON object, got {type(given).__name__}")
-        version = given.pop("version", JSON_VERSION)
-        if version != JSON_VERSION:
-            raise ValueError(
-                f"this recipe has version {version}, this fpsim reads version {JSON_VERSION}: upgrade fpsim"
-            )
+        given = parse_versioned(text, "recipe", JSON_VERSION)
         valid = [field.name for field in dataclasses.fields(Recipe)]
         for key in given:
             if key not in valid:
                 raise ValueError(f"unknown field {key!r} of a recipe{did_you_mean(key, valid)}: use {', '.join(valid)}")
         if lacking := [key for key in ("name", "source") if not isinstance(given.get(key), str)]:
             raise ValueError(f"a recipe has a {lacking[0]}, a string: add it to the JSON object")
+        notes = given.get("notes", [])
+        if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+            raise ValueError(f"the notes of a recipe are a list of strings, got {notes!r}")
         policy, exclusions = given.pop("policy", None), given.pop("exclusions", None)
         parts = {
             key: _part(given.pop(key)) for key in ("preparation", "optimizer", "gradients", "schedule") if key in given
@@ -259,7 +252,7 @@ class Recipe:
             name=given["name"],
             source=given["source"],
             policy=None if policy is None else Policy.from_options(policy),
-            notes=tuple(given.get("notes", ())),
+            notes=tuple(notes),
             exclusions=None if exclusions is None else Exclusions.from_dict(exclusions),
             **parts,
         )

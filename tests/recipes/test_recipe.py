@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +26,45 @@ BF16 = fpsim.Policy.preset("bf16")
 
 def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+#: Imports a run's configuration and one recipe, and says which modules of recipes that has imported.
+LAZY = """
+import sys
+import fpsim.paper.config
+own = lambda: sorted(name for name in sys.modules if name.startswith(("fpsim.recipes.", "fpsim.posttraining")))
+print(*own())
+import fpsim
+fpsim.recipes.RECIPES["te_current"]
+print(*own())
+"""
+
+
+def test_a_configuration_of_the_study_imports_no_recipe() -> None:
+    """Every worker of a study imports it."""
+    done = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True, check=True)
+    before, after = (line.split() for line in done.stdout.splitlines())
+    assert before == ["fpsim.recipes.description", "fpsim.recipes.exclusions", "fpsim.recipes.recipe"]
+    assert set(after) - set(before) == {"fpsim.recipes.parts", "fpsim.recipes.te"}
+
+
+def test_every_name_is_there_and_visible() -> None:
+    assert dir(recipes) == sorted(recipes.__all__) and {"RECIPES", "Recipe", *RECIPES} <= set(dir(recipes))
+    for name in recipes.__all__:
+        assert name == "RECIPES" or getattr(recipes, name).__name__ == name
+    for name in RECIPES:
+        assert getattr(recipes, name) is RECIPES[name]
+    with pytest.raises(AttributeError, match=r"module 'fpsim\.recipes' has no attribute 'mxpf8'"):
+        recipes.mxpf8  # noqa: B018
+
+
+def test_a_recipe_goes_by_its_name_although_a_module_has_it_too() -> None:
+    """Python binds a module of a package to its name, also one that is imported after the recipe."""
+    module = importlib.import_module("fpsim.recipes.mosaic_layernorm")
+    setattr(recipes, "mosaic_layernorm", module)  # noqa: B010
+    assert recipes.mosaic_layernorm is module.mosaic_layernorm is RECIPES["mosaic_layernorm"]
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
@@ -95,6 +137,7 @@ def test_a_recipe_that_is_a_policy_is_an_option_of_torch_compile() -> None:
             r"wrong fields of part 'RoundedState' .*: it has state",
         ),
         ({"source": None}, "a recipe has a source, a string"),
+        ({"notes": "one"}, "the notes of a recipe are a list of strings, got 'one'"),
         ({"exclusions": {"heads": True}}, "unknown field 'heads' of exclusions \\(did you mean 'head'\\?\\): use head"),
         ({"policy": {"format": "e9m9x"}}, "unknown format 'e9m9x'"),
     ],
