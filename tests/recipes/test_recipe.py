@@ -9,7 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -93,6 +93,14 @@ def test_the_text_of_a_recipe_is_short_and_names_its_casts(name: str) -> None:
     assert recipe._repr_html_() == f"<pre>{str(recipe).replace('&', '&amp;').replace(chr(39), '&#x27;')}</pre>"
 
 
+def test_four_over_six_chooses_for_activations_and_weights() -> None:
+    policy = recipes.nvfp4(four_over_six="mae").policy
+    assert policy is not None and str(policy.cast("wgrad", "activation")) == "e2m1fn/nearest_even/sat_finite/nv:16:mae"
+    assert str(policy.cast("dgrad", "weight")) == "e2m1fn/nearest_even/sat_finite/nv:16x16:mae"
+    assert str(policy.cast("dgrad", "gradient")) == "e2m1fn/stochastic:8/sat_finite/nv:16:te"
+    assert recipes.nvfp4().policy == replace(policy, activation="nvfp4", weight="e2m1fn/nv:16x16")
+
+
 def test_the_text_of_nvfp4() -> None:
     text = str(recipes.nvfp4(last_blocks=4))
     assert "  fprop        activation e2m1fn/nv:16:te; weight e2m1fn/nv:16x16:te; result bf16\n" in text
@@ -166,7 +174,7 @@ def test_wrong_json_is_an_error_that_names_it(change: dict[str, Any], message: s
             "last_blocks is a number of blocks or a share between 0 and 1, got 2.5",
         ),
         (lambda: recipes.mxfp8(rule="nearest"), "mx:32:nearest"),
-        (lambda: recipes.nvfp4(four_over_six=True), "four_over_six=True chooses the scale of a block by the errors"),
+        (lambda: recipes.nvfp4(four_over_six="max"), "four_over_six='max': use 'mae', 'mse' or None"),
     ],
 )
 def test_a_wrong_argument_is_an_error_that_names_it(call: Callable[[], Recipe], message: str) -> None:
