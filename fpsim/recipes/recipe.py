@@ -31,6 +31,7 @@ PARTS: dict[str, str] = {
     "ClippedUpdates": "fpsim.recipes.clipped_updates",
     "ClippingValues": "fpsim.recipes.federated",
     "Cyclic": "fpsim.training.schedules",
+    "InputBounds": "fpsim.recipes.aqt",
     "HalfPrecisionAdam": "fpsim.recipes.low_precision_rl",
     "LearnedClipping": "fpsim.recipes.federated",
     "Linear": "fpsim.training.schedules",
