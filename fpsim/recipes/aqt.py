@@ -18,6 +18,18 @@ from fpsim.training.layers import is_linear
 #: The layers that stay as they are or have another width.
 _ENDS = {"head": True, "first_layer": True}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NOTES_OF_CURRENT_BOUNDS = (
+    "The code fixes the bounds of activations at step 7500, as averages of batches' maxima, and does not round them "
+    "before: start=7500 does. This takes the maxima of the current batch.",
+    "The code has 2^bits steps below the bound of positive activations and clips the last, this 2^bits - 1. start=7500 "
+    "has the code's.",
+    "The code rounds floor(x + 1/2), this rounds ties to even.",
+)
+_NOTES_OF_FIXED_BOUNDS = (
+    "The code averages the maxima of several devices. This takes those of one process.",
+    "The derivative is 0 where an activation is limited, and 1 elsewhere. That of the code at the limits is JAX's.",
+    "The code rounds floor(x + 1/2), as this does activations with a sign. This rounds ties of weights to even.",
+)
 
 
 @dataclass(frozen=True)
@@ -104,24 +116,9 @@ def aqt(
         preparation=None
         if start is None
         else InputBounds(start, bits, activations == "positive", end_bits, granularity == "channel"),
-        notes=(
-            *(_NOTES_OF_CURRENT_BOUNDS if start is None else _NOTES_OF_FIXED_BOUNDS),
-            "The code rounds weights floor(x + 1/2), this rounds their ties to even.",
-        ),
+        notes=_NOTES_OF_CURRENT_BOUNDS if start is None else _NOTES_OF_FIXED_BOUNDS,
         exclusions=Exclusions(**_ENDS, policy=of_ends),  # type: ignore[arg-type]
     )
-
-
-_NOTES_OF_CURRENT_BOUNDS = (
-    "The code fixes the bounds of activations at step 7500, as averages of batches' maxima, and does not round them "
-    "before: start=7500 does. This takes the maxima of the current batch.",
-    "The code has 2^bits steps below the bound of positive activations and clips the last, this 2^bits - 1. start=7500 "
-    "has the code's.",
-)
-_NOTES_OF_FIXED_BOUNDS = (
-    "The code averages the maxima of several devices. This takes those of one process.",
-    "The derivative is 0 where an activation is limited, and 1 elsewhere. That of the code at the limits is JAX's.",
-)
 
 
 def _integers(bits: int, activations: str, granularity: str) -> Policy:
