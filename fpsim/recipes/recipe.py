@@ -22,7 +22,7 @@ from fpsim.policy import Policy
 from fpsim.recipes.description import lines_of_policy, wrapped
 from fpsim.recipes.exclusions import Exclusions
 from fpsim.suggestions import did_you_mean
-from fpsim.training.schedules import ScheduleState
+from fpsim.training.schedules import ScheduleState, check_backend
 
 #: The classes of parts by name, and the module that holds each: what `Recipe.from_json` can read.
 PARTS: dict[str, str] = {
@@ -166,8 +166,10 @@ class Recipe:
             The compiled model, and the optimizer.
 
         Raises:
-            ValueError: the model lacks a module that an exclusion names, or a part cannot be applied.
+            ValueError: the model lacks a module that an exclusion names, a part cannot be applied, or the backend is
+                another one. The last is found before anything is changed.
         """
+        check_backend(backend)
         if self.preparation is not None:
             model = self._prepared(model, optimizer, batches)
         if self.gradients is not None:

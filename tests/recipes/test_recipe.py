@@ -20,6 +20,7 @@ import fpsim
 from fpsim import recipes
 from fpsim.policy.presets import MORE_THAN_POLICIES
 from fpsim.recipes import RECIPES, Exclusions, Recipe, RoundedState
+from fpsim.training.schedules import Piecewise
 
 BF16 = fpsim.Policy.preset("bf16")
 
@@ -260,6 +261,16 @@ def test_apply_calls_the_parts_in_order_with_the_model_as_it_is() -> None:
     ]  # fmt: skip
     with pytest.raises(TypeError, match=r"Recording is no part that JSON can name: enter it in fpsim\.recipes"):
         recipe.to_json()
+
+
+def test_a_backend_that_would_leave_the_policy_out_is_an_error() -> None:
+    """torch's own ``eager`` takes options, and ignores them."""
+    model = mlp()
+    for recipe in (recipes.te_current(), replace(recipes.te_current(), schedule=Piecewise(((0, "bf16"),)))):
+        with pytest.raises(ValueError, match="backend 'eager' knows no policy: use one of fpsim, fpsim_eager"):
+            recipe.apply(model, backend="eager")
+    with pytest.raises(ValueError, match="backend 'eager' knows no policy"):
+        Piecewise(((0, "bf16"),)).apply(model, backend="eager")
 
 
 @dataclass(frozen=True)
