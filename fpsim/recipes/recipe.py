@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from fpsim.json_text import parse_versioned
 from fpsim.policy import Policy
@@ -139,7 +140,9 @@ class Recipe:
         """
         if self.policy is None or self.exclusions is None:
             return self.policy
-        return self.exclusions.within(self.policy, model)
+        # Graphs under DistributedDataParallel name modules as the model inside does.
+        inside = model.module if isinstance(model, DistributedDataParallel) else model
+        return self.exclusions.within(self.policy, inside)
 
     def apply(
         self,

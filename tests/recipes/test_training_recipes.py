@@ -152,6 +152,20 @@ def test_gradients_of_weights_are_exchanged_in_fp8() -> None:
         part.apply(nn.Linear(2, 2), None)
 
 
+@pytest.mark.usefixtures("group")
+def test_kept_modules_are_found_behind_data_parallelism() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    model = nn.ModuleDict({"body": model, "head": nn.Linear(2, 2)})
+    model.forward = lambda x: model["head"](model["body"](x))  # type: ignore[method-assign, assignment]
+    recipe = fpsim.recipes.deepseek_v3(router=False, accumulator=None, state=None)
+    parallel = DistributedDataParallel(model)
+    assert recipe.policy_for(parallel) == recipe.policy_for(model)
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        expected = recipe.apply(model, backend="fpsim_eager")[0](x)
+        assert torch.equal(recipe.apply(parallel, backend="fpsim_eager")[0](x), expected)
+
+
 def test_gradients_that_nothing_would_round_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"got Linear: wrap the model, or take fp8_lm\(processes=False\)"):
         NarrowGradients().apply(nn.Linear(2, 2), None)
