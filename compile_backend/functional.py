@@ -26,8 +26,8 @@ from fpsim.accumulators.sums import accumulate_sum_op
 from fpsim.attention.ops import flash_op
 from fpsim.compile_backend.compiling import compile_with_rounding
 from fpsim.compile_backend.errors import UnroundedError
-from fpsim.compile_backend.passes.epilogue import times_scale_op
 from fpsim.compile_backend.graph.sources import find_input
+from fpsim.compile_backend.passes.epilogue import times_scale_op
 from fpsim.compile_backend.switches import Switches, switch_op
 from fpsim.compile_backend.torch_settings import apply_settings
 from fpsim.policy import Policy

@@ -20,7 +20,7 @@ from fpsim.attention.flash import PRESETS as KERNELS
 from fpsim.attention.flash import FlashAttention, FlashLike, parse_flash
 from fpsim.casts import NONE, UNSCALED, Cast, CastLike, parse_cast
 from fpsim.formats import OVERFLOWS, FloatFormat, full_rounding, parse_format
-from fpsim.json_text import check_depth, parse_json
+from fpsim.json_text import check_depth, parse_versioned
 from fpsim.policy.globs import matches
 from fpsim.policy.presets import HYBRID, MORE_THAN_POLICIES, PRESETS
 from fpsim.scaling.scale import Scale, parse_scale
@@ -662,18 +662,7 @@ class Policy(Shown):
         Raises:
             ValueError: ``text`` is not JSON, is not a policy, or was written by a newer fpsim.
         """
-        try:
-            options = parse_json(text)
-        except ValueError as error:
-            raise ValueError(f"a policy must be valid JSON: {error}") from None
-        if not isinstance(options, dict):
-            raise ValueError(f"a policy must be a JSON object, got {type(options).__name__}")
-        version = options.pop("version", JSON_VERSION)
-        if version != JSON_VERSION:
-            raise ValueError(
-                f"this policy has version {version}, this fpsim reads version {JSON_VERSION}: upgrade fpsim"
-            )
-        return Policy.from_options(options)
+        return Policy.from_options(parse_versioned(text, "policy", JSON_VERSION))
 
     @staticmethod
     def from_options(options: Mapping[str, Any] | None) -> Policy:

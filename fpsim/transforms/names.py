@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import reprlib
 
-from fpsim.transforms.chain import Chain
 from fpsim.suggestions import did_you_mean, first_words
+from fpsim.transforms.chain import Chain
 from fpsim.transforms.hadamard import Hadamard
 from fpsim.transforms.permutation import ORDERS, Permutation
 from fpsim.transforms.power_map import PowerMap
