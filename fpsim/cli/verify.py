@@ -58,7 +58,7 @@ def verify(
         str | None,
         typer.Option(
             help="Verify the scales of blocks instead, for float32 magnitudes: mx:32:rceil, or all for every rule. "
-            "Without --format, those of all formats that take them."
+            "Without --format, those of all formats that take them.",
             show_default="none",
         ),
     ] = None,
