@@ -8,11 +8,13 @@ PYTEST := $(BIN)/python -m pytest
 # The record of the exhaustive proofs, and the formats that they are about.
 PROOF := tests/exhaustive.md
 PROVEN_FORMATS := e4m3fn e5m2 e2m1fn bf16 e8m3 fp16
+# The record of those of the scales of OCP MX.
+PROOF_OF_SCALES := tests/exhaustive_scales.md
 
-.PHONY: demo quick test test-exhaustive prove lint types benchmarks clean
+.PHONY: demo quick test test-exhaustive prove prove-scales lint types benchmarks clean
 
 # Threads that wait without spinning: beside other load, spinning makes every parallel region several times slower.
-demo quick test test-exhaustive prove: export OMP_WAIT_POLICY = passive
+demo quick test test-exhaustive prove prove-scales: export OMP_WAIT_POLICY = passive
 
 demo: .venv/ready
 	$(BIN)/fpsim demo $(DEMO)
@@ -40,6 +42,13 @@ prove: .venv/ready
 	$(BIN)/fpsim verify $(PROVEN_FORMATS:%=--format %) --rounding all --exhaustive --markdown $(PROOF)
 	{ printf '`make prove` writes this file. It runs this command:\n\n'; cat $(PROOF); } > $(PROOF).new
 	mv $(PROOF).new $(PROOF)
+
+# The scales of every rule, for every format that takes them and every float32 magnitude: 10 minutes. Eager code runs the
+# same arithmetic (`fpsim.scaling.rules`) and takes an hour more; the tests compare it around every step.
+prove-scales: .venv/ready
+	$(BIN)/fpsim verify --scale all --exhaustive --path compiled --markdown $(PROOF_OF_SCALES)
+	{ printf '`make prove-scales` writes this file. It runs this command:\n\n'; cat $(PROOF_OF_SCALES); } > $(PROOF_OF_SCALES).new
+	mv $(PROOF_OF_SCALES).new $(PROOF_OF_SCALES)
 
 lint: .venv/ready build/site/ready
 	$(BIN)/ruff check .
