@@ -380,7 +380,8 @@ def _with_positions(x: Tensor) -> Tensor:
 
 
 def _width(module: nn.Module) -> int:
-    return int(module.weight.shape[0])  # type: ignore[union-attr,operator]
+    assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
+    return module.weight.shape[0]
 
 
 def _columns(
