@@ -24,8 +24,7 @@ class InverseResult(Shown):
         solution: x, with the shape of the right-hand sides, in the operator's dtype and on its device.
         residuals: float64, shape ``(k,)``: ``|b - (A + damping I) x| / |b|``, computed by one more product each.
         products: the number of products with the operator.
-        converged: whether every residual met the tolerance, the operator is symmetric, and its loss and data stayed
-            the same.
+        converged: whether every residual met the tolerance, and the operator's loss and data stayed the same.
         reasons: why ``converged`` is False, in words; empty if it is True.
     """
 
@@ -87,7 +86,7 @@ def inverse(
     solutions = torch.stack([x for x, _ in solved], dim=1) if solved else columns
     residuals = torch.tensor([residual for _, residual in solved], dtype=torch.float64)
     reasons = doubts(operator, float("nan"))
-    late = int((residuals > tol).sum())
+    late = int((~(residuals <= tol)).sum())
     if late:
         reasons = (
             f"the residuals of {late} of {len(residuals)} right-hand sides exceed {tol:g} after {most} products each: "

@@ -84,7 +84,7 @@ class _Sampled:
     def output_product(self, batch: Any) -> OutputProduct:
         def at(outputs: Tensor) -> Callable[[Tensor], Tensor]:
             rows = outputs.detach().flatten(0, -2) if outputs.dim() > 1 else outputs.detach().unsqueeze(0)
-            draw = torch.Generator().manual_seed(self._seed(batch))
+            draw = generator_of(self.seed, batch)
             if isinstance(self.loss, CrossEntropy):
                 counted = self.loss.counted(self.loss.targets_of(batch), outputs).reshape(-1)
                 return self._of_labels(rows, counted, draw)
@@ -100,8 +100,7 @@ class _Sampled:
 
     def _of_labels(self, rows: Tensor, counted: Tensor, draw: torch.Generator) -> Callable[[Tensor], Tensor]:
         """``u -> sum of d (d . u)`` over samples, for d = p - (1 at the label), divided by tokens and samples."""
-        labels = torch.multinomial(rows.double().softmax(-1).cpu(), self.samples, replacement=True, generator=draw)
-        labels = labels.to(rows.device)
+        labels = draw_labels(rows, self.samples, draw)
         scale = counted.to(rows.dtype).unsqueeze(-1) / (counted.sum() * self.samples)
 
         def product(tangent: Tensor) -> Tensor:
@@ -111,6 +110,14 @@ class _Sampled:
 
         return product
 
-    def _seed(self, batch: Any) -> int:
-        text = repr((self.seed, fingerprint(batch)))
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+def draw_labels(logits: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+    """Labels from the softmax of ``logits``, shape ``(tokens, classes)``: int64, shape ``(tokens, samples)``."""
+    p = logits.double().softmax(-1).cpu()
+    return torch.multinomial(p, samples, replacement=True, generator=generator).to(logits.device)
+
+
+def generator_of(seed: int, batch: Any) -> torch.Generator:
+    """A source of random numbers that depends on the seed and the batch alone."""
+    text = repr((seed, fingerprint(batch)))
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
