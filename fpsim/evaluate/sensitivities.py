@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import Tensor, nn
 
 from fpsim.compile_backend.functional import functional
-from fpsim.compile_backend.plan import render
 from fpsim.compile_backend.report.running import no_recompile_limit
 from fpsim.compile_backend.switches import CAPACITY, Place, Switches
 from fpsim.curvature import hessian
@@ -32,7 +31,7 @@ from fpsim.evaluate.batches import (
 )
 from fpsim.evaluate.policies import PolicyLike, parse_policy
 from fpsim.evaluate.switched import SwitchedModel
-from fpsim.evaluate.tables import data_frame, html
+from fpsim.evaluate.tables import Shown, data_frame
 from fpsim.evaluate.texts import unfused
 from fpsim.policy import Policy
 
@@ -112,7 +111,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Shown):
     """The result of `sensitivity`. ``print(result)`` and ``rich.print(result)`` show tables, the worst unit first.
 
     Attributes:
@@ -209,12 +208,6 @@ class Sensitivity:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from self.tables()
-
-    def __str__(self) -> str:
-        return render(self)
-
-    def _repr_html_(self) -> str:
-        return html(Group(*self.tables()))
 
 
 def sensitivity(
