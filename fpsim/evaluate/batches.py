@@ -124,15 +124,15 @@ def weighed(batches: Iterable[Any], weight: Weight | None) -> Iterator[tuple[int
 
 
 def refuse_nonfinite(value: float, number: int, what: str = "loss") -> None:
-    """Refuse a loss of the unrounded model on batch ``number`` that is infinite or NaN; or ``what`` else ``value`` is.
+    """Refuse a value of the unrounded model on batch ``number`` that is infinite or NaN; ``what`` is its name.
 
     Raises:
         FloatingPointError: it is.
     """
     if not math.isfinite(value):
         raise FloatingPointError(
-            f"the {what} of the unrounded model is {value} on batch {number}: look for labels that all are ignored, for "
-            "a mean over nothing, and for overflow"
+            f"the {what} of the unrounded model is {value} on batch {number}: look for labels that all are ignored, "
+            "for a mean over nothing, and for overflow"
         )
 
 

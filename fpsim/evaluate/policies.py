@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fpsim.policy import Policy
 from fpsim.policy.policy import PRESETS
@@ -71,6 +72,30 @@ def named_policies(given: Mapping[str, PolicyLike] | Iterable[PolicyLike] | Poli
     if not result:
         raise ValueError("there is no policy: give at least one, such as 'bf16'")
     return result
+
+
+def forward_only(policy: Policy) -> Policy:
+    """``policy`` without the roundings of the backward pass.
+
+    >>> nvfp4 = Policy.preset("nvfp4")
+    >>> nvfp4.is_stochastic, forward_only(nvfp4).is_stochastic
+    (True, False)
+    """
+    operands = {role: policy.cast("fprop", role) for role in ("activation", "weight")}
+    results = policy.elementwise_cast("forward")
+    return replace(
+        policy,
+        **dict.fromkeys(("activation", "weight", "gradient", "output")),
+        **dict.fromkeys(("dgrad", "wgrad"), ()),
+        format="none",
+        fprop={key: each or "none" for key, each in {**operands, "output": policy.output_cast("fprop")}.items()},
+        elementwise=() if results is None else {"forward": results},
+        modules=[(glob, None if rule is None else forward_only(rule)) for glob, rule in _rules(policy)],
+    )
+
+
+def _rules(policy: Policy) -> Sequence[tuple[str, Policy | None]]:
+    return cast(Sequence[tuple[str, Policy | None]], policy.modules)  # as a policy stores them
 
 
 def _is_policy(given: Mapping[str, Any]) -> bool:

@@ -29,7 +29,7 @@ from fpsim.evaluate.batches import (
     same_draws,
     weighed,
 )
-from fpsim.evaluate.policies import PolicyLike, parse_policy
+from fpsim.evaluate.policies import PolicyLike, forward_only, parse_policy
 from fpsim.evaluate.switched import SwitchedModel
 from fpsim.evaluate.tables import Shown, data_frame
 from fpsim.evaluate.texts import unfused
@@ -242,15 +242,15 @@ def sensitivity(
         by: ``module`` switches all forward, or all backward, sites of a module together; ``site`` switches those of one
             kind of product and one role (``fprop weight``).
         gradients: whether to measure the units of the backward pass.
-        estimates: whether to estimate changes from derivatives. There are no estimates for stochastic rounding.
-            Estimates are NaN where a value rounds to an infinity.
+        estimates: whether to estimate changes from derivatives. Estimates are NaN where a value rounds to an infinity.
+            They take errors as constants, which those of stochastic rounding in the forward pass are not.
         weight: a function from a batch to its weight in means, such as `fpsim.curvature.label_count`; None: all alike.
         backend: ``fpsim_eager``, or ``fpsim``, which compiles.
         progress: called with the number of batches that are done.
 
     Raises:
-        ValueError: a policy that rounds nothing or that has no switches; an unknown ``by``; and as
-            `fpsim.evaluate.compare`.
+        ValueError: a policy that rounds nothing or that has no switches; estimates for stochastic rounding in the
+            forward pass; an unknown ``by``; and as `fpsim.evaluate.compare`.
         FloatingPointError: the loss of the unrounded model is not finite.
         fpsim.curvature.CurvatureError: the loss cannot be differentiated twice: pass ``estimates=False``.
 
@@ -266,9 +266,15 @@ def sensitivity(
     parsed = parse_policy(policy)
     if parsed is None:
         raise ValueError("the policy rounds nothing: name one, such as 'e4m3fn'")
+    forward = forward_only(parsed)
+    if estimates and forward.is_stochastic:
+        raise ValueError(
+            "estimates take the errors of rounding as constants, and stochastic rounding draws new ones each time: "
+            "pass estimates=False, which measures one draw for each batch, or round to nearest"
+        )
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad} if gradients else {}
     measured = _Measured(model, parsed, loss, by, parameters, backend)
-    estimated = _Estimated(model, parsed, loss, by) if estimates and not parsed.is_stochastic else None
+    estimated = _Estimated(model, forward, loss, by) if estimates else None
     weights = []
     with unfused(), no_recompile_limit(), plain_errors("the policy"):
         for number, batch, own in weighed(batches, weight):
@@ -399,29 +405,33 @@ class _Estimated:
 
     def add(self, number: int, batch: Any) -> None:
         """Estimate on one more batch."""
-        with torch.no_grad():
-            self._loss(torch.zeros(CAPACITY, dtype=self.dtype, device=self.device), number, batch)  # it is traced
-        units = _grouped(self.switches.numbers, self.by)
-        if not units:
-            return
-        numbers = {place: index for index, unit in enumerate(units) for place in units[unit]}
-        owners = torch.tensor([numbers[place] for place in self.switches.numbers], device=self.device)
 
         def loss(params: Mapping[str, Tensor]) -> Tensor:
-            return self._loss(params["parts"][owners], number, batch)
+            return self._loss(params["parts"], number, batch)
 
-        parts = torch.zeros(len(units), dtype=self.dtype, device=self.device)
+        parts = torch.zeros(CAPACITY, dtype=self.dtype, device=self.device)
         variable = parts.clone().requires_grad_()
         with torch.enable_grad():
-            gradient = torch.autograd.grad(loss({"parts": variable}), variable)[0]
+            value = loss({"parts": variable})  # it is traced, so that all places are known
+            units = _grouped(self.switches.numbers, self.by)
+            if not units:
+                return
+            gradient = torch.autograd.grad(value, variable)[0]
+        owners = torch.full((CAPACITY,), len(units))  # elements that are no place have a unit of their own
+        for index, places in enumerate(units.values()):
+            owners[[self.switches.numbers[place] for place in places]] = index
+
+        def by_unit(values: Tensor) -> Tensor:
+            return torch.zeros(len(units) + 1, dtype=torch.float64).index_add_(0, owners, values.double().cpu())
+
         operator = hessian(loss, {"parts": parts}, keep=True)
         generator = torch.Generator().manual_seed(number)
-        diagonal = torch.zeros(len(units), dtype=torch.float64)
+        diagonal = torch.zeros(len(units) + 1, dtype=torch.float64)
         for _ in range(PROBES):
-            signs = torch.randint(0, 2, (len(units),), generator=generator).double() * 2 - 1
-            diagonal += signs * (operator @ signs).double().cpu() / PROBES
+            signs = torch.randint(0, 2, (len(units) + 1,), generator=generator).double() * 2 - 1
+            diagonal += signs * by_unit(operator @ signs[owners]) / PROBES
         lost = {_unit(place, self.by) for place, n in self.switches.numbers.items() if n in self.switches.overflowed}
-        first = gradient.double().cpu()
+        first = by_unit(gradient)
         for index, unit in enumerate(units):
             one = math.nan if unit in lost else float(first[index])
             self.first.setdefault(unit, []).append(one)

@@ -147,6 +147,38 @@ def test_first_order_is_the_gradient_times_the_error_and_second_order_comes_near
         assert effect.alone.value == pytest.approx(second, rel=0.05, abs=2e-5)
 
 
+def test_the_estimates_of_all_sites_cost_less_than_six_gradients():
+    """Counted in operations of matrix products, on a second batch: the first one is traced."""
+    torch.manual_seed(6)
+    layers = [layer for width in (16, 32, 32, 32) for layer in (nn.LazyLinear(width), nn.Tanh())]
+    model = nn.Sequential(*layers, nn.LazyLinear(8)).eval()
+    batches = [(torch.randn(9, 16), torch.randint(8, (9,))) for _ in range(2)]
+    model(batches[0][0])
+
+    def operations(profiler) -> int:
+        products = ("aten::mm", "aten::addmm", "aten::bmm")
+        return sum(event.flops for event in profiler.events() if event.name in products)
+
+    def of_a_batch(estimates: bool) -> int:
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True)
+        sensitivity(
+            model, batches, policy="e3m4", loss=cross_entropy, by="site", gradients=False, estimates=estimates,
+            progress=lambda done: profiler.start() if done == 1 else profiler.stop(),
+        )  # fmt: skip
+        return operations(profiler)
+
+    x, y = batches[1]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profiler:
+        loss = cross_entropy(model(x.clone().requires_grad_()), y)
+        torch.autograd.grad(loss, list(model.parameters()))
+    gradient = operations(profiler)
+    elements = sum(layer.weight.numel() for layer in model if isinstance(layer, nn.Linear))
+    first = model[0].weight.numel()
+    products = 2 * 9 * (3 * elements - first)  # the input of the first layer needs no gradient
+    assert gradient == products
+    assert 0 < (of_a_batch(True) - of_a_batch(False)) / gradient <= 6
+
+
 def test_one_unit_has_the_exact_second_order(batches):
     """With a single unit no terms lie between units, so the products give e.He itself."""
     torch.manual_seed(4)
