@@ -121,7 +121,14 @@ def beside_modelopt(bits: Sequence[float], steps: int) -> None:
         table.add_row("", "ModelOpt", "fpsim", counted(choices), *changes(policy), "")
         start = time.perf_counter()
         found = search(
-            model, own, formats={**FORMATS, "none": None}, budget=each * elements, loss=loss, cost=cost, alike=()
+            model,
+            own,
+            formats={**FORMATS, "none": None},
+            budget=each * elements,
+            loss=loss,
+            cost=cost,
+            alike=(),
+            trials=50,
         )
         seconds = time.perf_counter() - start
         table.add_row("", "fpsim", "fpsim", counted(found.choices), *changes(found.policy), f"{seconds:.1f}")
@@ -140,7 +147,7 @@ def trained(steps: int) -> tuple[nn.Module, list[Batch], list[Batch]]:
         optimizer.zero_grad()
         loss(Logits(model)(inputs), targets).backward()
         optimizer.step()
-    held_out = validation_batches(data.validation, count=16, batch=8, context=config.context)
+    held_out = validation_batches(data.validation, count=8, batch=8, context=config.context)
     return Logits(model).eval(), held_out[::2], held_out[1::2]
 
 
