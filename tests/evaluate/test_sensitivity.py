@@ -222,6 +222,24 @@ def test_tied_weights_are_one_parameter_with_two_sites(batches):
         assert effect.alone.value == pytest.approx(effect.second.value, abs=0.2 * abs(effect.alone.value) + 1e-4)
 
 
+def test_stochastic_rounding_is_measured_with_one_draw_per_batch_and_has_no_estimates(model, batches):
+    options = {"policy": "e3m4/stochastic", "loss": cross_entropy, "gradients": False, "estimates": False}
+    first, again = (sensitivity(model, batches, **options) for _ in range(2))
+    assert first.forward == again.forward and all(effect.first is None for effect in first.forward)
+    assert all(math.isfinite(effect.alone.value) for effect in first.forward)
+
+
+def test_stochastic_rounding_in_backward_leaves_the_estimates_as_they_are(model, batches):
+    stochastic = {"activation": "e3m4", "weight": "e3m4", "gradient": "e3m4/stochastic"}
+    found, want = (
+        sensitivity(model, batches[:1], policy=policy, loss=cross_entropy, gradients=False)
+        for policy in (stochastic, "e3m4")
+    )
+    assert [(each.unit, each.first, each.second) for each in found.forward] == [
+        (each.unit, each.first, each.second) for each in want.forward
+    ]
+
+
 def test_results_are_shown_as_text_frames_html_and_plots(result):
     pytest.importorskip("matplotlib")
     frame = result.to_pandas()
@@ -242,6 +260,8 @@ def test_wrong_input_is_refused_with_a_remedy(model, batches):
         ({"policy": {"format": "bf16", "accumulator": "fp32"}}, ValueError, "leave accumulator out"),
         ({"policy": {"format": "bf16", "modules": {"x": "e4m3fn"}}}, ValueError, "'x' matches no module"),
         ({"loss": lambda z, y: z.sum() * math.nan}, FloatingPointError, "unrounded model is nan on batch 0"),
+        ({"policy": "e4m3fn/stochastic"}, ValueError, "stochastic rounding draws new ones.*pass estimates=False"),
+        ({"backend": "inductor"}, ValueError, "unknown backend 'inductor'"),
     ]
     for changes, error, message in cases:
         with pytest.raises(error, match=message):
