@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+from fpsim.paper.config import run_key, to_dict
+from fpsim.paper.data import DataConfig
 from fpsim.paper.ranges import Examination, Misfit, Tried, examine, table_rows
+from fpsim.paper.storage import read_records
+from fpsim.paper.workers import Job, execute
 from fpsim.policy import Policy
 
 
@@ -78,6 +84,24 @@ def test_where_nothing_helps_the_report_says_so():
     found = examine(model, E4M3, (ONES * 2.0**-4, ONES * 2.0**-8))
     assert found.fix is None
     assert found.sentences()[1] == "none of those tried"
+
+
+def test_a_run_of_a_sweep_is_examined_at_its_end(config, text, tmp_path):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "times.txt").write_bytes(text)
+    own = replace(
+        config, data=DataConfig(str(tmp_path / "times.txt")), options={"format": "e4m3fn"}, backend="interpreted",
+        steps=2, ranges_every=2,
+    )  # fmt: skip
+    for each, is_examined in ((own, True), (replace(own, ranges_every=0), False)):
+        job = Job(run_key(each), to_dict(each), {}, None, 0.0, 1)
+        *_, done = execute(job, 0)
+        assert done.kind == "done", done.text
+        _, facts = read_records(done.result)
+        assert ("ranges" in facts) == is_examined
+        if is_examined:  # gradients of a mean over 48 tokens and 256 words underflow in e4m3fn
+            found = Examination.from_dict(facts["ranges"])
+            assert found.misfits[0].role == "gradient" and found.tried[0].name == "loss scale times 2^4"
 
 
 @pytest.mark.parametrize("most", [1, 2])
