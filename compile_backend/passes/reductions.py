@@ -26,6 +26,7 @@ from fpsim.compile_backend.graph.opaque import is_opaque
 from fpsim.compile_backend.graph.products import product_operator
 from fpsim.compile_backend.graph.recognition import is_sum_of_product
 from fpsim.compile_backend.graph.sources import VARIABLE, Source, is_backward
+from fpsim.compile_backend.observe.lost_sums import observe_reduction
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.places import policy_at
 from fpsim.compile_backend.plan import Gap, Sum
@@ -89,10 +90,10 @@ def replace_sums(
                 )
             gaps.append(Gap(path or "", name, "its sums cannot be simulated: an error unless listed in gaps"))
             continue
-        result = _replace(node, accumulator, inserter, is_bias)
+        sums.append(Sum(path or "", name, direction, str(accumulator)))
+        result = _replace(node, accumulator, inserter, is_bias, sums[-1])
         if is_bias:
             biases.append(result)
-        sums.append(Sum(path or "", name, direction, str(accumulator)))
     return sums, gaps, biases
 
 
@@ -112,7 +113,7 @@ def _adds(node: fx.Node) -> bool:
     return adds_up(node.target, node.args, node.kwargs)
 
 
-def _replace(node: fx.Node, accumulator: Accumulator, inserter: Inserter, is_bias: bool) -> fx.Node:
+def _replace(node: fx.Node, accumulator: Accumulator, inserter: Inserter, is_bias: bool, entry: Sum) -> fx.Node:
     meta = {name: value for name, value in node.meta.items() if name not in ("val", "tensor_meta", "eager_input_vals")}
 
     def call(target: Callable[..., Any], *arguments: Any) -> fx.Node:
@@ -125,7 +126,11 @@ def _replace(node: fx.Node, accumulator: Accumulator, inserter: Inserter, is_bia
 
     def add(x: fx.Node, axes: Sequence[int], keepdim: bool) -> fx.Node:
         key = inserter.random_key(node) if accumulator.is_stochastic else None
-        return call(accumulate_sum_op, x, list(axes), keepdim, key, str(accumulator), SOURCE)
+        result = call(accumulate_sum_op, x, list(axes), keepdim, key, str(accumulator), SOURCE)
+        if inserter.recorder is None:
+            return result
+        number = inserter.recorder.add_reduction(entry)
+        return call(observe_reduction, result, x, list(axes), key, str(accumulator), number)
 
     def like(value: fx.Node, old: fx.Node) -> fx.Node:
         dtype = old.meta["val"].dtype
