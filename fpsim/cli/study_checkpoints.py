@@ -13,7 +13,10 @@ from fpsim.cli.options import POLICY_HELP, BackendOption, ByOption, CsvOption, E
 from fpsim.cli.output import check_writable, print_measured
 
 CheckpointArgument = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="File of fpsim study train --checkpoint, or of an unfinished run.")
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT", help="File in which fpsim study train keeps its state, or that of an unfinished run."
+    ),
 ]
 BatchesOption = Annotated[int, typer.Option(min=1, help="Validation batches of the run to measure on.")]
 

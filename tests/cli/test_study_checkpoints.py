@@ -51,7 +51,11 @@ def test_sensitivity_and_search_measure_a_checkpoint(state, tmp_path):
     best = tmp_path / "best.json"
     options = ("--format", "e4m3fn", "--format", "e2m1fn", "--tolerance", "1e9", "--batches", "1", "--trials", "1")
     shown = run("study", "search", str(path), *options, "--out", str(best))
-    assert "tolerance 1e+09 met" in shown and Policy.from_json(best.read_text()) == Policy(format="e2m1fn")
+    assert "tolerance 1e+09 met" in shown
+    policy = Policy.from_json(best.read_text())
+    for path, module in found.model.named_modules():
+        if isinstance(module, torch.nn.Linear):  # the cheapest format; attention costs no bits
+            assert policy.at(path) == Policy(format="e2m1fn")
 
 
 def test_wrong_input_is_one_line(state, tmp_path):
