@@ -25,6 +25,7 @@ from fpsim.accumulators.sums import accumulate_sum_op
 from fpsim.attention.ops import flash_op
 from fpsim.compile_backend.compiling import compile_with_rounding
 from fpsim.compile_backend.errors import UnroundedError
+from fpsim.compile_backend.passes.epilogue import times_scale_op
 from fpsim.compile_backend.switches import Switches, switch_op
 from fpsim.compile_backend.torch_settings import apply_settings
 from fpsim.policy import Policy
@@ -47,23 +48,25 @@ def functional(module: nn.Module, policy: Policy, switches: Switches | None = No
 
     Values are those of the module compiled by backend ``"fpsim_eager"`` under ``policy``. Derivatives, of any order and
     in both modes, are those of the straight-through surrogate: every rounding passes them unchanged. The policy's
-    casts for backward products are ignored.
+    casts for backward are ignored, stochastic and timed ones too.
 
     Args:
         module: any uncompiled module. It is traced for every new shape of its arguments.
-        policy: the casts of every product and operation. It must not be stochastic, and its scales must not depend on
-            other steps, because such a function has a different surrogate at every call.
+        policy: the casts of every product and operation. In forward it must not be stochastic, and its scales must not
+            depend on other steps, because such a function has a different surrogate at every call.
         switches: blended ones, for its roundings. The function then takes a vector s of the shape of their state,
             with floating-point numbers: where a rounding of x has the error e, the value is x + s e. So the function is
             differentiable in s. Errors are constants in all derivatives. Where an error is infinite or NaN, it
             counts as zero, and `Switches.overflowed` has the number of its place.
 
     Raises:
-        ValueError: a stochastic policy, or one with timed scales; when called, a policy that does not fit the module
-            (see `compile_backend`).
+        ValueError: a policy that is stochastic or has timed scales in forward; when called, a policy that does not fit
+            the module (see `compile_backend`).
         UnroundedError: when called, products that cannot be rounded.
         RuntimeError: when called, a result that is an argument or a view of one.
     """
+    if switches is None:
+        policy = policy.of_forward
     if policy.is_timed:
         raise ValueError(
             "a loss whose scales depend on other steps is another function at every call, so that its derivatives are "
@@ -72,7 +75,7 @@ def functional(module: nn.Module, policy: Policy, switches: Switches | None = No
     if policy.is_stochastic:
         raise ValueError(
             "a stochastically rounded loss is a different function at every call, so that its derivatives are not "
-            "defined: give a policy with a deterministic rounding"
+            "defined: give a policy that is deterministic in forward"
         )
     traced: dict[Any, _Traced] = {}
 
@@ -324,6 +327,7 @@ _WITH_DERIVATIVE: dict[Any, Callable[..., Any]] = {
     scaled_part_op: _part,
     accumulate_scaled_op: _accumulated_parts,
     accumulate_sum_op: _summed,
+    times_scale_op: torch.mul,
     prims.convert_element_type.default: Tensor.to,  # it has no derivative under transforms of torch.func
     **{op: _without_derivative(op) for op in (*SCALE_OPERATORS.values(), outer_scale_op, transform_parameters_op)},
 }

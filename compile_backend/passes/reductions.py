@@ -21,14 +21,14 @@ from fpsim.compile_backend.graph import convolution
 from fpsim.compile_backend.graph.families import adds_up
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.metadata import describe
-from fpsim.compile_backend.graph.nodes import is_float, module_path, operator_name, original_operator
+from fpsim.compile_backend.graph.nodes import is_float, operator_name, original_operator
 from fpsim.compile_backend.graph.opaque import is_opaque
 from fpsim.compile_backend.graph.products import product_operator
 from fpsim.compile_backend.graph.recognition import is_sum_of_product
-from fpsim.compile_backend.graph.sources import VARIABLE, Source, is_backward
+from fpsim.compile_backend.graph.sources import VARIABLE, Source, forward_by_number, is_backward
 from fpsim.compile_backend.observe.lost_sums import observe_reduction
 from fpsim.compile_backend.passes.inserter import Inserter
-from fpsim.compile_backend.passes.places import policy_at
+from fpsim.compile_backend.passes.places import path_of_operation, policy_at
 from fpsim.compile_backend.plan import Gap, Sum
 from fpsim.policy import Policy
 from fpsim.rounding.ops import SOURCE
@@ -64,6 +64,7 @@ def replace_sums(
     biases: list[fx.Node] = []
     of_products = {node for product in products for node in (product.value, product.result, product.node)}
     bias_gradients = convolution.find_bias_gradients(graph) if policy.reduces else []
+    forward = forward_by_number(graph, sources) if policy.reduces else {}
     for node in list(graph.nodes) if policy.reduces else []:
         if node.op != "call_function" or node in of_products or is_sum_of_product(node):
             continue
@@ -71,9 +72,7 @@ def replace_sums(
         if not (is_bias or _adds(node)) or not sources[node] & VARIABLE:
             continue
         direction = "backward" if is_backward(node, sources) else "forward"
-        path = module_path(convolution.backward_of(node) if is_bias else node)
-        if path is None and direction == "forward":
-            path = ""
+        path = path_of_operation(convolution.backward_of(node) if is_bias else node, sources, forward)
         name = "aten.convolution_backward" if is_bias else _name(node)
         local = policy_at(path, f"{direction} sum {node.name} ({name})", policy, strict)
         accumulator = None if local is None else local.reduction

@@ -33,7 +33,9 @@ def accuracy(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Random inputs, for formats of more than 16 bits.")] = 4096,
     worst: Annotated[int, typer.Option(min=1, help="Number of inputs to list.")] = 5,
-    plot: Annotated[Path | None, typer.Option(help="File for a plot of the errors. Needs fpsim\\[paper].")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="File for a plot of the errors; needs fpsim-torch\\[paper].")
+    ] = None,
 ) -> None:
     """Measure an elementwise function against exact values of 60 digits: errors in ulps, worst inputs, seams."""
     check_writable(plot)

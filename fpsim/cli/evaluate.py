@@ -41,8 +41,9 @@ def evaluate(
 ) -> None:
     """Compare the perplexity of a language model on a text under several policies, with paired differences.
 
-    A checkpoint is read with its tokenizer, and needs fpsim\\[paper]. A script's function returns a module from tokens
-    to logits and may take vocabulary and context; its tokens are bytes, unless the script has a function tokenize.
+    A checkpoint is read with its tokenizer, and needs fpsim-torch\\[paper]. A script's function returns a module from
+    tokens to logits and may take vocabulary and context; its tokens are bytes, unless the script has a function
+    tokenize.
     """
     check_writable(csv)
     task = _task(model, text, weights, windows, context)

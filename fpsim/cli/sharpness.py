@@ -39,8 +39,9 @@ def sharpness(
 ) -> None:
     """Measure the logit sharpness of a language model on a text, unrounded and under formats.
 
-    A checkpoint is read with its tokenizer, and needs fpsim\\[paper]. A script's function returns a module from tokens
-    to logits and may take vocabulary and context; its tokens are bytes, unless the script has a function tokenize.
+    A checkpoint is read with its tokenizer, and needs fpsim-torch\\[paper]. A script's function returns a module from
+    tokens to logits and may take vocabulary and context; its tokens are bytes, unless the script has a function
+    tokenize.
     """
     from fpsim.evaluate.load import is_script
     from fpsim.evaluate.logit_sharpness import EPSILONS

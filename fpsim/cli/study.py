@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from fpsim.paper.sweeps import Outcome, Planned
 
 app = typer.Typer(
-    help="Decide whether a format is safe to train in: sweeps, the paper's experiments, reports. Needs fpsim\\[paper].",
+    help="Decide whether a format is safe to train in: sweeps, the paper's experiments, reports. Needs "
+    "fpsim-torch\\[paper].",
     no_args_is_help=True,
 )
 app.command()(sensitivity)

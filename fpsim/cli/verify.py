@@ -51,7 +51,10 @@ def verify(
     overflow: OverflowOption = None,
     scale: Annotated[
         str | None,
-        typer.Option(help="Verify the scales of blocks instead, such as mx:32:rceil, for float32 magnitudes."),
+        typer.Option(
+            help="Verify the scales of blocks instead, for float32 magnitudes: mx:32:rceil, or all for every rule. "
+            "Without --format, those of all formats that take them."
+        ),
     ] = None,
     everything: Annotated[
         bool,
@@ -102,7 +105,7 @@ def verify(
     known = {str(dtype).removeprefix("torch."): dtype for dtype in CARRIERS}
     if carrier is not None and carrier not in known:
         raise ValueError(f"unknown carrier {carrier!r}: use one of {', '.join(known)}")
-    if not format and not everything:
+    if not format and not everything and scale is None:
         raise ValueError("nothing to verify: give --format, such as --format e4m3fn, or --all")
     if exhaustive and everything:
         raise ValueError(
@@ -224,6 +227,8 @@ def _markdown(verdicts: list[Verdict], command: str) -> str:
     from fpsim.source import proven_hash
 
     paths = " and ".join(verdicts[0].paths)
+    if verdicts[0].overflow == "scale":
+        return _markdown_of_scales(verdicts, command)
     lines = [
         f"`{command}` (torch {torch.__version__}, {_cpu_name()}, {torch.get_num_threads()} threads)",
         "",
@@ -238,6 +243,28 @@ def _markdown(verdicts: list[Verdict], command: str) -> str:
         inputs = f"{'all' if v.exhaustive else 'sampled'} {v.carrier}: {v.inputs:,}"
         name = familiar_name(parse_format(v.format))
         cells = [name, v.rounding, v.overflow, inputs, f"{v.mismatches:,}", f"{v.seconds:.1f}", f"{v.cpu_seconds:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_of_scales(verdicts: list[Verdict], command: str) -> str:
+    """The verdicts on scales as a table."""
+    import torch
+
+    from fpsim.source import SCALES_PROVEN, proven_hash
+
+    lines = [
+        f"`{command}` (torch {torch.__version__}, {_cpu_name()}, {torch.get_num_threads()} threads)",
+        "",
+        f"The codes of scales (source {proven_hash(SCALES_PROVEN)}) against those of the exact reference, for float32",
+        "magnitudes. Seconds include compilation.",
+        "",
+        "| format | scale | path | magnitudes | mismatches | seconds |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+    ]
+    for v in verdicts:
+        inputs = f"{'all' if v.exhaustive else 'sampled'}: {v.inputs:,}"
+        cells = [v.format, v.rounding, *v.paths, inputs, f"{v.mismatches:,}", f"{v.seconds:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

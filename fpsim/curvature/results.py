@@ -249,5 +249,5 @@ def new_axes() -> Any:
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'fpsim[paper]', or matplotlib") from error
+        raise ModuleNotFoundError("plots need matplotlib: pip install 'fpsim-torch[paper]', or matplotlib") from error
     return plt.figure(layout="constrained").subplots()

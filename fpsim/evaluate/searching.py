@@ -85,7 +85,7 @@ class SearchResult(Shown):
 
     Attributes:
         policy: the policy that was found.
-        choices: for each group (the path of its module, or of several, joined by `` + ``) the name of its format.
+        choices: for each group (the path of its module, or of several, joined by ``' + '``) the name of its format.
         cost: the cost of the policy.
         change: the change of the loss under the policy, measured through the backend without switches.
         met: whether the policy is within the tolerance or the budget.

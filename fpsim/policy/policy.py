@@ -123,10 +123,11 @@ class Policy:
             It leaves the product as it is in exact arithmetic: ``hadamard:16`` rotates blocks
             (`fpsim.transforms.hadamard.Hadamard`), ``smooth`` moves factors of channels from one operand to the other
             (`fpsim.transforms.smoothing.Smoothing`), ``permute:amax`` sorts channels
-            (`fpsim.transforms.permutation.Permutation`). A mapping from kinds to transforms changes only products of
-            these kinds: ``{"wgrad": "hadamard:16:te"}``. The changed operands are float32 (float64 for float64), and
-            are rounded by their casts; an operand without a cast is rounded to the dtype of the product. Products of
-            which no operand is rounded stay as they are. Default: no transform.
+            (`fpsim.transforms.permutation.Permutation`). ``smooth/hadamard:16`` rotates what smoothing has made of the
+            operands (`fpsim.transforms.chain.Chain`). A mapping from kinds to transforms changes only products of these
+            kinds: ``{"wgrad": "hadamard:16:te"}``. The changed operands are float32 (float64 for float64), and are
+            rounded by their casts; an operand without a cast is rounded to the dtype of the product. Products of which
+            no operand is rounded stay as they are. Default: no transform.
         skip: globs of module paths. The products in these modules are not rounded; the plan lists them as gaps.
         modules: a mapping from globs of module paths to the policy that applies to these modules instead: a `Policy`,
             a preset (``"paper:e8m3"``), a mapping of fields, a format, or ``"none"``. A mapping and a format inherit
@@ -518,6 +519,32 @@ class Policy:
         return any(fnmatch.fnmatchcase(operator, glob) for glob in self.gaps)
 
     # -- other policies --------------------------------------------------------------------------------------
+
+    @property
+    def of_forward(self) -> Policy:
+        """The policy that rounds in forward as this one does, and nothing in backward.
+
+        >>> Policy(activation="e4m3fn", weight="e4m3fn", gradient="e5m2/stochastic").of_forward.is_stochastic
+        False
+        """
+        elementwise, accumulator = self.elementwise_cast("forward"), self.accumulator_of("fprop")
+        transform = self.product_transform("fprop")
+        return replace(
+            self,
+            format=NONE,
+            gradient=NONE,
+            activation=self.cast("fprop", "activation") or NONE,
+            weight=self.cast("fprop", "weight") or NONE,
+            output=self.output_cast("fprop"),
+            elementwise={} if elementwise is None else {"forward": elementwise},
+            accumulator=None if accumulator is None else {"fprop": accumulator},
+            transform={} if transform is None else {"fprop": transform},
+            fprop=(),
+            dgrad=(),
+            wgrad=(),
+            saved=(),
+            modules=tuple((glob, policy and policy.of_forward) for glob, policy in self._rules),
+        )
 
     def with_modules(self, modules: Mapping[str, ModuleRule] | Sequence[tuple[str, ModuleRule]]) -> Policy:
         """This policy with more rules for modules. They precede its own rules and replace rules with the same glob.

@@ -108,7 +108,7 @@ class Verdict:
             for example in self.examples
         ]
         facts = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "examples"}
-        versions = {"torch": torch.__version__, "fpsim": metadata.version("fpsim"), "source": proven_hash()}
+        versions = {"torch": torch.__version__, "fpsim": metadata.version("fpsim-torch"), "source": proven_hash()}
         return facts | {"paths": list(self.paths), "ok": self.ok, "examples": examples} | versions
 
     def _datum(self, code: str) -> dict[str, str]:

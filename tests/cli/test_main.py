@@ -23,7 +23,7 @@ HELP = {
         "--format", "--rounding", "--overflow", "--scale", "--all", "--exhaustive", "--samples", "--seed", "--path",
         "--carrier", "--device", "--jobs", "default: (one per core, at most 4)", "--markdown", "--json",
     ),
-    ("demo",): ("--steps", "--format", "--text", "--out", "--loss-scale", "Needs fpsim[paper]"),
+    ("demo",): ("--steps", "--format", "--text", "--out", "--loss-scale", "Needs fpsim-torch[paper]"),
     ("recipes",): ("NAME", "default: (all recipes)", "--json", "--markdown"),
     ("evaluate",): (
         "MODEL_OR_SCRIPT", "TEXT", "--policy", "--weights", "--windows", "--context", "--backend", "--csv",
@@ -40,7 +40,11 @@ HELP = {
     ),
     ("study",): (
         "run", "experiment", "report", "list", "claims", "pareto", "generation", "attention", "rules", "train",
+<<<<<<< HEAD
         "sensitivity", "search", "Needs fpsim[paper]",
+=======
+        "Needs fpsim-torch[paper]",
+>>>>>>> main
     ),
     ("study", "run"): (
         "--model", "--data", "--formats", "--recipes", "--seeds", "default: 3", "--first-seed", "--learning-rates",
