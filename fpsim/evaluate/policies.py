@@ -85,10 +85,14 @@ def forward_only(policy: Policy) -> Policy:
     results = policy.elementwise_cast("forward")
     return replace(
         policy,
-        **dict.fromkeys(("activation", "weight", "gradient", "output")),
-        **dict.fromkeys(("dgrad", "wgrad"), ()),
         format="none",
+        activation=None,
+        weight=None,
+        gradient=None,
+        output=None,
         fprop={key: each or "none" for key, each in {**operands, "output": policy.output_cast("fprop")}.items()},
+        dgrad=(),
+        wgrad=(),
         elementwise=() if results is None else {"forward": results},
         modules=[(glob, None if rule is None else forward_only(rule)) for glob, rule in _rules(policy)],
     )

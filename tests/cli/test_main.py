@@ -40,11 +40,7 @@ HELP = {
     ),
     ("study",): (
         "run", "experiment", "report", "list", "claims", "pareto", "generation", "attention", "rules", "train",
-<<<<<<< HEAD
-        "sensitivity", "search", "Needs fpsim[paper]",
-=======
-        "Needs fpsim-torch[paper]",
->>>>>>> main
+        "sensitivity", "search", "Needs fpsim-torch[paper]",
     ),
     ("study", "run"): (
         "--model", "--data", "--formats", "--recipes", "--seeds", "default: 3", "--first-seed", "--learning-rates",
