@@ -120,6 +120,11 @@ class RunConfig:
             if self.options is not None or self.stages:
                 raise ValueError("a recipe has its own policy and schedule: leave out options and stages")
             object.__setattr__(self, "recipe", recipe_fields(self.recipe))
+            if "gradients" in self.recipe:  # type: ignore[operator]
+                raise ValueError(
+                    "runs average gradients in their own dtype, and this recipe exchanges them in another way: use one "
+                    "that rounds them after each product, such as fp8_lm(processes=False)"
+                )
         for name in ("steps", "batch", "validate_every", "validation_batches", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -25,11 +25,12 @@ from fpsim.compile_backend.observe.rounding_statistics import (
     merge,
     severity,
 )
-from fpsim.compile_backend.plan import Gap, Site, render
+from fpsim.compile_backend.plan import Gap, Site
 from fpsim.compile_backend.report.page import page
 from fpsim.compile_backend.report.units import decibel, percent
 from fpsim.json_text import parse_json
 from fpsim.policy.policy import KINDS
+from fpsim.showing import Shown, render
 from fpsim.suggestions import did_you_mean
 from fpsim.transforms.names import parse_transform
 
@@ -41,7 +42,7 @@ JSON_VERSION = 2
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(Shown):
     """Statistics of rounding at every site of a model, in one step or several.
 
     ``str(profile)`` and ``rich.print(profile)`` show a table with the worst sites first. `to_pandas`, `to_dict`,

@@ -82,14 +82,9 @@ def sensitivity(
 
 
 def _task(model: Path, text: Path, weights: Path | None, windows: int, context: int | None) -> Task:
-    from fpsim.evaluate.load import is_script
-    from fpsim.evaluate.texts import task_of_checkpoint, task_of_script
+    from fpsim.evaluate.calls import language_task
 
-    if is_script(str(model)):
-        return task_of_script(str(model), text, windows=windows, context=context, weights=weights)
-    if weights is not None:
-        raise ValueError(f"weights are for a script, and {model} holds its own: leave --weights out")
-    return task_of_checkpoint(model, text, windows=windows, context=context)
+    return language_task(str(model), text, windows=windows, context=context, weights=weights)
 
 
 def _given(task: Task) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fpsim.formats import OVERFLOWS, ROUNDINGS, STOCHASTIC_ROUNDINGS
+from fpsim.formats import NAMED_FORMATS, OVERFLOWS, ROUNDINGS, STOCHASTIC_ROUNDINGS, WHOLE_FORMATS
 
 #: All roundings, for help texts.
 ROUNDINGS_HELP = ", ".join([*ROUNDINGS, *(f"{name}\\[:BITS]" for name in STOCHASTIC_ROUNDINGS)])
@@ -43,4 +43,11 @@ EstimatesOption = Annotated[
     bool, typer.Option(help="Estimate changes from derivatives, too; there are none for stochastic rounding.")
 ]
 BackendOption = Annotated[str, typer.Option(help="fpsim compiles; fpsim_eager has the same values.")]
-CsvOption = Annotated[Path | None, typer.Option(help="File to write the numbers to, as CSV. Needs pandas.")]
+CsvOption = Annotated[
+    Path | None, typer.Option(help="File to write the numbers to, as CSV. Needs pandas.", show_default="none")
+]
+
+
+def complete_format(incomplete: str) -> list[str]:
+    """The names of formats that begin with ``incomplete``, for the completion of shells."""
+    return [name for name in (*NAMED_FORMATS, *WHOLE_FORMATS) if name.startswith(incomplete)]

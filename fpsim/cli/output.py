@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleRenderable
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fpsim.formats import NAMED_FORMATS, FloatFormat, parse_format
+from fpsim.progress import ProgressBars
 
 
 def print_table(value: Table | ConsoleRenderable) -> None:
@@ -26,10 +27,9 @@ def print_table(value: Table | ConsoleRenderable) -> None:
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A context in which ``progress(done, total)`` draws a bar on standard error, if that is a terminal."""
+    """A context in which ``progress(done, total)`` moves a bar on standard error; lines if that is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with ProgressBars(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fpsim.cli.errors import plain_errors
-from fpsim.cli.options import ContextOption, ModelArgument, TextArgument, WeightsOption, WindowsOption
+from fpsim.cli.options import (
+    ContextOption,
+    ModelArgument,
+    TextArgument,
+    WeightsOption,
+    WindowsOption,
+    complete_format,
+)
 from fpsim.cli.output import print_table, progress_bar
 
 if TYPE_CHECKING:
@@ -25,7 +32,9 @@ def sharpness(
         list[str] | None,
         typer.Option(
             help="Measure also with all operands rounded to this format (e4m3fn, e8m3/toward_zero); may be given "
-            "several times."
+            "several times.",
+            show_default="unrounded only",
+            autocompletion=complete_format,
         ),
     ] = None,
     epsilon: Annotated[

@@ -59,7 +59,7 @@ def search(
     trials: Annotated[int, typer.Option(min=1, help="Greatest number of choices to measure.")] = 200,
     batches: BatchesOption = 2,
     backend: BackendOption = "fpsim_eager",
-    out: Annotated[Path | None, typer.Option(help="File to write the policy to, as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write the policy to, as JSON.", show_default="none")] = None,
     csv: CsvOption = None,
 ) -> None:
     """Find the cheapest choice of formats within a tolerance, or the best within a budget, for a run's checkpoint."""

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand
 
 from fpsim.cli.errors import plain_errors
-from fpsim.cli.options import ROUNDINGS_HELP, OverflowOption
+from fpsim.cli.options import ROUNDINGS_HELP, OverflowOption, complete_format
 from fpsim.cli.output import check_writable, familiar_name, progress_bar
 from fpsim.formats import NAMED_FORMATS, ROUNDINGS, full_rounding, parse_format
 from fpsim.processors import usable_cores
@@ -39,7 +39,12 @@ class VerifyCommand(TyperCommand):
 @plain_errors
 def verify(
     format: Annotated[
-        list[str] | None, typer.Option(help="Format to round to, such as e4m3fn; may be given several times.")
+        list[str] | None,
+        typer.Option(
+            help="Format to round to, such as e4m3fn; may be given several times.",
+            show_default="all named formats with --all",
+            autocompletion=complete_format,
+        ),
     ] = None,
     rounding: Annotated[
         list[str] | None,
@@ -53,7 +58,8 @@ def verify(
         str | None,
         typer.Option(
             help="Verify the scales of blocks instead, for float32 magnitudes: mx:32:rceil, or all for every rule. "
-            "Without --format, those of all formats that take them."
+            "Without --format, those of all formats that take them.",
+            show_default="none",
         ),
     ] = None,
     everything: Annotated[
@@ -87,7 +93,9 @@ def verify(
         int | None,
         typer.Option(min=1, help="Number of processes, with --all.", show_default="one per core, at most 4"),
     ] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the results to this file too, as a table.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the results to this file too, as a table.", show_default="none")
+    ] = None,
     json_file: Annotated[
         str | None,
         typer.Option(
@@ -95,6 +103,7 @@ def verify(
             metavar="[FILE]",
             help="Write the results to this file too, as one JSON object per line. Without FILE, write them to "
             "standard output, and everything else to standard error.",
+            show_default="none",
         ),
     ] = None,
 ) -> None:

@@ -12,13 +12,14 @@ from fpsim.curvature.counting import Asymmetry, as_operator, doubts, products_of
 from fpsim.curvature.linear import Operator
 from fpsim.curvature.results import new_axes
 from fpsim.curvature.vectors import Layout, rademacher, seeded
+from fpsim.showing import Shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)
-class DiagonalResult:
+class DiagonalResult(Shown):
     """The diagonal of an operator.
 
     Attributes:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fpsim.curvature.results import EigenResult, new_axes
 from fpsim.curvature.vectors import norm
+from fpsim.showing import Shown
 
 if TYPE_CHECKING:
     import pandas
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Alignment:
+class Alignment(Shown):
     """How a gradient lies to the eigenvectors of a curvature operator.
 
     Attributes:

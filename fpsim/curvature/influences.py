@@ -15,13 +15,14 @@ from fpsim.curvature.losses import scalar_loss
 from fpsim.curvature.products import vjp
 from fpsim.curvature.results import new_axes
 from fpsim.curvature.vectors import Layout, Params, dot
+from fpsim.showing import Shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)
-class InfluenceResult:
+class InfluenceResult(Shown):
     """How much each training example changes the test loss.
 
     Attributes:

@@ -13,10 +13,11 @@ from torch import Tensor
 from fpsim.curvature.counting import Products, as_operator, doubts, products_of
 from fpsim.curvature.linear import Operator
 from fpsim.curvature.vectors import dot, norm
+from fpsim.showing import Shown
 
 
 @dataclass(frozen=True, eq=False)
-class InverseResult:
+class InverseResult(Shown):
     """Solutions x of ``(A + damping I) x = b``.
 
     Attributes:

@@ -16,6 +16,7 @@ from fpsim.curvature.results import DensityResult, EigenResult, TraceResult, new
 from fpsim.curvature.spectral_density import density
 from fpsim.curvature.traces import trace
 from fpsim.curvature.vectors import layers, seeded
+from fpsim.showing import Shown
 
 if TYPE_CHECKING:
     import pandas
@@ -55,7 +56,7 @@ class LayerCurvature:
 
 
 @dataclass(frozen=True, eq=False)
-class LayersResult:
+class LayersResult(Shown):
     """The curvature of each layer. ``print(result)`` shows a table.
 
     Attributes:
@@ -113,7 +114,7 @@ class LayersResult:
         return pandas.DataFrame(self.rows())
 
     def __str__(self) -> str:
-        from fpsim.compile_backend.plan import render
+        from fpsim.showing import render
 
         return render(self)
 

@@ -31,7 +31,7 @@ from fpsim.evaluate.batches import (
 )
 from fpsim.evaluate.policies import NOTHING, UNROUNDED, PolicyLike, named_policies
 from fpsim.evaluate.running import under
-from fpsim.evaluate.tables import Shown, data_frame
+from fpsim.evaluate.tables import Printed, data_frame
 from fpsim.evaluate.texts import unfused
 from fpsim.policy import Policy
 
@@ -73,7 +73,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison(Shown):
+class Comparison(Printed):
     """The result of `compare`. ``print(comparison)`` and ``rich.print(comparison)`` show a table.
 
     Attributes:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fpsim import reference
 from fpsim.curvature.results import new_axes
 from fpsim.evaluate.exact_functions import Exact, exact_function
-from fpsim.evaluate.tables import Shown
+from fpsim.evaluate.tables import Printed
 from fpsim.formats import FloatFormat, parse_format
 from fpsim.rounding.carriers import CARRIERS
 from fpsim.tensor_functions import decode, encode
@@ -71,7 +71,7 @@ class Seam:
 
 
 @dataclass(frozen=True, eq=False)
-class Accuracy(Shown):
+class Accuracy(Printed):
     """The result of `accuracy`. ``print(result)`` shows it.
 
     Attributes:

@@ -25,6 +25,7 @@ from fpsim.policy.shorthand import UNSIMULATED, parse_shorthand
 from fpsim.sharpness.box import EPSILONS, ITERATIONS
 from fpsim.sharpness.logits import LogitMetrics, Method, last_of, logit_metrics
 from fpsim.sharpness.streaming import Accumulator, LogitSummary, gradient_norm, predictions
+from fpsim.showing import Shown
 
 #: Name of the row in which nothing is rounded.
 UNROUNDED = "none"
@@ -49,7 +50,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Shown):
     """The result of `measure_checkpoint` and `measure_script`.
 
     Attributes:

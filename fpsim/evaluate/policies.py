@@ -8,12 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
+from fpsim.formats import format_name
 from fpsim.policy import Policy
 from fpsim.policy.policy import PRESETS
 from fpsim.policy.shorthand import parse_shorthand
 
-#: A policy, its fields, or a name that `parse_policy` reads; None rounds nothing.
-PolicyLike = Policy | Mapping[str, Any] | str | None
+#: A policy, its fields, a name that `parse_policy` reads, or a dtype of torch; None rounds nothing.
+PolicyLike = Policy | Mapping[str, Any] | str | torch.dtype | None
 
 #: The name of the model in which nothing is rounded.
 UNROUNDED = "unrounded"
@@ -27,7 +30,9 @@ def parse_policy(given: PolicyLike) -> Policy | None:
 
     A text is the name of a preset (``bf16``, ``mxfp8``, ``nvfp4``, ``paper:e8m3``), a cast for all operands
     (``e4m3fn``, ``e8m3/toward_zero``), two casts for forward and backward (``e4m3fn+e5m2``), or the path of a file that
-    `fpsim.Policy.to_json` wrote (``best.json``). ``unrounded`` and None round nothing.
+    `fpsim.Policy.to_json` wrote (``best.json``). ``unrounded`` and None round nothing. A
+    dtype of torch is the format of all operands: ``torch.bfloat16`` is ``Policy(format="bfloat16")``, and not the
+    preset ``bf16``, which rounds results too.
 
     Raises:
         ValueError, TypeError: it is none of these.
@@ -38,6 +43,7 @@ def parse_policy(given: PolicyLike) -> Policy | None:
     """
     if given is None or given == UNROUNDED:
         return None
+    given = format_name(given)
     if isinstance(given, Mapping):
         return Policy.from_options(given)
     if not isinstance(given, str):
@@ -57,7 +63,7 @@ def named_policies(given: Mapping[str, PolicyLike] | Iterable[PolicyLike] | Poli
         ValueError: two have the same name, one that rounds has the name ``unrounded``, a mapping has the fields of one
             policy in place of names, or there is no policy.
     """
-    if isinstance(given, Policy | str) or given is None:
+    if isinstance(given, Policy | str | torch.dtype) or given is None:
         given = [given]
     if isinstance(given, Mapping) and given and _is_policy(given):
         raise ValueError(f"{dict(given)} is one policy, and not a mapping from names to policies: give it in a list")
@@ -113,6 +119,7 @@ def _is_policy(given: Mapping[str, Any]) -> bool:
 def _name(policy: PolicyLike) -> str:
     if policy is None:
         return UNROUNDED
+    policy = format_name(policy)
     if isinstance(policy, str):
         return policy
     parsed = parse_policy(policy)

@@ -39,7 +39,7 @@ from fpsim.evaluate.costs import COSTS, Cost
 from fpsim.evaluate.policies import NOTHING, PolicyLike, named_policies
 from fpsim.evaluate.running import under
 from fpsim.evaluate.switched import SwitchedModel
-from fpsim.evaluate.tables import Shown, data_frame
+from fpsim.evaluate.tables import Printed, data_frame
 from fpsim.evaluate.texts import unfused
 from fpsim.policy import Policy
 
@@ -80,7 +80,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class SearchResult(Shown):
+class SearchResult(Printed):
     """The result of `search`. ``print(result)`` shows it; ``result.policy.to_json()`` is for `fpsim.Policy.from_json`.
 
     Attributes:

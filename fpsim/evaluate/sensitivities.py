@@ -31,7 +31,7 @@ from fpsim.evaluate.batches import (
 )
 from fpsim.evaluate.policies import PolicyLike, forward_only, parse_policy
 from fpsim.evaluate.switched import SwitchedModel
-from fpsim.evaluate.tables import Shown, data_frame
+from fpsim.evaluate.tables import Printed, data_frame
 from fpsim.evaluate.texts import unfused
 from fpsim.policy import Policy
 
@@ -111,7 +111,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Sensitivity(Shown):
+class Sensitivity(Printed):
     """The result of `sensitivity`. ``print(result)`` and ``rich.print(result)`` show tables, the worst unit first.
 
     Attributes:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
-from fpsim.compile_backend.plan import render
+from fpsim.showing import Shown, render
 
 if TYPE_CHECKING:
     import pandas
-
-#: The width of text and of HTML, in characters.
-_WIDTH = 140
 
 
 def data_frame(rows: Sequence[dict[str, Any]]) -> pandas.DataFrame:
@@ -31,7 +27,7 @@ def data_frame(rows: Sequence[dict[str, Any]]) -> pandas.DataFrame:
     return pandas.DataFrame(rows)
 
 
-class Shown(ABC):
+class Printed(Shown, ABC):
     """A result that rich prints; it is the same as text, and as HTML in notebooks."""
 
     @abstractmethod
@@ -39,9 +35,4 @@ class Shown(ABC):
         """The parts that rich prints."""
 
     def __str__(self) -> str:
-        return render(self, _WIDTH)
-
-    def _repr_html_(self) -> str:
-        console = Console(record=True, width=_WIDTH, file=io.StringIO())
-        console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return render(self)

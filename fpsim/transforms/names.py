@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 
+from fpsim.suggestions import did_you_mean, first_words
 from fpsim.transforms.chain import Chain
 from fpsim.transforms.hadamard import Hadamard
 from fpsim.transforms.permutation import ORDERS, Permutation
@@ -37,7 +38,8 @@ def parse_transform(name: str | Transform | None) -> Transform | None:
     transform = _parse(name) if isinstance(name, str) else None
     if transform is None:
         valid = dict.fromkeys((*NAMES_OF_PRODUCTS, *NAMES_OF_CASTS))
-        raise ValueError(f"unknown transform {reprlib.repr(name)}: use one of {', '.join(valid)}, or None")
+        hint = did_you_mean(str(name).partition(":")[0], first_words(valid))
+        raise ValueError(f"unknown transform {reprlib.repr(name)}{hint}: use one of {', '.join(valid)}, or None")
     return transform
 
 

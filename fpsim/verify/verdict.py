@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fpsim.rounding.carriers import CARRIERS
+from fpsim.showing import Shown
 from fpsim.source import proven_hash
 from fpsim.verify.codes import name_of, tensor_of, unsigned_of
 
@@ -37,7 +38,7 @@ class Mismatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(Shown):
     """The outcome of `fpsim.verify.verify`.
 
     Attributes:

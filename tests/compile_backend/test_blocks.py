@@ -61,7 +61,7 @@ def rounded(x: Tensor, cast: str, axis: int | tuple[int, ...], rows: bool = True
     values = [reference.as_value(value) for value in x.detach().double().flatten().tolist()]
     working = "fp64" if x.dtype == torch.float64 else "fp32"
     parsed = reference.parse_cast(cast)
-    scale, is_nv = parsed.scale, parsed.scale.rule in ("te", "torchao")
+    scale, is_nv = parsed.scale, parsed.scale.rule in reference.scales.NV_RULES
     is_affine = scale.asymmetric or cast.startswith("uint")
     is_row = scale.shared_by == "row" and rows
     if not is_nv and (scale.rule not in ("fp32", "bf16") or is_affine or not (is_row or scale.shared_by == "tensor")):
@@ -74,7 +74,8 @@ def rounded(x: Tensor, cast: str, axis: int | tuple[int, ...], rows: bool = True
             elements[i] = reference.mul(element, block.scale, "fp32") if is_nv else element
             outer[i] = block.scale
             if is_nv:
-                outer[i] = reference.div(1, block.tensor_scale, "fp32") if scale.rule == "te" else block.tensor_scale
+                whole = block.tensor_scale
+                outer[i] = whole if scale.rule == "torchao" else reference.div(1, whole, "fp32")
     factor = tensor_of(outer, x, torch.float32)
     factor = factor.narrow(axis, 0, 1) if is_row else factor.flatten()[0]
     return Operand(tensor_of(elements, x), factor)

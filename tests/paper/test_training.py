@@ -21,7 +21,7 @@ from fpsim.paper.record import Record, step_seconds
 from fpsim.paper.trainer import Trainer, evaluate, learning_rate
 from fpsim.paper.training import records, run
 from fpsim.policy import Policy
-from fpsim.recipes import Recipe, RoundedState
+from fpsim.recipes import Recipe, RoundedState, fp8_lm
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
@@ -129,6 +129,11 @@ def test_a_run_of_a_recipe_has_its_policy_and_its_optimizer(config, data):
             state["exp_avg"].copy_(fpsim.round(state["exp_avg"], "e4m3fn"))
             state["exp_avg_sq"].copy_(fpsim.round(state["exp_avg_sq"], "bf16"))
     assert _losses(run(replace(config, recipe=recipe), data)) == expected != _losses(plain)
+
+
+def test_an_exchange_of_gradients_that_runs_do_not_make_is_an_error():
+    with pytest.raises(ValueError, match=r"runs average gradients in their own dtype, .* fp8_lm\(processes=False\)"):
+        RunConfig(recipe=fp8_lm(processes=True))
 
 
 def test_a_recipe_stands_in_place_of_options_and_is_part_of_the_key():
