@@ -45,8 +45,7 @@ def accuracy(
     ] = None,
 ) -> None:
     """Measure an elementwise function against exact values of 60 digits: errors in ulps, worst inputs, seams."""
-    if plot is not None:
-        check_writable(plot)
+    check_writable(plot)
     called = _function(function)
     given = _function(exact) if exact is not None and ":" in exact else exact
     from fpsim.evaluate import accuracy as measure

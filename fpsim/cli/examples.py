@@ -67,8 +67,15 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "study generation": ("fpsim study generation --formats fp4 --formats 'fp4, double'",),
     "study attention": ("fpsim study attention --seed 1",),
     "study rules": ("fpsim study rules",),
+    "study sensitivity": (
+        "fpsim study sensitivity run.pt",
+        "fpsim study sensitivity run.pt --policy mxfp8 --by site",
+    ),
+    "study search": (
+        "fpsim study search run.pt --format e2m1fn --format e4m3fn --format bf16 --tolerance 0.01 --out best.json",
+    ),
     "study train": (
-        "fpsim study train config.json run.parquet",
+        "fpsim study train config.json run.parquet --checkpoint run.pt",
         "torchrun --nproc-per-node 8 -m fpsim.cli.study train config.json run.parquet --parallel fsdp2",
     ),
 }

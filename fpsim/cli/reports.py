@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fpsim.cli.errors import plain_errors
-from fpsim.cli.evaluate import POLICY_HELP, ContextOption, ModelArgument, WeightsOption
+from fpsim.cli.options import POLICY_HELP, ContextOption, ModelArgument, WeightsOption
 from fpsim.cli.output import check_writable, print_table, progress_bar
 
 if TYPE_CHECKING:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fpsim.cli.errors import plain_errors
-from fpsim.cli.options import complete_format
+from fpsim.cli.options import (
+    ContextOption,
+    ModelArgument,
+    TextArgument,
+    WeightsOption,
+    WindowsOption,
+    complete_format,
+)
 from fpsim.cli.output import print_table, progress_bar
 
 if TYPE_CHECKING:
@@ -19,18 +25,9 @@ if TYPE_CHECKING:
 
 @plain_errors
 def sharpness(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MODEL_OR_SCRIPT",
-            help="Folder of a Hugging Face causal model, or path/to/script.py:function that builds a module.",
-        ),
-    ],
-    text: Annotated[Path, typer.Argument(metavar="TEXT", help="UTF-8 file to predict.")],
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="State dict of the script's module.", show_default="the weights that the function sets"),
-    ] = None,
+    model: ModelArgument,
+    text: TextArgument,
+    weights: WeightsOption = None,
     format: Annotated[
         list[str] | None,
         typer.Option(
@@ -45,10 +42,8 @@ def sharpness(
         typer.Option(help="Half-width of the box; may be given several times.", show_default="0.0005 and 0.001"),
     ] = None,
     method: Annotated[str, typer.Option(help="exact, or lbfgsb as in the paper (slow).")] = "exact",
-    windows: Annotated[int, typer.Option(min=1, help="Largest number of windows of the text.")] = 16,
-    context: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per window.", show_default="the model's own")
-    ] = None,
+    windows: WindowsOption = 16,
+    context: ContextOption = None,
     gradients: Annotated[bool, typer.Option(help="Measure the norm of the gradient, too.")] = True,
 ) -> None:
     """Measure the logit sharpness of a language model on a text, unrounded and under formats.

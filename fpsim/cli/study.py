@@ -14,6 +14,7 @@ from typer.core import TyperCommand
 
 from fpsim.cli.errors import OneLineErrors, plain_errors
 from fpsim.cli.output import check_writable
+from fpsim.cli.study_checkpoints import search, sensitivity
 from fpsim.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ app = typer.Typer(
     "fpsim-torch\\[paper].",
     no_args_is_help=True,
 )
+app.command()(sensitivity)
+app.command()(search)
 
 
 class _SeveralValues(TyperCommand):

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fpsim.compile_backend.errors import UnroundedError
+from fpsim.evaluate.running import under
 from fpsim.evaluate.texts import task_of_checkpoint, task_of_script, unfused
 from fpsim.policy import Policy
 from fpsim.policy.shorthand import UNSIMULATED, parse_shorthand
@@ -269,9 +270,7 @@ def _last(metrics: LogitMetrics) -> LogitMetrics:
 
 
 def _under(model: nn.Module, policy: Policy | None, backend: str) -> Any:
-    """``model`` under ``policy``; its parameters are the same tensors."""
     if policy is None:
         return model
     torch._dynamo.reset()  # a model may be compiled under many policies, and torch gives up after a few
-    options: dict[str, Any] = {"policy": policy}
-    return torch.compile(model, backend=backend, options=options, dynamic=False)
+    return under(model, policy, backend)

@@ -50,8 +50,8 @@ HELP = {
         "required",
     ),
     ("sensitivity",): (
-        "MODEL_OR_SCRIPT", "TEXT", "--policy", "--by", "--gradients", "--no-gradients", "--weights", "--windows",
-        "--context", "--backend", "--csv",
+        "MODEL_OR_SCRIPT", "TEXT", "--policy", "--by", "--gradients", "--no-gradients", "--estimates",
+        "--no-estimates", "--weights", "--windows", "--context", "--backend", "--csv",
     ),
     ("accuracy",): ("MODULE:FUNCTION", "--format", "--range", "LOW HIGH", "--exact", "--samples", "--worst", "--plot"),
     ("sharpness",): (
@@ -60,7 +60,7 @@ HELP = {
     ),
     ("study",): (
         "run", "experiment", "report", "list", "claims", "pareto", "generation", "attention", "rules", "train",
-        "Needs fpsim-torch[paper]",
+        "sensitivity", "search", "Needs fpsim-torch[paper]",
     ),
     ("study", "run"): (
         "--model", "--data", "--formats", "--recipes", "--seeds", "default: 3", "--first-seed", "--learning-rates",
@@ -80,6 +80,14 @@ HELP = {
     ("study", "claims"): ("names", "--out", "--list"),
     ("study", "generation"): ("--formats", "--size", "--out"),
     ("study", "pareto"): ("--families", "--formats", "--size", "--interpret", "--out"),
+    ("study", "sensitivity"): (
+        "CHECKPOINT", "--policy", "default: (that of the run)", "--by", "--gradients", "--no-gradients", "--estimates",
+        "--no-estimates", "--batches", "--backend", "--csv",
+    ),
+    ("study", "search"): (
+        "CHECKPOINT", "--format", "--tolerance", "--budget", "--cost", "--trials", "--batches", "--backend", "--out",
+        "--csv",
+    ),
     ("study", "train"): ("config", "out", "--parallel", "--checkpoint"),
 }  # fmt: skip
 
