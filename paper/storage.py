@@ -151,6 +151,32 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+class OtherVersion(ValueError):
+    """A file whose numbers another version of fpsim computed."""
+
+
+def read_results(path: Path, name: str) -> dict[str, Any]:
+    """The results by key that `write_results` wrote under ``name``; empty where there is no file.
+
+    Raises:
+        OtherVersion: another version of fpsim wrote them, so that these numbers and new ones do not belong together.
+        ValueError: the file is broken.
+    """
+    if not path.exists():
+        return {}
+    content = read_json(path)
+    if not isinstance(content.get(name), dict):
+        raise ValueError(f"{path} is broken: it holds no {name}")
+    if content.get("source") != versions()["source"]:
+        raise OtherVersion(f"{path} was written by another version of fpsim: name another folder")
+    return dict(content[name])
+
+
+def write_results(path: Path, name: str, results: Mapping[str, Any]) -> None:
+    """Write ``results`` (JSON types by key) under ``name``, with the version of fpsim; `read_results` reads them."""
+    replace_file(path, json.dumps({"source": versions()["source"], name: results}, indent=1).encode())
+
+
 def put_aside(path: Path) -> Path:
     """Rename the broken file at ``path``, and return its new path; of several processes one renames it."""
     aside = path.with_name(f"{path.name}.broken")
