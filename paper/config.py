@@ -26,6 +26,9 @@ from .models import ModelConfig
 #: Options of ``torch.compile(backend="fpsim")``; None is no simulation.
 Options = Mapping[str, object] | None
 
+#: The parts of recipes that change a model before it trains. Other ones change a model that is trained already.
+_PREPARATIONS = ("LearnedClipping", "NarrowLayerNorms", "RotaryTables", "SmoothUnits")
+
 #: Increased when the same configuration comes to mean another run, so that old results are not taken for new ones.
 CONFIG_VERSION = 1
 
@@ -46,8 +49,8 @@ class RunConfig:
         model: sizes of the network.
         options: fields of the simulated policy, as ``torch.compile(backend="fpsim", options=...)`` takes them;
             ``{}`` is the backend's default, None is no simulation: plain Inductor in float32.
-        recipe: a recipe (`fpsim.recipes.Recipe`) or its JSON object, in place of ``options``: its policy, its optimizer
-            and its schedule. Stored is the JSON object.
+        recipe: a recipe (`fpsim.recipes.Recipe`) or its JSON object, in place of ``options``: its policy with all its
+            parts. Stored is the JSON object. Recipes for trained models are refused.
         steps: optimizer steps, at least 1.
         batch: windows per step (per micro-batch, where there are several).
         learning_rate: the peak of the schedule.
@@ -76,7 +79,8 @@ class RunConfig:
         lbfgsb_every: steps between searches by L-BFGS-B, as the paper measured; a multiple of ``measure_every``.
         hessian_every: steps between estimates of the Hessian's largest eigenvalue; 0 is never. The Hessian is that of
             the unrounded model on the first micro-batch, before the update.
-        ranges_every: steps between counts of operands that saturate or underflow; 0 is never.
+        ranges_every: steps between counts of operands that saturate or underflow; 0 is never. Under scales that other
+            steps determine nothing is counted, since `fpsim.Profiler` begins with other scales.
         stop_nonfinite: end the run after this many steps in a row without a finite loss; 0 never does.
         dtype: of weights and activations, the carrier of simulated values: ``float64`` for formats that reach beyond
             the exponents of float32.
@@ -152,10 +156,16 @@ def recipe_fields(recipe: Mapping[str, Any] | Recipe) -> dict[str, Any]:
     """The JSON object of a recipe, in the one form that its text has.
 
     Raises:
-        ValueError: the object is no recipe.
+        ValueError: the object is no recipe, or it is one for models that are trained already.
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.from_json(json.dumps(recipe))
+    part = type(recipe.preparation).__name__
+    if recipe.preparation is not None and part not in _PREPARATIONS:
+        raise ValueError(
+            f"recipe {recipe.name!r} changes a trained model ({part}), and a run begins with random weights: call its "
+            "method apply with your trained model, or use another recipe"
+        )
     return dict(json.loads(recipe.to_json()))
 
 

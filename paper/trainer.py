@@ -55,9 +55,9 @@ class Update(NamedTuple):
 class Trainer:
     """The weights and the optimizer of one run: everything that changes during it.
 
-    The loop calls `step`, `state_if` and `resume`. `fpsim.paper.parallel.ParallelTrainer` overrides the methods whose
-    work or result several processes share: `install`, `update`, `clip_gradients`, `validation_loss`, the three
-    measurements, `state_if` and `load`.
+    The loop calls `step`, `state_if`, `precision_state` and `resume`. `fpsim.paper.parallel.ParallelTrainer` overrides
+    the methods whose work or result several processes share: `install`, `update`, `clip_gradients`, `validation_loss`,
+    the three measurements, `state_if`, `precision_state`, `resume` and `load`.
 
     Args:
         config: the run.
@@ -79,6 +79,7 @@ class Trainer:
         self.trained: nn.Module = self.model
         if config.autocast:
             self.trained = Autocast(self.model, getattr(torch, config.autocast), torch.device(config.device).type)
+        self.base = None if self.recipe is None else self.recipe.policy_for(self.trained)
         schedule = None if self.recipe is None else self.recipe.schedule
         self.schedule_state = ScheduleState() if schedule is None else schedule.start()
         self.codes: dict[Policy | None, Loss] = {}
@@ -93,6 +94,7 @@ class Trainer:
         if self.codes and options == self.options:
             return
         self.options: Options = options
+        self.has_timed_scales = options is not None and Policy.from_options(options).is_timed
         self.profiler: Profiler | None = None
         self.install(self._code(options))
 
@@ -106,7 +108,7 @@ class Trainer:
         """The options of the step ``index``: those of the configuration, or the policy of its recipe."""
         if self.recipe is None:
             return self.config.options_at(index)
-        policy = self.recipe.policy_for(self.model)
+        policy = self.base
         if self.recipe.schedule is not None:
             policy = self.recipe.schedule.policy(self.schedule_state, policy)
         return None if policy is None else {"policy": policy}
@@ -137,8 +139,10 @@ class Trainer:
             measured: dict[str, float] = {}
             if _due(index, config.hessian_every):
                 measured["hessian_eigenvalue"] = self.hessian_eigenvalue(micro_batches[0])
-            if _due(index, config.ranges_every) and self.options is not None:
+            if _due(index, config.ranges_every) and self.options is not None and not self.has_timed_scales:
                 measured |= self.range_shares(micro_batches[0])
+            if self.scales_loss:
+                measured["loss_scale"] = self.loss_scale
             start = time.perf_counter()
             update = self.update(micro_batches, rate)
             seconds = time.perf_counter() - start
@@ -173,6 +177,11 @@ class Trainer:
         return Update(math.fsum(float(loss) for loss in losses) / len(losses), norm, last_tokens)
 
     @property
+    def scales_loss(self) -> bool:
+        """Whether the optimizer of the recipe scales the loss, and skips a step whose gradients overflow."""
+        return "loss_scale" in self.optimizer.param_groups[0]
+
+    @property
     def loss_scale(self) -> float:
         """The factor of the gradients that the optimizer itself expects: 1 unless a recipe scales the loss."""
         return float(self.optimizer.param_groups[0].get("loss_scale", 1.0))
@@ -186,8 +195,12 @@ class Trainer:
         return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
     def validation_loss(self, held_out: Sequence[Batch]) -> float:
-        """Mean loss over ``held_out``, nats per token."""
-        return evaluate(self.loss_of, held_out)
+        """Mean loss over ``held_out``, nats per token.
+
+        Scales of earlier steps are used and stay as they are: a call with gradients would count as a step.
+        """
+        with torch.set_grad_enabled(not self.has_timed_scales):
+            return evaluate(self.loss_of, held_out)
 
     # -- measurements ------------------------------------------------------------------------------------------------
 
@@ -196,10 +209,13 @@ class Trainer:
         return hessian_eigenvalue(OpenAttention(LanguageModel(self.model.network)), batch, seed=self.config.seed)
 
     def range_shares(self, batch: Batch) -> dict[str, float]:
-        """`fpsim.paper.measurements.range_shares` on ``batch``, under the policy of the current stage."""
+        """`fpsim.paper.measurements.range_shares` on ``batch``, under the policy of the current stage.
+
+        The policy has no scales of earlier steps: a profile would begin with others.
+        """
         if self.profiler is None:
             self.profiler = Profiler(self.trained, policy=with_attention(self.options or {}, self.config.attention))
-        return range_shares(self.trained, self.profiler, batch, loss_scale=self.config.loss_scale)
+        return range_shares(self.trained, self.profiler, batch, loss_scale=self.config.loss_scale * self.loss_scale)
 
     def logit_signals(self, last_tokens: Sequence[tuple[Tensor, Tensor]], *, lbfgsb: bool) -> dict[str, float]:
         """`fpsim.paper.measurements.logit_signals` of the last tokens of all micro-batches."""
@@ -257,7 +273,7 @@ def learning_rate(step: int, *, peak: float, warmup: int, steps: int, floor: flo
 def evaluate(loss_of: Loss, held_out: Sequence[Batch]) -> float:
     """Mean loss over ``held_out``, batches of one shape, in nats per token.
 
-    Gradients stay enabled although none is computed: without them torch would compile the whole graph again.
+    Gradients may stay enabled although none is computed: without them torch compiles the whole graph again.
     """
     return math.fsum(float(_loss_and_logits(loss_of(*batch))[0].detach()) for batch in held_out) / len(held_out)
 

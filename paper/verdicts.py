@@ -80,7 +80,7 @@ def judge(run: Run, by: Rules | None = None) -> Verdict:
     by = by or rules()
     steps, warmup = run.config.steps, run.config.warmup
     validation = run["validation_loss"][~np.isnan(run["validation_loss"])]
-    onset = divergence(run["loss"], run["smoothed_loss"], run["gradient_norm"], steps=steps, by=by)
+    onset = divergence(run["loss"], run["smoothed_loss"], _norms_of_updates(run), steps=steps, by=by)
     return Verdict(
         onset,
         spikes(run["loss"], run["smoothed_loss"], warmup=warmup, by=by),
@@ -88,6 +88,13 @@ def judge(run: Run, by: Rules | None = None) -> Verdict:
         float(validation[-1]) if len(validation) else math.nan,
         rising_since(run["smoothed_loss"], by=by) if onset is None else None,
     )
+
+
+def _norms_of_updates(run: Run) -> np.ndarray:
+    """The gradient norm of each step; 0 where a scaled loss overflows, since that step is skipped."""
+    norms = run["gradient_norm"]
+    scales = run.columns.get("loss_scale", np.full(len(norms), math.nan))
+    return np.where(np.isfinite(scales) & ~np.isfinite(norms), 0.0, norms)
 
 
 def divergence(

@@ -21,7 +21,8 @@ from fpsim.paper.record import Record, step_seconds
 from fpsim.paper.trainer import Trainer, evaluate, learning_rate
 from fpsim.paper.training import records, run
 from fpsim.policy import Policy
-from fpsim.recipes import Recipe, RoundedState
+from fpsim.recipes import RECIPES, Recipe, RoundedState
+from fpsim.recipes.scaled_loss import ScaledLoss
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
@@ -142,6 +143,44 @@ def test_a_recipe_stands_in_place_of_options_and_is_part_of_the_key():
         RunConfig(recipe=recipe, options={})
     with pytest.raises(ValueError, match="a recipe has a name"):
         RunConfig(recipe={"source": ""})
+
+
+def test_validation_leaves_scales_of_earlier_steps_alone(config, data):
+    recipe = Recipe("delayed", "", Policy(format="e4m3fn/tensor/history:3", products="weights"))
+    config = replace(config, recipe=recipe, backend="interpreted", ranges_every=1)
+    often, once = (run(replace(config, validate_every=every), data) for every in (1, config.steps))
+    assert _losses(often) == _losses(once)
+    assert often[-1].validation_loss == once[-1].validation_loss
+    assert all(record.saturated_weight is None for record in often)  # a profile would begin with other scales
+
+
+def test_the_loss_scale_of_a_recipe_is_recorded_and_an_overflow_is_a_skipped_step(config, data):
+    recipe = Recipe("scaled", "", Policy(format="fp16"), optimizer=ScaledLoss(initial=2.0**26, interval=2))
+    config = replace(config, recipe=recipe, backend="interpreted", model=replace(config.model, layers=1), steps=12)
+    history = run(config, data)
+    scales = [record.loss_scale for record in history]
+    assert scales[0] == 2.0**26
+    skipped = [not math.isfinite(record.gradient_norm) for record in history]
+    assert skipped[0] and not all(skipped)
+    good = 0
+    for before, after, skip in zip(scales, scales[1:], skipped, strict=False):
+        good = 0 if skip else good + 1
+        assert after == (before / 2 if skip else 2 * before if good == 2 else before)
+        good %= 2
+    assert run(replace(config, recipe=Recipe("plain", "", Policy(format="bf16")), steps=1), data)[0].loss_scale is None
+
+
+def test_a_recipe_for_trained_models_is_refused():
+    for name, make in RECIPES.items():
+        try:
+            recipe = make()
+        except TypeError:
+            continue  # it has arguments without a default
+        if type(recipe.preparation).__module__ == "fpsim.recipes.post_training":
+            with pytest.raises(ValueError, match=f"recipe '{recipe.name}' changes a trained model"):
+                RunConfig(recipe=recipe)
+        else:
+            assert RunConfig(recipe=recipe).recipe["name"] == recipe.name, name
 
 
 def _losses(history: list[Record]) -> list[float]:
