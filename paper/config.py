@@ -60,6 +60,8 @@ class RunConfig:
         loss_scale: factor on the loss in the backward pass, divided out of the gradients before they are clipped. It
             keeps small gradients above the smallest number of a narrow format. A power of two changes no bit of a run
             whose gradients neither over- nor underflow.
+        z_loss: coefficient of the z-loss (`fpsim.paper.models.LanguageModel`), whose derivatives are added to those of
+            the loss. Recorded losses are cross-entropies.
         validate_every: steps between validations; the last step is always validated.
         validation_batches: fixed batches per validation.
         seed: the seed of the weights, the order of the data and all random numbers.
@@ -76,6 +78,8 @@ class RunConfig:
         accumulate: micro-batches per step.
         measure_every: steps between measurements of the logits (sharpness, largest magnitude); 0 is never. The logits
             are those of the last token of each window of the step's own batch, from its own forward pass.
+        attention_every: steps between measurements of the largest attention logit; 0 is never
+            (`fpsim.paper.measurements.max_attention_logit`: one more forward pass of the unrounded network).
         lbfgsb_every: steps between searches by L-BFGS-B, as the paper measured; a multiple of ``measure_every``.
         hessian_every: steps between estimates of the Hessian's largest eigenvalue; 0 is never. The Hessian is that of
             the unrounded model on the first micro-batch, before the update.
@@ -97,6 +101,7 @@ class RunConfig:
     weight_decay: float = 0.1
     clip: float | None = 1.0
     loss_scale: float = 1.0
+    z_loss: float = 0.0
     validate_every: int = 25
     validation_batches: int = 8
     seed: int = 1337
@@ -110,6 +115,7 @@ class RunConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     accumulate: int = 1
     measure_every: int = 0
+    attention_every: int = 0
     lbfgsb_every: int = 0
     hessian_every: int = 0
     ranges_every: int = 0
@@ -127,12 +133,19 @@ class RunConfig:
         for name in ("steps", "batch", "validate_every", "validation_batches", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("measure_every", "lbfgsb_every", "hessian_every", "ranges_every", "stop_nonfinite"):
+        for name in (
+            "measure_every",
+            "attention_every",
+            "lbfgsb_every",
+            "hessian_every",
+            "ranges_every",
+            "stop_nonfinite",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}: 0 is never")
         if not 0 < self.loss_scale < math.inf:
             raise ValueError(f"loss_scale must be above 0 and finite, got {self.loss_scale}")
-        for name in ("learning_rate", "weight_decay", "floor", "warmup"):
+        for name in ("learning_rate", "weight_decay", "floor", "warmup", "z_loss"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or above and finite, got {getattr(self, name)}")
         if self.clip is not None and not self.clip > 0:
@@ -256,5 +269,5 @@ def compile_key(config: RunConfig) -> str:
     """
     plain = to_dict(config)
     names = ("model", "options", "recipe", "stages", "attention", "backend", "autocast", "batch", "dtype", "device")
-    graph = [plain[name] for name in names] + [config.measure_every > 0]
+    graph = [plain[name] for name in (*names, "z_loss")] + [config.measure_every > 0]
     return hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest()[:16]

@@ -123,6 +123,11 @@ class ParallelTrainer(Trainer):
         with self._whole_parameters():
             return super().hessian_eigenvalue(batch)
 
+    def max_attention_logit(self, batch: Batch) -> float | None:
+        """`Trainer.max_attention_logit`, computed by every process from the whole ``batch``."""
+        with self._whole_parameters():
+            return super().max_attention_logit(batch)
+
     def range_shares(self, batch: Batch) -> dict[str, float]:
         """`Trainer.range_shares`: the mean over all processes."""
         with self._whole_parameters():

@@ -38,6 +38,7 @@ class Record:
         sharpness_seconds: the time of measuring the logits. Not part of equality.
         loss_scale: the factor by which a recipe's optimizer scales the loss of this step; None if none does. Such an
             optimizer skips a step whose gradients are not finite.
+        max_attention_logit: the largest score of a query and a key that it sees, before this update.
     """
 
     step: int
@@ -62,6 +63,7 @@ class Record:
     underflowed_gradient: float | None = None
     sharpness_seconds: float | None = field(default=None, compare=False)
     loss_scale: float | None = None
+    max_attention_logit: float | None = None
 
 
 def step_seconds(history: Sequence[Record]) -> float:

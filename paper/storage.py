@@ -100,7 +100,8 @@ def read_run(path: Path, condition: str) -> Run:
     """
     table, facts = _read(path)
     try:
-        columns = {
+        columns = {entry.name: np.full(len(table), math.nan) for entry in fields(Record)}  # old files lack new ones
+        columns |= {
             name: table[name].to_numpy().astype(np.int64 if name == "step" else np.float64)
             for name in table.column_names
         }

@@ -29,7 +29,7 @@ from fpsim.training.schedules import ScheduleState
 
 from .compiled_loss import Autocast, Compile, Loss, OpenAttention, compile_loss, with_attention
 from .config import Options, RunConfig
-from .measurements import hessian_eigenvalue, logit_signals, range_shares
+from .measurements import hessian_eigenvalue, logit_signals, max_attention_logit, range_shares
 from .models import LanguageModel, LossAndLogits, build
 from .record import Record, smoothed_loss
 
@@ -57,7 +57,7 @@ class Trainer:
 
     The loop calls `step`, `state_if`, `precision_state` and `resume`. `fpsim.paper.parallel.ParallelTrainer` overrides
     the methods whose work or result several processes share: `install`, `update`, `clip_gradients`, `validation_loss`,
-    the three measurements, `state_if`, `precision_state`, `resume` and `load`.
+    the four measurements, `state_if`, `precision_state`, `resume` and `load`.
 
     Args:
         config: the run.
@@ -70,7 +70,7 @@ class Trainer:
             compile_loss, attention=config.attention, interpret=config.backend == "interpreted"
         )
         network = build(config.model, seed=config.seed).to(config.device, getattr(torch, config.dtype))
-        self.model = (LossAndLogits if config.measure_every else LanguageModel)(network)
+        self.model = (LossAndLogits if config.measure_every else LanguageModel)(network, config.z_loss)
         self.recipe = recipe_of(config)
         if self.recipe is not None and self.recipe.preparation is not None:
             prepared = self.recipe.preparation.apply(self.model, None)
@@ -136,11 +136,13 @@ class Trainer:
         with _reproducible(config, index):
             self._enter(index)
             micro_batches = list(zip(*(part.split(config.batch) for part in batch), strict=True))
-            measured: dict[str, float] = {}
+            measured: dict[str, float | None] = {}
             if _due(index, config.hessian_every):
                 measured["hessian_eigenvalue"] = self.hessian_eigenvalue(micro_batches[0])
             if _due(index, config.ranges_every) and self.options is not None and not self.has_timed_scales:
                 measured |= self.range_shares(micro_batches[0])
+            if _due(index, config.attention_every):
+                measured["max_attention_logit"] = self.max_attention_logit(micro_batches[0])
             if self.scales_loss:
                 measured["loss_scale"] = self.loss_scale
             start = time.perf_counter()
@@ -206,7 +208,12 @@ class Trainer:
 
     def hessian_eigenvalue(self, batch: Batch) -> float:
         """The largest eigenvalue of the Hessian of the unrounded model on ``batch``."""
-        return hessian_eigenvalue(OpenAttention(LanguageModel(self.model.network)), batch, seed=self.config.seed)
+        loss = LanguageModel(self.model.network, self.config.z_loss)
+        return hessian_eigenvalue(OpenAttention(loss), batch, seed=self.config.seed)
+
+    def max_attention_logit(self, batch: Batch) -> float | None:
+        """The largest attention logit of the unrounded network on ``batch``; None if it has no attention."""
+        return max_attention_logit(self.model.network, batch[0])
 
     def range_shares(self, batch: Batch) -> dict[str, float]:
         """`fpsim.paper.measurements.range_shares` on ``batch``, under the policy of the current stage.

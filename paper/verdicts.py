@@ -26,6 +26,7 @@ class Rules:
     spiked: Mapping[str, float]
     trained: Mapping[str, float]
     prediction: Mapping[str, Any]
+    sensitivity: Mapping[str, float]
     claims: Mapping[str, Mapping[str, Any]]
 
 
@@ -93,8 +94,7 @@ def judge(run: Run, by: Rules | None = None) -> Verdict:
 def _norms_of_updates(run: Run) -> np.ndarray:
     """The gradient norm of each step; 0 where a scaled loss overflows, since that step is skipped."""
     norms = run["gradient_norm"]
-    scales = run.columns.get("loss_scale", np.full(len(norms), math.nan))
-    return np.where(np.isfinite(scales) & ~np.isfinite(norms), 0.0, norms)
+    return np.where(np.isfinite(run["loss_scale"]) & ~np.isfinite(norms), 0.0, norms)
 
 
 def divergence(

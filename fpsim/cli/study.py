@@ -103,9 +103,16 @@ def run(
     vocabulary: Annotated[int | None, typer.Option(min=2, help="Vocabulary of your own model.")] = None,
     loss_scale: Annotated[float, typer.Option(help="Factor on the loss in the backward pass.")] = 1.0,
     clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 means no clipping.")] = 1.0,
+    z_loss: Annotated[float, typer.Option(min=0, help="Coefficient of the z-loss; 0 means none.")] = 0.0,
+    qk_norm: Annotated[
+        bool, typer.Option("--qk-norm", help="Normalise queries and keys (a Llama becomes Qwen3).")
+    ] = False,
     quality: Annotated[str, typer.Option(help="clean, shuffled, duplicated or noisy training text.")] = "clean",
     level: Annotated[float, typer.Option(help="Share of the training text that --quality spoils.")] = 0.5,
     measure_every: Annotated[int, typer.Option(min=0, help="Steps between measurements of sharpness.")] = 10,
+    attention_every: Annotated[
+        int, typer.Option(min=0, help="Steps between measurements of the largest attention logit; 0 means never.")
+    ] = 0,
     hessian_every: Annotated[int, typer.Option(min=0, help="Steps between Hessian eigenvalues; 0 means never.")] = 0,
     device: Device = None,
     interpret: Interpret = False,
@@ -126,6 +133,10 @@ def run(
     steps = steps or 300
     chosen = model_config(model or "tiny")
     chosen = replace(chosen, context=context or chosen.context, vocabulary=vocabulary or chosen.vocabulary)
+    if qk_norm:
+        if chosen.family != "llama":
+            raise ValueError(f"--qk-norm is for a Llama, and {model} is no Llama: normalise them in your own model")
+        chosen = replace(chosen, family="qwen3")
     base = RunConfig(
         model=chosen,
         data=DataConfig(data, quality=quality, level=level if quality != "clean" else 1.0),
@@ -134,8 +145,10 @@ def run(
         warmup=steps // 10,
         clip=clip or None,
         loss_scale=loss_scale,
+        z_loss=z_loss,
         validate_every=max(1, steps // 5),
         measure_every=measure_every,
+        attention_every=attention_every,
         hessian_every=hessian_every,
         ranges_every=max(1, steps // 4),
         stop_nonfinite=10,
