@@ -103,22 +103,20 @@ def gaps(rows: Sequence[tuple[str, float, float, float]]) -> Figure:
     return figure
 
 
-def loss_by_rate(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], panel_of: Mapping[str, str]) -> Figure:
+def loss_by_rate(rows: Sequence[tuple[str, str, np.ndarray, np.ndarray]]) -> Figure:
     """Loss against learning rate: mean over seeds, and the band from the lowest to the highest seed.
 
     Args:
-        rows: name, learning rates of shape (rates,), losses of shape (seeds, rates).
-        panel_of: the heading of the panel in which each name is drawn, and under which it loses that ending.
+        rows: label, heading of the panel, learning rates of shape (rates,), losses of shape (seeds, rates).
     """
-    headings = list(dict.fromkeys(panel_of.values()))
-    lines = {name: name.removesuffix(f", {panel_of[name]}") for name, *_ in rows}
-    paint = colours(list(dict.fromkeys(lines.values())))
+    headings = list(dict.fromkeys(heading for _, heading, *_ in rows))
+    paint = colours(list(dict.fromkeys(label for label, *_ in rows)))
     figure, panels = _panels(len(headings), height=max(3.6, 0.3 + 0.18 * len(paint)), sharey=True)
     by_heading = dict(zip(headings, panels, strict=True))
-    for name, rates, losses in rows:
-        axes, line = by_heading[panel_of[name]], lines[name]
-        axes.plot(rates, losses.mean(0), "o-", color=paint[line], markersize=3, linewidth=1.3, label=line)
-        axes.fill_between(rates, losses.min(0), losses.max(0), color=paint[line], alpha=0.12, linewidth=0)
+    for label, heading, rates, losses in rows:
+        axes, colour = by_heading[heading], paint[label]
+        axes.plot(rates, losses.mean(0), "o-", color=colour, markersize=3, linewidth=1.3, label=label)
+        axes.fill_between(rates, losses.min(0), losses.max(0), color=colour, alpha=0.12, linewidth=0)
     for heading, axes in by_heading.items():
         axes.set(xscale="log", xlabel="learning rate")
         axes.set_title(heading, fontsize=10)

@@ -18,6 +18,7 @@ from . import figures, require
 from .comparison import compare_recipes
 from .config import RunConfig, to_dict
 from .figures import Judged, Line
+from .hypotheses import judge_hypotheses, too_few_seeds
 from .intervals import compare, share
 from .prediction import SIGNALS, Prediction, predict, signal_values, warn
 from .sensitivity import AXES, Difference, Sensitivity, differences, next_sizes, sensitivities, series
@@ -120,6 +121,8 @@ def _summary(judged: Judged, facts: Mapping[str, Any]) -> list[str]:
         sentences.append(
             f"{undecided} ended while the loss rose, too early to call it divergence: run them for more steps."
         )
+    if facts.get("experiment", {}).get("is_registered") is False:
+        sentences.append("The setting is not the registered one, so the registered claims are not judged.")
     if not diverged:
         sentences.append("No run diverged: this sweep says nothing about what predicts divergence.")
     return sentences
@@ -178,17 +181,14 @@ def _pictures(judged: Judged, predictions: Sequence[Prediction]) -> list[Picture
 
 def sensitivity_pictures(found: Sequence[Sensitivity]) -> list[Picture]:
     """Loss against learning rate, and sensitivity against the bits of formats and the sizes of models."""
-    curves = [(each.condition, each.rates, each.losses) for each in found]
-    sizes = {each.condition: each.model.size for each in found}
+    curves = [(each.precision, each.model.size, each.rates, each.losses) for each in found]
     note = (
         "Final smoothed loss, at most the loss at initialisation: mean over seeds, band from the lowest to the highest."
     )
-    pictures = [
-        Picture("loss_by_rate", "Loss against learning rate", note, lambda: figures.loss_by_rate(curves, sizes))
-    ]
+    pictures = [Picture("loss_by_rate", "Loss against learning rate", note, lambda: figures.loss_by_rate(curves))]
     panels = {}
     if len({each.bits for each in found}) > 1:
-        by_size = {size: [each for each in found if each.model.size == size] for size in sizes.values()}
+        by_size = {size: [each for each in found if each.model.size == size] for _, size, *_ in curves}
         panels["bits of an operand"] = [
             _line(size, sorted(own, key=lambda each: each.bits), lambda each: each.bits, "o")
             for size, own in by_size.items()
@@ -219,6 +219,7 @@ def _tables(judged: Judged, facts: Mapping[str, Any], predictions: Sequence[Pred
     found = sensitivities(judged)
     tables = [_recipes(judged), _conditions(judged), _by_rate(judged), _comparisons(judged, facts)]
     tables += [_sensitivity_table(found), _difference_table(found, judged.reference), _next_size_table(found)]
+    tables += [_hypothesis_table(judged, facts)]
     if predictions:
         tables += [_prediction_table(predictions), _warning_table(judged)]
     tables += [_range_table(judged), _failures(facts)]
@@ -370,13 +371,14 @@ def _sensitivity_table(found: Sequence[Sensitivity]) -> Table:
 def _difference_table(found: Sequence[Sensitivity], reference: str) -> Table:
     rows = []
     for each in differences(found, reference):
+        test = each.test
         rows.append(
             [
                 f"{each.first} minus {each.second}",
-                _interval_or_value(each.mean, each.low, each.high),
-                "-" if math.isnan(each.p) else f"{each.p:.3g}",
-                str(each.seeds),
-                "-" if math.isnan(each.detectable) else f"{each.detectable:.3f}",
+                _interval_or_value(test.mean, test.low, test.high),
+                "-" if math.isnan(test.p) else f"{test.p:.3g}",
+                str(test.seeds),
+                "-" if math.isnan(test.detectable) else f"{test.detectable:.3f}",
                 _told_apart(each),
             ]
         )
@@ -390,15 +392,18 @@ def _difference_table(found: Sequence[Sensitivity], reference: str) -> Table:
 
 
 def _told_apart(each: Difference) -> str:
-    if math.isnan(each.p):
-        return "a single seed shows no difference: add seeds"
-    if each.p < 1 - rules().prediction["level"]:
-        words = "higher" if each.mean > 0 else "lower"
+    if each.test.p < 1 - rules().prediction["level"]:
+        words = "higher" if each.test.mean > 0 else "lower"
         return words + (" over the rates of the sweep, which do not reach instability in both" if each.is_bound else "")
-    wanted = "more than 10,000" if each.needed is None else f"{each.needed}"
-    return (
-        f"too few seeds to tell: {wanted} would show this difference with probability {rules().sensitivity['power']:g}"
-    )
+    return too_few_seeds(each.test)
+
+
+def _hypothesis_table(judged: Judged, facts: Mapping[str, Any]) -> Table:
+    experiment = facts.get("experiment", {})
+    found = judge_hypotheses(judged, experiment["number"]) if experiment.get("is_registered") else []
+    rows = [[each.text, each.numbers, each.verdict] for each in found]
+    note = "Judged on the registered seeds, by the rules at the end of this page."
+    return Table("Registered claims", note, ["claim", "numbers", "verdict"], rows)
 
 
 def _next_size_table(found: Sequence[Sensitivity]) -> Table:

@@ -8,9 +8,11 @@ diverge. Small is good. The seed is the unit: each seed has one sensitivity, and
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from scipy import stats
 
 from fpsim.policy import Policy
 
-from .config import RunConfig
+from .config import RunConfig, to_dict
 from .figures import Judged
 from .intervals import bootstrap
 from .models import ModelConfig
@@ -32,7 +34,7 @@ class Sensitivity:
 
     Attributes:
         condition: its name.
-        precision: its name without the size of its model.
+        precision: the part of its name that it shares with the conditions that differ from it in the model alone.
         model: the model.
         bits: of an operand of its forward products, without scales.
         rates: the learning rates, ascending; shape (rates,).
@@ -77,11 +79,26 @@ class Sensitivity:
 
 def sensitivities(judged: Judged) -> list[Sensitivity]:
     """The sensitivity of every condition with two learning rates or more and a seed that has a run at all of them."""
-    found = (_sensitivity(judged, name) for name in judged.conditions)
+    names = _precisions({name: judged.runs[judged.of(name)[0]].config for name in judged.conditions})
+    found = (_sensitivity(judged, name, names[name]) for name in judged.conditions)
     return [each for each in found if each is not None]
 
 
-def _sensitivity(judged: Judged, condition: str) -> Sensitivity | None:
+def _precisions(configs: Mapping[str, RunConfig]) -> dict[str, str]:
+    """For each condition the words, between commas, with which it and those of the same precision begin."""
+    groups: dict[str, list[str]] = {}
+    for name, config in configs.items():
+        same = replace(config, model=ModelConfig(), seed=0, learning_rate=0.0)
+        groups.setdefault(json.dumps(to_dict(same), sort_keys=True), []).append(name)
+    shared = {}
+    for group in groups.values():
+        words = list(zip(*(name.split(", ") for name in group), strict=False))
+        first = [each[0] for each in takewhile(lambda each: len(set(each)) == 1, words)]
+        shared |= dict.fromkeys(group, ", ".join(first) or group[0])
+    return shared
+
+
+def _sensitivity(judged: Judged, condition: str, precision: str) -> Sensitivity | None:
     runs = {
         (judged.runs[index].config.seed, judged.runs[index].config.learning_rate): index
         for index in judged.of(condition)
@@ -97,7 +114,7 @@ def _sensitivity(judged: Judged, condition: str) -> Sensitivity | None:
     low, high = _interval(by_seed)
     return Sensitivity(
         condition,
-        condition.removesuffix(f", {config.model.size}"),
+        precision,
         config.model,
         operand_bits(config),
         rates,
@@ -179,22 +196,19 @@ def operand_bits(config: RunConfig) -> int:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """The sensitivity of one condition minus that of another, over their common seeds.
+class Paired:
+    """Student's test on differences that are paired by seed.
 
     Attributes:
-        first, second: the conditions.
-        mean, low, high: the mean difference with Student's interval of the registered level; NaN for a single seed.
-        p: two-sided, of Student's paired test; NaN for a single seed.
-        seeds: the number of common seeds.
+        mean, low, high: the mean difference with its interval of the registered level; NaN for a single seed.
+        p: two-sided; NaN for a single seed.
+        seeds: the number of seeds.
         detectable: the least true difference that so many seeds show with the registered power, for the spread seen
             here; NaN for a single seed.
-        needed: the seeds that would show the mean difference with this power, for this spread; None beyond 10,000.
-        is_bound: whether no rate is unstable in one of the two, so that the difference is that of the swept rates only.
+        needed: the seeds that would show the mean difference with this power, for this spread; None beyond 10,000, and
+            for a single seed.
     """
 
-    first: str
-    second: str
     mean: float
     low: float
     high: float
@@ -202,6 +216,33 @@ class Difference:
     seeds: int
     detectable: float
     needed: int | None
+
+
+def paired(gaps: np.ndarray) -> Paired:
+    """The test on ``gaps``, one per seed."""
+    count, mean = len(gaps), float(gaps.mean())
+    if count < 2:
+        return Paired(mean, math.nan, math.nan, math.nan, count, math.nan, None)
+    spread, level = float(gaps.std(ddof=1)), float(rules().prediction["level"])
+    half = float(stats.t.ppf((1 + level) / 2, count - 1)) * spread / math.sqrt(count)
+    ratio = math.sqrt(count) * abs(mean) / spread if spread else math.inf if mean else 0.0
+    p = float(2 * stats.t.sf(ratio, count - 1))
+    return Paired(mean, mean - half, mean + half, p, count, detectable(spread, count), seeds_needed(mean, spread))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The sensitivity of one condition minus that of another, over their common seeds.
+
+    Attributes:
+        first, second: the conditions.
+        test: on the differences.
+        is_bound: whether no rate is unstable in one of the two, so that the difference is that of the swept rates only.
+    """
+
+    first: str
+    second: str
+    test: Paired
     is_bound: bool
 
 
@@ -224,19 +265,8 @@ def difference(first: Sensitivity, second: Sensitivity) -> Difference:
     """The difference between two conditions with the same learning rates and at least one common seed."""
     one, two = (dict(zip(each.seeds, each.by_seed.tolist(), strict=True)) for each in (first, second))
     gaps = np.array([one[seed] - two[seed] for seed in one if seed in two])
-    count, mean = len(gaps), float(gaps.mean())
-    half = p = least = math.nan
-    needed: int | None = None
-    if count > 1:
-        spread, level = float(gaps.std(ddof=1)), float(rules().prediction["level"])
-        half = float(stats.t.ppf((1 + level) / 2, count - 1)) * spread / math.sqrt(count)
-        ratio = math.sqrt(count) * abs(mean) / spread if spread else math.inf * abs(mean)
-        p = float(2 * stats.t.sf(ratio, count - 1))
-        least, needed = detectable(spread, count), seeds_needed(mean, spread)
     is_bound = first.is_lower_bound or second.is_lower_bound
-    return Difference(
-        first.condition, second.condition, mean, mean - half, mean + half, p, count, least, needed, is_bound
-    )
+    return Difference(first.condition, second.condition, paired(gaps), is_bound)
 
 
 def power(effect: float, spread: float, seeds: int) -> float:

@@ -27,6 +27,7 @@ class Rules:
     trained: Mapping[str, float]
     prediction: Mapping[str, Any]
     sensitivity: Mapping[str, float]
+    experiments: Mapping[str, Mapping[str, Any]]
     claims: Mapping[str, Mapping[str, Any]]
 
 

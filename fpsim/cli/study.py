@@ -179,7 +179,7 @@ def run(
 @app.command(cls=_SeveralValues)
 @plain_errors
 def experiment(
-    number: Annotated[int, typer.Argument(help="1 to 8: see fpsim study list.")],
+    number: Annotated[int, typer.Argument(help="1 to 11: see fpsim study list.")],
     size: Annotated[str, typer.Option(help="quick (minutes on 2 cores), full (hours) or paper (GPUs).")] = "quick",
     conditions: Annotated[
         list[str] | None, typer.Option(help="Conditions to run, by name or glob ('*truncated').", show_default="all")
@@ -187,7 +187,12 @@ def experiment(
     model: Model = None,
     data: Data = None,
     seeds: Seeds = None,
-    first_seed: FirstSeed = 0,
+    first_seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="The first seed; the others follow it.", show_default="0; in 9 to 11 the registered one"
+        ),
+    ] = None,
     learning_rates: Rates = None,
     steps: Steps = None,
     device: Device = None,
@@ -200,7 +205,7 @@ def experiment(
     cpus: Cpus = 1.0,
     retries: Retries = 2,
 ) -> None:
-    """Run one of the paper's experiments, and write a report. Runs that are complete are not computed again."""
+    """Run an experiment, the paper's or ours (9 to 11), and write a report. Complete runs are not computed again."""
     from fpsim.paper.experiments import SIZES
     from fpsim.paper.experiments import experiment as find
 
@@ -208,7 +213,8 @@ def experiment(
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}: use one of {', '.join(SIZES)}")
     setting = _resized(chosen.settings[size], model, data, seeds, learning_rates, steps, device, interpret)
-    setting = replace(setting, first_seed=first_seed)
+    if first_seed is not None:
+        setting = replace(setting, first_seed=first_seed)
     facts = {
         "number": number,
         "question": chosen.question,
@@ -216,6 +222,7 @@ def experiment(
         "differs": chosen.differences(size),
         "reference": chosen.reference,
         "pairs": [list(pair) for pair in chosen.pairs],
+        **chosen.registration(size, setting),
         "size": f"{size}: {setting.base.model.label}, {setting.base.steps} steps, "
         f"{setting.seeds} seeds from {setting.first_seed}, "
         f"learning rates {', '.join(f'{rate:g}' for rate in setting.rates)}",

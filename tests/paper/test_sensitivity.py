@@ -105,15 +105,17 @@ def test_differences_are_paired_by_seed_and_by_model():
     for name in ("a", "b"):
         for model in (small, large):
             losses = {seed: tuple(generator.uniform(2, 5, 4)) for seed in range(4)}
-            runs += a_condition(f"{name}, {model.size}", losses, model=model)
+            runs += a_condition(f"{name}, {model.size}", losses, model=model, options={"a": None, "b": {}}[name])
     found = sensitivities(judged(runs))
     assert [each.precision for each in found] == ["a", "a", "b", "b"]
     pairs = differences(found, "a, 1 x 16")
     assert [(each.first, each.second) for each in pairs] == [("b, 1 x 16", "a, 1 x 16"), ("b, 1 x 32", "a, 1 x 32")]
     expected = stats.ttest_rel(found[3].by_seed, found[1].by_seed)
-    assert (pairs[1].p, pairs[1].mean) == pytest.approx((expected.pvalue, np.mean(found[3].by_seed - found[1].by_seed)))
+    assert (pairs[1].test.p, pairs[1].test.mean) == pytest.approx(
+        (expected.pvalue, np.mean(found[3].by_seed - found[1].by_seed))
+    )
     interval = expected.confidence_interval(0.95)
-    assert (pairs[1].low, pairs[1].high) == pytest.approx((interval.low, interval.high))
+    assert (pairs[1].test.low, pairs[1].test.high) == pytest.approx((interval.low, interval.high))
 
 
 def test_the_next_size_is_foretold_from_the_smaller_ones():
