@@ -8,11 +8,13 @@ PYTEST := $(BIN)/python -m pytest
 # The record of the exhaustive proofs, and the formats that they are about.
 PROOF := tests/exhaustive.md
 PROVEN_FORMATS := e4m3fn e5m2 e2m1fn bf16 e8m3 fp16
+# The record of those of the scales of OCP MX.
+PROOF_OF_SCALES := tests/exhaustive_scales.md
 
-.PHONY: demo quick test test-exhaustive prove lint types benchmarks clean
+.PHONY: demo quick test test-exhaustive prove prove-scales lint types docs benchmarks clean
 
 # Threads that wait without spinning: beside other load, spinning makes every parallel region several times slower.
-demo quick test test-exhaustive prove: export OMP_WAIT_POLICY = passive
+demo quick test test-exhaustive prove prove-scales: export OMP_WAIT_POLICY = passive
 
 demo: .venv/ready
 	$(BIN)/fpsim demo $(DEMO)
@@ -41,6 +43,13 @@ prove: .venv/ready
 	{ printf '`make prove` writes this file. It runs this command:\n\n'; cat $(PROOF); } > $(PROOF).new
 	mv $(PROOF).new $(PROOF)
 
+# The scales of every rule, for every format that takes them and every float32 magnitude: 10 minutes. Eager code runs the
+# same arithmetic (`fpsim.scaling.rules`) and takes an hour more; the tests compare it around every step.
+prove-scales: .venv/ready
+	$(BIN)/fpsim verify --scale all --exhaustive --path compiled --markdown $(PROOF_OF_SCALES)
+	{ printf '`make prove-scales` writes this file. It runs this command:\n\n'; cat $(PROOF_OF_SCALES); } > $(PROOF_OF_SCALES).new
+	mv $(PROOF_OF_SCALES).new $(PROOF_OF_SCALES)
+
 lint: .venv/ready build/site/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,10 +59,14 @@ types: .venv/ready build/site/ready
 	cd build/site && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fpsim
 	cd build/site && ../../$(BIN)/mypy --config-file ../../pyproject.toml ../../tests/policy/typed_caller.py
 
+# The site, from docs/ and docstrings, in build/html. A link that leads nowhere is a warning, and a warning is an error.
+docs: .venv/ready
+	$(BIN)/python -m sphinx --builder html --fresh-env --fail-on-warning --keep-going --quiet docs build/html
+
 # import-linter and mypy read the built wheel: the sources stand in four folders and become one package only there.
 # A build starts from nothing, or setuptools would put files into the wheel that have been removed since.
 build/site/ready: pyproject.toml $(shell find fpsim reference compile_backend paper -name __pycache__ -prune -o -print)
-	rm -rf build
+	rm -rf build/lib build/bdist.* build/wheel build/site
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/site build/wheel/*.whl
 	touch $@
@@ -83,7 +96,7 @@ benchmarks: .venv/ready
 .venv/ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
-	$(PIP) --editable '.[dev,paper]'
+	$(PIP) --editable '.[dev,docs,paper]'
 	touch $@
 
 clean:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fpsim.compile_backend.backend import fpsim, fpsim_eager
     from fpsim.compile_backend.errors import UnroundedError, UnroundedWarning
+    from fpsim.compile_backend.exporting import export, package
     from fpsim.compile_backend.observe.recorder import ProductStatistics, SiteStatistics
     from fpsim.compile_backend.observe.rounding_statistics import Statistics
     from fpsim.compile_backend.plan import Gap, Plan, Site
@@ -37,9 +38,11 @@ _HOMES = {
     "audit": "report.audit",
     "calibrate": "timed_scales",
     "explain": "report.explain",
+    "export": "exporting",
     "fpsim": "backend",
     "fpsim_eager": "backend",
     "load_scale_state": "timed_scales",
+    "package": "exporting",
     "profile": "report.profiler",
     "scale_state": "timed_scales",
 }
@@ -60,9 +63,11 @@ __all__ = [
     "audit",
     "calibrate",
     "explain",
+    "export",
     "fpsim",
     "fpsim_eager",
     "load_scale_state",
+    "package",
     "profile",
     "scale_state",
 ]

@@ -14,7 +14,6 @@ from torch import fx
 from fpsim.compile_backend import guards
 from fpsim.compile_backend.compiling import compile_with_rounding
 from fpsim.compile_backend.torch_settings import apply_settings
-from fpsim.policy import Policy
 
 apply_settings()
 
@@ -31,15 +30,17 @@ def fpsim(
     Args:
         gm, example_inputs: a graph and examples of its inputs, as Dynamo passes them to a backend.
         options: the fields of `fpsim.Policy`, or ``{"policy": policy}``. None stands for the FP8 hybrid.
-        mode: must be None or ``"default"``.
+        mode: ``"reduce-overhead"``, ``"max-autotune"`` or ``"max-autotune-no-cudagraphs"``, whose settings of Inductor
+            hold for this model; None or ``"default"`` for none. `torch.compile` takes options or a mode: write the mode
+            among the options (``{"format": "e4m3fn", "mode": "max-autotune"}``). On a CPU no mode changes a bit.
 
     Raises:
-        ValueError: an unknown option or value, a glob that matches no module or no operator, options that have
+        ValueError: an unknown mode, option or value, a glob that matches no module or no operator, options that have
             changed since a model was compiled with them, or a policy that differs from that of another rank.
         UnroundedError: an operator multiplies matrices, cannot be rounded, and is not listed in ``gaps``.
     """
-    guards.check_options(options, mode)
-    return compile_with_rounding(gm, example_inputs, Policy.from_options(options))
+    policy, mode = guards.check_options(options, mode)
+    return compile_with_rounding(gm, example_inputs, policy, settings=guards.settings_of_mode(mode))
 
 
 def fpsim_eager(
@@ -52,7 +53,9 @@ def fpsim_eager(
     """Backend ``"fpsim_eager"``: the same rewritten graphs as ``"fpsim"``, interpreted operator by operator.
 
     It is meant for differential tests, for debugging, and for machines without a compiler. It takes the arguments of
-    `fpsim` and raises the same errors.
+    `fpsim` and raises the same errors. Modes are about the compiler, and are an error here.
     """
-    guards.check_options(options, mode)
-    return compile_with_rounding(gm, example_inputs, Policy.from_options(options), interpret=True)
+    policy, mode = guards.check_options(options, mode)
+    if mode not in (None, "default"):
+        raise ValueError(f"backend 'fpsim_eager' compiles nothing: leave mode={mode!r} out, or use backend='fpsim'")
+    return compile_with_rounding(gm, example_inputs, policy, interpret=True)

@@ -79,7 +79,21 @@ def is_ours(backend: Any) -> bool:
 def options_of(backend: Any) -> Mapping[str, Any] | None:
     """The options that ``backend``, as torch has wrapped it, passes to a backend of fpsim."""
     given = [getattr(layer, "kwargs", getattr(layer, "keywords", None)) for layer in _layers(backend)]
-    return next((each["options"] for each in given if isinstance(each, Mapping) and "options" in each), None)
+    options = next((each["options"] for each in given if isinstance(each, Mapping) and "options" in each), None)
+    return split_mode(options, None)[0]
+
+
+def split_mode(options: Mapping[str, Any] | None, mode: str | None) -> tuple[Mapping[str, Any] | None, str | None]:
+    """``options`` without the key ``mode``, and the mode, given by this key or on its own.
+
+    Raises:
+        ValueError: it is given in both ways.
+    """
+    if not isinstance(options, Mapping) or "mode" not in options:
+        return options, mode
+    if mode is not None:
+        raise ValueError(f"the mode is given twice, {mode!r} and {options['mode']!r} among the options: leave one out")
+    return {key: value for key, value in options.items() if key != "mode"} or None, options["mode"]
 
 
 def _layers(backend: Any) -> list[Any]:

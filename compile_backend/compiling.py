@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -42,6 +42,10 @@ from fpsim.rounding.ops import draw_seed
 
 #: The profiler's name for a forward run of a graph that fpsim rewrote; `fpsim.audit` looks for it.
 GRAPH_EVENT = "fpsim: rewritten graph"
+#: The settings under which Inductor keeps the values of the model. An explicit cast is a precision boundary: without
+#: the setting Inductor keeps 16-bit values in float32 between fused operators, and the rounding would see numbers that
+#: the model never had.
+SETTINGS_OF_INDUCTOR = {"emulate_precision_casts": True}
 #: The name of the input of a graph that is the seed of stochastic rounding.
 _SEED = "fpsim_seed"
 
@@ -57,6 +61,7 @@ def compile_with_rounding(
     recorder: Recorder | None = None,
     keep: Callable[[fx.GraphModule, Sequence[Any], Any], None] | None = None,
     switches: Switches | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph with the rounding that ``policy`` asks for.
 
@@ -70,6 +75,7 @@ def compile_with_rounding(
         recorder: gathers the statistics of the graph's sites when it runs; only with ``interpret``.
         keep: called after every run of a graph with the graph, its inputs and its results; only with ``interpret``.
         switches: what turns the roundings of its policies on and off; ``policy`` is the first of them.
+        settings: of Inductor, such as those of a mode of `torch.compile`.
 
     Raises: the errors of `fpsim.compile_backend.fpsim`.
     """
@@ -115,12 +121,11 @@ def compile_with_rounding(
         switches_input,
     )
     patches: dict[str, Any] = {
+        **(settings or {}),
         "joint_custom_pre_pass": _after_user_passes(inductor_config.joint_custom_pre_pass, rounding),
         "post_grad_custom_pre_pass": _after_user_passes(inductor_config.post_grad_custom_pre_pass, Expansion()),
-        # An explicit cast is a precision boundary: without this Inductor keeps 16-bit values in float32 between
-        # fused operators, and the rounding would see numbers that the model never had.
-        "emulate_precision_casts": True,
         "use_joint_graph_passes": True,  # without them the rounding would not run
+        **SETTINGS_OF_INDUCTOR,
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(own_work())

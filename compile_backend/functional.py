@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo import config as dynamo_config
+from torch._dynamo import mark_dynamic
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
@@ -25,6 +26,8 @@ from fpsim.accumulators.sums import accumulate_sum_op
 from fpsim.attention.ops import flash_op
 from fpsim.compile_backend.compiling import compile_with_rounding
 from fpsim.compile_backend.errors import UnroundedError
+from fpsim.compile_backend.graph.sources import find_input
+from fpsim.compile_backend.passes.epilogue import times_scale_op
 from fpsim.compile_backend.switches import Switches, switch_op
 from fpsim.compile_backend.torch_settings import apply_settings
 from fpsim.policy import Policy
@@ -47,23 +50,25 @@ def functional(module: nn.Module, policy: Policy, switches: Switches | None = No
 
     Values are those of the module compiled by backend ``"fpsim_eager"`` under ``policy``. Derivatives, of any order and
     in both modes, are those of the straight-through surrogate: every rounding passes them unchanged. The policy's
-    casts for backward products are ignored.
+    casts for backward are ignored, stochastic and timed ones too.
 
     Args:
         module: any uncompiled module. It is traced for every new shape of its arguments.
-        policy: the casts of every product and operation. It must not be stochastic, and its scales must not depend on
-            other steps, because such a function has a different surrogate at every call.
+        policy: the casts of every product and operation. In forward it must not be stochastic, and its scales must not
+            depend on other steps, because such a function has a different surrogate at every call.
         switches: blended ones, for its roundings. The function then takes a vector s of the shape of their state,
             with floating-point numbers: where a rounding of x has the error e, the value is x + s e. So the function is
             differentiable in s. Errors are constants in all derivatives. Where an error is infinite or NaN, it
             counts as zero, and `Switches.overflowed` has the number of its place.
 
     Raises:
-        ValueError: a stochastic policy, or one with timed scales; when called, a policy that does not fit the module
-            (see `compile_backend`).
+        ValueError: a policy that is stochastic or has timed scales in forward; when called, a policy that does not fit
+            the module (see `compile_backend`).
         UnroundedError: when called, products that cannot be rounded.
         RuntimeError: when called, a result that is an argument or a view of one.
     """
+    if switches is None:
+        policy = policy.of_forward
     if policy.is_timed:
         raise ValueError(
             "a loss whose scales depend on other steps is another function at every call, so that its derivatives are "
@@ -72,9 +77,9 @@ def functional(module: nn.Module, policy: Policy, switches: Switches | None = No
     if policy.is_stochastic:
         raise ValueError(
             "a stochastically rounded loss is a different function at every call, so that its derivatives are not "
-            "defined: give a policy with a deterministic rounding"
+            "defined: give a policy that is deterministic in forward"
         )
-    traced: dict[Any, _Traced] = {}
+    traced: dict[Any, Traced] = {}
 
     def call(
         state: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], weights: Tensor | None = None
@@ -83,30 +88,33 @@ def functional(module: nn.Module, policy: Policy, switches: Switches | None = No
         leaves, spec = pytree.tree_flatten(given)
         key = (spec, tuple(map(_facts, leaves)), tuple(part.training for part in module.modules()))
         if key not in traced:
-            traced[key] = _trace(module, policy, given, switches)
+            traced[key] = trace(module, policy, given, switches)
+            _make_differentiable(traced[key].graph, switches)
         return traced[key](leaves if weights is None else [*leaves, weights])
 
     return call
 
 
 @dataclass(frozen=True)
-class _Traced:
+class Traced:
     """A graph, and how its inputs and outputs correspond to the leaves of arguments and results.
 
     Attributes:
         graph: the rewritten graph.
-        inputs: for each input the position of a leaf, or a constant.
+        inputs: for each input the position of a leaf, a size of a leaf, or a constant.
         outputs: for each leaf of the result the position of an output, or a constant.
         spec: the structure of the result.
+        has_seed: whether the seed of stochastic rounding is one more leaf behind those of the arguments.
     """
 
     graph: fx.GraphModule
     inputs: tuple[Any, ...]
     outputs: tuple[Any, ...]
     spec: pytree.TreeSpec
+    has_seed: bool = False
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
-        results = self.graph(*(leaves[i.position] if isinstance(i, _Leaf) else i for i in self.inputs))
+        results = self.graph(*(i.of(leaves) if isinstance(i, _Leaf | _Size) else i for i in self.inputs))
         values = [results[o.position] if isinstance(o, _Leaf) else o for o in self.outputs]
         return pytree.tree_unflatten(values, self.spec)
 
@@ -115,17 +123,43 @@ class _Traced:
 class _Leaf:
     position: int
 
+    def of(self, leaves: Sequence[Any]) -> Any:
+        return leaves[self.position]
+
+
+@dataclass(frozen=True)
+class _Size:
+    position: int
+    axis: int
+
+    def of(self, leaves: Sequence[Any]) -> Any:
+        return leaves[self.position].shape[self.axis]
+
 
 def _facts(leaf: Any) -> Any:
     return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
 
 
-def _trace(module: nn.Module, policy: Policy, given: tuple[Any, ...], switches: Switches | None) -> _Traced:
-    """The graph for arguments of these shapes, traced outside of all transforms of `torch.func`."""
+def trace(
+    module: nn.Module,
+    policy: Policy,
+    given: tuple[Any, ...],
+    switches: Switches | None = None,
+    ranges: Mapping[tuple[int, int], tuple[int, int]] | None = None,
+) -> Traced:
+    """The forward graph for arguments of these shapes, traced outside of all transforms of `torch.func`.
+
+    Args:
+        module, policy, switches: as for `functional`.
+        given: parameters and buffers by name, positional arguments, and keyword arguments.
+        ranges: the sizes that vary: from a leaf of ``given`` and its axis to the least and the greatest size.
+    """
     runs: list[tuple[fx.GraphModule, Sequence[Any], Any]] = []
+    seeds: list[int] = []
     apply_settings()
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        seeds.append(len(gm.graph.find_nodes(op="placeholder")))
         return compile_with_rounding(
             gm, example_inputs, policy, interpret=True, keep=lambda *run: runs.append(run), switches=switches
         )
@@ -139,14 +173,35 @@ def _trace(module: nn.Module, policy: Policy, given: tuple[Any, ...], switches: 
         parameters = dict(module.named_parameters(remove_duplicate=False))
         example = pytree.tree_map_only(Tensor, _example, given)
         example[0].update((name, nn.Parameter(value)) for name, value in example[0].items() if name in parameters)
+        leaves, _ = pytree.tree_flatten(example)
+        for (position, axis), (least, greatest) in (ranges or {}).items():
+            mark_dynamic(leaves[position], axis, min=least, max=greatest)
         outcome = torch.compile(call, backend=backend, fullgraph=True, dynamic=False)(module, *example)
-    leaves, _ = pytree.tree_flatten(example)
     if switches is not None:
         leaves.append(switches.state)
     values, spec = pytree.tree_flatten(outcome)
     ((graph, inputs, outputs),) = runs
+    if policy.is_stochastic:
+        seed = graph.graph.find_nodes(op="placeholder").index(find_input(graph.graph, seeds[0]))
+        leaves.append(inputs[seed])
     _refuse_unknown(inputs, leaves, values, outputs)
-    return _Traced(_differentiable(graph, switches), _places(inputs, leaves), _places(values, outputs), spec)
+    places = _with_sizes(graph, _places(inputs, leaves))
+    return Traced(graph, places, _places(values, outputs), spec, policy.is_stochastic)
+
+
+def _with_sizes(graph: fx.GraphModule, places: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``places`` with the inputs of ``graph`` that are symbolic sizes as sizes of leaves."""
+    inputs = [node.meta.get("val") for node in graph.graph.find_nodes(op="placeholder")]
+    sizes = {
+        str(size): _Size(place.position, axis)
+        for value, place in zip(inputs, places, strict=True)
+        if isinstance(value, Tensor) and isinstance(place, _Leaf)
+        for axis, size in enumerate(value.shape)
+    }
+    return tuple(
+        sizes[str(value)] if isinstance(value, torch.SymInt) else place
+        for value, place in zip(inputs, places, strict=True)
+    )
 
 
 def _refuse_unknown(
@@ -179,8 +234,8 @@ def _places(values: Sequence[Any], among: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(_Leaf(positions[id(value)]) if id(value) in positions else value for value in values)
 
 
-def _differentiable(gm: fx.GraphModule, switches: Switches | None) -> fx.GraphModule:
-    """The graph with differentiable rounding, and without the final writes of new values into buffers.
+def _make_differentiable(gm: fx.GraphModule, switches: Switches | None) -> None:
+    """Give the graph differentiable rounding, and take out the final writes of new values into buffers.
 
     Raises:
         UnroundedError: an operator of fpsim has no entry in `_WITH_DERIVATIVE`. Torch would take its derivative
@@ -197,7 +252,6 @@ def _differentiable(gm: fx.GraphModule, switches: Switches | None) -> fx.GraphMo
             raise UnroundedError(f"{node.target} has no derivative here, and torch would take it to be 0")
     gm.graph.eliminate_dead_code()
     gm.recompile()
-    return gm
 
 
 def _without_derivative(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -324,6 +378,7 @@ _WITH_DERIVATIVE: dict[Any, Callable[..., Any]] = {
     scaled_part_op: _part,
     accumulate_scaled_op: _accumulated_parts,
     accumulate_sum_op: _summed,
+    times_scale_op: torch.mul,
     prims.convert_element_type.default: Tensor.to,  # it has no derivative under transforms of torch.func
     **{op: _without_derivative(op) for op in (*SCALE_OPERATORS.values(), outer_scale_op, transform_parameters_op)},
 }

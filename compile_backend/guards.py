@@ -11,8 +11,10 @@ import torch
 from torch import fx
 from torch._dynamo import compiled_autograd
 from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options
 
 from fpsim.casts import Cast
+from fpsim.compile_backend.calls import split_mode
 from fpsim.compile_backend.errors import UnroundedError
 from fpsim.compile_backend.graph.dynamo import all_nodes
 from fpsim.compile_backend.graph.module_paths import module_paths, near_modules
@@ -20,7 +22,7 @@ from fpsim.formats import FloatFormat
 from fpsim.policy import Policy
 from fpsim.policy.globs import matches
 from fpsim.scaling.scale import POWERS_OF_TWO
-from fpsim.suggestions import near_names, suggest
+from fpsim.suggestions import did_you_mean, near_names, suggest
 
 #: Settings of Inductor under which it changes the operands of products, and how.
 _REWRITES = {
@@ -30,28 +32,49 @@ _REWRITES = {
 #: Functions in graphs that belong to transforms of `torch.func` or to forward mode, and those of `torch.vmap`.
 _DERIVATIVE = re.compile(r"_functorch|torch\.autograd\.forward_ad|_(make|unpack)_dual|_(enter|exit)_dual_level")
 _EXAMPLES = re.compile("vmap|batch_dim|lazy_load_decompositions")
+#: The function around ``x.requires_grad_()`` in a graph; a transform has other ones besides.
+_REQUIRES_GRAD = "set_inplace_requires_grad_allowed"
 
-# By identity: the options of every compiled model, and the policy that they described when they were first seen. The
-# options are kept alive, so that no other mapping gets the same identity.
-_first_policies: dict[int, tuple[Mapping[str, Any], Policy]] = {}
+#: The modes of `torch.compile` whose settings may stand beside rounding.
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+# By identity: the options of every compiled model, and the policy and the mode that they described when they were first
+# seen. The options are kept alive, so that no other mapping gets the same identity.
+_first_policies: dict[int, tuple[Mapping[str, Any], tuple[Policy, str | None]]] = {}
 
 
-def check_options(options: Mapping[str, Any] | None, mode: str | None) -> None:
-    """Refuse a mode, and options that have changed since a model was compiled with them.
+def settings_of_mode(mode: str | None) -> dict[str, Any]:
+    """The settings of Inductor that a mode of `torch.compile` stands for.
+
+    Matrix products stay those of ATen under all modes. A template that tuning picks would add in another order, and in
+    another one on another day.
+
+    Raises:
+        ValueError: there is no such mode, or its settings leave rounding out.
+    """
+    if mode is None or mode in MODES:
+        settings = dict(list_mode_options(mode or "default"))
+        return {**settings, "max_autotune_gemm_backends": "ATEN"} if settings.get("max_autotune") else settings
+    raise ValueError(
+        f"backend 'fpsim' has no mode {mode!r}{did_you_mean(mode, MODES)}: use one of {', '.join(MODES)}, or set "
+        "single settings, such as torch._inductor.config.coordinate_descent_tuning = True, before the first call"
+    )
+
+
+def check_options(options: Mapping[str, Any] | None, mode: str | None) -> tuple[Policy, str | None]:
+    """The policy and the mode of ``options``, which must not have changed since a model was compiled with them.
 
     `torch.compile` keeps the mapping that it is given, and passes it to the backend at every compilation: for another
     shape, or in training after inference. If the mapping changed in between, one model would run under two policies.
     """
-    if mode not in (None, "default"):
-        raise ValueError(
-            f"backend 'fpsim' has no mode {mode!r}: leave mode out, and set Inductor's own config if needed"
-        )
-    policy = Policy.from_options(options)
-    if options is not None and _first_policies.setdefault(id(options), (options, policy))[1] != policy:
+    own, mode = split_mode(options, mode)
+    found = Policy.from_options(own), mode
+    if options is not None and _first_policies.setdefault(id(options), (options, found))[1] != found:
         raise ValueError(
             f"the options {dict(options)} have changed since a model was compiled with them: give every torch.compile "
             "a mapping of its own, or a Policy, which cannot change"
         )
+    return found
 
 
 def refuse_settings(policy: Policy) -> None:
@@ -95,7 +118,7 @@ def refuse_inner_gradients(gm: fx.GraphModule) -> None:
         target = f"{getattr(node.target, '__module__', '')} {node.target}"
         if node.target in (torch.autograd.grad, torch.autograd.backward, "backward"):
             remedy = "set torch._dynamo.config.trace_autograd_ops to False; backward then runs compiled, outside"
-        elif _DERIVATIVE.search(target) and not _EXAMPLES.search(target):
+        elif _DERIVATIVE.search(target) and not _EXAMPLES.search(target) and _REQUIRES_GRAD not in target:
             remedy = (
                 "compile the model alone, and call backward() or torch.autograd.grad on its results, or transform "
                 "fpsim.curvature.functional_loss of the uncompiled model by torch.func"

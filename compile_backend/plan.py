@@ -12,6 +12,7 @@ from fpsim.casts import Cast
 from fpsim.policy.policy import KINDS
 from fpsim.scaling.groups import count
 from fpsim.scaling.scale import NV_RULES
+from fpsim.showing import Shown, render
 from fpsim.transforms.transform import Transform
 
 
@@ -102,7 +103,7 @@ class Sum:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """All sites and gaps of a model under a policy, and the sums that have narrow accumulators.
 
     ``str(plan)`` and ``rich.print(plan)`` show them as tables.
@@ -149,11 +150,3 @@ class Plan:
 
     def __str__(self) -> str:
         return render(self)
-
-
-def render(value: object, width: int = 140) -> str:
-    """A rich renderable as plain text."""
-    console = Console(width=width, color_system=None, force_terminal=False)
-    with console.capture() as capture:
-        console.print(value)
-    return capture.get().rstrip()

@@ -175,6 +175,28 @@ class ScaleStates:
                 torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
         return result
 
+    def settled_factor(self, name: str, phase: Phase, element: str, scale: str) -> Tensor:
+        """The factor of a forward site that a run without gradients uses, whatever the tensor there.
+
+        Raises:
+            ValueError: the site has no state yet, or its factor depends on the tensor in this step.
+        """
+        kind = _Kind(element, scale, phase)
+        row, table = self._row(kind, name, torch.device("cpu"))
+        own = History(*(getattr(table.history, each)[row : row + 1] for each in ("factors", "amaxes", "updates")))
+        if not own.updates[0]:
+            raise ValueError(
+                f"scale {scale!r} at {name!r} has no state: give scales=fpsim.scale_state(compiled) after steps of the "
+                "compiled model, or scales=fpsim.calibrate(model, batches, policy)"
+            )
+        factors = [in_use(own, torch.tensor([amax]), parse_element(element), kind.parsed) for amax in (1.0, 1000.0)]
+        if factors[0] != factors[1]:
+            raise ValueError(
+                f"scale {scale!r} at {name!r} is computed from the tensor itself in the step that is due, and is no "
+                "constant: take the state after one more step"
+            )
+        return factors[0][0].clone()
+
     def _row(self, kind: _Kind, name: str, device: torch.device) -> tuple[int, _Table]:
         if kind not in self.tables:
             self.tables[kind] = _Table([], start(0, kind.parsed, device))

@@ -1,16 +1,18 @@
 """Simulate any reduced-precision floating-point format in any PyTorch model, exactly.
 
 This module only hands names on. Each public name is imported from the file that holds it when it is first used, so that
-``import fpsim`` changes nothing in torch and does not even import it.
+``import fpsim`` changes no setting of torch and does not even import it. If torch is there already, it finds fpsim's
+operators by their names.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fpsim import curvature, evaluate, posttraining, recipes, reference, sharpness, testing
+    from fpsim import curvature, evaluate, posttraining, recipes, reference, sharpness, testing, trainers
     from fpsim.accumulators.matmul import matmul
     from fpsim.attention.flash import FlashAttention
     from fpsim.attention.ops import flash_attention
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
         audit,
         calibrate,
         explain,
+        export,
         load_scale_state,
+        package,
         profile,
         scale_state,
     )
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
     from fpsim.training.parameters import round_parameters
 
 #: The public modules.
-_MODULES = ("curvature", "evaluate", "posttraining", "recipes", "reference", "sharpness", "testing")
+_MODULES = ("curvature", "evaluate", "posttraining", "recipes", "reference", "sharpness", "testing", "trainers")
 
 #: The other public names, and the module that holds each.
 _HOMES = {
@@ -53,10 +57,12 @@ _HOMES = {
     "encode": "fpsim.tensor_functions",
     "encode_blocks": "fpsim.block_functions",
     "explain": "fpsim.compile_backend",
+    "export": "fpsim.compile_backend",
     "flash_attention": "fpsim.attention.ops",
     "load_scale_state": "fpsim.compile_backend",
     "matmul": "fpsim.accumulators.matmul",
     "pack": "fpsim.rounding.packing",
+    "package": "fpsim.compile_backend",
     "parse_format": "fpsim.formats",
     "power_of_two_scale": "fpsim.scaling.ops",
     "profile": "fpsim.compile_backend",
@@ -85,10 +91,12 @@ __all__ = [
     "encode_blocks",
     "evaluate",
     "explain",
+    "export",
     "flash_attention",
     "load_scale_state",
     "matmul",
     "pack",
+    "package",
     "parse_format",
     "posttraining",
     "power_of_two_scale",
@@ -102,6 +110,7 @@ __all__ = [
     "scale_state",
     "sharpness",
     "testing",
+    "trainers",
     "unpack",
 ]
 
@@ -122,3 +131,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return list(__all__)
+
+
+# Programs of `export` name fpsim's operators, and torch looks these up when it loads one.
+if "torch" in sys.modules:
+    importlib.import_module("fpsim.lazy_operators").look_up_lazily()

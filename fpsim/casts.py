@@ -21,6 +21,7 @@ from fpsim.formats import (
     IntegerFormat,
     Overflow,
     expand,
+    format_name,
     full_rounding,
     parse_element,
     resolve_overflow,
@@ -43,7 +44,7 @@ from fpsim.scaling.scale import (
     with_timing,
 )
 from fpsim.scaling.steps import scaled_groups
-from fpsim.suggestions import near_names
+from fpsim.suggestions import did_you_mean, first_words, near_names
 from fpsim.transforms.names import NAMES_OF_CASTS, is_transform, parse_transform
 from fpsim.transforms.ops import round_transformed_op
 from fpsim.transforms.transform import Transform
@@ -172,8 +173,8 @@ class Cast:
         return "/".join([format, self.rounding, self.overflow, *(str(p) for p in (self.scale, self.transform) if p)])
 
 
-#: The argument type of a cast: the name of a format or a cast, a `FloatFormat`, or a `Cast`.
-CastLike = str | ElementFormat | Cast
+#: The argument type of a cast: the name of a format or a cast, a `FloatFormat`, a floating-point dtype, or a `Cast`.
+CastLike = str | ElementFormat | torch.dtype | Cast
 
 
 def usual_overflow(fmt: ElementFormat, scale: Scale | None) -> Overflow:
@@ -241,15 +242,15 @@ def parse_cast(
     """The cast that ``text`` denotes: ``format[/rounding][/overflow][/scale][/transform]``, or ``none`` for None.
 
     Args:
-        text: a format (name or `FloatFormat`), optionally followed by modes that override the next three arguments. A
-            `Cast` is returned unchanged.
+        text: a format (a name, a `FloatFormat` or a dtype of torch: `fpsim.formats.format_name`); behind a name may
+            stand modes that override the next three arguments. A `Cast` is returned unchanged.
         rounding: the rounding if ``text`` names none.
         overflow: the overflow mode if ``text`` names none; None means the format's usual mode.
         scale: the scale if ``text`` names none; ``unscaled`` in ``text`` means None.
 
     Raises:
         ValueError: the format or a mode is unknown. The message names the remedy.
-        TypeError: ``text`` is neither a string nor a format nor a cast.
+        TypeError: ``text`` is neither a string nor a format nor a dtype nor a cast.
 
     >>> str(parse_cast("e8m3/toward_zero")), str(parse_cast("e4m3fn/power_of_two"))
     ('e8m3/toward_zero/ovf_inf', 'e4m3fn/nearest_even/sat_finite/power_of_two')
@@ -259,6 +260,7 @@ def parse_cast(
         return text
     if isinstance(text, ElementFormat):
         return _cast(text, rounding, overflow, parsed_scale, text.name)
+    text = format_name(text)
     if not isinstance(text, str):
         raise TypeError(f"a cast is a string such as 'e4m3fn' or 'e8m3/toward_zero', got {reprlib.repr(text)}")
     if text == NONE:
@@ -281,8 +283,11 @@ def parse_cast(
         elif is_transform(mode):
             kind, transform = "transforms", parse_transform(mode)
         else:
+            known = (*ROUNDINGS, *STOCHASTIC_ROUNDINGS, *OVERFLOWS, UNSCALED)
+            known += (*SCALE_NAMES, *TIMING_NAMES, *NAMES_OF_CASTS)
+            hint = did_you_mean(mode.partition(":")[0], first_words(known))
             raise ValueError(
-                f"unknown mode {mode!r} in cast {text!r}: after the format may come a rounding "
+                f"unknown mode {mode!r} in cast {text!r}{hint}: after the format may come a rounding "
                 f"({', '.join([*ROUNDINGS, *STOCHASTIC_ROUNDINGS])}), an overflow mode ({', '.join(OVERFLOWS)}), a "
                 f"scale ({', '.join([*SCALE_NAMES, UNSCALED])}), its timing ({', '.join(TIMING_NAMES)}) and a "
                 f"transform ({', '.join(NAMES_OF_CASTS)})"

@@ -30,6 +30,27 @@ def parse_json(text: str) -> Any:
     return value
 
 
+def parse_versioned(text: str, kind: str, version: int) -> dict[str, Any]:
+    """The JSON object in which fpsim wrote a ``kind`` of value (such as a policy), without its entry ``version``.
+
+    Raises:
+        ValueError: ``text`` is not JSON (`parse_json`) or no object, or has another version than ``version``.
+
+    >>> parse_versioned('{"version": 1, "format": "bf16"}', "policy", 1)
+    {'format': 'bf16'}
+    """
+    try:
+        given = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"a {kind} must be valid JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"a {kind} must be a JSON object, got {type(given).__name__}")
+    written = given.pop("version", version)
+    if written != version:
+        raise ValueError(f"this {kind} has version {written}, this fpsim reads version {version}: upgrade fpsim")
+    return given
+
+
 def check_depth(value: object) -> None:
     """Raise an error if mappings, lists and tuples are nested in ``value`` in more than `MOST_LEVELS` levels.
 

@@ -32,6 +32,9 @@ PROVEN = (
     "rounding/tensors.py",
 )
 
+#: The files that determine the codes of the scales of OCP MX. ``make prove-scales`` proves them again.
+SCALES_PROVEN = (*PROVEN, "scaling/rules.py")
+
 
 @lru_cache(maxsize=1)
 def source_hash() -> str:
@@ -42,11 +45,11 @@ def source_hash() -> str:
     return hash_of_folders({package: _folder(package) for package in PACKAGES})
 
 
-@lru_cache(maxsize=1)
-def proven_hash() -> str:
-    """The hash of the files in `PROVEN`: 12 hexadecimal digits."""
+@lru_cache(maxsize=2)
+def proven_hash(files: tuple[str, ...] = PROVEN) -> str:
+    """The hash of ``files``: 12 hexadecimal digits."""
     folder = _folder("fpsim")
-    return _digest((name, folder / name) for name in PROVEN)[:12]
+    return _digest((name, folder / name) for name in files)[:12]
 
 
 def hash_of_folders(folders: Mapping[str, Path]) -> str:

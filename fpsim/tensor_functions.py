@@ -22,6 +22,7 @@ from fpsim.formats import (
     ElementFormat,
     FloatFormat,
     Overflow,
+    format_name,
     full_rounding,
     parse_format,
     split_rounding,
@@ -44,7 +45,7 @@ _INTEGERS = (
 
 def round(
     x: Tensor,
-    format: str | ElementFormat,
+    format: str | ElementFormat | torch.dtype,
     *,
     rounding: str = "nearest_even",
     overflow: Overflow | None = None,
@@ -60,9 +61,10 @@ def round(
     Args:
         x: float64, float32, bfloat16 or float16, any shape, strides and device. Its dtype must have all values of
             ``format``.
-        format: a name (`fpsim.parse_format`), a `FloatFormat`, the name of elements with their scales (``mxfp8``,
-            ``nvfp4``, ``int8``, ``nf4``: `fpsim.formats.WHOLE_FORMATS`), or a pair such as ``e4m3fn/block:128``. A
-            transform may follow, which is undone after rounding: ``nvfp4/hadamard:16`` rotates blocks along ``axis``
+        format: a name (`fpsim.parse_format`), a `FloatFormat`, a floating-point dtype of torch, which stands for its
+            values (`fpsim.formats.format_name`), the name of elements with their scales (``mxfp8``, ``nvfp4``,
+            ``int8``, ``nf4``: `fpsim.formats.WHOLE_FORMATS`), or a pair such as ``e4m3fn/block:128``. A transform may
+            follow, which is undone after rounding: ``nvfp4/hadamard:16`` rotates blocks along ``axis``
             (`fpsim.transforms.hadamard.Hadamard`), ``e4m3fn/group:128/expand`` raises magnitudes to a power per group
             (`fpsim.transforms.power_map.PowerMap`).
         rounding: ``nearest_even`` (ties to the even code), ``nearest_away``, ``toward_zero``, ``up``, ``down``
@@ -157,7 +159,7 @@ def _has_derivative(x: Tensor, limit: int, negative: bool) -> Tensor:
 
 def encode(
     x: Tensor,
-    format: str | FloatFormat,
+    format: str | FloatFormat | torch.dtype,
     *,
     rounding: str = "nearest_even",
     overflow: Overflow | None = None,
@@ -196,7 +198,7 @@ def _encode_values(values: Tensor, name: str) -> Tensor:
     return out
 
 
-def decode(codes: Tensor, format: str | FloatFormat, dtype: torch.dtype = torch.float32) -> Tensor:
+def decode(codes: Tensor, format: str | FloatFormat | torch.dtype, dtype: torch.dtype = torch.float32) -> Tensor:
     """The exact values of ``codes`` of ``format``.
 
     Args:
@@ -237,7 +239,7 @@ def _decode_codes(codes: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def code_dtype(format: str | FloatFormat) -> torch.dtype:
+def code_dtype(format: str | FloatFormat | torch.dtype) -> torch.dtype:
     """The dtype in which `encode` returns codes of ``format``: uint8, int32 or int64."""
     bits = parse_format(format).bits
     return torch.uint8 if bits <= 8 else torch.int32 if bits <= 31 else torch.int64
@@ -253,6 +255,8 @@ def _name_of(value: Any) -> Any:
     """The name of a format or scale: Dynamo of torch 2.11 passes no frozen dataclass to a function that it skips."""
     if isinstance(value, ElementFormat):
         return value.name
+    if isinstance(value, torch.dtype):
+        return format_name(value)
     return str(value) if isinstance(value, Scale) else value
 
 

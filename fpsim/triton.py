@@ -13,7 +13,9 @@ The functions are defined in `fpsim.rounding.triton_functions`. Triton must be i
 try:
     import triton  # noqa: F401
 except ImportError as error:
-    raise ImportError("fpsim.triton needs Triton: pip install 'fpsim[gpu]', or a build of torch for CUDA") from error
+    raise ImportError(
+        "fpsim.triton needs Triton: pip install 'fpsim-torch[gpu]', or a build of torch for CUDA"
+    ) from error
 
 from fpsim.rounding.triton_functions import fpsim_round, fpsim_round_stochastic
 

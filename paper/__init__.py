@@ -10,7 +10,7 @@ import importlib
 from typing import Any
 
 
-def require(module: str, install: str = "'fpsim[paper]'") -> Any:
+def require(module: str, install: str = "'fpsim-torch[paper]'") -> Any:
     """Import ``module`` (a dotted name), which fpsim itself does not need.
 
     Args:

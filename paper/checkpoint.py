@@ -19,10 +19,11 @@ class Checkpoint:
     """Where a run keeps its state, so that another process can continue it.
 
     Attributes:
-        path: of the one file, replaced in one piece; it holds weights, optimizer and the records so far.
+        path: of the one file, replaced in one piece; it holds the configuration, weights, optimizer and the records so
+            far.
         seconds: the least time between two writes; 0 writes after every step.
         is_own: whether the file belongs to one run by its name, as in a sweep, so that the checkpoint of another run is
-            a broken file there.
+            a broken file there. A sweep removes it at the end of the run. Any other file has the last step, too.
     """
 
     path: Path

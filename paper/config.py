@@ -182,6 +182,20 @@ def recipe_fields(recipe: Mapping[str, Any] | Recipe) -> dict[str, Any]:
     return dict(json.loads(recipe.to_json()))
 
 
+def check_single_process(config: RunConfig) -> None:
+    """Refuse a run of one process whose recipe says how several ones average gradients.
+
+    Raises:
+        ValueError: the recipe has such a part.
+    """
+    if config.recipe is not None and "gradients" in config.recipe:  # type: ignore[operator]
+        raise ValueError(
+            "the recipe says how processes average gradients, and one process averages none: start fpsim study train "
+            "--parallel ddp by torchrun, or use a recipe that rounds gradients after each product, such as "
+            "fp8_lm(processes=False)"
+        )
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """All fields as JSON types; policies in their shortest form, so that equal ones look equal.
 

@@ -12,14 +12,15 @@ from typing import Any
 
 from fpsim.casts import Cast, parse_cast
 from fpsim.recipes import Recipe
+from fpsim.scaling.scale import NV_RULES
 from fpsim.transforms.power_map import PowerMap
 
 #: The matrix for which scales are counted: rows and columns, as the layers of a model with 7 B parameters have them.
 SHAPE = (4096, 4096)
 #: The bits of the scale itself, by its rule.
-_SCALE_BITS = {"fp32": 32, "encode": 32, "bf16": 16, "te": 8, "torchao": 8, "power_of_two": 8}
-#: MX scales are E8M0.
-_MX_BITS = 8
+_SCALE_BITS = {"fp32": 32, "encode": 32, "bf16": 16}
+#: Powers of two are E8M0, and NVFP4's scales of blocks e4m3fn.
+_BYTE = 8
 
 
 def bits_per_element(cast: Cast | None, carrier: float = 32.0) -> float:
@@ -46,8 +47,8 @@ def bits_per_element(cast: Cast | None, carrier: float = 32.0) -> float:
         return bits + (8 + 32 / 256) / shared + 32 / elements
     if scale.rule == "asymmetric":  # a float32 and a zero point
         return bits + (32 + bits) / shared
-    whole = 32 / elements if scale.rule in ("te", "torchao") else 0.0
-    return bits + _SCALE_BITS.get(scale.rule, _MX_BITS) / shared + whole
+    whole = 32 / elements if scale.rule in NV_RULES else 0.0
+    return bits + _SCALE_BITS.get(scale.rule, _BYTE) / shared + whole
 
 
 @dataclass(frozen=True)

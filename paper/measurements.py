@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from fpsim import curvature, sharpness
 from fpsim.compile_backend.observe.rounding_statistics import merge
 from fpsim.compile_backend.report.profiler import Profiler
+from fpsim.compile_backend.report.profiles import Profile
 from fpsim.policy.policy import ROLES
 from fpsim.sharpness.box import EPSILONS
 
@@ -149,12 +150,8 @@ def range_shares(
         cast scales them, that were rounded to a finite value. ``underflowed_ROLE``: the share that is not zero and was
         rounded to zero. Roles without a rounded operand are missing.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.random.fork_rng(devices=_devices(model)):
-        outputs = profiler(*batch)
-        loss = outputs[0] if isinstance(outputs, tuple) else outputs
-        torch.autograd.grad(loss, parameters, torch.full_like(loss, loss_scale), allow_unused=True)
-    rounded = [site for site in profiler.take().sites if site.cast is not None]
+    profile = profiled(model, profiler, batch, loss_scale=loss_scale)
+    rounded = [site for site in profile.sites if site.cast is not None]
     by_role = {role: merge(site.statistics for site in rounded if site.role == role) for role in ROLES}
     counts = {"saturated": "saturations", "underflowed": "underflows"}
     return {
@@ -163,3 +160,13 @@ def range_shares(
         if statistics.elements
         for what, count in counts.items()
     }
+
+
+def profiled(model: nn.Module, profiler: Profiler, batch: tuple[Tensor, Tensor], *, loss_scale: float) -> Profile:
+    """The profile of one interpreted forward and backward pass, with the arguments of `range_shares`."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.random.fork_rng(devices=_devices(model)):
+        outputs = profiler(*batch)
+        loss = outputs[0] if isinstance(outputs, tuple) else outputs
+        torch.autograd.grad(loss, parameters, torch.full_like(loss, loss_scale), allow_unused=True)
+    return profiler.take()

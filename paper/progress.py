@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+
+from fpsim.progress import ProgressBars
 
 
-def progress_bars(console: Console, *, width: int | None = 40) -> Progress:
+def progress_bars(console: Console, *, width: int | None = 40) -> ProgressBars:
     """Bars of ``width`` characters (None: as wide as the console) with steps, time, and the tasks' field ``state``."""
     name, state = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[state]}"))
-    return Progress(name, BarColumn(bar_width=width), MofNCompleteColumn(), TimeElapsedColumn(), state, console=console)
+    columns = (name, BarColumn(bar_width=width), MofNCompleteColumn(), TimeElapsedColumn(), state)
+    return ProgressBars(*columns, console=console)
 
 
 def say(console: Console, text: str, *, style: str = "") -> None:

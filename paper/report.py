@@ -21,6 +21,7 @@ from .figures import Judged, Line
 from .hypotheses import judge_hypotheses, too_few_seeds
 from .intervals import compare, share
 from .prediction import SIGNALS, Prediction, predict, signal_values, warn
+from .ranges import COLUMNS, table_rows
 from .sensitivity import AXES, Difference, Sensitivity, differences, next_sizes, sensitivities, series
 from .storage import replace_file
 from .sweeps import read_sweep
@@ -222,7 +223,7 @@ def _tables(judged: Judged, facts: Mapping[str, Any], predictions: Sequence[Pred
     tables += [_hypothesis_table(judged, facts)]
     if predictions:
         tables += [_prediction_table(predictions), _warning_table(judged)]
-    tables += [_range_table(judged), _failures(facts)]
+    tables += [_range_table(judged), _misfit_table(judged), _failures(facts)]
     return [table for table in tables if table.rows]
 
 
@@ -481,6 +482,15 @@ def _range_table(judged: Judged) -> Table:
             rows.append([name, *cells])
     note = "Largest share, over steps and runs, of the values rounded in a role that saturate or underflow."
     return Table("Ranges", note, ["condition", *(name.replace("_", ", ") for name in _RANGES)], rows)
+
+
+def _misfit_table(judged: Judged) -> Table:
+    examined = [(run.condition, run.facts["ranges"]) for run in judged.runs if "ranges" in run.facts]
+    note = (
+        "The layers of which too many operands saturate or underflow after the last step, on a validation batch, in "
+        "the worst run of each condition; and the cheapest remedy that leaves none. Remedies were tried by rising cost."
+    )
+    return Table("What does not fit, and the cheapest fix", note, COLUMNS, table_rows(examined))
 
 
 def _any(values: np.ndarray) -> bool:

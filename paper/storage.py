@@ -40,7 +40,7 @@ _METADATA = b"fpsim"
 _WRITTEN_BY = re.compile(r".+\.(?P<process>[0-9]+)@(?P<host>.+)\.partial")
 _WRITTEN_BY_OLDER = re.compile(r"(?:sweep\.json|[0-9a-f]{16}\.(?:json|parquet|pt))\.(?P<process>[0-9]+)")
 _DAY = 24 * 60 * 60
-_PACKAGES = ("fpsim", "torch", "transformers", "numpy", "scipy", "ray", "pyarrow")
+_PACKAGES = ("fpsim-torch", "torch", "transformers", "numpy", "scipy", "ray", "pyarrow")
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ from fpsim.suggestions import did_you_mean
 
 from . import require
 from .choices import check_choice
-from .config import RunConfig, compile_key, from_dict, run_key, to_dict
+from .config import RunConfig, check_single_process, compile_key, from_dict, run_key, to_dict
 from .data import DataConfig, check_vocabulary, fetch, load
 from .models import ModelConfig, check_script
 from .progress import progress_bars, say
@@ -211,6 +211,8 @@ def _check(configs: Sequence[RunConfig], *, devices: bool) -> None:
     if devices:
         for device in {config.device for config in configs}:
             check_device(device)
+    for config in configs:
+        check_single_process(config)
     for text in {config.data for config in configs}:
         fetch(text)
     if any(config.model.script is None for config in configs):

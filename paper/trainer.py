@@ -31,6 +31,7 @@ from .compiled_loss import Autocast, Compile, Loss, OpenAttention, compile_loss,
 from .config import Options, RunConfig
 from .measurements import hessian_eigenvalue, logit_signals, max_attention_logit, range_shares
 from .models import LanguageModel, LossAndLogits, build
+from .ranges import Examination, examine
 from .record import Record, smoothed_loss
 
 #: Tokens and the tokens one later: int64, shape (batch, context).
@@ -223,6 +224,11 @@ class Trainer:
         if self.profiler is None:
             self.profiler = Profiler(self.trained, policy=with_attention(self.options or {}, self.config.attention))
         return range_shares(self.trained, self.profiler, batch, loss_scale=self.config.loss_scale * self.loss_scale)
+
+    def examination(self, batch: Batch) -> Examination:
+        """The layers that saturate or underflow on ``batch`` under the policy of the current stage, and remedies."""
+        policy = Policy.from_options(with_attention(self.options or {}, self.config.attention))
+        return examine(self.trained, policy, batch, loss_scale=self.config.loss_scale * self.loss_scale)
 
     def logit_signals(self, last_tokens: Sequence[tuple[Tensor, Tensor]], *, lbfgsb: bool) -> dict[str, float]:
         """`fpsim.paper.measurements.logit_signals` of the last tokens of all micro-batches."""

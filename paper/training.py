@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from .checkpoint import Checkpoint
 from .compiled_loss import Compile
-from .config import RunConfig, run_key
+from .config import RunConfig, check_single_process, run_key, to_dict
 from .data import Data, batches, check_vocabulary, load, validation_batches
 from .parallel import Parallel, ParallelTrainer
 from .record import Record
@@ -22,6 +22,7 @@ def records(
     compile: Compile | None = None,
     checkpoint: Checkpoint | None = None,
     parallel: Parallel | None = None,
+    at_end: Callable[[Trainer, Sequence[Batch]], object] | None = None,
 ) -> Iterator[Record]:
     """Train step by step, and yield one `Record` per step: a generator, so that runs can be interleaved.
 
@@ -36,13 +37,16 @@ def records(
         checkpoint: where to keep the state. If the file exists, the records in it are yielded first and the run
             continues after them: the same bits as without interruption.
         parallel: how the processes of ``torchrun`` share the work; None is a single process.
+        at_end: called after the last step, with the trainer and the validation batches.
 
     Raises:
-        ValueError: a checkpoint of another run, tokens that the model lacks, a batch that the processes cannot share.
+        ValueError: a checkpoint of another run, tokens that the model lacks, a batch that the processes cannot share,
+            a recipe that averages gradients of several processes in a single one.
     """
     data = load(config.data, context=config.model.context) if data is None else data
     check_vocabulary(data, config.model.vocabulary)
     if parallel is None or parallel.world == 1:
+        check_single_process(config)
         trainer = Trainer(config, compile)
     else:
         trainer = ParallelTrainer(config, compile, parallel)
@@ -66,9 +70,14 @@ def records(
         smoothed = history[-1].smoothed_loss if history else None
         history.append(trainer.step(index, _to(next(stream), config.device), held_out, smoothed))
         yield history[-1]
-        if checkpoint and (state := trainer.state_if(time.monotonic() - written >= checkpoint.seconds)):
-            checkpoint.write(key, history, {**state, "precision": trainer.precision_state()})
+        is_due = time.monotonic() - written >= checkpoint.seconds if checkpoint else False
+        is_last = checkpoint is not None and not checkpoint.is_own and index + 1 == config.steps
+        if checkpoint and (state := trainer.state_if(is_due or is_last)):
+            state = {**state, "precision": trainer.precision_state(), "config": to_dict(config)}
+            checkpoint.write(key, history, state)
             written = time.monotonic()
+    if at_end is not None:
+        at_end(trainer, held_out)
 
 
 def run(

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -29,6 +29,7 @@ from . import require
 from .checkpoint import Checkpoint
 from .config import compile_key, from_dict
 from .storage import one_line, to_parquet, versions
+from .trainer import Batch, Trainer
 from .training import records
 
 #: Seconds between two messages on the progress of a run.
@@ -91,13 +92,19 @@ def execute(job: Job, worker: int) -> Iterator[Message]:
         config = from_dict(job.config)
         checkpoint = Checkpoint(Path(job.checkpoint), job.checkpoint_seconds, is_own=True) if job.checkpoint else None
         history, told = [], 0.0
-        for record in records(config, checkpoint=checkpoint):
+        examined: dict[str, Any] = {}
+
+        def look(trainer: Trainer, held_out: Sequence[Batch]) -> None:
+            if config.ranges_every and trainer.options is not None:
+                examined["ranges"] = trainer.examination(held_out[0]).to_dict()
+
+        for record in records(config, checkpoint=checkpoint, at_end=look):
             history.append(record)
             if time.monotonic() - told >= _PERIOD:
                 told = time.monotonic()
                 yield Message(worker, "progress", record.step, record.loss)
         facts = {**job.facts, "key": job.key, "config": dict(job.config), **versions()}
-        facts |= {"threads": job.threads, "seconds": time.perf_counter() - start}
+        facts |= {"threads": job.threads, "seconds": time.perf_counter() - start, **examined}
         yield Message(worker, "done", len(history), result=to_parquet(history, facts))
     except Exception as error:
         cause = getattr(error, "inner_exception", error)  # that of an error of torch.compile

@@ -20,6 +20,7 @@ from .elements import Element, parse_element, round_element
 from .integers import Integers, round_integer
 from .rounding import round
 from .scales import (
+    FOUR_OVER_SIX_RULES,
     LEAST_RATIO,
     NV_RULES,
     POWER_OF_TWO_RULES,
@@ -29,8 +30,10 @@ from .scales import (
     amax,
     encode_scale,
     flushed,
+    four_over_six_scales,
     mean_ratio,
     nv_block_scale,
+    nv_range,
     nv_reciprocal,
     nv_tensor_scale,
     parse_scale,
@@ -40,7 +43,7 @@ from .scales import (
     tensor_power_of_two,
 )
 from .sums import RandomNumbers
-from .values import INFINITIES, NAN, Number, Special, Value, as_value, is_negative, rational, with_sign
+from .values import INFINITIES, INFINITY, NAN, Number, Special, Value, as_value, is_negative, rational, with_sign
 
 # -- one block --------------------------------------------------------------------------------------------------------
 
@@ -55,7 +58,7 @@ class Block:
         rule: the rule of the scale (`fpsim.reference.scales.Scale`).
         zero_point: the integer that stands for zero; None in a symmetric block.
         minimum: the number for which the integer 0 stands under the rule ``range``; None under others.
-        tensor_scale: the float32 scale of the tensor in NVFP4, which the rule ``te`` divides by; else 1.
+        tensor_scale: the float32 scale of the tensor in NVFP4, which all rules but ``torchao`` divide by; else 1.
     """
 
     elements: tuple[Value, ...]
@@ -78,7 +81,7 @@ class Block:
     def _decoded(self, element: Value, working: str | FloatFormat) -> Value:
         if self.rule in NV_RULES:
             product = mul(element, self.scale, working)
-            return (div if self.rule == "te" else mul)(product, self.tensor_scale, working)
+            return (mul if self.rule == "torchao" else div)(product, self.tensor_scale, working)
         if self.minimum is not None:
             return add(mul(element, self.scale, working), self.minimum, working)
         if self.zero_point is not None:
@@ -126,6 +129,7 @@ def quantize_block(
     random: RandomNumbers | None = None,
     tensor_amax: Number | None = None,
     working: str | FloatFormat = "fp32",
+    columns: int | None = None,
 ) -> Block:
     """One block whose elements share a scale, rounded.
 
@@ -141,7 +145,7 @@ def quantize_block(
       without sign are asymmetric under every ratio.
     - Under ``double`` a block alone has the same scale as under a ratio: it equals the mean.
     - In NVFP4 the product with the float32 reciprocal of the scales rounds to ``working``, is limited to -6 to 6, and
-      then rounds to e2m1fn.
+      then rounds to e2m1fn. The rules ``mae`` and ``mse`` take the scale `four_over_six`.
 
     A block with a NaN is NaN. So is a block with an infinity, except in NVFP4, where the infinity counts as the largest
     value, and under ``power_of_two``, where the scale is 1. Under ``encode`` the scale is 1 in both cases.
@@ -155,6 +159,7 @@ def quantize_block(
         random: the random numbers of stochastic rounding, one for each element, or a function of its index.
         tensor_amax: the largest magnitude of the tensor, which ``nv`` needs; None takes that of the block.
         working: the format of the quotients and products: ``fp32`` for tensors of bfloat16 and float32, else ``fp64``.
+        columns: the number of elements in a row of a tile; None means that the block is one row.
 
     Raises:
         ValueError: no such format, scale, rounding or overflow mode, or two that do not go together; ``random`` as in
@@ -177,7 +182,8 @@ def quantize_block(
     if how.asymmetric or (isinstance(fmt, Integers) and fmt.least == 0):
         return _affine(exact, fmt, how, rounding, random, working)
     if how.rule in NV_RULES:
-        return _nv(exact, fmt, how.rule, rounded, as_value(a if tensor_amax is None else tensor_amax), working)
+        whole = as_value(a if tensor_amax is None else tensor_amax)
+        return _nv(exact, fmt, how.rule, rounded, whole, working, len(exact) if columns is None else columns)
     if how.rule == "encode":
         factor = encode_scale(a, fmt)
         products = [flushed(mul(flushed(x), factor, working)) for x in exact]
@@ -252,12 +258,16 @@ def _nv(
     rounded: Callable[[int, Value], Value],
     tensor_amax: Value,
     working: str | FloatFormat,
+    columns: int,
 ) -> Block:
     """A block of NVFP4: elements of e2m1fn under a scale of e4m3fn, under the scale of the tensor."""
     if fmt != parse_format("e2m1fn"):
         raise ValueError("the scale nv has elements of e2m1fn")
     tensor_scale = nv_tensor_scale(tensor_amax, rule)
-    scale = nv_block_scale(amax(exact), tensor_scale, rule)
+    if rule in FOUR_OVER_SIX_RULES:
+        scale = four_over_six(exact, rule, tensor_amax, columns)
+    else:
+        scale = nv_block_scale(amax(exact), tensor_scale, rule)
     if scale is NAN:
         return Block((NAN,) * len(exact), NAN, rule, tensor_scale=tensor_scale)
     r = nv_reciprocal(scale, tensor_scale, rule)
@@ -265,6 +275,49 @@ def _nv(
         rounded(i, _clamped(flushed(mul(flushed(x), r, working)), Fraction(6))) for i, x in enumerate(exact)
     )
     return Block(elements, scale, rule, tensor_scale=tensor_scale)
+
+
+def four_over_six(exact: Sequence[Value], rule: str, tensor_amax: Value, columns: int) -> Value:
+    """The scale of a block by Four Over Six: of `four_over_six_scales` the one with the smaller error.
+
+    Of equal errors the second scale is taken, and in a tensor with an infinity or NaN. The error of a scale s:
+
+    1. The elements are rounded to float32, and then, times the reciprocal of the scales, to e2m1fn, to nearest.
+    2. A value q of these stands for q s a / (6 * 256), with a the largest magnitude of the tensor, at least 2**-100.
+    3. The differences from the elements, and under ``mse`` their squares, count as zero below 2**-126.
+    4. Along a row of ``columns`` elements their magnitudes (``mae``) or squares are added from the first one on.
+    5. Of 16 rows, missing ones being 0, the sums i and i + 8 are added, then i and i + 4, and so on.
+
+    Each operation rounds to float32, those in a row from the left. An error may be infinite.
+
+    Source: Cook et al., Four Over Six (arXiv 2512.02010); the order is that of Transformer Engine.
+    """
+    tensor_scale = nv_tensor_scale(tensor_amax, rule)
+    four, six = four_over_six_scales(amax(exact), tensor_scale)
+    largest = round(tensor_amax, "fp32")
+    if not isinstance(largest, Fraction):
+        return six
+    bounded = max(largest, LEAST_RATIO)
+    of_four, of_six = (
+        _error(exact, scale, nv_reciprocal(scale, tensor_scale, rule), rule, bounded, columns) for scale in (four, six)
+    )
+    is_less = of_four is not INFINITY and (of_six is INFINITY or rational(of_four) < rational(of_six))
+    return four if is_less else six
+
+
+def _error(exact: Sequence[Value], scale: Value, r: Fraction, rule: str, largest: Fraction, columns: int) -> Value:
+    """The error of a scale with the reciprocal ``r``: see `four_over_six`."""
+    sums: list[Value] = [Fraction(0)] * 16
+    for i, value in enumerate(exact):
+        x = flushed(round(value, "fp32"))
+        q = round(mul(x, r, "fp32"), "e2m1fn", overflow="sat_finite")
+        decoded = div(mul(mul(q, scale, "fp32"), largest, "fp32"), nv_range(rule), "fp32")
+        term = amax([flushed(sub(decoded, x, "fp32"))])
+        term = flushed(mul(term, term, "fp32")) if rule == "mse" else term
+        sums[i // columns] = add(sums[i // columns], term, "fp32")
+    for half in (8, 4, 2, 1):
+        sums = [add(sums[i], sums[i + half], "fp32") for i in range(half)]
+    return sums[0]
 
 
 def _clamped(value: Value, limit: Fraction) -> Value:
@@ -376,7 +429,7 @@ def block_indices(shape: Sequence[int], axis: int | Sequence[int], scale: str | 
         return _along_joined_axes(shape, axes, how)
     lengths = [1] * rank  # how far a block reaches along each axis
     if rank > 1 and (how.shared_by == "column" or len(how.size) == 2):
-        across = 2 * rank - 3 - axes[0] if axes[0] >= rank - 2 else axes[0] - 1 if axes[0] else 1
+        across = _across(axes[0], rank)
         lengths[across] = how.size[0] if how.size else shape[across]
     if how.shared_by != "column":
         lengths[axes[0]] = how.size[-1] if how.size else shape[axes[0]]
@@ -384,6 +437,24 @@ def block_indices(shape: Sequence[int], axis: int | Sequence[int], scale: str | 
     for flat, index in enumerate(itertools.product(*map(range, shape))):
         blocks.setdefault(tuple(i // length for i, length in zip(index, lengths, strict=True)), []).append(flat)
     return [tuple(block) for block in blocks.values()]
+
+
+def _across(axis: int, rank: int) -> int:
+    """The axis that forms matrices with ``axis``."""
+    return 2 * rank - 3 - axis if axis >= rank - 2 else axis - 1 if axis else 1
+
+
+def _columns(indices: Indices, shape: Sequence[int], axis: int | Sequence[int], how: Scale) -> int | None:
+    """The number of elements in the first row of a tile, which has the first one's place along its first axis."""
+    rank = len(shape)
+    axes = sorted({each % rank for each in ((axis,) if isinstance(axis, int) else axis)}) if rank else []
+    others = [each for each in range(rank) if each not in axes]
+    if len(how.size) != 2 or not axes or not others:
+        return None
+    first = others[-1] if len(axes) > 1 else min(axes[0], _across(axes[0], rank))
+    stride = math.prod(shape[first + 1 :])
+    places = [i // stride % shape[first] for i in indices]
+    return places.count(places[0])
 
 
 def _along_joined_axes(shape: Sequence[int], axes: Sequence[int], how: Scale) -> list[Indices]:
@@ -424,6 +495,7 @@ def quantize_blocks(
             random=None if random is None else [_number(random, i) for i in indices],  # type: ignore[misc]
             tensor_amax=largest_of_all,
             working=working,
+            columns=_columns(indices, shape, axis, cast.scale),
         )
 
     blocks = [(indices, rounded(indices)) for indices in block_indices(shape, axis, cast.scale)]

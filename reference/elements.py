@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import TypeAlias
 
-from fpsim.formats import FloatFormat, parse_format
+from fpsim.formats import FloatFormat, format_name, parse_format
 
 from .codebooks import CODEBOOKS, Codebook, parse_codebook, round_codebook
 from .decoding import largest
@@ -17,11 +17,12 @@ Element: TypeAlias = FloatFormat | Integers | Codebook
 
 
 def parse_element(name: str | Element) -> Element:
-    """The element that ``name`` denotes; an element is returned unchanged.
+    """The element that ``name`` denotes; an element is returned unchanged, and a dtype of torch is its format.
 
     Raises:
         ValueError: there is none.
     """
+    name = format_name(name)
     if not isinstance(name, str):
         return name
     if name in CODEBOOKS or name.startswith("codebook:"):

@@ -42,11 +42,13 @@ from .values import (
 
 PowerOfTwoRule = Literal["floor", "ceil", "rceil", "even"]
 RatioRule = Literal["fp32", "bf16", "encode"]
-NvRule = Literal["te", "torchao"]
+NvRule = Literal["te", "torchao", "mae", "mse"]
 
 POWER_OF_TWO_RULES: Final = get_args(PowerOfTwoRule)
 RATIO_RULES: Final = get_args(RatioRule)
 NV_RULES: Final = get_args(NvRule)
+#: The rules of NVFP4 that choose between two scales of a block: Four Over Six.
+FOUR_OVER_SIX_RULES: Final = ("mae", "mse")
 
 #: The exponents of E8M0, the format of the scales of OCP MX.
 E8M0_EXPONENTS: Final = range(-127, 128)
@@ -104,7 +106,8 @@ def parse_scale(name: str | Scale) -> Scale:
 
     - ``mx[:n][:rule]``: blocks of n (32) along the axis, or tiles AxB, with the rule ``rceil``, ``floor``, ``ceil`` or
       ``even``.
-    - ``nv[:16|:16x16][:te|:torchao]``: blocks or tiles under one more scale for the tensor, as in NVFP4.
+    - ``nv[:16|:16x16][:te|:torchao|:mae|:mse]``: blocks or tiles under one more scale for the tensor, as in NVFP4; with
+      the last two rules as in Four Over Six.
     - ``tensor``, ``row``, ``column``, ``channel``, ``block:n``, ``block:AxB`` and ``group:n``, which is of the
       flattened tensor: the ratio of amax and the largest value, in float32 or, with ``:bf16``, in bfloat16. With
       ``:encode`` the float32 ratio of the largest value and amax, which multiplies. With ``:asymmetric`` the ratio of
@@ -409,21 +412,29 @@ def _nearest_integer(number: Fraction) -> int:
 
 _E4M3: Final = parse_format("e4m3fn")
 _FLOAT32_MAX: Final = largest(parse_format("fp32"))
-#: The largest value that the elements of e2m1 and their scales of e4m3fn give together.
-_RANGE: Final = 6 * 448
+
+
+def nv_range(rule: str) -> int:
+    """What the largest magnitude of a tensor becomes: the largest element of e2m1fn times the largest scale of a block.
+
+    The largest scale is 448, or 256 under Four Over Six: 1.5 times as much is a scale of e4m3fn too.
+    """
+    return 6 * (256 if rule in FOUR_OVER_SIX_RULES else 448)
 
 
 def nv_tensor_scale(a: Value, rule: str) -> Fraction:
     """The scale of a whole tensor whose largest magnitude is ``a``: one float32.
 
-    ``te``: g = 2688 / a, by which elements are multiplied. ``torchao``: p = a / 2688, by which they are divided. It is
-    1 if ``a`` is below 2**-126, infinite or NaN in float32. Any other magnitude below 2**-100 counts as 2**-100.
+    ``torchao``: p = a / 2688, by which elements are divided. Other rules: g = `nv_range` / a, by which they are
+    multiplied. It is 1 if ``a`` is below 2**-126, infinite or NaN in float32. Any other magnitude below 2**-100 counts
+    as 2**-100.
     """
     rounded = round(a, "fp32")
     if rounded is NAN or rounded in INFINITIES or rational(rounded) < SMALLEST_NORMAL:
         return Fraction(1)
     bounded = max(rational(rounded), LEAST_RATIO)
-    scale = div(_RANGE, bounded, "fp32") if rule == "te" else div(bounded, _RANGE, "fp32")
+    largest = nv_range(rule)
+    scale = div(bounded, largest, "fp32") if rule == "torchao" else div(largest, bounded, "fp32")
     return min(rational(scale), _FLOAT32_MAX)
 
 
@@ -445,11 +456,22 @@ def nv_block_scale(a: Value, tensor_scale: Fraction, rule: str) -> Value:
     return round(min(max(rational(wanted), scale_b(1, -6)), Fraction(448)), _E4M3)
 
 
+def four_over_six_scales(a: Value, tensor_scale: Fraction) -> tuple[Value, Value]:
+    """The two e4m3fn scales of a block with which its largest magnitude ``a`` becomes 4 or 6; NaN if ``a`` is NaN.
+
+    (a / 6) * g, and 1.5 times that for the first one. Every step rounds to float32, and the results to e4m3fn; beyond
+    448 they become 448.
+    """
+    base = mul(div(round(a, "fp32"), 6, "fp32"), tensor_scale, "fp32")
+    four, six = (round(s, _E4M3, overflow="sat_finite") for s in (mul(base, Fraction(3, 2), "fp32"), base))
+    return four, six
+
+
 def nv_reciprocal(scale: Value, tensor_scale: Fraction, rule: str) -> Fraction:
     """The float32 by which the elements of a block are multiplied before they are rounded.
 
-    ``te``: 1 / (s * (1/g)), at most the largest float32, and this one if s is 0. ``torchao``: (1/p) / s. Every step
-    rounds to float32.
+    ``torchao``: (1/p) / s. Other rules: 1 / (s * (1/g)), at most the largest float32, and this one if s is 0. Every
+    step rounds to float32.
     """
     if rule == "torchao":
         return rational(div(div(1, tensor_scale, "fp32"), scale, "fp32"))

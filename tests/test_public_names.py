@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[1]
 NAMES = [
     "CodebookFormat", "FlashAttention", "FloatFormat", "IntegerFormat", "Policy", "Profiler", "audit", "calibrate",
     "check_same_policy", "curvature", "decode", "decode_blocks", "encode", "encode_blocks", "evaluate", "explain",
-    "flash_attention", "load_scale_state", "matmul", "pack", "parse_format", "posttraining", "power_of_two_scale",
-    "profile", "recipes", "reference", "round", "round_gradients_hook", "round_optimizer", "round_parameters",
-    "scale_state", "sharpness", "testing", "unpack",
+    "export", "flash_attention", "load_scale_state", "matmul", "pack", "package", "parse_format", "posttraining",
+    "power_of_two_scale", "profile", "recipes", "reference", "round", "round_gradients_hook", "round_optimizer",
+    "round_parameters", "scale_state", "sharpness", "testing", "trainers", "unpack",
 ]  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def test_dir_shows_the_public_names_and_nothing_else() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_is_what_its_own_module_has(name: str) -> None:
     value = getattr(fpsim, name)
-    if name in ("curvature", "evaluate", "posttraining", "recipes", "reference", "sharpness", "testing"):
+    if name in ("curvature", "evaluate", "posttraining", "recipes", "reference", "sharpness", "testing", "trainers"):
         assert value is importlib.import_module(f"fpsim.{name}")
     else:
         assert value.__name__ == name and value is getattr(importlib.import_module(value.__module__), name)

@@ -9,7 +9,9 @@ import torch
 import fpsim
 from fpsim import source
 from fpsim.compile_backend.passes.rounding_pass import RoundingPass
-from fpsim.source import PACKAGES, PROVEN, hash_of_folders, proven_hash, source_hash
+from fpsim.scaling.scale import MX_RULES
+from fpsim.source import PACKAGES, PROVEN, SCALES_PROVEN, hash_of_folders, proven_hash, source_hash
+from fpsim.verify.scales import SCALED_FORMATS
 
 
 @pytest.fixture
@@ -110,3 +112,16 @@ def test_the_record_of_the_proofs_is_of_this_source() -> None:
     assert f"source {proven_hash()})" in record
     rows = [line.split(" | ") for line in record.splitlines() if "4,294,967,296" in line]
     assert len(rows) == 36 and all(row[4] == "0" for row in rows)
+
+
+def test_the_record_of_the_proofs_of_scales_is_of_this_source() -> None:
+    """If this fails, a file of `SCALES_PROVEN` has changed: run ``make prove-scales`` (10 minutes).
+
+    The formats in use are in it at least.
+    """
+    record = (Path(__file__).parent / "exhaustive_scales.md").read_text()
+    assert f"source {proven_hash(SCALES_PROVEN)})" in record
+    rows = [line.split(" | ") for line in record.splitlines() if "all: 2,147,483,648" in line]
+    proven = {(row[0].removeprefix("| "), row[1].rpartition(":")[2]) for row in rows if row[4] == "0"}
+    in_use = {(name, rule) for name in ("e4m3fn", "e5m2", "e2m1fn", "int8:unit=-6") for rule in MX_RULES}
+    assert len(proven) == len(rows) and in_use <= proven <= {(a, b) for a in SCALED_FORMATS for b in MX_RULES}

@@ -284,9 +284,9 @@ FAMILIES: tuple[Family, ...] = (
 #: numbers between ranks, and add them up. The quantization of pt2e works on single elements.
 _OTHERS = {
     "fpsim": """
-        accumulate_sum mark mx_multiplier observe observe_sum outer_scale power_of_two_scale random_key random_keys
-        random_words round round_mx round_scaled round_stochastic round_transformed round_with_words saved scaled_part
-        switch timed_factor transform_operand transform_parameters
+        accumulate_sum mark mx_multiplier observe observe_reduction observe_sum outer_scale power_of_two_scale
+        random_key random_keys random_words round round_mx round_scaled round_stochastic round_transformed
+        round_with_words saved scaled_part switch timed_factor times_scale transform_operand transform_parameters
         """,
     "prims": """
         _low_memory_max_pool_offsets_to_indices _low_memory_max_pool_with_offsets _make_token _sink_tokens

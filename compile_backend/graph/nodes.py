@@ -54,12 +54,15 @@ def module_path(node: fx.Node) -> str | None:
 def stack_path(source: str) -> str:
     """The path of a module from its source in a module stack: ``L['self'].layers.0`` is ``layers.0``.
 
-    Where a function gets the module as an argument, torch writes ``getattr(L['module'].layers, '0')`` for this.
+    Where a function gets the module as an argument, torch writes ``getattr(L['module'].layers, '0')`` for this, and
+    ``L['args'][0].layers.0`` or ``L['self'].forward.__self__.layers.0`` where forward is wrapped, as by accelerate's
+    autocast.
     """
     attribute = re.compile(r"getattr\(((?:[^()]|\([^()]*\))*), '([^']*)'\)")
     while (plain := attribute.sub(r"\1.\2", source)) != source:
         source = plain
-    return re.sub(r"^[LG]\['[^']*'\](\.|$)", "", source)
+    source = source.replace(".forward.__self__", "")
+    return re.sub(r"^(L\['args'\]\[0\]|[LG]\['[^']*'\])(\.|$)", "", source)
 
 
 def is_body(graph: fx.Graph) -> bool:

@@ -1,4 +1,4 @@
-"""What the accumulator of a matrix product lost: the error of its sums, and the sums that stagnated."""
+"""What an accumulator lost, of a matrix product or of another sum: the error of sums, and the sums that stagnated."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 from fpsim.accumulators.accumulator import Accumulator, parse_accumulator
 from fpsim.accumulators.ops import Group, groups_of
 from fpsim.accumulators.product import accumulate
+from fpsim.accumulators.sums import product_with_ones
 from fpsim.compile_backend.observe.rounding_statistics import norm, relative_error
 from fpsim.formats import parse_format
 
@@ -27,10 +28,19 @@ _library._register_fake("observe_sum", lambda sum_, *_: torch.empty_like(sum_))
 #: The identity of the result of an accumulator, with the arguments of its operator, and the number of an observation.
 observe_sum: OpOverload = torch.ops.fpsim.observe_sum.default
 
+_library.define(
+    "observe_reduction(Tensor sum, Tensor x, int[] axes, Tensor? key, str accumulator, int number) -> Tensor"
+)
+_library.impl("observe_reduction", lambda sum_, *_: sum_.clone(), "CompositeExplicitAutograd")
+_library._register_fake("observe_reduction", lambda sum_, *_: torch.empty_like(sum_))
+
+#: The same for a sum that is no product: ``x`` is added along ``axes``.
+observe_reduction: OpOverload = torch.ops.fpsim.observe_reduction.default
+
 
 @dataclass(frozen=True)
 class SumStatistics:
-    """The sums of a matrix product with an accumulator, over all runs.
+    """The sums of a matrix product, or other sums, with an accumulator, over all runs.
 
     A step is what one rounding adds: a product, a chunk, or the products that a machine adds at once. Steps whose
     products add up to zero do not count, nor do additions of partial sums in float32. A sum that is infinite or NaN is
@@ -38,7 +48,7 @@ class SumStatistics:
 
     Attributes:
         accumulator: the accumulator as text.
-        error: the Frobenius norm of the sums minus the exact sums of the same rounded operands.
+        error: the Frobenius norm of the sums minus the exact sums of the same rounded operands, or numbers.
         reference: the Frobenius norm of the exact sums (in float64).
         sums: how many there were.
         stagnated: how many of them had a step that changed nothing; None for ``pairwise``, which has no steps, and for
@@ -122,6 +132,12 @@ def measure_sums(
     return SumStatistics(
         accumulator, error, reference, sums, stagnated if known else None, *((steps, idle) if known else (0, 0))
     )
+
+
+def measure_reduction(x: Tensor, axes: Sequence[int], key: Tensor | None, accumulator: str) -> SumStatistics:
+    """The statistics of the sums that `fpsim.accumulators.sums.accumulate_sum_op` computes from these arguments."""
+    ones, columns, formats = product_with_ones(x, axes)
+    return measure_sums(ones, columns, None, key, None, None, 0, accumulator, *formats)
 
 
 def _batches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

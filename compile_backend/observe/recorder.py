@@ -22,10 +22,17 @@ from fpsim.attention.ops import TENSORS, compute
 from fpsim.casts import ROUNDING_OPERATORS, Cast, in_range_of_format
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.views import base
-from fpsim.compile_backend.observe.lost_sums import SumStatistics, measure_sums, merge_sums, observe_sum
+from fpsim.compile_backend.observe.lost_sums import (
+    SumStatistics,
+    measure_reduction,
+    measure_sums,
+    merge_sums,
+    observe_reduction,
+    observe_sum,
+)
 from fpsim.compile_backend.observe.product_error import Comparison, comparison, other_tensors, result_of
 from fpsim.compile_backend.observe.rounding_statistics import Statistics, measure, measure_groups, merge, relative_error
-from fpsim.compile_backend.plan import Site
+from fpsim.compile_backend.plan import Site, Sum
 
 _library = torch.library.Library("fpsim", "FRAGMENT")
 _library.define(
@@ -86,6 +93,26 @@ class ProductStatistics:
     def relative_error(self) -> float:
         """``error / reference``; 0 if there is no error at all."""
         return relative_error(self.error, self.reference)
+
+
+@dataclass(frozen=True)
+class ReductionStatistics:
+    """A sum that is no product, over all of its runs.
+
+    Attributes:
+        path, operator, kind: those of its `Sum`. The operator ``var`` has two sums: of numbers, and of squares.
+        sum: what its accumulator lost.
+    """
+
+    path: str
+    operator: str
+    kind: str
+    sum: SumStatistics
+
+    @property
+    def relative_error(self) -> float:
+        """``sum.relative_error``."""
+        return self.sum.relative_error
 
 
 @dataclass(frozen=True)
@@ -173,10 +200,11 @@ class Recorder:
         self._exact = exact
         self._observations: list[_Observation] = []
         self._attentions: dict[str, tuple[tuple[str, Site], ...]] = {}
+        self._reductions: list[Sum] = []
         self._keys: dict[tuple[Any, ...], int] = {}
         self._comparisons: dict[int, Comparison] = {}
         self._bound: set[int] = set()
-        self._bound_sums: set[int] = set()
+        self._bound_sums: set[tuple[OpOverload, int]] = set()
         self._measured: set[int] = set()
         self.clear()
 
@@ -207,6 +235,11 @@ class Recorder:
     def add_attention(self, node: fx.Node, sites: Sequence[tuple[str, Site]]) -> None:
         """Observe ``node``, a call of attention in tiles: the names of its roundings, and their sites."""
         self._attentions[node.name] = tuple(sites)
+
+    def add_reduction(self, reduction: Sum) -> int:
+        """Observe a sum that is no product. Returns the number of its observation."""
+        self._reductions.append(reduction)
+        return len(self._reductions) - 1
 
     def _add(
         self,
@@ -264,14 +297,15 @@ class Recorder:
             else:
                 self._bound.add(number)
                 node.target = self._observer(number)
-        for node in gm.graph.find_nodes(op="call_function", target=observe_sum):
-            number = node.args[-1]
-            if number in self._bound_sums:
-                node.replace_all_uses_with(node.args[0])
-                gm.graph.erase_node(node)
-            else:
-                self._bound_sums.add(number)
-                node.target = self._observe_sum
+        for target, observer in ((observe_sum, self._observe_sum), (observe_reduction, self._observe_reduction)):
+            for node in gm.graph.find_nodes(op="call_function", target=target):
+                key = target, node.args[-1]
+                if key in self._bound_sums:
+                    node.replace_all_uses_with(node.args[0])
+                    gm.graph.erase_node(node)
+                else:
+                    self._bound_sums.add(key)
+                    node.target = observer
         for node in gm.graph.nodes:
             if node.name in self._attentions and node.target in TENSORS:
                 node.target = functools.partial(self._attend, node.target, node.name)
@@ -294,6 +328,12 @@ class Recorder:
     def _observe_sum(self, result: Tensor, *arguments: Any) -> Tensor:
         *own, number = arguments
         self._sums.setdefault(number, []).append(measure_sums(*own))
+        return result
+
+    @torch.no_grad()
+    def _observe_reduction(self, result: Tensor, *arguments: Any) -> Tensor:
+        *own, number = arguments
+        self._lost_by_reductions.setdefault(number, []).append(measure_reduction(*own))
         return result
 
     def _observer(self, number: int) -> Callable[..., Tensor]:
@@ -330,6 +370,7 @@ class Recorder:
         self._runs: Counter[int] = Counter()
         self._errors: dict[int, list[tuple[float, float]]] = {}
         self._sums: dict[int, list[SumStatistics]] = {}
+        self._lost_by_reductions: dict[int, list[SumStatistics]] = {}
         self._statistics: dict[int, list[Statistics]] = {}
         self._of_attentions: dict[tuple[str, str], list[Statistics]] = {}
 
@@ -356,6 +397,11 @@ class Recorder:
                 if (node, name) in self._of_attentions
             ]
         return sites, products
+
+    def reductions(self) -> list[ReductionStatistics]:
+        """The statistics of the sums that are no products, since the beginning or `clear`."""
+        found = [(each, merge_sums(self._lost_by_reductions.get(i, ()))) for i, each in enumerate(self._reductions)]
+        return [ReductionStatistics(each.path, each.operator, each.kind, lost) for each, lost in found if lost]
 
     def _product(self, number: int, observation: _Observation) -> ProductStatistics:
         first, second = observation.sites

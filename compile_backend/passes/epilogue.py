@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch._inductor import lowering
 
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.products import Form, ProductOperator, product_operator
@@ -22,6 +23,17 @@ from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.rounding.carriers import working_dtype
 
 aten, prims = torch.ops.aten, torch.ops.prims
+
+_library = torch.library.Library("fpsim", "FRAGMENT")
+_library.define("times_scale(Tensor x, Tensor scale) -> Tensor")
+_library.impl("times_scale", torch.mul, "CompositeExplicitAutograd")
+_library._register_fake("times_scale", torch.mul)
+#: ``x * scale``. Where a softmax follows a multiplication of aten, Inductor subtracts the largest number first and then
+#: multiplies, which rounds otherwise.
+times_scale_op: Callable[..., Tensor] = torch.ops.fpsim.times_scale.default
+lowering.register_lowering(times_scale_op, type_promotion_kind=None)(
+    lambda x, scale: lowering.lowerings[aten.mul.Tensor](x, scale)
+)
 
 #: Products of matrices, and their overloads on GPUs whose results are wider than the operands.
 _WIDE = {aten.mm.default: aten.mm.dtype, aten.bmm.default: aten.bmm.dtype}
@@ -111,7 +123,7 @@ def _multiplied(value: fx.Node, scales: Sequence[fx.Node], call: Call) -> fx.Nod
     if len(scales) == 2 and not any(scale.meta["val"].dim() for scale in scales):
         scales = [call(aten.mul.Tensor, *scales)]
     for scale in scales:
-        value = call(aten.mul.Tensor, value, scale)
+        value = call(times_scale_op, value, scale)
     return value
 
 

@@ -8,11 +8,10 @@ from torch import fx
 
 from fpsim.compile_backend.graph import convolution
 from fpsim.compile_backend.graph.finding import Product
-from fpsim.compile_backend.graph.nodes import module_path
 from fpsim.compile_backend.graph.operation_ends import find_marks, replace_mark
-from fpsim.compile_backend.graph.sources import VARIABLE, Source, forward_by_number, is_backward, operation_of
+from fpsim.compile_backend.graph.sources import VARIABLE, Source, forward_by_number, is_backward
 from fpsim.compile_backend.passes.inserter import Inserter
-from fpsim.compile_backend.passes.places import policy_at, site_of_operation
+from fpsim.compile_backend.passes.places import path_of_operation, policy_at, site_of_operation
 from fpsim.compile_backend.plan import Site
 from fpsim.policy import Policy
 from fpsim.policy.policy import DIRECTIONS
@@ -34,15 +33,16 @@ def round_operations(
     """
     sites = []
     rounded = {direction for direction in DIRECTIONS if policy.rounds_elementwise(direction)}
+    forward = forward_by_number(graph, sources) if rounded else {}
     sums = (*convolution.find_bias_gradients(graph), *bias_gradients)
     for node in sums if "backward" in rounded else ():
-        path = module_path(node if node in bias_gradients else convolution.backward_of(node))
+        own = node if node in bias_gradients else convolution.backward_of(node)
+        path = path_of_operation(own, sources, forward)
         local = policy_at(path, f"gradient of a bias {node.name}", policy, strict)
         cast = None if local is None else local.elementwise_cast("backward")
         if cast is not None:
             sites.append(site_of_operation(path, "aten.sum", "backward", node, cast))
             inserter.round_result(node, sites[-1])
-    forward = forward_by_number(graph, sources) if rounded else {}
     of_products = {node for product in products for node in (product.value, product.result)}
     for node in find_marks(graph):
         value, operator = node.args
@@ -52,11 +52,7 @@ def round_operations(
         cast = None
         direction = "backward" if is_backward(node, sources) else "forward"
         if direction in rounded and sources[node] & VARIABLE and value not in of_products:
-            path = module_path(node)
-            if path is None and (direction == "forward" or node.meta.get("is_gradient_acc")):
-                path = ""  # the root is never recorded, and autograd adds up gradients outside of modules
-            elif path is None and (operation := operation_of(node, forward)) is not None:
-                path = module_path(operation) or ""
+            path = path_of_operation(node, sources, forward)
             local = policy_at(path, f"{direction} operation {node.name} ({operator})", policy, strict)
             cast = None if local is None else local.elementwise_cast(direction)
         if cast is not None:

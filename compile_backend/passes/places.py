@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import fx
@@ -10,7 +11,9 @@ from fpsim.casts import Cast
 from fpsim.compile_backend.errors import UnroundedError
 from fpsim.compile_backend.graph.epilogues import is_outside
 from fpsim.compile_backend.graph.finding import Product
+from fpsim.compile_backend.graph.nodes import module_path
 from fpsim.compile_backend.graph.products import Axes
+from fpsim.compile_backend.graph.sources import Source, is_backward, operation_of
 from fpsim.compile_backend.plan import Site
 from fpsim.policy import Policy
 from fpsim.transforms.transform import Transform
@@ -29,6 +32,21 @@ def policy_at(path: str | None, description: str, policy: Policy, strict: bool) 
             "the whole model, or use autograd's own backward instead of a custom autograd.Function"
         )
     return policy.at(path or "")
+
+
+def path_of_operation(node: fx.Node, sources: Mapping[fx.Node, Source], forward: Mapping[int, fx.Node]) -> str | None:
+    """The path of the module of ``node``, which is no product; None if it is unknown.
+
+    The root of the model is never recorded, and autograd adds up gradients outside of modules. Other nodes of backward
+    lie in the module of the operation whose derivative they compute. ``forward`` is that of `operation_of`.
+    """
+    path = module_path(node)
+    if path is not None:
+        return path
+    if not is_backward(node, sources) or node.meta.get("is_gradient_acc"):
+        return ""
+    operation = operation_of(node, forward)
+    return None if operation is None else module_path(operation) or ""
 
 
 def site_of_product(

@@ -21,13 +21,14 @@ from fpsim.compile_backend.graph import convolution
 from fpsim.compile_backend.graph.families import adds_up
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.metadata import describe
-from fpsim.compile_backend.graph.nodes import is_float, module_path, operator_name, original_operator
+from fpsim.compile_backend.graph.nodes import is_float, operator_name, original_operator
 from fpsim.compile_backend.graph.opaque import is_opaque
 from fpsim.compile_backend.graph.products import product_operator
 from fpsim.compile_backend.graph.recognition import is_sum_of_product
-from fpsim.compile_backend.graph.sources import VARIABLE, Source, is_backward
+from fpsim.compile_backend.graph.sources import VARIABLE, Source, forward_by_number, is_backward
+from fpsim.compile_backend.observe.lost_sums import observe_reduction
 from fpsim.compile_backend.passes.inserter import Inserter
-from fpsim.compile_backend.passes.places import policy_at
+from fpsim.compile_backend.passes.places import path_of_operation, policy_at
 from fpsim.compile_backend.plan import Gap, Sum
 from fpsim.policy import Policy
 from fpsim.rounding.ops import SOURCE
@@ -63,6 +64,7 @@ def replace_sums(
     biases: list[fx.Node] = []
     of_products = {node for product in products for node in (product.value, product.result, product.node)}
     bias_gradients = convolution.find_bias_gradients(graph) if policy.reduces else []
+    forward = forward_by_number(graph, sources) if policy.reduces else {}
     for node in list(graph.nodes) if policy.reduces else []:
         if node.op != "call_function" or node in of_products or is_sum_of_product(node):
             continue
@@ -70,9 +72,7 @@ def replace_sums(
         if not (is_bias or _adds(node)) or not sources[node] & VARIABLE:
             continue
         direction = "backward" if is_backward(node, sources) else "forward"
-        path = module_path(convolution.backward_of(node) if is_bias else node)
-        if path is None and direction == "forward":
-            path = ""
+        path = path_of_operation(convolution.backward_of(node) if is_bias else node, sources, forward)
         name = "aten.convolution_backward" if is_bias else _name(node)
         local = policy_at(path, f"{direction} sum {node.name} ({name})", policy, strict)
         accumulator = None if local is None else local.reduction
@@ -89,10 +89,10 @@ def replace_sums(
                 )
             gaps.append(Gap(path or "", name, "its sums cannot be simulated: an error unless listed in gaps"))
             continue
-        result = _replace(node, accumulator, inserter, is_bias)
+        sums.append(Sum(path or "", name, direction, str(accumulator)))
+        result = _replace(node, accumulator, inserter, is_bias, sums[-1])
         if is_bias:
             biases.append(result)
-        sums.append(Sum(path or "", name, direction, str(accumulator)))
     return sums, gaps, biases
 
 
@@ -112,7 +112,7 @@ def _adds(node: fx.Node) -> bool:
     return adds_up(node.target, node.args, node.kwargs)
 
 
-def _replace(node: fx.Node, accumulator: Accumulator, inserter: Inserter, is_bias: bool) -> fx.Node:
+def _replace(node: fx.Node, accumulator: Accumulator, inserter: Inserter, is_bias: bool, entry: Sum) -> fx.Node:
     meta = {name: value for name, value in node.meta.items() if name not in ("val", "tensor_meta", "eager_input_vals")}
 
     def call(target: Callable[..., Any], *arguments: Any) -> fx.Node:
@@ -125,7 +125,11 @@ def _replace(node: fx.Node, accumulator: Accumulator, inserter: Inserter, is_bia
 
     def add(x: fx.Node, axes: Sequence[int], keepdim: bool) -> fx.Node:
         key = inserter.random_key(node) if accumulator.is_stochastic else None
-        return call(accumulate_sum_op, x, list(axes), keepdim, key, str(accumulator), SOURCE)
+        result = call(accumulate_sum_op, x, list(axes), keepdim, key, str(accumulator), SOURCE)
+        if inserter.recorder is None:
+            return result
+        number = inserter.recorder.add_reduction(entry)
+        return call(observe_reduction, result, x, list(axes), key, str(accumulator), number)
 
     def like(value: fx.Node, old: fx.Node) -> fx.Node:
         dtype = old.meta["val"].dtype

@@ -28,7 +28,7 @@ from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.operations import round_operations
 from fpsim.compile_backend.passes.products import opaque_gaps, round_products, warn_if_no_weight_is_found
 from fpsim.compile_backend.passes.reductions import replace_sums
-from fpsim.compile_backend.passes.saved import insert_saved, round_saved
+from fpsim.compile_backend.passes.saved import insert_saved, remove_saved, round_saved
 from fpsim.compile_backend.passes.switches import round_switched
 from fpsim.compile_backend.plan import Plan
 from fpsim.compile_backend.switches import Switches
@@ -157,6 +157,7 @@ def rewrite(
     if recorder is not None:
         recorder.insert(graph)
     insert_accumulators(sums, inserter)
+    remove_saved(copies)
     for node in find_marks(graph):
         replace_mark(node, node.args[0])  # type: ignore[arg-type]
     graph.eliminate_dead_code()

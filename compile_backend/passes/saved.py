@@ -26,9 +26,11 @@ from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fpsim.attention.ops import TENSORS
 from fpsim.compile_backend.errors import UnroundedError
 from fpsim.compile_backend.graph.metadata import describe, value_of
 from fpsim.compile_backend.graph.nodes import is_float, module_path, operator_name, original_operator
+from fpsim.compile_backend.graph.opaque import is_opaque
 from fpsim.compile_backend.graph.operation_ends import mark
 from fpsim.compile_backend.graph.operations import ONE_RESULT
 from fpsim.compile_backend.graph.products import opaque_family
@@ -76,11 +78,21 @@ def insert_saved(
 
 
 def round_saved(copies: list[tuple[fx.Node, Site]], inserter: Inserter) -> list[Site]:
-    """Round the copies. It comes last, so that the random numbers of all other roundings stay as they are."""
+    """Round the copies. It comes last, so that the random numbers of all other roundings stay as they are.
+
+    The nodes stay, as identities of what is rounded: products and observations refer to them as their operands.
+    `remove_saved` takes them out.
+    """
     for node, site in copies:
-        node.replace_all_uses_with(inserter.rounded_result(node.args[0], node, site))  # type: ignore[arg-type]
-        node.graph.erase_node(node)
+        node.args = (inserter.rounded_result(node.args[0], node, site),)  # type: ignore[arg-type]
     return [site for _, site in copies]
+
+
+def remove_saved(copies: list[tuple[fx.Node, Site]]) -> None:
+    """Replace the nodes of the copies by the rounded values."""
+    for node, _ in copies:
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        node.graph.erase_node(node)
 
 
 @dataclass(frozen=True)
@@ -146,7 +158,7 @@ class _Saving:
             return value if kept is source else self._copied(value, {source: kept})
         if self._is_recomputed(value, reader.region):
             return self._recomputed(value)
-        kind = "product" if is_product(reader.node) else "elementwise"
+        kind = "product" if _multiplies(reader.node) else "elementwise"
         cast = None if reader.policy is None else reader.policy.saved_cast(kind)
         if cast is None or not self._is_activation(value):
             return value
@@ -224,6 +236,11 @@ def _backward_nodes(graph: fx.Graph, sources: Mapping[fx.Node, Source]) -> dict[
     }
 
 
+def _multiplies(node: fx.Node) -> bool:
+    """Whether ``node`` is a matrix product, or an operator that contains some: attention in tiles or kept fused."""
+    return is_product(node) or node.target in TENSORS or is_opaque(node)
+
+
 def _is_statistic(value: fx.Node) -> bool:
     """Whether ``value`` has one number for each row, or is what its operator returns beside its result for backward.
 
@@ -232,8 +249,9 @@ def _is_statistic(value: fx.Node) -> bool:
     shape = value.meta["val"].shape
     if not shape or statically_known_true(shape[-1] == 1):
         return True
-    name = getattr(original_operator(value), "__name__", "")
+    name, is_part = getattr(original_operator(value), "__name__", ""), value.target is getitem
     family = opaque_family(f"aten.{name}")
-    if family is not None and family.is_attention:
-        return value.target is getitem and bool(value.args[1])
+    is_tiled = is_part and any(each.target in TENSORS for each in value.all_input_nodes)
+    if is_tiled or (family is not None and family.is_attention):
+        return is_part and bool(value.args[1])
     return name in ONE_RESULT and value.target is not mark

@@ -93,7 +93,9 @@ def transform_operands(product: Product, transform: Transform, inserter: Inserte
         [operands[order[0]]] = inserter.transformed([operands[order[0]]], [kept_axis(product)], transform, product.node)
         return operands
     axes = [product.contracted[i][-1] for i in order]
-    transformed = inserter.transformed([operands[i] for i in order], axes, transform, product.node)
+    transformed = [operands[i] for i in order]
+    for stage in transform.stages:
+        transformed = inserter.transformed(transformed, axes, stage, product.node)
     return [transformed[order.index(i)] for i in (0, 1)]
 
 

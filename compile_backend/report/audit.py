@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from fpsim.compile_backend.calls import policy_options
 from fpsim.compile_backend.compiling import compile_with_rounding
 from fpsim.compile_backend.graph.products import product_events
-from fpsim.compile_backend.plan import Gap, Plan, render
+from fpsim.compile_backend.plan import Gap, Plan
 from fpsim.compile_backend.report.comparison import allowed_gaps, left_by_policy, missing
 from fpsim.compile_backend.report.running import (
     ISOLATED,
@@ -35,6 +35,7 @@ from fpsim.compile_backend.report.running import (
 from fpsim.compile_backend.report.seen import MULTIPLYING, Call, seen
 from fpsim.compile_backend.watching import unwatched
 from fpsim.policy import Policy
+from fpsim.showing import Shown, render
 
 #: Why an operator has escaped inside a graph, if no gap of the policy says so.
 _UNKNOWN = "inside, and not taken for a product"
@@ -65,7 +66,7 @@ class Escape:
 
 
 @dataclass(frozen=True)
-class Audit:
+class Audit(Shown):
     """The matrix products of one real step that escaped: they ran where fpsim could not round them.
 
     Attributes:

@@ -44,8 +44,9 @@ class _Graph:
 
     def take(self) -> Profile:
         sites, products = self.recorder.results()
+        reductions = tuple(self.recorder.reductions())
         self.recorder.clear()
-        return Profile(tuple(sites), tuple(products), tuple(self.gaps))
+        return Profile(tuple(sites), tuple(products), tuple(self.gaps), reductions)
 
 
 class Profiler:

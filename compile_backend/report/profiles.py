@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fpsim.casts import parse_cast
 from fpsim.compile_backend.observe.lost_sums import SumStatistics, merge_sums
-from fpsim.compile_backend.observe.recorder import ProductStatistics, SiteStatistics
+from fpsim.compile_backend.observe.recorder import ProductStatistics, ReductionStatistics, SiteStatistics
 from fpsim.compile_backend.observe.rounding_statistics import (
     COUNTS,
     GROUP_COUNTS,
@@ -25,11 +25,12 @@ from fpsim.compile_backend.observe.rounding_statistics import (
     merge,
     severity,
 )
-from fpsim.compile_backend.plan import Gap, Site, render
+from fpsim.compile_backend.plan import Gap, Site
 from fpsim.compile_backend.report.page import page
 from fpsim.compile_backend.report.units import decibel, percent
 from fpsim.json_text import parse_json
 from fpsim.policy.policy import KINDS
+from fpsim.showing import Shown, render
 from fpsim.suggestions import did_you_mean
 from fpsim.transforms.names import parse_transform
 
@@ -41,7 +42,7 @@ JSON_VERSION = 2
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(Shown):
     """Statistics of rounding at every site of a model, in one step or several.
 
     ``str(profile)`` and ``rich.print(profile)`` show a table with the worst sites first. `to_pandas`, `to_dict`,
@@ -51,11 +52,13 @@ class Profile:
         sites: every operand of every matrix product that ran, rounded or not, and every other value that was rounded.
         products: every matrix product that ran.
         gaps: the operators that multiply matrices and are not rounded, as `fpsim.explain` lists them.
+        reductions: every other sum that has an accumulator (`fpsim.Policy.reductions`).
     """
 
     sites: tuple[SiteStatistics, ...]
     products: tuple[ProductStatistics, ...]
     gaps: tuple[Gap, ...] = ()
+    reductions: tuple[ReductionStatistics, ...] = ()
 
     def relative_error(self, site: SiteStatistics) -> float | None:
         """The relative error of the product with the operand ``site``; None if ``site`` is no operand."""
@@ -85,12 +88,14 @@ class Profile:
             raise ValueError("there are no profiles to merge")
         first = profiles[0]
         for other in profiles[1:]:
-            _checkhave_same_sites(first, other)
+            _check_same_sites(first, other)
         sites = tuple(_merged_sites(same) for same in zip(*(profile.sites for profile in profiles), strict=True))
         products = tuple(
             _merged_products(same) for same in zip(*(profile.products for profile in profiles), strict=True)
         )
-        return cls(sites, products, tuple(dict.fromkeys(gap for profile in profiles for gap in profile.gaps)))
+        gaps = tuple(dict.fromkeys(gap for profile in profiles for gap in profile.gaps))
+        reductions = tuple(map(_merged_reductions, zip(*(profile.reductions for profile in profiles), strict=True)))
+        return cls(sites, products, gaps, reductions)
 
     # -- exporting ---------------------------------------------------------------------------------------------------
 
@@ -114,9 +119,13 @@ class Profile:
         return facts | {"product": site.product} | numbers | shares | derived
 
     def to_dict(self) -> dict[str, Any]:
-        """``sites`` (`rows`), ``products`` and ``gaps`` as lists of mappings."""
-        products = [asdict(product) | {"relative_error": product.relative_error} for product in self.products]
-        return {"sites": self.rows(), "products": products, "gaps": [asdict(gap) for gap in self.gaps]}
+        """``sites`` (`rows`), ``products``, ``gaps`` and ``reductions`` as lists of mappings."""
+        products, reductions = (
+            [asdict(each) | {"relative_error": each.relative_error} for each in part]
+            for part in (self.products, self.reductions)
+        )
+        gaps = [asdict(gap) for gap in self.gaps]
+        return {"sites": self.rows(), "products": products, "gaps": gaps, "reductions": reductions}
 
     def to_json(self) -> str:
         """`to_dict` as JSON; numbers that JSON lacks are the strings ``"inf"``, ``"-inf"`` and ``"nan"``."""
@@ -155,7 +164,7 @@ class Profile:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.table()
-        if any(product.sum for product in self.products):
+        if self.reductions or any(product.sum for product in self.products):
             yield self.table_of_sums()
         if self.gaps:
             yield Text(f"{len(self.gaps)} gaps are not in this table: fpsim.explain lists them", style="yellow")
@@ -187,13 +196,15 @@ class Profile:
         return table
 
     def table_of_sums(self) -> Table:
-        """A table for rich of the products with accumulators, those that lost most first.
+        """A table for rich of the products and other sums with accumulators, those that lost most first.
 
         Its numbers are the relative error of the sums, the share of sums that had a step which changed nothing, and the
         share of such steps (`SumStatistics`).
         """
-        sums = [(product, product.sum) for product in self.products if product.sum is not None]
-        table = Table(title=f"{len(sums)} products with accumulators", title_justify="left")
+        sums = [(product, product.sum) for product in (*self.products, *self.reductions) if product.sum is not None]
+        others = f", {len(self.reductions)} other sums" if self.reductions else ""
+        title = f"{len(sums) - len(self.reductions)} products with accumulators{others}"
+        table = Table(title=title, title_justify="left")
         for name in ("module", "operator", "kind", "accumulator"):
             table.add_column(name, overflow="fold")
         for name in ("error of sums", "stagnated sums", "idle steps"):
@@ -270,17 +281,23 @@ def _identity(site: SiteStatistics) -> tuple[Any, ...]:
     return site.path, site.operator, site.step, site.role, len(site.shape), site.dtype, site.cast, site.product
 
 
+def _summed(profile: Profile) -> list[tuple[str, ...]]:
+    return [(each.path, each.operator, each.kind, each.sum.accumulator) for each in profile.reductions]
+
+
 def have_same_sites(a: Profile, b: Profile) -> bool:
-    return list(map(_identity, a.sites)) == list(map(_identity, b.sites))
+    return list(map(_identity, a.sites)) == list(map(_identity, b.sites)) and _summed(a) == _summed(b)
 
 
-def _checkhave_same_sites(a: Profile, b: Profile) -> None:
+def _check_same_sites(a: Profile, b: Profile) -> None:
     for one, other in zip_longest(a.sites, b.sites):
         if one is None or other is None or _identity(one) != _identity(other):
             raise ValueError(
                 f"profiles of different sites do not add up: one has {_words(one)} where another has {_words(other)}. "
                 "Merge profiles of the same model under the same policy, of whole steps"
             )
+    if _summed(a) != _summed(b):
+        raise ValueError("profiles with different sums (reductions) do not add up: merge those of the same policy")
 
 
 def _words(site: SiteStatistics | None) -> str:
@@ -303,6 +320,12 @@ def _merged_products(products: Sequence[ProductStatistics]) -> ProductStatistics
     return replace(products[0], shapes=shapes, runs=runs, error=error, reference=reference, sum=lost)
 
 
+def _merged_reductions(same: Sequence[ReductionStatistics]) -> ReductionStatistics:
+    lost = merge_sums(each.sum for each in same)
+    assert lost is not None, "there is one profile at least"
+    return replace(same[0], sum=lost)
+
+
 def _common(shapes: Sequence[tuple[int | str, ...]]) -> tuple[int | str, ...]:
     return tuple(sizes[0] if len(set(sizes)) == 1 else "*" for sizes in zip(*shapes, strict=True))
 
@@ -318,7 +341,8 @@ def side_by_side(profiles: Sequence[Profile]) -> Profile:
         ]
         products += profile.products
     gaps = dict.fromkeys(gap for profile in profiles for gap in profile.gaps)
-    return Profile(tuple(sites), tuple(products), tuple(gaps))
+    reductions = [reduction for profile in profiles for reduction in profile.reductions]
+    return Profile(tuple(sites), tuple(products), tuple(gaps), tuple(reductions))
 
 
 def _spelled(value: Any) -> Any:
@@ -337,9 +361,10 @@ def _profile_of(text: str) -> Profile:
         sites = [_site_of(_of_this_version(row)) for row in facts["sites"]]
         products = [_product_of(row) for row in facts["products"]]
         gaps = [Gap(**row) for row in facts["gaps"]]
+        reductions = [_reduction_of(row) for row in facts.get("reductions", ())]  # older profiles lack them
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"this is no profile that Profile.to_json wrote: {error}") from error
-    return Profile(tuple(sites), tuple(products), tuple(gaps))
+    return Profile(tuple(sites), tuple(products), tuple(gaps), tuple(reductions))
 
 
 def _of_this_version(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -368,10 +393,17 @@ def _site_of(row: Mapping[str, Any]) -> SiteStatistics:
 def _product_of(row: Mapping[str, Any]) -> ProductStatistics:
     row = {"sum": None, **row}  # older profiles lack it
     values = {field.name: row[field.name] for field in fields(ProductStatistics)}
-    if values["sum"] is not None:
-        lost = {field.name: values["sum"][field.name] for field in fields(SumStatistics)}
-        values["sum"] = SumStatistics(**lost | {name: float(lost[name]) for name in ("error", "reference")})
+    values["sum"] = None if values["sum"] is None else _sum_of(values["sum"])
     shapes = tuple(map(tuple, row["shapes"]))
     return ProductStatistics(
         **values | {"shapes": shapes, "error": float(row["error"]), "reference": float(row["reference"])}
     )
+
+
+def _reduction_of(row: Mapping[str, Any]) -> ReductionStatistics:
+    return ReductionStatistics(*(row[name] for name in ("path", "operator", "kind")), _sum_of(row["sum"]))
+
+
+def _sum_of(row: Mapping[str, Any]) -> SumStatistics:
+    lost = {field.name: row[field.name] for field in fields(SumStatistics)}
+    return SumStatistics(**lost | {name: float(lost[name]) for name in ("error", "reference")})

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
 
+import torch
+
 from fpsim.accumulators.machines import MACHINES, Machine, unknown_machine
 from fpsim.casts import Cast, parse_cast
-from fpsim.formats import FloatFormat, parse_format, split_rounding
+from fpsim.formats import FloatFormat, format_name, parse_format, split_rounding
 from fpsim.suggestions import near_names
 
 #: The order of the additions of a product: see `parse_accumulator`.
@@ -114,7 +116,7 @@ class Accumulator:
 
 
 #: The argument type of an accumulator.
-AccumulatorLike = str | FloatFormat | Accumulator
+AccumulatorLike = str | FloatFormat | torch.dtype | Accumulator
 
 
 def parse_accumulator(
@@ -154,8 +156,7 @@ def parse_accumulator(
                 f"the accumulator {str(accumulator)!r} has its own order: leave out chunk, order and promote"
             )
         return accumulator
-    if isinstance(accumulator, FloatFormat):
-        accumulator = accumulator.name
+    accumulator = accumulator.name if isinstance(accumulator, FloatFormat) else format_name(accumulator)
     if not isinstance(accumulator, str):
         raise TypeError(f"an accumulator is a name such as 'fp16' or 'hopper_fp8', got {reprlib.repr(accumulator)}")
     name, *written = accumulator.split(" ")

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 #if defined(__SSE__)
 #include <xmmintrin.h>
@@ -65,6 +66,7 @@ struct Specification {
   int64_t order, length, block, promote;       // how many products: in a step, in a block, before a promotion
   int64_t exact, round_products, flush;        // whether sums are exact in float64, ...
   int64_t bounded, cuts, narrow;               // whether sums stay in range, are cut, and are exact in float32
+  int64_t short_products;                      // whether products have at most 24 bits, and a unit keeps at most 25
   int64_t rounding, mantissa_bits, random_bits, roundings, first_sum, key, nan_bits, lanes;
   int64_t scale_block, group;  // how many products share scales, and are added before they are aligned
   int64_t rescale;             // whether scales multiply the partial sums that are promoted, and not the elements
@@ -348,6 +350,42 @@ struct RoundInFloat64 {
   V operator()(V x) const { return rounder.template operator()<MODE>(x, {0, 0}); }
 };
 
+// CDNA 3: the sums of the products of one or two lanes, in units of their largest power over `kept`, and the sum so far
+// are rounded down and added. IN_RANGE promises normal numbers of float32, and zeros.
+template <bool IN_RANGE>
+struct LateJoin {
+  const Specification& spec;
+  const Rounder& round;
+  LateJoin(const Specification& spec, const Rounder& round) : spec(spec), round(round) {}
+
+  V operator()(const V (&tops)[2], const V (&sums)[2], V old) const {
+    const V infinite(std::numeric_limits<double>::infinity());
+    V top = tops[0], products = sums[0];
+    if (spec.lanes == 2) {
+      top = at::vec::clamp_min(top, tops[1]);
+      products = (products * (tops[0] * inverse(top))).floor() + (sums[1] * (tops[1] * inverse(top))).floor();
+    }
+    const V own = finite_power(old), joined = at::vec::clamp_min(top, own);
+    V kept = floor_to(old, V(spec.kept) * inverse(joined));
+    if (spec.lanes == 2) {
+      const V lost = own * V(2 * spec.kept) < joined;
+      kept = choose(IN_RANGE ? lost : lost & (magnitude(old) < infinite), V(0.0), kept);
+    }
+    const V x = floor_to(products * (top * V(1 / spec.kept)), V(2 * spec.late_kept) * inverse(joined)) + kept;
+    const V cut = floor_to(x, V(spec.late_kept) * inverse(finite_power(x)));
+    return round.template operator()<IN_RANGE ? BOUNDED : NEAREST>(choose(x == V(0.0), V(0.0), cut), {0, 0});
+  }
+
+ private:
+  V finite_power(V x) const {
+    const V p = at::vec::clamp_min(power(x), V(spec.least_power));
+    return IN_RANGE ? p : choose(p > V(0x1p1000), V(1.0), p);
+  }
+
+  // x rounded down to a multiple of 1 / scale, a power of two.
+  static V floor_to(V x, V scale) { return (x * scale).floor() * inverse(scale); }
+};
+
 struct Tile : Packed<double> {
   const Specification& spec;
   const Rounder& rounder;
@@ -526,8 +564,9 @@ struct Tile : Packed<double> {
     }
   }
 
-  // CDNA 3: the products are cut and added first. Their sum and c are then rounded down.
+  // CDNA 3: the products are cut and added first.
   void late(int64_t first, int64_t last, V (&c)[ROWS][VECTORS]) const {
+    const LateJoin<false> join(spec, rounder);
     const V limit(0x1p128), infinite(std::numeric_limits<double>::infinity());
     for (int64_t k = first; k < last; k += spec.length) {
       const int64_t end = std::min(k + spec.length, last);
@@ -564,30 +603,177 @@ struct Tile : Packed<double> {
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v)
+          c[r][v] = join({tops[0][r][v], tops[1][r][v]}, {sums[0][r][v], sums[1][r][v]}, c[r][v]);
+    }
+  }
+};
+
+using F = at::vec::Vectorized<float>;
+
+// The lanes of a vector of 32-bit numbers.
+struct Halves {
+  V low, high;
+};
+
+#if defined(CPU_CAPABILITY_AVX512)
+Halves widen(F x) {
+  return {_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))};
+}
+Halves widen(at::vec::Vectorized<int32_t> x) {
+  return {_mm512_cvtepi32_pd(_mm512_castsi512_si256(x)), _mm512_cvtepi32_pd(_mm512_extracti32x8_epi32(x, 1))};
+}
+F narrowed(V low, V high) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)), _mm512_cvtpd_ps(high), 1);
+}
+#else
+template <typename T>
+Halves widen(at::vec::Vectorized<T> x) {
+  T narrow[F::size()];
+  double wide[F::size()];
+  x.store(narrow);
+  for (int lane = 0; lane < F::size(); ++lane) wide[lane] = double(narrow[lane]);
+  return {V::loadu(wide), V::loadu(wide + V::size())};
+}
+
+F narrowed(V low, V high) {
+  double wide[F::size()];
+  float narrow[F::size()];
+  low.store(wide);
+  high.store(wide + V::size());
+  for (int lane = 0; lane < F::size(); ++lane) narrow[lane] = float(wide[lane]);
+  return F::loadu(narrow);
+}
+#endif
+
+// A matrix unit whose products are normal numbers of float32, and exact there.
+struct InFloat32 : Packed<float> {
+  static constexpr double LEAST_PRODUCT = 0x1p-100, LARGEST_PRODUCT = 0x1p100;
+  const Specification& spec;
+  F least, kept;
+  InFloat32(const Packed<float>& packed, const Specification& spec)
+      : Packed<float>(packed), spec(spec), least(float(spec.floor < LEAST_PRODUCT ? LEAST_PRODUCT : spec.floor)), kept(float(spec.kept)) {}
+
+  // The function `aligned`. A floor below every product has no effect.
+  template <typename Round>
+  void aligned(int64_t first, int64_t last, F (&c)[ROWS][VECTORS], const Round& round) const {
+    const F least_power(float(spec.least_power));
+    for (int64_t k = first; k < last; k += spec.length) {
+      const int64_t end = std::min(k + spec.length, last);
+      F top[ROWS][VECTORS], scale[ROWS][VECTORS];
+      Halves sum[ROWS][VECTORS];
+      for (auto& row : top) std::fill(row, row + VECTORS, least);
+      raise(k, end, top);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
         for (int v = 0; v < VECTORS; ++v) {
-          V top = tops[0][r][v], products = sums[0][r][v];
-          if (spec.lanes == 2) {
-            top = at::vec::clamp_min(top, tops[1][r][v]);
-            products = (products * (tops[0][r][v] * inverse(top))).floor() + (sums[1][r][v] * (tops[1][r][v] * inverse(top))).floor();
-          }
-          const V old = c[r][v], own = finite_power(old), joined = at::vec::clamp_min(top, own);
-          V kept = floor_to(old, V(spec.kept) * inverse(joined));
-          if (spec.lanes == 2) kept = choose((own * V(2 * spec.kept) < joined) & (magnitude(old) < infinite), V(0.0), kept);
-          const V x = floor_to(products * (top * V(1 / spec.kept)), V(2 * spec.late_kept) * inverse(joined)) + kept;
-          const V cut = floor_to(x, V(spec.late_kept) * inverse(finite_power(x)));
-          c[r][v] = round<NEAREST>(choose(x == V(0.0), V(0.0), cut), r, v, 0);
+          const F x = c[r][v], p = x & F(std::numeric_limits<float>::infinity());
+          const F own = F::blendv(at::vec::clamp_min(p, least_power & (x != F(0.0f))), F(1.0f), p > F(0x1p126f));
+          top[r][v] = at::vec::clamp_min(top[r][v], own);
+          scale[r][v] = kept * inverse(top[r][v]);
+          sum[r][v] = widen((x * scale[r][v]).trunc());
+        }
+      add_kept(k, end, scale, sum);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) {
+          const Halves unit = widen(top[r][v] * F(float(1 / spec.kept)));
+          c[r][v] = narrowed(round(sum[r][v].low * unit.low) + V(0.0), round(sum[r][v].high * unit.high) + V(0.0));
         }
     }
   }
 
-  V finite_power(V x) const {
-    const V p = power(x);
-    return choose(p > V(0x1p1000), V(1.0), at::vec::clamp_min(p, V(spec.least_power)));
+  // The function `Tile::late`.
+  void late(int64_t first, int64_t last, F (&c)[ROWS][VECTORS], const LateJoin<true>& join) const {
+    const V floor(spec.floor);
+    for (int64_t k = first; k < last; k += spec.length) {
+      const int64_t end = std::min(k + spec.length, last);
+      Halves tops[2][ROWS][VECTORS], sums[2][ROWS][VECTORS];
+      for (int64_t lane = 0; lane < spec.lanes; ++lane) {
+        F top[ROWS][VECTORS], scale[ROWS][VECTORS];
+        for (auto& row : top) std::fill(row, row + VECTORS, F(0.0f));
+        raise(k + lane, end, top);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < VECTORS; ++v) {
+            const Halves wide = widen(top[r][v]);
+            scale[r][v] = kept * inverse(at::vec::clamp_min(top[r][v], least));
+            tops[lane][r][v] = {at::vec::clamp_min(wide.low, floor), at::vec::clamp_min(wide.high, floor)};
+            sums[lane][r][v] = {V(0.0), V(0.0)};
+          }
+        add_kept(k + lane, end, scale, sums[lane]);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) {
+          const Halves old = widen(c[r][v]), &top = tops[0][r][v], &sum = sums[0][r][v];
+          const Halves &other_top = tops[1][r][v], &other_sum = sums[1][r][v];
+          c[r][v] = narrowed(join({top.low, other_top.low}, {sum.low, other_sum.low}, old.low),
+                             join({top.high, other_top.high}, {sum.high, other_sum.high}, old.high));
+        }
+    }
   }
 
-  // x rounded down to a multiple of 1 / scale, a power of two.
-  static V floor_to(V x, V scale) { return (x * scale).floor() * inverse(scale); }
+ private:
+  // Raises `top` to the largest power of the products of one lane.
+  void raise(int64_t first, int64_t last, F (&top)[ROWS][VECTORS]) const {
+    for (int64_t i = first; i < last; i += spec.lanes)
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) top[r][v] = at::vec::clamp_min(top[r][v], product_power(i, r, v));
+  }
+
+  // Adds what the unit keeps of the products of one lane, in multiples of 1 / scale: less than 2**27 of each, so that
+  // int32 holds the sum of sixteen.
+  void add_kept(int64_t first, int64_t last, const F (&scale)[ROWS][VECTORS], Halves (&sum)[ROWS][VECTORS]) const {
+    using Integers = at::vec::Vectorized<int32_t>;
+    for (int64_t i = first; i < last; i += 16 * spec.lanes) {
+      Integers part[ROWS][VECTORS];
+      for (auto& row : part) std::fill(row, row + VECTORS, Integers(0));
+      for (int64_t j = i; j < std::min(i + 16 * spec.lanes, last); j += spec.lanes)
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < VECTORS; ++v)
+            part[r][v] = part[r][v] + at::vec::convert_to_int_of_same_size(product(j, r, v) * scale[r][v]);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) {
+          const Halves wide = widen(part[r][v]);
+          sum[r][v] = {sum[r][v].low + wide.low, sum[r][v].high + wide.high};
+        }
+    }
+  }
 };
+
+// The smallest magnitude that is not zero, and the largest one; 0 and the largest if all are zero.
+std::pair<double, double> range(const float* x, int64_t count) {
+  uint32_t least = UINT32_MAX, largest = 0;  // of the bits of magnitudes; `least` is 1 less, so that a zero is the largest
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    bits &= 0x7FFFFFFFu;
+    least = std::min(least, bits - 1);
+    largest = std::max(largest, bits);
+  }
+  const uint32_t ends[2] = {least + 1, largest};
+  float values[2];
+  std::memcpy(values, ends, sizeof values);
+  return {values[0], values[1]};
+}
+
+// Whether `InFloat32` can take all products that are not zero.
+bool products_are_normal(const float* a, int64_t count_a, const float* b, int64_t count_b) {
+  const auto [least_a, largest_a] = range(a, count_a);
+  const auto [least_b, largest_b] = range(b, count_b);
+  return least_a * least_b >= InFloat32::LEAST_PRODUCT && largest_a * largest_b <= InFloat32::LARGEST_PRODUCT;
+}
 
 // `count` numbers of an operand, packed `width` apart, and the powers of their exponents. Subnormal elements, which have
 // the least exponent, were multiplied by scales. `per_scale` numbers in a row have one scale.
@@ -852,6 +1038,24 @@ extern "C" void fpsim_accumulate(const Specification* specification, const float
     return;
   }
   const Rounder rounder(spec);
+  if (spec.short_products && depth < 1 << 20 && products_are_normal(a, batches * rows * depth, b, batches * depth * columns)) {
+    const auto plain = [](F x) { return x; };
+    const LateJoin<true> join(spec, rounder);
+    const V mask(from_bits(~((uint64_t(1) << (52 - spec.mantissa_bits)) - 1)));
+    const auto cut = [mask](V x) { return x & mask; };
+    const RoundInFloat64<NEAREST> nearest{rounder, V(spec.least_power)};
+    run<float>(spec, a, b, scales_a, scales_b, batches, rows, columns, depth, threads,
+               [&](const Packed<float>& packed, const Corner& corner) {
+                 const InFloat32 tile(packed, spec);
+                 tile_of_result(Combine<float, decltype(plain)>{spec, corner, scales_a, scales_b, rows, columns, parts, plain},
+                                packed, depth, 0.0, output, counts, [&](int64_t first, int64_t last, F(&part)[ROWS][VECTORS]) {
+                                  if (spec.order == LATE) tile.late(first, last, part, join);
+                                  else if (spec.cuts) tile.aligned(first, last, part, cut);
+                                  else tile.aligned(first, last, part, nearest);
+                                });
+               });
+    return;
+  }
   run<double>(spec, a, b, scales_a, scales_b, batches, rows, columns, depth, threads,
               [&](const Packed<double>& packed, const Corner& corner) {
                 const int64_t element = spec.first_element + (corner.batch * rows + corner.row) * columns + corner.column;
@@ -864,4 +1068,54 @@ extern "C" void fpsim_accumulate(const Specification* specification, const float
                                  else tile.accumulate<GENERAL>(first, last, part);
                                });
               });
+}
+
+namespace {
+
+// Whether the products `first` to `last` - 1 of one result are all -0.
+bool all_negative_zero(const float* a, const float* b, int64_t stride_b, int64_t first, int64_t last) {
+  for (int64_t k = first; k < last; ++k) {
+    const double product = double(a[k]) * double(b[k * stride_b]);
+    if (product != 0 || !std::signbit(product)) return false;
+  }
+  return true;
+}
+
+template <Mode MODE>
+void add_chunk(const Specification& spec, const double* products, double* sums, const float* a, const float* b,
+               int64_t count, int64_t rows, int64_t columns, int64_t depth, int64_t first, int64_t threads) {
+  const Rounder round(spec);
+  const int64_t last = std::min(first + spec.length, depth), step = first / spec.length;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t row = 0; row < count; ++row) {
+    const Ieee ieee;
+    const float* column = b + row / rows * depth * columns;
+    for (int64_t j = 0; j < columns; j += V::size()) {
+      const int64_t place = row * columns + j, size = std::min<int64_t>(V::size(), columns - j);
+      const V before = V::loadu(sums + place, size);
+      V s = before + V::loadu(products + place, size);
+      if (s.zero_mask()) {
+        double exact[V::size()], old[V::size()];
+        s.store(exact);
+        before.store(old);
+        for (int64_t lane = 0; lane < size; ++lane)
+          if (exact[lane] == 0)
+            exact[lane] = std::signbit(old[lane]) && all_negative_zero(a + row * depth, column + j + lane, columns, first, last) ? -0.0 : 0.0;
+        s = V::loadu(exact);
+      }
+      round.operator()<MODE>(s, {spec.first_element + place, step}).store(sums + place, size);
+    }
+  }
+}
+
+}  // namespace
+
+// Adds one chunk, the products from `first` on, to `sums` and rounds: `products` is its exact sum, but for the sign of a
+// zero. Both have `count` rows, of batches of `rows`; a (count, depth), b (count / rows, depth, columns).
+extern "C" void fpsim_add_chunk(const Specification* specification, const double* products, double* sums, const float* a,
+                                const float* b, int64_t count, int64_t rows, int64_t columns, int64_t depth, int64_t first,
+                                int64_t threads) {
+  const Specification& spec = *specification;
+  const auto add = spec.bounded ? add_chunk<BOUNDED> : spec.rounding == NEAREST_EVEN ? add_chunk<NEAREST> : add_chunk<GENERAL>;
+  add(spec, products, sums, a, b, count, rows, columns, depth, first, threads);
 }

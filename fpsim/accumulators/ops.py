@@ -203,7 +203,10 @@ def _accumulate_vmap(
 ) -> tuple[Tensor, int]:
     """The batch becomes one of matrices. With one key every sample has draws of its own."""
     if in_dims[2] is not None:
-        raise NotImplementedError("torch.vmap over the keys of stochastic accumulators: call it in a loop")
+        raise NotImplementedError(
+            f"accumulator {accumulator!r} under torch.vmap takes one seed for all samples, got {info.batch_size}: give "
+            "all of them one seed, with which each draws numbers of its own, or call it in a loop"
+        )
     samples = [
         (x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape))
         for x, dim in zip((a, b), in_dims[:2], strict=True)

@@ -66,7 +66,7 @@ def _on_gpu(
     if a.device.type != "cuda" or importlib.util.find_spec("triton") is None:
         raise NotImplementedError(
             f"accumulators are simulated on CPUs, and on GPUs with Triton, got a tensor on {a.device}: use a.cpu(), or "
-            "pip install 'fpsim[gpu]'"
+            "pip install 'fpsim-torch[gpu]'"
         )
     from fpsim.accumulators.triton_kernel import accumulate_with_triton
 

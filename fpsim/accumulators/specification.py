@@ -18,6 +18,9 @@ ROUNDINGS = {
 }  # fmt: skip
 _CLAMP = 9
 _FLOAT64_BITS = 53
+_FLOAT32_BITS = 24
+#: The most bits that a unit may keep below the largest power, so that int32 holds the sum of sixteen products.
+_INT32_KEEPS = 25
 #: An exponent below that of every product of two float32 numbers, and of every sum of them that is not zero.
 _NO_FLOOR = -400
 _NAN_BITS = 0x7FC00000
@@ -25,9 +28,9 @@ _NAN_BITS = 0x7FC00000
 NV_BLOCK = 16
 
 INTEGERS = (
-    "order", "length", "block", "promote", "exact", "round_products", "flush", "bounded", "cuts", "narrow", "rounding",
-    "mantissa_bits", "random_bits", "roundings", "first_sum", "key", "nan_bits", "lanes", "scale_block", "group",
-    "rescale", "first_element",
+    "order", "length", "block", "promote", "exact", "round_products", "flush", "bounded", "cuts", "narrow",
+    "short_products", "rounding", "mantissa_bits", "random_bits", "roundings", "first_sum", "key", "nan_bits", "lanes",
+    "scale_block", "group", "rescale", "first_element",
 )  # fmt: skip
 NUMBERS = (
     "start", "smallest_normal", "least_power", "largest", "infinite_from", "overflow_up", "overflow_down", "infinity",
@@ -171,6 +174,8 @@ def _describe_machine(spec: Specification, accumulator: Accumulator, first: Floa
             spec.floor = 2.0**-60
     else:
         spec.infinite_from = math.inf
+    aligned = machine.order in ("aligned", "late") and machine.group == 1 and machine.fraction_bits <= _INT32_KEEPS
+    spec.short_products = aligned and first.mantissa_bits + second.mantissa_bits + 2 <= _FLOAT32_BITS
 
 
 def _roundings(accumulator: Accumulator, depth: int) -> int:

@@ -57,13 +57,17 @@ def _accumulate_sum(
 ) -> Tensor:
     if x.dtype not in CARRIERS or not CARRIERS[x.dtype].is_subset_of(FloatFormat(8, 23)):
         raise TypeError(f"numbers to add are float32, bfloat16 or float16, got {x.dtype}")
+    ones, columns, formats = product_with_ones(x, axes)
+    result = accumulate_op(ones, columns, key, accumulator, *formats, source)
+    counted = {axis % x.dim() for axis in axes}
+    sizes = [1 if axis in counted else size for axis, size in enumerate(x.shape) if keepdim or axis not in counted]
+    return result.reshape(sizes)
+
+
+def product_with_ones(x: Tensor, axes: Sequence[int]) -> tuple[Tensor, Tensor, tuple[str, str]]:
+    """The sums of ``x`` along ``axes`` as a product: ones (1, K), the numbers (K, N), float32, and their formats."""
     summed = sorted({axis % x.dim() for axis in axes})
     kept = [axis for axis in range(x.dim()) if axis not in summed]
-    sizes = [x.shape[axis] for axis in kept]
-    columns = x.permute(*summed, *kept).reshape(math.prod(x.shape[axis] for axis in summed), math.prod(sizes))
-    ones = torch.ones(1, columns.shape[0], device=x.device)
-    fmt = CARRIERS[x.dtype].name
-    result = accumulate_op(ones, columns.float(), key, accumulator, "e2m1fn", fmt, source)
-    if keepdim:
-        sizes = [1 if axis in summed else size for axis, size in enumerate(x.shape)]
-    return result.reshape(sizes)
+    count, sums = (math.prod(x.shape[axis] for axis in each) for each in (summed, kept))
+    columns = x.permute(*summed, *kept).reshape(count, sums).float()
+    return torch.ones(1, count, device=x.device), columns, ("e2m1fn", CARRIERS[x.dtype].name)

@@ -14,7 +14,7 @@ from fpsim.accumulators.accumulator import Accumulator, parse_accumulator
 from fpsim.accumulators.sums import parse_reduction
 from fpsim.casts import NONE, Cast, CastLike, parse_cast, parse_unscaled
 from fpsim.formats import FloatFormat
-from fpsim.suggestions import did_you_mean
+from fpsim.suggestions import did_you_mean, named_arguments
 
 #: The fields that round the result of a step, after `FlashAttention.arithmetic` has.
 STEPS = (
@@ -25,6 +25,7 @@ _UNSIGNED = ("exponentials", "probabilities")
 _MOST_ROWS = 1 << 20
 
 
+@named_arguments
 @dataclass(frozen=True)
 class FlashAttention:
     """How tiled attention rounds: the argument ``attention`` of `Policy`, and ``steps`` of `flash_attention`.

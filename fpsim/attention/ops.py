@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from collections.abc import Callable, Mapping
@@ -47,16 +48,6 @@ def compute(operator: Callable[..., Any], *arguments: Any, watch: Any = None) ->
     return tuple(x.reshape(*leading, *x.shape[1:]) for x in results)
 
 
-@torch.library.impl(_library, "flash_attention", "CompositeExplicitAutograd")
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return compute(flash_op, *arguments)
-
-
-@torch.library.impl(_library, "flash_attention_backward", "CompositeExplicitAutograd")
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return compute(flash_backward_op, *arguments)
-
-
 @torch.library.register_fake("fpsim::flash_attention", lib=_library)
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=working_dtype(q.dtype))
@@ -71,7 +62,10 @@ def _batched(operator: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], 
     """`torch.vmap` of ``operator``: the samples become one more leading axis. With one seed each draws its own."""
     count = TENSORS[operator]
     if in_dims[count + 1] is not None:
-        raise NotImplementedError("torch.vmap over the seeds of attention: call it in a loop")
+        raise NotImplementedError(
+            f"attention under torch.vmap takes one seed for all samples, got {info.batch_size}: give all of them one "
+            "seed, with which each draws numbers of its own, or call attention in a loop"
+        )
     tensors = [
         x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
         for x, dim in zip(arguments[:count], in_dims[:count], strict=True)
@@ -84,14 +78,9 @@ def _batched(operator: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], 
     return results, (0,) * len(results)
 
 
-@torch.library.register_vmap("fpsim::flash_attention", lib=_library)
-def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    return _batched(flash_op, info, in_dims, *arguments)
-
-
-@torch.library.register_vmap("fpsim::flash_attention_backward", lib=_library)
-def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    return _batched(flash_backward_op, info, in_dims, *arguments)
+for _name, _operator in (("flash_attention", flash_op), ("flash_attention_backward", flash_backward_op)):
+    _library.impl(_name, functools.partial(compute, _operator), "CompositeExplicitAutograd")
+    torch.library.register_vmap(f"fpsim::{_name}", functools.partial(_batched, _operator), lib=_library)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fpsim.cli.errors import plain_errors
+from fpsim.cli.options import complete_format
 from fpsim.cli.output import check_writable, print_table
 
 
@@ -22,7 +23,12 @@ def accuracy(
             help="A function from a tensor to a tensor of its shape: torch.special:i0e, or path/to/script.py:function.",
         ),
     ],
-    format: Annotated[str, typer.Option(help="Format of the inputs, and of the units in which errors are told.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="Format of the inputs, and of the units in which errors are told.", autocompletion=complete_format
+        ),
+    ],
     range: Annotated[tuple[float, float], typer.Option(metavar="LOW HIGH", help="Least and greatest input.")],
     exact: Annotated[
         str | None,
@@ -33,11 +39,13 @@ def accuracy(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Random inputs, for formats of more than 16 bits.")] = 4096,
     worst: Annotated[int, typer.Option(min=1, help="Number of inputs to list.")] = 5,
-    plot: Annotated[Path | None, typer.Option(help="File for a plot of the errors. Needs fpsim\\[paper].")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="File for a plot of the errors; needs fpsim-torch\\[paper].", show_default="none"),
+    ] = None,
 ) -> None:
     """Measure an elementwise function against exact values of 60 digits: errors in ulps, worst inputs, seams."""
-    if plot is not None:
-        check_writable(plot)
+    check_writable(plot)
     called = _function(function)
     given = _function(exact) if exact is not None and ":" in exact else exact
     from fpsim.evaluate import accuracy as measure

@@ -28,7 +28,7 @@ def demo(
         float, typer.Option(help="Factor on the loss in the backward pass; with 1, gradients in e5m2 underflow.")
     ] = 4096.0,
 ) -> None:
-    """Train a small Llama in several formats side by side, and show their cost. Needs fpsim\\[paper]."""
+    """Train a small Llama in several formats side by side, and show their cost. Needs fpsim-torch\\[paper]."""
     from fpsim.paper.demo import demo as run
 
     out.mkdir(parents=True, exist_ok=True)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
 #: The errors that wrong input and the system (a full disk, a folder that is not readable) cause. Their messages name
 #: the remedy. Every other error is a bug and shows its traceback.
 _WRONG_INPUT = (ValueError, TypeError, OSError, ModuleNotFoundError)
+
+#: The name of the backend's error. Importing it would import torch.
+_UNROUNDED = "UnroundedError"
 
 #: The exit code of a program that Ctrl-C ends.
 _INTERRUPTED = 130
@@ -30,17 +35,40 @@ def plain_errors(command: _Command) -> _Command:
             command(*args, **kwargs)
         except BrokenPipeError:
             raise  # the reader of the output has ended, as in `fpsim formats | head`
-        except _WRONG_INPUT as error:
-            typer.echo(f"error: {_one_line(error)}", err=True)
-            raise typer.Exit(2) from None
         except KeyboardInterrupt as interrupt:
             typer.echo(f"\n{str(interrupt) or 'interrupted'}", err=True)
             raise typer.Exit(_INTERRUPTED) from None
+        except Exception as error:
+            cause = getattr(error, "inner_exception", error)  # that of an error of torch.compile
+            if not isinstance(cause, _WRONG_INPUT) and type(cause).__name__ != _UNROUNDED:
+                raise
+            typer.echo(f"error: {_one_line(cause)}", err=True)
+            raise typer.Exit(2) from None
 
     return wrapped  # type: ignore[return-value]
 
 
-def _one_line(error: BaseException) -> str:
+class OneLineErrors(TyperGroup):
+    """The commands of a program. Arguments that they do not take end it with one line, like all other wrong input."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> NoReturn:  # type: ignore[override]
+        try:
+            code = super().main(*args, standalone_mode=False, **kwargs)
+        except Exception as error:
+            if not standalone_mode or not hasattr(error, "format_message"):
+                raise
+            # A command that is called without arguments has printed its help.
+            if type(error).__name__ != "NoArgsIsHelpError":
+                message, context = _one_line(error.format_message()), getattr(error, "ctx", None)
+                path = "fpsim" if context is None else context.command_path
+                typer.echo(f"error: {message[0].lower()}{message[1:].rstrip('.')}; see {path} --help", err=True)
+            sys.exit(error.exit_code)  # type: ignore[attr-defined]
+        if not standalone_mode:
+            return code
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _one_line(error: BaseException | str) -> str:
     if isinstance(error, OSError) and error.strerror:
         name = getattr(error, "filename", None)
         return error.strerror if name is None else f"{name}: {error.strerror}"

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from fpsim.cli.errors import plain_errors
+from fpsim.cli.options import complete_format
 from fpsim.cli.output import familiar_name, print_table
 from fpsim.formats import NAMED_FORMATS, WHOLE_FORMATS, FloatFormat, expand, parse_format
 
@@ -18,7 +19,12 @@ from fpsim.formats import NAMED_FORMATS, WHOLE_FORMATS, FloatFormat, expand, par
 def formats(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME", help="Such as e5m10, e3m4fn or e4m3:bias=9.", show_default="all names"),
+        typer.Argument(
+            metavar="NAME",
+            help="Such as e5m10, e3m4fn or e4m3:bias=9.",
+            show_default="all names",
+            autocompletion=complete_format,
+        ),
     ] = None,
 ) -> None:
     """Show the named formats, or the given ones.

@@ -7,12 +7,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, ConsoleRenderable
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fpsim.formats import NAMED_FORMATS, FloatFormat, parse_format
+from fpsim.progress import ProgressBars
 
 
 def print_table(value: Table | ConsoleRenderable) -> None:
@@ -24,21 +26,41 @@ def print_table(value: Table | ConsoleRenderable) -> None:
 
 
 @contextmanager
-def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A context in which ``progress(done, total)`` draws a bar on standard error, if that is a terminal."""
+def progress_bar(description: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A context in which ``progress(done, total)`` moves a bar on standard error; lines if that is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with ProgressBars(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def check_writable(path: Path) -> None:
-    """Check that a file can be written at ``path``, before the work whose results it will hold.
+def print_measured(
+    measure: Callable[..., Any], description: str, total: int | None = None, csv: Path | None = None
+) -> Any:
+    """Print the result of ``measure``, write its numbers to the file ``csv``, and return it.
+
+    Args:
+        measure: is called with ``progress``, a function of the number of things that are done, and returns a result
+            with `print_table` and ``to_pandas``.
+        description: what the numbers count.
+        total: how many there are; None if that is not known.
+    """
+    with progress_bar(description) as progress:
+        result = measure(progress=lambda done: progress(done, total))
+    print_table(result)
+    if csv is not None:
+        result.to_pandas().to_csv(csv, index=False)
+    return result
+
+
+def check_writable(path: Path | None) -> None:
+    """Check that a file can be written at ``path``, before the work whose results it will hold; None is no file.
 
     Raises:
         OSError: ``path`` is a folder, its folder is missing, or it may not be written.
     """
+    if path is None:
+        return
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file to write")
     if not path.parent.is_dir():

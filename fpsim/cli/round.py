@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fpsim.cli.errors import plain_errors
-from fpsim.cli.options import ROUNDINGS_HELP, OverflowOption
+from fpsim.cli.options import ROUNDINGS_HELP, OverflowOption, complete_format
 from fpsim.cli.output import familiar_name, print_table
 from fpsim.formats import ROUNDINGS, expand, full_rounding, parse_format, resolve_overflow
 
@@ -15,7 +15,9 @@ from fpsim.formats import ROUNDINGS, expand, full_rounding, parse_format, resolv
 @plain_errors
 def round(
     values: Annotated[list[str], typer.Argument(metavar="VALUE", help="0.1, -2.5e-3, 1/3, 0x1.8p3, inf or nan.")],
-    format: Annotated[str, typer.Option(help="Format to round to, such as e4m3fn or mxfp8.")],
+    format: Annotated[
+        str, typer.Option(help="Format to round to, such as e4m3fn or mxfp8.", autocompletion=complete_format)
+    ],
     rounding: Annotated[str | None, typer.Option(help=f"{ROUNDINGS_HELP}.", show_default="a table of them all")] = None,
     overflow: OverflowOption = None,
 ) -> None:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fpsim.cli.errors import plain_errors
+from fpsim.cli.options import (
+    ContextOption,
+    ModelArgument,
+    TextArgument,
+    WeightsOption,
+    WindowsOption,
+    complete_format,
+)
 from fpsim.cli.output import print_table, progress_bar
 
 if TYPE_CHECKING:
@@ -18,23 +25,16 @@ if TYPE_CHECKING:
 
 @plain_errors
 def sharpness(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MODEL_OR_SCRIPT",
-            help="Folder of a Hugging Face causal model, or path/to/script.py:function that builds a module.",
-        ),
-    ],
-    text: Annotated[Path, typer.Argument(metavar="TEXT", help="UTF-8 file to predict.")],
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="State dict of the script's module.", show_default="the weights that the function sets"),
-    ] = None,
+    model: ModelArgument,
+    text: TextArgument,
+    weights: WeightsOption = None,
     format: Annotated[
         list[str] | None,
         typer.Option(
             help="Measure also with all operands rounded to this format (e4m3fn, e8m3/toward_zero); may be given "
-            "several times."
+            "several times.",
+            show_default="unrounded only",
+            autocompletion=complete_format,
         ),
     ] = None,
     epsilon: Annotated[
@@ -42,16 +42,15 @@ def sharpness(
         typer.Option(help="Half-width of the box; may be given several times.", show_default="0.0005 and 0.001"),
     ] = None,
     method: Annotated[str, typer.Option(help="exact, or lbfgsb as in the paper (slow).")] = "exact",
-    windows: Annotated[int, typer.Option(min=1, help="Largest number of windows of the text.")] = 16,
-    context: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per window.", show_default="the model's own")
-    ] = None,
+    windows: WindowsOption = 16,
+    context: ContextOption = None,
     gradients: Annotated[bool, typer.Option(help="Measure the norm of the gradient, too.")] = True,
 ) -> None:
     """Measure the logit sharpness of a language model on a text, unrounded and under formats.
 
-    A checkpoint is read with its tokenizer, and needs fpsim\\[paper]. A script's function returns a module from tokens
-    to logits and may take vocabulary and context; its tokens are bytes, unless the script has a function tokenize.
+    A checkpoint is read with its tokenizer, and needs fpsim-torch\\[paper]. A script's function returns a module from
+    tokens to logits and may take vocabulary and context; its tokens are bytes, unless the script has a function
+    tokenize.
     """
     from fpsim.evaluate.load import is_script
     from fpsim.evaluate.logit_sharpness import EPSILONS

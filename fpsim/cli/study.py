@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
-from fpsim.cli.errors import plain_errors
+from fpsim.cli.errors import OneLineErrors, plain_errors
 from fpsim.cli.output import check_writable
+from fpsim.cli.study_checkpoints import search, sensitivity
 from fpsim.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -22,9 +23,13 @@ if TYPE_CHECKING:
     from fpsim.paper.sweeps import Outcome, Planned
 
 app = typer.Typer(
-    help="Decide whether a format is safe to train in: sweeps, the paper's experiments, reports. Needs fpsim\\[paper].",
+    cls=OneLineErrors,
+    help="Decide whether a format is safe to train in: sweeps, the paper's experiments, reports. Needs "
+    "fpsim-torch\\[paper].",
     no_args_is_help=True,
 )
+app.command()(sensitivity)
+app.command()(search)
 
 
 class _SeveralValues(TyperCommand):
@@ -52,12 +57,18 @@ Data = Annotated[
         help="UTF-8 file, folder of such files, nanoGPT .bin file or folder, or hf:NAME.", show_default="Shakespeare"
     ),
 ]
-Seeds = Annotated[int | None, typer.Option(min=1, help="Number of seeds.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds.")]
 FirstSeed = Annotated[int, typer.Option(min=0, help="The first seed; the others follow it.")]
-Steps = Annotated[int | None, typer.Option(min=2, help="Optimizer steps per run.")]
-Rates = Annotated[list[float] | None, typer.Option(help="Learning rates.")]
+Steps = Annotated[int, typer.Option(min=2, help="Optimizer steps per run.")]
+Rates = Annotated[
+    list[float] | None, typer.Option(help="Learning rates.", show_default="0.003, or those of the experiment")
+]
 Model = Annotated[
-    str | None, typer.Option(help="tiny, toy, gpt2-124m, llama-120m, llama2-7b, or path/to/script.py:function.")
+    str | None,
+    typer.Option(
+        help="tiny, toy, gpt2-124m, llama-120m, llama2-7b, or path/to/script.py:function.",
+        show_default="tiny, or that of the experiment",
+    ),
 ]
 Executor = Annotated[
     str | None,
@@ -67,14 +78,18 @@ Executor = Annotated[
     ),
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Runs at a time.", show_default="one per core or GPU")]
-Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster, or auto.")]
+Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster, or auto.", show_default="none")]
 Gpus = Annotated[float, typer.Option(min=0, help="GPUs per run, for Ray.")]
 Cpus = Annotated[float, typer.Option(min=0, help="Cores per run, for Ray.")]
 Retries = Annotated[int, typer.Option(min=0, help="Number of further tries after a run has failed.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cpu, or that of the experiment")]
 Interpret = Annotated[
     bool, typer.Option("--interpret", help="Run without a compiler: starts sooner, runs several times slower.")
 ]
+
+
+#: The default of an option that the size of an experiment determines.
+_OF_SIZE = "that of the size"
 
 
 @app.command(cls=_SeveralValues)
@@ -100,7 +115,9 @@ def run(
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens per window.", show_default="the model's own")
     ] = None,
-    vocabulary: Annotated[int | None, typer.Option(min=2, help="Vocabulary of your own model.")] = None,
+    vocabulary: Annotated[
+        int | None, typer.Option(min=2, help="Vocabulary of your own model.", show_default="the model's own")
+    ] = None,
     loss_scale: Annotated[float, typer.Option(help="Factor on the loss in the backward pass.")] = 1.0,
     clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 means no clipping.")] = 1.0,
     z_loss: Annotated[float, typer.Option(min=0, help="Coefficient of the z-loss; 0 means none.")] = 0.0,
@@ -130,7 +147,6 @@ def run(
     from fpsim.paper.models import model_config
     from fpsim.paper.sweeps import grid
 
-    steps = steps or 300
     chosen = model_config(model or "tiny")
     chosen = replace(chosen, context=context or chosen.context, vocabulary=vocabulary or chosen.vocabulary)
     if qk_norm:
@@ -161,7 +177,7 @@ def run(
         formats=names,
         recipes=dict.fromkeys(recipes or []),
         learning_rates=learning_rates,
-        seeds=range(first_seed, first_seed + (seeds or 3)),
+        seeds=range(first_seed, first_seed + seeds),
     )
     _compute(
         plan,
@@ -186,7 +202,7 @@ def experiment(
     ] = None,
     model: Model = None,
     data: Data = None,
-    seeds: Seeds = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds.", show_default=_OF_SIZE)] = None,
     first_seed: Annotated[
         int | None,
         typer.Option(
@@ -194,7 +210,7 @@ def experiment(
         ),
     ] = None,
     learning_rates: Rates = None,
-    steps: Steps = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Optimizer steps per run.", show_default=_OF_SIZE)] = None,
     device: Device = None,
     interpret: Interpret = False,
     out: Out = None,
@@ -472,7 +488,7 @@ def train(
     ],
     out: Annotated[Path, typer.Argument(help="Parquet file to write the records to.")],
     parallel: Annotated[str, typer.Option(help="Kind of parallelism under torchrun: ddp or fsdp2.")] = "ddp",
-    checkpoint: Annotated[Path | None, typer.Option(help="File to keep the state in.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="File to keep the state in.", show_default="none")] = None,
 ) -> None:
     """Compute one run, here or under torchrun: torchrun --nproc-per-node 8 -m fpsim.cli.study train CONFIG OUT."""
     from fpsim.paper.checkpoint import Checkpoint

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand
 
 from fpsim.cli.errors import plain_errors
-from fpsim.cli.options import ROUNDINGS_HELP, OverflowOption
+from fpsim.cli.options import ROUNDINGS_HELP, OverflowOption, complete_format
 from fpsim.cli.output import check_writable, familiar_name, progress_bar
 from fpsim.formats import NAMED_FORMATS, ROUNDINGS, full_rounding, parse_format
 from fpsim.processors import usable_cores
@@ -39,7 +39,12 @@ class VerifyCommand(TyperCommand):
 @plain_errors
 def verify(
     format: Annotated[
-        list[str] | None, typer.Option(help="Format to round to, such as e4m3fn; may be given several times.")
+        list[str] | None,
+        typer.Option(
+            help="Format to round to, such as e4m3fn; may be given several times.",
+            show_default="all named formats with --all",
+            autocompletion=complete_format,
+        ),
     ] = None,
     rounding: Annotated[
         list[str] | None,
@@ -51,7 +56,11 @@ def verify(
     overflow: OverflowOption = None,
     scale: Annotated[
         str | None,
-        typer.Option(help="Verify the scales of blocks instead, such as mx:32:rceil, for float32 magnitudes."),
+        typer.Option(
+            help="Verify the scales of blocks instead, for float32 magnitudes: mx:32:rceil, or all for every rule. "
+            "Without --format, those of all formats that take them.",
+            show_default="none",
+        ),
     ] = None,
     everything: Annotated[
         bool,
@@ -84,7 +93,9 @@ def verify(
         int | None,
         typer.Option(min=1, help="Number of processes, with --all.", show_default="one per core, at most 4"),
     ] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the results to this file too, as a table.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the results to this file too, as a table.", show_default="none")
+    ] = None,
     json_file: Annotated[
         str | None,
         typer.Option(
@@ -92,6 +103,7 @@ def verify(
             metavar="[FILE]",
             help="Write the results to this file too, as one JSON object per line. Without FILE, write them to "
             "standard output, and everything else to standard error.",
+            show_default="none",
         ),
     ] = None,
 ) -> None:
@@ -102,7 +114,7 @@ def verify(
     known = {str(dtype).removeprefix("torch."): dtype for dtype in CARRIERS}
     if carrier is not None and carrier not in known:
         raise ValueError(f"unknown carrier {carrier!r}: use one of {', '.join(known)}")
-    if not format and not everything:
+    if not format and not everything and scale is None:
         raise ValueError("nothing to verify: give --format, such as --format e4m3fn, or --all")
     if exhaustive and everything:
         raise ValueError(
@@ -224,6 +236,8 @@ def _markdown(verdicts: list[Verdict], command: str) -> str:
     from fpsim.source import proven_hash
 
     paths = " and ".join(verdicts[0].paths)
+    if verdicts[0].overflow == "scale":
+        return _markdown_of_scales(verdicts, command)
     lines = [
         f"`{command}` (torch {torch.__version__}, {_cpu_name()}, {torch.get_num_threads()} threads)",
         "",
@@ -238,6 +252,28 @@ def _markdown(verdicts: list[Verdict], command: str) -> str:
         inputs = f"{'all' if v.exhaustive else 'sampled'} {v.carrier}: {v.inputs:,}"
         name = familiar_name(parse_format(v.format))
         cells = [name, v.rounding, v.overflow, inputs, f"{v.mismatches:,}", f"{v.seconds:.1f}", f"{v.cpu_seconds:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_of_scales(verdicts: list[Verdict], command: str) -> str:
+    """The verdicts on scales as a table."""
+    import torch
+
+    from fpsim.source import SCALES_PROVEN, proven_hash
+
+    lines = [
+        f"`{command}` (torch {torch.__version__}, {_cpu_name()}, {torch.get_num_threads()} threads)",
+        "",
+        f"The codes of scales (source {proven_hash(SCALES_PROVEN)}) against those of the exact reference, for float32",
+        "magnitudes. Seconds include compilation.",
+        "",
+        "| format | scale | path | magnitudes | mismatches | seconds |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+    ]
+    for v in verdicts:
+        inputs = f"{'all' if v.exhaustive else 'sampled'}: {v.inputs:,}"
+        cells = [v.format, v.rounding, *v.paths, inputs, f"{v.mismatches:,}", f"{v.seconds:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -6,8 +6,13 @@ eigenpairs(operator).eigenvalues; trace(operator).estimate; density(operator).pl
 """
 
 from fpsim.curvature.checks import Determinism, Symmetry, check_determinism, check_symmetry
+from fpsim.curvature.diagonals import DiagonalResult, diagonal
 from fpsim.curvature.distributed import averaged
 from fpsim.curvature.eigen import eigenpairs
+from fpsim.curvature.histories import Alignment, CurvatureHistory, alignment
+from fpsim.curvature.influences import InfluenceResult, influence
+from fpsim.curvature.inverses import InverseResult, inverse
+from fpsim.curvature.kronecker import KroneckerFactors, kronecker_factors
 from fpsim.curvature.linear import Operator
 from fpsim.curvature.losses import (
     CrossEntropy,
@@ -17,7 +22,9 @@ from fpsim.curvature.losses import (
     label_count,
     shifted_labels,
 )
+from fpsim.curvature.monte_carlo import monte_carlo_fisher
 from fpsim.curvature.operators import empirical_fisher, gauss_newton, hessian
+from fpsim.curvature.per_layer import LayerCurvature, LayersResult, per_layer
 from fpsim.curvature.results import DensityResult, EigenResult, TraceResult
 from fpsim.curvature.second_derivatives import CurvatureError
 from fpsim.curvature.spectral_density import density
@@ -25,20 +32,30 @@ from fpsim.curvature.traces import function_trace, log_determinant, trace
 from fpsim.curvature.vectors import Layout, layers, layout
 
 __all__ = [
+    "Alignment",
     "CrossEntropy",
     "CurvatureError",
+    "CurvatureHistory",
     "DensityResult",
     "Determinism",
+    "DiagonalResult",
     "EigenResult",
+    "InfluenceResult",
+    "InverseResult",
+    "KroneckerFactors",
+    "LayerCurvature",
+    "LayersResult",
     "Layout",
     "Operator",
     "Symmetry",
     "TraceResult",
+    "alignment",
     "averaged",
     "check_determinism",
     "check_symmetry",
     "cross_entropy",
     "density",
+    "diagonal",
     "eigenpairs",
     "empirical_fisher",
     "function_trace",
@@ -46,10 +63,15 @@ __all__ = [
     "functional_outputs",
     "gauss_newton",
     "hessian",
+    "influence",
+    "inverse",
+    "kronecker_factors",
     "label_count",
     "layers",
     "layout",
     "log_determinant",
+    "monte_carlo_fisher",
+    "per_layer",
     "shifted_labels",
     "trace",
 ]

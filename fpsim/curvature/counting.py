@@ -36,10 +36,13 @@ class Products:
 
 class _ShownProducts(Products):
     def __init__(self, operator: Operator, title: str, total: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+        from fpsim.progress import ProgressBars
 
         super().__init__(operator)
-        self.bar = Progress(TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True)
+        columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = ProgressBars(*columns, transient=True)
         self.task = self.bar.add_task(title, total=total)
 
     def __call__(self, vector: Tensor) -> Tensor:

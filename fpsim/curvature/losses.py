@@ -176,7 +176,7 @@ class CrossEntropy:
     chunk: int = 1024
 
     def __call__(self, logits: Tensor, batch: Any = None) -> Tensor:
-        return cross_entropy(logits, self._targets(batch), ignore_index=self.ignore_index)
+        return cross_entropy(logits, self.targets_of(batch), ignore_index=self.ignore_index)
 
     def output_product(self, batch: Any) -> OutputProduct:
         """From logits to the map ``u -> H u`` at these logits; the map overwrites u.
@@ -185,10 +185,10 @@ class CrossEntropy:
             ValueError, TypeError, IndexError: when called, targets of another shape or dtype, or of no class.
             FloatingPointError: when called, no target counts.
         """
-        targets = self._targets(batch)
+        targets = self.targets_of(batch)
 
         def at(logits: Tensor) -> Callable[[Tensor], Tensor]:
-            counted = self._counted(targets, logits).reshape(-1)
+            counted = self.counted(targets, logits).reshape(-1)
             rows = logits.flatten(0, -2)
             scale = counted.to(logits.dtype) / counted.sum()
 
@@ -209,8 +209,13 @@ class CrossEntropy:
 
         return at
 
-    def _counted(self, targets: Tensor, logits: Tensor) -> Tensor:
-        """Which of ``targets`` count. The Hessian needs no others, and would not show wrong ones."""
+    def counted(self, targets: Tensor, logits: Tensor) -> Tensor:
+        """Which of ``targets`` count. The Hessian needs no others, and would not show wrong ones.
+
+        Raises:
+            ValueError, TypeError, IndexError: targets of another shape or dtype, or of no class.
+            FloatingPointError: no target counts.
+        """
         if targets.shape != logits.shape[:-1]:
             raise ValueError(f"targets of shape {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}")
         if targets.dtype is not torch.int64:
@@ -228,7 +233,8 @@ class CrossEntropy:
             )
         return counted
 
-    def _targets(self, batch: Any) -> Tensor:
+    def targets_of(self, batch: Any) -> Tensor:
+        """The targets of ``batch``."""
         return self.targets(batch) if callable(self.targets) else self.targets
 
 

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fpsim.showing import Shown
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)
-class EigenResult:
+class EigenResult(Shown):
     """Eigenpairs of a symmetric operator.
 
     Attributes:
@@ -60,7 +62,7 @@ class EigenResult:
 
 
 @dataclass(frozen=True, eq=False)
-class TraceResult:
+class TraceResult(Shown):
     """The trace of an operator, or of a function of it.
 
     Attributes:
@@ -112,7 +114,7 @@ class TraceResult:
 
 
 @dataclass(frozen=True, eq=False)
-class DensityResult:
+class DensityResult(Shown):
     """The spectral density of an operator by stochastic Lanczos quadrature.
 
     Each probe gives a quadrature rule. Its moments up to twice its steps are those of the spectrum, up to the probe's
@@ -249,5 +251,5 @@ def new_axes() -> Any:
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'fpsim[paper]', or matplotlib") from error
+        raise ModuleNotFoundError("plots need matplotlib: pip install 'fpsim-torch[paper]', or matplotlib") from error
     return plt.figure(layout="constrained").subplots()

@@ -87,17 +87,18 @@ def check_model(model: nn.Module) -> None:
 
     Raises:
         TypeError: it is no module.
-        ValueError: it is compiled, or in training mode.
+        ValueError: it is compiled, or it or a module in it is in training mode.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     in_place = getattr(model, "_compiled_call_impl", None)
     if hasattr(model, "_orig_mod") or hasattr(in_place, "_torchdynamo_orig_callable"):
         raise ValueError("the model is compiled, in which no other format can be simulated: give it uncompiled")
-    if model.training:
+    training = next((path for path, module in model.named_modules() if module.training), None)
+    if training is not None:
         raise ValueError(
-            "the model is in training mode, in which dropout and batch normalisation change the loss from call to "
-            "call: call model.eval()"
+            f"{training or 'the model'} is in training mode, in which dropout and batch normalisation change the loss "
+            "from call to call: call model.eval()"
         )
 
 
@@ -122,16 +123,16 @@ def weighed(batches: Iterable[Any], weight: Weight | None) -> Iterator[tuple[int
         raise ValueError("there is no batch: give at least one (a generator can be read only once)")
 
 
-def refuse_nonfinite(loss: float, number: int) -> None:
-    """Refuse a loss of the unrounded model that is infinite or NaN.
+def refuse_nonfinite(value: float, number: int, what: str = "loss") -> None:
+    """Refuse a value of the unrounded model on batch ``number`` that is infinite or NaN; ``what`` is its name.
 
     Raises:
         FloatingPointError: it is.
     """
-    if not math.isfinite(loss):
+    if not math.isfinite(value):
         raise FloatingPointError(
-            f"the loss of the unrounded model is {loss} on batch {number}: look for labels that all are ignored, for "
-            "a mean over nothing, and for overflow"
+            f"the {what} of the unrounded model is {value} on batch {number}: look for labels that all are ignored, "
+            "for a mean over nothing, and for overflow"
         )
 
 

@@ -14,8 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fpsim.compile_backend import explain
-from fpsim.compile_backend.plan import render
-from fpsim.compile_backend.report.running import ISOLATED, no_recompile_limit
+from fpsim.compile_backend.report.running import no_recompile_limit
 from fpsim.curvature.results import new_axes
 from fpsim.evaluate.batches import (
     Clock,
@@ -31,7 +30,8 @@ from fpsim.evaluate.batches import (
     weighed,
 )
 from fpsim.evaluate.policies import NOTHING, UNROUNDED, PolicyLike, named_policies
-from fpsim.evaluate.tables import data_frame, html
+from fpsim.evaluate.running import under
+from fpsim.evaluate.tables import Printed, data_frame
 from fpsim.evaluate.texts import unfused
 from fpsim.policy import Policy
 
@@ -69,11 +69,11 @@ class Row:
     @property
     def perplexity(self) -> float:
         """The exponential of the mean, for losses that are cross-entropies in nats."""
-        return math.exp(self.mean.value) if self.mean.value < 700 else math.inf
+        return float(torch.tensor(self.mean.value, dtype=torch.float64).exp())
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Printed):
     """The result of `compare`. ``print(comparison)`` and ``rich.print(comparison)`` show a table.
 
     Attributes:
@@ -156,12 +156,6 @@ class Comparison:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.table()
 
-    def __str__(self) -> str:
-        return render(self)
-
-    def _repr_html_(self) -> str:
-        return html(self.table())
-
 
 def compare(
     model: nn.Module,
@@ -198,7 +192,8 @@ def compare(
 
     Raises:
         ValueError: a policy that rounds nothing in the model's forward pass or that cannot be carried out; a model that
-            is compiled or in training mode; no batch, a batch that changes in use; two policies of the same name.
+            is compiled or in training mode; no batch, a batch that changes in use; an unknown metric or backend; and
+            the errors of `fpsim.evaluate.policies.named_policies`.
         TypeError: a loss that is not a number.
         FloatingPointError: the unrounded model's loss is not finite. Under a policy this is no error: the row counts
             such batches.
@@ -209,16 +204,17 @@ def compare(
     ['unrounded', 'bf16', 'e4m3fn']
     """
     check_model(model)
+    if not (metric is None or metric == PERPLEXITY or callable(metric)):
+        raise ValueError(f"unknown metric {metric!r}: use 'perplexity', a function, or None")
+    function = metric if callable(metric) else None
+    measure = PERPLEXITY if metric == PERPLEXITY else "loss" if function is None else _name_of(function)
     given = {name: policy for name, policy in named_policies(policies).items() if policy is not None}
     by_name = {UNROUNDED: NOTHING, **given}
-    function = metric if callable(metric) else None
-    if isinstance(metric, str) and metric != PERPLEXITY:
-        raise ValueError(f"unknown metric {metric!r}: use 'perplexity', a function, or None")
     values: dict[str, list[float]] = {name: [] for name in by_name}
     clocks = {name: Clock() for name in by_name}
     weights = []
     with torch.no_grad(), unfused(), no_recompile_limit():
-        compiled = {name: _under(model, policy, backend) for name, policy in by_name.items()}
+        compiled = {name: under(model, policy, backend) for name, policy in by_name.items()}
         for number, batch, own in weighed(batches, weight):
             weights.append(own)
             for name, network in compiled.items():
@@ -228,7 +224,7 @@ def compare(
                     value = _number(network, batch, loss, function)
                 values[name].append(value)
                 if name == UNROUNDED:
-                    refuse_nonfinite(value, number)
+                    refuse_nonfinite(value, number, "loss" if function is None else measure)
             if progress is not None:
                 progress(number + 1)
     exact = values[UNROUNDED]
@@ -244,14 +240,7 @@ def compare(
         )
         for name in by_name
     )
-    measure = PERPLEXITY if metric == PERPLEXITY else "loss" if function is None else _name_of(function)
     return Comparison(measure, rows, tuple(weights))
-
-
-def _under(model: nn.Module, policy: Policy, backend: str) -> Any:
-    """``model`` under ``policy``; its parameters are the same tensors."""
-    options: dict[str, Any] = {"policy": policy}
-    return torch.compile(model, backend=backend, options=options, dynamic=False, **ISOLATED)
 
 
 def _number(network: Any, batch: Any, loss: Callable[..., Any] | None, metric: Callable[..., Any] | None) -> float:

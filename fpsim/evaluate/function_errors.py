@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 import mpmath
 import torch
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import Tensor
 
 from fpsim import reference
-from fpsim.compile_backend.plan import render
 from fpsim.curvature.results import new_axes
 from fpsim.evaluate.exact_functions import Exact, exact_function
-from fpsim.evaluate.tables import html
+from fpsim.evaluate.tables import Printed
 from fpsim.formats import FloatFormat, parse_format
 from fpsim.rounding.carriers import CARRIERS
 from fpsim.tensor_functions import decode, encode
@@ -72,7 +71,7 @@ class Seam:
 
 
 @dataclass(frozen=True, eq=False)
-class Accuracy:
+class Accuracy(Printed):
     """The result of `accuracy`. ``print(result)`` shows it.
 
     Attributes:
@@ -151,12 +150,6 @@ class Accuracy:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from self.tables()
-
-    def __str__(self) -> str:
-        return render(self)
-
-    def _repr_html_(self) -> str:
-        return html(Group(*self.tables()))
 
 
 def accuracy(

@@ -9,6 +9,7 @@ from torch import nn
 
 from fpsim.evaluate.batches import check_model
 from fpsim.evaluate.policies import PolicyLike, parse_policy
+from fpsim.evaluate.running import check_backend
 
 
 def harness_model(
@@ -29,9 +30,10 @@ def harness_model(
 
     Raises:
         ModuleNotFoundError: lm-eval or accelerate is not installed.
-        ValueError: the model is compiled or in training mode, or the policy is unknown.
+        ValueError: the model is compiled or in training mode, or the policy or the backend is unknown.
     """
     check_model(model)
+    check_backend(backend)
     parsed = parse_policy(policy)
     try:
         from lm_eval.models.huggingface import HFLM

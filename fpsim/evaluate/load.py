@@ -67,7 +67,7 @@ def load_checkpoint(folder: Path, dtype: torch.dtype) -> Any:
         from transformers import AutoModelForCausalLM
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "transformers is not installed; checkpoints need it: pip install 'fpsim[paper]'", name="transformers"
+            "transformers is not installed; checkpoints need it: pip install 'fpsim-torch[paper]'", name="transformers"
         ) from error
     with errors_of_checkpoint(folder):
         loaded: Any = AutoModelForCausalLM.from_pretrained(

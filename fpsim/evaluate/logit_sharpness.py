@@ -18,12 +18,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fpsim.compile_backend.errors import UnroundedError
+from fpsim.evaluate.running import under
 from fpsim.evaluate.texts import task_of_checkpoint, task_of_script, unfused
 from fpsim.policy import Policy
 from fpsim.policy.shorthand import UNSIMULATED, parse_shorthand
 from fpsim.sharpness.box import EPSILONS, ITERATIONS
 from fpsim.sharpness.logits import LogitMetrics, Method, last_of, logit_metrics
 from fpsim.sharpness.streaming import Accumulator, LogitSummary, gradient_norm, predictions
+from fpsim.showing import Shown
 
 #: Name of the row in which nothing is rounded.
 UNROUNDED = "none"
@@ -48,7 +50,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Shown):
     """The result of `measure_checkpoint` and `measure_script`.
 
     Attributes:
@@ -268,9 +270,7 @@ def _last(metrics: LogitMetrics) -> LogitMetrics:
 
 
 def _under(model: nn.Module, policy: Policy | None, backend: str) -> Any:
-    """``model`` under ``policy``; its parameters are the same tensors."""
     if policy is None:
         return model
     torch._dynamo.reset()  # a model may be compiled under many policies, and torch gives up after a few
-    options: dict[str, Any] = {"policy": policy}
-    return torch.compile(model, backend=backend, options=options, dynamic=False)
+    return under(model, policy, backend)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
+
+from fpsim.formats import format_name
 from fpsim.policy import Policy
 from fpsim.policy.policy import PRESETS
 from fpsim.policy.shorthand import parse_shorthand
 
-#: A policy, its fields, or a name that `parse_policy` reads; None rounds nothing.
-PolicyLike = Policy | Mapping[str, Any] | str | None
+#: A policy, its fields, a name that `parse_policy` reads, or a dtype of torch; None rounds nothing.
+PolicyLike = Policy | Mapping[str, Any] | str | torch.dtype | None
 
 #: The name of the model in which nothing is rounded.
 UNROUNDED = "unrounded"
@@ -26,7 +30,9 @@ def parse_policy(given: PolicyLike) -> Policy | None:
 
     A text is the name of a preset (``bf16``, ``mxfp8``, ``nvfp4``, ``paper:e8m3``), a cast for all operands
     (``e4m3fn``, ``e8m3/toward_zero``), two casts for forward and backward (``e4m3fn+e5m2``), or the path of a file that
-    `fpsim.Policy.to_json` wrote (``best.json``). ``unrounded`` and None round nothing.
+    `fpsim.Policy.to_json` wrote (``best.json``). ``unrounded`` and None round nothing. A
+    dtype of torch is the format of all operands: ``torch.bfloat16`` is ``Policy(format="bfloat16")``, and not the
+    preset ``bf16``, which rounds results too.
 
     Raises:
         ValueError, TypeError: it is none of these.
@@ -37,6 +43,7 @@ def parse_policy(given: PolicyLike) -> Policy | None:
     """
     if given is None or given == UNROUNDED:
         return None
+    given = format_name(given)
     if isinstance(given, Mapping):
         return Policy.from_options(given)
     if not isinstance(given, str):
@@ -53,24 +60,66 @@ def named_policies(given: Mapping[str, PolicyLike] | Iterable[PolicyLike] | Poli
     """Policies by name: a mapping's keys, or else the text of each policy.
 
     Raises:
-        ValueError: two have the same name, or there is none.
+        ValueError: two have the same name, one that rounds has the name ``unrounded``, a mapping has the fields of one
+            policy in place of names, or there is no policy.
     """
-    if isinstance(given, Policy | str) or given is None:
+    if isinstance(given, Policy | str | torch.dtype) or given is None:
         given = [given]
+    if isinstance(given, Mapping) and given and _is_policy(given):
+        raise ValueError(f"{dict(given)} is one policy, and not a mapping from names to policies: give it in a list")
     pairs = list(given.items()) if isinstance(given, Mapping) else [(_name(each), each) for each in given]
     result: dict[str, Policy | None] = {}
     for name, policy in pairs:
         if name in result:
             raise ValueError(f"two policies have the name {name!r}: give a mapping from names to policies")
         result[str(name)] = parse_policy(policy)
+        if name == UNROUNDED and result[name] is not None:
+            raise ValueError(f"the name {UNROUNDED!r} is that of the model without rounding: give the policy another")
     if not result:
         raise ValueError("there is no policy: give at least one, such as 'bf16'")
     return result
 
 
+def forward_only(policy: Policy) -> Policy:
+    """``policy`` without the roundings of the backward pass.
+
+    >>> nvfp4 = Policy.preset("nvfp4")
+    >>> nvfp4.is_stochastic, forward_only(nvfp4).is_stochastic
+    (True, False)
+    """
+    operands = {role: policy.cast("fprop", role) for role in ("activation", "weight")}
+    results = policy.elementwise_cast("forward")
+    return replace(
+        policy,
+        format="none",
+        activation=None,
+        weight=None,
+        gradient=None,
+        output=None,
+        fprop={key: each or "none" for key, each in {**operands, "output": policy.output_cast("fprop")}.items()},
+        dgrad=(),
+        wgrad=(),
+        elementwise=() if results is None else {"forward": results},
+        modules=[(glob, None if rule is None else forward_only(rule)) for glob, rule in _rules(policy)],
+    )
+
+
+def _rules(policy: Policy) -> Sequence[tuple[str, Policy | None]]:
+    return cast(Sequence[tuple[str, Policy | None]], policy.modules)  # as a policy stores them
+
+
+def _is_policy(given: Mapping[str, Any]) -> bool:
+    try:
+        Policy.from_options(given)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _name(policy: PolicyLike) -> str:
     if policy is None:
         return UNROUNDED
+    policy = format_name(policy)
     if isinstance(policy, str):
         return policy
     parsed = parse_policy(policy)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import permutations
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -18,8 +19,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import nn
 
 from fpsim.compile_backend import explain
-from fpsim.compile_backend.plan import Site, render
-from fpsim.compile_backend.report.running import ISOLATED, no_recompile_limit
+from fpsim.compile_backend.plan import Site
+from fpsim.compile_backend.report.running import no_recompile_limit
 from fpsim.curvature.data import fingerprint, why_batches_differ
 from fpsim.curvature.results import new_axes
 from fpsim.evaluate.batches import (
@@ -36,8 +37,9 @@ from fpsim.evaluate.batches import (
 )
 from fpsim.evaluate.costs import COSTS, Cost
 from fpsim.evaluate.policies import NOTHING, PolicyLike, named_policies
+from fpsim.evaluate.running import under
 from fpsim.evaluate.switched import SwitchedModel
-from fpsim.evaluate.tables import data_frame, html
+from fpsim.evaluate.tables import Printed, data_frame
 from fpsim.evaluate.texts import unfused
 from fpsim.policy import Policy
 
@@ -78,12 +80,12 @@ class Point:
 
 
 @dataclass(frozen=True)
-class SearchResult:
+class SearchResult(Printed):
     """The result of `search`. ``print(result)`` shows it; ``result.policy.to_json()`` is for `fpsim.Policy.from_json`.
 
     Attributes:
         policy: the policy that was found.
-        choices: for each group (the path of its module, or of several, joined by `` + ``) the name of its format.
+        choices: for each group (the path of its module, or of several, joined by ``' + '``) the name of its format.
         cost: the cost of the policy.
         change: the change of the loss under the policy, measured through the backend without switches.
         met: whether the policy is within the tolerance or the budget.
@@ -153,12 +155,6 @@ class SearchResult:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(f"{self.message}: change of the loss {self.change}, cost {self.cost:.6g}")
         yield self.table()
-
-    def __str__(self) -> str:
-        return render(self)
-
-    def _repr_html_(self) -> str:
-        return html(self)
 
 
 def search(
@@ -319,8 +315,7 @@ class _Trial:
 
     def verified(self, policy: Policy) -> Mean:
         """The change of the loss under ``policy``, without switches."""
-        options: dict[str, Any] = {"policy": policy}
-        return self._change(torch.compile(self.model, backend=self.backend, options=options, dynamic=False, **ISOLATED))
+        return self._change(under(self.model, policy, self.backend))
 
     def _change(self, model: Callable[..., Any]) -> Mean:
         prints, changes = [], []
@@ -416,8 +411,8 @@ class _Problem:
         return tuple(int(f) for f in solution.x.reshape(groups, formats).argmax(1))
 
 
-class _Search:
-    """Proposes choices, measures them, and keeps the best. ``rank`` orders choices, the best first."""
+class _Search(ABC):
+    """Proposes choices, measures them, and keeps the best."""
 
     def __init__(self, problem: _Problem, limit: float, trials: int) -> None:
         self.problem, self.limit, self.trials = problem, limit, trials
@@ -435,15 +430,21 @@ class _Search:
             best = better
         return best
 
+    @abstractmethod
     def proposals(self) -> Iterator[_Choice]:
-        raise NotImplementedError
+        """The choices to measure first."""
 
+    @abstractmethod
     def rank(self, choice: _Choice) -> tuple[float, ...]:
-        raise NotImplementedError
+        """The place of a choice among others, the best first."""
 
+    @abstractmethod
     def promises(self, choice: _Choice, best: _Choice) -> bool:
         """Whether ``choice`` may rank before ``best``, as far as is known without measuring it."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def order(self, choice: _Choice) -> tuple[float, ...]:
+        """The order in which candidates are measured."""
 
     def measure(self, choice: _Choice) -> float:
         if choice not in self.measured:
@@ -470,10 +471,6 @@ class _Search:
                     return choice
         return None
 
-    def order(self, choice: _Choice) -> tuple[float, ...]:
-        """The order in which candidates are measured."""
-        raise NotImplementedError
-
     def _steps(self, choice: _Choice) -> Iterator[_Choice]:
         for g in range(len(choice)):
             for f in range(len(self.problem.formats)):
@@ -481,11 +478,11 @@ class _Search:
                     yield (*choice[:g], f, *choice[g + 1 :])
 
     def _swaps(self, choice: _Choice) -> Iterator[_Choice]:
-        for g, h in permutations(range(len(choice)), 2):
+        for g, h in combinations(range(len(choice)), 2):
             for f in range(len(self.problem.formats)):
                 for e in range(len(self.problem.formats)):
-                    if f != choice[g] and e != choice[h] and g < h:
-                        yield tuple(f if i == g else e if i == h else c for i, c in enumerate(choice))
+                    if f != choice[g] and e != choice[h]:
+                        yield (*choice[:g], f, *choice[g + 1 : h], e, *choice[h + 1 :])
 
 
 class _Within(_Search):

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import Tensor, nn
 
 from fpsim.compile_backend.functional import functional
-from fpsim.compile_backend.plan import render
 from fpsim.compile_backend.report.running import no_recompile_limit
 from fpsim.compile_backend.switches import CAPACITY, Place, Switches
 from fpsim.curvature import hessian
@@ -30,9 +29,9 @@ from fpsim.evaluate.batches import (
     same_draws,
     weighed,
 )
-from fpsim.evaluate.policies import PolicyLike, parse_policy
+from fpsim.evaluate.policies import PolicyLike, forward_only, parse_policy
 from fpsim.evaluate.switched import SwitchedModel
-from fpsim.evaluate.tables import data_frame, html
+from fpsim.evaluate.tables import Printed, data_frame
 from fpsim.evaluate.texts import unfused
 from fpsim.policy import Policy
 
@@ -112,7 +111,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Printed):
     """The result of `sensitivity`. ``print(result)`` and ``rich.print(result)`` show tables, the worst unit first.
 
     Attributes:
@@ -210,12 +209,6 @@ class Sensitivity:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from self.tables()
 
-    def __str__(self) -> str:
-        return render(self)
-
-    def _repr_html_(self) -> str:
-        return html(Group(*self.tables()))
-
 
 def sensitivity(
     model: nn.Module,
@@ -236,9 +229,9 @@ def sensitivity(
     loss is measured when only this unit is rounded, and when all others are. For every unit of the backward pass the
     gradient is measured when only this unit is rounded.
 
-    A batch costs two forward passes per forward unit, a gradient per backward unit, and about 5.4 gradients for the
-    estimates of all units: one gradient and two Hessian products with random signs, whose terms between units have mean
-    zero.
+    A batch costs two forward passes per forward unit, a gradient per backward unit, and less than six gradients for the
+    estimates of all units: two forward passes, one gradient, and two Hessian products with random signs, whose terms
+    between units have mean zero.
 
     Args:
         model: an uncompiled module in evaluation mode, which torch can compile as one graph.
@@ -249,15 +242,15 @@ def sensitivity(
         by: ``module`` switches all forward, or all backward, sites of a module together; ``site`` switches those of one
             kind of product and one role (``fprop weight``).
         gradients: whether to measure the units of the backward pass.
-        estimates: whether to estimate changes from derivatives. There are no estimates for stochastic rounding.
-            Estimates are NaN where a value rounds to an infinity.
+        estimates: whether to estimate changes from derivatives. Estimates are NaN where a value rounds to an infinity.
+            They take errors as constants, which those of stochastic rounding in the forward pass are not.
         weight: a function from a batch to its weight in means, such as `fpsim.curvature.label_count`; None: all alike.
         backend: ``fpsim_eager``, or ``fpsim``, which compiles.
         progress: called with the number of batches that are done.
 
     Raises:
-        ValueError: a policy that rounds nothing or that has no switches; an unknown ``by``; and as
-            `fpsim.evaluate.compare`.
+        ValueError: a policy that rounds nothing or that has no switches; estimates for stochastic rounding in the
+            forward pass; an unknown ``by``; and as `fpsim.evaluate.compare`.
         FloatingPointError: the loss of the unrounded model is not finite.
         fpsim.curvature.CurvatureError: the loss cannot be differentiated twice: pass ``estimates=False``.
 
@@ -273,9 +266,15 @@ def sensitivity(
     parsed = parse_policy(policy)
     if parsed is None:
         raise ValueError("the policy rounds nothing: name one, such as 'e4m3fn'")
+    forward = forward_only(parsed)
+    if estimates and forward.is_stochastic:
+        raise ValueError(
+            "estimates take the errors of rounding as constants, and stochastic rounding draws new ones each time: "
+            "pass estimates=False, which measures one draw for each batch, or round to nearest"
+        )
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad} if gradients else {}
     measured = _Measured(model, parsed, loss, by, parameters, backend)
-    estimated = _Estimated(model, parsed, loss, by) if estimates and not parsed.is_stochastic else None
+    estimated = _Estimated(model, forward, loss, by) if estimates else None
     weights = []
     with unfused(), no_recompile_limit(), plain_errors("the policy"):
         for number, batch, own in weighed(batches, weight):
@@ -413,22 +412,23 @@ class _Estimated:
             return
         numbers = {place: index for index, unit in enumerate(units) for place in units[unit]}
         owners = torch.tensor([numbers[place] for place in self.switches.numbers], device=self.device)
+        gradients: list[Tensor] = []
 
         def loss(params: Mapping[str, Tensor]) -> Tensor:
-            return self._loss(params["parts"][owners], number, batch)
+            parts = params["parts"]
+            # The first of the gradients that a product with the Hessian computes is that of the loss.
+            parts.register_hook(lambda gradient: gradients.append(gradient.detach()))
+            return self._loss(parts[owners], number, batch)
 
         parts = torch.zeros(len(units), dtype=self.dtype, device=self.device)
-        variable = parts.clone().requires_grad_()
-        with torch.enable_grad():
-            gradient = torch.autograd.grad(loss({"parts": variable}), variable)[0]
-        operator = hessian(loss, {"parts": parts}, keep=True)
+        operator = hessian(loss, {"parts": parts}, mode="double_backward", keep=True)
         generator = torch.Generator().manual_seed(number)
         diagonal = torch.zeros(len(units), dtype=torch.float64)
         for _ in range(PROBES):
             signs = torch.randint(0, 2, (len(units),), generator=generator).double() * 2 - 1
             diagonal += signs * (operator @ signs).double().cpu() / PROBES
         lost = {_unit(place, self.by) for place, n in self.switches.numbers.items() if n in self.switches.overflowed}
-        first = gradient.double().cpu()
+        first = gradients[0].double().cpu()
         for index, unit in enumerate(units):
             one = math.nan if unit in lost else float(first[index])
             self.first.setdefault(unit, []).append(one)

@@ -14,6 +14,7 @@ from fpsim.compile_backend.compiling import compile_with_rounding
 from fpsim.compile_backend.report.running import ISOLATED
 from fpsim.compile_backend.switches import Place, Switches
 from fpsim.compile_backend.torch_settings import apply_settings
+from fpsim.evaluate.running import check_backend
 from fpsim.policy import Policy
 
 
@@ -29,8 +30,7 @@ class SwitchedModel:
     """
 
     def __init__(self, model: nn.Module, policies: Sequence[Policy], backend: str = "fpsim_eager") -> None:
-        if backend not in ("fpsim", "fpsim_eager"):
-            raise ValueError(f"unknown backend {backend!r}: use 'fpsim_eager' or 'fpsim'")
+        check_backend(backend)
         self.switches = Switches(policies)
 
         def compiled(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

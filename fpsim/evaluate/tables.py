@@ -1,12 +1,14 @@
-"""Results as data frames and as HTML."""
+"""Results as text, as HTML, and as data frames."""
 
 from __future__ import annotations
 
-import io
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderResult
+
+from fpsim.showing import Shown, render
 
 if TYPE_CHECKING:
     import pandas
@@ -25,8 +27,12 @@ def data_frame(rows: Sequence[dict[str, Any]]) -> pandas.DataFrame:
     return pandas.DataFrame(rows)
 
 
-def html(value: RenderableType, width: int = 140) -> str:
-    """What rich prints for ``value``, as HTML for notebooks."""
-    console = Console(record=True, width=width, file=io.StringIO())
-    console.print(value)
-    return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+class Printed(Shown, ABC):
+    """A result that rich prints; it is the same as text, and as HTML in notebooks."""
+
+    @abstractmethod
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The parts that rich prints."""
+
+    def __str__(self) -> str:
+        return render(self)

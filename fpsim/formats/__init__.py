@@ -1,6 +1,7 @@
 """Number formats as frozen values, their names, and the names of the rounding and overflow modes."""
 
 from fpsim.formats.codebook import CODEBOOKS, CodebookFormat
+from fpsim.formats.dtypes import format_name, parse_format
 from fpsim.formats.elements import WHOLE_FORMATS, ElementFormat, expand, parse_element
 from fpsim.formats.float import SPECIALS, FloatFormat
 from fpsim.formats.integer import IntegerFormat
@@ -15,7 +16,7 @@ from fpsim.formats.modes import (
     resolve_overflow,
     split_rounding,
 )
-from fpsim.formats.names import NAMED_FORMATS, parse_format
+from fpsim.formats.names import NAMED_FORMATS
 
 __all__ = [
     "CODEBOOKS",
@@ -33,6 +34,7 @@ __all__ = [
     "Rounding",
     "check_rounding",
     "expand",
+    "format_name",
     "full_rounding",
     "parse_element",
     "parse_format",

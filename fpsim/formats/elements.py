@@ -6,20 +6,20 @@ import re
 from typing import Any
 
 from fpsim.formats.codebook import CODEBOOKS, GROUP_SIZES, CodebookFormat, parse_codebook
+from fpsim.formats.dtypes import Dtype, parse_format
 from fpsim.formats.float import FloatFormat
 from fpsim.formats.integer import IntegerFormat, parse_integer
-from fpsim.formats.names import parse_format
 
 #: The formats of the elements of a cast.
 ElementFormat = FloatFormat | IntegerFormat | CodebookFormat
 
 
-def parse_element(name: str | ElementFormat) -> ElementFormat:
+def parse_element(name: str | ElementFormat | Dtype) -> ElementFormat:
     """The element format that ``name`` denotes: an integer, a codebook, or any format of `parse_format`.
 
     Raises:
         ValueError: there is no such format. The message lists similar names.
-        TypeError: ``name`` is neither a string nor a format.
+        TypeError: ``name`` is neither a string nor a format nor a dtype of torch.
 
     >>> parse_element("int4"), parse_element("e2m1fn").max
     (IntegerFormat(bits=4, signed=True, full=False, unit_exponent=0), 6.0)

@@ -19,12 +19,13 @@ from fpsim.accumulators.sums import parse_reduction
 from fpsim.attention.flash import PRESETS as KERNELS
 from fpsim.attention.flash import FlashAttention, FlashLike, parse_flash
 from fpsim.casts import NONE, UNSCALED, Cast, CastLike, parse_cast
-from fpsim.formats import OVERFLOWS, ElementFormat, FloatFormat, full_rounding, parse_format
-from fpsim.json_text import check_depth, parse_json
+from fpsim.formats import OVERFLOWS, FloatFormat, full_rounding, parse_format
+from fpsim.json_text import check_depth, parse_versioned
 from fpsim.policy.globs import matches
 from fpsim.policy.presets import HYBRID, MORE_THAN_POLICIES, PRESETS
 from fpsim.scaling.scale import Scale, parse_scale
-from fpsim.suggestions import did_you_mean
+from fpsim.showing import Shown
+from fpsim.suggestions import did_you_mean, named_arguments
 from fpsim.transforms.names import NAMES_OF_PRODUCTS, parse_transform
 from fpsim.transforms.transform import Transform
 
@@ -70,12 +71,14 @@ TransformsLike = str | Transform | Mapping[str, str | Transform | None] | Sequen
 _StoredCast = Cast | Literal["none"] | None
 
 
+@named_arguments
 @dataclass(frozen=True)
-class Policy:
+class Policy(Shown):
     """Which values the compiler backend rounds, and how. The fields are also the ``options`` of `torch.compile`.
 
     Every field that takes a format also takes a cast, which adds modes to the format: ``"e8m3/toward_zero"``,
-    ``"e5m2/nearest_even/sat_finite"``. ``"none"`` leaves the values unrounded.
+    ``"e5m2/nearest_even/sat_finite"``, and a floating-point dtype of torch (`fpsim.formats.format_name`). ``"none"``
+    leaves the values unrounded.
 
     Attributes:
         format: the format of every operand of every matrix product, unless a more specific field names one.
@@ -123,10 +126,11 @@ class Policy:
             It leaves the product as it is in exact arithmetic: ``hadamard:16`` rotates blocks
             (`fpsim.transforms.hadamard.Hadamard`), ``smooth`` moves factors of channels from one operand to the other
             (`fpsim.transforms.smoothing.Smoothing`), ``permute:amax`` sorts channels
-            (`fpsim.transforms.permutation.Permutation`). A mapping from kinds to transforms changes only products of
-            these kinds: ``{"wgrad": "hadamard:16:te"}``. The changed operands are float32 (float64 for float64), and
-            are rounded by their casts; an operand without a cast is rounded to the dtype of the product. Products of
-            which no operand is rounded stay as they are. Default: no transform.
+            (`fpsim.transforms.permutation.Permutation`). ``smooth/hadamard:16`` rotates what smoothing has made of the
+            operands (`fpsim.transforms.chain.Chain`). A mapping from kinds to transforms changes only products of these
+            kinds: ``{"wgrad": "hadamard:16:te"}``. The changed operands are float32 (float64 for float64), and are
+            rounded by their casts; an operand without a cast is rounded to the dtype of the product. Products of which
+            no operand is rounded stay as they are. Default: no transform.
         skip: globs of module paths. The products in these modules are not rounded; the plan lists them as gaps.
         modules: a mapping from globs of module paths to the policy that applies to these modules instead: a `Policy`,
             a preset (``"paper:e8m3"``), a mapping of fields, a format, or ``"none"``. A mapping and a format inherit
@@ -164,7 +168,7 @@ class Policy:
 
     Raises:
         ValueError: a format, mode, role or choice is unknown. The message names it and the remedy.
-        TypeError: a value has the wrong type.
+        TypeError: a value has the wrong type, or an argument is no field. The message lists the fields.
     """
 
     # The annotations are the types that a caller may pass. `__post_init__` stores values instead: a `Cast` or "none"
@@ -198,9 +202,13 @@ class Policy:
         check_depth([getattr(self, field.name) for field in fields(self)])
         object.__setattr__(self, "rounding", full_rounding(self.rounding))
         if self.overflow is not None and self.overflow not in OVERFLOWS:
-            raise ValueError(f"unknown overflow mode {self.overflow!r}: use one of {', '.join(OVERFLOWS)}, or None")
+            hint = did_you_mean(self.overflow, OVERFLOWS)
+            raise ValueError(
+                f"unknown overflow mode {self.overflow!r}{hint}: use one of {', '.join(OVERFLOWS)}, or None"
+            )
         if self.products not in PRODUCTS:
-            raise ValueError(f"unknown products {self.products!r}: use one of {', '.join(PRODUCTS)}")
+            hint = did_you_mean(self.products, PRODUCTS)
+            raise ValueError(f"unknown products {self.products!r}{hint}: use one of {', '.join(PRODUCTS)}")
         set_ = object.__setattr__
         set_(self, "attention", _attention(self.attention))
         set_(self, "scale", parse_scale(self.scale))
@@ -262,11 +270,10 @@ class Policy:
     ) -> tuple[tuple[str, _StoredCast], ...]:
         """The field ``name``, a mapping from ``valid`` keys to casts; a cast alone applies to all ``usual`` keys."""
         given = getattr(self, name)
-        if isinstance(given, str | ElementFormat | Cast):
+        if isinstance(given, CastLike):
             given = dict.fromkeys(usual, given)
         casts = {key: cast for key, cast in _pairs(name, given) if cast is not None}
-        if unknown := sorted(set(casts) - set(valid)):
-            raise ValueError(f"unknown {what} {unknown[0]!r} in {name}: use {', '.join(valid)}")
+        _check_keys(what, name, casts, valid)
         parsers = {key: self._operand if key in ROLES else self._result for key in valid}
         return tuple((key, parsers[key](casts[key])) for key in valid if key in casts)
 
@@ -290,8 +297,7 @@ class Policy:
         if isinstance(given, str | Transform):
             given = dict.fromkeys(KINDS, given)
         transforms = {kind: parse_transform(name) for kind, name in _pairs("transform", given)}
-        if unknown := sorted(set(transforms) - set(KINDS)):
-            raise ValueError(f"unknown kind {unknown[0]!r} in transform: use {', '.join(KINDS)}")
+        _check_keys("kind", "transform", transforms, KINDS)
         for transform in transforms.values():
             if transform is not None and not transform.is_of_products:
                 name = str(transform)
@@ -324,7 +330,7 @@ class Policy:
             return given
         if isinstance(given, str) and is_preset(given):
             return Policy.preset(given)
-        if isinstance(given, str | ElementFormat | Cast):
+        if isinstance(given, CastLike):
             given = {"format": given}
         if isinstance(given, Mapping) and "policy" not in given:
             given = {**{name: getattr(self, name) for name in _INHERITED}, **given}
@@ -519,6 +525,32 @@ class Policy:
 
     # -- other policies --------------------------------------------------------------------------------------
 
+    @property
+    def of_forward(self) -> Policy:
+        """The policy that rounds in forward as this one does, and nothing in backward.
+
+        >>> Policy(activation="e4m3fn", weight="e4m3fn", gradient="e5m2/stochastic").of_forward.is_stochastic
+        False
+        """
+        elementwise, accumulator = self.elementwise_cast("forward"), self.accumulator_of("fprop")
+        transform = self.product_transform("fprop")
+        return replace(
+            self,
+            format=NONE,
+            gradient=NONE,
+            activation=self.cast("fprop", "activation") or NONE,
+            weight=self.cast("fprop", "weight") or NONE,
+            output=self.output_cast("fprop"),
+            elementwise={} if elementwise is None else {"forward": elementwise},
+            accumulator=None if accumulator is None else {"fprop": accumulator},
+            transform={} if transform is None else {"fprop": transform},
+            fprop=(),
+            dgrad=(),
+            wgrad=(),
+            saved=(),
+            modules=tuple((glob, policy and policy.of_forward) for glob, policy in self._rules),
+        )
+
     def with_modules(self, modules: Mapping[str, ModuleRule] | Sequence[tuple[str, ModuleRule]]) -> Policy:
         """This policy with more rules for modules. They precede its own rules and replace rules with the same glob.
 
@@ -630,18 +662,7 @@ class Policy:
         Raises:
             ValueError: ``text`` is not JSON, is not a policy, or was written by a newer fpsim.
         """
-        try:
-            options = parse_json(text)
-        except ValueError as error:
-            raise ValueError(f"a policy must be valid JSON: {error}") from None
-        if not isinstance(options, dict):
-            raise ValueError(f"a policy must be a JSON object, got {type(options).__name__}")
-        version = options.pop("version", JSON_VERSION)
-        if version != JSON_VERSION:
-            raise ValueError(
-                f"this policy has version {version}, this fpsim reads version {JSON_VERSION}: upgrade fpsim"
-            )
-        return Policy.from_options(options)
+        return Policy.from_options(parse_versioned(text, "policy", JSON_VERSION))
 
     @staticmethod
     def from_options(options: Mapping[str, Any] | None) -> Policy:
@@ -692,8 +713,8 @@ def _preset_fields(name: str) -> dict[str, Any]:
         )
     if name not in PRESETS:
         raise ValueError(
-            f"unknown preset {name!r}: use one of {', '.join(PRESETS)}, or {_PAPER}FORMAT; one format for all is "
-            f"{{'format': {name!r}}}"
+            f"unknown preset {name!r}{did_you_mean(name, PRESETS)}: use one of {', '.join(PRESETS)}, or "
+            f"{_PAPER}FORMAT; one format for all is {{'format': {name!r}}}"
         )
     return PRESETS[name]
 
@@ -736,9 +757,15 @@ def _by_kind(name: str, given: Any) -> dict[str, Any]:
         isinstance(given, tuple | list) and bool(given) and all(isinstance(p, tuple | list) for p in given)
     )
     values = dict(_pairs(name, given)) if is_mapping else dict.fromkeys(KINDS, given)
-    if unknown := sorted(set(values) - set(KINDS)):
-        raise ValueError(f"unknown kind {unknown[0]!r} in {name}: use {', '.join(KINDS)}")
+    _check_keys("kind", name, values, KINDS)
     return {kind: value for kind, value in values.items() if value is not None and value != NONE}
+
+
+def _check_keys(what: str, name: str, given: Iterable[str], valid: Sequence[str]) -> None:
+    """Refuse keys of the field ``name`` that are not ``valid``."""
+    if unknown := sorted(set(given) - set(valid)):
+        hint = did_you_mean(unknown[0], valid)
+        raise ValueError(f"unknown {what} {unknown[0]!r} in {name}{hint}: use {', '.join(valid)}")
 
 
 def _strings(name: str, given: Any) -> tuple[str, ...]:

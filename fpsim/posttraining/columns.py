@@ -74,6 +74,7 @@ class Columns:
         width: the number of consecutive columns that share scales; the last columns may be fewer.
         constraint: a function of the ratios, or None.
         whole: the scale of the tensor for ``power_of_two`` and NVFP4, else None.
+        largest: the largest magnitude of the tensor for NVFP4, float32 without axes, else None.
         restored: for ``double`` the ratios of the whole weight and the ratios as they are restored, both of shape
             (rows, columns); else None.
     """
@@ -82,6 +83,7 @@ class Columns:
     width: int
     constraint: Constraint | None = None
     whole: Tensor | None = None
+    largest: Tensor | None = None
     restored: tuple[Tensor, Tensor] | None = None
 
     def scales(self, group: Tensor, first: int) -> tuple[Tensor, ...]:
@@ -102,7 +104,7 @@ class Columns:
         amax = groups.values.abs().amax(groups.axes, keepdim=True).float()
         if scale.rule in NV_RULES:
             assert self.whole is not None, "NVFP4 has a scale of the tensor"
-            parts = (nv_block_scale(amax, self.whole, scale, call),)
+            parts = (nv_block_scale(groups.values, amax, self.whole, self.largest, scale, groups.axes, call),)
         else:
             parts = scales_of_groups(groups.values, group.dtype, self.cast.format, scale, groups.axes, call)
         spread = [groups.restore(part.expand_as(groups.values))[:, :1] for part in parts]
@@ -153,12 +155,12 @@ def columns_of(weight: Tensor, cast: Cast, constraint: Constraint | None = None)
         parts = scales_of_groups(groups.values, weight.dtype, cast.format, scale, groups.axes, call)[:2]
         ratio, restored = (groups.restore(part.expand_as(groups.values)) for part in parts)
         return Columns(cast, width, restored=(ratio, restored))
-    whole = None
+    whole = largest = None
     if scale.rule in NV_RULES:
         groups = split(weight, scale, [1], call)
         parts = scales_of_groups(groups.values, weight.dtype, cast.format, scale, groups.axes, call)
-        whole = parts[1].reshape(())
-    return Columns(cast, width, constraint, whole)
+        whole, largest = parts[1].reshape(()), weight.abs().amax().float()
+    return Columns(cast, width, constraint, whole, largest)
 
 
 def _width(scale: Scale, count: int) -> int:

@@ -50,21 +50,20 @@ class NarrowGradients:
         if isinstance(self.factor, str) and self.factor not in ("sqrt", "automatic"):
             raise ValueError(f"factor={self.factor!r} of gradients: use a number, 'sqrt' or 'automatic'")
 
-    def apply(self, model: torch.nn.Module, optimizer: Any) -> NarrowExchange | None:
-        """Register the exchange on a `DistributedDataParallel` model; without processes there is nothing to exchange.
+    def apply(self, model: torch.nn.Module, optimizer: Any) -> NarrowExchange:
+        """Register the exchange on a `DistributedDataParallel` model.
 
         Returns:
-            The state of the exchange, whose `NarrowExchange.state_dict` a resumed run loads; None without processes.
+            The state of the exchange, whose `NarrowExchange.state_dict` a resumed run loads.
 
         Raises:
-            ValueError: processes are joined, and the model is no `DistributedDataParallel`.
+            ValueError: the model is no `DistributedDataParallel`, and nothing would round its gradients.
         """
         if not isinstance(model, DistributedDataParallel):
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                raise ValueError(
-                    f"gradients are exchanged by DistributedDataParallel, got {type(model).__name__}: wrap the model"
-                )
-            return None
+            raise ValueError(
+                f"gradients are exchanged by DistributedDataParallel, got {type(model).__name__}: wrap the model, or "
+                "take fp8_lm(processes=False), which rounds them after each product"
+            )
         factor = {"sqrt": None, "automatic": AutomaticFactor()}.get(str(self.factor), self.factor)
         known = torch.optim.SGD(model.parameters()) if optimizer is None else optimizer
         exchange = NarrowExchange(self.format, factor, self.own_scales, linear_weights(model, known))  # type: ignore[arg-type]
@@ -105,8 +104,11 @@ def fp8_lm(
         accumulator: that of all sums, such as ``"hopper_fp8"``; backward sums are split every 128 products.
 
     Raises:
-        ValueError: ``level`` or ``factor`` is unknown. Otherwise the errors of `fpsim.Policy`.
+        ValueError: ``level`` or ``factor`` is unknown, or there is a factor without ``processes``. Otherwise the errors
+            of `fpsim.Policy`.
     """
+    if not processes and factor != "sqrt":
+        raise ValueError(f"factor={factor!r} is that of a sum over processes: give processes=True, or leave it out")
     if level not in _LEVELS:
         raise ValueError(f"level={level!r} is none of FP8-LM's: use one of {', '.join(_LEVELS)}")
     timed = f"power_of_two/history:{history}:ms_amp"

@@ -35,10 +35,16 @@ class SmoothUnits:
         """Change ``model`` in place; ``batches`` is not used. A model that has it already stays as it is.
 
         Raises:
-            ValueError: the model has no gated unit.
+            ValueError: the model has no gated unit, or has Smooth-SwiGLU with other options.
         """
-        if any(isinstance(module, SmoothSwiGLU) for module in model.modules()):
+        there = {(m.granularity, m.detach, m.power_of_two) for m in model.modules() if isinstance(m, SmoothSwiGLU)}
+        if there == {(self.granularity, self.detach, False)}:
             return model
+        if there:
+            raise ValueError(
+                f"the model has Smooth-SwiGLU with other options (granularity, detach, power_of_two): {sorted(there)}: "
+                "make the model anew"
+            )
         return smooth_swiglu(model, self.granularity, detach=self.detach)  # type: ignore[arg-type]
 
     def __str__(self) -> str:

@@ -46,9 +46,10 @@ def fractrain(
         schedule=Progressive(tuple(stages), threshold, decay, interval),
         notes=(
             "Zero is no value of these integers, so that the zeros of a ReLU become small numbers, as in the code.",
-            "Dynamic fractional quantization (DFQ), where gates choose a width for each layer, is left out.",
-            "The code takes as the greatest activation the least of the samples' greatest ones, and clips the others. "
-            "This takes the greatest.",
+            "Dynamic fractional quantization (DFQ) is left out: there an LSTM beside the model, which is trained with "
+            "it, chooses one of five pairs of widths for each image and each residual block.",
+            "The code takes as the greatest activation and gradient the least of the samples' greatest ones, and "
+            "clips the others. This takes the greatest.",
             "In evaluation the code takes running means of the ranges. This takes the range of the batch.",
             "Nothing forces a switch: if the loss never stands still, the last width never comes, as in the code.",
         ),

@@ -10,6 +10,7 @@ from torch.optim import Adam, AdamW
 
 from fpsim.policy import Policy
 from fpsim.recipes.recipe import Recipe
+from fpsim.training.clipping import is_decoupled
 from fpsim.training.galore import GaLore
 from fpsim.training.layers import linear_weights
 from fpsim.training.optimizers import round_optimizer
@@ -42,7 +43,8 @@ class ProjectedAdam:
         Weights of linear layers are projected, other parameters are not.
 
         Raises:
-            ValueError: ``optimizer`` is neither AdamW nor Adam, has taken steps, or has an option that GaLore lacks.
+            ValueError: ``optimizer`` is neither AdamW nor Adam, has taken steps, or has an option that GaLore lacks, or
+                weight decay that belongs to the gradient.
         """
         if type(optimizer) not in (Adam, AdamW):
             raise ValueError(f"GaLore takes the place of torch.optim.AdamW, got {type(optimizer).__name__}")
@@ -53,6 +55,8 @@ class ProjectedAdam:
         for group in optimizer.param_groups:
             if group["amsgrad"] or group["maximize"]:
                 raise ValueError("GaLore has neither amsgrad nor maximize: leave them out")
+            if group["weight_decay"] and not is_decoupled(optimizer, group):
+                raise ValueError("GaLore decays weights, and Adam adds the decay to gradients: use AdamW")
             options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
             others = [p for p in group["params"] if p not in matrices]
             groups += [{**options, "params": others}] if others else []

@@ -43,6 +43,8 @@ def halo(
         raise ValueError(f"format={format!r} is none of HALO's: use one of {', '.join(_FORMATS)}")
     if level not in (0, 1, 2):
         raise ValueError(f"level={level!r}: use 0, 1 or 2")
+    if level == 0 and block is not None:
+        raise ValueError(f"level 0 rotates nothing, got block={block}: leave block out, or give level=1 or 2")
     rotation = f"hadamard:{block or 'full'}"
     transforms: dict[str, Any] = {"fprop": rotation} if level else {}
     if level == 2:

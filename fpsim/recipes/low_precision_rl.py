@@ -10,6 +10,7 @@ from torch.optim import Adam, AdamW
 
 from fpsim.policy import Policy
 from fpsim.recipes.recipe import Recipe
+from fpsim.training.clipping import is_decoupled
 from fpsim.training.compound_scaling import scale_compound
 from fpsim.training.hypot_adam import HypotAdam
 from fpsim.training.parameters import round_parameters
@@ -41,14 +42,18 @@ class HalfPrecisionAdam:
         Multiply the loss by ``optimizer.param_groups[0]["loss_scale"]`` before ``backward()``.
 
         Raises:
-            ValueError: ``optimizer`` is not Adam, has taken steps, or has weight decay as AdamW.
+            ValueError: ``optimizer`` is not Adam, has taken steps, has weight decay as AdamW, or ``amsgrad`` or
+                ``maximize``.
         """
         if type(optimizer) not in (Adam, AdamW):
             raise ValueError(f"hAdam takes the place of torch.optim.Adam, got {type(optimizer).__name__}")
         if optimizer.state:
             raise ValueError("the optimizer has taken steps: apply the recipe before training")
-        if isinstance(optimizer, AdamW) and any(group["weight_decay"] for group in optimizer.param_groups):
-            raise ValueError("hAdam adds weight decay to gradients, as Adam: use Adam, or weight_decay=0")
+        for group in optimizer.param_groups:
+            if group["amsgrad"] or group["maximize"]:
+                raise ValueError("hAdam has neither amsgrad nor maximize: leave them out")
+            if group["weight_decay"] and is_decoupled(optimizer, group):
+                raise ValueError("hAdam adds weight decay to gradients, as Adam: use Adam, or weight_decay=0")
         names = ("params", "lr", "betas", "weight_decay")
         groups = [{name: group[name] for name in names} for group in optimizer.param_groups]
         ours = HypotAdam(groups, eps=self.eps, kahan=self.kahan, arithmetic=self.arithmetic)

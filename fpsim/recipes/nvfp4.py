@@ -6,7 +6,14 @@ from fpsim.policy import Policy
 from fpsim.recipes.exclusions import Exclusions
 from fpsim.recipes.parts import LINEAR, by_role, kept_in, results
 from fpsim.recipes.recipe import Recipe
+from fpsim.scaling.scale import FOUR_OVER_SIX_RULES
 
+_FOUR_OVER_SIX_NOTES = (
+    "Four Over Six has Transformer Engine's order of operations. That code chooses for weights and activations, by "
+    "absolute errors unless told otherwise, and refuses the rotation beside it; this rotates wgrad before it chooses. "
+    "The authors' code (mit-han-lab/fouroversix) takes squared errors, and chooses for gradients too, by the errors "
+    "after stochastic rounding.",
+)
 #: The blocks of the paper's 12B model, and those at its ends that stay high.
 _BLOCKS, _FIRST, _LAST = 62, 2, 8
 
@@ -16,7 +23,7 @@ def nvfp4(
     square_weights: bool = True,
     hadamard: bool = True,
     stochastic: bool = True,
-    four_over_six: bool = False,
+    four_over_six: str | None = None,
     first_blocks: float = _FIRST / _BLOCKS,
     last_blocks: float = _LAST / _BLOCKS,
     blocks: str | None = None,
@@ -32,7 +39,8 @@ def nvfp4(
 
     Args:
         square_weights, hadamard, stochastic: False leaves out the tiles, the rotation, or stochastic rounding.
-        four_over_six: True is refused: see below.
+        four_over_six: ``"mae"`` or ``"mse"``: the largest magnitude of each block of activations and weights becomes 6
+            or 4, by the smaller sum of errors or of their squares (Four Over Six, arXiv 2512.02010). None: always 6.
         first_blocks, last_blocks: how many blocks at the ends stay high, or their share. By default the shares of the
             paper, 2 and 8 of 62 (it finds that the last 4 suffice).
         blocks: the path of the list of blocks; None finds it.
@@ -40,19 +48,16 @@ def nvfp4(
         high: the format of results and of what stays high; None leaves both in the model's dtype.
 
     Raises:
-        ValueError: ``four_over_six`` (arXiv 2512.02010) is asked for. It tries two scales for every block and keeps the
-            one with the smaller error, which no rule of scales does here; and Transformer Engine does not combine it
-            with the rotation. Otherwise the errors of `fpsim.Policy`, and from `Recipe.apply` those of `Exclusions`.
+        ValueError: ``four_over_six`` is neither. Otherwise the errors of `fpsim.Policy`, and from `Recipe.apply` those
+            of `Exclusions`.
     """
-    if four_over_six:
-        raise ValueError(
-            "four_over_six=True chooses the scale of a block by the errors of its elements, which fpsim's scales do "
-            "not (nor does Transformer Engine together with the rotation of wgrad): leave it out"
-        )
+    if four_over_six not in (None, *FOUR_OVER_SIX_RULES):
+        raise ValueError(f"four_over_six={four_over_six!r}: use 'mae', 'mse' or None")
+    rule = "" if four_over_six is None else f":{four_over_six}"
     policy = Policy(
         **by_role(
-            "nvfp4",
-            "e2m1fn/nv:16x16" if square_weights else "nvfp4",
+            f"e2m1fn/nv{rule}",
+            f"e2m1fn/nv{':16x16' * square_weights}{rule}",
             "nvfp4/stochastic:8" if stochastic else "nvfp4",
         ),
         transform={"wgrad": "hadamard:16:te"} if hadamard else {},
@@ -68,6 +73,7 @@ def nvfp4(
             "The paper keeps the first 2 and last 8 of 62 blocks and the head in bf16. The code leaves that to the "
             "user: this follows the paper, by shares.",
             "The signs of the rotation are those of the code, the same for all layers and the whole run.",
+            *_FOUR_OVER_SIX_NOTES * (four_over_six is not None),
             "A one-shot error of wgrad does not show the rotation's merit; compare training losses.",
         ),
         exclusions=Exclusions(

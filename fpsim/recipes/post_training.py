@@ -57,6 +57,10 @@ class RoundedWeights:
     def __post_init__(self) -> None:
         if self.constraint not in (None, *CONSTRAINTS):
             raise ValueError(f"unknown constraint {self.constraint!r}: use one of {', '.join(CONSTRAINTS)}, or None")
+        if self.rows is not None and self.constraint in (None, "m1"):
+            raise ValueError(
+                f"rows={self.rows} is about the compute block of M2: leave it out, or give constraint='m2'"
+            )
 
     def apply(self, model: torch.nn.Module, batches: Iterable[Any] | None) -> torch.nn.Module:
         """Round the weights of ``model`` in place; GPTQ needs ``batches``.

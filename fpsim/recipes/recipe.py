@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
-from fpsim.json_text import parse_json
+from fpsim.json_text import parse_versioned
 from fpsim.policy import Policy
 from fpsim.recipes.description import lines_of_policy, wrapped
 from fpsim.recipes.exclusions import Exclusions
+from fpsim.showing import Shown
 from fpsim.suggestions import did_you_mean
-from fpsim.training.schedules import ScheduleState
+from fpsim.training.schedules import ScheduleState, check_backend
 
 #: The classes of parts by name, and the module that holds each: what `Recipe.from_json` can read.
 PARTS: dict[str, str] = {
@@ -31,6 +33,7 @@ PARTS: dict[str, str] = {
     "ClippedUpdates": "fpsim.recipes.clipped_updates",
     "ClippingValues": "fpsim.recipes.federated",
     "Cyclic": "fpsim.training.schedules",
+    "InputBounds": "fpsim.recipes.aqt",
     "HalfPrecisionAdam": "fpsim.recipes.low_precision_rl",
     "LearnedClipping": "fpsim.recipes.federated",
     "Linear": "fpsim.training.schedules",
@@ -89,7 +92,7 @@ class Schedule(Protocol):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Shown):
     """A published way to train or run a model in low precision.
 
     Attributes:
@@ -138,7 +141,9 @@ class Recipe:
         """
         if self.policy is None or self.exclusions is None:
             return self.policy
-        return self.exclusions.within(self.policy, model)
+        # Graphs under DistributedDataParallel name modules as the model inside does.
+        inside = model.module if isinstance(model, DistributedDataParallel) else model
+        return self.exclusions.within(self.policy, inside)
 
     def apply(
         self,
@@ -165,8 +170,10 @@ class Recipe:
             The compiled model, and the optimizer.
 
         Raises:
-            ValueError: the model lacks a module that an exclusion names, or a part cannot be applied.
+            ValueError: the model lacks a module that an exclusion names, a part cannot be applied, or the backend is
+                another one. The last is found before anything is changed.
         """
+        check_backend(backend)
         if self.preparation is not None:
             model = self._prepared(model, optimizer, batches)
         if self.gradients is not None:
@@ -234,23 +241,16 @@ class Recipe:
             ValueError: ``text`` is not JSON, is no recipe, has an unknown field or part, or was written by a newer
                 fpsim.
         """
-        try:
-            given = parse_json(text)
-        except ValueError as error:
-            raise ValueError(f"a recipe must be valid JSON: {error}") from None
-        if not isinstance(given, dict):
-            raise ValueError(f"a recipe must be a JSON object, got {type(given).__name__}")
-        version = given.pop("version", JSON_VERSION)
-        if version != JSON_VERSION:
-            raise ValueError(
-                f"this recipe has version {version}, this fpsim reads version {JSON_VERSION}: upgrade fpsim"
-            )
+        given = parse_versioned(text, "recipe", JSON_VERSION)
         valid = [field.name for field in dataclasses.fields(Recipe)]
         for key in given:
             if key not in valid:
                 raise ValueError(f"unknown field {key!r} of a recipe{did_you_mean(key, valid)}: use {', '.join(valid)}")
         if lacking := [key for key in ("name", "source") if not isinstance(given.get(key), str)]:
             raise ValueError(f"a recipe has a {lacking[0]}, a string: add it to the JSON object")
+        notes = given.get("notes", [])
+        if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+            raise ValueError(f"the notes of a recipe are a list of strings, got {notes!r}")
         policy, exclusions = given.pop("policy", None), given.pop("exclusions", None)
         parts = {
             key: _part(given.pop(key)) for key in ("preparation", "optimizer", "gradients", "schedule") if key in given
@@ -259,7 +259,7 @@ class Recipe:
             name=given["name"],
             source=given["source"],
             policy=None if policy is None else Policy.from_options(policy),
-            notes=tuple(given.get("notes", ())),
+            notes=tuple(notes),
             exclusions=None if exclusions is None else Exclusions.from_dict(exclusions),
             **parts,
         )

@@ -18,6 +18,7 @@ from fpsim.rounding.carriers import CARRIERS, grid_of, working_dtype
 from fpsim.rounding.cpp_functions import CppOps, CppText, inline
 from fpsim.rounding.inductor import LaneOps, Lanes, is_in_cpp
 from fpsim.rounding.kernel import Grid, Int, Ops, round_code
+from fpsim.rounding.ops import SOURCE, round_op
 from fpsim.scaling.definitions import shape_of_outer_scale
 from fpsim.scaling.moved_grid import block_function, suits
 from fpsim.scaling.rules import NAN_MARK, mx_multiplier_code, power_of_two_code
@@ -110,7 +111,12 @@ class OnLowerings:
             # not lie side by side. All readers of the view then share what is stored.
             x.data = lowering.lowerings[aten.clone.default](x).data
         x.realize()
-        return x
+        dtype = x.get_dtype()
+        is_input = isinstance(x.data, ir.StorageBox) and x.data.is_input_buffer()
+        if is_input or dtype not in CARRIERS or working_dtype(dtype) == dtype:
+            return x
+        # A loop that stores 16-bit numbers goes on with them in float32, unrounded: round them to their own dtype.
+        return lowering.lowerings[round_op](x, CARRIERS[dtype].name, "nearest_even", "ovf_inf", SOURCE)
 
     def constant(self, value: float, like: ir.TensorBox) -> ir.TensorBox:
         device = like.get_device()

@@ -7,20 +7,25 @@ import reprlib
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from fpsim.suggestions import first_words, near_names, suggest
+
 #: Rules whose scales are powers of two, by OCP MX's E8M0 codes (`fpsim.scaling.rules.mx_multiplier_code`).
 MxRule = Literal["rceil", "floor", "ceil", "even"]
 #: Rules whose scales are ratios of magnitudes, in float32 or rounded to bfloat16; ``encode`` multiplies by the inverse
 #: ratio, ``asymmetric`` adds a zero point, ``range`` begins at the least element, and ``double`` quantizes the ratios
 #: again.
 RatioRule = Literal["fp32", "bf16", "encode", "asymmetric", "range", "double"]
-#: Orders of operations of NVFP4: Transformer Engine's and torchao's.
-NvRule = Literal["te", "torchao"]
+#: Rules of NVFP4: Transformer Engine's and torchao's orders of operations, and Four Over Six by the sum of errors or of
+#: their squares.
+NvRule = Literal["te", "torchao", "mae", "mse"]
 
 MX_RULES: tuple[str, ...] = get_args(MxRule)
 RATIO_RULES: tuple[str, ...] = get_args(RatioRule)
 #: Rules whose scales are ratios without a zero point.
 SYMMETRIC_RULES: tuple[str, ...] = ("fp32", "bf16", "encode", "double")
 NV_RULES: tuple[str, ...] = get_args(NvRule)
+#: Rules of NVFP4 that choose between two scales of a block.
+FOUR_OVER_SIX_RULES: tuple[str, ...] = ("mae", "mse")
 #: Rules whose scales are a ratio of the range from the least to the greatest element, and another number.
 AFFINE_RULES: tuple[str, ...] = ("asymmetric", "range")
 #: Rules whose scales are powers of two. They keep the number of significant bits.
@@ -56,7 +61,8 @@ class Scale:
             it, and by its reciprocal afterwards. ``asymmetric`` is a ratio with a zero point. ``range`` is a
             ratio and the least element, from which integers count, so that zero may be no value. ``double`` is a ratio
             whose difference from the mean of all ratios is quantized to 8 bits, as in QLoRA. ``te`` and ``torchao`` are
-            NVFP4's scales, in these libraries' orders of operations.
+            NVFP4's scales, in these libraries' orders of operations. ``mae`` and ``mse`` are NVFP4's with Four Over Six
+            (arXiv 2512.02010): the largest magnitude of a block becomes 6 or 4, by the smaller error.
         granularity: which elements share a factor: those of the ``tensor``; of a ``row``, which runs along the axis; of
             a ``column``, which runs across it; of a ``block:N``, N elements in a row along the axis; of a ``tile:AxB``,
             B along the axis and A along the other one of the last two axes; of a ``group:N``, N elements in a row of
@@ -173,8 +179,8 @@ class Scale:
 #: What scales may be called, for messages.
 SCALE_NAMES = (
     "power_of_two", "tensor[:fp32|:bf16|:encode|:range]", "row", "column", "channel",
-    "mx[:32][:rceil|:floor|:ceil|:even]", "nv[:16x16][:torchao]", "block:128[:fp32|:power_of_two]", "block:128x128",
-    "group:64[:asymmetric|:double]",
+    "mx[:32][:rceil|:floor|:ceil|:even]", "nv[:16x16][:torchao|:mae|:mse]", "block:128[:fp32|:power_of_two]",
+    "block:128x128", "group:64[:asymmetric|:double]",
 )  # fmt: skip
 #: The form of a timing behind a scale, for messages.
 TIMING_NAMES = ("history:16[:most_recent|:ms_amp]", "every:16", "calibrated")
@@ -198,9 +204,10 @@ def parse_scale(name: str | Scale | None) -> Scale | None:
     factor, slash, timing = name.partition("/") if isinstance(name, str) else ("", "", "")
     scale = _parse(factor)
     if scale is None or (slash and not is_timing(timing.strip().lower())):
+        hint = suggest(near_names(factor.partition(":")[0], first_words(SCALE_NAMES), most=1, cutoff=0.7))
         raise ValueError(
-            f"unknown scale {reprlib.repr(name)}: use one of {', '.join(SCALE_NAMES)}, or None. Behind it may stand "
-            f"/ and one of {', '.join(TIMING_NAMES)}"
+            f"unknown scale {reprlib.repr(name)}{hint}: use one of {', '.join(SCALE_NAMES)}, or None. Behind it may "
+            f"stand / and one of {', '.join(TIMING_NAMES)}"
         )
     return with_timing(scale, timing.strip().lower()) if slash else scale
 

@@ -19,7 +19,7 @@ from fpsim.rounding.carriers import CODES_OF, working_dtype
 from fpsim.rounding.ops import SOURCE, round_op, round_with_words_op
 from fpsim.scaling.groups import Call, Groups, OnTensors, split
 from fpsim.scaling.rules import E8M0_BIAS, NAN_MARK
-from fpsim.scaling.scale import AFFINE_RULES, MX_RULES, NV_RULES, Scale
+from fpsim.scaling.scale import AFFINE_RULES, FOUR_OVER_SIX_RULES, MX_RULES, NV_RULES, Scale
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -29,6 +29,9 @@ SMALLEST_RATIO = 2.0**-100
 #: The smallest ratio of the rule ``range``, which is FracTrain's.
 _SMALLEST_RANGE = 1e-8
 _LARGEST = float.fromhex("0x1.fffffep127")
+#: What the largest magnitude of a tensor becomes in NVFP4: that of e2m1fn times that of the scales of blocks, which is
+#: 256 under Four Over Six, so that a scale times 1.5 is in range.
+_NV_RANGE, _FOUR_OVER_SIX_RANGE = 6.0 * 448.0, 6.0 * 256.0
 #: 1/6 rounded to float32.
 _SIXTH = float.fromhex("0x1.555556p-3")
 _LARGEST_BF16 = float.fromhex("0x1.fep127")
@@ -99,7 +102,7 @@ def outer_scale(x: Any, dtype: torch.dtype, element: ElementFormat, scale: Scale
     groups = split(call.stored(x), scale, axes, call)
     scales = scales_of_groups(groups.values, dtype, element, scale, groups.axes, call)
     factor = scales[1] if scale.rule in NV_RULES else scales[0]
-    if scale.rule == "te":
+    if scale.rule in NV_RULES and scale.rule != "torchao":
         factor = call(aten.div.Tensor, call.constant(1.0, factor), factor)
     factor = factor if scale.kind == "row" else call(aten.reshape.default, factor, [])
     return call.stored(call(prims.convert_element_type.default, factor, working_dtype(dtype)))
@@ -132,7 +135,7 @@ def quantized(x: Any, dtype: torch.dtype, elements: Elements, scale: Scale, scal
 def dequantized(q: Any, scale: Scale, scales: tuple[Any, ...], call: Call) -> Any:
     """The values for which `quantized` ones stand, in the working dtype."""
     if scale.rule in NV_RULES:
-        back = aten.div.Tensor if scale.rule == "te" else aten.mul.Tensor
+        back = aten.mul.Tensor if scale.rule == "torchao" else aten.div.Tensor
         return call(back, call(aten.mul.Tensor, q, scales[0]), scales[1])
     if scale.rule == "asymmetric":
         q = call(aten.sub.Tensor, q, scales[1])
@@ -391,44 +394,97 @@ def range_scale(x: Any, element: IntegerFormat, axes: list[int], call: Call) -> 
 def nv_scales(x: Any, dtype: torch.dtype, scale: Scale, axes: list[int], call: Call) -> tuple[Any, Any]:
     """NVFP4's scales of the blocks, values of e4m3fn, and the scale of the tensor: both float32.
 
-    The tensor's scale multiplies (`te`: 2688 / amax) or divides (`torchao`: amax / 2688) the elements.
+    The tensor's scale multiplies (``te``: 2688 / amax, ``mae`` and ``mse``: 1536 / amax) or divides (``torchao``:
+    amax / 2688) the elements.
     """
     amax = call(prims.convert_element_type.default, amax_of(x, dtype, axes, call), torch.float32)
     every = list(range(len(call.shape(amax))))
     total = call.stored(call(aten.amax.default, amax, every, True))
     usable = call(aten.le.Scalar, total, _LARGEST)  # not NaN either
     limited = call(aten.clamp_min.default, total, SMALLEST_RATIO)
-    most = call.constant(2688.0, total)
-    if scale.rule == "te":
-        whole = call(aten.clamp_max.default, call(aten.div.Tensor, most, limited), _LARGEST)
-    else:
+    most = call.constant(_FOUR_OVER_SIX_RANGE if scale.rule in FOUR_OVER_SIX_RULES else _NV_RANGE, total)
+    if scale.rule == "torchao":
         whole = call(aten.div.Tensor, limited, most)
+    else:
+        whole = call(aten.clamp_max.default, call(aten.div.Tensor, most, limited), _LARGEST)
     small = call(aten.lt.Scalar, total, _SMALLEST_NORMAL)
     whole = call(aten.where.ScalarSelf, small, 1.0, whole)
     whole = call.stored(call(aten.where.ScalarOther, usable, whole, 1.0))
-    return nv_block_scale(amax, whole, scale, call), whole
+    return nv_block_scale(x, amax, whole, total, scale, axes, call), whole
 
 
-def nv_block_scale(amax: Any, whole: Any, scale: Scale, call: Call) -> Any:
-    """NVFP4's scales of blocks with the largest magnitudes ``amax``, under the scale ``whole`` of the tensor."""
+def nv_block_scale(x: Any, amax: Any, whole: Any, total: Any, scale: Scale, axes: list[int], call: Call) -> Any:
+    """NVFP4's scales of blocks.
+
+    Args:
+        x: the blocks.
+        amax: their largest magnitudes, float32.
+        whole, total: the scale and the largest magnitude of the tensor, float32.
+        axes: the axes along which the elements of a block lie.
+    """
     if scale.rule == "te":
         factor = call(aten.mul.Tensor, whole, call.constant(_SIXTH, whole))
-        block = call(aten.mul.Tensor, amax, factor)
-    else:
-        sixth = call(aten.div.Tensor, amax, call.constant(6.0, amax))
+        return call.stored(_as_scale(call(aten.mul.Tensor, amax, factor), call))
+    sixth = call(aten.div.Tensor, amax, call.constant(6.0, amax))
+    if scale.rule == "torchao":
         block = call(aten.clamp_min.default, call(aten.div.Tensor, sixth, whole), 2.0**-6)
-    block = call(round_op, block, "e4m3fn", "nearest_even", "sat_finite", SOURCE)
-    return call.stored(block)
+        return call.stored(_as_scale(block, call))
+    base = call(aten.mul.Tensor, sixth, whole)
+    four = call.stored(_as_scale(call(aten.mul.Tensor, base, call.constant(1.5, base)), call))
+    six = call.stored(_as_scale(base, call))
+    errors = [_error(x, block, whole, total, scale, axes, call) for block in (four, six)]
+    return call.stored(call(aten.where.self, call(aten.lt.Tensor, *errors), four, six))
+
+
+def _as_scale(block: Any, call: Call) -> Any:
+    """``block`` rounded to the format of NVFP4's scales of blocks."""
+    return call(round_op, block, "e4m3fn", "nearest_even", "sat_finite", SOURCE)
+
+
+def _error(x: Any, block: Any, whole: Any, total: Any, scale: Scale, axes: list[int], call: Call) -> Any:
+    """The errors of blocks that are rounded to nearest with the scales ``block``, for Four Over Six.
+
+    The sum of magnitudes (``mae``) or squares (``mse``) of the differences, all steps in float32. It runs along a row
+    of a tile, and then over the rows as a tree: rows i and i + 8 first.
+
+    Source: Transformer Engine, ``quantize_4over6_nvfp4.cuh`` and ``custom_recipes/reference_nvfp4.py``.
+    """
+    wide = _flushed(call(prims.convert_element_type.default, x, torch.float32), call)
+    q = call(aten.mul.Tensor, wide, nv_factor(block, whole, scale, call))
+    q = call(round_op, q, "e2m1fn", "nearest_even", "sat_finite", SOURCE)
+    value = call(aten.mul.Tensor, q, block)
+    value = call(aten.mul.Tensor, value, call(aten.clamp_min.default, total, SMALLEST_RATIO))
+    value = call(aten.div.Tensor, value, call.constant(_FOUR_OVER_SIX_RANGE, value))
+    error = call(aten.abs.default, _flushed(call(aten.sub.Tensor, value, wide), call))
+    if scale.rule == "mse":
+        error = _flushed(call(aten.mul.Tensor, error, error), call)
+    error = call.stored(error)
+    parts = _slices(error, axes[-1], call)
+    rows = parts[0]
+    for part in parts[1:]:
+        rows = call(aten.add.Tensor, rows, part)
+    rows = call.stored(rows)
+    parts = _slices(rows, axes[0], call)
+    while len(parts) > 1:
+        half = 1 << (len(parts) - 1).bit_length() - 1
+        added = [call(aten.add.Tensor, *pair) for pair in zip(parts, parts[half:], strict=False)]
+        parts = [*added, *parts[len(added) : half]]
+    return call.stored(parts[0])
+
+
+def _slices(x: Any, axis: int, call: Call) -> list[Any]:
+    """The parts of ``x`` of size 1 along ``axis``."""
+    return [call(aten.slice.Tensor, x, axis, i, i + 1) for i in range(call.shape(x)[axis])]
 
 
 def nv_factor(block: Any, whole: Any, scale: Scale, call: Call) -> Any:
     """The factors by which elements are multiplied before they are rounded, float32."""
     one = call.constant(1.0, whole)
     inverse = call(aten.div.Tensor, one, whole)
-    if scale.rule == "te":
-        factor = call(aten.div.Tensor, one, call(aten.mul.Tensor, block, inverse))
-    else:
+    if scale.rule == "torchao":
         factor = call(aten.div.Tensor, inverse, block)
+    else:
+        factor = call(aten.div.Tensor, one, call(aten.mul.Tensor, block, inverse))
     return call.stored(call(aten.clamp_max.default, factor, _LARGEST))
 
 
@@ -483,7 +539,7 @@ def scaled_groups(x: torch.Tensor, element: ElementFormat, scale: Scale, axes: l
         factors = torch.where(parts[0] == NAN_MARK, math.nan, factors)
         return ScaledGroups(groups, 1 / factors, factors)
     if scale.rule in NV_RULES:
-        factors = parts[1] / parts[0] if scale.rule == "te" else 1 / (parts[0] * parts[1])
+        factors = 1 / (parts[0] * parts[1]) if scale.rule == "torchao" else parts[1] / parts[0]
         return ScaledGroups(groups, parts[0], factors)
     if scale.rule == "encode":
         return ScaledGroups(groups, *parts)

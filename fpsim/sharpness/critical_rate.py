@@ -15,10 +15,11 @@ from fpsim.sharpness.steps import (
     value_and_gradient,
     why_it_changes,
 )
+from fpsim.showing import Shown
 
 
 @dataclass(frozen=True)
-class CriticalResult:
+class CriticalResult(Shown):
     """The result of `critical`.
 
     Attributes:

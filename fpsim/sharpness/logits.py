@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fpsim.curvature.losses import IGNORED
 from fpsim.sharpness.box import EPSILON, ITERATIONS, check_search, lbfgsb
+from fpsim.showing import Shown
 
 Method = Literal["exact", "lbfgsb"]
 Tokens = Literal["all", "last"]
@@ -45,7 +46,7 @@ CHUNK_ELSEWHERE = 1 << 23
 
 
 @dataclass(frozen=True, eq=False)
-class LogitMetrics:
+class LogitMetrics(Shown):
     """The measures of `logit_metrics`: one float64 number per token, NaN for tokens that do not count.
 
     Attributes:

@@ -34,6 +34,7 @@ from fpsim.sharpness.steps import (
     value_and_gradient,
     why_it_changes,
 )
+from fpsim.showing import Shown
 
 Search = Literal["lbfgsb", "pga"]
 SEARCHES: tuple[str, ...] = ("lbfgsb", "pga")
@@ -43,7 +44,7 @@ _STATIONARY = "the gradient is zero at the best point seen: pass random_start=Tr
 
 
 @dataclass(frozen=True)
-class KeskarResult:
+class KeskarResult(Shown):
     """The result of `keskar`.
 
     Attributes:
@@ -68,7 +69,7 @@ class KeskarResult:
 
 
 @dataclass(frozen=True)
-class SamResult:
+class SamResult(Shown):
     """The result of `sam`.
 
     Attributes:

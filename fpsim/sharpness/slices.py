@@ -15,6 +15,7 @@ from torch import Tensor
 from fpsim.curvature.results import new_axes
 from fpsim.curvature.vectors import Layout, layout
 from fpsim.sharpness.steps import Loss, PyTree, accumulation_dtype, direction_pieces, evaluate, moved, normal_like
+from fpsim.showing import Shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Slice1D:
+class Slice1D(Shown):
     """The loss at ``params + x * direction``.
 
     Attributes:
@@ -57,7 +58,7 @@ class Slice1D:
 
 
 @dataclass(frozen=True, eq=False)
-class Slice2D:
+class Slice2D(Shown):
     """The loss at ``params + x * directions[0] + y * directions[1]``.
 
     Attributes:

@@ -27,6 +27,7 @@ from fpsim.sharpness.logits import (
     logit_metrics,
 )
 from fpsim.sharpness.steps import accumulation_dtype, total_norm
+from fpsim.showing import Shown
 
 _NOTHING_COUNTS = "no token counts: check the labels, the mask, and that sequences hold two tokens or more"
 
@@ -37,7 +38,7 @@ Batch = Tensor | Mapping[str, Any] | tuple[Any, Tensor]
 
 
 @dataclass(frozen=True)
-class LogitSummary:
+class LogitSummary(Shown):
     """Means and maxima of `LogitMetrics` over many tokens.
 
     Attributes:

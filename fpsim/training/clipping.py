@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
+#: The attribute of an optimizer that holds its `ClippedOptimizer`.
+_CLIPPED = "fpsim_clipped"
+
 
 @dataclass(frozen=True)
 class ClippedOptimizer:
@@ -58,8 +61,8 @@ def clip_updates(optimizer: Optimizer, threshold: float = 1.0) -> ClippedOptimiz
 
     Raises:
         ValueError: the optimizer is another one, has ``amsgrad`` or ``differentiable``, or weight decay that belongs to
-            the gradient; or the threshold is not a positive number. In a step: a parameter is a `DTensor`, whose shards
-            are elsewhere, or a gradient is sparse.
+            the gradient; its updates are clipped already; or the threshold is not a positive number. In a step: a
+            parameter is a `DTensor`, whose shards are elsewhere, or a gradient is sparse.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> optimizer = torch.optim.AdamW([weight], lr=0.5, betas=(0.9, 0.75), weight_decay=0.0)
@@ -75,11 +78,15 @@ def clip_updates(optimizer: Optimizer, threshold: float = 1.0) -> ClippedOptimiz
     for group in optimizer.param_groups:
         if group["amsgrad"] or group["differentiable"]:
             raise ValueError("updates with amsgrad or differentiable cannot be clipped: set both to False")
-        if group["weight_decay"] != 0 and not _is_decoupled(optimizer, group):
+        if group["weight_decay"] != 0 and not is_decoupled(optimizer, group):
             raise ValueError("the weight decay of Adam is a part of its gradients: use AdamW, or weight_decay=0")
     if not isinstance(threshold, int | float) or not 0 < threshold < math.inf:
         raise ValueError(f"the threshold of clipped updates is a positive number, got {threshold!r}")
+    before = getattr(optimizer, _CLIPPED, None)
+    if before is not None and before._active:  # a second division would be by the RMS squared
+        raise ValueError("updates of this optimizer are clipped already: call remove() of what clip_updates returned")
     result = ClippedOptimizer(optimizer, float(threshold))
+    setattr(optimizer, _CLIPPED, result)
     own = optimizer.step
 
     @functools.wraps(getattr(own, "__func__", own))
@@ -102,7 +109,8 @@ def clip_updates(optimizer: Optimizer, threshold: float = 1.0) -> ClippedOptimiz
     return result
 
 
-def _is_decoupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+def is_decoupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether Adam or AdamW decays the weights of a group themselves, and not by way of their gradients."""
     return isinstance(optimizer, AdamW) or bool(group.get("decoupled_weight_decay"))
 
 

@@ -7,15 +7,16 @@ code, jiaweizzhao/GaLore 2cc66f8, ``galore_torch/adamw8bit.py`` and ``galore_pro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from fpsim.training.per_parameter import PerParameterOptimizer
 
 
-class GaLore(Optimizer):
+class GaLore(PerParameterOptimizer):
     """AdamW whose moments are those of projected gradients, in the order of operations of GaLore's 8-bit AdamW.
 
     A group with ``rank`` r has matrices of shape (m, n). Every ``update_gap`` steps, from the first one on, the
@@ -95,22 +96,8 @@ class GaLore(Optimizer):
             if p.dim() != 2:
                 raise ValueError(f"GaLore projects matrices, got shape {tuple(p.shape)}: use a group without rank")
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step. Returns the result of ``closure``, which computes the loss again, or None."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step(group, p, p.grad)
-        return loss
-
-    def _step(self, group: dict[str, Any], p: Tensor, gradient: Tensor) -> None:
-        if gradient.is_sparse:
-            raise ValueError("GaLore takes dense gradients: leave sparse=True out of the embedding")
+    def update(self, group: dict[str, Any], p: Tensor, gradient: Tensor) -> None:
+        """Take the step of one parameter, as the class describes it."""
         state, (beta1, beta2) = self.state[p], group["betas"]
         is_tall = p.dim() == 2 and p.shape[0] >= p.shape[1]
         projects = group["rank"] is not None and p.dim() == 2

@@ -7,19 +7,19 @@ Source: Björck et al., Low-Precision Reinforcement Learning: Running Soft Actor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from fpsim.casts import CastLike, parse_cast
 from fpsim.training.arithmetic import format_of, rounding_to
 from fpsim.training.compensation import kahan_add
+from fpsim.training.per_parameter import PerParameterOptimizer
 
 
-class HypotAdam(Optimizer):
+class HypotAdam(PerParameterOptimizer):
     """Adam with w in place of the second moment v: w = (1 - beta1) / sqrt(1 - beta2) * sqrt(v).
 
     A step computes, with the gradient g::
@@ -67,22 +67,8 @@ class HypotAdam(Optimizer):
         text = None if arithmetic is None else str(parse_cast(arithmetic))
         super().__init__(params, {**defaults, "arithmetic": text})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step. Returns the result of ``closure``, which computes the loss again, or None."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step(group, p, p.grad)
-        return loss
-
-    def _step(self, group: dict[str, Any], p: Tensor, gradient: Tensor) -> None:
-        if gradient.is_sparse:
-            raise ValueError("HypotAdam takes dense gradients: leave sparse=True out of the embedding")
+    def update(self, group: dict[str, Any], p: Tensor, gradient: Tensor) -> None:
+        """Take the step of one parameter, as the class describes it."""
         format = format_of(p.dtype, group["arithmetic"])
         q = rounding_to(format, "HypotAdam")
         (beta1, beta2), eps, state = group["betas"], group["eps"], self.state[p]

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from fpsim.policy import Policy
 from fpsim.policy.policy import is_preset
 
+#: The backends that round; others would leave a policy out, some of them without an error.
+BACKENDS = ("fpsim", "fpsim_eager")
+
 #: A policy of a schedule. A format, or a preset whose name is no format, stands for itself, as in rules for modules,
 #: and so does ``{"policy": "nvfp4"}``. Other fields replace those of the policy that the schedule is applied with; no
 #: field is that policy. Fields are a mapping, or its items as nested tuples.
@@ -76,7 +79,7 @@ class _Schedule:
             policy: the policy whose fields those of the schedule replace.
             backend: ``"fpsim"`` or ``"fpsim_eager"``.
 
-        Raises: the errors of `Policy`, for the policy of the first step.
+        Raises: the errors of `Policy`, for the policy of the first step, and of `check_backend`.
         """
         return Scheduled(model, self, policy, backend)
 
@@ -281,6 +284,7 @@ class Scheduled(nn.Module):
 
     def __init__(self, model: nn.Module, schedule: _Schedule, base: Policy | None, backend: str) -> None:
         super().__init__()
+        check_backend(backend)
         self._orig_mod = model
         self.schedule = schedule
         self.base = base
@@ -329,6 +333,16 @@ class Scheduled(nn.Module):
             if name == "_orig_mod":
                 raise
             return getattr(self.compiled, name)
+
+
+def check_backend(backend: str) -> None:
+    """Raise an error unless ``backend`` rounds as a policy says.
+
+    Raises:
+        ValueError: it is none of `BACKENDS`.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} knows no policy: use one of {', '.join(BACKENDS)}")
 
 
 def _policy_of(text: PolicyText, base: Policy | None) -> Policy:

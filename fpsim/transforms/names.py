@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import reprlib
 
+from fpsim.suggestions import did_you_mean, first_words
+from fpsim.transforms.chain import Chain
 from fpsim.transforms.hadamard import Hadamard
 from fpsim.transforms.permutation import ORDERS, Permutation
 from fpsim.transforms.power_map import PowerMap
@@ -15,7 +17,7 @@ from fpsim.transforms.transform import Transform
 NAMES_OF_PRODUCTS = (
     "hadamard:16[:te|:seed=N|:+-...][:bf16][:kept]", "hadamard:full",
     "smooth[:alpha=0.5|:factors=1,2,...][:power_of_two]", "permute:amax[:second]", "permute:norm[:second]",
-    "permute:order=1,0,...",
+    "permute:order=1,0,...", "smooth/hadamard:16 (one after the other)",
 )  # fmt: skip
 NAMES_OF_CASTS = ("hadamard:16[:te|:seed=N|:+-...][:bf16]", "expand[:kernel][:clamp]", "sqrt")
 
@@ -28,15 +30,16 @@ def parse_transform(name: str | Transform | None) -> Transform | None:
 
     >>> parse_transform("hadamard:16:te")
     Hadamard(size=16, signs='te', bf16=False, of_kept_axis=False)
-    >>> str(parse_transform("smooth"))
-    'smooth:alpha=0.5'
+    >>> str(parse_transform("smooth/hadamard:16"))
+    'smooth:alpha=0.5/hadamard:16'
     """
     if name is None or isinstance(name, Transform):
         return name
     transform = _parse(name) if isinstance(name, str) else None
     if transform is None:
         valid = dict.fromkeys((*NAMES_OF_PRODUCTS, *NAMES_OF_CASTS))
-        raise ValueError(f"unknown transform {reprlib.repr(name)}: use one of {', '.join(valid)}, or None")
+        hint = did_you_mean(str(name).partition(":")[0], first_words(valid))
+        raise ValueError(f"unknown transform {reprlib.repr(name)}{hint}: use one of {', '.join(valid)}, or None")
     return transform
 
 
@@ -46,6 +49,13 @@ def is_transform(name: str) -> bool:
 
 
 def _parse(name: str) -> Transform | None:
+    parts = [each for each in map(_parse_one, name.split("/")) if each is not None]
+    if len(parts) <= name.count("/"):
+        return None
+    return parts[0] if len(parts) == 1 else Chain(tuple(parts))
+
+
+def _parse_one(name: str) -> Transform | None:
     kind, *options = name.strip().lower().split(":")
     if len(set(options)) < len(options) or kind not in _PARSERS:
         return None

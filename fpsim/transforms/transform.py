@@ -33,6 +33,11 @@ class Transform:
     #: Whether the parameters are indices, int64; otherwise they have the working dtype.
     parameters_are_indices: ClassVar[bool] = False
 
+    @property
+    def stages(self) -> tuple[Transform, ...]:
+        """The transforms that change the operands one after the other: several for a `fpsim.transforms.chain.Chain`."""
+        return (self,)
+
     def parameters(self, first: Tensor, second: Tensor, axes: tuple[int, int]) -> Tensor:
         """The numbers that the changes of both operands share, one for each index along the axis that they sum over.
 

@@ -173,5 +173,5 @@ def _strategies() -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "hypothesis is not installed; the strategies of fpsim.testing need it: pip install hypothesis, "
-            "or pip install 'fpsim[dev]'"
+            "or pip install 'fpsim-torch[dev]'"
         ) from error

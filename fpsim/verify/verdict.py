@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fpsim.rounding.carriers import CARRIERS
+from fpsim.showing import Shown
 from fpsim.source import proven_hash
 from fpsim.verify.codes import name_of, tensor_of, unsigned_of
 
@@ -37,7 +38,7 @@ class Mismatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(Shown):
     """The outcome of `fpsim.verify.verify`.
 
     Attributes:
@@ -108,7 +109,7 @@ class Verdict:
             for example in self.examples
         ]
         facts = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "examples"}
-        versions = {"torch": torch.__version__, "fpsim": metadata.version("fpsim"), "source": proven_hash()}
+        versions = {"torch": torch.__version__, "fpsim": metadata.version("fpsim-torch"), "source": proven_hash()}
         return facts | {"paths": list(self.paths), "ok": self.ok, "examples": examples} | versions
 
     def _datum(self, code: str) -> dict[str, str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from . import after_training, arithmetic, over_time, states, training, training_states
+from . import after_training, arithmetic, integers, over_time, states, training, training_states
 from .claim import Claim
 
 #: All claims by name.
 CLAIMS: dict[str, Claim] = {
     claim.name: claim
-    for module in (arithmetic, states, after_training, over_time, training, training_states)
+    for module in (arithmetic, states, after_training, over_time, integers, training, training_states)
     for claim in module.CLAIMS
 }

@@ -26,7 +26,7 @@ from .training import BASE
 CLASSES = 10
 
 
-def _images(patterns: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def noisy_images(patterns: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Images and their classes; ``patterns`` has one image for each class."""
     deviation = patterns[0].numel() ** 0.5 / 2.7  # two patterns are 3.8 of it apart
     labels = torch.randint(CLASSES, (count,), generator=generator)
@@ -54,7 +54,7 @@ def _accuracy(
         network, optimizer = recipe.apply(model, optimizer, backend="fpsim_eager")
     torch.manual_seed(seed)
     for _ in range(steps):
-        images, labels = _images(patterns, 64, generator)
+        images, labels = noisy_images(patterns, 64, generator)
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(network(images), labels)
         loss.backward()
@@ -62,7 +62,7 @@ def _accuracy(
         each_step(network)
         if isinstance(network, Scheduled):
             network.step(loss)
-    images, labels = _images(patterns, 4096, generator)
+    images, labels = noisy_images(patterns, 4096, generator)
     with torch.no_grad():
         right = torch.cat([network(part).argmax(-1) for part in images.split(64)]) == labels
     return 100 * float(right.double().mean())

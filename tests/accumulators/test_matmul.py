@@ -30,10 +30,25 @@ def bits(x: Tensor) -> list[int]:
     return torch.where(x.isnan(), torch.full_like(x, math.nan), x).view(torch.int32).flatten().tolist()
 
 
-def check(judge: Judge, fmt: str, shape: tuple[int, int, int], draw: int, **arguments: Any) -> None:
-    """Compare `matmul` with ``judge`` on numbers of ``fmt``; ``shape`` is (M, K, N). Some products cancel."""
+def normal_operands(fmt: str, shape: tuple[int, int], draw: int, spread: int) -> np.ndarray:
+    """Numbers of ``fmt`` with exponents from -spread to spread and some zeros; in the first row, mantissas near 2."""
+    generator = np.random.default_rng(draw)
+    x = generator.standard_normal(shape) * 2.0 ** generator.integers(-spread, spread + 1, shape)
+    x *= generator.random(shape) < 0.8
+    x[:1] = 1.9999
+    return fpsim.round(torch.tensor(x, dtype=torch.float32), f"{fmt}/toward_zero").double().numpy()
+
+
+def check(
+    judge: Judge, fmt: str, shape: tuple[int, int, int], draw: int, spread: int | None = None, **arguments: Any
+) -> None:
+    """Compare `matmul` with ``judge`` on numbers of ``fmt``; ``shape`` is (M, K, N). Some products cancel.
+
+    The numbers are any of the format, or have exponents from -spread to spread.
+    """
     m, k, n = shape
-    a, b = operands(fmt, (m, k), draw), operands(fmt, (n, k), draw + 1).T
+    take = operands if spread is None else lambda *given: normal_operands(*given, spread)
+    a, b = take(fmt, (m, k), draw), take(fmt, (n, k), draw + 1).T
     half = k // 2
     a[: m // 2, half : 2 * half], b[half : 2 * half, : n // 2] = -a[: m // 2, :half], b[:half, : n // 2]
     got = matmul(*(torch.tensor(x, dtype=torch.float32) for x in (a, b)), format=fmt, **arguments)
@@ -109,6 +124,27 @@ def test_machines_have_the_bits_of_the_reference(machine: str, fmt: str) -> None
     judge = with_order(f"e8m{unit.precision - 1}", order, rounding)
     for seed, shape in enumerate([*SHAPES, (4, 2 * unit.length + 3, 17)]):
         check(judge, fmt, shape, seed, accumulator=machine)
+    for spread in (0, 20, 60) if fmt in ("bf16", "tf32") else (0, 3, 6):
+        check(judge, fmt, (3, 2 * unit.length + 3, 17), 40 + spread, spread, accumulator=machine)
+
+
+@pytest.mark.parametrize("rounding", ["nearest_even", "toward_zero", "up", "to_odd"])
+def test_long_chunks_have_the_bits_of_the_reference(rounding: str) -> None:
+    """Chunks that torch's product adds: a sample, and a sum of products that are -0; batches, and many columns."""
+    for shape, accumulator in (((66, 130, 64), "e8m13"), ((3, 65, 2000), "bf16"), ((2, 64, 70000), "e5m4")):
+        m, k, n = shape
+        a, b = normal_operands("e4m3fn", (m, k), 1, 3), normal_operands("e4m3fn", (n, k), 2, 3).T.copy()
+        a[1], b[:, 5] = -0.0, 1.0
+        product = matmul(
+            *(torch.tensor(x, dtype=torch.float32).expand(2, *x.shape) for x in (a, b)),
+            accumulator=f"{accumulator}/{rounding}", chunk=64, format="e4m3fn",
+        )  # fmt: skip
+        judge = with_order(accumulator, ("chunked", 64), rounding)
+        places = [(1, 5), *((int(i), int(j)) for i, j in np.random.default_rng(3).integers((m, n), size=(40, 2)))]
+        wanted = [to_float(round(judge(a[i].tolist(), b[:, j].tolist(), "e4m3fn", 0), "fp32")) for i, j in places]
+        for batch in range(2):
+            assert bits(torch.stack([product[batch, i, j] for i, j in places])) == bits(torch.tensor(wanted))
+    assert math.copysign(1.0, product[1, 1, 5].item()) == -1.0
 
 
 def test_machines_that_accumulate_in_fp16() -> None:
@@ -118,7 +154,8 @@ def test_machines_that_accumulate_in_fp16() -> None:
         ("hopper", 16, 25, -21),
     ):
         judge = with_order("fp16", Aligned(length, fraction_bits, floor))
-        check(judge, "fp16", (5, 37, 6), 3, accumulator=f"{machine}/fp16")
+        for spread in (None, 0, 6):
+            check(judge, "fp16", (5, 37, 6), 3, spread, accumulator=f"{machine}/fp16")
 
 
 def test_an_aligned_order_of_ones_own() -> None:

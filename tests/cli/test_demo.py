@@ -23,8 +23,8 @@ def test_demo_without_its_extras_says_what_to_install(monkeypatch):
     module = types.ModuleType("fpsim.paper.demo")
 
     def demo(**options):
-        raise ModuleNotFoundError("'transformers' is not installed; the demo needs it: pip install 'fpsim[paper]'")
+        raise ModuleNotFoundError("'transformers' is missing; the demo needs it: pip install 'fpsim-torch[paper]'")
 
     module.demo = demo
     monkeypatch.setitem(sys.modules, "fpsim.paper.demo", module)
-    assert "pip install 'fpsim[paper]'" in run("demo", code=2)
+    assert "pip install 'fpsim-torch[paper]'" in run("demo", code=2)

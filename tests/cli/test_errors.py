@@ -4,7 +4,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from fpsim.cli.errors import plain_errors
+from fpsim.cli.errors import OneLineErrors, plain_errors
 from tests.shared.command_line import run
 
 SCRIPT = """
@@ -114,3 +114,39 @@ def test_wrong_input_ends_with_code_2_and_one_line(arguments, message):
     error = run(*arguments, code=2)
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["roudn", "1"], "error: no such command 'roudn'. Did you mean 'round'?; see root --help"),
+        (["round", "1"], "error: missing option '--format'; see root round --help"),
+        (["round", "--format", "bf16"], "error: missing argument 'VALUE'; see root round --help"),
+        (["verify", "--frmat", "e4m3fn"], "error: no such option: --frmat (Possible options: --format, --path); see "),
+        (["verify", "--all", "--samples", "x"], "error: invalid value for '--samples': "),
+        (["verify", "--all", "--jobs", "0"], "error: invalid value for '--jobs': "),
+        (["study", "rum"], "error: no such command 'rum'. Did you mean 'run'?; see root study --help"),
+    ],
+)
+def test_arguments_that_no_command_takes_are_one_line(arguments, message):  # typer's runner calls the program root
+    error = run(*arguments, code=2)
+    assert error.startswith(message)
+    assert len(error.splitlines()) == 1
+
+
+def test_errors_of_the_backend_are_one_line():
+    class UnroundedError(RuntimeError):
+        pass
+
+    class BackendCompilerFailed(RuntimeError):
+        inner_exception = UnroundedError("aten.x cannot be rounded")
+
+    @plain_errors
+    def command():
+        raise BackendCompilerFailed("a page of text")
+
+    program = typer.Typer(cls=OneLineErrors)
+    program.command()(command)
+    program.command()(test_errors_of_the_backend_are_one_line)  # a program of one command is no group
+    result = CliRunner().invoke(program, ["command"])
+    assert (result.exit_code, result.stderr) == (2, "error: aten.x cannot be rounded\n")

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
-from torch import nn
 
-import fpsim
 from fpsim import recipes
 from fpsim.recipes import RECIPES, Recipe
 from tests.shared.command_line import run
@@ -48,17 +44,3 @@ def test_wrong_arguments_are_errors_of_one_line(arguments: tuple[str, ...], mess
 def test_the_page_has_the_table_and_the_sections_of_today() -> None:
     """If this fails: replace the end of docs/recipes.md, from its table on, by ``fpsim recipes --markdown``."""
     assert PAGE.read_text().endswith(run("recipes", "--markdown"))
-
-
-def test_the_code_on_the_page_runs() -> None:
-    [code] = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(2))})
-    model["head"] = nn.Linear(16, 4)
-    model.forward = lambda x: SimpleNamespace(loss=model["head"](model["layers"][1](model["layers"][0](x))).sum())  # type: ignore
-    names = {
-        "fpsim": fpsim, "torch": torch, "model": model, "batch": {"x": torch.ones(2, 16)},
-        "optimizer": torch.optim.AdamW(model.parameters()),
-    }  # fmt: skip
-    before = model["head"].weight.clone()
-    exec(code.replace("apply(model, optimizer)", 'apply(model, optimizer, backend="fpsim_eager")'), names)
-    assert not torch.equal(model["head"].weight, before)

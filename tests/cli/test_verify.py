@@ -130,6 +130,17 @@ def test_verify_compares_scales_with_the_reference(monkeypatch):
     assert f"input 0x04600000 = {amax} became 0x00800000 = {got}, not 0x00400000 = {want}: e4m3fn mx:32:rce" in output
 
 
+def test_verify_writes_scales_of_every_rule_to_a_table(tmp_path):
+    table = tmp_path / "scales.md"
+    arguments = ("verify", "--format", "e4m3fn", "--format", "int4", "--scale", "all", "--path", "eager")
+    run(*arguments, "--samples", "0", "--markdown", str(table))
+    rows = [line.split(" | ") for line in table.read_text().splitlines() if "sampled" in line]
+    assert [(row[0], row[1]) for row in rows] == [
+        (f"| {name}", f"mx:32:{rule}") for name in ("e4m3fn", "int4") for rule in ("rceil", "floor", "ceil", "even")
+    ]
+    assert all(row[2] == "eager" and row[4] == "0" for row in rows)
+
+
 def test_verify_of_scales_refuses_what_has_no_meaning_there():
     assert "leave out --rounding" in run("verify", "--format", "e4m3fn", "--scale", "mx", "--rounding", "up", code=2)
     assert "has no E8M0 codes" in run("verify", "--format", "e4m3fn", "--scale", "row", code=2)

@@ -224,6 +224,31 @@ def test_profile_counts_the_sums_of_every_kind_of_product() -> None:
     assert pairwise.stagnated is None and pairwise.idle_share is None and pairwise.relative_error > 0
 
 
+def test_profile_measures_other_sums_too() -> None:
+    """By hand: 16 numbers 2**-4 reach 1 in e8m3, and more change nothing. The sums of a softmax: by the reference."""
+    x = torch.full((1, 64), 2.0**-4)
+    policy = {"format": "e4m3fn", "reductions": "e8m3"}
+    profile = fpsim.profile(lambda x: x.sum(1), x, policy=policy)
+    (found,) = profile.reductions
+    assert (found.path, found.operator, found.kind) == ("", "aten.sum", "forward")
+    assert found.sum == SumStatistics("e8m3/nearest_even/ovf_inf", 3.0, 4.0, 1, 1, 64, 48)
+    assert found.relative_error == 0.75 and "0 products with accumulators, 1 other sums" in str(profile)
+    assert type(profile).from_json(profile.to_json()) == profile
+    assert (profile + profile).reductions[0].sum.idle_steps == 96
+    with pytest.raises(ValueError, match="merge those of the same policy"):
+        profile + fpsim.profile(lambda x: x.sum(1), x, policy={"format": "e4m3fn", "reductions": "e8m4"})
+
+    scores = numbers(3, 20, seed=1).requires_grad_()
+    found = fpsim.profile(lambda x: torch.softmax(x, 1)[:, 0], scores, policy=policy).reductions
+    assert [each.operator for each in found] == ["aten._softmax", "aten._softmax_backward_data"]
+    assert [each.kind for each in found] == ["forward", "backward"]
+    terms = (scores - scores.amax(1, keepdim=True)).exp().detach()
+    sums = [to_float(dot([1.0] * 20, row, "fp32", accumulator="e8m3")) for row in terms.tolist()]
+    exact = terms.double().sum(1)
+    assert found[0].sum.error == pytest.approx(float((torch.tensor(sums).double() - exact).norm()))
+    assert found[0].sum.reference == pytest.approx(float(exact.norm()))
+
+
 def test_the_key_of_compiled_code_covers_the_accumulator() -> None:
     policies = [{}, {"accumulator": "fp16"}, {"accumulator": "fp16", "chunk": 4}, {"accumulator": {"fprop": "fp16"}},
                 {"accumulator": "hopper_fp8"}, {"accumulator": "hopper_fp8", "promote": 128}]  # fmt: skip

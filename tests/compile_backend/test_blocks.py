@@ -61,7 +61,7 @@ def rounded(x: Tensor, cast: str, axis: int | tuple[int, ...], rows: bool = True
     values = [reference.as_value(value) for value in x.detach().double().flatten().tolist()]
     working = "fp64" if x.dtype == torch.float64 else "fp32"
     parsed = reference.parse_cast(cast)
-    scale, is_nv = parsed.scale, parsed.scale.rule in ("te", "torchao")
+    scale, is_nv = parsed.scale, parsed.scale.rule in reference.scales.NV_RULES
     is_affine = scale.asymmetric or cast.startswith("uint")
     is_row = scale.shared_by == "row" and rows
     if not is_nv and (scale.rule not in ("fp32", "bf16") or is_affine or not (is_row or scale.shared_by == "tensor")):
@@ -74,7 +74,8 @@ def rounded(x: Tensor, cast: str, axis: int | tuple[int, ...], rows: bool = True
             elements[i] = reference.mul(element, block.scale, "fp32") if is_nv else element
             outer[i] = block.scale
             if is_nv:
-                outer[i] = reference.div(1, block.tensor_scale, "fp32") if scale.rule == "te" else block.tensor_scale
+                whole = block.tensor_scale
+                outer[i] = whole if scale.rule == "torchao" else reference.div(1, whole, "fp32")
     factor = tensor_of(outer, x, torch.float32)
     factor = factor.narrow(axis, 0, 1) if is_row else factor.flatten()[0]
     return Operand(tensor_of(elements, x), factor)
@@ -334,6 +335,21 @@ def test_the_scale_of_a_tensor_multiplies_the_result_of_a_convolution(cast: str)
     assert torch.allclose(layer.bias.grad, dy.sum(places))
 
 
+def test_inductor_leaves_scales_before_a_softmax_where_they_are() -> None:
+    """It would subtract the largest number of a row before it multiplies by the scale."""
+
+    def shifted(x: Tensor, w: Tensor) -> Tensor:
+        y = x @ w
+        return y - y.amax(-1, keepdim=True)
+
+    torch.manual_seed(10)
+    x, w = torch.randn(6, 48), torch.randn(48, 40)
+    y = rounded(x, "e4m3fn/tensor", 1) @ rounded(w, "e4m3fn/tensor", 0)
+    torch._dynamo.reset()
+    got = torch.compile(shifted, backend="fpsim", options={"format": "e4m3fn/tensor"})(x, w)
+    assert torch.equal(got, y - y.amax(-1, keepdim=True))
+
+
 def test_narrow_accumulators_add_products_of_elements() -> None:
     """Machines multiply elements. Scales of blocks, which vary along the sum, need a promotion after each block."""
     torch.manual_seed(9)
@@ -364,6 +380,25 @@ def test_the_results_of_rows_with_nan_or_infinity_are_nan() -> None:
         torch._dynamo.reset()
         y = torch.compile(torch.mm, backend="fpsim_eager", options={"format": cast})(x, w)
         assert y.isnan().all(1).tolist() == wanted == y.isnan().any(1).tolist()
+
+
+@pytest.mark.parametrize("cast", [*CASTS, "e2m1fn/nv:torchao", "e4m3fn/row", "uint8"])
+def test_special_numbers_and_no_numbers(cast: str) -> None:
+    """Rows with a NaN, an infinity, only zeros, a subnormal number and the largest numbers; and products without rows,
+    columns or elements to sum over."""
+    torch.manual_seed(11)
+    x, w = torch.randn(8, 32), torch.randn(32, 6)
+    x[0, 3], x[1, 4], x[2], x[3], x[4, ::3] = torch.nan, -torch.inf, -0.0, 2.0**-130, 3e38
+    empty = torch.randn(0, 32), torch.randn(8, 0), torch.randn(0, 6), torch.randn(32, 0)
+
+    def products(x: Tensor, w: Tensor, rows: Tensor, a: Tensor, b: Tensor, columns: Tensor) -> list[Tensor]:
+        return [x @ w, x[2:] @ w, x[2:4] @ w, x[5:] @ w, rows @ w, a @ b, x @ columns]
+
+    torch._dynamo.reset()
+    got = torch.compile(products, backend="fpsim_eager", options={"format": cast})(x, w, *empty)
+    for y, part in zip(got, (x, x[2:], x[2:4], x[5:]), strict=False):
+        torch.testing.assert_close(y, rounded(part, cast, 1) @ rounded(w, cast, 0), rtol=0, atol=0, equal_nan=True)
+    assert [tuple(y.shape) for y in got[4:]] == [(0, 6), (8, 6), (8, 0)] and not got[5].any()
 
 
 def test_explain_and_profile_tell_which_scales_are_in_the_epilogue() -> None:

@@ -134,6 +134,40 @@ def test_a_random_function_is_refused(network: Network) -> None:
             functional(network, Policy(format="bf16", modules={"first": f"e4m3fn/tensor/{timing}"}))
 
 
+def test_what_a_policy_says_of_backward_does_not_count() -> None:
+    """The preset nvfp4 draws random numbers for gradients and rotates them. The other policy has its way in all fields.
+
+    Values have the bits of the compiled model. The derivative is that of the product of rounded operands: that of the
+    scale which multiplies the result too.
+    """
+    torch.manual_seed(0)
+    layer, x = nn.Linear(32, 20), drawn(17, 32).float()
+    state = {name: value.detach() for name, value in layer.named_parameters()}
+    loss = curvature.functional_loss(layer, lambda y: y.square().sum(), batch=x, policy="nvfp4")
+    compiled = torch.compile(layer, backend="fpsim_eager", options={"policy": "nvfp4"})
+    y = compiled(x).detach()
+    assert torch.equal(curvature.functional_outputs(layer, batch=x, policy="nvfp4")(state), y)
+    assert torch.equal(loss(state), y.square().sum())
+    want = {"weight": (2 * y).T @ fpsim.round(x, "nvfp4"), "bias": (2 * y).sum(0)}
+    torch.testing.assert_close(grad(loss)(state), want, rtol=1e-5, atol=1e-4)
+
+    model = nn.Sequential(nn.Linear(32, 20), nn.Softmax(-1), nn.Linear(20, 4))
+    policy = Policy(
+        format="e5m2/stochastic",
+        fprop={"activation": "e4m3fn/power_of_two", "weight": "int8", "output": "bf16"},
+        wgrad={"output": "bf16/stochastic"},
+        elementwise={"forward": "e8m10", "backward": "e8m10/stochastic"},
+        saved="e4m3fn/stochastic",
+        accumulator={"fprop": "fp32 chunk=4", "dgrad": "bf16/stochastic"},
+        reductions="bf16",
+        transform={"fprop": "permute:amax", "wgrad": "hadamard:4"},
+        modules={"2": {"format": "e4m3fn/tensor", "gradient": "e4m3fn/tensor/history:4"}},
+    )
+    got = functional(model, policy)({name: p.detach() for name, p in model.named_parameters()}, (x,), {})
+    assert torch.equal(got, torch.compile(model, backend="fpsim_eager", options={"policy": policy})(x))
+    assert not torch.equal(got, model(x)) and policy.of_forward.of_forward == policy.of_forward
+
+
 def test_a_policy_that_does_not_fit_is_refused(network: Network, state: State) -> None:
     call = functional(network, Policy(format="e4m3fn", skip=("frist",)))
     with pytest.raises(BackendCompilerFailed, match=r"'frist' matches no module(.|\n)*first"):

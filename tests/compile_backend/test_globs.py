@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -97,3 +99,31 @@ def test_operators_that_exist_or_may_exist(glob: str) -> None:
 
 def test_operators_have_the_names_that_plans_show() -> None:
     assert {"aten.mm", "aten._cdist_forward", "fpsim.round"} <= operator_names()
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+
+def takes_all(*args, **kwargs):
+    return Wrapped.forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrapper", [takes_all, torch.autocast("cpu", torch.bfloat16)(Wrapped.forward)])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_paths_are_those_of_the_module_where_its_forward_is_wrapped(wrapper, in_place: bool) -> None:
+    model = Wrapped()
+    model.forward = MethodType(wrapper, model)
+    plan = fpsim.explain(model._call_impl if in_place else model, torch.randn(2, 4), policy={"format": "bf16"})
+    assert {site.path for site in plan.sites} == {"body", "head"}
+    options = {"format": "e2m1fn", "skip": "head"}
+    if in_place:
+        model.compile(backend="fpsim_eager", options=options)
+        model(torch.randn(2, 4))
+    else:
+        torch.compile(model, backend="fpsim_eager", options=options)(torch.randn(2, 4))

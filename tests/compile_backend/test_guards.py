@@ -305,3 +305,29 @@ def test_products_of_weights_alone() -> None:
     reasons = [gap.reason for gap in plan.gaps]
     assert reasons.count("fprop of two activations left unrounded by the policy") == 2
     assert reasons.count("dgrad of two activations left unrounded by the policy") == 4
+
+
+class AsksForGradients(nn.Module):
+    """What transformers does to the embeddings of a model with activation checkpointing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).requires_grad_())
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_forward_that_asks_for_gradients_takes_no_derivatives(enabled: bool) -> None:
+    model, x = AsksForGradients(), torch.randn(3, 4)
+    compiled = torch.compile(model, backend="fpsim_eager", options={"activation": "e4m3fn", "weight": "e4m3fn"})
+    with torch.set_grad_enabled(enabled):
+        got = compiled(x)
+        rounded = [fpsim.round(each, "e4m3fn") for each in (x, model.first.weight, model.second.weight)]
+        want = fpsim.round(rounded[0] @ rounded[1].T, "e4m3fn") @ rounded[2].T
+    assert torch.equal(got, want) and got.requires_grad == enabled
+    if enabled:
+        gradients = torch.autograd.grad(got.sum(), list(model.parameters()))
+        emulated = torch.autograd.grad(want.sum(), list(model.parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(gradients, emulated, strict=True))

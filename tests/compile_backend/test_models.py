@@ -307,11 +307,6 @@ def test_a_format_that_the_model_cannot_carry_is_an_error() -> None:
     assert "e5m10" in message and "bfloat16" in message and "float32" in message
 
 
-def test_a_mode_is_an_error() -> None:
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no mode 'max-autotune'"):
-        torch.compile(nn.Linear(4, 4), backend="fpsim", mode="max-autotune")(torch.randn(2, 4))
-
-
 def test_derivatives_taken_inside_the_compiled_function_are_refused() -> None:
     def gradient(x: Tensor) -> Tensor:
         return torch.func.grad(lambda t: (t @ t).sum())(x)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton is not installed: pip install 'fpsim[gpu]'", allow_module_level=True)
+    pytest.skip("Triton is not installed: pip install 'fpsim-torch[gpu]'", allow_module_level=True)
 
 import triton
 import triton.language as tl

@@ -146,6 +146,8 @@ def test_policies_are_presets_casts_pairs_values_or_files(tmp_path):
 
 
 def test_wrong_input_is_refused_with_a_remedy(model, batches):
+    partly_training = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).eval()
+    partly_training[1].train()
     cases = [
         ({"policies": {"x": {"gradient": "e5m2"}}}, ValueError, "policy 'x' rounds nothing in the forward pass"),
         ({"policies": {"x": {"format": "bf16", "skip": "*"}}}, ValueError, "policy 'x' rounds nothing.*left unrounded"),
@@ -162,6 +164,11 @@ def test_wrong_input_is_refused_with_a_remedy(model, batches):
         ({"model": nn.Linear(2, 2)}, ValueError, r"training mode.*model\.eval\(\)"),
         ({"model": torch.compile(model)}, ValueError, "compiled"),
         ({"model": torch.relu}, TypeError, r"torch\.nn\.Module"),
+        ({"model": partly_training}, ValueError, "1 is in training mode"),
+        ({"backend": "inductor"}, ValueError, "unknown backend 'inductor'"),
+        ({"policies": {"format": "bf16"}}, ValueError, "is one policy.*give it in a list"),
+        ({"policies": {"unrounded": "bf16"}}, ValueError, "'unrounded' is that of the model without rounding"),
+        ({"metric": lambda out, y: math.nan}, FloatingPointError, "the .*lambda.* of the unrounded model is nan"),
     ]  # fmt: skip
     for changes, error, message in cases:
         with pytest.raises(error, match=message):

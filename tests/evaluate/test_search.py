@@ -144,6 +144,14 @@ def test_a_tolerance_or_budget_that_nothing_meets_is_said_to_fail():
     assert not result.met and set(result.choices.values()) == {"e2m1fn"} and result.cost == 4 * 192
 
 
+def test_a_loss_that_is_not_finite_under_every_format_meets_no_tolerance():
+    model, batches = trained(1)
+    with torch.no_grad():
+        model[0].weight.mul_(1e6)
+    result = search(model, batches, formats=["e5m2/ovf_inf", "e4m3fn/ovf_inf"], tolerance=1e9, loss=cross_entropy)
+    assert not result.met and not math.isfinite(result.change.value)
+
+
 class Attention(nn.Module):
     """A block whose projections stand side by side, with products of its own."""
 
@@ -217,6 +225,8 @@ def test_wrong_input_is_refused_with_a_remedy(found):
         ({"tolerance": 1, "cost": "bit"}, ValueError, "unknown cost 'bit'"),
         ({"tolerance": 1, "batches": iter(batches)}, ValueError, r"read only once.*list\(batches\)"),
         ({"tolerance": 1, "formats": [{"gradient": "e5m2"}, {"gradient": "e4m3fn"}]}, ValueError, "rounds anything"),
+        ({"tolerance": 1, "backend": "inductor"}, ValueError, "unknown backend 'inductor'"),
+        ({"tolerance": 1, "loss": lambda z, y: z.sum() / 0}, FloatingPointError, "unrounded model is .* on batch 0"),
     ]  # fmt: skip
     for changes, error, message in cases:
         with pytest.raises(error, match=message):

@@ -147,6 +147,38 @@ def test_first_order_is_the_gradient_times_the_error_and_second_order_comes_near
         assert effect.alone.value == pytest.approx(second, rel=0.05, abs=2e-5)
 
 
+def test_the_estimates_of_all_sites_cost_less_than_six_gradients():
+    """Counted in operations of matrix products, on a second batch: the first one is traced."""
+    torch.manual_seed(6)
+    layers = [layer for width in (16, 32, 32, 32) for layer in (nn.LazyLinear(width), nn.Tanh())]
+    model = nn.Sequential(*layers, nn.LazyLinear(8)).eval()
+    batches = [(torch.randn(9, 16), torch.randint(8, (9,))) for _ in range(2)]
+    model(batches[0][0])
+
+    def operations(profiler) -> int:
+        products = ("aten::mm", "aten::addmm", "aten::bmm")
+        return sum(event.flops for event in profiler.events() if event.name in products)
+
+    def of_a_batch(estimates: bool) -> int:
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True)
+        sensitivity(
+            model, batches, policy="e3m4", loss=cross_entropy, by="site", gradients=False, estimates=estimates,
+            progress=lambda done: profiler.start() if done == 1 else profiler.stop(),
+        )  # fmt: skip
+        return operations(profiler)
+
+    x, y = batches[1]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profiler:
+        loss = cross_entropy(model(x.clone().requires_grad_()), y)
+        torch.autograd.grad(loss, list(model.parameters()))
+    gradient = operations(profiler)
+    elements = sum(layer.weight.numel() for layer in model if isinstance(layer, nn.Linear))
+    first = model[0].weight.numel()
+    products = 2 * 9 * (3 * elements - first)  # the input of the first layer needs no gradient
+    assert gradient == products
+    assert 0 < (of_a_batch(True) - of_a_batch(False)) / gradient <= 6
+
+
 def test_one_unit_has_the_exact_second_order(batches):
     """With a single unit no terms lie between units, so the products give e.He itself."""
     torch.manual_seed(4)
@@ -190,6 +222,23 @@ def test_tied_weights_are_one_parameter_with_two_sites(batches):
         assert effect.alone.value == pytest.approx(effect.second.value, abs=0.2 * abs(effect.alone.value) + 1e-4)
 
 
+def test_stochastic_rounding_is_measured_with_one_draw_per_batch_and_has_no_estimates(model, batches):
+    options = {"policy": "e3m4/stochastic", "loss": cross_entropy, "gradients": False, "estimates": False}
+    first, again = (sensitivity(model, batches, **options) for _ in range(2))
+    assert first.forward == again.forward and all(effect.first is None for effect in first.forward)
+    assert all(math.isfinite(effect.alone.value) for effect in first.forward)
+
+
+def test_stochastic_rounding_in_backward_leaves_the_estimates_as_they_are(model, batches):
+    stochastic = {"activation": "e3m4", "weight": "e3m4", "gradient": "e3m4/stochastic"}
+    found, want = (
+        sensitivity(model, batches[:1], policy=policy, loss=cross_entropy, gradients=False)
+        for policy in (stochastic, "e3m4")
+    )
+    numbers = [[(e.unit, e.first.value, e.second.value) for e in result.forward] for result in (found, want)]
+    assert numbers[0] == numbers[1]
+
+
 def test_results_are_shown_as_text_frames_html_and_plots(result):
     pytest.importorskip("matplotlib")
     frame = result.to_pandas()
@@ -210,6 +259,8 @@ def test_wrong_input_is_refused_with_a_remedy(model, batches):
         ({"policy": {"format": "bf16", "accumulator": "fp32"}}, ValueError, "leave accumulator out"),
         ({"policy": {"format": "bf16", "modules": {"x": "e4m3fn"}}}, ValueError, "'x' matches no module"),
         ({"loss": lambda z, y: z.sum() * math.nan}, FloatingPointError, "unrounded model is nan on batch 0"),
+        ({"policy": "e4m3fn/stochastic"}, ValueError, "stochastic rounding draws new ones.*pass estimates=False"),
+        ({"backend": "inductor"}, ValueError, "unknown backend 'inductor'"),
     ]
     for changes, error, message in cases:
         with pytest.raises(error, match=message):

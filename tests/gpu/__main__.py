@@ -27,7 +27,7 @@ from rich.console import Console
 
 NO_GPU = """\
 There is no CUDA device here: torch.cuda.is_available() is False.
-Run it on a machine with an NVIDIA GPU, a build of torch for CUDA and Triton (pip install 'fpsim[gpu]').
+Run it on a machine with an NVIDIA GPU, a build of torch for CUDA and Triton (pip install 'fpsim-torch[gpu]').
 The proofs that need no GPU are part of `make test` (tests/compile_backend/test_triton.py);
 TRITON_INTERPRET=1 python -m tests.gpu --rehearse runs this program on the CPU, without results."""
 
@@ -48,7 +48,7 @@ def main() -> int:
         print(NO_GPU, file=sys.stderr)
         return 2
     if importlib.util.find_spec("triton") is None:
-        print("Triton is not installed: pip install 'fpsim[gpu]'", file=sys.stderr)
+        print("Triton is not installed: pip install 'fpsim-torch[gpu]'", file=sys.stderr)
         return 2
     if arguments.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
         print("a rehearsal needs Triton's interpreter: set TRITON_INTERPRET=1", file=sys.stderr)

@@ -103,7 +103,7 @@ def test_impossible_sizes_are_refused(wrong):
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fpsim\[paper\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fpsim-torch\[paper\]'"):
         llama(CONFIG, seed=0)
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from fpsim.paper.config import RunConfig, run_key, to_dict
 from fpsim.paper.figures import loss_curves, sharpness_and_loss
+from fpsim.paper.ranges import Examination, Misfit, Tried
 from fpsim.paper.record import Record
 from fpsim.paper.report import judge_sweep, report
 from fpsim.paper.storage import to_parquet
@@ -66,6 +67,10 @@ def folder(tmp_path_factory) -> Path:
                 key = run_key(config)
                 plan.append({"key": key, "condition": condition, "config": to_dict(config)})
                 facts = {"key": key, "config": to_dict(config), "git": "0" * 40, "packages": {"torch": "2.13.0"}}
+                if options:
+                    misfit = Misfit("head", "weight", "underflows", (seed + 1) / 4)
+                    tried = (Tried("power-of-two scales", (misfit,)), Tried("head unrounded", ()))
+                    facts["ranges"] = Examination((misfit,), tried).to_dict()
                 (folder / "runs").mkdir(exist_ok=True)
                 (folder / "runs" / f"{key}.parquet").write_bytes(to_parquet(history(onset, 2.0 + 0.1 * seed), facts))
     experiment = {"reference": "high", "pairs": [["low <b>", "high"]], "question": "Why?", "claim": "", "differs": ""}
@@ -115,6 +120,17 @@ def test_signals_are_ranked_as_they_were_made(folder, page):
     assert leads["logit sharpness, ε = 5e-4"]["diverging runs warned"].startswith("3/3")
     assert 30 <= float(leads["logit sharpness, ε = 5e-4"]["lead"]) <= 50
     assert leads["max |z|"]["diverging runs warned"].startswith("0/3")
+
+
+def test_what_does_not_fit_is_named_with_the_cheapest_fix_in_the_worst_run(folder, page):
+    [row] = numbers(folder)["What does not fit, and the cheapest fix"]
+    assert row == {
+        "condition": "low <b>",
+        "what does not fit": "weights of head underflow (75 %)",
+        "cheapest fix found": "head unrounded",
+        "evidence": "power-of-two scales: 1 left, the worst: weights of head underflow (75 %); "
+        "head unrounded: none left",
+    }
 
 
 def test_ranges_are_shown_where_they_were_counted(folder, page):

@@ -18,10 +18,11 @@ from fpsim.paper.config import RunConfig, compile_key, from_dict, run_key, to_di
 from fpsim.paper.data import batches, validation_batches
 from fpsim.paper.models import LanguageModel, llama
 from fpsim.paper.record import Record, step_seconds
+from fpsim.paper.sweeps import Planned, sweep
 from fpsim.paper.trainer import Trainer, evaluate, learning_rate
 from fpsim.paper.training import records, run
 from fpsim.policy import Policy
-from fpsim.recipes import RECIPES, Recipe, RoundedState
+from fpsim.recipes import RECIPES, Recipe, RoundedState, fp8_lm
 from fpsim.recipes.scaled_loss import ScaledLoss
 
 
@@ -130,6 +131,14 @@ def test_a_run_of_a_recipe_has_its_policy_and_its_optimizer(config, data):
             state["exp_avg"].copy_(fpsim.round(state["exp_avg"], "e4m3fn"))
             state["exp_avg_sq"].copy_(fpsim.round(state["exp_avg_sq"], "bf16"))
     assert _losses(run(replace(config, recipe=recipe), data)) == expected != _losses(plain)
+
+
+def test_an_exchange_of_gradients_takes_several_processes(config, data, tmp_path):
+    config = replace(config, recipe=fp8_lm(processes=True))
+    with pytest.raises(ValueError, match=r"one process averages none: .* fp8_lm\(processes=False\)"):
+        run(config, data)
+    with pytest.raises(ValueError, match="one process averages none"):  # before a worker starts
+        sweep([Planned("fp8_lm", config)], tmp_path)
 
 
 def test_a_recipe_stands_in_place_of_options_and_is_part_of_the_key():

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import pickle
+import re
 from typing import Any
 
 import hypothesis.strategies as st
@@ -820,7 +821,7 @@ def test_a_format_is_no_policy_and_the_error_says_what_to_write(options: Any, er
         (
             {"fprop": {"weights": "bf16"}},
             ValueError,
-            "unknown role 'weights' in fprop: use activation, ",
+            "unknown role 'weights' in fprop .did you mean 'weight'..: use activation, ",
         ),
         (
             {"elementwise": {"loss": "bf16"}},
@@ -936,3 +937,37 @@ def test_policies_serve_as_keys() -> None:
 
 def test_the_policy_is_at_the_top_of_the_package() -> None:
     assert fpsim.Policy is Policy
+
+
+NEAR_MISSES = [
+    (lambda: Policy(fromat="e4m3fn"), TypeError, "Policy has no field 'fromat' (did you mean 'format'?): its fields "
+                                                 "are format, activation, weight, "),
+    (lambda: Policy.from_options({"fromat": "e4m3fn"}), ValueError, "unknown option 'fromat' (did you mean 'format'?)"),
+    (lambda: Policy(format="e4m3fm"), ValueError, "unknown format 'e4m3fm': did you mean e4m3fn"),
+    (lambda: Policy(format="mxfp9"), ValueError, "did you mean mxfp8"),
+    (lambda: Policy(format="e4m3fn/nearest_evn"), ValueError, "(did you mean 'nearest_even'?): after the format"),
+    (lambda: Policy(format="e4m3fn/sat_finit"), ValueError, "(did you mean 'sat_finite'?)"),
+    (lambda: Policy(format="e4m3fn/blck:32"), ValueError, "(did you mean 'block'?)"),
+    (lambda: Policy(format="bf16", overflow="sat_finit"), ValueError, "mode 'sat_finit' (did you mean 'sat_finite'?)"),
+    (lambda: Policy(format="bf16", rounding="nearest_evn"), ValueError, "use one of nearest_even, "),
+    (lambda: Policy(format="bf16", scale="power_of_tow"), ValueError, "'power_of_tow' (did you mean 'power_of_two'?)"),
+    (lambda: Policy(format="bf16", products="weight"), ValueError, "products 'weight' (did you mean 'weights'?)"),
+    (lambda: Policy(fprop={"activaton": "bf16"}), ValueError, "in fprop (did you mean 'activation'?): use "),
+    (lambda: Policy(elementwise={"foward": "bf16"}), ValueError, "in elementwise (did you mean 'forward'?): use "),
+    (lambda: Policy(saved={"products": "bf16"}), ValueError, "in saved (did you mean 'product'?): use "),
+    (lambda: Policy(format="bf16", accumulator={"frop": "fp16"}), ValueError, "in accumulator (did you mean 'fprop'?)"),
+    (lambda: Policy(format="bf16", accumulator="hoper_fp8"), ValueError, "hopper_fp8"),
+    (lambda: Policy(format="bf16", transform={"fporp": "smooth"}), ValueError, "in transform (did you mean 'fprop'?)"),
+    (lambda: Policy(format="bf16", transform="hadamar:16"), ValueError, "'hadamar:16' (did you mean 'hadamard'?)"),
+    (lambda: Policy(format="bf16", attention="rond"), ValueError, "attention 'rond' (did you mean 'round'?)"),
+    (lambda: Policy(format="bf16", attention={"blok_k": 64}), ValueError, "field 'blok_k' of attention (did you mean "),
+    (lambda: Policy(format="bf16", modules={"head": {"outptu": "bf16"}}), ValueError, "(did you mean 'output'?)"),
+    (lambda: Policy.preset("fp8_hybird"), ValueError, "preset 'fp8_hybird' (did you mean 'fp8_hybrid'?): use one of "),
+    (lambda: fpsim.FlashAttention(blok_k=64), TypeError, "has no field 'blok_k' (did you mean 'block_k'?)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), NEAR_MISSES, ids=[message for _, _, message in NEAR_MISSES])
+def test_a_wrong_name_at_any_level_names_the_nearest_right_one(call: Any, kind: type, message: str) -> None:
+    with pytest.raises(kind, match=re.escape(message)):
+        call()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -17,12 +20,52 @@ import fpsim
 from fpsim import recipes
 from fpsim.policy.presets import MORE_THAN_POLICIES
 from fpsim.recipes import RECIPES, Exclusions, Recipe, RoundedState
+from fpsim.training.schedules import Piecewise
 
 BF16 = fpsim.Policy.preset("bf16")
 
 
 def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+#: Imports a run's configuration and one recipe, and says which modules of recipes that has imported.
+LAZY = """
+import sys
+import fpsim.paper.config
+own = lambda: sorted(name for name in sys.modules if name.startswith(("fpsim.recipes.", "fpsim.posttraining")))
+print(*own())
+import fpsim
+fpsim.recipes.RECIPES["te_current"]
+print(*own())
+"""
+
+
+def test_a_configuration_of_the_study_imports_no_recipe() -> None:
+    """Every worker of a study imports it."""
+    done = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True, check=True)
+    before, after = (line.split() for line in done.stdout.splitlines())
+    assert before == ["fpsim.recipes.description", "fpsim.recipes.exclusions", "fpsim.recipes.recipe"]
+    assert set(after) - set(before) == {"fpsim.recipes.parts", "fpsim.recipes.te"}
+
+
+def test_every_name_is_there_and_visible() -> None:
+    assert dir(recipes) == sorted(recipes.__all__) and {"RECIPES", "Recipe", *RECIPES} <= set(dir(recipes))
+    for name in recipes.__all__:
+        assert name == "RECIPES" or getattr(recipes, name).__name__ == name
+    for name in RECIPES:
+        assert getattr(recipes, name) is RECIPES[name]
+    with pytest.raises(AttributeError, match=r"module 'fpsim\.recipes' has no attribute 'mxpf8'"):
+        recipes.mxpf8  # noqa: B018
+
+
+def test_a_recipe_goes_by_its_name_although_a_module_has_it_too() -> None:
+    """Python binds a module of a package to its name, also one that is imported after the recipe."""
+    module = importlib.import_module("fpsim.recipes.mosaic_layernorm")
+    setattr(recipes, "mosaic_layernorm", module)  # noqa: B010
+    assert recipes.mosaic_layernorm is module.mosaic_layernorm is RECIPES["mosaic_layernorm"]
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
@@ -49,6 +92,14 @@ def test_the_text_of_a_recipe_is_short_and_names_its_casts(name: str) -> None:
     assert headings[0] == name and {"source", "note"} <= set(headings)
     assert recipe.policy is None or {"fprop", "dgrad", "wgrad"} <= set(headings)
     assert recipe._repr_html_() == f"<pre>{str(recipe).replace('&', '&amp;').replace(chr(39), '&#x27;')}</pre>"
+
+
+def test_four_over_six_chooses_for_activations_and_weights() -> None:
+    policy = recipes.nvfp4(four_over_six="mae").policy
+    assert policy is not None and str(policy.cast("wgrad", "activation")) == "e2m1fn/nearest_even/sat_finite/nv:16:mae"
+    assert str(policy.cast("dgrad", "weight")) == "e2m1fn/nearest_even/sat_finite/nv:16x16:mae"
+    assert str(policy.cast("dgrad", "gradient")) == "e2m1fn/stochastic:8/sat_finite/nv:16:te"
+    assert recipes.nvfp4().policy == replace(policy, activation="nvfp4", weight="e2m1fn/nv:16x16")
 
 
 def test_the_text_of_nvfp4() -> None:
@@ -95,6 +146,7 @@ def test_a_recipe_that_is_a_policy_is_an_option_of_torch_compile() -> None:
             r"wrong fields of part 'RoundedState' .*: it has state",
         ),
         ({"source": None}, "a recipe has a source, a string"),
+        ({"notes": "one"}, "the notes of a recipe are a list of strings, got 'one'"),
         ({"exclusions": {"heads": True}}, "unknown field 'heads' of exclusions \\(did you mean 'head'\\?\\): use head"),
         ({"policy": {"format": "e9m9x"}}, "unknown format 'e9m9x'"),
     ],
@@ -123,7 +175,7 @@ def test_wrong_json_is_an_error_that_names_it(change: dict[str, Any], message: s
             "last_blocks is a number of blocks or a share between 0 and 1, got 2.5",
         ),
         (lambda: recipes.mxfp8(rule="nearest"), "mx:32:nearest"),
-        (lambda: recipes.nvfp4(four_over_six=True), "four_over_six=True chooses the scale of a block by the errors"),
+        (lambda: recipes.nvfp4(four_over_six="max"), "four_over_six='max': use 'mae', 'mse' or None"),
     ],
 )
 def test_a_wrong_argument_is_an_error_that_names_it(call: Callable[[], Recipe], message: str) -> None:
@@ -209,6 +261,16 @@ def test_apply_calls_the_parts_in_order_with_the_model_as_it_is() -> None:
     ]  # fmt: skip
     with pytest.raises(TypeError, match=r"Recording is no part that JSON can name: enter it in fpsim\.recipes"):
         recipe.to_json()
+
+
+def test_a_backend_that_would_leave_the_policy_out_is_an_error() -> None:
+    """torch's own ``eager`` takes options, and ignores them."""
+    model = mlp()
+    for recipe in (recipes.te_current(), replace(recipes.te_current(), schedule=Piecewise(((0, "bf16"),)))):
+        with pytest.raises(ValueError, match="backend 'eager' knows no policy: use one of fpsim, fpsim_eager"):
+            recipe.apply(model, backend="eager")
+    with pytest.raises(ValueError, match="backend 'eager' knows no policy"):
+        Piecewise(((0, "bf16"),)).apply(model, backend="eager")
 
 
 @dataclass(frozen=True)

@@ -152,8 +152,57 @@ def test_gradients_of_weights_are_exchanged_in_fp8() -> None:
         part.apply(nn.Linear(2, 2), None)
 
 
-def test_one_process_has_no_gradients_to_exchange() -> None:
-    assert NarrowGradients().apply(nn.Linear(2, 2), None) is None
+@pytest.mark.usefixtures("group")
+def test_kept_modules_are_found_behind_data_parallelism() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    model = nn.ModuleDict({"body": model, "head": nn.Linear(2, 2)})
+    model.forward = lambda x: model["head"](model["body"](x))  # type: ignore[method-assign, assignment]
+    recipe = fpsim.recipes.deepseek_v3(router=False, accumulator=None, state=None)
+    parallel = DistributedDataParallel(model)
+    assert recipe.policy_for(parallel) == recipe.policy_for(model)
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        expected = recipe.apply(model, backend="fpsim_eager")[0](x)
+        assert torch.equal(recipe.apply(parallel, backend="fpsim_eager")[0](x), expected)
+
+
+def test_gradients_that_nothing_would_round_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"got Linear: wrap the model, or take fp8_lm\(processes=False\)"):
+        NarrowGradients().apply(nn.Linear(2, 2), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "options", "message"),
+    [
+        ("galore8bit", torch.optim.Adam, {"weight_decay": 0.1}, "Adam adds the decay to gradients: use AdamW"),
+        ("galore8bit", torch.optim.AdamW, {"maximize": True}, "neither amsgrad nor maximize"),
+        ("low_precision_rl", torch.optim.Adam, {"maximize": True}, "neither amsgrad nor maximize"),
+        ("low_precision_rl", torch.optim.Adam, {"amsgrad": True}, "neither amsgrad nor maximize"),
+        ("low_precision_rl", torch.optim.AdamW, {}, "hAdam adds weight decay to gradients"),
+        (
+            "low_precision_rl",
+            torch.optim.Adam,
+            {"weight_decay": 0.1, "decoupled_weight_decay": True},
+            "hAdam adds weight decay to gradients",
+        ),
+    ],
+)
+def test_an_option_of_the_optimizer_that_its_successor_lacks_is_an_error(
+    name: str, optimizer: Any, options: dict[str, Any], message: str
+) -> None:
+    layer = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=message):
+        fpsim.recipes.RECIPES[name]().optimizer.apply(optimizer(layer.parameters(), **options), layer)
+
+
+def test_a_model_with_another_smooth_swiglu_is_an_error() -> None:
+    model, part = llama(), fpsim.recipes.fp8_trillion().preparation
+    assert part is not None and part.apply(part.apply(model, None), None) is model
+    for other in ({"smooth": "channel"}, {"detach": False}):
+        second = fpsim.recipes.fp8_trillion(**other).preparation
+        assert second is not None
+        with pytest.raises(ValueError, match=r"Smooth-SwiGLU with other options .*: \[\('token', True, False\)\]"):
+            second.apply(model, None)
 
 
 # -- COAT and FP8 for trillions of tokens ------------------------------------------------------------------------------
@@ -304,6 +353,9 @@ def test_updates_are_clipped_by_a_part() -> None:
         ("coat", {"expansion": "least"}, "none of COAT's"),
         ("fp8_lm", {"level": "O4"}, "none of FP8-LM's: use one of O1, O2, O3"),
         ("fp8_lm", {"processes": True, "factor": "root"}, "use a number, 'sqrt' or 'automatic'"),
+        ("fp8_lm", {"factor": "automatic"}, "factor='automatic' is that of a sum over processes: give processes=True"),
+        ("halo", {"block": 16}, "level 0 rotates nothing, got block=16"),
+        ("zeroquant_fp", {"constraint": "m1", "rows": 4}, "rows=4 is about the compute block of M2"),
         ("fp8_trillion", {"smooth": "tensor"}, "granularity='tensor' of Smooth-SwiGLU"),
         ("galore8bit", {"rank": 1.5}, "a whole number or a share up to 1, got 1.5"),
     ],

@@ -55,7 +55,10 @@ ASYMMETRIC = (
     "uint8/tensor:asymmetric", "uint4/block:3:asymmetric", "int4/group:3:asymmetric", "uint2/row:asymmetric",
     "uint8/tensor:range", "uint4/row:range", "uint3/channel:range", "int3/column:range", "uint2/down/row:range",
 )  # fmt: skip
-NV = ("e2m1fn/nv", "e2m1fn/nv:torchao", "e2m1fn/nv:16x16", "e2m1fn/nv:16x16:torchao")
+NV = (
+    "e2m1fn/nv", "e2m1fn/nv:torchao", "e2m1fn/nv:16x16", "e2m1fn/nv:16x16:torchao", "e2m1fn/nv:mae", "e2m1fn/nv:mse",
+    "e2m1fn/nv:16x16:mae", "e2m1fn/nv:16x16:mse",
+)  # fmt: skip
 MODES = (
     "e4m3fn/toward_zero/mx:4", "e4m3fn/up/mx:4:floor", "e2m1fn/down/mx:3", "e5m2/to_odd/mx:4",
     "e5m2/ovf_inf/mx:4:floor", "e4m3fn/sat_propagate/row", "e4m3fn/nearest_away/block:4", "int8/up/row",
@@ -321,7 +324,8 @@ def test_stochastic_rounding_is_unbiased_in_every_block(name):
 
 ENCODED = (
     "mxfp8", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp4", "mxint8", "nvfp4", "e2m1fn/nv:torchao", "e2m1fn/nv:16x16", "int8",
-    "int4", "uint8", "uint4/block:3:asymmetric", "nf4", "fp4_bnb", "e4m3fn/block:2x3", "e4m3fn/tensor", "e4m3fn/column",
+    "e2m1fn/nv:mse", "int4",
+    "uint8", "uint4/block:3:asymmetric", "nf4", "fp4_bnb", "e4m3fn/block:2x3", "e4m3fn/tensor", "e4m3fn/column",
     "int8:full/group:5", "e4m3fn/mx:4:floor", "e5m2/row:bf16", "e5m2/row:encode", "int8/column:encode",
     "dynamic8", "dynamic8:unsigned", "dynamic4",
     "linear4:unsigned", "nf4/group:4:double", "int4/group:3:double",
@@ -414,7 +418,7 @@ def test_a_special_value_makes_all_groups_nan_under_double_quantization(special)
 COMPILED = (
     ("mxfp8", -1), ("e2m1fn/mx:16:even", 0), ("nvfp4", 0), ("int8", -1), ("uint4", -1), ("nf4", -1),
     ("e4m3fn/block:8x8", -1), ("e4m3fn/row:encode", 0), ("mxint8", 0), ("dynamic8", -1), ("linear4:unsigned/row", -1),
-    ("nf4/group:1:double", -1),
+    ("nf4/group:1:double", -1), ("e2m1fn/nv:mse", -1), ("e2m1fn/nv:16x16:mae", 0),
 )  # fmt: skip
 
 

@@ -86,6 +86,28 @@ def test_ratios_are_refused_where_divisions_are_inexact() -> None:
     assert torch.equal(torch.compile(lambda x: fpsim.round(x, "mxfp8"), options=options)(x), rounded(x, "mxfp8"))
 
 
+#: Every rule of a scale, and every form of the sets of elements that share one.
+OF_SIXTEEN_BITS = (
+    "e4m3fn/power_of_two", "e4m3fn/mx:4", "e2m1fn/mx:2x4:even", "e4m3fn/row:ceil", "e5m2/tensor:floor",
+    "e4m3fn/tensor", "e4m3fn/tensor:encode", "e5m2/column", "int8/channel", "int4/block:4x8:bf16",
+    "nf4/group:16:double", "uint4/group:16:asymmetric", "int8/tensor:range", "nvfp4", "e2m1fn/nv:16x16:torchao",
+)  # fmt: skip
+
+
+def test_compiled_code_scales_the_sixteen_bit_numbers_that_eager_code_has() -> None:
+    """Plain Inductor goes on with results of 16 bits in float32, unrounded. A scale of these numbers is another one."""
+    torch.manual_seed(0)
+    x = torch.randn(32, 64).bfloat16()
+
+    def roundings(x: Tensor) -> list[Tensor]:
+        return [fpsim.round(x * (1 + (i + 1) / 64), cast) for i, cast in enumerate(OF_SIXTEEN_BITS)]
+
+    for cast, got, want in zip(OF_SIXTEEN_BITS, torch.compile(roundings)(x), roundings(x), strict=True):
+        assert torch.equal(got, want), cast
+    with pytest.raises(Exception, match="scaled rounding of float16 tensors would overflow: convert them to bfloat16"):
+        torch.compile(lambda x: fpsim.round(x * 2, "e4m3fn/tensor"))(x.half())
+
+
 @pytest.mark.parametrize("cast", CASTS)
 def test_parameters(cast: str) -> None:
     layer = nn.Linear(40, 6)

@@ -6,13 +6,15 @@ from typer.testing import CliRunner
 
 from fpsim.cli.main import app
 
+PROGRESS = re.compile(r"^.* \(\d+:\d\d:\d\d\)\n", re.MULTILINE)
+
 
 def run(*arguments: str, code: int = 0) -> str:
-    """Standard output of the command, or standard error if ``code`` is 2."""
+    """Standard output of the command, or standard error if ``code`` is 2, without the lines that tell progress."""
     result = CliRunner().invoke(app, [*arguments])
     assert result.exit_code == code, result.output
     assert result.exception is None or isinstance(result.exception, SystemExit)
-    return result.stderr if code == 2 else result.stdout
+    return PROGRESS.sub("", result.stderr) if code == 2 else result.stdout
 
 
 def cells(output: str) -> list[list[str]]:

@@ -147,7 +147,7 @@ def test_plots_draw_on_given_axes_or_new_ones(params, generator):
 
 def test_plots_name_the_extra_that_is_missing(params, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fpsim\[paper\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fpsim-torch\[paper\]'"):
         slice_1d(loss, params, params, x=[0]).plot()
 
 

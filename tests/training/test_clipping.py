@@ -127,6 +127,16 @@ def test_what_cannot_be_clipped_is_an_error(
         clip_updates(optimizer([nn.Parameter(torch.ones(1))], **options), threshold)
 
 
+def test_updates_are_clipped_once() -> None:
+    """A second wrapper would divide by the RMS again."""
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))])
+    first = clip_updates(optimizer)
+    with pytest.raises(ValueError, match=r"clipped already: call remove\(\) of what clip_updates returned"):
+        clip_updates(optimizer, 2.0)
+    first.remove()
+    assert clip_updates(optimizer, 2.0).threshold == 2.0
+
+
 def test_a_failed_step_leaves_the_groups_as_they_were() -> None:
     p = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([p])

@@ -28,6 +28,20 @@ HOOKS: dict[str, dict[str, Any]] = {
 }
 
 
+#: Casts of gradients under FSDP2. Those of the first weight are sharded along the last axis, the others along the first
+#: one, of which the ranks have parts of other lengths.
+SHARDED: dict[str, dict[str, Any]] = {
+    "unscaled": {"format": "e4m3fn"},
+    "blocks": {"format": "mxfp4"},
+    "blocks of 4, stochastic": {"format": "e2m1fn/stochastic/mx:4", "seed": 7},
+    "rows": {"format": "int8/row"},
+    "tensors": {"format": "e4m3fn/tensor"},
+    "tiles": {"format": "e5m2/block:2x4"},
+    "powers of two": {"format": "e4m3fn/power_of_two"},
+    "rotated rows": {"format": "int4/row/hadamard:4"},
+}
+
+
 def model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
@@ -57,12 +71,35 @@ def averaged_gradients(hook: dict[str, Any], rank: int) -> list[list[Tensor]]:
 
 
 def sharded_gradients(hook: dict[str, Any], rank: int) -> list[Tensor]:
+    """The gradients of a frozen bias and of all other parameters."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    plain = model()
+    plain[2].bias.requires_grad_(False)
+    sharded = fully_shard(plain, shard_placement_fn=lambda p: Shard(1) if p.shape == (5, 6) else None)
+    sharded.set_custom_reduce_scatter(rounded_reduce_scatter(**hook, module=sharded))
+    sharded(batch(rank, 0)).square().sum().backward()
+    return [p.grad.full_tensor() for p in sharded.parameters() if p.grad is not None]
+
+
+class Idle(nn.Module):
+    """A module of which one layer is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+def error_without_a_gradient(rank: int) -> str:
     from torch.distributed.fsdp import fully_shard
 
-    sharded = fully_shard(model())
-    sharded.set_custom_reduce_scatter(rounded_reduce_scatter(**hook))
-    sharded(batch(rank, 0)).square().sum().backward()
-    return [p.grad.full_tensor() for p in sharded.parameters()]
+    sharded = fully_shard(Idle())
+    sharded.set_custom_reduce_scatter(rounded_reduce_scatter("mxfp8", module=sharded))
+    return error_of(lambda: sharded(batch(rank, 0)).sum().backward())
 
 
 def words() -> nn.Module:
@@ -84,7 +121,8 @@ def sparse_gradients(rank: int) -> list[Tensor]:
 def results_of_rank(rank: int) -> dict[str, Any]:
     result: dict[str, Any] = {name: averaged_gradients(hook, rank) for name, hook in HOOKS.items()}
     result["sparse"] = sparse_gradients(rank)
-    result["sharded"] = sharded_gradients({"format": "e4m3fn"}, rank)
+    result["sharded"] = {name: sharded_gradients(hook, rank) for name, hook in SHARDED.items()}
+    result["idle"] = error_without_a_gradient(rank)
     own = {"format": "e4m3fn"} if rank == 0 else {"format": "e5m2", "skip": ["head"]}
     result["equal policies"] = fpsim.check_same_policy({"format": "e8m3"})
     result["different policies"] = error_of(lambda: fpsim.check_same_policy(own))
@@ -188,10 +226,23 @@ def check_that_sparse_gradients_are_rounded_as_dense_ones(ranks: list[dict[str, 
 
 
 def check_gradients_under_fsdp(ranks: list[dict[str, Any]]) -> None:
-    own = local_gradients([0])
-    for i, (got, other) in enumerate(zip(ranks[0]["sharded"], ranks[1]["sharded"], strict=True)):
-        assert_same_bits(got, other)
-        assert_same_bits(got, (fpsim.round(own[0][i], "e4m3fn") + fpsim.round(own[1][i], "e4m3fn")) / 2)
+    """Every gradient of every rank is rounded as a whole, and then summed and halved."""
+    own = [local[:3] for local in local_gradients([0])]
+    for name, hook in SHARDED.items():
+        cast, is_stochastic = hook["format"].replace("/stochastic", ""), "seed" in hook
+        for i, (got, other) in enumerate(zip(ranks[0]["sharded"][name], ranks[1]["sharded"][name], strict=True)):
+            assert_same_bits(got, other)
+            sent = []
+            for rank in range(2):
+                x, draw = own[rank][i], draw_of_step(7, 0) + rank + (i << 32)
+                if is_stochastic:
+                    sent.append(fpsim.round(x, cast, rounding="stochastic", seed=draw))
+                elif cast in ("e4m3fn", "e4m3fn/power_of_two", "int4/row/hadamard:4"):
+                    sent.append(fpsim.round(x, cast))
+                else:
+                    sent.append(by_reference(x, cast))
+            assert_same_bits(got, (sent[0] + sent[1]) / 2)
+    assert all("RuntimeError: the gradients of FSDPIdle have 28 numbers, and FSDP sends 14" in r["idle"] for r in ranks)
 
 
 def check_that_different_policies_are_an_error_on_every_rank(ranks: list[dict[str, Any]]) -> None:
@@ -238,3 +289,11 @@ def test_a_process_without_a_group_has_no_policy_to_compare_with() -> None:
 def test_bad_input(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fpsim.round_gradients_hook(**arguments)
+
+
+def test_a_scale_of_single_gradients_needs_the_module_under_fsdp() -> None:
+    for module in (None, model()):
+        with pytest.raises(ValueError, match=r"every gradient on its own, and module is (NoneType|Sequential): "):
+            rounded_reduce_scatter("mxfp8", module=module)
+    with pytest.raises(ValueError, match="rounded_reduce_scatter keeps no state"):
+        rounded_reduce_scatter("e4m3fn/tensor/history:4")

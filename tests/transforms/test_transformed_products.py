@@ -18,6 +18,7 @@ import fpsim
 from fpsim import Policy, reference
 from fpsim.compile_backend.errors import UnroundedError
 from fpsim.policy.shorthand import parse_shorthand
+from fpsim.transforms.chain import Chain
 from fpsim.transforms.hadamard import Hadamard
 from fpsim.transforms.names import parse_transform
 from fpsim.transforms.permutation import Permutation
@@ -31,9 +32,18 @@ TRANSFORMS = (
     "smooth:alpha=1",
     "permute:amax",
     "permute:norm:second",
+    "smooth/hadamard:16:te",
+    "permute:amax/smooth/hadamard:8:seed=1",
 )
 #: Transforms that leave a product of small integers as it is, to the last bit.
-EXACT = ("hadamard:16:te", "hadamard:4:seed=1", "smooth:power_of_two", "permute:amax", "permute:norm:second")
+EXACT = (
+    "hadamard:16:te",
+    "hadamard:4:seed=1",
+    "smooth:power_of_two",
+    "permute:amax",
+    "permute:norm:second",
+    "smooth:power_of_two/permute:amax/hadamard:4:seed=1",
+)
 
 
 def run(
@@ -129,6 +139,27 @@ def test_the_six_operands_of_a_linear_layer_have_the_bits_of_the_reference(dtype
     y, dx, dw = run(F.linear, [x, w], "fpsim_eager", activation="mxfp4", transform={"fprop": "hadamard:16:te"})
     assert torch.equal(y.view(34, 24), r(tokens, 1) @ r(w, 1, None).t())
     assert torch.equal(dx.view(34, 32), dy @ w)
+
+
+def test_transforms_follow_one_another_in_the_order_in_which_they_are_named() -> None:
+    """Division by given powers of two is exact, and the reference rotates."""
+    torch.manual_seed(0)
+    x, w, factors = torch.randn(6, 32), torch.randn(24, 32), 2.0 ** torch.randint(-3, 4, (32,))
+    smooth = f"smooth:factors={','.join(map(str, factors.tolist()))}"
+
+    def blocks(value: Tensor) -> Tensor:
+        results = reference.round_blocks(value.flatten().tolist(), "mxfp4", tuple(value.shape), 1)
+        return torch.tensor([reference.to_float(v) for v in results]).view(value.shape)
+
+    def rotated(value: Tensor) -> Tensor:
+        return rounded(value, None, 1, 16, "te")
+
+    for transform, a, b in (
+        (f"{smooth}/hadamard:16:te", rotated(x / factors), rotated(w * factors)),
+        (f"hadamard:16:te/{smooth}", rotated(x) / factors, rotated(w) * factors),
+    ):
+        got = run(F.linear, [x, w], "fpsim_eager", format="mxfp4", transform={"fprop": transform})[0]
+        assert torch.equal(got, blocks(a) @ blocks(b).t())
 
 
 class Layers(nn.Module):
@@ -243,7 +274,7 @@ def test_a_profile_counts_the_same_in_bfloat16_and_float32_where_all_numbers_are
 
 def test_the_audit_finds_no_product_in_a_transform() -> None:
     model, x = nn.Sequential(nn.Linear(32, 16)), torch.randn(16, 32)
-    for transform in ("hadamard:full", "hadamard:full:seed=1", "smooth", "permute:amax"):
+    for transform in ("hadamard:full", "hadamard:full:seed=1", "smooth", "permute:amax", "permute:amax/hadamard:16"):
         options = {"format": "mxfp8", "transform": {"fprop": transform}}
         assert len(fpsim.explain(model, x, policy=options).sites) == len(fpsim.explain(model, x, policy="mxfp8").sites)
         torch._dynamo.reset()
@@ -257,6 +288,7 @@ POLICIES: tuple[tuple[Any, Any], ...] = (
     ({"dgrad": None, "fprop": Smoothing(None, torch.tensor([1.0, 2.0]))}, {"fprop": "smooth:factors=1.0,2.0"}),
     ({"fprop": Permutation(None, order=torch.tensor([1, 0])), "dgrad": "smooth"}, None),
     (dict.fromkeys(("wgrad", "fprop", "dgrad"), "smooth"), "smooth:alpha=0.5"),
+    (Chain((Smoothing(), Hadamard(16, "+" * 16))), "smooth:alpha=0.5/hadamard:16:++++++++++++++++"),
 )
 
 
@@ -343,17 +375,19 @@ def test_products_that_a_transform_would_change_are_errors_and_gaps_of_the_plan(
 # -- derivatives -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("transform", ["hadamard:16:te", "hadamard:12:seed=1", "smooth", "permute:norm"])
+@pytest.mark.parametrize(
+    "transform", ["hadamard:16:te", "hadamard:12:seed=1", "smooth", "permute:norm", "smooth/hadamard:16:te"]
+)
 def test_derivatives_of_a_loss_are_those_of_rounding_passed_straight_through(transform: str) -> None:
     torch.manual_seed(0)
     layer, x, dw = nn.Linear(24, 5, bias=False).double(), torch.randn(7, 24).double(), torch.randn(5, 24).double()
     policy = {"format": "e4m3fn", "transform": {"fprop": transform}}
     loss = fpsim.curvature.functional_loss(layer, lambda y: y.pow(3).sum(), batch=x, policy=policy)
     weight = layer.weight.detach()
-    parsed = parse_transform(transform)
-    parameters = (parsed.parameters(x, weight, (1, 1)),) if parsed.has_parameters else ()
-    there = parsed.linear(torch.eye(24).double(), 0, 1, *parameters)  # the matrices of both changes
-    back = parsed.linear(torch.eye(24).double(), 1, 1, *parameters)
+    there = back = torch.eye(24).double()  # the matrices of both changes
+    for stage in parse_transform(transform).stages:
+        parameters = (stage.parameters(x @ there, weight @ back, (1, 1)),) if stage.has_parameters else ()
+        there, back = stage.linear(there, 0, 1, *parameters), stage.linear(back, 1, 1, *parameters)
 
     def by_hand(w: Tensor) -> Tensor:
         return (fpsim.round(x @ there, "e4m3fn") @ fpsim.round(w @ back, "e4m3fn").t()).pow(3).sum()

@@ -328,6 +328,7 @@ OTHERS = {
     "smooth:alpha=1:power_of_two": "smooth:alpha=1.0:power_of_two",
     "expand:clamp:kernel": "expand:kernel:clamp",
     "permute:amax:first": "permute:amax",
+    "smooth/permute:norm/hadamard:2:+-": "smooth:alpha=0.5/permute:norm/hadamard:2:+-",
 }
 
 
@@ -354,6 +355,10 @@ WRONG = {
     "permute:order=0,2": "of 2 elements has each index from 0 to 1 once, and 1 is missing",
     "rotate:16": "unknown transform 'rotate:16'",
     "expand:coat": "unknown transform 'expand:coat'",
+    "smooth/rotate": "unknown transform 'smooth/rotate'",
+    "/smooth": "unknown transform '/smooth'",
+    "smooth/hadamard:4:kept": "'hadamard:4:kept' has no place in 'smooth:alpha=0.5/hadamard:4:kept': transforms that",
+    "sqrt/hadamard:4": "'sqrt' has no place in 'sqrt/hadamard:4'",
 }
 
 

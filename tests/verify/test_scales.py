@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fpsim.scaling import rules
-from fpsim.verify.scales import verify_scale
+from fpsim.casts import parse_cast
+from fpsim.formats import NAMED_FORMATS, WHOLE_FORMATS
+from fpsim.scaling import definitions, rules
+from fpsim.scaling.scale import MX_RULES
+from fpsim.verify import scales
+from fpsim.verify.scales import SCALED_FORMATS, verify_scale, verify_scales
 
 
 @pytest.mark.parametrize("format", ["e4m3fn", "int8:unit=-6"])
@@ -19,6 +23,29 @@ def test_each_scale_is_compiled_whatever_else_was() -> None:
     with torch._dynamo.config.patch(recompile_limit=1):
         for rule in ("rceil", "floor", "ceil"):
             assert verify_scale("e5m2", f"mx:32:{rule}", samples=100).mismatches == 0
+
+
+def test_every_rule_is_verified_for_every_format_that_takes_it() -> None:
+    verdicts = list(verify_scales((), "all", ["eager"], samples=0))
+    assert {(v.format, v.rounding) for v in verdicts} == {
+        (parse_cast(name).format.name, f"mx:32:{rule}") for name in SCALED_FORMATS for rule in MX_RULES
+    }
+    assert all(v.mismatches == 0 and v.inputs > 500 for v in verdicts)
+    whole = {expanded.partition("/")[0] for expanded in WHOLE_FORMATS.values() if "/mx" in expanded}
+    assert whole | set(NAMED_FORMATS) - {"fp64", "e8m0fnu"} <= set(SCALED_FORMATS)
+
+
+def test_all_magnitudes_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a part the codes may change."""
+    monkeypatch.setattr(scales, "MAGNITUDES", 1 << 22)
+    verdict = verify_scale("e4m3fn", "mx:32:ceil", exhaustive=True, compiled=False)
+    assert (verdict.inputs, verdict.mismatches) == (1 << 22, 0)
+    original = rules.mx_multiplier_code
+    monkeypatch.setattr(
+        definitions, "mx_multiplier_code", lambda amax, *rest: original(amax, *rest) + ((amax == 99).int() << 23)
+    )
+    verdict = verify_scale("e4m3fn", "mx:32:ceil", exhaustive=True, compiled=False)
+    assert verdict.mismatches == 1 and verdict.examples[0].input == "0x00000063"
 
 
 def test_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

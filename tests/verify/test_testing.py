@@ -279,5 +279,5 @@ def test_wrong_arguments_of_strategies_are_errors():
 @pytest.mark.parametrize("call", [testing.formats, lambda: testing.values_near_boundaries("e4m3fn"), testing.tensors])
 def test_strategies_without_hypothesis_say_what_to_install(monkeypatch, call):
     monkeypatch.setitem(sys.modules, "hypothesis.strategies", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install hypothesis, or pip install 'fpsim\[dev\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install hypothesis, or pip install 'fpsim-torch\[dev\]'"):
         call()

@@ -387,7 +387,7 @@ def test_a_record_is_json_with_examples_as_bits_and_numbers(monkeypatch):
             }
         ],
         "torch": torch.__version__,
-        "fpsim": metadata.version("fpsim"),
+        "fpsim": metadata.version("fpsim-torch"),
         "source": proven_hash(),
     }
     [found] = verdict.examples

@@ -1,0 +1,122 @@
+"""The influence of training examples on a test loss (Koh and Liang 2017, equation 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fpsim.curvature.inverses import InverseResult, inverse
+from fpsim.curvature.linear import Operator
+from fpsim.curvature.losses import scalar_loss
+from fpsim.curvature.products import vjp
+from fpsim.curvature.results import new_axes
+from fpsim.curvature.vectors import Layout, Params, dot
+from fpsim.showing import Shown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, eq=False)
+class InfluenceResult(Shown):
+    """How much each training example changes the test loss.
+
+    Attributes:
+        values: float64, shape ``(examples,)``: the derivative of the test loss to the weight of the example in the
+            training loss. An example with a negative value helps. To remove one of N examples from a mean changes the
+            test loss by about ``-value / N``.
+        solve: the solution ``(A + damping I)^-1 g`` for the gradient g of the test loss, with its residual.
+        gradients: the number of gradients: one for the test loss and one for each example.
+    """
+
+    values: Tensor
+    solve: InverseResult = field(repr=False)
+    gradients: int
+
+    @property
+    def products(self) -> int:
+        """The number of products with the operator."""
+        return self.solve.products
+
+    @property
+    def converged(self) -> bool:
+        """Whether the solution has converged."""
+        return self.solve.converged
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why ``converged`` is False, in words; empty if it is True."""
+        return self.solve.reasons
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """The influences, sorted: the most helpful examples first."""
+        axes = axes or new_axes()
+        axes.bar(range(len(self.values)), self.values.sort().values.numpy())
+        axes.set(xlabel="training example, sorted", ylabel="influence on the test loss")
+        return axes
+
+
+def influence(
+    operator: Operator,
+    loss: Callable[[Params, Any], Tensor],
+    examples: Iterable[Any],
+    *,
+    test: Any,
+    damping: float,
+    tol: float = 1e-6,
+    max_products: int | None = None,
+    progress: bool = False,
+) -> InfluenceResult:
+    """The influence of each of ``examples`` on the loss of ``test``: ``-g_test . (A + damping I)^-1 g_example``.
+
+    It is exact to first order at a minimum of the training loss whose curvature is A. At other points, and with
+    damping, it is the change after one damped Newton step.
+
+    Args:
+        operator: the curvature A of the training loss, from `hessian` or `gauss_newton`.
+        loss: ``loss(params, batch) -> scalar tensor``, as for `hessian`; `functional_loss` makes it from a module.
+        examples: batches of one example each.
+        test: the batch of the test loss.
+        damping, tol, max_products, progress: as for `inverse`.
+
+    Returns:
+        An `InfluenceResult`. It costs the products of one `inverse`, and one gradient for each example and the test.
+
+    Raises:
+        TypeError: a loss is no scalar.
+        ValueError: the operator's entries are not parameters, there is no example, or as `inverse`.
+        FloatingPointError: a loss or its gradient has infinities or NaN.
+    """
+    if operator.layout is None:
+        raise ValueError(f"{operator.name} has no layout of parameters: make it with hessian(...) or gauss_newton(...)")
+    given = list(examples)
+    if not given:
+        raise ValueError("there is no example: give at least one batch")
+    solve = inverse(
+        operator,
+        gradient(operator.layout, loss, test),
+        damping=damping,
+        tol=tol,
+        max_products=max_products,
+        progress=progress,
+    )
+    values = [-dot(gradient(operator.layout, loss, example), solve.solution) for example in given]
+    return InfluenceResult(torch.tensor(values, dtype=torch.float64), solve, 1 + len(given))
+
+
+def gradient(layout: Layout, loss: Callable[[Params, Any], Tensor], batch: Any) -> Tensor:
+    """The gradient of ``loss`` on ``batch`` at the layout's parameters: shape ``(size,)``.
+
+    Raises:
+        TypeError: the loss is no scalar.
+        FloatingPointError: the loss or its gradient has infinities or NaN.
+    """
+    value, pull = vjp(lambda values: scalar_loss(loss(layout.substitute(values), batch)), layout.values)
+    found = layout.join(pull(torch.ones_like(value))[0])
+    if not (torch.isfinite(value) and torch.isfinite(found).all()):
+        raise FloatingPointError(f"the loss is {float(value)}, and it or its gradient is not finite: look for overflow")
+    return found
