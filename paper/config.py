@@ -26,6 +26,9 @@ from .models import ModelConfig
 #: Options of ``torch.compile(backend="fpsim")``; None is no simulation.
 Options = Mapping[str, object] | None
 
+#: The parts of recipes that change a model before it trains. Other ones change a model that is trained already.
+_PREPARATIONS = ("LearnedClipping", "NarrowLayerNorms", "RotaryTables", "SmoothUnits")
+
 #: Increased when the same configuration comes to mean another run, so that old results are not taken for new ones.
 CONFIG_VERSION = 1
 
@@ -46,8 +49,8 @@ class RunConfig:
         model: sizes of the network.
         options: fields of the simulated policy, as ``torch.compile(backend="fpsim", options=...)`` takes them;
             ``{}`` is the backend's default, None is no simulation: plain Inductor in float32.
-        recipe: a recipe (`fpsim.recipes.Recipe`) or its JSON object, in place of ``options``: its policy, its optimizer
-            and its schedule. Stored is the JSON object.
+        recipe: a recipe (`fpsim.recipes.Recipe`) or its JSON object, in place of ``options``: its policy with all its
+            parts. Stored is the JSON object. Recipes for trained models are refused.
         steps: optimizer steps, at least 1.
         batch: windows per step (per micro-batch, where there are several).
         learning_rate: the peak of the schedule.
@@ -57,6 +60,8 @@ class RunConfig:
         loss_scale: factor on the loss in the backward pass, divided out of the gradients before they are clipped. It
             keeps small gradients above the smallest number of a narrow format. A power of two changes no bit of a run
             whose gradients neither over- nor underflow.
+        z_loss: coefficient of the z-loss (`fpsim.paper.models.LanguageModel`), whose derivatives are added to those of
+            the loss. Recorded losses are cross-entropies.
         validate_every: steps between validations; the last step is always validated.
         validation_batches: fixed batches per validation.
         seed: the seed of the weights, the order of the data and all random numbers.
@@ -73,10 +78,13 @@ class RunConfig:
         accumulate: micro-batches per step.
         measure_every: steps between measurements of the logits (sharpness, largest magnitude); 0 is never. The logits
             are those of the last token of each window of the step's own batch, from its own forward pass.
+        attention_every: steps between measurements of the largest attention logit; 0 is never
+            (`fpsim.paper.measurements.max_attention_logit`: one more forward pass of the unrounded network).
         lbfgsb_every: steps between searches by L-BFGS-B, as the paper measured; a multiple of ``measure_every``.
         hessian_every: steps between estimates of the Hessian's largest eigenvalue; 0 is never. The Hessian is that of
             the unrounded model on the first micro-batch, before the update.
-        ranges_every: steps between counts of operands that saturate or underflow; 0 is never.
+        ranges_every: steps between counts of operands that saturate or underflow; 0 is never. Under scales that other
+            steps determine nothing is counted, since `fpsim.Profiler` begins with other scales.
         stop_nonfinite: end the run after this many steps in a row without a finite loss; 0 never does.
         dtype: of weights and activations, the carrier of simulated values: ``float64`` for formats that reach beyond
             the exponents of float32.
@@ -93,6 +101,7 @@ class RunConfig:
     weight_decay: float = 0.1
     clip: float | None = 1.0
     loss_scale: float = 1.0
+    z_loss: float = 0.0
     validate_every: int = 25
     validation_batches: int = 8
     seed: int = 1337
@@ -106,6 +115,7 @@ class RunConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     accumulate: int = 1
     measure_every: int = 0
+    attention_every: int = 0
     lbfgsb_every: int = 0
     hessian_every: int = 0
     ranges_every: int = 0
@@ -120,20 +130,22 @@ class RunConfig:
             if self.options is not None or self.stages:
                 raise ValueError("a recipe has its own policy and schedule: leave out options and stages")
             object.__setattr__(self, "recipe", recipe_fields(self.recipe))
-            if "gradients" in self.recipe:  # type: ignore[operator]
-                raise ValueError(
-                    "runs average gradients in their own dtype, and this recipe exchanges them in another way: use one "
-                    "that rounds them after each product, such as fp8_lm(processes=False)"
-                )
         for name in ("steps", "batch", "validate_every", "validation_batches", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("measure_every", "lbfgsb_every", "hessian_every", "ranges_every", "stop_nonfinite"):
+        for name in (
+            "measure_every",
+            "attention_every",
+            "lbfgsb_every",
+            "hessian_every",
+            "ranges_every",
+            "stop_nonfinite",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}: 0 is never")
         if not 0 < self.loss_scale < math.inf:
             raise ValueError(f"loss_scale must be above 0 and finite, got {self.loss_scale}")
-        for name in ("learning_rate", "weight_decay", "floor", "warmup"):
+        for name in ("learning_rate", "weight_decay", "floor", "warmup", "z_loss"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or above and finite, got {getattr(self, name)}")
         if self.clip is not None and not self.clip > 0:
@@ -157,11 +169,31 @@ def recipe_fields(recipe: Mapping[str, Any] | Recipe) -> dict[str, Any]:
     """The JSON object of a recipe, in the one form that its text has.
 
     Raises:
-        ValueError: the object is no recipe.
+        ValueError: the object is no recipe, or it is one for models that are trained already.
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.from_json(json.dumps(recipe))
+    part = type(recipe.preparation).__name__
+    if recipe.preparation is not None and part not in _PREPARATIONS:
+        raise ValueError(
+            f"recipe {recipe.name!r} changes a trained model ({part}), and a run begins with random weights: call its "
+            "method apply with your trained model, or use another recipe"
+        )
     return dict(json.loads(recipe.to_json()))
+
+
+def check_single_process(config: RunConfig) -> None:
+    """Refuse a run of one process whose recipe says how several ones average gradients.
+
+    Raises:
+        ValueError: the recipe has such a part.
+    """
+    if config.recipe is not None and "gradients" in config.recipe:  # type: ignore[operator]
+        raise ValueError(
+            "the recipe says how processes average gradients, and one process averages none: start fpsim study train "
+            "--parallel ddp by torchrun, or use a recipe that rounds gradients after each product, such as "
+            "fp8_lm(processes=False)"
+        )
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -251,5 +283,5 @@ def compile_key(config: RunConfig) -> str:
     """
     plain = to_dict(config)
     names = ("model", "options", "recipe", "stages", "attention", "backend", "autocast", "batch", "dtype", "device")
-    graph = [plain[name] for name in names] + [config.measure_every > 0]
+    graph = [plain[name] for name in (*names, "z_loss")] + [config.measure_every > 0]
     return hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The paper's eight experiments: their conditions, their sizes, and the claims of the paper.
+"""The paper's eight experiments and three of ours: their conditions, their sizes, and the claims of the paper.
 
 An experiment is a set of conditions, each a few changes of a base configuration, over a grid of learning rates and
 seeds. The base comes in three sizes: ``quick`` (minutes on 2 cores), ``full`` (hours) and ``paper`` (GPUs; the paper's
@@ -12,10 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fpsim.recipes import RECIPES
+
 from .config import Options, RunConfig
 from .data import DataConfig
-from .models import MODELS
+from .models import MODELS, ModelConfig
 from .sweeps import Planned
+from .verdicts import rules
 
 #: Changes of a base configuration, by condition.
 Conditions = dict[str, dict[str, Any]]
@@ -46,13 +49,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One of the paper's experiments.
+    """One of the paper's experiments, or one of ours on the same question.
 
     Attributes:
-        number: 1 to 8.
+        number: 1 to 8 are the paper's, 9 to 11 ours. Those are registered (`fpsim.paper.hypotheses`).
         title: a few words.
         question: the question of the experiment.
-        claim: the paper's answer, as far as it is known.
+        claim: the paper's answer, or that of another paper, as far as it is known.
         differs: how the experiment differs from the paper's, and why.
         reference: the condition with which the others are compared.
         conditions: from the setting to the conditions.
@@ -85,6 +88,14 @@ class Experiment:
                 f"everything that is not rounded is {carrier}."
             )
         return f"{self.differs} {precision}"
+
+    def registration(self, size: str, setting: Setting) -> dict[str, bool]:
+        """For ``sweep.json``: whether ``setting`` is the registered one but for its seeds; empty without claims."""
+        registered = self.settings[size]
+        if str(self.number) not in rules().experiments:
+            return {}
+        is_same = (setting.base, setting.rates) == (registered.base, registered.rates)
+        return {"is_registered": is_same and size in ("quick", "full")}
 
     def plan(self, setting: Setting) -> list[Planned]:
         """All runs: seeds vary slowest, so that an interrupted experiment is balanced."""
@@ -224,6 +235,76 @@ def _early_signs(setting: Setting) -> Conditions:
     return {f"e8m{bits} truncated": {"options": _masked(bits), **measured} for bits in widths}
 
 
+#: Three decades of rates, as in arXiv 2309.14322: far below the best rate of small models to beyond all stable ones.
+_THREE_DECADES = (3e-4, 8e-4, 2e-3, 6e-3, 1.5e-2, 4e-2, 1e-1, 3e-1)
+
+
+def _sized(base: RunConfig, layers: int, width: int, family: str = "llama") -> ModelConfig:
+    """The Llama of ``base`` with other sizes; the ratio of the feed-forward layer to the width stays."""
+    if base.model.family != "llama":
+        raise ValueError(
+            f"experiment 9 varies the sizes of a Llama, and {base.model.label} is none: use fpsim study run with "
+            "several learning rates for your own model"
+        )
+    mlp = base.model.mlp * width // base.model.hidden
+    return replace(base.model, layers=layers, hidden=width, mlp=mlp, family=family)
+
+
+def _sensitivity(setting: Setting) -> Conditions:
+    """Formats at three widths; three of them also at other depths, with QK normalisation, and with the z-loss."""
+    base = setting.base
+    layers, width = base.model.layers, base.model.hidden
+    models = {
+        "": base.model,
+        ", half width": _sized(base, layers, width // 2),
+        ", double width": _sized(base, layers, 2 * width),
+    }
+    others = {
+        ", twice as deep": _sized(base, 2 * layers, width),
+        ", four times as deep": _sized(base, 4 * layers, width),
+        ", QK norm": _sized(base, layers, width, "qwen3"),
+    }
+    formats: dict[str, Options] = {"fp32": None, "tf32": _linears("tf32"), "bf16": _linears("bf16")}
+    for rounding in (_TRUNCATED, _NEAREST, _STOCHASTIC):
+        formats |= {f"e8m{bits} {_WORDS[rounding]}": _masked(bits, rounding) for bits in (5, 4, 3)}
+    formats |= {"fp8 hybrid": {**_HYBRID, "scale": "power_of_two"}}
+    formats |= {name: _linears(name) for name in ("mxfp8", "nvfp4")}
+    chosen = {name: formats[name] for name in ("fp32", "bf16", "e8m3 truncated")}
+    conditions: Conditions = {
+        name + suffix: {"options": options, "model": model}
+        for several, sizes in ((formats, models), (chosen, others))
+        for suffix, model in sizes.items()
+        for name, options in several.items()
+    }
+    return conditions | {f"{name}, z-loss": {"options": options, "z_loss": 1e-4} for name, options in chosen.items()}
+
+
+def _attention(_: Setting) -> Conditions:
+    """bf16 operands and results with attention as five kinds of code compute it; the cure is that of the paper."""
+    bf16 = {"format": "bf16", "output": "bf16"}
+    kernels: dict[str, Any] = {
+        "fused": "keep",
+        "opened": "round",
+        "flash2_bf16": "flash2_bf16",
+        "flash2_bf16, cured": {"preset": "flash2_bf16", "cure": 2.0},
+        "all_bf16": "all_bf16",
+        "all_bf16, cured": {"preset": "all_bf16", "cure": 2.0},
+    }
+    options = {"tf32, opened": {"format": "tf32", "attention": "round"}}
+    options |= {f"bf16, {name}": {**bf16, "attention": attention} for name, attention in kernels.items()}
+    return {name: {"options": each, "attention": None} for name, each in options.items()}
+
+
+#: The recipes of experiment 11: those for pretraining whose parts act in a single process.
+_TRAINING_RECIPES = ("amp_bf16", "te_current", "te_delayed", "deepseek_v3", "coat", "mxfp8", "nvfp4", "switchback")
+
+
+def _recipes(_: Setting) -> Conditions:
+    # The blocks that nvfp4 keeps high are 16 % of 62: of one or two layers none would be left to round.
+    kept: dict[str, dict[str, Any]] = {"nvfp4": {"first_blocks": 0, "last_blocks": 0}}
+    return {"fp32": {}, **{name: {"recipe": RECIPES[name](**kept.get(name, {}))} for name in _TRAINING_RECIPES}}
+
+
 # The regime in which runs of this size diverge: paper/README.md tells how it was found.
 QUICK = RunConfig(
     model=MODELS["toy"],
@@ -287,6 +368,39 @@ def _settings(
         "full": Setting(replace(full, **changes), rates, 4 * seeds),
         "paper": Setting(replace(paper, **changes), paper_rates, paper_seeds, low=3),
     }
+
+
+#: The setting of arXiv 2309.14322 at the size of `QUICK`: warmup over 5 % of the steps, a cosine almost to 0, gradients
+#: clipped. Its independent weight decay of 1e-4 would change weights by 3 % in 300 steps, and is left out.
+_ROBUST: dict[str, Any] = {
+    "warmup": 15,
+    "clip": 1.0,
+    "schedule": "cosine",
+    "floor": 0.001,
+    "weight_decay": 0.0,
+    "measure_every": 10,
+    "attention_every": 10,
+    "stop_nonfinite": 10,
+}
+
+
+def _registered(
+    number: int,
+    rates: tuple[float, ...],
+    *,
+    paper_rates: tuple[float, ...] | None = None,
+    paper: RunConfig = LLAMA_120M,
+    seeds: int,
+    **changes: Any,
+) -> dict[str, Setting]:
+    """The sizes of an experiment with registered seeds: ``quick`` and ``full`` take ``changes``, ``paper`` does not."""
+    by = rules().experiments[str(number)]
+    sizes = {
+        "quick": Setting(replace(QUICK, **changes), rates, int(by["seeds"])),
+        "full": Setting(replace(FULL, **{**changes, "warmup": 10 * changes.get("warmup", 0)}), rates, int(by["seeds"])),
+        "paper": Setting(replace(paper, autocast=None, attention_every=10), paper_rates or rates, seeds, low=3),
+    }
+    return {name: replace(setting, first_seed=int(by["first_seed"])) for name, setting in sizes.items()}
 
 
 SIZES = ("quick", "full", "paper")
@@ -398,6 +512,45 @@ EXPERIMENTS: dict[int, Experiment] = {
             "e8m7 truncated",
             _early_signs,
             _settings((4e-2, 8e-2), 2, measure_every=2),
+        ),
+        Experiment(
+            9,
+            "Learning-rate sensitivity",
+            "Do fewer bits narrow the learning rates at which a model trains, and does that grow with the model?",
+            "Low precision should have hyperparameter sensitivities similar to those of high precision.",
+            "The paper asks for it in words and measures nothing. The measure is that of arXiv 2309.14322, over three "
+            "decades of rates, with three widths and depths, QK normalisation and the z-loss.",
+            "fp32",
+            _sensitivity,
+            _registered(9, _THREE_DECADES, seeds=3, **_ROBUST),
+        ),
+        Experiment(
+            10,
+            "Attention in bf16",
+            "Does bf16 fail because of the arithmetic inside attention?",
+            "One-sided rounding errors of bf16 inside flash attention make the training of GPT-2 explode, and a change "
+            "of the row maximum cures it (arXiv 2510.04212). 18 of 188 bf16 runs diverge, 0 of 70 in tf32.",
+            "GPT-2 with 124 M parameters took thousands of steps to fail there. Here a toy model trains at the two "
+            "rates where experiment 1 saw runs diverge; no smaller setting is known in which bf16 fails.",
+            "tf32, opened",
+            _attention,
+            _registered(10, (4e-2, 8e-2), paper_rates=(1e-3,), paper=GPT2_124M, seeds=20, attention_every=10),
+            tuple(
+                (f"bf16, {name}", "tf32, opened")
+                for name in ("fused", "opened", "flash2_bf16", "flash2_bf16, cured", "all_bf16", "all_bf16, cured")
+            )
+            + tuple((f"bf16, {name}", f"bf16, {name}, cured") for name in ("flash2_bf16", "all_bf16")),
+        ),
+        Experiment(
+            11,
+            "Recipes and the learning rate",
+            "Do published recipes train over the same learning rates as float32?",
+            "Their papers report one learning rate, or few.",
+            "Each recipe is its simulation (fpsim recipes), with the defaults of its source. NVFP4 keeps the head "
+            "high and no blocks, of which these models have too few.",
+            "fp32",
+            _recipes,
+            _registered(11, _THREE_DECADES, seeds=3, **_ROBUST),
         ),
     )
 }

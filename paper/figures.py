@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -101,6 +101,56 @@ def gaps(rows: Sequence[tuple[str, float, float, float]]) -> Figure:
     axes.set_yticks(places, [name for name, *_ in shown], fontsize=8)
     axes.set_xlabel("gap (nats per token)")
     return figure
+
+
+def loss_by_rate(rows: Sequence[tuple[str, str, np.ndarray, np.ndarray]]) -> Figure:
+    """Loss against learning rate: mean over seeds, and the band from the lowest to the highest seed.
+
+    Args:
+        rows: label, heading of the panel, learning rates of shape (rates,), losses of shape (seeds, rates).
+    """
+    headings = list(dict.fromkeys(heading for _, heading, *_ in rows))
+    paint = colours(list(dict.fromkeys(label for label, *_ in rows)))
+    figure, panels = _panels(len(headings), height=max(3.6, 0.3 + 0.18 * len(paint)), sharey=True)
+    by_heading = dict(zip(headings, panels, strict=True))
+    for label, heading, rates, losses in rows:
+        axes, colour = by_heading[heading], paint[label]
+        axes.plot(rates, losses.mean(0), "o-", color=colour, markersize=3, linewidth=1.3, label=label)
+        axes.fill_between(rates, losses.min(0), losses.max(0), color=colour, alpha=0.12, linewidth=0)
+    for heading, axes in by_heading.items():
+        axes.set(xscale="log", xlabel="learning rate")
+        axes.set_title(heading, fontsize=10)
+    panels[0].set_ylabel("final loss, at most that at initialisation (nats)")
+    return _finished(figure, panels)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points ``x``, ``y`` with intervals ``low`` to ``high``, which may be NaN; ``look`` is the format of `plot`."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+    look: str = "o-"
+
+
+def sensitivity_lines(panels: Mapping[str, Sequence[Line]]) -> Figure:
+    """Learning-rate sensitivity with its intervals, a panel for each label of the horizontal axis."""
+    paint = colours(list(dict.fromkeys(line.label for lines in panels.values() for line in lines)))
+    figure, drawn = _panels(len(panels), height=max(3.6, 0.3 + 0.18 * len(paint)), sharey=True)
+    for axes, (label, lines) in zip(drawn, panels.items(), strict=True):
+        for line in lines:
+            bars = np.nan_to_num(np.abs(np.array([line.low, line.high]) - np.array(line.y)))
+            look: dict[str, Any] = {"color": paint[line.label], "markersize": 3, "linewidth": 1.2, "capsize": 2}
+            axes.errorbar(line.x, line.y, bars, fmt=line.look, label=line.label, **look)
+        axes.set(xscale="log", xlabel=label)
+        values = sorted({x for line in lines for x in line.x})
+        axes.set_xticks(values, [f"{value:g}" for value in values], fontsize=8)
+        axes.minorticks_off()
+    drawn[0].set_ylabel("learning-rate sensitivity (nats)")
+    return _finished(figure, drawn)
 
 
 def heat_maps(judged: Judged) -> Figure:

@@ -9,10 +9,10 @@ are the same in every format, so that formats are compared in pairs.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,6 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from fpsim.json_text import parse_json
 from fpsim.training.parameters import round_parameters
 
 from . import require
@@ -31,7 +30,7 @@ from .config import RunConfig, run_key
 from .data import Data, batches, load, validation_batches
 from .figures import colours
 from .models import LanguageModel, ModelConfig
-from .storage import replace_file, versions
+from .storage import read_results, write_results
 from .trainer import Trainer
 from .verdicts import rules
 
@@ -178,7 +177,10 @@ def distinct_share(tokens: Sequence[int], length: int = 4) -> float:
 
 
 def study(size: Size, formats: Iterable[str], folder: Path) -> list[Quality]:
-    """Train, round, write and judge: everything that ``folder`` lacks, and all qualities.
+    """Train, round, write and judge: everything that ``folder`` lacks.
+
+    Returns:
+        All qualities in ``folder`` of the models, the judge and the number of texts of ``size``.
 
     Raises:
         ValueError: an unknown format, or numbers of another version in the folder.
@@ -186,35 +188,27 @@ def study(size: Size, formats: Iterable[str], folder: Path) -> list[Quality]:
     formats = list(formats)
     for name in formats:
         check_choice("format", name, FORMATS)
-    path, code = folder / "qualities.json", versions()["source"]
-    kept = _read(path, code)
+    path = folder / "qualities.json"
+    kept = read_results(path, "qualities")
     data = load(size.config.data, context=size.config.model.context)
     known = frozenset(words(data.train.tolist()))
-    trained: dict[int, LanguageModel] = {}
+    configs = [replace(size.config, seed=seed) for seed in range(size.seeds + 1)]
+    keys = [run_key(config) for config in configs]
+    model = cache(lambda seed: train(configs[seed], data))
+    found: list[Quality] = []
     for seed in range(size.seeds):
+        prefix = f"{keys[seed]}/{keys[-1]}/{size.texts}/"  # the judge has the seed after the last
         for name in formats:
-            key = f"{run_key(replace(size.config, seed=seed))}/{size.texts}/{name}"
-            if key not in kept:
-                for needed in (seed, size.seeds):  # the judge has the seed after the last
-                    if needed not in trained:
-                        trained[needed] = train(replace(size.config, seed=needed), data)
-                kept[key] = _qualities(name, seed, trained[seed], trained[size.seeds], size, data, known)
-                content = {key: [asdict(quality) for quality in found] for key, found in kept.items()}
-                replace_file(path, json.dumps({"source": code, "qualities": content}, indent=1).encode())
-    return [quality for found in kept.values() for quality in found]
+            if prefix + name not in kept:
+                qualities = _qualities(name, seed, model(seed), model(size.seeds), size, data, known)
+                kept[prefix + name] = [asdict(quality) for quality in qualities]
+                write_results(path, "qualities", kept)
+        found += [_quality(fields) for key, group in kept.items() if key.startswith(prefix) for fields in group]
+    return found
 
 
-def _read(path: Path, code: str) -> dict[str, list[Quality]]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        return {}
-    content = parse_json(path.read_text())
-    if content["source"] != code:
-        raise ValueError(f"{path} was written by another version of fpsim: name another folder")
-    return {
-        key: [Quality(**{**fields, "sampling": Sampling(**fields["sampling"])}) for fields in found]
-        for key, found in content["qualities"].items()
-    }
+def _quality(fields: Mapping[str, Any]) -> Quality:
+    return Quality(**{**fields, "sampling": Sampling(**fields["sampling"])})
 
 
 def train(config: RunConfig, data: Data) -> LanguageModel:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from fpsim import curvature, sharpness
 from fpsim.compile_backend.observe.rounding_statistics import merge
@@ -41,6 +45,65 @@ def logit_signals(logits: Tensor, targets: Tensor, *, lbfgsb: bool = False) -> d
         **{name: float(values.nanmean()) for name, values in signals.items()},
         "max_abs_logit": float(found.max_abs_logit.max()),
     }
+
+
+def max_attention_logit(network: nn.Module, inputs: Tensor) -> float | None:
+    """The largest attention logit of ``network(inputs)``: of all layers, heads, queries, and keys that they see.
+
+    A logit is an entry of the scores to which softmax is applied (arXiv 2309.14322): the scaled product of
+    a query and a key, plus the mask where there is one. The network is neither rounded nor compiled.
+
+    Returns:
+        The logit, NaN if one is NaN; None if the network never calls
+        `torch.nn.functional.scaled_dot_product_attention`.
+    """
+    with torch.no_grad(), torch.random.fork_rng(devices=_devices(network)), _Scores() as scores:
+        network(inputs)
+    return float(torch.stack(scores.largest).max()) if scores.largest else None
+
+
+class _Scores(TorchFunctionMode):
+    """Notes the largest score of every call of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest: list[Tensor] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is functional.scaled_dot_product_attention:
+            self.largest.append(_largest_score(*args, **(kwargs or {})))
+        return function(*args, **(kwargs or {}))
+
+
+def _largest_score(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The largest score of one call, by the arguments of `scaled_dot_product_attention`."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~seen, -torch.inf)
+    if attn_mask is not None:
+        is_seen = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if is_seen else scores + attn_mask
+    return scores.max()
+
+
+def _devices(module: nn.Module) -> list[torch.device]:
+    """The GPU of ``module`` if it is on one."""
+    device = next(module.parameters()).device
+    return [device] if device.type == "cuda" else []
 
 
 def hessian_eigenvalue(loss: nn.Module, batch: tuple[Tensor, Tensor], *, seed: int) -> float:
@@ -102,8 +165,7 @@ def range_shares(
 def profiled(model: nn.Module, profiler: Profiler, batch: tuple[Tensor, Tensor], *, loss_scale: float) -> Profile:
     """The profile of one interpreted forward and backward pass, with the arguments of `range_shares`."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    device = parameters[0].device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=_devices(model)):
         outputs = profiler(*batch)
         loss = outputs[0] if isinstance(outputs, tuple) else outputs
         torch.autograd.grad(loss, parameters, torch.full_like(loss, loss_scale), allow_unused=True)

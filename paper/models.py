@@ -22,9 +22,9 @@ from .choices import check_choice
 from .data import VOCABULARY
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel, LlamaForCausalLM
+    from transformers import GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM
 
-FAMILIES = ("llama", "gpt2", "script")
+FAMILIES = ("llama", "qwen3", "gpt2", "script")
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,12 @@ class ModelConfig:
         layers: decoder layers.
         hidden: width of the residual stream, a multiple of ``heads``.
         heads: attention heads; the head dimension is ``hidden / heads``.
-        mlp: width of the feed-forward layer, gated (SwiGLU) in a Llama.
+        mlp: width of the feed-forward layer, gated (SwiGLU) in a Llama and a Qwen3.
         context: tokens per window.
         vocabulary: number of tokens; 256 for bytes.
-        family: ``llama``, ``gpt2``, or ``script`` for the user's own model, which takes only context and vocabulary.
-        kv_heads: heads of keys and values in a Llama; None means one for each of ``heads``.
+        family: ``llama``; ``qwen3``, a Llama that normalises queries and keys (QK normalisation); ``gpt2``; or
+            ``script`` for the user's own model, which takes only context and vocabulary.
+        kv_heads: heads of keys and values in a Llama or a Qwen3; None means one for each of ``heads``.
         tied: one matrix for the input and output embedding.
         norm_epsilon: added to the variance in norms; None is the library's own (1e-6 for Llama, 1e-5 for GPT-2).
         script: ``path/to/script.py:function`` that builds the user's own model (`from_script`).
@@ -78,6 +79,11 @@ class ModelConfig:
         if self.script:
             return self.script
         return f"{self.family}, {self.layers} layers of width {self.hidden}, context {self.context}"
+
+    @property
+    def size(self) -> str:
+        """Layers and width, and whether queries and keys are normalised, to tell the models of one sweep apart."""
+        return self.script or f"{self.layers} x {self.hidden}" + " with QK norm" * (self.family == "qwen3")
 
 
 #: Models by name: the demo's, one for experiments of minutes, and the paper's (GPT-2 as nanoGPT has it, but with
@@ -121,7 +127,7 @@ def build(config: ModelConfig, *, seed: int) -> nn.Module:
     """
     if config.family == "script":
         return from_script(config, seed=seed)
-    return gpt2(config, seed=seed) if config.family == "gpt2" else llama(config, seed=seed)
+    return {"llama": llama, "qwen3": qwen3, "gpt2": gpt2}[config.family](config, seed=seed)
 
 
 def from_script(config: ModelConfig, *, seed: int) -> nn.Module:
@@ -189,17 +195,34 @@ def llama(config: ModelConfig, *, seed: int) -> LlamaForCausalLM:
         ModuleNotFoundError: ``transformers`` is not installed.
     """
     transformers = require("transformers")
-    sizes = transformers.LlamaConfig(
+    return _initialised(transformers.LlamaForCausalLM, transformers.LlamaConfig(**_llama_sizes(config)), seed)
+
+
+def qwen3(config: ModelConfig, *, seed: int) -> Qwen3ForCausalLM:
+    """A float32 ``transformers.Qwen3ForCausalLM`` on the CPU: the Llama of `llama` with QK normalisation.
+
+    An RMS norm with learned gains acts on each head's queries and on its keys, before the rotary embedding
+    (``self_attn.q_norm``, ``self_attn.k_norm``). All other weights have the values that they have in `llama`.
+
+    Raises:
+        ModuleNotFoundError: ``transformers`` is not installed.
+    """
+    transformers = require("transformers")
+    sizes = transformers.Qwen3Config(**_llama_sizes(config), head_dim=config.hidden // config.heads)
+    return _initialised(transformers.Qwen3ForCausalLM, sizes, seed)
+
+
+def _llama_sizes(config: ModelConfig) -> dict[str, Any]:
+    return {
         **_shared(config, "rms_norm_eps"),
-        hidden_size=config.hidden,
-        intermediate_size=config.mlp,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads or config.heads,
-        max_position_embeddings=config.context,
-        attention_dropout=0.0,
-    )
-    return _initialised(transformers.LlamaForCausalLM, sizes, seed)
+        "hidden_size": config.hidden,
+        "intermediate_size": config.mlp,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads or config.heads,
+        "max_position_embeddings": config.context,
+        "attention_dropout": 0.0,
+    }
 
 
 def gpt2(config: ModelConfig, *, seed: int) -> GPT2LMHeadModel:
@@ -248,19 +271,31 @@ def _initialised(kind: Any, sizes: Any, seed: int) -> Any:
 class LanguageModel(nn.Module):
     """Tokens and targets to the mean cross-entropy in nats per token.
 
+    With a ``z_loss`` the value is the same, and the derivatives are those of the cross-entropy plus ``z_loss`` times
+    the mean of log(sum(exp(logits)))^2 over tokens, which keeps output logits from drifting (PaLM, arXiv 2204.02311).
+
     Attributes:
         network: maps tokens of shape (batch, context) to logits of shape (batch, context, vocabulary), or to an
             output with ``logits``, as Hugging Face's causal language models do (these are called without a cache).
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, z_loss: float = 0.0) -> None:
         super().__init__()
         self.network = network
+        self.z_loss = z_loss
         self._options = {"use_cache": False} if _takes(network, "use_cache") else {}
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The loss, a float32 scalar, of int64 ``inputs`` and ``targets`` of shape (batch, context)."""
-        return mean_cross_entropy(self.logits(inputs), targets)
+        return self.loss(self.logits(inputs), targets)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """`mean_cross_entropy`, with the derivatives of the z-loss too."""
+        found = mean_cross_entropy(logits, targets)
+        if not self.z_loss:
+            return found
+        penalty = self.z_loss * logits.logsumexp(-1).square().mean()
+        return found + (penalty - penalty.detach())
 
     def logits(self, inputs: Tensor) -> Tensor:
         """The network's logits in float32, shape (batch, context, vocabulary)."""
@@ -277,7 +312,7 @@ class LossAndLogits(LanguageModel):
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """The loss, and logits of shape (batch, vocabulary) without derivative, in memory that backward never uses."""
         logits = self.logits(inputs)
-        return mean_cross_entropy(logits, targets), logits[:, -1].detach().clone()
+        return self.loss(logits, targets), logits[:, -1].detach().clone()
 
 
 def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fpsim.training.wire import NarrowExchange
+
 from .choices import check_choice
 from .compiled_loss import Compile, Loss
 from .config import RunConfig
@@ -72,16 +74,30 @@ class ParallelTrainer(Trainer):
     def __init__(self, config: RunConfig, compile: Compile | None, parallel: Parallel) -> None:
         self._parallel = parallel
         self._unit: _Unit | None = None
+        self._exchange: NarrowExchange | None = None
         super().__init__(config, compile)
 
     def install(self, compiled: Loss) -> None:
-        """Train by ``compiled``; gradients are averaged over all processes after backward."""
+        """Train by ``compiled``; gradients are averaged over all processes after backward, as the recipe says.
+
+        Raises:
+            ValueError: the recipe has its own average of gradients, and it is not `DistributedDataParallel` that
+                exchanges them, once in each step.
+        """
         if self._unit is not None:
             self._unit.compiled = compiled
             return
         self._unit = _Unit(compiled)
+        gradients = None if self.recipe is None else self.recipe.gradients
+        if gradients is not None and (self._parallel.kind != "ddp" or self.config.accumulate > 1):
+            raise ValueError(
+                f"the recipe has {gradients}, once in each step: use --parallel ddp and accumulate=1, got "
+                f"{self._parallel.kind} and accumulate={self.config.accumulate}"
+            )
         if self._parallel.kind == "ddp":
-            super().install(nn.parallel.DistributedDataParallel(self._unit))
+            wrapped = nn.parallel.DistributedDataParallel(self._unit)
+            self._exchange = None if gradients is None else gradients.apply(wrapped, None)
+            super().install(wrapped)
             return
         from torch.distributed.fsdp import fully_shard
 
@@ -106,6 +122,11 @@ class ParallelTrainer(Trainer):
         """`Trainer.hessian_eigenvalue`, computed by every process from the whole ``batch``."""
         with self._whole_parameters():
             return super().hessian_eigenvalue(batch)
+
+    def max_attention_logit(self, batch: Batch) -> float | None:
+        """`Trainer.max_attention_logit`, computed by every process from the whole ``batch``."""
+        with self._whole_parameters():
+            return super().max_attention_logit(batch)
 
     def range_shares(self, batch: Batch) -> dict[str, float]:
         """`Trainer.range_shares`: the mean over all processes."""
@@ -145,6 +166,17 @@ class ParallelTrainer(Trainer):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights, moments = get_state_dict(self.model, self.optimizer, options=options)
         return {"model": weights, "optimizer": moments} if self._parallel.is_first else None
+
+    def precision_state(self) -> dict[str, Any]:
+        """`Trainer.precision_state`, and the factor of a recipe's exchange of gradients."""
+        exchange = {} if self._exchange is None else self._exchange.state_dict()
+        return {**super().precision_state(), "exchange": exchange}
+
+    def resume(self, index: int, state: Mapping[str, Any], precision: Mapping[str, Any]) -> None:
+        """`Trainer.resume`, with the factor of a recipe's exchange of gradients."""
+        super().resume(index, state, precision)
+        if self._exchange is not None:
+            self._exchange.load_state_dict(precision.get("exchange", {}))
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Set the weights and the optimizer of all processes to ``state``, which each of them has read whole."""

@@ -9,7 +9,6 @@ token) times the bits of an operand.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,8 +19,6 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fpsim.json_text import parse_json
-
 from . import require
 from .choices import check_choice
 from .compiled_loss import OpenAttention
@@ -29,7 +26,7 @@ from .config import RunConfig
 from .figures import colours
 from .images import CHANNELS, SIDE, Classifier, ImageTask, ResNet8
 from .models import ModelConfig, build
-from .storage import replace_file, versions
+from .storage import read_results, write_results
 from .trainer import learning_rate
 from .training import run
 
@@ -75,7 +72,7 @@ class Point:
     """A run of the study.
 
     Attributes:
-        family, width, format, seed: what was trained.
+        family, width, format, seed, steps: what was trained.
         loss: on held-out data at the end, nats per image or token.
         multiply_adds: of one forward pass, per image or token.
         cost: multiply-adds times the bits of an operand.
@@ -85,6 +82,7 @@ class Point:
     width: int
     format: str
     seed: int
+    steps: int
     loss: float
     multiply_adds: float
     cost: float
@@ -99,10 +97,13 @@ def options(name: str) -> dict[str, Any] | None:
 def pareto(
     families: Iterable[str], formats: Iterable[str], size: Size, folder: Path, *, interpret: bool = False
 ) -> list[Point]:
-    """Train every family, width, format and seed of the study that ``folder`` lacks, and return all points.
+    """Train every family, width, format and seed of the study that ``folder`` lacks.
+
+    Returns:
+        All points in ``folder`` with the steps and the seeds of ``size``.
 
     Raises:
-        ValueError: an unknown family or format.
+        ValueError: an unknown family or format, or points of another version of fpsim in the folder.
     """
     families, formats = list(families), list(formats)
     for family in families:
@@ -110,8 +111,7 @@ def pareto(
     for name in formats:
         check_choice("format", name, FORMATS)
     path = folder / "points.json"
-    code = versions()["source"]
-    points = _read(path, code)
+    points = {key: Point(**fields) for key, fields in read_results(path, "points").items()}
     for seed in range(size.seeds):
         for family in families:
             for width in size.widths[family]:
@@ -119,25 +119,14 @@ def pareto(
                     key = f"{family}/{width}/{name}/{seed}/{size.steps}"
                     if key not in points:
                         points[key] = _point(family, width, name, seed, size.steps, interpret)
-                        content = {"source": code, "points": {key: asdict(each) for key, each in points.items()}}
-                        replace_file(path, json.dumps(content, indent=1).encode())
-    return list(points.values())
-
-
-def _read(path: Path, code: str) -> dict[str, Point]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        return {}
-    content = parse_json(path.read_text())
-    if content["source"] != code:
-        raise ValueError(f"{path} was written by another version of fpsim: name another folder")
-    return {key: Point(**fields) for key, fields in content["points"].items()}
+                        write_results(path, "points", {key: asdict(each) for key, each in points.items()})
+    return [point for point in points.values() if point.steps == size.steps and point.seed < size.seeds]
 
 
 def _point(family: str, width: int, name: str, seed: int, steps: int, interpret: bool) -> Point:
     train = _train_resnet if family == "resnet" else _train_llama
     loss, multiply_adds = train(width, options(name), seed, steps, "interpreted" if interpret else "compiled")
-    return Point(family, width, name, seed, loss, multiply_adds, multiply_adds * FORMATS[name][1])
+    return Point(family, width, name, seed, steps, loss, multiply_adds, multiply_adds * FORMATS[name][1])
 
 
 def multiply_adds(network: torch.nn.Module, inputs: torch.Tensor) -> int:

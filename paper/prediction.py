@@ -19,6 +19,7 @@ SIGNALS = {
     "lbfgsb_5e4": "logit sharpness by L-BFGS-B, ε = 5e-4",
     "gradient_norm": "gradient norm",
     "max_abs_logit": "max |z|",
+    "max_attention_logit": "max attention logit",
     "hessian_eigenvalue": "Hessian eigenvalue",
     "loss_variance": "variance of the loss",
     "loss": "loss itself",

@@ -36,6 +36,9 @@ class Record:
         underflowed_activation, underflowed_weight, underflowed_gradient: share of the same operands that are not zero
             and became zero.
         sharpness_seconds: the time of measuring the logits. Not part of equality.
+        loss_scale: the factor by which a recipe's optimizer scales the loss of this step; None if none does. Such an
+            optimizer skips a step whose gradients are not finite.
+        max_attention_logit: the largest score of a query and a key that it sees, before this update.
     """
 
     step: int
@@ -59,6 +62,8 @@ class Record:
     underflowed_weight: float | None = None
     underflowed_gradient: float | None = None
     sharpness_seconds: float | None = field(default=None, compare=False)
+    loss_scale: float | None = None
+    max_attention_logit: float | None = None
 
 
 def step_seconds(history: Sequence[Record]) -> float:

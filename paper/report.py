@@ -17,10 +17,12 @@ import numpy as np
 from . import figures, require
 from .comparison import compare_recipes
 from .config import RunConfig, to_dict
-from .figures import Judged
+from .figures import Judged, Line
+from .hypotheses import judge_hypotheses, too_few_seeds
 from .intervals import compare, share
 from .prediction import SIGNALS, Prediction, predict, signal_values, warn
 from .ranges import COLUMNS, table_rows
+from .sensitivity import AXES, Difference, Sensitivity, differences, next_sizes, sensitivities, series
 from .storage import replace_file
 from .sweeps import read_sweep
 from .verdicts import judge, preregistration, rules, trained
@@ -28,6 +30,10 @@ from .verdicts import judge, preregistration, rules, trained
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_SENSITIVITY = (
+    "Learning-rate sensitivity (arXiv 2309.14322): the mean over learning rates, uniform in their logarithm, of the "
+    "smaller of final loss and loss at initialisation, minus the least of these losses; nats per token. Small is good."
+)
 _RANGES = [f"{what}_{role}" for what in ("saturated", "underflowed") for role in ("activation", "weight", "gradient")]
 
 
@@ -116,6 +122,8 @@ def _summary(judged: Judged, facts: Mapping[str, Any]) -> list[str]:
         sentences.append(
             f"{undecided} ended while the loss rose, too early to call it divergence: run them for more steps."
         )
+    if facts.get("experiment", {}).get("is_registered") is False:
+        sentences.append("The setting is not the registered one, so the registered claims are not judged.")
     if not diverged:
         sentences.append("No run diverged: this sweep says nothing about what predicts divergence.")
     return sentences
@@ -154,6 +162,8 @@ def _pictures(judged: Judged, predictions: Sequence[Prediction]) -> list[Picture
             lambda: figures.heat_maps(judged),
         ),
     ]
+    if found := sensitivities(judged):
+        pictures += sensitivity_pictures(found)
     if any(np.isfinite(run["sharpness_5e4"]).any() for run in judged.runs):
         note = (
             "Every run; a dotted line where it diverged. Logits of the last token of each window of the step's batch."
@@ -170,11 +180,47 @@ def _pictures(judged: Judged, predictions: Sequence[Prediction]) -> list[Picture
     return pictures
 
 
+def sensitivity_pictures(found: Sequence[Sensitivity]) -> list[Picture]:
+    """Loss against learning rate, and sensitivity against the bits of formats and the sizes of models."""
+    curves = [(each.precision, each.model.size, each.rates, each.losses) for each in found]
+    note = (
+        "Final smoothed loss, at most the loss at initialisation: mean over seeds, band from the lowest to the highest."
+    )
+    pictures = [Picture("loss_by_rate", "Loss against learning rate", note, lambda: figures.loss_by_rate(curves))]
+    panels = {}
+    if len({each.bits for each in found}) > 1:
+        by_size = {size: [each for each in found if each.model.size == size] for _, size, *_ in curves}
+        panels["bits of an operand"] = [
+            _line(size, sorted(own, key=lambda each: each.bits), lambda each: each.bits, "o")
+            for size, own in by_size.items()
+        ]
+    for axis, field in AXES.items():
+        if groups := series(found, axis):
+            panels[axis] = [
+                _line(group[0].precision, group, lambda each, field=field: getattr(each.model, field))  # type: ignore[misc]
+                for group in groups
+            ]
+    if panels:
+        note = f"Mean over seeds with bootstrap intervals. {_SENSITIVITY}"
+        pictures.append(
+            Picture("sensitivity", "Learning-rate sensitivity", note, lambda: figures.sensitivity_lines(panels))
+        )
+    return pictures
+
+
+def _line(label: str, group: Sequence[Sensitivity], x: Callable[[Sensitivity], float], look: str = "o-") -> Line:
+    values = [(x(each), each.value, each.low, each.high) for each in group]
+    return Line(label, *zip(*values, strict=True), look=look)
+
+
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
 def _tables(judged: Judged, facts: Mapping[str, Any], predictions: Sequence[Prediction]) -> list[Table]:
+    found = sensitivities(judged)
     tables = [_recipes(judged), _conditions(judged), _by_rate(judged), _comparisons(judged, facts)]
+    tables += [_sensitivity_table(found), _difference_table(found, judged.reference), _next_size_table(found)]
+    tables += [_hypothesis_table(judged, facts)]
     if predictions:
         tables += [_prediction_table(predictions), _warning_table(judged)]
     tables += [_range_table(judged), _misfit_table(judged), _failures(facts)]
@@ -298,6 +344,92 @@ def _comparisons(judged: Judged, facts: Mapping[str, Any]) -> Table:
     return Table("Fisher's exact test", note, columns, rows)
 
 
+def _sensitivity_table(found: Sequence[Sensitivity]) -> Table:
+    rows = []
+    for each in found:
+        bound = "at least " if each.is_lower_bound else ""
+        stable = each.largest_stable
+        rows.append(
+            [
+                each.condition,
+                bound + _interval_or_value(each.value, each.low, each.high),
+                f"all up to {each.rates[-1]:g}" if stable is None else f"{stable:.3g}",
+                f"{each.rates[int(each.losses.mean(0).argmin())]:g}",
+                f"{each.losses.mean(0).min():.3f}",
+                f"{len(each.seeds)}" + (f" ({each.left_out} incomplete)" if each.left_out else ""),
+            ]
+        )
+    note = (
+        f"{_SENSITIVITY} Mean over seeds with a bootstrap interval over seeds, which few seeds make too narrow. At "
+        "least: no rate of the sweep is unstable, so that larger rates would raise it. Largest stable rate: where the "
+        "mean loss, taken as linear in the logarithm of the rate, exceeds the least one by "
+        f"{rules().sensitivity['margin']:g} nat."
+    )
+    columns = ["condition", "sensitivity", "largest stable rate", "best rate", "loss there", "seeds"]
+    return Table("Learning-rate sensitivity", note, columns, rows)
+
+
+def _difference_table(found: Sequence[Sensitivity], reference: str) -> Table:
+    rows = []
+    for each in differences(found, reference):
+        test = each.test
+        rows.append(
+            [
+                f"{each.first} minus {each.second}",
+                _interval_or_value(test.mean, test.low, test.high),
+                "-" if math.isnan(test.p) else f"{test.p:.3g}",
+                str(test.seeds),
+                "-" if math.isnan(test.detectable) else f"{test.detectable:.3f}",
+                _told_apart(each),
+            ]
+        )
+    share = rules().sensitivity["power"]
+    note = (
+        "Paired by seed, mean with its 95 % interval and p-value (Student, two-sided; one test per row). Detectable: "
+        f"the least true difference that so many seeds show with probability {share:g}, for the spread seen here."
+    )
+    columns = ["sensitivity of", "difference", "p", "seeds", "detectable", "verdict"]
+    return Table("Differences of sensitivity", note, columns, rows)
+
+
+def _told_apart(each: Difference) -> str:
+    if each.test.p < 1 - rules().prediction["level"]:
+        words = "higher" if each.test.mean > 0 else "lower"
+        return words + (" over the rates of the sweep, which do not reach instability in both" if each.is_bound else "")
+    return too_few_seeds(each.test)
+
+
+def _hypothesis_table(judged: Judged, facts: Mapping[str, Any]) -> Table:
+    experiment = facts.get("experiment", {})
+    found = judge_hypotheses(judged, experiment["number"]) if experiment.get("is_registered") else []
+    rows = [[each.text, each.numbers, each.verdict] for each in found]
+    note = "Judged on the registered seeds, by the rules at the end of this page."
+    return Table("Registered claims", note, ["claim", "numbers", "verdict"], rows)
+
+
+def _next_size_table(found: Sequence[Sensitivity]) -> Table:
+    rows = []
+    for each in next_sizes(found):
+        measured = "beyond the largest rate" if each.measured is None else f"{each.measured:.3g}"
+        known = not each.why_not and each.measured is not None
+        rows.append(
+            [
+                each.precision,
+                each.axis,
+                f"{', '.join(model.size for model in each.smaller)} to {each.model.size}",
+                each.why_not or _interval_or_value(each.predicted, each.low, each.high, ".3g"),
+                measured,
+                f"{each.predicted / (each.measured or math.nan):.2f}" if known else "-",
+            ]
+        )
+    note = (
+        "The largest stable rate of the largest model, foretold from the smaller ones by a line through logarithms, "
+        "with a bootstrap interval over seeds."
+    )
+    columns = ["precision", "growth", "models", "foretold", "measured", "foretold over measured"]
+    return Table("Largest stable rate of the next size", note, columns, rows)
+
+
 def _prediction_table(predictions: Sequence[Prediction]) -> Table:
     rows = [
         [
@@ -382,6 +514,11 @@ def _median(values: Sequence[float]) -> str:
 
 def _interval(value: float, low: float, high: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _interval_or_value(value: float, low: float, high: float, digits: str = ".3f") -> str:
+    """The value, with its interval where there is one."""
+    return f"{value:{digits}}" + ("" if math.isnan(low) else f" [{low:{digits}}, {high:{digits}}]")
 
 
 def _configuration(configs: Sequence[RunConfig]) -> list[tuple[str, str]]:

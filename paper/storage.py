@@ -100,7 +100,8 @@ def read_run(path: Path, condition: str) -> Run:
     """
     table, facts = _read(path)
     try:
-        columns = {
+        columns = {entry.name: np.full(len(table), math.nan) for entry in fields(Record)}  # old files lack new ones
+        columns |= {
             name: table[name].to_numpy().astype(np.int64 if name == "step" else np.float64)
             for name in table.column_names
         }
@@ -149,6 +150,32 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is broken: it holds no JSON object but {type(content).__name__}")
     return content
+
+
+class OtherVersion(ValueError):
+    """A file whose numbers another version of fpsim computed."""
+
+
+def read_results(path: Path, name: str) -> dict[str, Any]:
+    """The results by key that `write_results` wrote under ``name``; empty where there is no file.
+
+    Raises:
+        OtherVersion: another version of fpsim wrote them, so that these numbers and new ones do not belong together.
+        ValueError: the file is broken.
+    """
+    if not path.exists():
+        return {}
+    content = read_json(path)
+    if not isinstance(content.get(name), dict):
+        raise ValueError(f"{path} is broken: it holds no {name}")
+    if content.get("source") != versions()["source"]:
+        raise OtherVersion(f"{path} was written by another version of fpsim: name another folder")
+    return dict(content[name])
+
+
+def write_results(path: Path, name: str, results: Mapping[str, Any]) -> None:
+    """Write ``results`` (JSON types by key) under ``name``, with the version of fpsim; `read_results` reads them."""
+    replace_file(path, json.dumps({"source": versions()["source"], name: results}, indent=1).encode())
 
 
 def put_aside(path: Path) -> Path:

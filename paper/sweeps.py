@@ -29,9 +29,9 @@ from fpsim.suggestions import did_you_mean
 
 from . import require
 from .choices import check_choice
-from .config import RunConfig, compile_key, from_dict, run_key, to_dict
+from .config import RunConfig, check_single_process, compile_key, from_dict, run_key, to_dict
 from .data import DataConfig, check_vocabulary, fetch, load
-from .models import check_script
+from .models import ModelConfig, check_script
 from .progress import progress_bars, say
 from .storage import Run, locked, put_aside, read_json, read_run, remove_partial_files, replace_file, versions
 from .workers import Job, Message, Pool, ProcessPool, RayPool, SerialPool
@@ -81,19 +81,20 @@ def grid(
     seeds: Iterable[int],
     learning_rates: Iterable[float] | None = None,
     data: Iterable[DataConfig] | None = None,
+    models: Iterable[ModelConfig] | None = None,
 ) -> list[Planned]:
-    """Every format and recipe with every rate, seed and text; seeds vary slowest, so that a sweep is balanced early.
+    """Every format and recipe with every rate, seed, text and model; seeds vary slowest: a sweep is balanced early.
 
     Args:
         base: the fields that do not vary.
         formats: as `fpsim.policy.shorthand.parse_shorthand` reads them.
         recipes: names of recipes (`fpsim.recipes.RECIPES`), with their defaults. A format may stand here too.
-        learning_rates, data: None means those of ``base``.
+        learning_rates, data, models: None means those of ``base``. Several models are told apart by their sizes.
 
     Raises:
         ValueError: a format that `parse_shorthand` cannot read, an unknown recipe, or neither formats nor recipes.
     """
-    texts = list(data or [base.data])
+    texts, networks = list(data or [base.data]), list(models or [base.model])
     rates = list(learning_rates or [base.learning_rate])
     precisions: dict[str, dict[str, Any]] = {name: {"options": parse_shorthand(name)} for name in formats}
     for name in recipes:
@@ -103,10 +104,10 @@ def grid(
         raise ValueError("a sweep needs formats or recipes: give at least one")
     return [
         Planned(
-            label if len(texts) == 1 else f"{label}, {text.label}",
-            replace(base, learning_rate=rate, seed=seed, data=text, **precisions[label]),
+            label + f", {text.label}" * (len(texts) > 1) + f", {network.size}" * (len(networks) > 1),
+            replace(base, learning_rate=rate, seed=seed, data=text, model=network, **precisions[label]),
         )
-        for seed, label, text, rate in itertools.product(seeds, precisions, texts, rates)
+        for seed, label, network, text, rate in itertools.product(seeds, precisions, networks, texts, rates)
     ]
 
 
@@ -210,6 +211,8 @@ def _check(configs: Sequence[RunConfig], *, devices: bool) -> None:
     if devices:
         for device in {config.device for config in configs}:
             check_device(device)
+    for config in configs:
+        check_single_process(config)
     for text in {config.data for config in configs}:
         fetch(text)
     if any(config.model.script is None for config in configs):

@@ -29,7 +29,7 @@ from fpsim.training.schedules import ScheduleState
 
 from .compiled_loss import Autocast, Compile, Loss, OpenAttention, compile_loss, with_attention
 from .config import Options, RunConfig
-from .measurements import hessian_eigenvalue, logit_signals, range_shares
+from .measurements import hessian_eigenvalue, logit_signals, max_attention_logit, range_shares
 from .models import LanguageModel, LossAndLogits, build
 from .ranges import Examination, examine
 from .record import Record, smoothed_loss
@@ -56,9 +56,9 @@ class Update(NamedTuple):
 class Trainer:
     """The weights and the optimizer of one run: everything that changes during it.
 
-    The loop calls `step`, `state_if` and `resume`. `fpsim.paper.parallel.ParallelTrainer` overrides the methods whose
-    work or result several processes share: `install`, `update`, `clip_gradients`, `validation_loss`, the three
-    measurements, `state_if` and `load`.
+    The loop calls `step`, `state_if`, `precision_state` and `resume`. `fpsim.paper.parallel.ParallelTrainer` overrides
+    the methods whose work or result several processes share: `install`, `update`, `clip_gradients`, `validation_loss`,
+    the four measurements, `state_if`, `precision_state`, `resume` and `load`.
 
     Args:
         config: the run.
@@ -71,7 +71,7 @@ class Trainer:
             compile_loss, attention=config.attention, interpret=config.backend == "interpreted"
         )
         network = build(config.model, seed=config.seed).to(config.device, getattr(torch, config.dtype))
-        self.model = (LossAndLogits if config.measure_every else LanguageModel)(network)
+        self.model = (LossAndLogits if config.measure_every else LanguageModel)(network, config.z_loss)
         self.recipe = recipe_of(config)
         if self.recipe is not None and self.recipe.preparation is not None:
             prepared = self.recipe.preparation.apply(self.model, None)
@@ -80,6 +80,7 @@ class Trainer:
         self.trained: nn.Module = self.model
         if config.autocast:
             self.trained = Autocast(self.model, getattr(torch, config.autocast), torch.device(config.device).type)
+        self.base = None if self.recipe is None else self.recipe.policy_for(self.trained)
         schedule = None if self.recipe is None else self.recipe.schedule
         self.schedule_state = ScheduleState() if schedule is None else schedule.start()
         self.codes: dict[Policy | None, Loss] = {}
@@ -94,6 +95,7 @@ class Trainer:
         if self.codes and options == self.options:
             return
         self.options: Options = options
+        self.has_timed_scales = options is not None and Policy.from_options(options).is_timed
         self.profiler: Profiler | None = None
         self.install(self._code(options))
 
@@ -107,7 +109,7 @@ class Trainer:
         """The options of the step ``index``: those of the configuration, or the policy of its recipe."""
         if self.recipe is None:
             return self.config.options_at(index)
-        policy = self.recipe.policy_for(self.model)
+        policy = self.base
         if self.recipe.schedule is not None:
             policy = self.recipe.schedule.policy(self.schedule_state, policy)
         return None if policy is None else {"policy": policy}
@@ -135,11 +137,15 @@ class Trainer:
         with _reproducible(config, index):
             self._enter(index)
             micro_batches = list(zip(*(part.split(config.batch) for part in batch), strict=True))
-            measured: dict[str, float] = {}
+            measured: dict[str, float | None] = {}
             if _due(index, config.hessian_every):
                 measured["hessian_eigenvalue"] = self.hessian_eigenvalue(micro_batches[0])
-            if _due(index, config.ranges_every) and self.options is not None:
+            if _due(index, config.ranges_every) and self.options is not None and not self.has_timed_scales:
                 measured |= self.range_shares(micro_batches[0])
+            if _due(index, config.attention_every):
+                measured["max_attention_logit"] = self.max_attention_logit(micro_batches[0])
+            if self.scales_loss:
+                measured["loss_scale"] = self.loss_scale
             start = time.perf_counter()
             update = self.update(micro_batches, rate)
             seconds = time.perf_counter() - start
@@ -174,6 +180,11 @@ class Trainer:
         return Update(math.fsum(float(loss) for loss in losses) / len(losses), norm, last_tokens)
 
     @property
+    def scales_loss(self) -> bool:
+        """Whether the optimizer of the recipe scales the loss, and skips a step whose gradients overflow."""
+        return "loss_scale" in self.optimizer.param_groups[0]
+
+    @property
     def loss_scale(self) -> float:
         """The factor of the gradients that the optimizer itself expects: 1 unless a recipe scales the loss."""
         return float(self.optimizer.param_groups[0].get("loss_scale", 1.0))
@@ -187,20 +198,32 @@ class Trainer:
         return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
     def validation_loss(self, held_out: Sequence[Batch]) -> float:
-        """Mean loss over ``held_out``, nats per token."""
-        return evaluate(self.loss_of, held_out)
+        """Mean loss over ``held_out``, nats per token.
+
+        Scales of earlier steps are used and stay as they are: a call with gradients would count as a step.
+        """
+        with torch.set_grad_enabled(not self.has_timed_scales):
+            return evaluate(self.loss_of, held_out)
 
     # -- measurements ------------------------------------------------------------------------------------------------
 
     def hessian_eigenvalue(self, batch: Batch) -> float:
         """The largest eigenvalue of the Hessian of the unrounded model on ``batch``."""
-        return hessian_eigenvalue(OpenAttention(LanguageModel(self.model.network)), batch, seed=self.config.seed)
+        loss = LanguageModel(self.model.network, self.config.z_loss)
+        return hessian_eigenvalue(OpenAttention(loss), batch, seed=self.config.seed)
+
+    def max_attention_logit(self, batch: Batch) -> float | None:
+        """The largest attention logit of the unrounded network on ``batch``; None if it has no attention."""
+        return max_attention_logit(self.model.network, batch[0])
 
     def range_shares(self, batch: Batch) -> dict[str, float]:
-        """`fpsim.paper.measurements.range_shares` on ``batch``, under the policy of the current stage."""
+        """`fpsim.paper.measurements.range_shares` on ``batch``, under the policy of the current stage.
+
+        The policy has no scales of earlier steps: a profile would begin with others.
+        """
         if self.profiler is None:
             self.profiler = Profiler(self.trained, policy=with_attention(self.options or {}, self.config.attention))
-        return range_shares(self.trained, self.profiler, batch, loss_scale=self.config.loss_scale)
+        return range_shares(self.trained, self.profiler, batch, loss_scale=self.config.loss_scale * self.loss_scale)
 
     def examination(self, batch: Batch) -> Examination:
         """The layers that saturate or underflow on ``batch`` under the policy of the current stage, and remedies."""
@@ -263,7 +286,7 @@ def learning_rate(step: int, *, peak: float, warmup: int, steps: int, floor: flo
 def evaluate(loss_of: Loss, held_out: Sequence[Batch]) -> float:
     """Mean loss over ``held_out``, batches of one shape, in nats per token.
 
-    Gradients stay enabled although none is computed: without them torch would compile the whole graph again.
+    Gradients may stay enabled although none is computed: without them torch compiles the whole graph again.
     """
     return math.fsum(float(_loss_and_logits(loss_of(*batch))[0].detach()) for batch in held_out) / len(held_out)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from .checkpoint import Checkpoint
 from .compiled_loss import Compile
-from .config import RunConfig, run_key, to_dict
+from .config import RunConfig, check_single_process, run_key, to_dict
 from .data import Data, batches, check_vocabulary, load, validation_batches
 from .parallel import Parallel, ParallelTrainer
 from .record import Record
@@ -40,11 +40,13 @@ def records(
         at_end: called after the last step, with the trainer and the validation batches.
 
     Raises:
-        ValueError: a checkpoint of another run, tokens that the model lacks, a batch that the processes cannot share.
+        ValueError: a checkpoint of another run, tokens that the model lacks, a batch that the processes cannot share,
+            a recipe that averages gradients of several processes in a single one.
     """
     data = load(config.data, context=config.model.context) if data is None else data
     check_vocabulary(data, config.model.vocabulary)
     if parallel is None or parallel.world == 1:
+        check_single_process(config)
         trainer = Trainer(config, compile)
     else:
         trainer = ParallelTrainer(config, compile, parallel)

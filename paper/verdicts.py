@@ -26,6 +26,8 @@ class Rules:
     spiked: Mapping[str, float]
     trained: Mapping[str, float]
     prediction: Mapping[str, Any]
+    sensitivity: Mapping[str, float]
+    experiments: Mapping[str, Mapping[str, Any]]
     claims: Mapping[str, Mapping[str, Any]]
 
 
@@ -80,7 +82,7 @@ def judge(run: Run, by: Rules | None = None) -> Verdict:
     by = by or rules()
     steps, warmup = run.config.steps, run.config.warmup
     validation = run["validation_loss"][~np.isnan(run["validation_loss"])]
-    onset = divergence(run["loss"], run["smoothed_loss"], run["gradient_norm"], steps=steps, by=by)
+    onset = divergence(run["loss"], run["smoothed_loss"], _norms_of_updates(run), steps=steps, by=by)
     return Verdict(
         onset,
         spikes(run["loss"], run["smoothed_loss"], warmup=warmup, by=by),
@@ -88,6 +90,12 @@ def judge(run: Run, by: Rules | None = None) -> Verdict:
         float(validation[-1]) if len(validation) else math.nan,
         rising_since(run["smoothed_loss"], by=by) if onset is None else None,
     )
+
+
+def _norms_of_updates(run: Run) -> np.ndarray:
+    """The gradient norm of each step; 0 where a scaled loss overflows, since that step is skipped."""
+    norms = run["gradient_norm"]
+    return np.where(np.isfinite(run["loss_scale"]) & ~np.isfinite(norms), 0.0, norms)
 
 
 def divergence(

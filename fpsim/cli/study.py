@@ -120,9 +120,16 @@ def run(
     ] = None,
     loss_scale: Annotated[float, typer.Option(help="Factor on the loss in the backward pass.")] = 1.0,
     clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 means no clipping.")] = 1.0,
+    z_loss: Annotated[float, typer.Option(min=0, help="Coefficient of the z-loss; 0 means none.")] = 0.0,
+    qk_norm: Annotated[
+        bool, typer.Option("--qk-norm", help="Normalise queries and keys (a Llama becomes Qwen3).")
+    ] = False,
     quality: Annotated[str, typer.Option(help="clean, shuffled, duplicated or noisy training text.")] = "clean",
     level: Annotated[float, typer.Option(help="Share of the training text that --quality spoils.")] = 0.5,
     measure_every: Annotated[int, typer.Option(min=0, help="Steps between measurements of sharpness.")] = 10,
+    attention_every: Annotated[
+        int, typer.Option(min=0, help="Steps between measurements of the largest attention logit; 0 means never.")
+    ] = 0,
     hessian_every: Annotated[int, typer.Option(min=0, help="Steps between Hessian eigenvalues; 0 means never.")] = 0,
     device: Device = None,
     interpret: Interpret = False,
@@ -142,6 +149,10 @@ def run(
 
     chosen = model_config(model or "tiny")
     chosen = replace(chosen, context=context or chosen.context, vocabulary=vocabulary or chosen.vocabulary)
+    if qk_norm:
+        if chosen.family != "llama":
+            raise ValueError(f"--qk-norm is for a Llama, and {model} is no Llama: normalise them in your own model")
+        chosen = replace(chosen, family="qwen3")
     base = RunConfig(
         model=chosen,
         data=DataConfig(data, quality=quality, level=level if quality != "clean" else 1.0),
@@ -150,8 +161,10 @@ def run(
         warmup=steps // 10,
         clip=clip or None,
         loss_scale=loss_scale,
+        z_loss=z_loss,
         validate_every=max(1, steps // 5),
         measure_every=measure_every,
+        attention_every=attention_every,
         hessian_every=hessian_every,
         ranges_every=max(1, steps // 4),
         stop_nonfinite=10,
@@ -182,7 +195,7 @@ def run(
 @app.command(cls=_SeveralValues)
 @plain_errors
 def experiment(
-    number: Annotated[int, typer.Argument(help="1 to 8: see fpsim study list.")],
+    number: Annotated[int, typer.Argument(help="1 to 11: see fpsim study list.")],
     size: Annotated[str, typer.Option(help="quick (minutes on 2 cores), full (hours) or paper (GPUs).")] = "quick",
     conditions: Annotated[
         list[str] | None, typer.Option(help="Conditions to run, by name or glob ('*truncated').", show_default="all")
@@ -190,7 +203,12 @@ def experiment(
     model: Model = None,
     data: Data = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds.", show_default=_OF_SIZE)] = None,
-    first_seed: FirstSeed = 0,
+    first_seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="The first seed; the others follow it.", show_default="0; in 9 to 11 the registered one"
+        ),
+    ] = None,
     learning_rates: Rates = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Optimizer steps per run.", show_default=_OF_SIZE)] = None,
     device: Device = None,
@@ -203,7 +221,7 @@ def experiment(
     cpus: Cpus = 1.0,
     retries: Retries = 2,
 ) -> None:
-    """Run one of the paper's experiments, and write a report. Runs that are complete are not computed again."""
+    """Run an experiment, the paper's or ours (9 to 11), and write a report. Complete runs are not computed again."""
     from fpsim.paper.experiments import SIZES
     from fpsim.paper.experiments import experiment as find
 
@@ -211,7 +229,8 @@ def experiment(
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}: use one of {', '.join(SIZES)}")
     setting = _resized(chosen.settings[size], model, data, seeds, learning_rates, steps, device, interpret)
-    setting = replace(setting, first_seed=first_seed)
+    if first_seed is not None:
+        setting = replace(setting, first_seed=first_seed)
     facts = {
         "number": number,
         "question": chosen.question,
@@ -219,6 +238,7 @@ def experiment(
         "differs": chosen.differences(size),
         "reference": chosen.reference,
         "pairs": [list(pair) for pair in chosen.pairs],
+        **chosen.registration(size, setting),
         "size": f"{size}: {setting.base.model.label}, {setting.base.steps} steps, "
         f"{setting.seeds} seeds from {setting.first_seed}, "
         f"learning rates {', '.join(f'{rate:g}' for rate in setting.rates)}",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fpsim.json_text import parse_json
 from fpsim.suggestions import did_you_mean
 
-from ..storage import put_aside, replace_file, versions
+from ..storage import OtherVersion, put_aside, read_results, write_results
 from .claim import Claim, Outcome, judge, registered
 
 
@@ -44,24 +42,16 @@ def measure(claim: Claim, folder: Path) -> tuple[Outcome, int]:
     """
     by = registered(claim.name)
     path = folder / f"{claim.name}.json"
-    code = versions()["source"]
-    kept = _read(path, code)
+    try:
+        kept = read_results(path, "seeds")
+    except OtherVersion:
+        put_aside(path)
+        kept = {}
     missing = [seed for seed in by.seeds if str(seed) not in kept]
     for seed in missing:
         kept[str(seed)] = dict(claim.measure(seed))
-        replace_file(path, json.dumps({"source": code, "seeds": kept}, indent=1).encode())
+        write_results(path, "seeds", kept)
     return judge([kept[str(seed)] for seed in by.seeds], by), len(missing)
-
-
-def _read(path: Path, code: str) -> dict[str, dict[str, float]]:
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return {}
-    content = parse_json(path.read_text())
-    if content["source"] == code:
-        return dict(content["seeds"])
-    put_aside(path)
-    return {}
 
 
 def markdown(outcomes: Mapping[str, Outcome], claims: Mapping[str, Claim]) -> str:

@@ -65,7 +65,8 @@ HELP = {
     ("study", "run"): (
         "--model", "--data", "--formats", "--recipes", "--seeds", "default: 3", "--first-seed", "--learning-rates",
         "--steps", "--batch", "--context", "--vocabulary", "--loss-scale", "--clip", "--quality", "--level",
-        "--measure-every", "--hessian-every", "--device", "--interpret", "--out", "--executor", "--workers",
+        "--measure-every", "--hessian-every", "--attention-every", "--z-loss", "--qk-norm",
+        "--device", "--interpret", "--out", "--executor", "--workers",
         "--address", "--gpus", "--cpus", "--retries",
     ),
     ("study", "experiment"): (

@@ -24,6 +24,7 @@ from fpsim.paper.report import report
 from fpsim.paper.storage import read_records
 from fpsim.paper.sweeps import Planned, read_sweep, sweep
 from fpsim.paper.training import run
+from fpsim.paper.verdicts import rules
 from fpsim.policy import Policy
 
 SCRIPT = """
@@ -121,8 +122,8 @@ def _identity(planned: Planned) -> str:
 
 
 def test_an_unknown_experiment_is_named():
-    with pytest.raises(ValueError, match="no experiment 9: there are 1, 2, 3, 4, 5, 6, 7, 8"):
-        experiment(9)
+    with pytest.raises(ValueError, match="no experiment 12: there are 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11"):
+        experiment(12)
 
 
 def rounded(number: int, condition: str, value: Fraction | float) -> Fraction:
@@ -272,7 +273,66 @@ def test_mixed_precision_is_used_at_the_paper_s_size_alone():
             if number == 4:
                 assert used == {None, "bfloat16"}
             else:
-                assert used == ({"bfloat16"} if size == "paper" and number != 2 else {None})
+                assert used == ({"bfloat16"} if size == "paper" and number not in (2, 9, 10, 11) else {None})
+
+
+def test_the_sizes_of_the_sensitivity_are_those_that_their_names_say():
+    setting = experiment(9).settings["quick"]
+    conditions = experiment(9).conditions(setting)
+    sizes = {name: (changes.get("model") or setting.base.model) for name, changes in conditions.items()}
+    base = setting.base.model
+    for name, model in sizes.items():
+        width, depth = (
+            next((factor for suffix, factor in known.items() if name.endswith(suffix)), 1)
+            for known in ({"half width": 0.5, "double width": 2}, {"twice as deep": 2, "four times as deep": 4})
+        )
+        assert (model.hidden, model.layers) == (base.hidden * width, base.layers * depth), name
+        assert model.mlp / model.hidden == base.mlp / base.hidden
+        assert model.family == ("qwen3" if name.endswith("QK norm") else "llama")
+        assert conditions[name].get("z_loss", 0.0) == (1e-4 if name.endswith("z-loss") else 0.0)
+    # Every format stands at three widths, with all its roundings.
+    assert len([name for name in sizes if name.endswith("half width")]) == 15
+    with pytest.raises(ValueError, match="experiment 9 varies the sizes of a Llama, and gpt2, 1 layers"):
+        experiment(9).plan(replace(setting, base=replace(setting.base, model=replace(base, family="gpt2"))))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_kind_of_attention_is_the_one_that_its_name_says(size):
+    setting = experiment(10).settings[size]
+    found = {}
+    for planned in experiment(10).plan(replace(setting, seeds=1)):
+        assert planned.config.attention is None and planned.config.autocast is None  # both would override the policy
+        policy = Policy.from_options(planned.config.options)
+        found[planned.condition] = policy.attention, policy.cast("fprop", "activation").format.name
+    assert found.pop("tf32, opened") == ("round", parse_format("tf32").name)
+    kernels = {name.removeprefix("bf16, "): attention for name, (attention, format) in found.items()}
+    assert {format for _, format in found.values()} == {parse_format("bf16").name}
+    assert (kernels.pop("fused"), kernels.pop("opened")) == ("keep", "round")
+    stored = {"probabilities": "bf16", "output": "bf16", "score_gradients": "bf16"}
+    flash = {
+        "flash2_bf16": fpsim.FlashAttention(inputs="bf16", arithmetic="fp32", **stored),
+        "all_bf16": fpsim.FlashAttention(inputs="bf16", arithmetic="bf16", block_q=512, block_k=512, late_scale=False),
+    }
+    expected = {**flash, **{f"{name}, cured": replace(steps, cure=2.0) for name, steps in flash.items()}}
+    assert kernels == expected
+
+
+def test_registered_seeds_are_fresh_and_registered_settings_are_recognised():
+    known = [range(0, 10), range(300, 310)]  # those of paper/README.md
+    for number in (9, 10, 11):
+        chosen = experiment(number)
+        for size in SIZES:
+            setting = chosen.settings[size]
+            seeds = range(setting.first_seed, setting.first_seed + setting.seeds)
+            assert not any(seed in other for other in known for seed in seeds)
+            assert chosen.registration(size, setting) == {"is_registered": size != "paper"}
+            other = replace(setting, base=replace(setting.base, steps=7))
+            assert chosen.registration(size, other) == {"is_registered": False}
+        names = chosen.conditions(chosen.settings["quick"])
+        for claim in rules().experiments[str(number)]["claims"]:
+            for side in (claim["first"], claim["second"]):
+                assert set([side] if isinstance(side, str) else side) <= set(names), claim["text"]
+    assert experiment(1).registration("quick", experiment(1).settings["quick"]) == {}
 
 
 def test_the_readme_in_python_is_short():

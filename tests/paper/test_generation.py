@@ -13,7 +13,7 @@ from torch import nn
 import fpsim
 from fpsim.paper import generation
 from fpsim.paper.generation import Quality, Sampling, Size, differences, distinct_share, generate, measure, rounded
-from fpsim.paper.models import LanguageModel
+from fpsim.paper.models import LanguageModel, build
 
 VOCABULARY = 7
 
@@ -100,6 +100,10 @@ def test_the_study_writes_in_every_format_and_setting(tmp_path, monkeypatch, con
     monkeypatch.setattr(generation, "train", None)  # a second call computes nothing
     assert repr(generation.study(size, ["fp32", "fp4"], tmp_path)) == repr(qualities)  # some are NaN
     assert generation.markdown(qualities).count("\n| fp4 |") == 2
+    monkeypatch.setattr(generation, "train", lambda config, data: LanguageModel(build(config.model, seed=config.seed)))
+    more = generation.study(replace(size, seeds=2), ["fp32"], tmp_path)  # another judge: seed 0 is judged again
+    assert [(each.format, each.seed) for each in more] == [("fp32", seed) for seed in (0, 0, 1, 1)]
+    assert more[0].judged_loss != qualities[0].judged_loss
     with pytest.raises(ValueError, match="unknown format 'fp5'"):
         generation.study(size, ["fp5"], tmp_path)
     with pytest.raises(ValueError, match="temperature must be above 0"):

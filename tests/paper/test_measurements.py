@@ -13,8 +13,8 @@ from torch import nn
 
 from fpsim.compile_backend.report.profiler import Profiler
 from fpsim.paper.data import batches
-from fpsim.paper.measurements import hessian_eigenvalue, logit_signals, range_shares
-from fpsim.paper.models import LanguageModel, LossAndLogits, llama
+from fpsim.paper.measurements import hessian_eigenvalue, logit_signals, max_attention_logit, range_shares
+from fpsim.paper.models import LanguageModel, LossAndLogits, build, llama
 from fpsim.paper.record import smoothing_span
 from fpsim.paper.training import run
 
@@ -25,6 +25,63 @@ def closed_form(logits: np.ndarray, target: int, epsilon: float) -> float:
     step[target] *= -1
     before, after = (-log_softmax(z)[target] for z in (logits, logits + step))
     return 100 * (after - before) / (1 + before)
+
+
+@pytest.mark.parametrize("changes", [{}, {"kv_heads": 1}, {"family": "qwen3"}, {"family": "gpt2"}])
+def test_the_largest_attention_logit_is_that_of_scores_a_query_sees(config, data, changes):
+    """The probabilities of attention that transformers writes out give back the scores, up to a constant per row."""
+    model = replace(config.model, layers=2, **changes)
+    network = build(model, seed=1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(4)  # so that some scores are large
+    inputs, _ = next(batches(data.train, batch=3, context=12, seed=1))
+    found = max_attention_logit(network, inputs)
+    seen = []
+    written_out = build(model, seed=1)
+    written_out.load_state_dict(network.state_dict())
+    written_out.set_attn_implementation("eager")
+    softmax = torch.nn.functional.softmax
+
+    def noting(scores, *args, **kwargs):
+        seen.append(scores.max().item())
+        return softmax(scores, *args, **kwargs)
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "softmax", noting)
+        written_out(inputs)
+    assert len(seen) == 2 and found == pytest.approx(max(seen), rel=1e-4)
+
+
+def test_attention_logits_see_masks_and_scales():
+    class Model(nn.Module):
+        def __init__(self, **how):
+            super().__init__()
+            self.weight, self.how = nn.Parameter(torch.ones(1)), how
+
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(x, -x, x, **self.how)
+
+    x = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]]])  # scores -(x_i . x_j): the largest is 3, of rows 0 and 2
+    for how, expected in (
+        ({"scale": 1.0}, 3.0),
+        ({}, 3 / 2**0.5),
+        ({"scale": 1.0, "is_causal": True}, 3.0),
+        ({"scale": 1.0, "attn_mask": torch.full((3, 3), -1.0)}, 2.0),
+    ):
+        assert max_attention_logit(Model(**how), x) == pytest.approx(expected)
+    assert max_attention_logit(Model(scale=1.0, attn_mask=torch.eye(3, dtype=torch.bool)), x) == -1.0
+    assert max_attention_logit(nn.Linear(2, 2), x) is None
+
+
+def test_attention_logits_are_recorded_where_they_are_due(config, data, eager):
+    history = run(replace(config, attention_every=4), data, compile=eager)
+    assert [record.step for record in history if record.max_attention_logit is not None] == [4]
+    plain = run(config, data, compile=eager)
+    assert [record.loss for record in plain] == [record.loss for record in history]
+    first = run(replace(config, attention_every=1, steps=1), data, compile=eager)[0]
+    inputs, _ = next(batches(data.train, batch=4, context=12, seed=config.seed))
+    assert first.max_attention_logit == max_attention_logit(llama(config.model, seed=config.seed), inputs)
 
 
 def test_the_signals_of_a_step_are_those_of_its_own_forward_pass(config, data, eager):

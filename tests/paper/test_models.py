@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,6 +49,40 @@ def test_the_loss_is_the_mean_cross_entropy_in_nats():
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert loss.item() == pytest.approx(math.log(32), abs=0.1)
+
+
+def test_the_z_loss_changes_derivatives_alone():
+    network = llama(CONFIG, seed=0)
+    inputs, targets = torch.randint(32, (2, 3, 12), generator=torch.Generator().manual_seed(0))
+    plain, penalised = LanguageModel(network)(inputs, targets), LanguageModel(network, 0.1)(inputs, targets)
+    assert torch.equal(plain, penalised)
+    assert torch.equal(LossAndLogits(network, 0.1)(inputs, targets)[0], plain)
+    z = network(input_ids=inputs).logits.double()
+    expected = torch.autograd.grad(
+        functional.cross_entropy(z.flatten(0, 1), targets.flatten()) + 0.1 * (z.exp().sum(-1).log() ** 2).mean(),
+        network.lm_head.weight,
+    )[0]
+    found = torch.autograd.grad(penalised, network.lm_head.weight)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(found, torch.autograd.grad(plain, network.lm_head.weight)[0], rtol=1e-2)
+
+
+def test_qk_normalisation_divides_queries_and_keys_by_their_root_mean_square():
+    config = replace(CONFIG, layers=1, family="qwen3", kv_heads=1)
+    network, plain = build(config, seed=3), llama(replace(config, family="llama"), seed=3)
+    own = dict(network.named_parameters())
+    norms = {name for name in own if "_norm" in name and "self_attn" in name}
+    assert {name.rpartition("self_attn.")[2] for name in norms} == {"q_norm.weight", "k_norm.weight"}
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(own.pop(name), parameter), name
+    assert set(own) == norms
+    # Without the rotary embedding at position 0: a query and a key of length sqrt(head dimension) each.
+    attention, hidden = network.model.layers[0].self_attn, torch.randn(1, 16)
+    for project, norm in ((attention.q_proj, attention.q_norm), (attention.k_proj, attention.k_norm)):
+        heads = project(hidden).view(-1, 8)
+        expected = heads / (heads.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        torch.testing.assert_close(norm(heads), expected)
+    assert config.size == "1 x 16 with QK norm"
 
 
 def test_no_token_sees_the_future():

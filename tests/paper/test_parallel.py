@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fpsim.paper.checkpoint import Checkpoint
 from fpsim.paper.config import RunConfig
-from fpsim.paper.data import DataConfig
+from fpsim.paper.data import DataConfig, batches, load
+from fpsim.paper.models import LanguageModel, build
 from fpsim.paper.parallel import Parallel, from_environment
 from fpsim.paper.record import Record
 from fpsim.paper.training import records, run
-from tests.shared.ranks import results_of_two_ranks
+from fpsim.recipes import Recipe
+from fpsim.recipes.fp8_lm import NarrowGradients
+from tests.shared.ranks import error_of, results_of_two_ranks
 
 FACTS = ["loss", "gradient_norm", "validation_loss", "sharpness_5e4", "max_abs_logit", "hessian_eigenvalue"]
 FACTS += ["saturated_activation", "underflowed_gradient"]
@@ -82,6 +87,54 @@ def test_two_processes_compute_what_one_does(config, text, tmp_path):
                 # Rounding moves with the last bits of the sums, so the two part slowly.
                 assert [a for a, _ in measured] == pytest.approx([b for _, b in measured], rel=5e-3), kind
             assert found[0][:2] == pytest.approx(expected[0][:2], rel=1e-4)
+
+
+def work_narrow(config: RunConfig, rank: int) -> dict[str, Any]:
+    """The first step under the recipe's own average of gradients, and the errors of what cannot average so."""
+    refused = [("fsdp2", config), ("ddp", replace(config, accumulate=2))]
+    return {
+        "facts": facts(list(records(config, parallel=from_environment("ddp", "cpu")))),
+        "errors": [error_of(partial(_first, each, kind)) for kind, each in refused],
+    }
+
+
+def _first(config: RunConfig, kind: str) -> Record:
+    return next(records(config, parallel=from_environment(kind, "cpu")))
+
+
+@pytest.mark.timeout(600)
+def test_gradients_are_averaged_as_the_recipe_says(config, text, tmp_path):
+    source = tmp_path / "times.txt"
+    source.write_bytes(text)
+    recipe = Recipe("narrow sums", "", None, gradients=NarrowGradients())
+    config = replace(config, data=DataConfig(str(source)), recipe=recipe, backend="interpreted", steps=1)
+    first, second = results_of_two_ranks(partial(work_narrow, config), tmp_path, join=False)
+    assert first == second
+    model = LanguageModel(build(config.model, seed=config.seed))
+    inputs, targets = next(batches(load(config.data, context=12).train, batch=4, context=12, seed=config.seed))
+    halves = [
+        torch.autograd.grad(model(*half), list(model.parameters()))
+        for half in zip(inputs.chunk(2), targets.chunk(2), strict=True)
+    ]
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    squares = {True: 0.0, False: 0.0}
+    for (name, _), one, two in zip(model.named_parameters(), *halves, strict=True):
+        squares[False] += float(((one + two) / 2).double().square().sum())
+        mean = (one + two) / 2
+        if name in linear:  # MS-AMP: the largest power of two that fits the largest value, over the root of two ranks
+            s = 2.0 ** math.floor(math.log2(448 / float(torch.maximum(one.abs(), two.abs()).max()))) / math.sqrt(2)
+            mean = q(q(one * s) + q(two * s)) / s / 2
+        squares[True] += float(mean.double().square().sum())
+    norm = first["facts"][0][FACTS.index("gradient_norm")]
+    assert norm == pytest.approx(math.sqrt(squares[True]), rel=1e-5)
+    assert abs(math.sqrt(squares[False] / squares[True]) - 1) > 1e-4  # so plain sums would be seen
+    for found, got in zip(first["errors"], ["fsdp2 and accumulate=1", "ddp and accumulate=2"], strict=True):
+        assert found.startswith("ValueError: the recipe has gradients of linear weights added in e4m3fn"), found
+        assert found.endswith(f"use --parallel ddp and accumulate=1, got {got}"), found
+
+
+def q(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
 
 
 def test_each_process_takes_its_part_of_a_batch():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_the_frontier_is_what_nothing_dominates() -> None:
 
 
 def test_means_are_over_seeds() -> None:
-    points = [Point("resnet", 4, "int4", seed, loss, 10.0, 40.0) for seed, loss in enumerate([1.0, 2.0, 3.0])]
+    points = [Point("resnet", 4, "int4", seed, 2, loss, 10.0, 40.0) for seed, loss in enumerate([1.0, 2.0, 3.0])]
     assert means(points) == [Mean("resnet", 4, "int4", 2.0, pytest.approx(1 / math.sqrt(3)), 40.0)]
     assert "| resnet | 4 | int4 | 40 | 2.000 ± 0.577 | yes |" in markdown(means(points))
 
@@ -81,6 +82,10 @@ def test_points_are_computed_once_and_only_rounded_formats_differ(tmp_path, monk
     assert [point.cost / point.multiply_adds for point in points] == [4, 16, 4]
     monkeypatch.setattr(pareto, "_point", None)  # a second call computes none
     assert pareto.pareto(["resnet"], ["bf16", "int4"], TINY, tmp_path) == points
+    monkeypatch.setattr(pareto, "_point", lambda *run: Point(*run[:5], 0.0, 1.0, 1.0))
+    assert [each.steps for each in pareto.pareto(["llama"], ["int4"], replace(TINY, steps=3), tmp_path)] == [3]
+    assert len(pareto.pareto(["llama"], ["int4"], replace(TINY, seeds=2), tmp_path)) == 4
+    assert pareto.pareto(["llama"], ["int4"], TINY, tmp_path) == points  # neither other steps nor other seeds
     content = json.loads((tmp_path / "points.json").read_text())
     (tmp_path / "points.json").write_text(json.dumps({**content, "source": "another"}))
     with pytest.raises(ValueError, match="another version of fpsim: name another folder"):

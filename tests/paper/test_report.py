@@ -157,7 +157,7 @@ class Sources(HTMLParser):
 def test_the_page_needs_nothing_beside_it_and_says_everything(page):
     parsed = Sources()
     parsed.feed(page.read_text())
-    assert len(parsed.loads) == 4
+    assert len(parsed.loads) == 6
     assert all(source.startswith("data:image/png;base64,") for source in parsed.loads)
     for text in ("A title & more", "low <b>", "Why?", "[diverged]", "fpsim study experiment 1", "0" * 40):
         assert text in parsed.text
@@ -167,7 +167,7 @@ def test_the_page_needs_nothing_beside_it_and_says_everything(page):
 def test_the_figures_are_files_too_and_not_blank(folder, page):
     image = pytest.importorskip("matplotlib.image")
     names = {path.name for path in (folder / "figures").iterdir()}
-    assert names == {"loss.png", "heat_maps.png", "sharpness.png", "roc.png"}
+    assert names == {"loss.png", "heat_maps.png", "loss_by_rate.png", "sensitivity.png", "sharpness.png", "roc.png"}
     for name in names:
         pixels = image.imread(folder / "figures" / name)
         assert len(np.unique(pixels[..., :3] @ np.array([1.0, 1000.0, 1e6]))) > 50

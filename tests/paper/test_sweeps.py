@@ -111,6 +111,10 @@ def test_recipes_and_formats_stand_beside_each_other_in_a_grid():
     assert plan[2].config.recipe["policy"]["gradient"].startswith("e5m2/")
     with pytest.raises(ValueError, match="did you mean 'te_current'"):
         grid(RunConfig(), recipes=["te_curent"], seeds=[0])
+    models = [ModelConfig(layers=layers, hidden=16, heads=2) for layers in (1, 2)]
+    plan = grid(RunConfig(), formats=["fp32", "bf16"], seeds=[5], models=models)
+    assert [each.condition for each in plan] == ["fp32, 1 x 16", "fp32, 2 x 16", "bf16, 1 x 16", "bf16, 2 x 16"]
+    assert [each.config.model for each in plan] == 2 * models
     with pytest.raises(ValueError, match="needs formats or recipes"):
         grid(RunConfig(), seeds=[0])
 

@@ -18,10 +18,12 @@ from fpsim.paper.config import RunConfig, compile_key, from_dict, run_key, to_di
 from fpsim.paper.data import batches, validation_batches
 from fpsim.paper.models import LanguageModel, llama
 from fpsim.paper.record import Record, step_seconds
+from fpsim.paper.sweeps import Planned, sweep
 from fpsim.paper.trainer import Trainer, evaluate, learning_rate
 from fpsim.paper.training import records, run
 from fpsim.policy import Policy
-from fpsim.recipes import Recipe, RoundedState, fp8_lm
+from fpsim.recipes import RECIPES, Recipe, RoundedState, fp8_lm
+from fpsim.recipes.scaled_loss import ScaledLoss
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
@@ -131,9 +133,12 @@ def test_a_run_of_a_recipe_has_its_policy_and_its_optimizer(config, data):
     assert _losses(run(replace(config, recipe=recipe), data)) == expected != _losses(plain)
 
 
-def test_an_exchange_of_gradients_that_runs_do_not_make_is_an_error():
-    with pytest.raises(ValueError, match=r"runs average gradients in their own dtype, .* fp8_lm\(processes=False\)"):
-        RunConfig(recipe=fp8_lm(processes=True))
+def test_an_exchange_of_gradients_takes_several_processes(config, data, tmp_path):
+    config = replace(config, recipe=fp8_lm(processes=True))
+    with pytest.raises(ValueError, match=r"one process averages none: .* fp8_lm\(processes=False\)"):
+        run(config, data)
+    with pytest.raises(ValueError, match="one process averages none"):  # before a worker starts
+        sweep([Planned("fp8_lm", config)], tmp_path)
 
 
 def test_a_recipe_stands_in_place_of_options_and_is_part_of_the_key():
@@ -147,6 +152,44 @@ def test_a_recipe_stands_in_place_of_options_and_is_part_of_the_key():
         RunConfig(recipe=recipe, options={})
     with pytest.raises(ValueError, match="a recipe has a name"):
         RunConfig(recipe={"source": ""})
+
+
+def test_validation_leaves_scales_of_earlier_steps_alone(config, data):
+    recipe = Recipe("delayed", "", Policy(format="e4m3fn/tensor/history:3", products="weights"))
+    config = replace(config, recipe=recipe, backend="interpreted", ranges_every=1)
+    often, once = (run(replace(config, validate_every=every), data) for every in (1, config.steps))
+    assert _losses(often) == _losses(once)
+    assert often[-1].validation_loss == once[-1].validation_loss
+    assert all(record.saturated_weight is None for record in often)  # a profile would begin with other scales
+
+
+def test_the_loss_scale_of_a_recipe_is_recorded_and_an_overflow_is_a_skipped_step(config, data):
+    recipe = Recipe("scaled", "", Policy(format="fp16"), optimizer=ScaledLoss(initial=2.0**26, interval=2))
+    config = replace(config, recipe=recipe, backend="interpreted", model=replace(config.model, layers=1), steps=12)
+    history = run(config, data)
+    scales = [record.loss_scale for record in history]
+    assert scales[0] == 2.0**26
+    skipped = [not math.isfinite(record.gradient_norm) for record in history]
+    assert skipped[0] and not all(skipped)
+    good = 0
+    for before, after, skip in zip(scales, scales[1:], skipped, strict=False):
+        good = 0 if skip else good + 1
+        assert after == (before / 2 if skip else 2 * before if good == 2 else before)
+        good %= 2
+    assert run(replace(config, recipe=Recipe("plain", "", Policy(format="bf16")), steps=1), data)[0].loss_scale is None
+
+
+def test_a_recipe_for_trained_models_is_refused():
+    for name, make in RECIPES.items():
+        try:
+            recipe = make()
+        except TypeError:
+            continue  # it has arguments without a default
+        if type(recipe.preparation).__module__ == "fpsim.recipes.post_training":
+            with pytest.raises(ValueError, match=f"recipe '{recipe.name}' changes a trained model"):
+                RunConfig(recipe=recipe)
+        else:
+            assert RunConfig(recipe=recipe).recipe["name"] == recipe.name, name
 
 
 def _losses(history: list[Record]) -> list[float]:

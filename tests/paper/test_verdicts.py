@@ -293,3 +293,15 @@ def test_the_registration_is_the_file_that_is_printed():
     assert "rise = 0.5" in preregistration()
     assert rules().diverged["rise"] == 0.5
     assert rules().prediction["main_horizon"] == 0.05
+
+
+def test_a_step_that_a_scaled_loss_skips_is_no_divergence_and_its_loss_still_counts():
+    norms = np.ones(STEPS)
+    norms[41] = math.inf
+    scales = np.full(STEPS, 2.0**15)
+    assert judge(curve(falling(), gradient_norm=norms, loss_scale=scales)).diverged_at is None
+    loss = falling()
+    loss[300:] = math.nan
+    assert judge(curve(loss, gradient_norm=norms, loss_scale=scales)).diverged_at == 301
+    scales[41] = math.nan  # a step without a scaled loss
+    assert judge(curve(falling(), gradient_norm=norms, loss_scale=scales)).diverged_at == 42
