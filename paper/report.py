@@ -209,8 +209,14 @@ def sensitivity_pictures(found: Sequence[Sensitivity]) -> list[Picture]:
 
 
 def _line(label: str, group: Sequence[Sensitivity], x: Callable[[Sensitivity], float], look: str = "o-") -> Line:
-    values = [(x(each), each.value, each.low, each.high) for each in group]
-    return Line(label, *zip(*values, strict=True), look=look)
+    return Line(
+        label,
+        [x(each) for each in group],
+        [each.value for each in group],
+        [each.low for each in group],
+        [each.high for each in group],
+        look,
+    )
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
