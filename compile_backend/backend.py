@@ -39,8 +39,9 @@ def fpsim(
             changed since a model was compiled with them, or a policy that differs from that of another rank.
         UnroundedError: an operator multiplies matrices, cannot be rounded, and is not listed in ``gaps``.
     """
-    policy, mode = guards.check_options(options, mode)
-    return compile_with_rounding(gm, example_inputs, policy, settings=guards.settings_of_mode(mode))
+    policy, own_mode = guards.check_options(options, mode)
+    run = compile_with_rounding(gm, example_inputs, policy, settings=guards.settings_of_mode(own_mode))
+    return guards.watching(run, options, mode)
 
 
 def fpsim_eager(
@@ -55,7 +56,7 @@ def fpsim_eager(
     It is meant for differential tests, for debugging, and for machines without a compiler. It takes the arguments of
     `fpsim` and raises the same errors. Modes are about the compiler, and are an error here.
     """
-    policy, mode = guards.check_options(options, mode)
-    if mode not in (None, "default"):
-        raise ValueError(f"backend 'fpsim_eager' compiles nothing: leave mode={mode!r} out, or use backend='fpsim'")
-    return compile_with_rounding(gm, example_inputs, policy, interpret=True)
+    policy, own_mode = guards.check_options(options, mode)
+    if own_mode not in (None, "default"):
+        raise ValueError(f"backend 'fpsim_eager' compiles nothing: leave mode={own_mode!r} out, or use backend='fpsim'")
+    return guards.watching(compile_with_rounding(gm, example_inputs, policy, interpret=True), options, mode)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +77,25 @@ def check_options(options: Mapping[str, Any] | None, mode: str | None) -> tuple[
             "a mapping of its own, or a Policy, which cannot change"
         )
     return found
+
+
+def watching(run: Callable[..., Any], options: Mapping[str, Any] | None, mode: str | None) -> Callable[..., Any]:
+    """``run``, the compiled code of a model, which calls `check_options` whenever ``options`` look changed.
+
+    Dynamo takes code that it has compiled with the same mapping for another model of the same class, without a call of
+    the backend: it would run under the policy that the mapping described before.
+    """
+    if options is None:
+        return run
+    before = copy.deepcopy(dict(options))
+
+    @functools.wraps(run)
+    def checked(*args: Any) -> Any:
+        if options != before:
+            check_options(options, mode)
+        return run(*args)
+
+    return checked
 
 
 def refuse_settings(policy: Policy) -> None:

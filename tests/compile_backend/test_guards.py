@@ -152,9 +152,26 @@ def test_options_changed_since_compiling_are_an_error() -> None:
     compiled = torch.compile(Model(), backend="fpsim_eager", options=options, dynamic=False)
     compiled(X)
     options["format"] = "e5m2"
-    compiled(X)  # nothing is compiled
+    with pytest.raises(ValueError, match=r"e5m2.* have changed since a model was compiled with them"):
+        compiled(X)  # nothing is compiled
     with pytest.raises(BackendCompilerFailed, match=r"e5m2.* have changed since a model was compiled with them"):
         compiled(torch.randn(5, 8))
+    options["format"] = "bf16"
+    compiled(X)
+
+
+def test_code_of_another_model_is_not_run_under_changed_options() -> None:
+    """Dynamo takes the code of the first layer for the second one: both have the same mapping."""
+    options = {"format": "e4m3fn", "modules": {}}
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    torch.compile(first, backend="fpsim_eager", options=options)(X)
+    options["format"] = "e5m2"
+    with pytest.raises(ValueError, match=r"e5m2.* have changed since a model was compiled with them"):
+        torch.compile(second, backend="fpsim_eager", options=options)(X)
+    options["format"] = "e4m3fn"
+    options["modules"]["weight"] = "bf16"
+    with pytest.raises(ValueError, match=r"weight.* have changed since a model was compiled with them"):
+        torch.compile(second, backend="fpsim_eager", options=options)(X)
 
 
 def test_equal_options_may_be_used_again() -> None:
