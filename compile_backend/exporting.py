@@ -133,7 +133,7 @@ class _Rounded(nn.Module):
             return traced([*leaves, draw_seed(device)] if traced.has_seed else leaves)
 
         forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
-        self.forward = forward  # type: ignore[method-assign]
+        self.forward = forward
 
 
 def _resolved(

@@ -36,10 +36,12 @@ def judge_hypotheses(judged: Judged, number: int) -> list[Hypothesis]:
         return []
     seeds = range(by["first_seed"], by["first_seed"] + by["seeds"])
     kept = [index for index, run in enumerate(judged.runs) if run.config.seed in seeds]
-    runs, verdicts, trained = (
-        [each[index] for index in kept] for each in (judged.runs, judged.verdicts, judged.trained)
+    own = Judged(
+        [judged.runs[index] for index in kept],
+        [judged.verdicts[index] for index in kept],
+        [judged.trained[index] for index in kept],
+        judged.reference,
     )
-    own = Judged(runs, verdicts, trained, judged.reference)
     found = {each.condition: each for each in sensitivities(own)}
     return [_judge(claim, own, found) for claim in by["claims"]]
 
@@ -74,7 +76,7 @@ def _differs(claim: Mapping[str, Any], found: Sequence[Sensitivity]) -> tuple[st
         return "-", "not judged: the conditions share no registered seed at the same learning rates"
     by_seed = [each.by_seed[[each.seeds.index(seed) for seed in seeds]] for each in found]
     signs = (1, -1) if len(found) == 2 else (1, -1, -1, 1)
-    test = paired(sum(sign * values for sign, values in zip(signs, by_seed, strict=True)))
+    test = paired(np.sum([sign * values for sign, values in zip(signs, by_seed, strict=True)], axis=0))
     numbers = f"{test.mean:+.3f} [{test.low:+.3f}, {test.high:+.3f}], {test.seeds} seeds"
     if any(each.is_lower_bound for each in found):
         numbers += ", over rates that do not reach instability in all"

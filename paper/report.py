@@ -209,8 +209,8 @@ def sensitivity_pictures(found: Sequence[Sensitivity]) -> list[Picture]:
 
 
 def _line(label: str, group: Sequence[Sensitivity], x: Callable[[Sensitivity], float], look: str = "o-") -> Line:
-    values = [(x(each), each.value, each.low, each.high) for each in group]
-    return Line(label, *zip(*values, strict=True), look=look)
+    values, lows, highs = ([getattr(each, name) for each in group] for name in ("value", "low", "high"))
+    return Line(label, [x(each) for each in group], values, lows, highs, look=look)
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

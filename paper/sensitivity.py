@@ -90,7 +90,7 @@ def _precisions(configs: Mapping[str, RunConfig]) -> dict[str, str]:
     for name, config in configs.items():
         same = replace(config, model=ModelConfig(), seed=0, learning_rate=0.0)
         groups.setdefault(json.dumps(to_dict(same), sort_keys=True), []).append(name)
-    shared = {}
+    shared: dict[str, str] = {}
     for group in groups.values():
         words = list(zip(*(name.split(", ") for name in group), strict=False))
         first = [each[0] for each in takewhile(lambda each: len(set(each)) == 1, words)]
@@ -185,7 +185,9 @@ def largest_stable_rate(rates: np.ndarray, losses: np.ndarray) -> float | None:
 def operand_bits(config: RunConfig) -> int:
     """The bits of an activation in the forward products of a run, without its scale: 32 where nothing rounds it."""
     recipe = recipe_of(config)
-    policy = Policy.from_options(config.options) if config.options is not None else recipe and recipe.policy
+    policy = None if recipe is None else recipe.policy
+    if config.options is not None:
+        policy = Policy.from_options(config.options)
     cast = policy.cast("fprop", "activation") if policy is not None else None
     if cast is not None:
         return int(cast.format.bits)

@@ -201,7 +201,8 @@ class Profile(Shown):
         Its numbers are the relative error of the sums, the share of sums that had a step which changed nothing, and the
         share of such steps (`SumStatistics`).
         """
-        sums = [(product, product.sum) for product in (*self.products, *self.reductions) if product.sum is not None]
+        every: tuple[ProductStatistics | ReductionStatistics, ...] = (*self.products, *self.reductions)
+        sums = [(product, product.sum) for product in every if product.sum is not None]
         others = f", {len(self.reductions)} other sums" if self.reductions else ""
         title = f"{len(sums) - len(self.reductions)} products with accumulators{others}"
         table = Table(title=title, title_justify="left")
@@ -401,7 +402,7 @@ def _product_of(row: Mapping[str, Any]) -> ProductStatistics:
 
 
 def _reduction_of(row: Mapping[str, Any]) -> ReductionStatistics:
-    return ReductionStatistics(*(row[name] for name in ("path", "operator", "kind")), _sum_of(row["sum"]))
+    return ReductionStatistics(row["path"], row["operator"], row["kind"], _sum_of(row["sum"]))
 
 
 def _sum_of(row: Mapping[str, Any]) -> SumStatistics:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -51,9 +51,9 @@ def plain_errors(command: _Command) -> _Command:
 class OneLineErrors(TyperGroup):
     """The commands of a program. Arguments that they do not take end it with one line, like all other wrong input."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> NoReturn:  # type: ignore[override]
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         try:
-            code = super().main(*args, standalone_mode=False, **kwargs)
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except Exception as error:
             if not standalone_mode or not hasattr(error, "format_message"):
                 raise

@@ -226,7 +226,9 @@ def test_the_page_opens_in_chromium_with_its_plots_and_without_errors(page, tmp_
     assert done.returncode == 0
     assert "CONSOLE" not in done.stderr
     title = re.search("<title>(.*?)</title>", done.stdout).group(1)
-    assert title == "IMAGES loss:true,heat_maps:true,sharpness:true,roc:true OVERFLOW false"
+    assert title == (
+        "IMAGES loss:true,heat_maps:true,loss_by_rate:true,sensitivity:true,sharpness:true,roc:true OVERFLOW false"
+    )
 
 
 def test_every_column_of_a_record_is_stored(folder):
