@@ -47,9 +47,11 @@ highlight_language = "none"
 
 _LINK = re.compile(r"(?<!!)\[([^\]\[]*(?:\[[^\]]*\][^\]\[]*)*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
+_IMAGE = re.compile(r"(!\[[^\]]*\])\((?!\w+:)([^)\s]+)\)")
+
 
 def page_source(docname: str) -> str:
-    """The text of a page, with the links that this site can follow."""
+    """The text of a page, with the links that this site can follow, and its images."""
     own = DOCS / f"{docname}.md"
     origin = ROOT / ORIGINS[docname] if docname in ORIGINS else own
     names = {(ROOT / path).resolve(): DOCS / f"{name}.md" for name, path in ORIGINS.items()}
@@ -68,6 +70,7 @@ def page_source(docname: str) -> str:
     text = origin.read_text()
     if not text.startswith("# "):  # the title stands in the page's own file
         text = f"{own.read_text().partition(chr(10))[0]}\n\n{text}"
+    text = _IMAGE.sub(lambda found: f"{found[1]}({relpath(origin.parent / found[2], own.parent)})", text)
     return _LINK.sub(link, text)
 
 

@@ -69,7 +69,7 @@ def test_options_may_be_repeated_too(own, tmp_path):
         (["run", "--formats", "e4m3nf"], "e4m3nf"),
         (["run", "--data", "nothing.txt"], "no text at nothing.txt"),
         (["run", "--executor", "slurm"], "unknown executor 'slurm'"),
-        (["experiment", "9"], "no experiment 9"),
+        (["experiment", "12"], "no experiment 12"),
         (["experiment", "1", "--size", "huge"], "unknown size 'huge': use one of quick, full, paper"),
         (["experiment", "1", "--conditions", "e8m7"], "no condition 'e8m7': there are 'e8m7 nearest'"),
         (["report", "nowhere"], "no sweep at nowhere"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_the_reference_has_every_public_name() -> None:
     modules = {"reference": "exact"}
     page = (DOCS / "reference/fpsim.md").read_text()
     for name in dir(fpsim):
-        if type(getattr(fpsim, name)).__name__ == "module":
+        if isinstance(getattr(fpsim, name), types.ModuleType):
             own = (DOCS / "reference" / f"{modules.get(name, name)}.md").read_text()
             assert f".. automodule:: fpsim.{name}\n   :members:" in own
         else:
