@@ -12,7 +12,7 @@ _Class = TypeVar("_Class")
 
 
 def near_names(wrong: object, valid: Iterable[str], *, most: int = 3, cutoff: float = 0.6) -> list[str]:
-    """Up to ``most`` of the ``valid`` names that resemble ``wrong``, the most similar first.
+    """Up to ``most`` of the ``valid`` names that resemble ``wrong`` and are others, the most similar first.
 
     Args:
         cutoff: the least similarity, from 0 to 1 (`difflib.get_close_matches`).
@@ -20,7 +20,8 @@ def near_names(wrong: object, valid: Iterable[str], *, most: int = 3, cutoff: fl
     >>> near_names("e4m3fm", ["e4m3fn", "e5m2", "e4m3"])
     ['e4m3fn', 'e4m3']
     """
-    return difflib.get_close_matches(str(wrong), list(valid), n=most, cutoff=cutoff)
+    others = [name for name in valid if name != str(wrong)]
+    return difflib.get_close_matches(str(wrong), others, n=most, cutoff=cutoff)
 
 
 def did_you_mean(wrong: object, valid: Iterable[str]) -> str:

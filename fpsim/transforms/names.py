@@ -38,7 +38,8 @@ def parse_transform(name: str | Transform | None) -> Transform | None:
     transform = _parse(name) if isinstance(name, str) else None
     if transform is None:
         valid = dict.fromkeys((*NAMES_OF_PRODUCTS, *NAMES_OF_CASTS))
-        hint = did_you_mean(str(name).partition(":")[0], first_words(valid))
+        word, words = str(name).partition(":")[0], first_words(valid)
+        hint = "" if word in words else did_you_mean(word, words)
         raise ValueError(f"unknown transform {reprlib.repr(name)}{hint}: use one of {', '.join(valid)}, or None")
     return transform
 

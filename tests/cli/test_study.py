@@ -253,8 +253,8 @@ def test_the_rules_are_printed_as_they_are_registered():
 def test_experiments_are_listed():
     done = study("list")
     assert done.exit_code == 0
-    for number in range(1, 9):
-        assert f"│ {number} │" in done.output
+    for number in range(1, 12):
+        assert f"│ {number:2} │" in done.output or f"│ {number:<2} │" in done.output
 
 
 def test_one_run_from_its_configuration(own, tmp_path):

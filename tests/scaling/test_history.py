@@ -100,7 +100,7 @@ REFUSED = {
     "tensor/every:0": "counts steps: use 1 or more",
     "tensor/history": "unknown timing 'history' of a scale: use one of current, history:N",
     "tensor/history:16:mean": "unknown timing 'history:16:mean'",
-    "tensor/later": "unknown scale 'tensor/later' (did you mean 'tensor'?): use one of",
+    "tensor/later": "unknown scale 'tensor/later': use one of",
     "tensor:bf16/history:4": "takes the rules power_of_two and fp32, got 'bf16'",
     "tensor:asymmetric/every:4": "takes the rules power_of_two and fp32 and bf16, got 'asymmetric'",
 }
