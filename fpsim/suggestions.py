@@ -12,7 +12,7 @@ _Class = TypeVar("_Class")
 
 
 def near_names(wrong: object, valid: Iterable[str], *, most: int = 3, cutoff: float = 0.6) -> list[str]:
-    """Up to ``most`` of the ``valid`` names that resemble ``wrong`` and are others, the most similar first.
+    """Up to ``most`` of the ``valid`` names that resemble ``wrong``, the most similar first.
 
     Args:
         cutoff: the least similarity, from 0 to 1 (`difflib.get_close_matches`).
@@ -20,17 +20,16 @@ def near_names(wrong: object, valid: Iterable[str], *, most: int = 3, cutoff: fl
     >>> near_names("e4m3fm", ["e4m3fn", "e5m2", "e4m3"])
     ['e4m3fn', 'e4m3']
     """
-    others = [name for name in valid if name != str(wrong)]
-    return difflib.get_close_matches(str(wrong), others, n=most, cutoff=cutoff)
+    return difflib.get_close_matches(str(wrong), list(valid), n=most, cutoff=cutoff)
 
 
 def did_you_mean(wrong: object, valid: Iterable[str]) -> str:
-    """A phrase for a message that suggests the most similar of the ``valid`` names; empty if none is similar.
+    """A phrase for a message that suggests the most similar of the other ``valid`` names; empty if none is similar.
 
     >>> did_you_mean("shufled", ["shuffled", "noisy"])
     " (did you mean 'shuffled'?)"
     """
-    return suggest(near_names(wrong, valid, most=1))
+    return suggest(near_names(wrong, (name for name in valid if name != str(wrong)), most=1))
 
 
 def first_words(names: Iterable[str]) -> list[str]:
