@@ -1,9 +1,22 @@
-"""Changes one place of a function at a time and asks whether a test notices it.
+"""Changes one place of the source at a time and asks whether a test notices it.
 
-One process imports torch and collects the tests. It forks a child for each test, which says the lines of FILES that the
-test runs, and a child for each changed function, which runs the fastest tests of the changed line. Changes are drawn
-with a seed, as many for each file. `--out` gets a line of JSON for each, and a later run leaves those out. What stands
-outside functions (tables) is not changed.
+    python -m tests.mutation fpsim/scaling/*.py --tests tests/scaling --out build/scaling.jsonl
+
+The parent process imports torch, and nothing of fpsim. It forks a child that says which lines each test runs. Then it
+forks a child for each change: there the loader of modules compiles the changed file, and the tests of the changed line
+run, the fastest first, until one fails. No file on disk changes, so that neither a hash of the source nor a process
+that a test starts sees the change. Inductor's caches are off, and no test finds code of another change.
+
+Changes are drawn with a seed, as many for each file, from bodies of functions. `--out` gets a line of JSON for each;
+a later run leaves those out. The results:
+
+- killed: a test failed;
+- broken: a module or a test could not be imported;
+- died: the process ended without a result;
+- slow: the tests took more than twice their time and a minute;
+- survived: the tests that run the line passed, as many of them as `--seconds` allows;
+- unstable: a test failed, and in the same order it fails without the change too;
+- unseen: no test that takes less than `--limit` runs the line.
 """
 
 from __future__ import annotations
@@ -12,8 +25,8 @@ import argparse
 import ast
 import contextlib
 import copy
-import functools
-import gc
+import importlib
+import importlib.machinery
 import json
 import os
 import pickle
@@ -23,53 +36,52 @@ import select
 import signal
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import CodeType, FunctionType
 from typing import Any
+
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 import pytest
 import torch
+import torch._inductor.compile_fx
 
-CHANGED_COMPARISON = {
+OTHER_COMPARISON = {
     ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
     ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
 }  # fmt: skip
-CHANGED_OPERATION = {
+OTHER_OPERATION = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
     ast.Pow: ast.Mult, ast.LShift: ast.RShift, ast.RShift: ast.LShift, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr,
+    ast.BitXor: ast.BitOr,
 }  # fmt: skip
-# Functions of which a change of the first two arguments means nothing or only crashes.
-ORDERLESS = {"isinstance", "cast", "max", "min", "getattr", "hasattr", "zip"}
+#: Calls whose first two arguments in the other order mean the same or only crash.
+NOT_SWAPPED = {"isinstance", "cast", "max", "min", "getattr", "hasattr", "zip", "larger", "maximum"}
 
 
 def changes(node: ast.AST) -> Iterator[ast.AST]:
-    """What may stand in the place of a node, one change each."""
+    """The nodes that may stand in the place of a node."""
 
     def changed(**fields: object) -> ast.AST:
-        new = copy.deepcopy(node)
+        new = copy.copy(node)
         for name, value in fields.items():
             setattr(new, name, value)
         return new
 
     match node:
-        case ast.Compare(ops=[operation, *others]) if type(operation) in CHANGED_COMPARISON:
-            yield changed(ops=[CHANGED_COMPARISON[type(operation)](), *others])
-        case ast.BinOp(op=operation) if type(operation) in CHANGED_OPERATION:
-            yield changed(op=CHANGED_OPERATION[type(operation)]())
+        case ast.Compare(ops=[operation, *others]) if type(operation) in OTHER_COMPARISON:
+            yield changed(ops=[OTHER_COMPARISON[type(operation)](), *others])
+        case ast.BinOp(op=operation) if type(operation) in OTHER_OPERATION:
+            yield changed(op=OTHER_OPERATION[type(operation)]())
         case ast.BoolOp(op=operation, values=values):
             yield changed(op=ast.And() if isinstance(operation, ast.Or) else ast.Or())
-            yield from (
-                values
-                if len(values) == 2
-                else (changed(values=values[:at] + values[at + 1 :]) for at in range(len(values)))
-            )
+            for at in range(len(values)):
+                others = values[:at] + values[at + 1 :]
+                yield changed(values=others) if len(others) > 1 else others[0]
         case ast.If(test=test) | ast.IfExp(test=test) | ast.While(test=test):
             yield changed(test=ast.UnaryOp(ast.Not(), test))
-        case ast.UnaryOp(op=ast.Not(), operand=operand):
-            yield ast.Call(ast.Name("bool", ast.Load()), [operand], [])
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
+        case ast.UnaryOp(op=ast.Not() | ast.USub() | ast.Invert(), operand=operand):
             yield operand
         case ast.Constant(value=bool(value)):
             yield changed(value=not value)
@@ -77,10 +89,9 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
             yield changed(value=value + 1)
         case ast.comprehension(ifs=[_, *others]):
             yield changed(ifs=others)
-        case ast.Call(func=function, args=[first, second, *others]) if ast.unparse(function).split(".")[
-            -1
-        ] not in ORDERLESS and ast.unparse(first) != ast.unparse(second):
-            yield changed(args=[second, first, *others])
+        case ast.Call(func=function, args=[first, second, *others]):
+            if ast.unparse(function).split(".")[-1] not in NOT_SWAPPED and ast.dump(first) != ast.dump(second):
+                yield changed(args=[second, first, *others])
         case ast.Return(value=ast.AST() as value) if not (isinstance(value, ast.Constant) and value.value is None):
             yield changed(value=ast.Constant(None))
         case ast.Expr(value=ast.Call()) | ast.Continue() | ast.Break() | ast.Raise() | ast.AugAssign():
@@ -94,25 +105,23 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def changeable(node: ast.AST, inside: bool = False) -> Iterator[ast.AST]:
-    """The nodes of functions, in order, without annotations, messages and docstrings."""
-    if isinstance(node, (ast.JoinedStr, ast.Assert)):
+    """The nodes in bodies of functions, in order, without annotations, assertions and texts of messages."""
+    if isinstance(node, ast.JoinedStr | ast.Assert):
         return
     if inside:
         yield node
-    if isinstance(node, ast.Raise):  # A raise may go; its message is no matter.
+    if isinstance(node, ast.Raise):  # it may go, but no part of it changes
         return
+    children: list[ast.AST] = list(ast.iter_child_nodes(node))
     if isinstance(node, ast.FunctionDef):
-        children: list[ast.AST] = list(node.body)
-        inside = True
+        children, inside = list(node.body), True
     elif isinstance(node, ast.AnnAssign):
         children = [node.value] if node.value is not None else []
-    else:
-        children = list(ast.iter_child_nodes(node))
     for child in children:
         yield from changeable(child, inside)
 
 
-class Replace(ast.NodeTransformer):
+class Replacing(ast.NodeTransformer):
     """Puts one node in the place of another."""
 
     def __init__(self, old: ast.AST, new: ast.AST) -> None:
@@ -122,68 +131,49 @@ class Replace(ast.NodeTransformer):
         return ast.copy_location(self.new, node) if node is self.old else self.generic_visit(node)
 
 
-def codes(code: CodeType) -> Iterator[CodeType]:
-    """A code object and all that stand in it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from codes(constant)
-
-
-def place(code: CodeType) -> tuple[str, int]:
-    """What a code object of a file is known by."""
-    return code.co_qualname, code.co_firstlineno
-
-
 class Mutant:
-    """One change: the lines of its statement, and the file's code with it."""
+    """A file with one change: its name, its line, and its code."""
 
     def __init__(self, path: Path, at: int, which: int) -> None:
         tree = ast.parse(path.read_text())
-        nodes = list(changeable(tree))
-        old = nodes[at]
+        old = list(changeable(tree))[at]
         new = list(changes(old))[which]
         self.path = str(path)
-        self.line = next(node.lineno for node in [old, *ast.walk(old)] if hasattr(node, "lineno"))
-        self.name = f"{path.relative_to(Path.cwd())}:{self.line}: {show(old)} -> {show(new)}"
-        tree = ast.fix_missing_locations(Replace(old, new).visit(tree))
-        self.code = {place(code): code for code in codes(compile(tree, self.path, "exec"))}
+        self.line = next(node.lineno for node in ast.walk(old) if hasattr(node, "lineno"))
+        old_text, new_text = (" ".join(ast.unparse(node).split())[:120] for node in (old, new))
+        self.name = f"{path.relative_to(Path.cwd())}:{self.line}: {old_text} -> {new_text}"
+        self.code = compile(ast.fix_missing_locations(Replacing(old, new).visit(tree)), self.path, "exec")
 
-    def apply(self) -> int:
-        """Put the changed code into all functions of the file, empty all caches; how many functions changed."""
-        changed = 0
-        gc.unfreeze()  # Frozen objects are not listed.
-        for found in gc.get_objects():
-            if type(found) is FunctionType and found.__code__.co_filename == self.path:
-                new = self.code.get(place(found.__code__))
-                if new is not None and new != found.__code__ and new.co_freevars == found.__code__.co_freevars:
-                    found.__code__ = new
-                    changed += 1
-            elif type(found) is functools._lru_cache_wrapper and found.__module__.startswith("fpsim"):
-                found.cache_clear()
-        return changed
+    def install(self) -> None:
+        """Let this process import the changed file in place of the file."""
+        get_code = importlib.machinery.SourceFileLoader.get_code
+
+        def changed(loader: Any, name: str) -> Any:
+            return self.code if os.path.realpath(loader.path) == self.path else get_code(loader, name)
+
+        importlib.machinery.SourceFileLoader.get_code = changed  # type: ignore[method-assign]
 
 
-def show(node: ast.AST) -> str:
-    return " ".join(ast.unparse(node).split())[:90]
-
-
-def mutants(path: Path, count: int, seed: int) -> Iterator[Mutant]:
+def mutants(path: Path, count: int, seed: int) -> list[Mutant]:
     """Changes of a file, drawn without repetition."""
     nodes = enumerate(changeable(ast.parse(path.read_text())))
     places = [(at, which) for at, node in nodes for which, _ in enumerate(changes(node))]
-    for at, which in random.Random(f"{seed} {path.name}").sample(places, min(count, len(places))):
-        yield Mutant(path, at, which)
+    drawn = random.Random(f"{seed} {path.name}").sample(places, min(count, len(places)))
+    return [Mutant(path, at, which) for at, which in drawn]
 
 
-def in_child(work: Callable[[], object], seconds: int) -> Any:
-    """What a call returns in a forked process; None where it dies or takes more seconds of CPU."""
+def in_child(work: Callable[[], Any], seconds: float) -> Any:
+    """The result of a call in a forked process: "died" where it ends without one, "slow" where it takes too long.
+
+    Args:
+        seconds: of CPU. On a busy machine three times as many may pass.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
-        spent = sum(os.times()[:2])
-        resource.setrlimit(resource.RLIMIT_CPU, (int(spent) + seconds, int(spent) + seconds + 1))
+        limit = int(time.process_time() + seconds) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
         try:
             with os.fdopen(writer, "wb") as pipe:
                 pickle.dump(work(), pipe)
@@ -191,94 +181,138 @@ def in_child(work: Callable[[], object], seconds: int) -> Any:
             os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
-        # Grandchildren may hold the pipe open: whatever is left after ten times as long is ended.
-        answer = pickle.load(pipe) if select.select([pipe], [], [], 10 * seconds)[0] and pipe.peek(1) else None
+        in_time = bool(select.select([pipe], [], [], 3 * seconds)[0])
+        result = pickle.load(pipe) if in_time and pipe.peek(1) else "died"
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return answer
+    status = os.waitpid(child, 0)[1]
+    return "slow" if not in_time or os.WTERMSIG(status) == signal.SIGXCPU else result
 
 
-class Mutation:
-    """A plugin of pytest that runs tests in children instead of the session's own run."""
+#: How the names of modules of this project begin.
+OURS = ("fpsim", "tests", "__editable__", "conftest")
+#: For each test that passes: its seconds, and the files and lines that it runs.
+TestLines = dict[str, tuple[float, set[tuple[str, int]]]]
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+
+class Lines:
+    """Plugin of pytest that runs each test in a child, and keeps its seconds and the lines of files that it runs."""
+
+    def __init__(self, files: list[Path], limit: float) -> None:
+        self.files, self.limit = {str(path) for path in files}, limit
+        self.found: TestLines = {}
         self.failed = False
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.failed = self.failed or report.failed
+        self.failed = self.failed or report.failed or report.skipped
 
-    def passes(self, item: pytest.Item) -> bool:
-        self.failed = False
-        item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
-        return not self.failed
-
-    def lines(self, item: pytest.Item) -> tuple[float, set[tuple[str, int]], bool]:
-        """The seconds that a test takes, the lines that it runs, and whether it passes."""
-        files = {str(path) for path in self.options.files}
+    def run(self, item: pytest.Item) -> tuple[float, set[tuple[str, int]]] | None:
         seen: set[tuple[str, int]] = set()
 
         def line(frame: Any, event: str, argument: object) -> Any:
             seen.add((frame.f_code.co_filename, frame.f_lineno))
             return line
 
-        sys.settrace(lambda frame, event, argument: line if frame.f_code.co_filename in files else None)
         start = time.process_time()
-        passed = self.passes(item)
-        return time.process_time() - start, seen, passed
-
-    def first_failure(self, mutant: Mutant, items: list[pytest.Item]) -> str:
-        if not mutant.apply():
-            return "unchanged"
-        return next((item.nodeid for item in items if not self.passes(item)), "survived")
+        sys.settrace(lambda frame, event, argument: line if frame.f_code.co_filename in self.files else None)
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+        sys.settrace(None)
+        return None if self.failed else (time.process_time() - start, seen)
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        options, covering, took = self.options, defaultdict(list), {}
-        gc.freeze()
         for item in session.items:
-            seconds, seen, passed = in_child(functools.partial(self.lines, item), options.limit) or (0, (), False)
-            if passed:
-                took[item] = seconds
-                for where in seen:
-                    covering[where].append(item)
-        print(f"{len(took)} of {len(session.items)} tests pass in time", file=options.terminal, flush=True)
-        gc.unfreeze()
-        done = (
-            {json.loads(line)["name"] for line in options.out.read_text().splitlines()} if options.out.exists() else ()
-        )
-        counts: Counter[str] = Counter()
-        for path in options.files:
-            for mutant in mutants(path, options.count, options.seed):
-                if mutant.name in done:
-                    continue
-                items = sorted(covering[mutant.path, mutant.line], key=lambda item: took[item])[: options.most]
-                by = in_child(functools.partial(self.first_failure, mutant, items), 20) if items else "no test runs it"
-                result = by if by in ("survived", "unchanged", "no test runs it") else "killed"
-                counts[result] += 1
-                with options.out.open("a") as out:
-                    out.write(json.dumps({"name": mutant.name, "result": result, "by": by, "tests": len(items)}) + "\n")
-        print(dict(counts), file=options.terminal, flush=True)
+            result = in_child(lambda item=item: self.run(item), self.limit)
+            if isinstance(result, tuple):
+                self.found[item.nodeid] = result
         return True
 
 
+class FirstFailure:
+    """Plugin of pytest that runs some tests in the given order, and keeps the name of the first that fails."""
+
+    def __init__(self, tests: list[str]) -> None:
+        self.tests = {test: at for at, test in enumerate(tests)}
+        self.failure = ""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = sorted((item for item in items if item.nodeid in self.tests), key=lambda i: self.tests[i.nodeid])
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and not self.failure:
+            self.failure = report.nodeid
+
+
+def run_pytest(options: argparse.Namespace, plugin: object, *arguments: str) -> int:
+    temporary = f"--basetemp={options.out.with_suffix('.tmp')}"
+    fixed = ("-p", "no:cacheprovider", "-m", "not exhaustive", "--hypothesis-seed=0", temporary)
+    return pytest.main([*fixed, *arguments], plugins=[plugin])
+
+
+def lines_of_tests(options: argparse.Namespace) -> tuple[TestLines, list[str]]:
+    """The lines that each test runs, and the modules of other projects that all tests together import."""
+    plugin, before = Lines(options.files, options.limit), set(sys.modules)
+    run_pytest(options, plugin, *options.tests)
+    return plugin.found, [name for name in sys.modules if name not in before and not name.startswith(OURS)]
+
+
+def first_failure(mutant: Mutant | None, tests: list[str], options: argparse.Namespace) -> tuple[str, str]:
+    """The result of a change or of none, and the test that failed."""
+    if mutant is not None:
+        mutant.install()
+    plugin = FirstFailure(tests)
+    status = run_pytest(options, plugin, "-x", *sorted({test.partition("::")[0] for test in tests}))
+    return {pytest.ExitCode.OK: "survived", pytest.ExitCode.TESTS_FAILED: "killed"}.get(
+        status, "broken"
+    ), plugin.failure
+
+
+def result_of(mutant: Mutant, lines: TestLines, options: argparse.Namespace) -> dict[str, object]:
+    """The result of a change, as `--out` gets it."""
+    tests, expected = [], 0.0
+    for test, (took, seen) in sorted(lines.items(), key=lambda entry: entry[1][0]):
+        if (mutant.path, mutant.line) in seen and (expected + took < options.seconds or not tests):
+            tests.append(test)
+            expected += took
+    seconds = 2 * expected + 60
+    found = in_child(lambda: first_failure(mutant, tests, options), seconds) if tests else "unseen"
+    result, by = found if isinstance(found, tuple) else (found, "")
+    if result == "killed" and in_child(lambda: first_failure(None, tests[: tests.index(by) + 1], options), seconds)[1]:
+        result = "unstable"
+    return {"name": mutant.name, "result": result, "by": by, "tests": len(tests)}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--tests", nargs="+", required=True)
     parser.add_argument("--count", type=int, default=8, help="changes of each file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--most", type=int, default=12, help="tests for each change")
-    parser.add_argument("--limit", type=int, default=3, help="seconds of CPU that a test may take")
-    parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"))
+    parser.add_argument("--seconds", type=float, default=20, help="seconds of CPU that the tests of a change may take")
+    parser.add_argument("--limit", type=float, default=4, help="seconds of CPU that a test may take, with its tracing")
+    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    options.files = [path.resolve() for path in options.files]
-    options.terminal = os.fdopen(os.dup(1), "w")
+    options.files, options.out = [path.resolve() for path in options.files], options.out.resolve()
+    terminal = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(options.out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     torch.set_num_threads(1)
-    # What the first compilation imports is imported once, not in each child.
-    torch.compile(torch.nn.Linear(2, 2), backend="eager")(torch.ones(1, 2))
-    pytest.main(["-p", "no:cacheprovider", "-m", "not exhaustive", *options.tests], plugins=[Mutation(options)])
+    torch.compile(torch.nn.Linear(2, 2), backend="eager")(torch.ones(1, 2))  # imports what all compilations need
+    lines, modules = in_child(lambda: lines_of_tests(options), 3600)
+    for name in modules:  # imported once, not in each child
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    if not lines or any(name.startswith("fpsim") for name in sys.modules):
+        raise SystemExit(f"no test passes, or fpsim is imported already: read {options.out.with_suffix('.log')}")
+    print(f"{len(lines)} tests pass", file=terminal)
+    before = options.out.read_text().splitlines() if options.out.exists() else []
+    done, counts = {json.loads(line)["name"] for line in before}, Counter[str]()
+    for mutant in (mutant for path in options.files for mutant in mutants(path, options.count, options.seed)):
+        if mutant.name not in done:
+            record = result_of(mutant, lines, options)
+            counts[str(record["result"])] += 1
+            with options.out.open("a") as out:
+                out.write(json.dumps(record) + "\n")
+    print(dict(counts), file=terminal)
 
 
 if __name__ == "__main__":
