@@ -38,6 +38,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,35 +132,40 @@ class Replacing(ast.NodeTransformer):
         return ast.copy_location(self.new, node) if node is self.old else self.generic_visit(node)
 
 
+@dataclass(frozen=True)
 class Mutant:
-    """A file with one change: its name, its line, and its code."""
+    """A file in which a node has another one in its place."""
 
-    def __init__(self, path: Path, at: int, which: int) -> None:
-        tree = ast.parse(path.read_text())
-        old = list(changeable(tree))[at]
-        new = list(changes(old))[which]
-        self.path = str(path)
-        self.line = next(node.lineno for node in ast.walk(old) if hasattr(node, "lineno"))
-        old_text, new_text = (" ".join(ast.unparse(node).split())[:120] for node in (old, new))
-        self.name = f"{path.relative_to(Path.cwd())}:{self.line}: {old_text} -> {new_text}"
-        self.code = compile(ast.fix_missing_locations(Replacing(old, new).visit(tree)), self.path, "exec")
+    path: Path
+    tree: ast.Module
+    old: ast.AST
+    new: ast.AST
+
+    @property
+    def line(self) -> int:
+        return next(node.lineno for node in ast.walk(self.old) if hasattr(node, "lineno"))
+
+    @property
+    def name(self) -> str:
+        old, new = (" ".join(ast.unparse(node).split())[:120] for node in (self.old, self.new))
+        return f"{self.path.relative_to(Path.cwd())}:{self.line}: {old} -> {new}"
 
     def install(self) -> None:
         """Let this process import the changed file in place of the file."""
-        get_code = importlib.machinery.SourceFileLoader.get_code
+        tree = ast.fix_missing_locations(Replacing(self.old, self.new).visit(self.tree))
+        code, get_code = compile(tree, str(self.path), "exec"), importlib.machinery.SourceFileLoader.get_code
 
         def changed(loader: Any, name: str) -> Any:
-            return self.code if os.path.realpath(loader.path) == self.path else get_code(loader, name)
+            return code if os.path.realpath(loader.path) == str(self.path) else get_code(loader, name)
 
         importlib.machinery.SourceFileLoader.get_code = changed  # type: ignore[method-assign]
 
 
 def mutants(path: Path, count: int, seed: int) -> list[Mutant]:
     """Changes of a file, drawn without repetition."""
-    nodes = enumerate(changeable(ast.parse(path.read_text())))
-    places = [(at, which) for at, node in nodes for which, _ in enumerate(changes(node))]
-    drawn = random.Random(f"{seed} {path.name}").sample(places, min(count, len(places)))
-    return [Mutant(path, at, which) for at, which in drawn]
+    tree = ast.parse(path.read_text())
+    places = [Mutant(path, tree, node, new) for node in changeable(tree) for new in changes(node)]
+    return random.Random(f"{seed} {path.name}").sample(places, min(count, len(places)))
 
 
 def in_child(work: Callable[[], Any], seconds: float) -> Any:
@@ -262,16 +268,16 @@ def first_failure(mutant: Mutant | None, tests: list[str], options: argparse.Nam
         mutant.install()
     plugin = FirstFailure(tests)
     status = run_pytest(options, plugin, "-x", *sorted({test.partition("::")[0] for test in tests}))
-    return {pytest.ExitCode.OK: "survived", pytest.ExitCode.TESTS_FAILED: "killed"}.get(
-        status, "broken"
-    ), plugin.failure
+    if plugin.failure:
+        return "killed", plugin.failure
+    return ("survived" if status == pytest.ExitCode.OK else "broken"), ""
 
 
 def result_of(mutant: Mutant, lines: TestLines, options: argparse.Namespace) -> dict[str, object]:
     """The result of a change, as `--out` gets it."""
     tests, expected = [], 0.0
     for test, (took, seen) in sorted(lines.items(), key=lambda entry: entry[1][0]):
-        if (mutant.path, mutant.line) in seen and (expected + took < options.seconds or not tests):
+        if (str(mutant.path), mutant.line) in seen and (expected + took < options.seconds or not tests):
             tests.append(test)
             expected += took
     seconds = 2 * expected + 60
@@ -288,6 +294,7 @@ def main() -> None:
     parser.add_argument("--tests", nargs="+", required=True)
     parser.add_argument("--count", type=int, default=8, help="changes of each file")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="leave out changes whose name does not contain this")
     parser.add_argument("--seconds", type=float, default=20, help="seconds of CPU that the tests of a change may take")
     parser.add_argument("--limit", type=float, default=4, help="seconds of CPU that a test may take, with its tracing")
     parser.add_argument("--out", type=Path, required=True)
@@ -307,7 +314,7 @@ def main() -> None:
     before = options.out.read_text().splitlines() if options.out.exists() else []
     done, counts = {json.loads(line)["name"] for line in before}, Counter[str]()
     for mutant in (mutant for path in options.files for mutant in mutants(path, options.count, options.seed)):
-        if mutant.name not in done:
+        if options.only in mutant.name and mutant.name not in done:
             record = result_of(mutant, lines, options)
             counts[str(record["result"])] += 1
             with options.out.open("a") as out:
