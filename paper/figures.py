@@ -155,6 +155,7 @@ def loss_by_rate(rows: Sequence[tuple[str, str, np.ndarray, np.ndarray]]) -> Fig
         axes.fill_between(rates, losses.min(0), losses.max(0), color=colour, alpha=0.12, linewidth=0)
     for heading, axes in by_heading.items():
         axes.set(xscale="log", xlabel="learning rate")
+        _name_ticks(axes, {float(rate) for _, own, rates, _ in rows if own == heading for rate in rates})
         axes.set_title(heading, fontsize=10)
     panels[0].set_ylabel("final loss, at most that at initialisation (nats)")
     return _finished(figure, panels)
@@ -182,17 +183,21 @@ def sensitivity_lines(panels: Mapping[str, Sequence[Line]]) -> Figure:
             look: dict[str, Any] = {"color": paint[line.label], "markersize": 3, "linewidth": 1.2, "capsize": 2}
             axes.errorbar(line.x, line.y, bars, fmt=line.look, label=line.label, **look)
         axes.set(xscale="log", xlabel=label)
-        values = sorted({x for line in lines for x in line.x})
-        axes.set_xticks(values, [f"{value:g}" for value in values], fontsize=8)
-        axes.minorticks_off()
+        _name_ticks(axes, {x for line in lines for x in line.x})
     drawn[0].set_ylabel("learning-rate sensitivity (nats)")
     return _finished(figure, drawn)
+
+
+def _name_ticks(axes: Axes, values: set[float]) -> None:
+    """Ticks of the horizontal axis at ``values`` alone, with their numbers."""
+    axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)], fontsize=8)
+    axes.minorticks_off()
 
 
 def heat_maps(judged: Judged) -> Figure:
     """Final smoothed loss over seed and learning rate, one map per condition; a cross where the run diverged."""
     width = max(2.6, 0.5 * len(judged.rates) + 0.6)
-    figure, panels = _panels(len(judged.conditions), width=width, height=0.9 + 0.32 * max(2, len(judged.seeds)))
+    figure, panels = _panels(len(judged.conditions), width=width, height=1.1 + 0.32 * max(3, len(judged.seeds)))
     grids = {name: _grid(judged, name) for name in judged.conditions}
     values = np.concatenate([losses[np.isfinite(losses)] for losses, _ in grids.values()] or [np.zeros(1)])
     low, high = (values.min(), values.max()) if len(values) else (0, 1)
@@ -203,7 +208,7 @@ def heat_maps(judged: Judged) -> Figure:
         for (row, column), loss in np.ndenumerate(np.where(diverged, np.nan, losses)):
             if np.isfinite(loss):
                 ink = "white" if loss > (low + high) / 2 else "black"  # the map darkens upwards
-                axes.text(column, row, f"{loss:.3g}", ha="center", va="center", fontsize=7, color=ink)
+                axes.text(column, row, f"{loss:.2f}", ha="center", va="center", fontsize=7, color=ink)
         axes.set_xticks(range(len(judged.rates)), [f"{rate:g}" for rate in judged.rates], fontsize=7)
         axes.set_yticks(range(len(judged.seeds)), [str(seed) for seed in judged.seeds], fontsize=7)
         axes.set_title(name, fontsize=9)
@@ -213,7 +218,7 @@ def heat_maps(judged: Judged) -> Figure:
     if any(diverged.any() for _, diverged in grids.values()):
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", frameon=False, fontsize=8)
     if image is not None:
-        figure.colorbar(image, ax=list(panels), label="final loss (nats)", shrink=0.8)
+        figure.colorbar(image, ax=list(panels)).set_label("final loss (nats)", fontsize=8)
     return figure
 
 

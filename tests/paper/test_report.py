@@ -282,8 +282,8 @@ def test_the_page_opens_in_chromium_with_its_plots_and_without_errors(page, tmp_
     assert "CONSOLE" not in done.stderr
     title = re.search("<title>(.*?)</title>", done.stdout).group(1)
     assert title == (
-        "IMAGES loss:true,loss_differences:true,heat_maps:true,loss_by_rate:true,sensitivity:true,sharpness:true,roc:true "
-        "OVERFLOW false"
+        "IMAGES loss:true,loss_differences:true,heat_maps:true,loss_by_rate:true,"
+        "sensitivity:true,sharpness:true,roc:true OVERFLOW false"
     )
 
 
