@@ -21,7 +21,7 @@ def wrapped(heading: str, text: str) -> str:
 
 
 def lines_of_policy(policy: Policy | None) -> list[tuple[str, str]]:
-    """Headings and texts: a line for each kind of product, and one for each field that says more."""
+    """Headings and texts: a line for each kind of product, one for each field that says more, and one for each rule."""
     if policy is None:
         return [("policy", "none: the model is not compiled")]
     lines = [(kind, _product(policy, kind)) for kind in KINDS]
@@ -34,7 +34,7 @@ def lines_of_policy(policy: Policy | None) -> list[tuple[str, str]]:
         lines.append(("attention", "its products are not rounded"))
     if policy.skip:
         lines.append(("skip", ", ".join(policy.skip)))
-    return lines + [("modules", f"{glob}: {short(rule)}") for glob, rule in policy.modules]
+    return lines + [(glob, short(rule)) for glob, rule in policy.modules]
 
 
 def short(policy: Policy | None) -> str:

@@ -15,13 +15,6 @@ SOURCE = (
     "Fu et al., FracTrain: Fractionally Squeezing Bit Savings Both Temporally and Spatially for Efficient DNN "
     "Training, NeurIPS 2020; GATECH-EIC/FracTrain 1113ec2, modules/quantize.py"
 )
-#: What the integers of both recipes have in common.
-_NOTES = (
-    "Zero is no value of these integers, so that the zeros of a ReLU become small numbers, as in the code.",
-    "The code takes as the greatest activation and gradient the least of the samples' greatest ones, and clips the "
-    "others. This takes the greatest.",
-    "In evaluation the code takes running means of the ranges. This takes the range of the batch.",
-)
 
 
 def fractrain(
@@ -57,7 +50,10 @@ def fractrain(
         policy=Policy(**stages[0], **LINEAR),
         schedule=Progressive(tuple(stages), threshold, decay, interval),
         notes=(
-            *_NOTES,
+            "Zero is no value of these integers, so that the zeros of a ReLU become small numbers, as in the code.",
+            "The code takes as the greatest activation and gradient the least of the samples' greatest ones, and "
+            "clips the others. This takes the greatest.",
+            "In evaluation the code takes running means of the ranges. This takes the range of the batch.",
             "Nothing forces a switch: if the loss never stands still, the last width never comes, as in the code.",
         ),
         exclusions=Exclusions(last_layer=True),
@@ -105,15 +101,12 @@ def fractrain_dynamic(
         preparation=GatedBlocks(widths, weight, blocks, channel_axis),
         optimizer=TrainedGates(),
         notes=(
-            *_NOTES,
-            "Every copy of a block computes every sample, as in the code: the costs are counted and not saved. Batch "
-            "normalizations see each batch once for each copy.",
-            "A copy that only some samples choose rounds the gradients of the others too, which are zero, to values "
-            "around zero whose mean is zero. In the code the greatest gradient of such a copy then counts as zero, so "
-            "that it clips all positive gradients. This does not.",
-            "In the code a sample takes the sum of the copies whose probabilities are equal and greatest. This takes "
-            "the first of them.",
-            "The option of the code that bounds the cost term by a tenth of the loss is left out.",
+            "The integers differ from those of the code as the notes of fractrain say.",
+            "All copies of a block compute all samples, as in the code: costs are counted and not saved.",
+            "A copy that only some samples choose rounds the zero gradients of the others too, to numbers whose mean "
+            "is zero. The code takes zero as the greatest gradient of such a copy, and so clips its positive ones.",
+            "Where several probabilities are the greatest, the code adds their copies. This takes the first.",
+            "The code's option ada_beta, which bounds the term for the cost, is left out.",
         ),
     )
 
