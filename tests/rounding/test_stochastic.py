@@ -535,6 +535,8 @@ def test_vmap_of_the_operators_gives_every_sample_its_scale_and_its_key(shape: t
     scales = [torch.full(shape, 2.0**-i) for i in range(3)]
     scales[1] = scales[1] * 2.0 ** torch.arange(scales[1].numel()).view(shape)
     keys = [random_key_op(torch.tensor([i]), 7) for i in range(3)]
+    for seeds, at in ((torch.arange(3)[:, None], 0), (torch.arange(3)[None], 1)):
+        assert torch.equal(torch.vmap(lambda seed: random_key_op(seed, 7), at)(seeds), torch.stack(keys))
     modes = ("e4m3fn", "stochastic:8", "sat_finite", SOURCE)
     for dims in itertools.product((0, 1, None), (0, None)):
         at_x, at_scale = dims[0], dims[1]
