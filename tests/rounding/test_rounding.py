@@ -577,6 +577,11 @@ def test_the_operators_check_their_arguments_too():
                 source = () if operator is ops.round else ("",)
                 with pytest.raises(ValueError, match=message):
                     operator(*tensors, *arguments, *source)
+    sparse, key = torch.ones(3).to_sparse(), torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(TypeError, match="cannot round a tensor of layout torch.sparse_coo"):
+        ops.round(sparse, "e4m3fn", "up", "sat_finite")
+    with pytest.raises(TypeError, match="cannot round a tensor of layout torch.sparse_coo"):
+        ops.round_stochastic(sparse, key, "e4m3fn", "stochastic:8", "sat_finite", "")
     with pytest.raises(ValueError, match="rounding 'up' is not stochastic: use fpsim::round"):
         ops.round_stochastic(torch.ones(3), torch.zeros(2, dtype=torch.int32), "e4m3fn", "up", "sat_finite", "")
 

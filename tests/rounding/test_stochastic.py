@@ -554,6 +554,14 @@ def test_vmap_of_the_operators_gives_every_sample_its_scale_and_its_key(shape: t
             assert torch.equal(got(x, together, scale), torch.stack(want)), (dims, at_key)
 
 
+def test_two_elements_may_have_two_scales() -> None:
+    """Their products 4 and -0.5 are values of the format: nothing is random."""
+    x, scale = torch.tensor([16.0, -0.03125]), torch.tensor([0.25, 16.0])
+    assert torch.equal(round_op(x, "e2m1fn", "nearest_even", "sat_finite", SOURCE, scale), x)
+    key = random_key_op(torch.tensor([1]), 1)
+    assert torch.equal(round_stochastic_op(x, key, "e2m1fn", "stochastic:8", "sat_finite", SOURCE, scale), x)
+
+
 def test_keys_and_words_without_data_have_the_dtype_of_those_with_data() -> None:
     seed, x = torch.tensor([3]), torch.ones(4, 5)
     key = random_key_op(seed, 7)
