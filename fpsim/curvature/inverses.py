@@ -5,6 +5,7 @@ Hestenes and Stiefel 1952; in the form of Golub and Van Loan, *Matrix Computatio
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -75,10 +76,10 @@ def inverse(
     if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or vectors.shape[0] != operator.size:
         got = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
         raise ValueError(f"right-hand sides have shape ({operator.size},) or ({operator.size}, k), got {got}")
-    if not (damping >= 0 and tol > 0 and most >= 2):
+    if not (0 <= damping < math.inf and tol > 0 and most >= 2):
         raise ValueError(
-            f"damping must not be negative, tol must be positive and max_products at least 2, got {damping}, {tol} "
-            f"and {max_products}"
+            "damping must be finite and not negative, tol must be positive and max_products at least 2, got "
+            f"{damping}, {tol} and {max_products}"
         )
     if not torch.isfinite(vectors).all():
         raise FloatingPointError("the right-hand sides have infinities or NaN: look at where they come from")

@@ -102,11 +102,12 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def weighed(batches: Iterable[Any], weight: Weight | None) -> Iterator[tuple[int, Any, float]]:
-    """Number, batch and weight of each of ``batches``; what uses a batch must leave it as it is.
+def weighed(model: nn.Module, batches: Iterable[Any], weight: Weight | None) -> Iterator[tuple[int, Any, float]]:
+    """Number, batch and weight of each of ``batches``; what uses a batch must leave it and the buffers as they are.
 
     Raises:
-        ValueError: ``batches`` is one batch or empty, a weight is not above zero, or a batch has changed in use.
+        ValueError: ``batches`` is one batch or empty, a weight is not above zero, a batch has changed in use, or
+            ``model`` has changed its buffers on the first batch.
     """
     if isinstance(batches, Mapping | Tensor | str):
         raise ValueError(f"batches is one batch (a {type(batches).__name__}): pass it in a list, [batch]")
@@ -116,9 +117,15 @@ def weighed(batches: Iterable[Any], weight: Weight | None) -> Iterator[tuple[int
         if not 0 < own < math.inf:
             raise ValueError(f"batch {number} has the weight {own}: weights are finite and above zero")
         before = fingerprint(batch)
+        state = fingerprint(list(model.buffers())) if number == 0 else None
         yield number, batch, own
         if fingerprint(batch) != before:
             raise ValueError(f"batch {number} has changed while it was in use: let the model copy what it writes to")
+        if state is not None and fingerprint(list(model.buffers())) != state:
+            raise ValueError(
+                "the model changes its buffers when it runs, so that no two of its runs can be compared: let it keep "
+                "no state in evaluation mode"
+            )
     if number < 0:
         raise ValueError("there is no batch: give at least one (a generator can be read only once)")
 

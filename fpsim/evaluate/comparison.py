@@ -192,8 +192,8 @@ def compare(
 
     Raises:
         ValueError: a policy that rounds nothing in the model's forward pass or that cannot be carried out; a model that
-            is compiled or in training mode; no batch, a batch that changes in use; an unknown metric or backend; and
-            the errors of `fpsim.evaluate.policies.named_policies`.
+            is compiled, in training mode, or changes its buffers; no batch, a batch that changes in use; an unknown
+            metric or backend; and the errors of `fpsim.evaluate.policies.named_policies`.
         TypeError: a loss that is not a number.
         FloatingPointError: the unrounded model's loss is not finite. Under a policy this is no error: the row counts
             such batches.
@@ -215,7 +215,7 @@ def compare(
     weights = []
     with torch.no_grad(), unfused(), no_recompile_limit():
         compiled = {name: under(model, policy, backend) for name, policy in by_name.items()}
-        for number, batch, own in weighed(batches, weight):
+        for number, batch, own in weighed(model, batches, weight):
             weights.append(own)
             for name, network in compiled.items():
                 if number == 0 and name != UNROUNDED:

@@ -263,7 +263,7 @@ def _policies(formats: Mapping[str, PolicyLike] | Iterable[PolicyLike]) -> dict[
             raise ValueError(f"format {name!r} has rules for modules, which the search makes: leave them out")
     policies = {name: NOTHING if policy is None else policy for name, policy in named.items()}
     if all(policy == NOTHING for policy in policies.values()):
-        raise ValueError(f"none of the formats {', '.join(policies)} rounds anything: name one that does, such as 'bf16'")
+        raise ValueError(f"none of the formats {', '.join(policies)} rounds anything: name one, such as 'bf16'")
     return policies
 
 
@@ -289,7 +289,7 @@ class _Trial:
         self.exact: list[float] = []
         self.weights: list[float] = []
         self.count = 0
-        for number, batch, own in weighed(batches, weight):
+        for number, batch, own in weighed(model, batches, weight):
             if number == 0:
                 self.operands = self._operands(batch)
             self.prints.append(fingerprint(batch))
@@ -355,8 +355,8 @@ class _Problem:
     def __init__(self, trial: _Trial, alike: Iterable[Iterable[str]], price: Cost, *, once: bool) -> None:
         self.trial = trial
         named = dict(trial.model.named_modules(remove_duplicate=False))
-        #: How often the products of a module count: once, or as often as it is called.
-        self.calls = {path: trial.calls[module] for path, module in named.items() if trial.calls[module]} if once else {}
+        #: The calls of each module, by which its costs are divided where it counts once.
+        self.calls = {path: max(1, trial.calls[module]) for path, module in named.items()} if once else {}
         self.names = list(trial.policies)
         self.formats = list(trial.policies.values())
         paths = list(dict.fromkeys(first.path for first, _ in trial.operands))

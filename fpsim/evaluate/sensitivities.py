@@ -277,7 +277,7 @@ def sensitivity(
     estimated = _Estimated(model, forward, loss, by) if estimates else None
     weights = []
     with unfused(), no_recompile_limit(), plain_errors("the policy"):
-        for number, batch, own in weighed(batches, weight):
+        for number, batch, own in weighed(model, batches, weight):
             weights.append(own)
             with torch.set_grad_enabled(bool(parameters)):
                 measured.add(number, batch)

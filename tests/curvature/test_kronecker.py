@@ -215,3 +215,10 @@ def test_models_whose_factors_would_be_wrong_are_refused():
         kronecker_factors(flat, "squared", [(drawn(5, 3, 4), None)], weight=[0])
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)), nn.Linear(2, 2)).double()
     assert kronecker_factors(normed, "squared", [(x, None)]).layout.names == ("1.weight", "1.bias")
+
+
+def test_a_derivative_that_is_not_finite_has_no_factors():
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.forward = lambda x: (model[0](x) * 0).abs().sqrt()
+    with pytest.raises(FloatingPointError, match=r"the layer of 0\.weight has infinities or NaN"):
+        kronecker_factors(model.eval(), "squared", [(torch.ones(2, 4),)])

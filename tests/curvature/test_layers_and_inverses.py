@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -95,7 +97,7 @@ def test_inverse_that_is_not_done_says_so():
     ("vectors", "options", "message"),
     [
         (torch.ones(4), {"damping": 1.0}, r"have shape \(3,\) or \(3, k\), got \(4,\)"),
-        (torch.ones(3), {"damping": -1.0}, "damping must not be negative"),
+        (torch.ones(3), {"damping": -1.0}, "damping must be finite and not negative"),
         (torch.ones(3), {"damping": 1.0, "tol": 0.0}, "tol must be positive"),
         (torch.ones(3), {"damping": 1.0, "max_products": 1}, "max_products at least 2"),
     ],
@@ -371,3 +373,13 @@ def test_a_history_keeps_the_numbers_of_each_step_and_plots_them():
         history.add(10, found)
     with pytest.raises(ValueError, match="step 11 has 1 eigenvalues and the steps before have 2"):
         history.add(11, eigenpairs(torch.eye(3)))
+
+
+def test_numbers_that_are_not_finite_are_named():
+    identity, infinite = torch.eye(2), torch.tensor([math.inf, 1.0])
+    with pytest.raises(FloatingPointError, match="right-hand sides have infinities or NaN"):
+        curvature.inverse(identity, infinite, damping=1.0)
+    with pytest.raises(ValueError, match="damping must be finite and not negative"):
+        curvature.inverse(identity, torch.ones(2), damping=math.inf)
+    with pytest.raises(ValueError, match="the norm of the gradient is inf"):
+        curvature.alignment(infinite, curvature.eigenpairs(torch.diag(torch.tensor([3.0, 1.0])), k=1))

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 import fpsim
 from fpsim.curvature import label_count
-from fpsim.evaluate import compare
+from fpsim.evaluate import compare, search, sensitivity
 from fpsim.evaluate.policies import parse_policy
 
 POLICIES = {"coarse": "e2m1fn", "rows": {"activation": "int8/row", "weight": "int8/row"}, "bf16": "bf16"}
@@ -186,3 +186,28 @@ def test_wrong_input_is_refused_with_a_remedy(model, batches):
 
     with pytest.raises(ValueError, match="batch 0 has changed while it was in use"):
         compare(Writes().eval(), [(x.clone(), y) for x, y in batches], "bf16", loss=cross_entropy)
+
+
+class Counting(nn.Module):
+    """A model that keeps a state: each run has a greater scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x):
+        self.runs += 1
+        return self.linear(x) * self.runs
+
+
+@pytest.mark.parametrize("measure", [compare, sensitivity, search])
+def test_a_model_that_keeps_a_state_is_refused(measure):
+    options = {
+        compare: {"policies": ["bf16"]},
+        sensitivity: {"policy": "bf16", "estimates": False},
+        search: {"formats": ["bf16", "e4m3fn"], "tolerance": 1},
+    }
+    batch = (torch.randn(2, 5), torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match="changes its buffers when it runs"):
+        measure(Counting().eval(), [batch], loss=nn.functional.cross_entropy, **options[measure])

@@ -267,3 +267,13 @@ def test_wrong_input_is_refused_with_a_remedy(model, batches):
             sensitivity(model, batches, **{"policy": "bf16", "loss": cross_entropy, **changes})
     with pytest.raises(KeyError, match="no module 'head' is rounded: there are first, last, planted"):
         sensitivity(model, batches[:1], policy="bf16", loss=cross_entropy, estimates=False)["head"]
+
+
+def test_gradients_that_are_not_finite_are_no_change_and_small_ones_have_a_cosine():
+    linear = nn.Linear(3, 2).double().eval()
+    batches = [torch.randn(4, 3).double()]
+    with pytest.raises(FloatingPointError, match=r"gradient of weight .* not finite on batch 0: pass gradients=False"):
+        sensitivity(linear, batches, policy="bf16", estimates=False, loss=lambda z: (z * 0).abs().sqrt().sum())
+    result = sensitivity(linear, batches, policy="e11m7", estimates=False, loss=lambda z: 1e-100 * z.square().sum())
+    plain = sensitivity(linear, batches, policy="e11m7", estimates=False, loss=lambda z: z.square().sum())
+    assert result.gradient.cosine.value == pytest.approx(plain.gradient.cosine.value, rel=1e-6)
