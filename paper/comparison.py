@@ -16,15 +16,27 @@ from .verdicts import rules
 
 
 @dataclass(frozen=True)
+class Gap:
+    """The mean of the final loss minus that of the reference, with Student's interval of the registered level.
+
+    Attributes:
+        mean, low, high: nats per token; NaN without pairs, and an interval of NaN with a single one.
+        pairs: the number of pairs: runs of the same seed, learning rate and data, neither of which diverged.
+    """
+
+    mean: float
+    low: float
+    high: float
+    pairs: int
+
+
+@dataclass(frozen=True)
 class Compared:
     """A condition of a sweep against the reference.
 
     Attributes:
         condition: its name.
-        gap, low, high: the mean of its final loss minus that of the reference, over the seeds and learning rates of
-            both, with Student's interval of the registered level; nats per token. Pairs in which a run diverged are
-            left out. NaN without pairs, and an interval of NaN with a single one.
-        pairs: the number of pairs.
+        gap: its distance from the reference.
         diverged: the share of its runs that diverged.
         sharpness: the median of the last measured sharpness; NaN where none was measured.
         cost: seconds of a step over those of the reference, the median over pairs.
@@ -32,10 +44,7 @@ class Compared:
     """
 
     condition: str
-    gap: float
-    low: float
-    high: float
-    pairs: int
+    gap: Gap
     diverged: Share
     sharpness: float
     cost: float
@@ -47,25 +56,28 @@ def compare_recipes(judged: Judged) -> list[Compared]:
     return [_compared(judged, name) for name in judged.conditions]
 
 
-def _compared(judged: Judged, name: str) -> Compared:
+def pairs(judged: Judged, name: str) -> list[tuple[int, int]]:
+    """The index of each run of ``name`` with that of the reference's run of the same seed, learning rate and data."""
     reference = {_pair_key(judged, index): index for index in judged.of(judged.reference)}
-    gaps, costs = [], []
-    for index in judged.of(name):
-        other = reference.get(_pair_key(judged, index))
-        if other is None:
-            continue
-        costs.append(_seconds(judged, index) / _seconds(judged, other))
-        if not judged.verdicts[index].diverged and not judged.verdicts[other].diverged:
-            gaps.append(judged.verdicts[index].final_loss - judged.verdicts[other].final_loss)
+    keys = ((index, _pair_key(judged, index)) for index in judged.of(name))
+    return [(index, reference[key]) for index, key in keys if key in reference]
+
+
+def gap(judged: Judged, name: str) -> Gap:
+    """How far the final loss of the condition ``name`` is above that of the reference."""
+    found = [[judged.verdicts[index] for index in pair] for pair in pairs(judged, name)]
+    gaps = [own.final_loss - other.final_loss for own, other in found if not own.diverged and not other.diverged]
     mean, half = _mean_and_half(gaps)
+    return Gap(mean, mean - half, mean + half, len(gaps))
+
+
+def _compared(judged: Judged, name: str) -> Compared:
+    costs = [_seconds(judged, index) / _seconds(judged, other) for index, other in pairs(judged, name)]
     last = [values[-1] for index in judged.of(name) if len(values := _measured(judged, index))]
     recipe = recipe_of(judged.runs[judged.of(name)[0]].config)
     return Compared(
         name,
-        mean,
-        mean - half,
-        mean + half,
-        len(gaps),
+        gap(judged, name),
         share([judged.verdicts[index].diverged for index in judged.of(name)]),
         float(np.median(last)) if last else math.nan,
         float(np.median(costs)) if costs else math.nan,

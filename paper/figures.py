@@ -77,11 +77,47 @@ def loss_curves(judged: Judged) -> Figure:
     style = {name: next(styles) for name in judged.conditions}
     for axes, rate in zip(panels, judged.rates, strict=True):
         for name in judged.conditions:
-            _band(axes, judged, judged.of(name, rate), "smoothed_loss", paint[name], style[name], name)
+            rows = [judged.runs[index]["smoothed_loss"] for index in judged.of(name, rate)]
+            _band(axes, rows, paint[name], style[name], name)
         axes.set_title(f"learning rate {rate:g}", fontsize=10)
         axes.set_xlabel("step")
     panels[0].set_ylabel("smoothed loss (nats)")
     return _finished(figure, panels)
+
+
+def loss_differences(judged: Judged, pairs: Mapping[str, Sequence[tuple[int, int]]]) -> Figure:
+    """Smoothed loss minus that of a paired run, over steps: mean over pairs, band from the lowest to the highest.
+
+    Args:
+        pairs: for each condition indices of its runs, with those of the runs to subtract.
+    """
+    figure, panels = _panels(len(judged.rates), height=max(3.6, _legend_height(judged)), sharey=True)
+    paint = colours(judged.conditions)
+    late = []
+    for axes, rate in zip(panels, judged.rates, strict=True):
+        for name, indices in pairs.items():
+            runs = [(judged.runs[own], judged.runs[other]) for own, other in indices]
+            rows = [
+                _difference(own["smoothed_loss"], other["smoothed_loss"])
+                for own, other in runs
+                if own.config.learning_rate == rate
+            ]
+            _band(axes, rows, paint[name], "-", name)
+            late += [row[runs[0][0].config.warmup :] for row in rows]
+        axes.axhline(0, color=paint[judged.reference], linewidth=1.4, label=judged.reference)
+        axes.set_title(f"learning rate {rate:g}", fontsize=10)
+        axes.set_xlabel("step")
+    values = np.concatenate([[0.0], *late])
+    low, high = np.nanmin(values), np.nanmax(values)
+    if high > low:
+        panels[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    panels[0].set_ylabel(f"smoothed loss minus that of {judged.reference} (nats)")
+    return _finished(figure, panels)
+
+
+def _difference(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    length = min(len(first), len(second))
+    return np.asarray(first[:length] - second[:length])
 
 
 def gaps(rows: Sequence[tuple[str, float, float, float]]) -> Figure:
@@ -119,6 +155,7 @@ def loss_by_rate(rows: Sequence[tuple[str, str, np.ndarray, np.ndarray]]) -> Fig
         axes.fill_between(rates, losses.min(0), losses.max(0), color=colour, alpha=0.12, linewidth=0)
     for heading, axes in by_heading.items():
         axes.set(xscale="log", xlabel="learning rate")
+        _name_ticks(axes, {float(rate) for _, own, rates, _ in rows if own == heading for rate in rates})
         axes.set_title(heading, fontsize=10)
     panels[0].set_ylabel("final loss, at most that at initialisation (nats)")
     return _finished(figure, panels)
@@ -146,30 +183,42 @@ def sensitivity_lines(panels: Mapping[str, Sequence[Line]]) -> Figure:
             look: dict[str, Any] = {"color": paint[line.label], "markersize": 3, "linewidth": 1.2, "capsize": 2}
             axes.errorbar(line.x, line.y, bars, fmt=line.look, label=line.label, **look)
         axes.set(xscale="log", xlabel=label)
-        values = sorted({x for line in lines for x in line.x})
-        axes.set_xticks(values, [f"{value:g}" for value in values], fontsize=8)
-        axes.minorticks_off()
+        _name_ticks(axes, {x for line in lines for x in line.x})
     drawn[0].set_ylabel("learning-rate sensitivity (nats)")
     return _finished(figure, drawn)
 
 
+def _name_ticks(axes: Axes, values: set[float]) -> None:
+    """Ticks of the horizontal axis at ``values`` alone, with their numbers."""
+    axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)], fontsize=8)
+    axes.minorticks_off()
+
+
 def heat_maps(judged: Judged) -> Figure:
     """Final smoothed loss over seed and learning rate, one map per condition; a cross where the run diverged."""
-    figure, panels = _panels(len(judged.conditions), height=0.9 + 0.32 * max(2, len(judged.seeds)))
+    width = max(2.6, 0.5 * len(judged.rates) + 0.6)
+    figure, panels = _panels(len(judged.conditions), width=width, height=1.1 + 0.32 * max(3, len(judged.seeds)))
     grids = {name: _grid(judged, name) for name in judged.conditions}
     values = np.concatenate([losses[np.isfinite(losses)] for losses, _ in grids.values()] or [np.zeros(1)])
     low, high = (values.min(), values.max()) if len(values) else (0, 1)
     image = None
     for axes, (name, (losses, diverged)) in zip(panels, grids.items(), strict=True):
         image = axes.imshow(losses, vmin=low, vmax=high, cmap="viridis_r", aspect="auto")
-        axes.plot(*np.nonzero(diverged)[::-1], "x", color="#D55E00", markersize=6, markeredgewidth=2)
+        axes.plot(*np.nonzero(diverged)[::-1], "x", color="#D55E00", markersize=6, markeredgewidth=2, label="diverged")
+        for (row, column), loss in np.ndenumerate(np.where(diverged, np.nan, losses)):
+            if np.isfinite(loss):
+                ink = "white" if loss > (low + high) / 2 else "black"  # the map darkens upwards
+                axes.text(column, row, f"{loss:.2f}", ha="center", va="center", fontsize=7, color=ink)
         axes.set_xticks(range(len(judged.rates)), [f"{rate:g}" for rate in judged.rates], fontsize=7)
         axes.set_yticks(range(len(judged.seeds)), [str(seed) for seed in judged.seeds], fontsize=7)
         axes.set_title(name, fontsize=9)
         axes.grid(False)
+        axes.set_xlabel("learning rate", fontsize=8)
     panels[0].set_ylabel("seed")
+    if any(diverged.any() for _, diverged in grids.values()):
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", frameon=False, fontsize=8)
     if image is not None:
-        figure.colorbar(image, ax=list(panels), label="final loss (nats)", shrink=0.8)
+        figure.colorbar(image, ax=list(panels)).set_label("final loss (nats)", fontsize=8)
     return figure
 
 
@@ -249,13 +298,12 @@ def _panels(count: int, *, width: float = 3.4, height: float = 3.6, sharey: bool
     return figure, panels[:count]
 
 
-def _band(axes: Axes, judged: Judged, chosen: Sequence[int], name: str, colour: Any, style: str, label: str) -> None:
-    if not chosen:
+def _band(axes: Axes, curves: Sequence[np.ndarray], colour: Any, style: str, label: str) -> None:
+    if not curves:
         return
-    length = max(len(judged.runs[index][name]) for index in chosen)
-    rows = np.full((len(chosen), length), np.nan)
-    for row, index in zip(rows, chosen, strict=True):
-        values = judged.runs[index][name]
+    length = max(map(len, curves))
+    rows = np.full((len(curves), length), np.nan)
+    for row, values in zip(rows, curves, strict=True):
         row[: len(values)] = np.where(np.isfinite(values), values, np.nan)
     known = ~np.isnan(rows).all(axis=0)
     steps = np.arange(1, length + 1)[known]

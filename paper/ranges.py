@@ -50,11 +50,13 @@ class Tried:
 
     Attributes:
         name: the remedy in words.
+        loss_scale: the factor by which it multiplies the loss scale; 1 for other remedies.
         left: the misfits that are left, the worst first; None if the model cannot be rounded so.
     """
 
     name: str
     left: tuple[Misfit, ...] | None
+    loss_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,10 @@ class Examination:
         """The examination from which `to_dict` made ``plain``."""
         return Examination(
             _misfits(plain["misfits"]),
-            tuple(Tried(e["name"], None if e["left"] is None else _misfits(e["left"])) for e in plain["tried"]),
+            tuple(
+                replace(Tried(**each), left=None if each["left"] is None else _misfits(each["left"]))
+                for each in plain["tried"]
+            ),
         )
 
 
@@ -123,9 +128,9 @@ def examine(model: nn.Module, policy: Policy, batch: tuple[Tensor, Tensor], *, l
                 used = profiler if other is policy else Profiler(model, policy=other)
                 left = misfits_of(profiled(model, used, batch, loss_scale=loss_scale * factor))
         except ValueError:
-            tried.append(Tried(name, None))
+            tried.append(Tried(name, None, factor))
             continue
-        tried.append(Tried(name, left))
+        tried.append(Tried(name, left, factor))
         if not left:
             break
     return Examination(misfits, tuple(tried))

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fpsim.compile_backend.observe.rounding_statistics import LIMITS
+
 from . import figures, require
-from .comparison import compare_recipes
+from .comparison import compare_recipes, pairs
+from .conclusions import conclude
 from .config import RunConfig, to_dict
 from .figures import Judged, Line
 from .hypotheses import judge_hypotheses, too_few_seeds
@@ -82,13 +85,14 @@ def report(folder: Path, out: Path | None = None) -> Path:
     path = out / "report.html"
     content = page.render(
         facts=facts,
-        judged=judged,
+        conclusions=conclude(judged),
         summary=_summary(judged, facts),
         images=images,
         tables=tables,
         configuration=_configuration([run.config for run in runs]),
         versions=_versions(judged),
-        preregistration=preregistration(),
+        rules=_rules(judged.reference),
+        preregistration=preregistration() if "experiment" in facts else None,
     )
     replace_file(path, content.encode())
     numbers = {table.heading: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in tables}
@@ -129,6 +133,42 @@ def _summary(judged: Judged, facts: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
+def _rules(reference: str) -> list[tuple[str, str]]:
+    """The words of the verdicts, with the numbers by which they were given."""
+    diverged, spiked, trained = rules().diverged, rules().spiked, rules().trained
+    return [
+        (
+            "diverged",
+            f"A loss or gradient norm is not finite, or the smoothed loss stays {diverged['rise']:g} nat above its own "
+            f"minimum so far for {100 * diverged['steps_share']:.3g} % of the steps, and at least for "
+            f"{diverged['steps_least']:g}.",
+        ),
+        ("undecided", "The run ended while the smoothed loss was that high, before it had been so for long enough."),
+        (
+            "spiked",
+            f"After the warmup, the loss of a step is {spiked['rise']:g} nat, and {spiked['deviations']:g} standard "
+            "deviations, above the smoothed loss of the step before. Spikes less than "
+            f"{spiked['apart']:g} steps apart are one.",
+        ),
+        (
+            "trained",
+            f"Neither diverged nor undecided, and the final smoothed loss is at most {trained['margin']:g} nat above "
+            f"the median of {reference} at the same learning rate; at its best rate where all its runs diverged.",
+        ),
+        (
+            "underflow, saturate",
+            f"A share of a role, or of a layer, is beyond the limit above {100 * LIMITS['underflows'][1]:g} % that "
+            f"underflow or {100 * LIMITS['saturations'][1]:g} % that saturate. Shares of roles are the largest over "
+            "the counted steps and the runs in question: those that did not train, or else all.",
+        ),
+        (
+            "would mend",
+            "After the last step, remedies were tried by rising cost on a batch of validation data. The cheapest is "
+            "named that leaves no layer beyond the limits, in the run with the worst layer. No run trained with it.",
+        ),
+    ]
+
+
 def _predictions(judged: Judged) -> list[Prediction]:
     signals = [s for s in SIGNALS if any(np.isfinite(signal_values(run, s)).any() for run in judged.runs)]
     if not any(verdict.diverged for verdict in judged.verdicts):
@@ -145,23 +185,25 @@ def _pictures(judged: Judged, predictions: Sequence[Prediction]) -> list[Picture
                 "recipes",
                 "Recipes",
                 note,
-                lambda: figures.gaps([(c.condition, c.gap, c.low, c.high) for c in compare_recipes(judged)]),
+                lambda: figures.gaps(
+                    [(c.condition, c.gap.mean, c.gap.low, c.gap.high) for c in compare_recipes(judged)]
+                ),
             )
         )
-    pictures += [
-        Picture(
-            "loss",
-            "Loss curves",
-            "Smoothed training loss: mean over seeds, band from the lowest to the highest.",
-            lambda: figures.loss_curves(judged),
-        ),
-        Picture(
-            "heat_maps",
-            "Seed by learning rate",
-            "Final smoothed loss of every run; a cross where it diverged.",
-            lambda: figures.heat_maps(judged),
-        ),
-    ]
+    note = "Smoothed training loss: mean over seeds, band from the lowest to the highest."
+    pictures.append(Picture("loss", "Loss curves", note, lambda: figures.loss_curves(judged)))
+    if overlapping := _trained_pairs(judged):
+        note = (
+            f"Smoothed training loss minus that of {judged.reference} with the same seed and learning rate, where both "
+            "runs trained: mean over pairs, band from the lowest to the highest. The axis spans the steps after the "
+            "warmup."
+        )
+        pictures.append(
+            Picture("loss_differences", "Loss differences", note, lambda: figures.loss_differences(judged, overlapping))
+        )
+    if len(judged.rates) > 1:
+        note = "Final smoothed loss of every run, in nats per token; a cross where it diverged."
+        pictures.append(Picture("heat_maps", "Seed by learning rate", note, lambda: figures.heat_maps(judged)))
     if found := sensitivities(judged):
         pictures += sensitivity_pictures(found)
     if any(np.isfinite(run["sharpness_5e4"]).any() for run in judged.runs):
@@ -178,6 +220,13 @@ def _pictures(judged: Judged, predictions: Sequence[Prediction]) -> list[Picture
             Picture("roc", "Who predicts divergence", note, lambda: figures.roc_curves(judged, predictions, horizon))
         )
     return pictures
+
+
+def _trained_pairs(judged: Judged) -> dict[str, list[tuple[int, int]]]:
+    """For each condition but the reference the pairs of which both runs trained; none where there is no such pair."""
+    others = [name for name in judged.conditions if name != judged.reference]
+    found = {n: [pair for pair in pairs(judged, n) if all(judged.trained[i] for i in pair)] for n in others}
+    return {name: chosen for name, chosen in found.items() if chosen}
 
 
 def sensitivity_pictures(found: Sequence[Sensitivity]) -> list[Picture]:
@@ -270,7 +319,9 @@ def _recipes(judged: Judged) -> Table:
         rows.append(
             [
                 found.condition,
-                _interval(found.gap, found.low, found.high) if found.condition != judged.reference else "-",
+                _interval(found.gap.mean, found.gap.low, found.gap.high)
+                if found.condition != judged.reference
+                else "-",
                 str(found.diverged),
                 "-" if math.isnan(found.sharpness) else f"{found.sharpness:.3g}",
                 *(
@@ -312,11 +363,11 @@ def _by_rate(judged: Judged) -> Table:
 
 
 def _comparisons(judged: Judged, facts: Mapping[str, Any]) -> Table:
-    pairs = facts.get("experiment", {}).get("pairs") or [
+    compared = facts.get("experiment", {}).get("pairs") or [
         (name, judged.reference) for name in judged.conditions if name != judged.reference
     ]
     rows = []
-    for first, second in pairs:
+    for first, second in compared:
         if not judged.of(first) or not judged.of(second):
             continue
         for what, flags in (
@@ -336,10 +387,9 @@ def _comparisons(judged: Judged, facts: Mapping[str, Any]) -> Table:
                     f"{found.p_two_sided:.3g}",
                 ]
             )
-    note = (
-        "Fisher's exact test over runs, learning rates pooled. The paper's 18/188 against 0/70 has p = 0.0027 "
-        "(one-sided)."
-    )
+    note = "Fisher's exact test over runs, learning rates pooled."
+    if "experiment" in facts:
+        note += " The paper's 18/188 against 0/70 has p = 0.0027 (one-sided)."
     columns = ["comparison", "outcome", "first", "second", "odds ratio", "p, first more often", "p, two-sided"]
     return Table("Fisher's exact test", note, columns, rows)
 

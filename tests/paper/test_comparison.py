@@ -66,10 +66,10 @@ def test_gaps_are_those_of_pairs_that_did_not_diverge() -> None:
             runs.append(Run(f"{name}{seed}", name, config, columns, {}))
             verdicts.append(Verdict(2 if loss == 9.0 else None, (), loss, loss))
     reference, mine = compare_recipes(Judged(runs, verdicts, [True] * 6, "fp32"))
-    assert (reference.gap, reference.memory) == (0.0, None)
-    assert (mine.pairs, mine.diverged.count, mine.cost, mine.sharpness) == (2, 1, 2.0, 0.5)
+    assert (reference.gap.mean, reference.memory) == (0.0, None)
+    assert (mine.gap.pairs, mine.diverged.count, mine.cost, mine.sharpness) == (2, 1, 2.0, 0.5)
     half = 12.7062047 * math.sqrt(0.02) / math.sqrt(2)  # Student, one degree of freedom
-    assert (mine.gap, mine.high) == (pytest.approx(0.2), pytest.approx(0.2 + half, rel=1e-6))
+    assert (mine.gap.mean, mine.gap.high) == (pytest.approx(0.2), pytest.approx(0.2 + half, rel=1e-6))
     assert mine.memory == Footprint(4.0, 8.0, 2.0)
     lonely = [replace(run, config=replace(run.config, seed=7)) for run in runs[3:]]
-    assert math.isnan(compare_recipes(Judged(runs[:3] + lonely, verdicts, [True] * 6, "fp32"))[1].gap)
+    assert math.isnan(compare_recipes(Judged(runs[:3] + lonely, verdicts, [True] * 6, "fp32"))[1].gap.mean)

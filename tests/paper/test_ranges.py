@@ -46,7 +46,7 @@ def test_a_loss_scale_is_the_cheapest_fix_for_gradients_that_underflow():
     assert found.misfits[0] == Misfit("head", "gradient", "underflows", 1.0)
     assert {misfit.role for misfit in found.misfits} == {"gradient"}
     assert [each.name for each in found.tried] == ["loss scale times 2^4"]
-    assert found.fix == Tried("loss scale times 2^4", ())
+    assert found.fix == Tried("loss scale times 2^4", (), 16.0)
     same = examine(TwoLayers(1.0, 1.0), E4M3, (ONES, ONES * 2.0**-13), loss_scale=2.0**4)
     assert same.misfits == ()
 

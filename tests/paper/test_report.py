@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fpsim.paper.comparison import pairs
 from fpsim.paper.config import RunConfig, run_key, to_dict
-from fpsim.paper.figures import loss_curves, sharpness_and_loss
+from fpsim.paper.figures import heat_maps, loss_curves, loss_differences, sharpness_and_loss
 from fpsim.paper.ranges import Examination, Misfit, Tried
 from fpsim.paper.record import Record
 from fpsim.paper.report import judge_sweep, report
@@ -157,7 +158,7 @@ class Sources(HTMLParser):
 def test_the_page_needs_nothing_beside_it_and_says_everything(page):
     parsed = Sources()
     parsed.feed(page.read_text())
-    assert len(parsed.loads) == 6
+    assert len(parsed.loads) == 7
     assert all(source.startswith("data:image/png;base64,") for source in parsed.loads)
     for text in ("A title & more", "low <b>", "Why?", "[diverged]", "fpsim study experiment 1", "0" * 40):
         assert text in parsed.text
@@ -167,7 +168,15 @@ def test_the_page_needs_nothing_beside_it_and_says_everything(page):
 def test_the_figures_are_files_too_and_not_blank(folder, page):
     image = pytest.importorskip("matplotlib.image")
     names = {path.name for path in (folder / "figures").iterdir()}
-    assert names == {"loss.png", "heat_maps.png", "loss_by_rate.png", "sensitivity.png", "sharpness.png", "roc.png"}
+    assert names == {
+        "loss.png",
+        "loss_differences.png",
+        "heat_maps.png",
+        "loss_by_rate.png",
+        "sensitivity.png",
+        "sharpness.png",
+        "roc.png",
+    }
     for name in names:
         pixels = image.imread(folder / "figures" / name)
         assert len(np.unique(pixels[..., :3] @ np.array([1.0, 1000.0, 1e6]))) > 50
@@ -183,6 +192,52 @@ def test_a_legend_of_many_conditions_is_shown_whole(folder, draw):
     assert len(legend.get_texts()) == 24
     box, whole = legend.get_window_extent(), figure.bbox
     assert box.y0 >= whole.y0 and box.y1 <= whole.y1 and box.x1 <= whole.x1
+
+
+def test_the_page_opens_with_the_verdicts(page):
+    parsed = Sources()
+    parsed.feed(page.read_text())
+    opening = parsed.text[: parsed.text.index("Question")]
+    assert "high trained in 6 of 6, the reference, although up to 25 % of gradients saturate." in opening
+    assert (
+        "low <b> did not train in 3 of 6 (3 diverged, the first at step 211): up to 25 % of gradients saturate; head "
+        "unrounded would likely mend it." in opening
+    )
+
+
+def test_the_report_of_a_user_says_nothing_of_the_paper_and_has_no_map_of_one_rate(folder, page, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(folder / "runs", own / "runs")
+    content = json.loads((folder / "sweep.json").read_text())
+    del content["experiment"]
+    content["starts"] = []
+    content["plan"] = [entry for entry in content["plan"] if entry["config"]["learning_rate"] == 0.01]
+    (own / "sweep.json").write_text(json.dumps(content))
+    parsed = Sources()
+    parsed.feed(report(own).read_text())
+    assert "paper" not in parsed.text.lower()
+    assert not (own / "figures" / "heat_maps.png").exists()
+    assert "The words" in parsed.text and "[diverged]" not in parsed.text
+
+
+def test_differences_are_those_of_pairs_that_trained(folder):
+    runs, facts = read_sweep(folder)
+    judged = judge_sweep(runs, facts)
+    chosen = {"low <b>": [(i, j) for i, j in pairs(judged, "low <b>") if judged.trained[i] and judged.trained[j]]}
+    slow, fast = loss_differences(judged, chosen).axes
+    assert [line.get_label() for line in slow.lines] == ["low <b>", "high"]
+    assert np.array_equal(slow.lines[0].get_ydata(), np.zeros(STEPS))  # both conditions have the same losses
+    assert [line.get_label() for line in fast.lines] == ["high"]
+
+
+def test_heat_maps_hold_the_numbers(folder):
+    runs, facts = read_sweep(folder)
+    judged = judge_sweep(runs, facts)
+    high, low, _ = heat_maps(judged).axes
+    assert [each.get_text() for each in high.texts] == [
+        f"{v.final_loss:.3g}" for v in np.array(judged.verdicts)[[0, 3, 1, 4, 2, 5]]
+    ]
+    assert len(low.texts) == 3  # the other runs diverged
 
 
 def test_an_unfinished_sweep_can_be_reported(folder, page, tmp_path):
@@ -227,7 +282,8 @@ def test_the_page_opens_in_chromium_with_its_plots_and_without_errors(page, tmp_
     assert "CONSOLE" not in done.stderr
     title = re.search("<title>(.*?)</title>", done.stdout).group(1)
     assert title == (
-        "IMAGES loss:true,heat_maps:true,loss_by_rate:true,sensitivity:true,sharpness:true,roc:true OVERFLOW false"
+        "IMAGES loss:true,loss_differences:true,heat_maps:true,loss_by_rate:true,"
+        "sensitivity:true,sharpness:true,roc:true OVERFLOW false"
     )
 
 
