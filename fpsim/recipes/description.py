@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from typing import Any
 
 from fpsim.attention.flash import FlashAttention
 from fpsim.casts import Cast, usual_overflow
@@ -34,7 +35,8 @@ def lines_of_policy(policy: Policy | None) -> list[tuple[str, str]]:
         lines.append(("attention", "its products are not rounded"))
     if policy.skip:
         lines.append(("skip", ", ".join(policy.skip)))
-    return lines + [(glob, short(rule)) for glob, rule in policy.modules]
+    rules: Any = policy.modules  # pairs of a glob and a Policy or None, whatever was given
+    return lines + [(glob, short(rule)) for glob, rule in rules]
 
 
 def short(policy: Policy | None) -> str:

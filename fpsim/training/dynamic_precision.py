@@ -181,7 +181,7 @@ def gate_blocks(
     except AttributeError as error:
         raise ValueError(f"a block is no module of {type(model).__name__}: {error}") from None
     like = next(model.parameters())
-    where = {"device": like.device, "dtype": like.dtype}
+    where: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
     gate = Gate(embedding, hidden, len(costs), **where)
     for path, block in blocks.items():
         embed = nn.Sequential(
