@@ -54,7 +54,7 @@ def test_a_history_shows_a_row_for_each_step() -> None:
     history = curvature.CurvatureHistory()
     for step in (0, 10):
         history = history.add(step, curvature.eigenpairs(torch.diag(torch.tensor([2.0 + step, 1.0]))))
-    words = re.findall(r"[\w.]+", text_of(history._repr_html_()))
+    words = re.findall(r"[^\s│┃━─┏┳┓┡╇┩└┴┘]+", text_of(history._repr_html_()))
     at = words.index("0")
     assert " ".join(words[:at]) == "step converged eigenvalue 1 residual 1"
     assert words[at : at + 3] == ["0", "True", "2"] and words[at + 4 : at + 7] == ["10", "True", "12"]

@@ -56,12 +56,12 @@ def stack_path(source: str) -> str:
 
     Where a function gets the module as an argument, torch writes ``getattr(L['module'].layers, '0')`` for this, and
     ``L['args'][0].layers.0`` or ``L['self'].forward.__self__.layers.0`` where forward is wrapped, as by accelerate's
-    autocast.
+    autocast. A child of a module that has a ``__getattr__`` of its own is ``layers.__dict__['_modules']['0']``.
     """
     attribute = re.compile(r"getattr\(((?:[^()]|\([^()]*\))*), '([^']*)'\)")
     while (plain := attribute.sub(r"\1.\2", source)) != source:
         source = plain
-    source = source.replace(".forward.__self__", "")
+    source = re.sub(r"\.__dict__\['_modules'\]\['([^']*)'\]", r".\1", source.replace(".forward.__self__", ""))
     return re.sub(r"^(L\['args'\]\[0\]|[LG]\['[^']*'\])(\.|$)", "", source)
 
 

@@ -19,7 +19,7 @@ from fpsim.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from fpsim.paper.config import RunConfig
-    from fpsim.paper.experiments import Setting
+    from fpsim.paper.experiments import Experiment, Setting
     from fpsim.paper.sweeps import Outcome, Planned
 
 app = typer.Typer(
@@ -226,13 +226,8 @@ def experiment(
 ) -> None:
     """Run an experiment, the paper's or ours (9 to 11), and write a report. Complete runs are not computed again."""
     load_torch()
-    from fpsim.paper.experiments import SIZES
-    from fpsim.paper.experiments import experiment as find
-
-    chosen = find(number)
-    if size not in SIZES:
-        raise ValueError(f"unknown size {size!r}: use one of {', '.join(SIZES)}")
-    setting = _resized(chosen.settings[size], model, data, seeds, learning_rates, steps, device, interpret)
+    chosen, setting = _setting(number, size)
+    setting = _resized(setting, model, data, seeds, learning_rates, steps, device, interpret)
     if first_seed is not None:
         setting = replace(setting, first_seed=first_seed)
     facts = {
@@ -259,6 +254,43 @@ def experiment(
         resources=_resources(executor, address, cpus, gpus) | ({} if gpus or not on_gpu else {"num_gpus": 1.0}),
         retries=retries,
     )
+
+
+@app.command(cls=_SeveralValues)
+@plain_errors
+def cost(
+    number: Annotated[int, typer.Argument(help="1 to 11: see fpsim study list.")],
+    size: Annotated[str, typer.Option(help="quick, full or paper.")] = "paper",
+    conditions: Annotated[
+        list[str] | None, typer.Option(help="Conditions to measure, by name or glob.", show_default="all")
+    ] = None,
+    model: Model = None,
+    device: Device = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Windows per measured step.", show_default="the batch of the runs")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps after the first; their median counts.")] = 3,
+) -> None:
+    """Measure a few steps of each condition of an experiment, and tell how long all of its runs would take here."""
+    from fpsim.paper import cost as study
+    from fpsim.paper.progress import say
+
+    chosen, setting = _setting(number, size)
+    setting = _resized(setting, model, None, None, None, None, device, False)
+    console, found = Console(stderr=True), []
+    for each in study.costs(_only(chosen.plan(setting), conditions), windows=windows, steps=steps):
+        say(console, f"{each.condition}: {1e6 * each.seconds_per_token:.4g} ms per 1000 tokens")
+        found.append(each)
+    Console().print(study.table(found))
+
+
+def _setting(number: int, size: str) -> tuple[Experiment, Setting]:
+    from fpsim.paper.choices import check_choice
+    from fpsim.paper.experiments import SIZES, experiment
+
+    chosen = experiment(number)
+    check_choice("size", size, SIZES)
+    return chosen, chosen.settings[size]
 
 
 def _resources(executor: str | None, address: str | None, cpus: float, gpus: float) -> dict[str, float]:

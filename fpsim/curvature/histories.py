@@ -5,6 +5,7 @@ Gur-Ari, Roberts, Dyer 2018, *Gradient Descent Happens in a Tiny Subspace*, sect
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ def alignment(gradient: Tensor, eigen: EigenResult) -> Alignment:
         eigen: of an operator of the same size.
 
     Raises:
-        ValueError: the gradient has another size, or is zero.
+        ValueError: the gradient has another size, or its norm is zero, infinite or NaN.
 
     >>> from fpsim.curvature import eigenpairs
     >>> found = eigenpairs(torch.diag(torch.tensor([3.0, 1.0, 0.0])), k=2)
@@ -53,7 +54,7 @@ def alignment(gradient: Tensor, eigen: EigenResult) -> Alignment:
     if gradient.shape != vectors.shape[:1]:
         raise ValueError(f"a gradient has shape ({vectors.shape[0]},), got {tuple(gradient.shape)}: use Layout.flatten")
     size = norm(gradient)
-    if not size > 0:
+    if not 0 < size < math.inf:
         raise ValueError(f"the norm of the gradient is {size}: it has no direction")
     cosines = (vectors.double().T @ gradient.detach().to(vectors.device).double() / size).cpu()
     return Alignment(cosines.abs(), float(cosines.square().sum()))

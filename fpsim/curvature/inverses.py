@@ -64,7 +64,7 @@ def inverse(
     Raises:
         ValueError: a shape or a number is wrong, or a direction has no positive curvature; the message says by how
             much the damping is too small at least.
-        FloatingPointError: a product has infinities or NaN.
+        FloatingPointError: a right-hand side or a product has infinities or NaN.
 
     >>> found = inverse(torch.diag(torch.tensor([1.0, 3.0])), torch.tensor([4.0, 8.0]), damping=1.0)
     >>> found.solution.round(decimals=4)
@@ -80,6 +80,8 @@ def inverse(
             f"damping must not be negative, tol must be positive and max_products at least 2, got {damping}, {tol} "
             f"and {max_products}"
         )
+    if not torch.isfinite(vectors).all():
+        raise FloatingPointError("the right-hand sides have infinities or NaN: look at where they come from")
     columns = vectors.detach().to(dtype=operator.dtype, device=operator.device).reshape(operator.size, -1)
     with products_of(operator, f"inverse of the {operator.name}", most * columns.shape[1], progress) as products:
         solved = [_solve(products, column, damping, tol, most - 1) for column in columns.T]

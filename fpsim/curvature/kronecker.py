@@ -140,7 +140,7 @@ def kronecker_factors(
         ValueError: another loss or setting; a parameter in ``select`` that has no factors, or that does not act by the
             calls of its layer alone; a model without linear layers, that is not deterministic (dropout), or that mixes
             samples (batch_norm in training mode); or as `gauss_newton`.
-        FloatingPointError: an output has infinities or NaN.
+        FloatingPointError: an output, or its derivative by that of a layer, has infinities or NaN.
     """
     if not (isinstance(loss, CrossEntropy) or loss == "squared"):
         raise ValueError(f"factors are known for a CrossEntropy and 'squared', got {loss!r}")
@@ -327,6 +327,11 @@ def _check_calls(
                     "changes what the layer returns. Leave it out: name the other parameters in select"
                 )
         for a, g in parts:
+            if not torch.isfinite(g).all():
+                raise FloatingPointError(
+                    f"the derivative of the outputs by those of the layer of {own[0]} has infinities or NaN: there is "
+                    "no curvature to measure"
+                )
             if len(a) != batch and sharing == "reduce":
                 raise ValueError(
                     f"the layer of {own[0]} gets {len(a)} rows for {batch} samples: sharing='reduce' needs the samples "

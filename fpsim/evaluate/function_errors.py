@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 
 #: Decimal digits of exact values.
 DIGITS = 60
+#: The most digits that are tried where exact values with fewer digits cancel.
+_MOST_DIGITS = 32 * DIGITS
+#: The leading bits in which exact values with fewer and with more digits agree.
+_AGREEMENT = 100
+#: No format has numbers whose binary exponent has a greater magnitude: exact values beyond stand for each other.
+_FAR = 2**15
 #: Formats of up to this many bits are measured at every input.
 EXHAUSTIVE_BITS = 16
 #: The inputs on each side of a seam whose mean errors are compared.
@@ -175,21 +182,25 @@ def accuracy(
         low, high: the range of inputs, both included.
         exact: a function of an mpmath number, or the name of one of mpmath's functions or of
             `fpsim.evaluate.exact_functions.NAMED`; None: that of ``function``, if it is one of torch's functions.
-            What raises an error, or gives NaN or a complex number, is outside of the domain.
+            What raises a ValueError or an ArithmeticError, or gives NaN or a complex number, is outside of the domain.
+            It is called with 60 and with 120 digits, and with more where 100 bits of these do not agree.
         samples: the number of random inputs.
         worst: the number of inputs to list.
         seed: of the random inputs.
 
     Raises:
-        ValueError: the range is empty or wholly outside of the domain, the exact function is unknown, or the function
-            returns a tensor of another shape.
-        TypeError: the function returns no tensor of real floating-point numbers.
+        ValueError: the range is empty or wholly outside of the domain, a number of inputs is negative, the exact
+            function is unknown or does not settle with more digits, or the function returns a tensor of another shape.
+        TypeError: the function returns no tensor of real floating-point numbers, or the exact function returns a float,
+            which has 16 digits, or no number.
 
     >>> accuracy(torch.exp, "e4m3fn", low=-2, high=2).count
     129
     """
     fmt = parse_format(format)
     true = exact_function(function, exact)
+    if samples < 0 or worst < 0:
+        raise ValueError(f"samples and worst must not be negative, got {samples} and {worst}")
     codes, exhaustive = _codes(fmt, low, high, samples, seed)
     dtype = next((dtype for dtype, own in CARRIERS.items() if own == fmt), torch.float32)
     if not fmt.is_subset_of(CARRIERS[dtype]):
@@ -230,8 +241,8 @@ def _codes(fmt: FloatFormat, low: float, high: float, samples: int, seed: int) -
     if exhaustive:
         indices = torch.arange(first, last + 1)
     else:
-        generator = torch.Generator().manual_seed(seed)
-        drawn = first + (torch.rand(samples, generator=generator, dtype=torch.float64) * (last - first)).long()
+        draw = random.Random(seed)  # torch draws no integers from a range of 64 bits
+        drawn = torch.tensor([draw.randint(first, last) for _ in range(samples)], dtype=torch.int64)
         binade = 2**fmt.mantissa_bits
         starts = torch.arange(first // binade, last // binade + 2) * binade
         indices = torch.cat([drawn, *(starts + step for step in (-1, 0, 1)), torch.tensor([first, last])])
@@ -247,24 +258,72 @@ def _index(end: float, fmt: FloatFormat, mode: str) -> int:
     return -code if float(value) < 0 else code
 
 
-def _exact_value(true: Exact, point: float) -> Fraction | float | None:
-    """The exact value; an infinity as a float; None outside of the domain."""
-    with mpmath.workdps(DIGITS):
+def _exact_value(true: Exact, point: float) -> Any:
+    """The exact value, a number of mpmath; None outside of the domain.
+
+    Values of more and more digits are compared, because terms that cancel lose digits. Zero may be what they leave.
+
+    Raises:
+        TypeError, ValueError: those of `accuracy`.
+    """
+    digits = DIGITS
+    value = _at(true, point, digits)
+    while digits < _MOST_DIGITS:
+        digits *= 2
+        before, value = value, _at(true, point, digits)
+        if _agree(before, value) and (value is None or value != 0 or digits == _MOST_DIGITS):
+            return before
+    raise ValueError(
+        f"the exact function is {_written(before)} with {digits // 2} digits at {point!r}, and {_written(value)} with "
+        f"{digits}: choose a form whose terms do not cancel"
+    )
+
+
+def _at(true: Exact, point: float, digits: int) -> Any:
+    """The value of ``true`` with this number of digits."""
+    with mpmath.workdps(digits):
         try:
             value = true(mpmath.mpf(point))
-        except (ValueError, ZeroDivisionError, ArithmeticError, mpmath.libmp.NoConvergence):
+        except (ValueError, ArithmeticError, mpmath.libmp.NoConvergence):
             return None
+        if isinstance(value, Fraction):
+            value = mpmath.mpf(value.numerator) / value.denominator
+        elif not isinstance(value, _NUMBERS) or (isinstance(value, float) and math.isfinite(value) and value % 1):
+            raise TypeError(
+                f"the exact function must return a number of mpmath, an int or a Fraction, got {value!r}: Python's own "
+                "floats have 16 digits, so that mpmath.exp(x) is exact and math.exp(x) is not"
+            )
+        value = +mpmath.mpmathify(value)  # which gives a constant the digits of here
         if isinstance(value, mpmath.mpc):
             if value.imag != 0:
                 return None
             value = value.real
-        value = mpmath.mpf(value)
-        if mpmath.isnan(value):
-            return None
-        if mpmath.isinf(value):
-            return math.inf if value > 0 else -math.inf
-        sign, man, exponent, _ = value._mpf_
-        return (-1) ** sign * Fraction(int(man)) * Fraction(2) ** int(exponent)
+        return None if mpmath.isnan(value) else value
+
+
+#: What an exact function may return, beside fractions.
+_NUMBERS = (int, float, mpmath.mpf, mpmath.mpc, type(mpmath.pi))
+
+
+def _agree(a: Any, b: Any) -> bool:
+    if a is None or b is None or mpmath.isinf(a) or mpmath.isinf(b):
+        return bool(a == b) if a is not None and b is not None else a is b
+    difference = a - b
+    return not difference or (b != 0 and _magnitude(difference) < _magnitude(b) - _AGREEMENT)
+
+
+def _magnitude(value: Any) -> int:
+    """The binary exponent of a number of mpmath that is neither zero nor infinite."""
+    _, _, exponent, bits = value._mpf_
+    return int(exponent + bits)
+
+
+def _fraction(value: Any) -> Fraction:
+    """A finite number of mpmath, exactly; beyond all formats another number beyond them."""
+    sign, man, exponent, _ = value._mpf_
+    if man and abs(_magnitude(value)) > _FAR:
+        man, exponent = 1, _FAR if exponent > 0 else -_FAR
+    return (-1) ** sign * Fraction(int(man)) * Fraction(2) ** int(exponent)
 
 
 @dataclass(frozen=True)
@@ -272,29 +331,44 @@ class _Point:
     code: int
     input: float
     result: float
-    exact: Fraction | float
+    exact: Any  # a number of mpmath
     error: float
     floor: float | None  # signed
     is_correct: bool
     is_nonfinite: bool
 
 
-def _measured(code: int, point: float, result: float, value: Fraction | float, fmt: FloatFormat) -> _Point:
+def _measured(code: int, point: float, result: float, exact: Any, fmt: FloatFormat) -> _Point:
     """One input with its error, and the error of the rounded exact value; None where that overflows."""
-    if isinstance(value, float):
-        right = result == value
-        return _Point(code, point, result, value, 0.0 if right else math.inf, None, right, False)
+    if mpmath.isinf(exact):
+        right = result == exact
+        return _Point(code, point, result, exact, 0.0 if right else math.inf, None, right, False)
+    value = _fraction(exact)
     rounded = reference.to_float(reference.round(value, fmt))
     unit = reference.ulp(value, fmt)
     overflows = abs(value) > fmt.max
-    floor = None if overflows else float((Fraction(rounded) - value) / unit)
+    floor = None if overflows else _ratio(Fraction(rounded) - value, unit)
     if not math.isfinite(result):
-        right = overflows and result == math.copysign(math.inf, value)
+        same = result == _infinity(value) or (math.isnan(result) and math.isnan(rounded))
+        right = overflows and same
         error = 0.0 if right else math.inf
-        return _Point(code, point, result, value, error, floor, right, not right and not overflows)
+        return _Point(code, point, result, exact, error, floor, right, not right and math.isfinite(rounded))
     right = result == rounded
-    error = 0.0 if overflows and right else float((Fraction(result) - value) / unit)
-    return _Point(code, point, result, value, error, floor, right, False)
+    error = 0.0 if overflows and right else _ratio(Fraction(result) - value, unit)
+    return _Point(code, point, result, exact, error, floor, right, False)
+
+
+def _ratio(error: Fraction, unit: Fraction) -> float:
+    """The error in ulps; infinite where float64 has no such number."""
+    try:
+        return float(error / unit)
+    except OverflowError:
+        return _infinity(error)
+
+
+def _infinity(value: Fraction) -> float:
+    """The infinity with the sign of ``value``."""
+    return math.inf if value > 0 else -math.inf
 
 
 def _summary(
@@ -345,11 +419,10 @@ def _median(values: Tensor) -> float:
     return float(ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
-def _written(value: Fraction | float) -> str:
-    if isinstance(value, float):
-        return str(value)
-    with mpmath.workdps(DIGITS):
-        return str(mpmath.nstr(mpmath.mpf(value.numerator) / value.denominator, 20))
+def _written(value: Any) -> str:
+    if value is None:
+        return "undefined"
+    return str(float(value)) if mpmath.isinf(value) else str(mpmath.nstr(value, 20))
 
 
 def _seams(inputs: Tensor, errors: Tensor) -> tuple[Seam, ...]:

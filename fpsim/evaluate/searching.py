@@ -186,12 +186,13 @@ def search(
         tolerance: the greatest change of the mean loss.
         budget: the greatest cost.
         loss: as for `fpsim.evaluate.compare`.
-        cost: ``bits`` or ``bytes`` of the weights with their scales; ``macs``: multiplications times the bits of both
-            factors; or a function of the operands of a product (`fpsim.evaluate.costs`). Costs add up over products.
+        cost: ``bits`` or ``bytes`` of the weights with their scales, once for a module that is called several times;
+            ``macs``: multiplications times the bits of both factors; or a function of the operands of a product
+            (`fpsim.evaluate.costs`), whose costs add up over products.
         alike: groups of names of modules that share a format if they stand in the same module. All products of a module
             share a format, forward and backward.
         weight: a function from a batch to its weight in means, such as `fpsim.curvature.label_count`; None: all alike.
-        trials: the greatest number of choices to measure, beside the single layers.
+        trials: the greatest number of choices to measure, at least 1, beside the single layers.
         backend: ``fpsim_eager``, or ``fpsim``, which compiles.
         progress: called with the number of choices that have been measured, single layers included.
 
@@ -201,8 +202,8 @@ def search(
 
     Raises:
         ValueError: neither or both of tolerance and budget, fewer than two formats, a format with rules for modules,
-            batches that differ from pass to pass, or a model in which nothing is rounded; and as
-            `fpsim.evaluate.compare`.
+            batches that differ from pass to pass, a cost that is negative or not finite, or a model in which nothing is
+            rounded; and as `fpsim.evaluate.compare`.
         FloatingPointError: the loss of the unrounded model is not finite.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)).eval()
@@ -218,6 +219,8 @@ def search(
     assert limit is not None, "one of them is given"
     if not (math.isfinite(limit) and limit >= 0):
         raise ValueError(f"tolerance and budget are finite and not negative, got {limit}")
+    if trials < 1:
+        raise ValueError(f"trials must be at least 1, got {trials}")
     policies = _policies(formats)
     if isinstance(batches, Iterator):
         raise ValueError("batches can be read only once, and a search reads them many times: pass list(batches)")
@@ -226,7 +229,7 @@ def search(
     price = COSTS[cost] if isinstance(cost, str) else cost
     with torch.no_grad(), unfused(), no_recompile_limit(), plain_errors("these formats"):
         trial = _Trial(model, batches, loss, weight, policies, backend, progress)
-        problem = _Problem(trial, alike, price)
+        problem = _Problem(trial, alike, price, once=cost in ("bits", "bytes"))
         found = _Within(problem, limit, trials) if tolerance is not None else _Below(problem, limit, trials)
         choice = found.run()
         policy = problem.policy(choice)
@@ -258,7 +261,12 @@ def _policies(formats: Mapping[str, PolicyLike] | Iterable[PolicyLike]) -> dict[
     for name, policy in named.items():
         if policy is not None and policy.uses_paths:
             raise ValueError(f"format {name!r} has rules for modules, which the search makes: leave them out")
-    return {name: NOTHING if policy is None else policy for name, policy in named.items()}
+    policies = {name: NOTHING if policy is None else policy for name, policy in named.items()}
+    if all(policy == NOTHING for policy in policies.values()):
+        raise ValueError(
+            f"none of the formats {', '.join(policies)} rounds anything: name one that does, such as 'bf16'"
+        )
+    return policies
 
 
 class _Trial:
@@ -297,11 +305,20 @@ class _Trial:
     def _operands(self, batch: Any) -> list[tuple[Site, Site]]:
         """The operands of all forward products of the model."""
         plans = []
+        self.calls = dict.fromkeys(self.model.modules(), 0)
         policy = Policy(format="fp64", attention=next(iter(self.switched.switches.policies)).attention, gaps="*")
 
         def planned(*args: Any, **kwargs: Any) -> Any:
             plans.append(explain(self.model, *args, policy=policy, **kwargs))
-            return self.model(*args, **kwargs)
+            hooks = [module.register_forward_hook(count) for module in self.calls]
+            try:
+                return self.model(*args, **kwargs)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+        def count(module: nn.Module, args: Any, outputs: Any) -> None:
+            self.calls[module] += 1
 
         number_of(planned, batch, self.loss)
         sites = [site for site in plans[0].sites if site.kind == "fprop" and site.role != "output"]
@@ -337,8 +354,13 @@ class _Trial:
 class _Problem:
     """Groups of modules, formats, costs, and the change of the loss for each group and format alone."""
 
-    def __init__(self, trial: _Trial, alike: Iterable[Iterable[str]], price: Cost) -> None:
+    def __init__(self, trial: _Trial, alike: Iterable[Iterable[str]], price: Cost, *, once: bool) -> None:
         self.trial = trial
+        named = dict(trial.model.named_modules(remove_duplicate=False))
+        #: How often the products of a module count: once, or as often as it is called.
+        self.calls = (
+            {path: trial.calls[module] for path, module in named.items() if trial.calls[module]} if once else {}
+        )
         self.names = list(trial.policies)
         self.formats = list(trial.policies.values())
         paths = list(dict.fromkeys(first.path for first, _ in trial.operands))
@@ -362,7 +384,9 @@ class _Problem:
             if a.path in self.members[group]:
                 is_left = policy.products == "weights" and "weight" not in (a.role, b.role)
                 casts = (None, None) if is_left else (policy.cast("fprop", a.role), policy.cast("fprop", b.role))
-                total += float(price(((a, b), casts)))
+                total += float(price(((a, b), casts))) / self.calls.get(a.path, 1)
+        if not 0 <= total < math.inf:
+            raise ValueError(f"the cost of {group or 'the model'} is {total}: costs are finite and not negative")
         return total
 
     def cost(self, choice: _Choice) -> float:
@@ -387,28 +411,54 @@ class _Problem:
 
     def cheapest(self, allowed: float) -> _Choice | None:
         """The cheapest choice whose changes add up to at most ``allowed``; None if there is none."""
-        return self._solve(self.costs, self.changes, allowed)
+        return best_choice(self.costs, self.changes, allowed)
 
     def best(self, budget: float) -> _Choice | None:
         """The choice with the least sum of changes whose cost is at most ``budget``; None if there is none."""
-        return self._solve(self.changes, self.costs, budget)
+        return best_choice(self.changes, self.costs, budget)
 
-    def _solve(self, objective: Any, limited: Any, limit: float) -> _Choice | None:
-        groups, formats = objective.shape
-        scale, unit = max(float(limited.max()), limit, 1e-300), max(float(objective.max()), 1e-300)
-        one = numpy.kron(numpy.eye(groups), numpy.ones(formats))
-        solution = milp(
-            objective.reshape(-1) / unit,
-            constraints=[
-                LinearConstraint(one, 1, 1),
-                LinearConstraint(limited.reshape(1, -1) / scale, -numpy.inf, limit / scale),
-            ],
-            integrality=numpy.ones(groups * formats),
-            bounds=Bounds(0, 1),
-        )
-        if solution.x is None:
-            return None
-        return tuple(int(f) for f in solution.x.reshape(groups, formats).argmax(1))
+
+def best_choice(objective: Any, limited: Any, limit: float) -> _Choice | None:
+    """The choice of one format for each group with the least sum of ``objective``; None if none is within ``limit``.
+
+    A solver has tolerances relative to the largest number. Numbers above the limit are left out, and so are those above
+    the optimum, as soon as a solution bounds it.
+
+    Args:
+        objective, limited: arrays of shape (groups, formats), not negative.
+        limit: the greatest sum of ``limited``.
+    """
+    allowed, best = limited <= limit, None
+    if not allowed.any(1).all():
+        return None
+    excess = objective - numpy.where(allowed, objective, numpy.inf).min(1, keepdims=True)
+    while True:
+        choice = _programme(excess, limited / (limit or 1.0), allowed)
+        if choice is None:
+            return best
+        best, total = choice, sum(excess[g, f] for g, f in enumerate(choice))
+        if total == 0 or total > 1e-3 * excess[allowed].max():
+            return best
+        allowed = allowed & (excess <= total)
+
+
+def _programme(objective: Any, shares: Any, allowed: Any) -> _Choice | None:
+    """The choice among ``allowed`` with the least sum of ``objective`` whose ``shares`` add up to at most one."""
+    groups, formats = objective.shape
+    unit = float(objective[allowed].max()) or 1.0
+    solution = milp(
+        numpy.where(allowed, objective, 0.0).reshape(-1) / unit,
+        constraints=[
+            LinearConstraint(numpy.kron(numpy.eye(groups), numpy.ones(formats)), 1, 1),
+            LinearConstraint(numpy.where(allowed, shares, 0.0).reshape(1, -1), -numpy.inf, 1),
+        ],
+        integrality=numpy.ones(groups * formats),
+        bounds=Bounds(0, allowed.reshape(-1).astype(float)),
+        options={"mip_rel_gap": 0.0},
+    )
+    if solution.x is None:
+        return None
+    return tuple(int(f) for f in solution.x.reshape(groups, formats).argmax(1))
 
 
 class _Search(ABC):
@@ -422,6 +472,8 @@ class _Search(ABC):
         """The best choice that was found."""
         for choice in self.proposals():
             self.measure(choice)
+            if len(self.measured) >= self.trials:
+                break
         best = self.best()
         while len(self.measured) < self.trials:
             better = self._improved(best)

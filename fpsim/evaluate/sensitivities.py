@@ -251,7 +251,7 @@ def sensitivity(
     Raises:
         ValueError: a policy that rounds nothing or that has no switches; estimates for stochastic rounding in the
             forward pass; an unknown ``by``; and as `fpsim.evaluate.compare`.
-        FloatingPointError: the loss of the unrounded model is not finite.
+        FloatingPointError: the loss of the unrounded model, or its gradient, is not finite.
         fpsim.curvature.CurvatureError: the loss cannot be differentiated twice: pass ``estimates=False``.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)).eval()
@@ -328,6 +328,13 @@ class _Measured:
         """Measure on one more batch."""
         exact, gradient = self._run(number, batch, [])
         refuse_nonfinite(exact, number)
+        if gradient is not None:
+            for name, value in gradient.items():
+                if not torch.isfinite(value).all():
+                    raise FloatingPointError(
+                        f"the gradient of {name} in the unrounded model is not finite on batch {number}: pass "
+                        "gradients=False, or look for a derivative that is infinite, such as that of a root at zero"
+                    )
         units = _grouped(self.model.places, self.by)
         if not units:
             raise ValueError(
@@ -387,7 +394,7 @@ def _change(products: Tensor) -> tuple[float, float, float]:
         return 0.0, 1.0, 1.0
     if aa == 0 or math.isnan(aa):
         return math.inf, math.nan, math.inf
-    return math.sqrt(dd / aa), ab / math.sqrt(aa * bb) if bb else 0.0, math.sqrt(bb / aa)
+    return math.sqrt(dd / aa), ab / (math.sqrt(aa) * math.sqrt(bb)) if bb else 0.0, math.sqrt(bb / aa)
 
 
 class _Estimated:

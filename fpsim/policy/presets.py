@@ -63,6 +63,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 #: The recipes that are more than a policy: `fpsim.recipes.NAME(...).apply(model, optimizer)` carries them out.
 MORE_THAN_POLICIES = (
     "amp_fp16", "aqt", "bf16_rope", "coat", "comet", "deepseek_v3", "fp8_federated", "fp8_lm", "fp8_trillion",
-    "fractrain", "galore8bit", "halo", "int8_qat", "k_sort", "low_precision_rl", "mcu_fp16", "mosaic_layernorm", "nf4",
-    "switchback", "zeroquant_fp",
+    "fractrain", "fractrain_dynamic", "galore8bit", "halo", "int8_qat", "k_sort", "low_precision_rl", "mcu_fp16",
+    "mosaic_layernorm", "nf4", "switchback", "zeroquant_fp",
 )  # fmt: skip

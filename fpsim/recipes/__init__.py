@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fpsim.recipes.federated import fp8_federated
     from fpsim.recipes.fp8_lm import fp8_lm
     from fpsim.recipes.fp8_trillion import fp8_trillion
-    from fpsim.recipes.fractrain import fractrain
+    from fpsim.recipes.fractrain import fractrain, fractrain_dynamic
     from fpsim.recipes.galore import galore8bit
     from fpsim.recipes.halo import halo
     from fpsim.recipes.int8_qat import int8_qat
@@ -61,6 +61,7 @@ _RECIPES = {
     "fp8_lm": "fp8_lm",
     "fp8_trillion": "fp8_trillion",
     "fractrain": "fractrain",
+    "fractrain_dynamic": "fractrain",
     "galore8bit": "galore",
     "halo": "halo",
     "int8_qat": "int8_qat",
@@ -116,6 +117,7 @@ __all__ = [
     "fp8_lm",
     "fp8_trillion",
     "fractrain",
+    "fractrain_dynamic",
     "galore8bit",
     "halo",
     "int8_qat",

@@ -8,7 +8,7 @@ from fpsim.attention.flash import FlashAttention
 from fpsim.casts import Cast, usual_overflow
 from fpsim.formats import expand
 from fpsim.policy import Policy
-from fpsim.policy.policy import KINDS
+from fpsim.policy.policy import KINDS, ROLES
 
 #: The operands of the products of linear layers, by kind.
 _OPERANDS = {"fprop": ("activation", "weight"), "dgrad": ("gradient", "weight"), "wgrad": ("gradient", "activation")}
@@ -21,7 +21,7 @@ def wrapped(heading: str, text: str) -> str:
 
 
 def lines_of_policy(policy: Policy | None) -> list[tuple[str, str]]:
-    """Headings and texts: a line for each kind of product, and one for each field that says more."""
+    """Headings and texts: a line for each kind of product, one for each field that says more, and one for each rule."""
     if policy is None:
         return [("policy", "none: the model is not compiled")]
     lines = [(kind, _product(policy, kind)) for kind in KINDS]
@@ -32,10 +32,9 @@ def lines_of_policy(policy: Policy | None) -> list[tuple[str, str]]:
         lines.append(("attention", f"computed in tiles: {policy.attention.written()}"))
     elif policy.products == "weights":
         lines.append(("attention", "its products are not rounded"))
-    for field in ("skip", "modules"):
-        if given := policy.to_dict().get(field):
-            lines.append((field, ", ".join(given) if isinstance(given, list) else str(given)))
-    return lines
+    if policy.skip:
+        lines.append(("skip", ", ".join(policy.skip)))
+    return lines + [(glob, short(rule)) for glob, rule in policy.modules]
 
 
 def short(policy: Policy | None) -> str:
@@ -43,7 +42,12 @@ def short(policy: Policy | None) -> str:
     if policy is None:
         return "unrounded"
     casts = {policy.cast(kind, role) for kind, roles in _OPERANDS.items() for role in roles}
-    return _text(casts.pop()) if len(casts) == 1 else "; ".join(f"{kind}: {_product(policy, kind)}" for kind in KINDS)
+    if len(casts) == 1:
+        return _text(casts.pop())
+    of_roles = {role: {policy.cast(kind, role) for kind in KINDS if role in _OPERANDS[kind]} for role in ROLES}
+    if all(len(found) == 1 for found in of_roles.values()):
+        return "; ".join(f"{role} {_text(found.pop())}" for role, found in of_roles.items())
+    return "; ".join(f"{kind}: {_product(policy, kind)}" for kind in KINDS)
 
 
 def _product(policy: Policy, kind: str) -> str:

@@ -154,10 +154,15 @@ def _head(model: nn.Module) -> str:
     return paths[0]
 
 
-def _block_list(model: nn.Module) -> str:
-    """The path of the list of blocks: the outermost list of two or more modules of one class that hold layers."""
+def block_lists(model: nn.Module) -> list[str]:
+    """The paths of the lists of blocks: the outermost lists of two or more modules of one class that hold layers."""
     lists = [path for path, module in model.named_modules() if _is_block_list(module)]
-    outer = [path for path in lists if not any(matches(other, path) and other != path for other in lists)]
+    return [path for path in lists if not any(matches(other, path) and other != path for other in lists)]
+
+
+def _block_list(model: nn.Module) -> str:
+    """The path of the only list of blocks."""
+    outer = block_lists(model)
     if len(outer) != 1:
         found = f"several lists of blocks ({', '.join(outer)})" if outer else "no list of blocks"
         raise ValueError(

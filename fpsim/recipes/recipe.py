@@ -33,6 +33,7 @@ PARTS: dict[str, str] = {
     "ClippedUpdates": "fpsim.recipes.clipped_updates",
     "ClippingValues": "fpsim.recipes.federated",
     "Cyclic": "fpsim.training.schedules",
+    "GatedBlocks": "fpsim.recipes.dynamic_precision",
     "InputBounds": "fpsim.recipes.aqt",
     "HalfPrecisionAdam": "fpsim.recipes.low_precision_rl",
     "LearnedClipping": "fpsim.recipes.federated",
@@ -48,6 +49,7 @@ PARTS: dict[str, str] = {
     "ScaledLoss": "fpsim.recipes.scaled_loss",
     "SmoothUnits": "fpsim.recipes.fp8_trillion",
     "SplitChannels": "fpsim.recipes.post_training",
+    "TrainedGates": "fpsim.recipes.dynamic_precision",
 }
 
 #: The version of the JSON form. It increases when an older fpsim could misread a newer file.

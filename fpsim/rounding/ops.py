@@ -73,10 +73,12 @@ def _round_vmap(
     source: str = "",
     scale: Tensor | None = None,
 ) -> tuple[Tensor, int | None]:
-    if scale is None or in_dims[-1] is None:
-        return round_op(x, format, rounding, overflow, source, scale), in_dims[0]
+    if scale is None:
+        return round_op(x, format, rounding, overflow, source), in_dims[0]
     xs = _with_batch_first(x, in_dims[0], info.batch_size)
-    return round_op(xs, format, rounding, overflow, source, _scales_of_batch(scale, in_dims[-1], xs)), 0
+    if in_dims[-1] is not None:
+        scale = _scales_of_batch(scale, in_dims[-1], xs)
+    return round_op(xs, format, rounding, overflow, source, scale), 0
 
 
 def _with_batch_first(x: Tensor, batch_dim: int | None, batch_size: int) -> Tensor:

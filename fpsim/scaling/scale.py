@@ -204,7 +204,9 @@ def parse_scale(name: str | Scale | None) -> Scale | None:
     factor, slash, timing = name.partition("/") if isinstance(name, str) else ("", "", "")
     scale = _parse(factor)
     if scale is None or (slash and not is_timing(timing.strip().lower())):
-        hint = suggest(near_names(factor.partition(":")[0], first_words(SCALE_NAMES), most=1, cutoff=0.7))
+        first = factor.partition(":")[0]
+        others = (word for word in first_words(SCALE_NAMES) if word != first)
+        hint = suggest(near_names(first, others, most=1, cutoff=0.7))
         raise ValueError(
             f"unknown scale {reprlib.repr(name)}{hint}: use one of {', '.join(SCALE_NAMES)}, or None. Behind it may "
             f"stand / and one of {', '.join(TIMING_NAMES)}"

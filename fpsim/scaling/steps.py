@@ -117,8 +117,6 @@ def quantized(x: Any, dtype: torch.dtype, elements: Elements, scale: Scale, scal
     if scale.rule in NV_RULES:
         scaled = call(aten.mul.Tensor, wide, nv_factor(scales[0], scales[1], scale, call))
         scaled = scaled if exact_zero else _flushed(scaled, call)
-        if elements.overflow != "sat_finite":  # which limits the numbers too
-            scaled = _clamped(scaled, -6.0, 6.0, call)
         return elements.rounded(scaled, working)
     if scale.rule == "range":
         wide = call(aten.sub.Tensor, wide, scales[1])

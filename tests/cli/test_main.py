@@ -60,7 +60,7 @@ HELP = {
     ),
     ("study",): (
         "run", "experiment", "report", "list", "claims", "pareto", "generation", "attention", "rules", "train",
-        "sensitivity", "search", "Needs fpsim-torch[paper]",
+        "cost", "sensitivity", "search", "Needs fpsim-torch[paper]",
     ),
     ("study", "run"): (
         "--model", "--data", "--formats", "--recipes", "--seeds", "default: 3", "--first-seed", "--learning-rates",
@@ -74,6 +74,7 @@ HELP = {
         "--steps", "--device", "--interpret", "--out", "--executor", "--workers", "--address", "--gpus", "--cpus",
         "--retries",
     ),
+    ("study", "cost"): ("number", "--size", "default: paper", "--conditions", "--model", "--device", "--windows", "--steps"),
     ("study", "report"): ("folder", "--out"),
     ("study", "list"): (),
     ("study", "rules"): (),

@@ -127,3 +127,29 @@ def test_paths_are_those_of_the_module_where_its_forward_is_wrapped(wrapper, in_
         model(torch.randn(2, 4))
     else:
         torch.compile(model, backend="fpsim_eager", options=options)(torch.randn(2, 4))
+
+
+class Delegating(nn.Module):
+    """A wrapper that looks other attributes up in the model that it wraps, as models of peft do."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.after = base, nn.Sequential(nn.Linear(4, 4))
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(self.base(x))
+
+
+def test_paths_are_those_below_modules_with_a_getattr_of_their_own() -> None:
+    model, x = nn.Sequential(Delegating(Wrapped())), torch.randn(2, 4)
+    plan = fpsim.explain(model, x, policy={"format": "bf16"})
+    assert {site.path for site in plan.sites} == {"0.base.body", "0.base.head", "0.after.0"}
+    policy = {"format": "bf16", "skip": ["0.base.head", "0.after"]}
+    assert {site.path for site in fpsim.explain(model, x, policy=policy).sites} == {"0.base.body"}
+    torch.compile(model, backend="fpsim_eager", options=policy)(x)

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fpsim
+from fpsim import Policy
+from fpsim.compile_backend import UnroundedError
+from fpsim.compile_backend.passes.places import policy_at
 
 
 def sites(model, *args: Tensor) -> list[tuple[str, str, str, str]]:
@@ -171,6 +174,15 @@ def test_hand_written_backwards_are_told_apart_by_what_they_multiply() -> None:
         ("", "fprop", "activation", "weight"),
         ("", "wgrad", "activation", "gradient"),
     ]
+
+
+def test_an_unknown_module_is_an_error_only_where_modules_have_rules() -> None:
+    plain, rules = Policy(format="e4m3fn"), Policy(format="e4m3fn", modules={"inner": "none"})
+    with pytest.raises(UnroundedError, match="module of the dgrad product mm is unknown, and the policy has rules for"):
+        policy_at(None, "dgrad product mm", rules, True)
+    assert policy_at(None, "dgrad product mm", plain, True) == plain.at("") == plain
+    assert policy_at(None, "dgrad product mm", rules, False) == rules.at("")
+    assert policy_at("inner", "dgrad product mm", rules, True) is None
 
 
 def test_a_no_grad_product_before_an_elementwise_one_lends_it_no_role() -> None:

@@ -141,6 +141,45 @@ def test_double_precision_and_compiled_functions():
     assert result.worst[0].code.startswith("0xbff")
 
 
+def test_exact_values_that_cancel_get_more_digits():
+    def gelu(x):
+        return torch.nn.functional.gelu(x, approximate="tanh")
+
+    with mpmath.workdps(700):
+        u = mpmath.sqrt(2 / mpmath.pi) * (20 + mpmath.mpf(20) ** 3 * 44715 / 10**6)
+        exact = -20 / (1 + mpmath.exp(2 * u))  # 1 - tanh(u) without the difference, 1e-261
+        ulps = float(-exact / mpmath.mpf(2) ** (mpmath.floor(mpmath.log(-exact, 2)) - 52))
+    assert gelu(torch.tensor(-20.0).double()) == 0
+    assert accuracy(gelu, "fp64", low=-20, high=-20, exact="gelu_tanh").maximum == pytest.approx(ulps, rel=1e-12)
+    half = accuracy(
+        lambda x: x * 0 + 0.5, "fp32", low=1e-30, high=1.000001e-30, exact=lambda x: (1 - mpmath.cos(x)) / x**2
+    )
+    assert half.count == 11 and half.maximum < 1e-50
+    with pytest.raises(ValueError, match=r"with 960 digits at 1\.0, and .* with 1920: choose a form"):
+        accuracy(torch.exp, "e4m3fn", low=1, high=1, exact=lambda x: x + mpmath.mpf(10) ** -mpmath.mp.dps - x)
+    zero = accuracy(torch.relu, "e4m3fn", low=-1, high=1, exact=lambda x: x if x > 0 else 0.0)
+    assert zero.maximum == 0 and zero.count == 113
+    third = accuracy(lambda x: x / 3, "e4m3fn", low=1, high=1, exact=lambda x: Fraction(1, 3))
+    assert third.worst[0].exact == "0.33333333333333333333"
+    pi = accuracy(lambda x: x * math.pi, "fp64", low=1, high=1, exact=lambda x: mpmath.pi)
+    assert pi.correct == 1 and pi.maximum == pytest.approx(1.2246467991473532e-16 / 2**-51)
+
+
+def test_ranges_may_be_those_of_the_whole_format():
+    whole = accuracy(torch.exp, "e8m1", low=-3e38, high=3e38)
+    assert whole.count == 2 * 509 + 1 and whole.nonfinite == 0 and whole.maximum < 1
+    assert whole.errors[-1] == 0 and whole.errors[0] == 0
+    huge = accuracy(lambda x: x.exp().clamp(max=1), "e8m1", low=2.0**127, high=2.0**127, exact="exp")
+    with mpmath.workdps(60):
+        assert (huge.maximum, huge.worst[0].exact) == (2, mpmath.nstr(mpmath.exp(2**127), 20))
+    mixed = accuracy(lambda x: x, "fp64", low=-1.7e308, high=1.7e308, samples=2000, exact=lambda x: x)
+    starts = mixed.inputs.abs().frexp().mantissa.sub(0.75).abs() > 0.2499999  # of binades, and their neighbours
+    drawn = mixed.inputs[~starts]
+    assert len(drawn) > 1900 and 0.45 < (drawn > 0).double().mean() < 0.55
+    saturated = accuracy(lambda x: torch.where(x > 6, torch.nan, x.exp()), "e4m3fn", low=6, high=7, exact="exp")
+    assert (saturated.nonfinite, saturated.count) == (2, 3)  # 448 stands for what lies above
+
+
 def test_results_are_shown_as_text_html_and_plots():
     pytest.importorskip("matplotlib")
     result = accuracy(torch.tanh, "e4m3fn", low=-2, high=2)
@@ -160,6 +199,10 @@ def test_wrong_input_is_refused_with_a_remedy():
         (lambda x: x[:2], {"low": 0, "high": 1, "exact": "exp"}, ValueError, r"elementwise: it returns shape \(2,\)"),
         (lambda x: x > 0, {"low": 0, "high": 1, "exact": "exp"}, TypeError, r"got torch\.bool"),
         (lambda x: 3.0, {"low": 0, "high": 1, "exact": "exp"}, TypeError, "got float"),
+        (torch.exp, {"low": 1, "high": 1, "exact": math.exp}, TypeError, "got 2.718281828459045: Python's own floats"),
+        (torch.exp, {"low": 1, "high": 1, "exact": lambda x: None}, TypeError, "must return a number .* got None"),
+        (torch.exp, {"low": 0, "high": 1, "samples": -1}, ValueError, "must not be negative, got -1 and 5"),
+        (torch.exp, {"low": 0, "high": 1, "worst": -1}, ValueError, "must not be negative, got 4096 and -1"),
     ]
     for function, options, error, message in cases:
         with pytest.raises(error, match=message):

@@ -16,6 +16,7 @@ from fpsim.casts import parse_cast
 from fpsim.compile_backend import Site
 from fpsim.evaluate import search
 from fpsim.evaluate.costs import bit_operations, bits_of, weight_bits, weight_bytes
+from fpsim.evaluate.searching import best_choice
 
 FORMATS = ("e2m1fn", "e3m2fn", "bf16x")
 CASTS = {"e2m1fn": "e2m1fn", "e3m2fn": "e3m2fn", "bf16x": "bf16"}
@@ -85,6 +86,43 @@ def test_the_cheapest_within_a_tolerance_is_within_one_step_of_the_optimum():
         near += cost <= optimum + STEP
         exact += cost == optimum
     assert near >= 9 and exact >= 7
+
+
+def test_a_format_that_fails_in_one_layer_does_not_drown_the_others():
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(12):
+        costs = 16.0 * torch.randint(1, 100, (5, 3), generator=generator).double().sort(1).values
+        changes = 1e-3 * torch.rand(5, 3, generator=generator).double().sort(1, descending=True).values
+        changes[trial % 5, 0] = (1e6, 1.0, 1e-3)[trial % 3]  # infinite, large, and none
+        every = list(itertools.product(range(3), repeat=5))
+
+        def total(values, choice):
+            return sum(float(values[g, f]) for g, f in enumerate(choice))
+
+        for wanted, limited, limit in ((costs, changes, 2e-3), (changes, costs, float(costs.mean()) * 5)):
+            optimum = min((total(wanted, c) for c in every if total(limited, c) <= limit), default=None)
+            found = best_choice(wanted.numpy(), limited.numpy(), limit)
+            if optimum is None:
+                assert found is None
+            else:
+                assert total(limited, found) <= limit * (1 + 1e-6)
+                assert total(wanted, found) == pytest.approx(optimum, rel=1e-6)
+
+
+def test_a_module_that_is_called_twice_has_one_weight():
+    torch.manual_seed(0)
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(4, 2)).eval()
+    batches = [(torch.randn(3, 4), torch.randint(2, (3,)))]
+    costs = {}
+    for cost in ("bits", "bytes", "macs"):
+        found = search(model, batches, formats=["e2m1fn", "bf16"], budget=1e9, loss=cross_entropy, cost=cost, trials=1)
+        assert len(found.measured) == 1
+        costs[cost] = found.cost
+    width = {"e2m1fn": 4, "bf16": 16}
+    choice = {"macs" if "3" not in path else "last": width[name] for path, name in found.choices.items()}
+    assert costs["macs"] == 2 * 48 * choice["macs"] ** 2 + 24 * choice["last"] ** 2
+    assert costs["bits"] == 8 * costs["bytes"] == 16 * choice["macs"] + 8 * choice["last"]
 
 
 def test_the_best_within_a_budget_is_near_the_optimum():
@@ -225,6 +263,10 @@ def test_wrong_input_is_refused_with_a_remedy(found):
         ({"tolerance": 1, "cost": "bit"}, ValueError, "unknown cost 'bit'"),
         ({"tolerance": 1, "batches": iter(batches)}, ValueError, r"read only once.*list\(batches\)"),
         ({"tolerance": 1, "formats": [{"gradient": "e5m2"}, {"gradient": "e4m3fn"}]}, ValueError, "rounds anything"),
+        ({"tolerance": 1, "trials": 0}, ValueError, "trials must be at least 1, got 0"),
+        ({"tolerance": 1, "formats": ["none", "unrounded"]}, ValueError, "none of the formats none, unrounded rounds"),
+        ({"tolerance": 1, "cost": lambda operands: math.nan}, ValueError, "the cost of 0 is nan"),
+        ({"tolerance": 1, "cost": lambda operands: -1.0}, ValueError, r"the cost of 0 is -1\.0"),
         ({"tolerance": 1, "backend": "inductor"}, ValueError, "unknown backend 'inductor'"),
         ({"tolerance": 1, "loss": lambda z, y: z.sum() / 0}, FloatingPointError, "unrounded model is .* on batch 0"),
     ]  # fmt: skip

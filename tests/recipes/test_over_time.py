@@ -15,6 +15,7 @@ from fpsim.policy import Policy
 from fpsim.recipes.mosaic_layernorm import NarrowLayerNorm, NarrowLayerNorms
 from fpsim.recipes.rotary import anchor_mask, frequencies, rotary_tables, rotate, shift_distance
 from fpsim.recipes.scaled_loss import ScaledLoss
+from fpsim.training.dynamic_precision import CostTarget, choices, gate_parameters
 
 
 def bf16(x: Tensor) -> Tensor:
@@ -103,6 +104,141 @@ def test_fractrain_trains_through_its_stages_and_keeps_the_last_layer() -> None:
     assert stages == [3] * 5 + [8] * 2
     assert compiled.policy.at("2") is None
     assert compiled.policy.attention == "keep"
+
+
+class Residual(nn.Module):
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        self.layer, self.short = nn.Conv2d(inside, outside, 3, padding=1), nn.Conv2d(inside, outside, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.layer(x) + self.short(x))
+
+
+class Residuals(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Linear(6, 2)
+        self.blocks = nn.ModuleList([Residual(4, 4), Residual(4, 6)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+def lstm(gate: Any, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A long short-term memory by its formulas: input, forget and output gates, and the new content."""
+    both = x @ gate.weight_ih.T + gate.bias_ih + state[0] @ gate.weight_hh.T + gate.bias_hh
+    i, f, g, o = both.chunk(4, 1)
+    cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * cell.tanh(), cell
+
+
+def rounded_straight_through(x: Tensor, bits: int, rows: bool = False) -> Tensor:
+    return x + (affine(x.detach(), bits, rows) - x).detach()
+
+
+def test_dynamic_precision_is_that_of_its_formulas() -> None:
+    """Per-sample gates, the shared LSTM, straight-through derivatives and the term for the cost, without the backend.
+
+    Gradients of products stay unrounded here, since rounding them is stochastic.
+    """
+    torch.manual_seed(3)
+    model = Residuals()
+    widths = ((2, 6), (3, 6), (6, 8))
+    recipe = recipes.fractrain_dynamic(forward=(2, 3, 6), backward=(6, 6, 8))
+    x = (torch.randn(6, 3, 7, 7) + 3 * torch.randn(6, 3, 1, 1)).requires_grad_()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    assert recipe.policy is not None and recipe.preparation is not None and recipe.optimizer is not None
+    recipe.preparation.apply(model, [x.detach()])
+    recipe.optimizer.apply(optimizer, model)
+    assert [group["momentum"] for group in optimizer.param_groups] == [0.9, 0.9]
+    assert {p for group in optimizer.param_groups for p in group["params"]} == set(model.parameters())
+    nn.init.normal_(model.blocks[0].gate.projection.weight, std=4.0)  # samples differ in their choices
+    for block in model.blocks:
+        nn.init.normal_(block.embed[2].weight, std=4.0)
+    rules = {glob: replace(rule, gradient=None) for glob, rule in recipe.policy.modules}
+    compiled = torch.compile(model, backend="fpsim_eager", options={"policy": replace(recipe.policy, modules=rules)})
+    target = CostTarget(0.02, weight=0.05)
+    y = compiled(x)
+    loss = y.square().sum() + target.term(compiled)
+    got = torch.autograd.grad(loss, [x, *model.parameters()])
+
+    gate = model.blocks[0].gate
+    state = (torch.zeros(6, 16), torch.zeros(6, 16))
+    h, cost, picked = model.stem(x), torch.zeros(()), []
+    for block in model.blocks:
+        inner = block.precisions[0]
+        first, _, second = block.embed
+        pooled = torch.relu(h.mean((2, 3)) @ first.weight.T + first.bias) @ second.weight.T + second.bias
+        state = lstm(gate.cell, pooled, state)
+        p = torch.softmax(state[0] @ gate.projection.weight.T + gate.projection.bias, 1)
+        mask = (p == p.max(1, keepdim=True)[0]).float() - p.detach() + p
+        out: Any = 0.0
+        for k, (bits, gradient_bits) in enumerate(widths):
+            q = rounded_straight_through(h, bits)
+            parts = [
+                nn.functional.conv2d(q, rounded_straight_through(each.weight, 4, True), each.bias, padding=each.padding)
+                for each in (inner.layer, inner.short)
+            ]
+            out = out + mask[:, k, None, None, None] * torch.relu(parts[0] + parts[1])
+            cost = cost + mask[:, k].sum() * (4 * bits + 4 * gradient_bits + bits * gradient_bits) / 32**2
+        picked.append(mask.argmax(1))
+        h = out
+    want = model.head(h.mean((2, 3)))
+    sign = 1 if float(cost.detach()) / 6 / (2 * 3) >= 0.02 else -1
+    expected = torch.autograd.grad(want.square().sum() + sign * 0.05 * cost, [x, *model.parameters()])
+    assert all(len(set(choice.tolist())) > 1 for choice in picked), "samples choose differently"
+    assert [choice.argmax(1).tolist() for choice in choices(compiled).values()] == [each.tolist() for each in picked]
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max() + 1))
+
+
+def test_dynamic_precision_rounds_each_copy_in_its_widths_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), *(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2)))
+    recipe = recipes.fractrain_dynamic(blocks="[12]")
+    compiled, optimizer = recipe.apply(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), batches=iter([torch.randn(5, 4)]), backend="fpsim_eager"
+    )
+    before = [p.clone() for p in gate_parameters(model)]
+    (compiled(torch.randn(5, 4)).square().sum() + CostTarget().term(compiled)).backward()
+    optimizer.step()
+    assert any(not torch.equal(p, old) for p, old in zip(gate_parameters(model), before, strict=True))
+    plan = fpsim.explain(model, torch.randn(5, 4), policy=recipe.policy)
+    found: dict[tuple[str, str], set[str]] = {}
+    for site in plan.sites:
+        if site.kind is not None:
+            key = site.path.partition(".precisions.")[2].partition(".")[0], site.role
+            found.setdefault(key, set()).add(str(site.cast))
+    for k, (a, g) in enumerate(((3, 6), (4, 6), (4, 8), (6, 8), (6, 12))):
+        assert found.pop((str(k), "activation")) == {f"uint{a}/nearest_even/sat_finite/tensor:range"}
+        assert found.pop((str(k), "weight")) == {"uint4/nearest_even/sat_finite/channel:range"}
+        assert found.pop((str(k), "gradient")) == {f"uint{g}/stochastic:23/sat_finite/tensor:range"}
+    assert set().union(*found.values()) == {"None"}, "gates and the other layers"
+
+
+def test_blocks_of_dynamic_precision_are_found_or_named() -> None:
+    recipe, x = recipes.fractrain_dynamic(), torch.randn(2, 4)
+    shared = nn.Sequential(nn.Linear(4, 4))
+    twice = nn.Sequential(nn.Sequential(shared, nn.ReLU()), shared)
+    for model, given, batches, message in (
+        (nn.Linear(4, 4), (), [x], "no list of blocks found in Linear"),
+        (nn.Sequential(nn.Linear(4, 4)), ("1",), [x], "blocks='1' matches no module of Sequential"),
+        (twice, ("0.0",), [x], "calls block '0.0' twice"),
+        (twice, ("0.0",), None, r"give batches=\.\.\."),
+        (nn.Sequential(nn.Linear(4, 4)), ("0",), [], "does not reach block '0'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(recipe.preparation, blocks=given).apply(model, batches)  # type: ignore[arg-type, type-var]
+    with pytest.raises(ValueError, match="the model has no gates"):
+        recipe.optimizer.apply(None, nn.Linear(1, 1))  # type: ignore[union-attr]
+    for widths in ({"forward": (3,), "backward": (6,)}, {"forward": (3, 4), "backward": (6,)}):
+        with pytest.raises(ValueError, match="one width for each of two or more choices"):
+            recipes.fractrain_dynamic(**widths)
 
 
 # -- layer norms -------------------------------------------------------------------------------------------------------

@@ -553,18 +553,37 @@ def test_unknown_names_and_modes(arguments, message):
         fpsim.round(torch.ones(3), **{"format": "e4m3fn", **arguments})
 
 
-def test_the_operator_checks_its_arguments_too():
-    """Other passes may put the operator into graphs, so it must refuse unknown names itself."""
-    x = torch.ones(3)
+def test_the_operators_check_their_arguments_too():
+    """Other passes may put the operators into graphs, so they must refuse unknown names themselves."""
+    ops = torch.ops.fpsim
     for arguments, message in [
         (("e4m3nf", "nearest_even", "sat_finite"), "unknown format"),
         (("e4m3fn", "nearest", "sat_finite"), "unknown rounding"),
         (("e4m3fn", "nearest_even", "saturate"), "unknown overflow"),
+        (("e2m1fn", "nearest_even", "ovf_inf"), "use overflow='sat_finite'"),
         (("fp64", "nearest_even", "ovf_inf"), "convert it to torch.float64"),
+        (("e4m3nf", "stochastic:8", "sat_finite"), "unknown format"),
+        (("e4m3fn", "stochastics", "sat_finite"), "unknown rounding"),
+        (("e4m3fn", "stochastic:8", "saturate"), "unknown overflow"),
+        (("e2m1fn", "stochastic:8", "sat_propagate"), "use overflow='sat_finite'"),
+        (("fp64", "stochastic:8", "ovf_inf"), "convert it to torch.float64"),
     ]:
         for device in ("cpu", "meta"):
-            with pytest.raises(ValueError, match=message):
-                torch.ops.fpsim.round(x.to(device), *arguments)
+            x, words = torch.ones(3, device=device), torch.zeros(3, dtype=torch.int32, device=device)
+            calls = [(ops.round, x)]
+            if arguments[1].startswith("stochastic"):
+                calls = [(ops.round_stochastic, x, words[:2]), (ops.round_with_words, x, words)]
+            for operator, *tensors in calls:
+                source = () if operator is ops.round else ("",)
+                with pytest.raises(ValueError, match=message):
+                    operator(*tensors, *arguments, *source)
+    sparse, key = torch.ones(3).to_sparse(), torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(TypeError, match="cannot round a tensor of layout torch.sparse_coo"):
+        ops.round(sparse, "e4m3fn", "up", "sat_finite")
+    with pytest.raises(TypeError, match="cannot round a tensor of layout torch.sparse_coo"):
+        ops.round_stochastic(sparse, key, "e4m3fn", "stochastic:8", "sat_finite", "")
+    with pytest.raises(ValueError, match="rounding 'up' is not stochastic: use fpsim::round"):
+        ops.round_stochastic(torch.ones(3), torch.zeros(2, dtype=torch.int32), "e4m3fn", "up", "sat_finite", "")
 
 
 @pytest.mark.parametrize("overflow", OVERFLOWS)

@@ -28,7 +28,15 @@ from fpsim.formats import (
 )
 from fpsim.rounding.carriers import working_dtype
 from fpsim.rounding.definitions import random_words_at
-from fpsim.rounding.ops import draw_seed, random_key_op
+from fpsim.rounding.ops import (
+    SOURCE,
+    draw_seed,
+    random_key_op,
+    random_words_op,
+    round_op,
+    round_stochastic_op,
+    round_with_words_op,
+)
 from fpsim.rounding.tensors import round_with_torch_ops
 from fpsim.verify.codes import codes_of, tensor_of
 from tests.shared.formats import overflows
@@ -518,6 +526,53 @@ def test_vmap_draws_for_every_element_of_the_batch_or_for_every_seed() -> None:
     assert torch.equal(many, torch.stack([by_hand(x[i], "e2m1fn", "stochastic", i, 0) for i in range(5)]))
     same = torch.vmap(lambda s: fpsim.round(x[0], "e2m1fn", rounding="stochastic", seed=s))(seeds)
     assert torch.equal(same, torch.stack([by_hand(x[0], "e2m1fn", "stochastic", i, 0) for i in range(5)]))
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1), (4, 1)], ids=str)
+def test_vmap_of_the_operators_gives_every_sample_its_scale_and_its_key(shape: tuple[int, ...]) -> None:
+    """The batch lies along any dimension of any argument; one key draws for all elements of the batch in order."""
+    samples = [numbers(4, 5) * 2.0**i for i in range(3)]
+    scales = [torch.full(shape, 2.0**-i) for i in range(3)]
+    scales[1] = scales[1] * 2.0 ** torch.arange(scales[1].numel()).view(shape)
+    keys = [random_key_op(torch.tensor([i]), 7) for i in range(3)]
+    modes = ("e4m3fn", "stochastic:8", "sat_finite", SOURCE)
+    for dims in itertools.product((0, 1, None), (0, None)):
+        at_x, at_scale = dims[0], dims[1]
+        x, xs = (samples[0], [samples[0]] * 3) if at_x is None else (torch.stack(samples, at_x), samples)
+        scale, each = (scales[1], [scales[1]] * 3) if at_scale is None else (torch.stack(scales, at_scale), scales)
+        if dims != (None, None):
+            got = torch.vmap(lambda a, s: round_op(a, "e4m3fn", "up", "sat_finite", SOURCE, s), dims)(x, scale)
+            want = [round_op(a, "e4m3fn", "up", "sat_finite", SOURCE, s) for a, s in zip(xs, each, strict=True)]
+            assert torch.equal(got, torch.stack(want)), dims
+            one_key = torch.vmap(lambda a, s: round_stochastic_op(a, keys[0], *modes, s), dims)(x, scale)
+            whole = torch.stack([s.expand(4, 5) for s in each])
+            assert torch.equal(one_key, round_stochastic_op(torch.stack(xs), keys[0], *modes, whole)), dims
+        for at_key in (0, 1):
+            together = torch.stack(keys, at_key)
+            got = torch.vmap(lambda a, k, s: round_stochastic_op(a, k, *modes, s), (at_x, at_key, at_scale))
+            want = [round_stochastic_op(*sample, *modes, s) for *sample, s in zip(xs, keys, each, strict=True)]
+            assert torch.equal(got(x, together, scale), torch.stack(want)), (dims, at_key)
+
+
+def test_two_elements_may_have_two_scales() -> None:
+    """Their products 4 and -0.5 are values of the format: nothing is random."""
+    x, scale = torch.tensor([16.0, -0.03125]), torch.tensor([0.25, 16.0])
+    assert torch.equal(round_op(x, "e2m1fn", "nearest_even", "sat_finite", SOURCE, scale), x)
+    key = random_key_op(torch.tensor([1]), 1)
+    assert torch.equal(round_stochastic_op(x, key, "e2m1fn", "stochastic:8", "sat_finite", SOURCE, scale), x)
+
+
+def test_keys_and_words_without_data_have_the_dtype_of_those_with_data() -> None:
+    seed, x = torch.tensor([3]), torch.ones(4, 5)
+    key = random_key_op(seed, 7)
+    for operator, arguments in (
+        (random_key_op, (seed, 7)), (random_words_op, (x, key)), (round_with_words_op, (x, random_words_op(x, key))),
+        (round_stochastic_op, (x, key)),
+    ):  # fmt: skip
+        rest = ("e4m3fn", "stochastic:8", "sat_finite", SOURCE) if operator.__name__.startswith("round") else ()
+        want = operator(*arguments, *rest)
+        got = operator(*(each.to("meta") if isinstance(each, Tensor) else each for each in arguments), *rest)
+        assert (got.dtype, got.shape, got.device.type) == (want.dtype, want.shape, "meta")
 
 
 def test_a_seed_is_drawn_from_torchs_generator() -> None:

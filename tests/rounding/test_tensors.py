@@ -136,7 +136,9 @@ def test_long_tensors_are_coded_in_pieces_with_the_same_results(monkeypatch: pyt
         scales = [fpsim.power_of_two_scale(y, "e4m3fn") for y in layouts]
         fours = fpsim.unpack(packed, "e2m1fn")
         sixes = fpsim.unpack(packed[:, :63], "e2m3fn")
-        return [*sum(coded, ()), stochastic, *scales, fours, fpsim.pack(fours, "e2m1fn"), fpsim.pack(sixes, "e2m3fn")]
+        flat = fpsim.pack(fours.flatten(), "e2m1fn"), fpsim.unpack(packed.flatten(), "e2m1fn")
+        both = fpsim.pack(fours, "e2m1fn"), fpsim.pack(sixes, "e2m3fn")
+        return [*sum(coded, ()), stochastic, *scales, fours, *flat, *both]
 
     whole = results()
     assert torch.equal(whole[-2], packed)

@@ -180,6 +180,16 @@ def test_formats_whose_largest_value_is_small(tensor, name):
     check(x, name, axis)
 
 
+def test_tiles_and_columns_run_across_every_axis():
+    """The largest magnitudes differ from row to row of each axis, so that a group along another axis shows."""
+    for shape in ((3, 4), (2, 3, 4), (2, 3, 2, 4)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        x *= 2.0 ** torch.arange(x.numel()).reshape(shape).mul(7).remainder(11)
+        for name in ("e4m3fn/block:2x3", "int4/block:2x2", "int4/column", "e2m1fn/block:3x1:power_of_two"):
+            for axis in range(len(shape)):
+                check(x, name, axis)
+
+
 def test_a_tensor_of_one_block_with_the_largest_scale():
     """The multiplier is 2^-127, which is no normal number of float32."""
     for name in ("mxint8", *SMALL_FORMATS):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fpsim import reference
-from fpsim.formats import parse_format
+from fpsim.formats import IntegerFormat, parse_format
 from fpsim.rounding.kernel import Grid
 from fpsim.scaling.moved_grid import round_on_moved_grid, suits, unsuitable
 from fpsim.scaling.rules import nan_mark_code
@@ -19,11 +19,12 @@ from tests.rounding.test_kernel import Word
 from tests.shared.judge import CARRIERS
 
 CARRIER = CARRIERS[torch.float32]
-#: The formats of the elements of OCP MX, the last one of MXINT8, and the powers of two with which the form is right.
-#: From the lowest one on, the largest sum is finite. Up to the highest one, a subnormal of float32 becomes zero.
+#: The formats of the elements of OCP MX, and the powers of two with which the form is right. The last format is that of
+#: MXINT8, which has no negative zero. From the lowest power on, the largest sum is finite. Up to the highest one, a
+#: subnormal of float32 becomes zero.
 FORMATS = {
     "e4m3fn": (-99, 116), "e5m2": (-91, 109), "e3m2fn": (-102, 121), "e2m3fn": (-105, 122), "e2m1fn": (-103, 124),
-    "e1m6finite:bias=1": (-110, 119),
+    "e1m6fnuz": (-110, 119),
 }  # fmt: skip
 
 
@@ -76,7 +77,8 @@ def test_other_multipliers_are_unsuitable_but_for_zero(name: str) -> None:
 
 
 def test_which_casts_have_the_form() -> None:
-    e4m3fn, int8 = (Grid(parse_format(name), CARRIER, scaled=True) for name in ("e4m3fn", "e1m6finite:bias=1"))
+    e4m3fn, int8 = (Grid(parse_format(name), CARRIER, scaled=True) for name in ("e4m3fn", "e1m6fnuz"))
+    assert IntegerFormat(8, unit_exponent=-6).grid() == int8.fmt
     assert suits(e4m3fn, "nearest_even", "ovf_inf", "rceil") and suits(int8, "nearest_even", "sat_finite", "rceil")
     assert not suits(e4m3fn, "nearest_even", "ovf_inf", "floor"), "a number may exceed the grid"
     assert not suits(e4m3fn, "toward_zero", "sat_finite", "rceil")

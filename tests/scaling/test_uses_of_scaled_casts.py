@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fpsim
 from fpsim import reference
+from fpsim.rounding.ops import SOURCE
+from fpsim.scaling.ops import outer_scale_op
 
 CASTS = ("mxfp8", "nvfp4", "int4", "e4m3fn/group:24", "e4m3fn/column", "dynamic8", "nf4/group:8:double")
 
@@ -46,6 +49,24 @@ def test_under_vmap_with_one_seed_each_sample_has_its_own_draws() -> None:
     together = torch.vmap(lambda x: fpsim.round(x, "mxfp4", rounding="stochastic", seed=7))(xs)
     assert torch.equal(together, fpsim.round(xs, "mxfp4", rounding="stochastic", seed=7))
     assert len({tuple(row) for row in together.tolist()}) == 4
+
+
+def test_the_outer_scale_is_a_quotient_in_the_working_dtype() -> None:
+    """With values, without data, under vmap, and without elements, where it is one."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        working = torch.float64 if dtype == torch.float64 else torch.float32
+        x = torch.tensor([[3.5, -7.0, 2.0], [0.5, 1.75, -1.0]], dtype=dtype)
+        largest = np.float32([7.0, 1.75]) / np.float32(127)
+        wanted = {"row": torch.from_numpy(largest).to(working)[:, None], "tensor": torch.tensor(largest[0]).to(working)}
+        for scale, want in wanted.items():
+            got = outer_scale_op(x, "int8", scale, [1], SOURCE)
+            assert got.dtype == working and torch.equal(got, want)
+            without_data = outer_scale_op(x.to("meta"), "int8", scale, [1], SOURCE)
+            assert (without_data.dtype, without_data.shape) == (working, want.shape)
+            empty = outer_scale_op(x[:, :0], "int8", scale, [1], SOURCE)
+            assert empty.dtype == working and torch.equal(empty, torch.ones_like(want))
+        by_column = torch.vmap(lambda row: outer_scale_op(row, "int8", "tensor", [0], SOURCE), in_dims=1)(x.T)
+        assert by_column.dtype == working and torch.equal(by_column, wanted["row"][:, 0])
 
 
 @pytest.mark.parametrize(
