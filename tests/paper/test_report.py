@@ -235,7 +235,7 @@ def test_heat_maps_hold_the_numbers(folder):
     judged = judge_sweep(runs, facts)
     high, low, _ = heat_maps(judged).axes
     assert [each.get_text() for each in high.texts] == [
-        f"{v.final_loss:.3g}" for v in np.array(judged.verdicts)[[0, 3, 1, 4, 2, 5]]
+        f"{v.final_loss:.2f}" for v in np.array(judged.verdicts)[[0, 3, 1, 4, 2, 5]]
     ]
     assert len(low.texts) == 3  # the other runs diverged
 
