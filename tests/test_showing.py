@@ -23,7 +23,9 @@ from fpsim.verify import verify
 TYPES = (
     Plan, Audit, Profile, fpsim.Policy, Recipe, Accuracy, Comparison, SearchResult, Sensitivity, Report, LogitSummary,
     curvature.EigenResult, curvature.TraceResult, curvature.DensityResult, sharpness.CriticalResult,
-    sharpness.KeskarResult, sharpness.SamResult, sharpness.LogitMetrics, sharpness.Slice1D, sharpness.Slice2D,
+    curvature.KroneckerFactors, curvature.CurvatureHistory, curvature.LayerCurvature, curvature.Symmetry,
+    curvature.Determinism, sharpness.KeskarResult, sharpness.SamResult, sharpness.LogitMetrics,
+    sharpness.Slice1D, sharpness.Slice2D,
 )  # fmt: skip
 
 
@@ -46,6 +48,16 @@ def test_results_with_tables_show_their_tables() -> None:
     assert text_of(profile._repr_html_()).split() == render(profile, width=160).split()
     result = fpsim.evaluate.accuracy(torch.tanh, "e4m3fn", low=0.5, high=1)
     assert text_of(result._repr_html_()).split() == render(result, width=160).split()
+
+
+def test_a_history_shows_a_row_for_each_step() -> None:
+    history = curvature.CurvatureHistory()
+    for step in (0, 10):
+        history = history.add(step, curvature.eigenpairs(torch.diag(torch.tensor([2.0 + step, 1.0]))))
+    words = re.findall(r"[^\s│┃━─┏┳┓┡╇┩└┴┘]+", text_of(history._repr_html_()))
+    at = words.index("0")
+    assert " ".join(words[:at]) == "step converged eigenvalue 1 residual 1"
+    assert words[at : at + 3] == ["0", "True", "2"] and words[at + 4 : at + 7] == ["10", "True", "12"]
 
 
 def test_policies_show_their_stated_fields_and_recipes_their_text() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fpsim.cli.errors import plain_errors
-from fpsim.cli.output import check_writable
+from fpsim.cli.output import check_writable, load_torch
 
 
 @plain_errors
@@ -29,8 +29,9 @@ def demo(
     ] = 4096.0,
 ) -> None:
     """Train a small Llama in several formats side by side, and show their cost. Needs fpsim-torch\\[paper]."""
-    from fpsim.paper.demo import demo as run
-
     out.mkdir(parents=True, exist_ok=True)
     check_writable(out / "summary.json")
+    load_torch()
+    from fpsim.paper.demo import demo as run
+
     run(steps=steps, formats=format or None, text=text, out=out, loss_scale=loss_scale)

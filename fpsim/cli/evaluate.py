@@ -22,7 +22,7 @@ from fpsim.cli.options import (
     WeightsOption,
     WindowsOption,
 )
-from fpsim.cli.output import check_writable, print_measured
+from fpsim.cli.output import check_writable, load_torch, print_measured
 
 if TYPE_CHECKING:
     from fpsim.evaluate.texts import Task
@@ -47,6 +47,7 @@ def evaluate(
     """
     check_writable(csv)
     task = _task(model, text, weights, windows, context)
+    load_torch()
     from fpsim.evaluate import compare
 
     measure = functools.partial(compare, **_given(task), policies=policy, metric="perplexity", backend=backend)
@@ -74,6 +75,7 @@ def sensitivity(
     """
     check_writable(csv)
     task = _task(model, text, weights, windows, context)
+    load_torch()
     from fpsim.evaluate import sensitivity as sensitivity_of
 
     options: dict[str, Any] = {"policy": policy, "by": by, "gradients": gradients, "estimates": estimates}

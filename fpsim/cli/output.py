@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,13 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int | None], None]
     with ProgressBars(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def load_torch() -> None:
+    """Import PyTorch under a progress bar: on a busy machine that takes long."""
+    if "torch" not in sys.modules:
+        with progress_bar("loading PyTorch"):
+            importlib.import_module("torch")
 
 
 def print_measured(

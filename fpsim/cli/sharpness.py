@@ -17,7 +17,7 @@ from fpsim.cli.options import (
     WindowsOption,
     complete_format,
 )
-from fpsim.cli.output import print_table, progress_bar
+from fpsim.cli.output import load_torch, print_table, progress_bar
 
 if TYPE_CHECKING:
     from fpsim.evaluate.logit_sharpness import Report
@@ -52,6 +52,7 @@ def sharpness(
     tokens to logits and may take vocabulary and context; its tokens are bytes, unless the script has a function
     tokenize.
     """
+    load_torch()
     from fpsim.evaluate.load import is_script
     from fpsim.evaluate.logit_sharpness import EPSILONS
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from fpsim.cli.errors import OneLineErrors, plain_errors
-from fpsim.cli.output import check_writable
+from fpsim.cli.output import check_writable, load_torch
 from fpsim.cli.study_checkpoints import search, sensitivity
 from fpsim.suggestions import did_you_mean
 
@@ -50,7 +50,9 @@ class _SeveralValues(TyperCommand):
         return super().parse_args(ctx, result)
 
 
-Out = Annotated[Path | None, typer.Option(help="Folder of the sweep.", show_default="a folder under runs/")]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder of the sweep.", show_default="runs/study, or runs/experiment-NUMBER-SIZE")
+]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -142,6 +144,7 @@ def run(
     retries: Retries = 2,
 ) -> None:
     """Train a model in several formats or recipes over seeds and learning rates, and write a report."""
+    load_torch()
     from fpsim.paper.config import RunConfig
     from fpsim.paper.data import DataConfig
     from fpsim.paper.models import model_config
@@ -222,6 +225,7 @@ def experiment(
     retries: Retries = 2,
 ) -> None:
     """Run an experiment, the paper's or ours (9 to 11), and write a report. Complete runs are not computed again."""
+    load_torch()
     chosen, setting = _setting(number, size)
     setting = _resized(setting, model, data, seeds, learning_rates, steps, device, interpret)
     if first_seed is not None:

@@ -18,13 +18,14 @@ from fpsim.curvature.linear import Operator, symmetry_tolerance
 from fpsim.curvature.losses import scalar_loss
 from fpsim.curvature.products import OperationsSeen
 from fpsim.curvature.vectors import Layout, Params, Select, layout
+from fpsim.showing import Shown
 
 #: An operator draws random numbers if its name contains one of these.
 _RANDOM = ("rand", "bernoulli", "dropout", "normal_", "uniform_", "exponential", "multinomial", "geometric_", "cauchy_")
 
 
 @dataclass(frozen=True)
-class Symmetry:
+class Symmetry(Shown):
     """Whether an operator is symmetric.
 
     Attributes:
@@ -58,7 +59,7 @@ def check_symmetry(
 
 
 @dataclass(frozen=True)
-class Determinism:
+class Determinism(Shown):
     """Whether a loss and its gradient are the same at every call.
 
     Attributes:

@@ -19,6 +19,7 @@ from fpsim.showing import Shown
 if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
+    from rich.table import Table
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ def alignment(gradient: Tensor, eigen: EigenResult) -> Alignment:
 
 
 @dataclass(frozen=True)
-class CurvatureHistory:
+class CurvatureHistory(Shown):
     """Eigenvalues and alignments at steps of a run. `add` gives a longer history and changes nothing.
 
     Attributes:
@@ -101,6 +102,17 @@ class CurvatureHistory:
         aligned = None if gradient is None else alignment(gradient, eigen)
         small = replace(eigen, eigenvectors=eigen.eigenvectors[:, :0])
         return CurvatureHistory((*self.steps, step), (*self.eigen, small), (*self.alignments, aligned))
+
+    def table(self) -> Table:
+        """The `rows` as a table of rich, as notebooks show it; numbers have six digits."""
+        from rich.table import Table
+
+        rows = self.rows()
+        table = Table(*dict.fromkeys(name for row in rows for name in row))
+        for row in rows:
+            values = (row.get(column.header, "") for column in table.columns)
+            table.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in values))
+        return table
 
     def rows(self) -> list[dict[str, Any]]:
         """One mapping for each step: eigenvalues, their residuals, and cosines and share if gradients were given."""

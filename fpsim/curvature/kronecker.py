@@ -20,6 +20,7 @@ from fpsim.curvature.linear import Operator
 from fpsim.curvature.losses import CrossEntropy, functional_outputs
 from fpsim.curvature.monte_carlo import draw_labels, generator_of
 from fpsim.curvature.vectors import Layout, Select, layout
+from fpsim.showing import Shown
 
 Sharing = Literal["expand", "reduce"]
 
@@ -40,7 +41,7 @@ class _Call:
 
 
 @dataclass(frozen=True, eq=False)
-class KroneckerFactors:
+class KroneckerFactors(Shown):
     """The approximation ``B kron A`` of the block of each weight, and ``B`` of each bias.
 
     Attributes:

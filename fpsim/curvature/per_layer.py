@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class LayerCurvature:
+class LayerCurvature(Shown):
     """The curvature of one layer, with all other parameters fixed.
 
     Attributes:

@@ -74,7 +74,9 @@ HELP = {
         "--steps", "--device", "--interpret", "--out", "--executor", "--workers", "--address", "--gpus", "--cpus",
         "--retries",
     ),
-    ("study", "cost"): ("number", "--size", "default: paper", "--conditions", "--model", "--device", "--windows", "--steps"),
+    ("study", "cost"): (
+        "number", "--size", "default: paper", "--conditions", "--model", "--device", "--windows", "--steps",
+    ),
     ("study", "report"): ("folder", "--out"),
     ("study", "list"): (),
     ("study", "rules"): (),

@@ -200,7 +200,7 @@ def test_the_page_opens_with_the_verdicts(page):
     opening = parsed.text[: parsed.text.index("Question")]
     assert "high trained in 6 of 6, the reference, although up to 25 % of gradients saturate." in opening
     assert (
-        "low <b> did not train in 3 of 6 (3 diverged, the first at step 211): up to 25 % of gradients saturate; head "
+        "low <b> did not train in 3 of 6 (3 diverged, the first at step 215): up to 25 % of gradients saturate; head "
         "unrounded would likely mend it." in opening
     )
 
@@ -235,7 +235,7 @@ def test_heat_maps_hold_the_numbers(folder):
     judged = judge_sweep(runs, facts)
     high, low, _ = heat_maps(judged).axes
     assert [each.get_text() for each in high.texts] == [
-        f"{v.final_loss:.3g}" for v in np.array(judged.verdicts)[[0, 3, 1, 4, 2, 5]]
+        f"{v.final_loss:.2f}" for v in np.array(judged.verdicts)[[0, 3, 1, 4, 2, 5]]
     ]
     assert len(low.texts) == 3  # the other runs diverged
 
