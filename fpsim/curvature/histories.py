@@ -108,9 +108,10 @@ class CurvatureHistory(Shown):
         from rich.table import Table
 
         rows = self.rows()
-        table = Table(*dict.fromkeys(name for row in rows for name in row))
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        table = Table(*names)
         for row in rows:
-            values = (row.get(column.header, "") for column in table.columns)
+            values = (row.get(name, "") for name in names)
             table.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in values))
         return table
 
