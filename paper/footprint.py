@@ -138,4 +138,5 @@ _PARTS: dict[str, Callable[[Any, float], tuple[float, float]]] = {
     "ScaledLoss": _unchanged,
     "ProjectedAdam": _projected,
     "HalfPrecisionAdam": _half_precision,
+    "TrainedGates": _unchanged,
 }

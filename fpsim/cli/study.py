@@ -272,6 +272,7 @@ def cost(
     steps: Annotated[int, typer.Option(min=1, help="Measured steps after the first; their median counts.")] = 3,
 ) -> None:
     """Measure a few steps of each condition of an experiment, and tell how long all of its runs would take here."""
+    load_torch()
     from fpsim.paper import cost as study
     from fpsim.paper.progress import say
 
