@@ -169,11 +169,17 @@ def recipe_fields(recipe: Mapping[str, Any] | Recipe) -> dict[str, Any]:
     """The JSON object of a recipe, in the one form that its text has.
 
     Raises:
-        ValueError: the object is no recipe, or it is one for models that are trained already.
+        ValueError: the object is no recipe, or it is one for models that are trained already, or that needs batches.
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.from_json(json.dumps(recipe))
     part = type(recipe.preparation).__name__
+    if part == "GatedBlocks":
+        raise ValueError(
+            f"recipe {recipe.name!r} looks at a batch before it changes the model ({part}), and its loss has a term of "
+            "its own, which a run of the study does not add: call its method apply in a loop of yours, or use another "
+            "recipe"
+        )
     if recipe.preparation is not None and part not in _PREPARATIONS:
         raise ValueError(
             f"recipe {recipe.name!r} changes a trained model ({part}), and a run begins with random weights: call its "

@@ -179,7 +179,7 @@ def test_the_loss_scale_of_a_recipe_is_recorded_and_an_overflow_is_a_skipped_ste
     assert run(replace(config, recipe=Recipe("plain", "", Policy(format="bf16")), steps=1), data)[0].loss_scale is None
 
 
-def test_a_recipe_for_trained_models_is_refused():
+def test_recipes_for_trained_models_and_those_with_a_loss_of_their_own_are_refused():
     for name, make in RECIPES.items():
         try:
             recipe = make()
@@ -187,6 +187,9 @@ def test_a_recipe_for_trained_models_is_refused():
             continue  # it has arguments without a default
         if type(recipe.preparation).__module__ == "fpsim.recipes.post_training":
             with pytest.raises(ValueError, match=f"recipe '{recipe.name}' changes a trained model"):
+                RunConfig(recipe=recipe)
+        elif name == "fractrain_dynamic":
+            with pytest.raises(ValueError, match="its loss has a term of its own"):
                 RunConfig(recipe=recipe)
         else:
             assert RunConfig(recipe=recipe).recipe["name"] == recipe.name, name
