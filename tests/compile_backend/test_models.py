@@ -14,8 +14,6 @@ import fpsim
 from fpsim.compile_backend import UnroundedError
 from fpsim.compile_backend.passes.rounding_pass import RoundingPass
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
-
 
 class AttentionBlock(nn.Module):
     """A pre-norm transformer block whose arithmetic between products is the same in any executor."""
@@ -65,7 +63,11 @@ def inputs(batch: int = 2, length: int = 4, dtype: torch.dtype = torch.float32) 
     return (torch.randint(-4, 5, (batch, length, 16), generator=generator) * 0.25).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.exhaustive)],
+    ids=str,
+)
 def test_compiled_and_interpreted_give_the_same_bits(dtype: torch.dtype) -> None:
     model, x = exact_(AttentionBlock()).to(dtype), inputs(dtype=dtype)
     compiled = step(torch.compile(model, backend="fpsim", options=OPTIONS), x)
@@ -117,10 +119,10 @@ class All(nn.Module):
 @pytest.mark.parametrize(
     "options",
     [
-        {"format": "bf16"},
+        pytest.param({"format": "bf16"}, marks=pytest.mark.exhaustive),
         {"format": "bf16", "output": "bf16"},
-        {"format": "bf16", "elementwise": {"forward": "bf16"}},
-        {"format": "none", "elementwise": {"backward": "bf16"}},
+        pytest.param({"format": "bf16", "elementwise": {"forward": "bf16"}}, marks=pytest.mark.exhaustive),
+        pytest.param({"format": "none", "elementwise": {"backward": "bf16"}}, marks=pytest.mark.exhaustive),
         {"format": "bf16", "output": "bf16", "elementwise": "bf16"},
     ],
     ids=str,
