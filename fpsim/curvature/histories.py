@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,18 +87,27 @@ class CurvatureHistory(Shown):
 
         Args:
             step: larger than all steps before.
-            eigen: the eigenpairs at this step; as many as at the steps before.
+            eigen: the eigenpairs at this step; as many as at the steps before, of an operator of the same size.
             gradient: the gradient at this step, shape ``(size,)``, for `alignment`.
 
         Raises:
-            ValueError: the step is not the latest, or the number of eigenvalues is another; and as `alignment`.
+            TypeError: the step is no integer.
+            ValueError: the step is not the latest, or the number of eigenvalues or the size is another; and as
+                `alignment`.
         """
+        if isinstance(step, bool) or not isinstance(step, Integral):
+            raise TypeError(f"a step is an integer, got {step!r}")
         if self.steps and step <= self.steps[-1]:
             raise ValueError(f"step {step} does not follow step {self.steps[-1]}: add steps in ascending order")
         if self.eigen and len(eigen.eigenvalues) != len(self.eigen[0].eigenvalues):
             raise ValueError(
                 f"step {step} has {len(eigen.eigenvalues)} eigenvalues and the steps before have "
                 f"{len(self.eigen[0].eigenvalues)}: ask for the same k at each step"
+            )
+        if self.eigen and len(eigen.eigenvectors) != len(self.eigen[0].eigenvectors):
+            raise ValueError(
+                f"step {step} has an operator of size {len(eigen.eigenvectors)} and the steps before of size "
+                f"{len(self.eigen[0].eigenvectors)}: begin another history for it"
             )
         aligned = None if gradient is None else alignment(gradient, eigen)
         small = replace(eigen, eigenvectors=eigen.eigenvectors[:, :0])

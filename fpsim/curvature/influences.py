@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fpsim.curvature.inverses import InverseResult, inverse
-from fpsim.curvature.linear import Operator
+from fpsim.curvature.linear import Operator, parameters_of
 from fpsim.curvature.losses import scalar_loss
 from fpsim.curvature.products import vjp
 from fpsim.curvature.results import new_axes
@@ -30,12 +30,14 @@ class InfluenceResult(Shown):
             training loss. An example with a negative value helps. To remove one of N examples from a mean changes the
             test loss by about ``-value / N``.
         solve: the solution ``(A + damping I)^-1 g`` for the gradient g of the test loss, with its residual.
-        gradients: the number of gradients: one for the test loss and one for each example.
+        gradients: the number of gradients: two for the test loss and one for each example.
+        repeats: whether the two gradients of the test loss are equal.
     """
 
     values: Tensor
     solve: InverseResult = field(repr=False)
     gradients: int
+    repeats: bool = True
 
     @property
     def products(self) -> int:
@@ -44,13 +46,14 @@ class InfluenceResult(Shown):
 
     @property
     def converged(self) -> bool:
-        """Whether the solution has converged."""
-        return self.solve.converged
+        """Whether the solution has converged, for a loss that repeats."""
+        return self.solve.converged and self.repeats
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why ``converged`` is False, in words; empty if it is True."""
-        return self.solve.reasons
+        moved = "two gradients of the test loss differ: turn dropout off (model.eval()), or fix the random numbers"
+        return self.solve.reasons if self.repeats else (*self.solve.reasons, moved)
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """The influences, sorted: the most helpful examples first."""
@@ -84,28 +87,29 @@ def influence(
         damping, tol, max_products, progress: as for `inverse`.
 
     Returns:
-        An `InfluenceResult`. It costs the products of one `inverse`, and one gradient for each example and the test.
+        An `InfluenceResult`. It costs the products of one `inverse`, a gradient for each example, and two for the test.
 
     Raises:
         TypeError: a loss is no scalar.
         ValueError: the operator's entries are not parameters, there is no example, or as `inverse`.
         FloatingPointError: a loss or its gradient has infinities or NaN.
     """
-    if operator.layout is None:
-        raise ValueError(f"{operator.name} has no layout of parameters: make it with hessian(...) or gauss_newton(...)")
+    layout = parameters_of(operator)
     given = list(examples)
     if not given:
         raise ValueError("there is no example: give at least one batch")
+    of_test = gradient(layout, loss, test)
+    repeats = torch.equal(of_test, gradient(layout, loss, test))
     solve = inverse(
         operator,
-        gradient(operator.layout, loss, test),
+        of_test,
         damping=damping,
         tol=tol,
         max_products=max_products,
         progress=progress,
     )
-    values = [-dot(gradient(operator.layout, loss, example), solve.solution) for example in given]
-    return InfluenceResult(torch.tensor(values, dtype=torch.float64), solve, 1 + len(given))
+    values = [-dot(gradient(layout, loss, example), solve.solution) for example in given]
+    return InfluenceResult(torch.tensor(values, dtype=torch.float64), solve, 2 + len(given), repeats)
 
 
 def gradient(layout: Layout, loss: Callable[[Params, Any], Tensor], batch: Any) -> Tensor:

@@ -202,3 +202,16 @@ def symmetry_tolerance(operator: Operator) -> float:
     """The largest relative asymmetry of ``operator`` that rounding errors explain."""
     dtypes = [operator.dtype] if operator.layout is None else [value.dtype for value in operator.layout.values]
     return max(_SYMMETRY.get(dtype, 1e-1) for dtype in dtypes)
+
+
+def parameters_of(operator: Operator) -> Layout:
+    """The parameters that the entries of ``operator`` belong to.
+
+    Raises:
+        ValueError: they are not parameters, or it is a matrix and no operator.
+    """
+    layout = getattr(operator, "layout", None)
+    if not isinstance(layout, Layout):
+        name = getattr(operator, "name", None) or type(operator).__name__
+        raise ValueError(f"{name} has no layout of parameters: make it with hessian(...) or gauss_newton(...)")
+    return layout

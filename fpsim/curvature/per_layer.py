@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fpsim.curvature.eigen import eigenpairs
-from fpsim.curvature.linear import Operator
+from fpsim.curvature.linear import Operator, parameters_of
 from fpsim.curvature.results import DensityResult, EigenResult, TraceResult, new_axes, smoothed
 from fpsim.curvature.spectral_density import density
 from fpsim.curvature.traces import trace
@@ -206,11 +206,10 @@ def per_layer(
     Raises:
         ValueError: the operator's entries are not parameters, a group names no parameter, or as the functions above.
     """
-    if operator.layout is None:
-        raise ValueError(f"{operator.name} has no layout of parameters: make it with hessian(...) or gauss_newton(...)")
+    layout = parameters_of(operator)
     given = groups
     if given is None:
-        given = layers(dict(zip(operator.layout.names, operator.layout.values, strict=True)), depth=depth)
+        given = layers(dict(zip(layout.names, layout.values, strict=True)), depth=depth)
     if not given:
         raise ValueError("groups is empty: name at least one layer, or omit it")
     generator = seeded(generator)

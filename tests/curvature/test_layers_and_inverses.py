@@ -308,7 +308,7 @@ def test_influence_is_that_of_a_dense_solve_and_of_training_without_the_example(
     solved = torch.linalg.solve(dense, slope)
     want = torch.stack([-solved @ (a.T @ (a @ params["w"] - b)) for a, b in examples])
     assert relative(found.values, want) <= 1e-10
-    assert found.converged and found.gradients == 41 and found.products == calls[0]
+    assert found.converged and found.gradients == 42 and found.products == calls[0]
     moved = [float(loss({"w": fitted(torch.arange(40) != i)}, test) - loss(params, test)) for i in range(40)]
     assert torch.corrcoef(torch.stack([-found.values / 40, torch.tensor(moved, dtype=torch.float64)]))[0, 1] > 0.98
     assert found.plot().get_ylabel() == "influence on the test loss"
@@ -339,6 +339,17 @@ def test_influence_refuses_what_has_no_answer():
         influence(operator, lambda p, b: p["x"].sum() / b, [1.0], test=0.0, damping=1.0)
     with pytest.raises(ValueError, match="no layout of parameters"):
         influence(Operator.of_matrix(torch.eye(2)), lambda p, b: p["x"].sum(), [1.0], test=1.0, damping=1.0)
+    for function in (per_layer, lambda matrix: influence(matrix, lambda p, b: p, [1.0], test=1.0, damping=1.0)):
+        with pytest.raises(ValueError, match="Tensor has no layout of parameters: make it with hessian"):
+            function(torch.eye(3))
+
+
+def test_influence_with_a_loss_that_moves_has_not_converged():
+    operator = hessian(lambda p, b: (p["x"] ** 2).sum() * b, {"x": torch.ones(2)}, batches=[1.0])
+    factors = iter(range(1, 9))
+    found = influence(operator, lambda p, b: p["x"].sum() * next(factors), [1.0], test=1.0, damping=1.0)
+    assert found.solve.converged and not found.converged
+    assert found.reasons[0].startswith("two gradients of the test loss differ: turn dropout off")
 
 
 # -- histories ---------------------------------------------------------------------------------------------------------
@@ -373,6 +384,11 @@ def test_a_history_keeps_the_numbers_of_each_step_and_plots_them():
         history.add(10, found)
     with pytest.raises(ValueError, match="step 11 has 1 eigenvalues and the steps before have 2"):
         history.add(11, eigenpairs(torch.eye(3)))
+    with pytest.raises(ValueError, match="step 11 has an operator of size 4 and the steps before of size 3"):
+        history.add(11, eigenpairs(torch.eye(4), k=2))
+    for step in (math.nan, 11.5, True):
+        with pytest.raises(TypeError, match="a step is an integer, got"):
+            history.add(step, found)
 
 
 def test_numbers_that_are_not_finite_are_named():
