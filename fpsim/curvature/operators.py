@@ -231,6 +231,10 @@ def empirical_fisher(
     return replace(operator, name="empirical Fisher")
 
 
+#: The doubt about an operator whose graph is older than its parameters.
+PARAMETERS_MOVED = "the parameters changed in place after the first product, whose graph is kept: make a new operator"
+
+
 def operator_of(
     linearise: Linearise,
     examine: Callable[[Any, Look], None],
@@ -243,11 +247,13 @@ def operator_of(
     """The operator ``sum(w_b P_b) / sum(w_b)`` of the products ``P_b = linearise(batch)``.
 
     Before the first product, ``examine`` evaluates the loss of the first batch once, so that even a graph that is
-    computed only once shows whether the loss changes from call to call.
+    computed only once shows whether the loss changes from call to call. A graph that is kept is that of the parameters
+    at the first product: parameters that changed in place since then are a doubt.
     """
     kept: list[tuple[Product, float]] = []
     witness = Witness()
-    examined = False
+    examined = moved = False
+    versions: list[int] = []
 
     def terms() -> Iterator[tuple[Product, float]]:
         nonlocal examined
@@ -263,10 +269,13 @@ def operator_of(
             yield linearise(batch, look), weight
 
     def multiply(vector: Tensor) -> Tensor:
+        nonlocal moved
         pieces = arranged.split(vector)
         total, result = 0.0, None
+        moved = moved or (bool(kept) and versions != [value._version for value in arranged.values])
         if keep and not kept:
             kept.extend(terms())
+            versions.extend(value._version for value in arranged.values)
             witness.begin()
             for batch, _ in data:
                 witness.batch(batch)
@@ -281,9 +290,10 @@ def operator_of(
             raise ValueError(NO_DATA)
         return result if only else result.div_(total)
 
-    return Operator(
-        arranged.size, multiply, arranged.dtype, arranged.device, arranged, name, doubts=lambda: witness.reasons
-    )
+    def doubts() -> tuple[str, ...]:
+        return (*witness.reasons, *([PARAMETERS_MOVED] if moved else []))
+
+    return Operator(arranged.size, multiply, arranged.dtype, arranged.device, arranged, name, doubts=doubts)
 
 
 def _examined(function: Function, values: Tensors, mode: str) -> frozenset[str]:

@@ -19,6 +19,7 @@ from fpsim.curvature import (
     functional_outputs,
     gauss_newton,
     hessian,
+    inverse,
     layout,
 )
 from tests.curvature.small_models import MODELS, case, dense_hessian, relative, token_loss
@@ -66,6 +67,21 @@ def test_compiled_products_of_batches_of_few_shapes():
         operator(2) @ torch.ones(3)
         with pytest.raises(CurvatureError, match="more than 2 shapes, each compiled apart: pad them"):
             operator(3) @ torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("keep", "reason"),
+    [(True, "the parameters changed in place after the first product"), (False, "the loss changes from call to call")],
+)
+def test_parameters_that_change_in_place_are_a_doubt(keep, reason):
+    weight, vector = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    operator = hessian(lambda p: (p["w"] ** 3).sum(), {"w": weight}, keep=keep)
+    assert torch.equal(operator @ vector, 6 * weight)
+    assert inverse(operator, vector, damping=1.0).converged
+    weight.add_(1)
+    found = inverse(operator, vector, damping=1.0)
+    assert not found.converged
+    assert [each for each in found.reasons if each.startswith(reason)], found.reasons
 
 
 @pytest.mark.parametrize("name", MODELS)
