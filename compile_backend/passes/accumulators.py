@@ -32,7 +32,7 @@ from fpsim.compile_backend.graph.views import is_view
 from fpsim.compile_backend.observe.lost_sums import observe_sum
 from fpsim.compile_backend.observe.product_error import result_of
 from fpsim.compile_backend.passes.inserter import Inserter
-from fpsim.compile_backend.passes.unfolding import convolution, gradient
+from fpsim.compile_backend.passes.unfolding import convolution, gradient, moves_pixels
 from fpsim.compile_backend.plan import Sum
 from fpsim.formats import FloatFormat
 from fpsim.rounding.carriers import CARRIERS
@@ -56,6 +56,8 @@ class Summed:
             if the operand has no such scale.
         block: how many elements along the summed axis share a scale that joins the sum, or multiplies a partial sum; 0
             if there is no such scale.
+        width: how many products of the sum are those of a block: fewer than ``block`` where a convolution has fewer
+            channels.
     """
 
     product: Product
@@ -63,6 +65,7 @@ class Summed:
     formats: tuple[FloatFormat, FloatFormat]
     factors: tuple[tuple[fx.Node, str] | None, ...]
     block: int = 0
+    width: int = 0
 
     @property
     def sum(self) -> Sum:
@@ -93,13 +96,9 @@ def summed(
         )
     try:
         if takes_scales(casts, accumulator):
-            if call.target in _CONVOLUTIONS:
-                raise ValueError(
-                    "the sums of a convolution run over taps too, and blocks of channels with scales do not: give the "
-                    "module a rule with an unscaled format, such as 'e4m3fn', and a machine that takes it"
-                )
             own, block = block_of(casts, accumulator)
-            return Summed(product, accumulator, own, (None, None), block)
+            width = _width_in_convolution(product, block, accumulator) if call.target in _CONVOLUTIONS else block
+            return Summed(product, accumulator, own, (None, None), block, width)
         formats = tuple(_format(product, number, casts[number], accumulator) for number in (0, 1))
         accumulator.check_operands(*formats)
     except ValueError as error:
@@ -111,6 +110,38 @@ def summed(
         for node, by in zip(exact, casts, strict=True)
     )
     return Summed(product, accumulator, cast(tuple[FloatFormat, FloatFormat], formats), factors)
+
+
+def _width_in_convolution(product: Product, block: int, accumulator: Accumulator) -> int:
+    """How many products of a convolution's sum are those of a block, for each tap.
+
+    Zeros fill the last block of a tap; where partial sums are multiplied, no more of them than fill a step.
+
+    Raises:
+        ValueError: no step of a machine has one scale for each operand.
+    """
+    call, machine = product.node, accumulator.machine
+    assert machine is not None, "only machines multiply elements without their scales"
+    if product.contracted[0] != (1,):  # a gradient of a weight
+        if moves_pixels(call):
+            others = f"accumulator={{'fprop': {machine.name!r}, 'dgrad': {machine.name!r}}}"
+            if accumulator.promote is not None:
+                others += f" with promote={{'fprop': {accumulator.promote}, 'dgrad': {accumulator.promote}}}"
+            raise ValueError(
+                f"the gradient of a convolution's weight sums over pixels, of which {block} in a row share a scale. "
+                "Taps, strides and padding shift the rows of both operands against each other, so that no step of a "
+                "machine has one scale for each. Only a kernel of 1 with stride 1 and no padding shifts nothing. Leave "
+                f"wgrad out, such as {others}, or give the module an unscaled format"
+            )
+        return block
+    groups = cast(int, call.args[8 if call.target is aten.convolution.default else 9])
+    channels = cast(fx.Node, call.args[product.operands[0]]).meta["val"].shape[1] // groups
+    if groups > 1 and channels % block and block % channels:
+        raise ValueError(
+            f"blocks of {block} channels that share a scale reach from one group of {channels} channels into the next: "
+            f"use blocks of a size that divides {channels}, or is a multiple of it"
+        )
+    return block if machine.blocks else min(block, -(-channels // machine.longest) * machine.longest)
 
 
 def _format(product: Product, number: int, cast_: Cast | None, accumulator: Accumulator) -> FloatFormat:
@@ -153,14 +184,14 @@ def _replace(each: Summed, inserter: Inserter) -> None:
 
         ``ends`` are those of groups.
         """
+        order = (1, 0) if exchanged else (0, 1)
         if each.block:
-            elements, rest = _scaled(each, a, b, inserter, call)
+            elements, rest = _scaled(each, (a, b), order, inserter, call)
             if ends is not None:
                 result = call(accumulate_grouped_op, *elements, ends, key, *rest, SOURCE)
             else:
                 result = call(accumulate_scaled_op, *elements, *rest, SOURCE)
             return observed(result, *elements, ends, key, *rest)
-        order = (1, 0) if exchanged else (0, 1)
         operands = [
             x if scales[i] is None else call(aten.mul.Tensor, x, scales[i]) for i, x in zip(order, (a, b), strict=True)
         ]
@@ -180,11 +211,11 @@ def _replace(each: Summed, inserter: Inserter) -> None:
     ]
 
     if node.target is aten.convolution_backward.default:
-        result = gradient(node, cast(int, end.args[1]), call, multiply)
+        result = gradient(node, cast(int, end.args[1]), call, multiply, each.width)
     elif node.target is aten.mul.Tensor:
         result = _decomposed(node, end, call, multiply)
     else:
-        result = _product(node, call, multiply)
+        result = _product(node, call, multiply, each.width)
     wanted = end.meta["val"].dtype
     if result.meta["val"].dtype != wanted:
         result = call(torch.ops.prims.convert_element_type.default, result, wanted)
@@ -192,16 +223,19 @@ def _replace(each: Summed, inserter: Inserter) -> None:
 
 
 def _scaled(
-    each: Summed, a: fx.Node, b: fx.Node, inserter: Inserter, call: Call
+    each: Summed, operands: Sequence[fx.Node], order: Sequence[int], inserter: Inserter, call: Call
 ) -> tuple[list[fx.Node], tuple[Any, ...]]:
-    """The elements of operands whose blocks have scales; and the rest of the arguments."""
-    parts = [[_part(x, part, inserter, call) for part in ("elements", "scales")] for x in (a, b)]
-    axes = a.meta["val"].dim() - 1, b.meta["val"].dim() - 2
+    """The elements of operands whose blocks have scales; and the rest of the arguments.
+
+    ``order`` tells for each of the matrices the number of its operand.
+    """
+    parts = [[_part(x, part, inserter, call) for part in ("elements", "scales")] for x in operands]
+    axes = (x.meta["val"].dim() + back for x, back in zip(operands, (-1, -2), strict=True))
     scales = [
-        call(aten.slice.Tensor, part[1], axis, 0, sys.maxsize, each.block)
+        call(aten.slice.Tensor, part[1], axis, 0, sys.maxsize, each.width)
         for part, axis in zip(parts, axes, strict=True)
     ]
-    rest = (*scales, each.block, str(each.accumulator), *(fmt.name for fmt in each.formats))
+    rest = (*scales, each.width, str(each.accumulator), *(each.formats[i].name for i in order))
     return [part[0] for part in parts], rest
 
 
@@ -223,12 +257,16 @@ def _part(node: fx.Node, part: str, inserter: Inserter, call: Call) -> fx.Node:
     return call(node.target, _part(cast(fx.Node, base), part, inserter, call), *rest)
 
 
-#: Rearrangements beside views that products of batches and of vectors are made of.
-_REARRANGEMENTS = (aten.squeeze.dim, aten.unsqueeze.default)
+#: Rearrangements beside views that products of batches, of vectors and of unfolded images are made of. Pixels and
+#: channels that they add have elements and scales of zero.
+_REARRANGEMENTS = (
+    aten.squeeze.dim, aten.unsqueeze.default, aten.constant_pad_nd.default, aten.unfold.default, aten.slice.Tensor,
+    torch.ops.prims.rev.default,
+)  # fmt: skip
 
 
-def _product(node: fx.Node, call: Call, multiply: Call) -> fx.Node:
-    """The result of an operator of `_PRODUCTS`, with what it adds to its product."""
+def _product(node: fx.Node, call: Call, multiply: Call, width: int) -> fx.Node:
+    """The result of an operator of `_PRODUCTS`, with what it adds to its product. ``width`` is that of `Summed`."""
     entry = product_operator(node.target)
     assert entry is not None, "the operator is in the table of products"
     a, b = (cast(fx.Node, node.args[i]) for i in entry.multiplications[0].operands)
@@ -237,7 +275,7 @@ def _product(node: fx.Node, call: Call, multiply: Call) -> fx.Node:
     if wanted != a.meta["val"].dtype or (adds and wanted.itemsize < 4):
         a, b = (call(torch.ops.prims.convert_element_type.default, x, torch.float32) for x in (a, b))
     if node.target is aten.convolution.default:
-        result = convolution(node, a, b, call, multiply)
+        result = convolution(node, a, b, call, multiply, width)
     elif node.target is aten._grouped_mm.default:
         result = multiply(a, b, ends=cast(fx.Node, node.args[2]) if len(node.args) > 2 else None)
     else:

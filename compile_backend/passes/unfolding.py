@@ -5,13 +5,17 @@ The columns of an image hold, for every output pixel, the pixels under the kerne
 gradient of the weight is the product of the gradient and the columns: it sums over images, then pixels. The gradient of
 the image is a convolution too: that of the gradient, with zeros between its pixels where the stride is not 1, and the
 reversed kernel. A transposed convolution exchanges the two.
+
+Blocks of channels that share a scale lie together in a sum only if it runs over taps, then channels. Then the columns
+and the kernel have that order, and zeros fill the last block of every tap. A gradient of a weight sums over pixels. Its
+blocks are those of the flattened images, and only a kernel of one tap leaves them whole (`moves_pixels`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,29 +34,45 @@ Call = Callable[..., fx.Node]
 
 @dataclass(frozen=True)
 class Geometry:
-    """The numbers of a convolution, each of the first three with one entry for every dimension of the image."""
+    """The numbers of a convolution, each of the first three with one entry for every dimension of the image.
+
+    ``block`` is 0, or the number of channels of a tap to a multiple of which zeros fill them up.
+    """
 
     stride: Sequence[int]
     padding: Sequence[int]
     dilation: Sequence[int]
     groups: int
+    block: int = 0
 
 
-def convolution(node: fx.Node, image: fx.Node, weight: fx.Node, call: Call, multiply: Call) -> fx.Node:
-    """The result of the call ``node`` of ``aten.convolution`` for these operands, without its bias."""
+def moves_pixels(node: fx.Node) -> bool:
+    """Whether an output pixel of a call of ``aten.convolution_backward`` takes others than the same input pixel."""
+    _, _, weight, _, stride, padding, _, _, output_padding, *_ = node.args
+    kernel = weight.meta["val"].shape[2:]  # type: ignore[union-attr]
+    return {*kernel, *stride} != {1} or any((*padding, *output_padding))  # type: ignore[misc]
+
+
+def convolution(node: fx.Node, image: fx.Node, weight: fx.Node, call: Call, multiply: Call, block: int = 0) -> fx.Node:
+    """The result of the call ``node`` of ``aten.convolution`` for these operands, without its bias.
+
+    Args:
+        block: how many channels of a tap share a scale; 0 if there are no such scales.
+    """
     _, _, _, stride, padding, dilation, transposed, _, groups = node.args
-    geometry = Geometry(stride, padding, dilation, groups)  # type: ignore[arg-type]
+    geometry = Geometry(stride, padding, dilation, groups, block)  # type: ignore[arg-type]
     return (_spread if transposed else _gathered)(image, weight, _shape(node.meta["val"]), geometry, call, multiply)
 
 
-def gradient(node: fx.Node, index: int, call: Call, multiply: Call) -> fx.Node:
+def gradient(node: fx.Node, index: int, call: Call, multiply: Call, block: int = 0) -> fx.Node:
     """The gradient of the image or of the weight that the call ``node`` of ``aten.convolution_backward`` computes.
 
     Args:
         multiply: takes two matrices, and whether the first is of the second operand.
+        block: as for `convolution`. The gradient of the weight does not sum over channels.
     """
     tangent, image, weight, _, stride, padding, dilation, transposed, _, groups, _ = node.args
-    geometry = Geometry(stride, padding, dilation, groups)  # type: ignore[arg-type]
+    geometry = Geometry(stride, padding, dilation, groups, block if index == INPUT else 0)  # type: ignore[arg-type]
     shape = _shape(node.meta["val"][index])
     if index == INPUT:
         return (_gathered if transposed else _spread)(tangent, weight, shape, geometry, call, multiply)
@@ -68,8 +88,9 @@ def _gathered(
     out_channels, channels, *kernel = _shape(weight.meta["val"])
     columns = _columns(image, kernel, result[2:], geometry, call)
     groups, per_group = geometry.groups, out_channels // geometry.groups
-    matrix = call(aten.reshape.default, weight, [groups, per_group, channels * math.prod(kernel)])
-    return _image(multiply(columns, call(aten.permute.default, matrix, [0, 2, 1])), result, call)
+    matrix = call(aten.reshape.default, weight, [groups, per_group, channels, math.prod(kernel)])
+    rows = _terms(matrix, geometry, call)
+    return _image(multiply(columns, call(aten.permute.default, rows, [0, 2, 1])), result, call)
 
 
 def _spread(
@@ -81,16 +102,12 @@ def _spread(
     for dim in dims:
         tangent = _with_zeros_between(tangent, dim + 2, geometry.stride[dim], call)
     padding = [geometry.dilation[i] * (kernel[i] - 1) - geometry.padding[i] for i in dims]
-    columns = _columns(
-        tangent, kernel, result[2:], Geometry([1] * len(kernel), padding, geometry.dilation, geometry.groups), call
-    )
+    columns = _columns(tangent, kernel, result[2:], replace(geometry, stride=[1] * len(kernel), padding=padding), call)
     groups, per_group = geometry.groups, out_channels // geometry.groups
-    taps = math.prod(kernel)
     reversed_ = call(torch.ops.prims.rev.default, weight, [dim + 2 for dim in dims])
-    matrix = call(aten.reshape.default, reversed_, [groups, per_group, channels, taps])
-    matrix = call(aten.permute.default, matrix, [0, 1, 3, 2])
-    matrix = call(aten.reshape.default, matrix, [groups, per_group * taps, channels])
-    return _image(multiply(columns, matrix), result, call)
+    matrix = call(aten.reshape.default, reversed_, [groups, per_group, channels, math.prod(kernel)])
+    rows = _terms(call(aten.permute.default, matrix, [0, 2, 1, 3]), geometry, call)
+    return _image(multiply(columns, call(aten.permute.default, rows, [0, 2, 1])), result, call)
 
 
 def _of_weight(
@@ -107,7 +124,7 @@ def _of_weight(
 
 
 def _columns(image: Any, kernel: Sequence[int], pixels: Sequence[int], geometry: Geometry, call: Call) -> fx.Node:
-    """The columns of ``image`` (N, C, ...), of shape (groups, N * pixels, C / groups * taps)."""
+    """The columns of ``image`` (N, C, ...), of shape (groups, N * pixels, terms), in the order of `_terms`."""
     images, channels, *sizes = _shape(image.meta["val"])
     dims = range(len(kernel))
     reach = [geometry.dilation[i] * (kernel[i] - 1) + 1 for i in dims]
@@ -124,9 +141,19 @@ def _columns(image: Any, kernel: Sequence[int], pixels: Sequence[int], geometry:
     x = call(aten.reshape.default, x, [images, groups, channels // groups, *pixels, *kernel])
     places = [3 + i for i in range(count)]
     x = call(aten.permute.default, x, [1, 0, *places, 2, *(place + count for place in places)])
-    return call(
-        aten.reshape.default, x, [groups, _times(images, math.prod(pixels)), channels // groups * math.prod(kernel)]
-    )
+    rows = _times(images, math.prod(pixels))
+    x = call(aten.reshape.default, x, [groups, rows, channels // groups, math.prod(kernel)])
+    return _terms(x, geometry, call)
+
+
+def _terms(x: fx.Node, geometry: Geometry, call: Call) -> fx.Node:
+    """The last two axes of ``x`` (groups, rows, channels, taps) as one, in the order in which a sum adds its terms."""
+    groups, rows, channels, taps = (size if isinstance(size, int) else _ANY for size in x.meta["val"].shape)
+    if geometry.block:
+        x = call(aten.permute.default, x, [0, 1, 3, 2])
+        if missing := -channels % geometry.block:
+            x, channels = call(aten.constant_pad_nd.default, x, [0, missing]), channels + missing
+    return call(aten.reshape.default, x, [groups, rows, channels * taps])
 
 
 def _image(product: fx.Node, result: Sequence[int], call: Call) -> fx.Node:
