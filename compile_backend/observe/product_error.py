@@ -64,11 +64,11 @@ def comparison(product: Product, value: fx.Node, exact: bool) -> Comparison:
 
     Neither norm contains the addend of the operator. ``exact``: never estimate.
     """
-    multiply, mixing = _multiplication(product, value), _mixing(product, value)
+    multiply, mixing, addend_of = _multiplication(product, value), _mixing(product, value), _addend(product)
     beta = cast(float, product.node.kwargs.get("beta", 1))
 
     def compare(got: Tensor, operands: Sequence[Tensor], others: Sequence[Tensor], seed: int) -> tuple[float, float]:
-        addend = _addend(product, others)
+        addend = addend_of(others)
         if addend is not None:
             addend = (beta * addend.double()).expand(got.shape)
         if mixing is not None and not exact and got.numel() and got.shape[mixing.of_result] >= mixing.large:
@@ -175,14 +175,22 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([x.double() @ y for x, y in zip(a.split(size), b.split(size), strict=True)])
 
 
-def _addend(product: Product, others: Sequence[Tensor]) -> Tensor | None:
-    """The tensor that the operator adds to the product, in a shape that broadcasts; None if there is none."""
+def _addend(product: Product) -> Callable[[Sequence[Tensor]], Tensor | None]:
+    """From the operator's other tensors to the one that it adds to the product, in a shape that broadcasts, or None.
+
+    The graph may have lost the operator when this is called: a product with an accumulator is replaced.
+    """
     entry = product_operator(product.node.target)
-    if entry is None or entry.addend is None or not others:
-        return None
-    if entry.form is Form.CONVOLUTION:
-        return others[0].view(-1, *[1] * len(product.node.args[3]))  # type: ignore[arg-type]
-    return others[0]
+    if entry is None or entry.addend is None:
+        return lambda others: None
+    pixels = [1] * len(product.node.args[3]) if entry.form is Form.CONVOLUTION else None  # type: ignore[arg-type]
+
+    def addend(others: Sequence[Tensor]) -> Tensor | None:
+        if not others:
+            return None
+        return others[0] if pixels is None else others[0].view(-1, *pixels)
+
+    return addend
 
 
 def _multiplication(product: Product, value: fx.Node) -> Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]:

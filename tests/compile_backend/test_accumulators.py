@@ -220,6 +220,18 @@ def test_profile_counts_the_sums_of_every_kind_of_product() -> None:
     assert grouped.sums == 160 and grouped.steps == sum(
         int(torch.count_nonzero(a[i:j, :, None] * b[n])) for n, (i, j) in enumerate([(0, 7), (7, 7), (7, 20)])
     )
+    convolve, image = nn.Conv1d(4, 3, 2), numbers(2, 4, 6, seed=1).requires_grad_()
+    convolve.weight.data = numbers(3, 4, 2, seed=2)
+    products = fpsim.profile(lambda x: convolve(x).square().sum(), image, policy=POLICY).products
+    assert [(each.kind, each.sum.sums) for each in products] == [("fprop", 30), ("dgrad", 48), ("wgrad", 24)]
+    columns, kernel = (
+        image.detach().unfold(2, 2, 1).transpose(1, 2).reshape(10, 8),
+        convolve.weight.detach().reshape(3, 8),
+    )
+    exact = columns.double() @ kernel.T.double()
+    own = products[0].sum.relative_error
+    assert own == pytest.approx(float((summed(columns, kernel.T) - exact).norm() / exact.norm()))
+    assert products[0].relative_error == pytest.approx(own, rel=1e-6)  # rounding leaves these operands as they are
     pairwise = fpsim.profile(torch.mm, A, B, policy={**POLICY, "order": "pairwise"}).products[0].sum
     assert pairwise.stagnated is None and pairwise.idle_share is None and pairwise.relative_error > 0
 
