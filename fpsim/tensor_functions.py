@@ -117,7 +117,7 @@ def round(
     )
     axes = counted_axes(axis, x.dim(), str(arguments[3]).strip("/")) if has_axis else ()
     key = None
-    _check_salt(salt)
+    check_salt(salt)
     if ":" in arguments[1]:
         key = random_key_op(seed_tensor(seed, rounding, x.device), salt)
     elif seed is not None:
@@ -137,7 +137,7 @@ def straight_through(x: Tensor, value: Tensor, limit: int | None = None, negativ
         limit: the code of the largest magnitude at which the derivative is 1; None means the largest finite one.
         negative: whether the derivative is 1 below zero too.
     """
-    if not ((x.requires_grad and torch.is_grad_enabled()) or _transforms_active()):
+    if not asks_derivative(x):
         return value
     has_derivative = _has_derivative(x.detach(), CARRIERS[x.dtype].max_code if limit is None else limit, negative)
     if _is_recorded():
@@ -148,6 +148,11 @@ def straight_through(x: Tensor, value: Tensor, limit: int | None = None, negativ
     out = torch.where(has_derivative, x, value)
     out.detach().copy_(value)
     return out
+
+
+def asks_derivative(*tensors: Tensor) -> bool:
+    """Whether the derivative with respect to one of ``tensors`` may be asked for, by autograd or by `torch.func`."""
+    return (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or _transforms_active()
 
 
 def _has_derivative(x: Tensor, limit: int, negative: bool) -> Tensor:
@@ -330,7 +335,8 @@ def counted_axes(axis: int | tuple[int, ...], dims: int, scale: str) -> tuple[in
     return counted
 
 
-def _check_salt(salt: int) -> None:
+def check_salt(salt: int) -> None:
+    """Check that ``salt`` is an int of 64 bits; the errors are those of `round`."""
     if isinstance(salt, bool) or not isinstance(salt, int | torch.SymInt):
         raise TypeError(f"salt must be an int, got {reprlib.repr(salt)} of type {type(salt).__name__}")
     if not -(2**63) <= salt < 2**63:

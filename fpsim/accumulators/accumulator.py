@@ -166,7 +166,9 @@ def parse_accumulator(
         chunk, order, promote = _written(accumulator, written)
     _check_count("chunk", chunk)
     _check_count("promote", promote)
-    return _parse(name, chunk, order if not isinstance(order, list) else tuple(order), promote)
+    order = tuple(order) if isinstance(order, list) else order
+    _check_types(order)
+    return _parse(name, chunk, order, promote)
 
 
 @cache
@@ -273,6 +275,14 @@ def _order(chunk: int | None, order: Any) -> tuple[str, int, int]:
     )
 
 
+def _check_types(order: Any) -> None:
+    parts = order if isinstance(order, tuple) else () if order is None else (order,)
+    if not all(type(part) is (int if number else str) for number, part in enumerate(parts)):
+        raise TypeError(
+            f"order is a name, or a name with numbers such as ('aligned', 32, 13), got {reprlib.repr(order)}"
+        )
+
+
 def _check_count(name: str, given: Any) -> None:
     if given is not None and (type(given) is not int or given < 1):
         error = ValueError if type(given) is int else TypeError
@@ -284,8 +294,11 @@ def _written(text: str, parts: list[str]) -> tuple[int | None, Order | None, int
     chunk: int | None = None
     order: Order | None = None
     promote: int | None = None
+    keys = [part.partition("=")[0] for part in parts]
     for part in parts:
         key, _, value = part.partition("=")
+        if keys.count(key) > 1:
+            raise ValueError(f"accumulator {text!r} names {key} more than once: leave out all but one")
         words = value.split(":")
         if key == "chunk" and value.isdecimal():
             chunk = int(value)

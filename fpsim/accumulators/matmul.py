@@ -16,7 +16,7 @@ from fpsim.formats import FloatFormat, parse_format
 from fpsim.rounding.carriers import CARRIERS, check_tensor
 from fpsim.rounding.ops import SOURCE, random_key_op, round_op
 from fpsim.scaling.ops import SCALE_OPERATORS
-from fpsim.tensor_functions import round, seed_tensor, straight_through
+from fpsim.tensor_functions import asks_derivative, check_salt, round, seed_tensor, straight_through
 
 #: The dtypes of operands that are no carriers, and their formats. They are multiplied in float32.
 _NARROW_DTYPES = {
@@ -65,7 +65,7 @@ def matmul(
     Raises:
         ValueError: an argument of the accumulator is wrong or does not go with the others; a machine does not multiply
             the operands' formats; an accumulator is narrower than an operand; stochastic rounding has no seed, or
-            another rounding has one.
+            another rounding has one; the shapes do not fit together, or the devices differ.
         TypeError: an operand is no dense tensor of these dtypes, or their dtypes differ.
 
     >>> matmul(torch.tensor([[448.0, 1.0]]), torch.tensor([[1.0], [2.0**-6]]), accumulator="hopper_fp8")
@@ -76,14 +76,14 @@ def matmul(
     if len(pair) != 2:
         raise ValueError(f"format is one format or a pair, got {len(pair)}")
     casts = [None if given is None else _cast(given) for given in pair]
+    _check_operands(a, b)
     if takes_scales(casts, parsed):
         if seed is not None:
             raise ValueError(f"a seed has no meaning with accumulator={str(parsed)!r}")
-        wide = [x.to(torch.float32) if isinstance(x, Tensor) and x.dtype in _NARROW_DTYPES else x for x in (a, b)]
+        wide = [x.to(torch.float32) if x.dtype in _NARROW_DTYPES else x for x in (a, b)]
         for x, cast in zip(wide, casts, strict=True):
-            dtype = check_tensor(x, "matmul")
             if cast is not None:
-                check_cast(dtype, cast)
+                check_cast(x.dtype, cast)
         return scaled_matmul(wide[0], wide[1], parsed, casts)
     operands, known = [], []
     for x, cast, axis in zip((a, b), casts, (-1, -2), strict=True):
@@ -106,7 +106,7 @@ def matmul(
     value = _product(elements[0], elements[1], key, parsed, (first, second))
     for factor in factors:
         value = value if factor is None else value / factor
-    if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
+    if asks_derivative(left, right):
         return straight_through(torch.matmul(left, right), value)
     return value
 
@@ -118,19 +118,30 @@ def _cast(given: CastLike) -> Cast | None:
     return cast
 
 
+def _check_operands(a: Tensor, b: Tensor) -> None:
+    for x in (a, b):
+        dtype = check_tensor(x, "matmul")
+        if dtype not in CARRIERS and dtype not in _NARROW_DTYPES:
+            raise TypeError(
+                f"cannot matmul a tensor of {dtype}: convert it to float64, float32, bfloat16, float16 or "
+                "float8 first, e.g. x.float()"
+            )
+    if a.device != b.device:
+        raise ValueError(f"operands are on one device, got {a.device} and {b.device}: use b.to(a.device)")
+
+
 def _operand(x: Tensor, cast: Cast | None, axis: int, accumulator: Accumulator) -> tuple[Tensor, FloatFormat | None]:
     """The operand rounded by ``cast``, and its format; None where only its values tell."""
-    narrow = _NARROW_DTYPES.get(x.dtype) if isinstance(x, Tensor) else None
+    narrow = _NARROW_DTYPES.get(x.dtype)
     if narrow is not None:
         x = x.to(torch.float32)
-    dtype = check_tensor(x, "matmul")
     if cast is not None:
         spelled = f"{cast.format.name}/{cast.rounding}/{cast.overflow}/{cast.scale or UNSCALED}"
         x = round(x, spelled, axis=axis if x.dim() > 1 else 0)
         return x, operand_format(cast, accumulator)
     if narrow is not None:
         return x, narrow
-    return x, None if dtype in (torch.float32, torch.float64) else CARRIERS[dtype]
+    return x, None if x.dtype in (torch.float32, torch.float64) else CARRIERS[x.dtype]
 
 
 def takes_factor(cast: Cast | None, accumulator: Accumulator) -> bool:
@@ -194,7 +205,15 @@ def _first_that_fits(x: Tensor, formats: Sequence[FloatFormat]) -> FloatFormat |
         if fmt == _FLOAT32 and x.dtype == torch.float32:
             return fmt
         rounded = round_op(x.detach(), fmt.name, "nearest_even", "sat_propagate" if fmt.has_infinity else "sat_finite")
-        if bool(((rounded == x) | (x.isnan() & rounded.isnan())).all()):
+        is_same = ((rounded == x) | (x.isnan() & rounded.isnan())).all()
+        try:
+            fits = bool(is_same)
+        except RuntimeError as error:
+            raise ValueError(
+                f"an operand is {x.dtype} without numbers to look at (under torch.vmap, or on device meta), so only "
+                f"format tells what it holds: give format={formats[0].name!r}"
+            ) from error
+        if fits:
             return fmt
     return None
 
@@ -207,6 +226,7 @@ def _grid(name: str) -> FloatFormat:
 
 def _key(accumulator: Accumulator, seed: int | Tensor | None, salt: int, device: torch.device) -> Tensor | None:
     if accumulator.is_stochastic:
+        check_salt(salt)
         return random_key_op(seed_tensor(seed, accumulator.rounding, device), salt)
     if seed is not None:
         raise ValueError(f"a seed has no meaning with accumulator={str(accumulator)!r}: use 'e5m10/stochastic'")

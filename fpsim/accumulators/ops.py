@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fpsim.accumulators.accumulator import parse_accumulator
 from fpsim.accumulators.product import accumulate
+from fpsim.accumulators.shapes import each_sample
 from fpsim.formats import parse_format
 from fpsim.rounding.carriers import CARRIERS
 
@@ -92,6 +93,11 @@ def _accumulate_scaled(
     pair = (scales[0], scales[1])
     product = accumulate(left, right, parse_accumulator(accumulator), *formats, None, pair, block)
     return product if a.dim() == 3 else product.squeeze(0)
+
+
+@torch.library.register_vmap("fpsim::accumulate_scaled_mm", lib=_library)
+def _accumulate_scaled_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+    return each_sample(accumulate_scaled_op, info.batch_size, in_dims, arguments)
 
 
 @torch.library.register_fake("fpsim::accumulate_grouped_mm", lib=_library)
@@ -219,5 +225,7 @@ def _accumulate_vmap(
 def _check_operands(a: Tensor, b: Tensor) -> None:
     if a.dtype not in CARRIERS or a.dtype != b.dtype:
         raise TypeError(f"operands have one dtype, a floating-point carrier, got {a.dtype} and {b.dtype}")
+    if a.device != b.device:
+        raise ValueError(f"operands are on one device, got {a.device} and {b.device}")
     if a.dim() not in (2, 3) or a.dim() != b.dim() or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
         raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be multiplied: (M, K) and (K, N)")

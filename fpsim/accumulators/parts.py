@@ -7,11 +7,12 @@ with which ``fpsim::round_scaled`` gives the products of both.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fpsim.accumulators.shapes import each_sample
 from fpsim.casts import Cast
 from fpsim.formats import ElementFormat, parse_element
 from fpsim.rounding.ops import SOURCE
@@ -58,6 +59,11 @@ def _scaled_part(
         return torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
     elements, scales = _parts(x, parse_element(element), rounding, overflow, parsed, list(axes), words)
     return (elements if part == "elements" else scales).to(torch.float32).contiguous()
+
+
+@torch.library.register_vmap("fpsim::scaled_part", lib=_library)
+def _scaled_part_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+    return each_sample(scaled_part_op, info.batch_size, in_dims, arguments)
 
 
 def parts_of(x: Tensor, cast: Cast, axis: int) -> tuple[Tensor, Tensor]:

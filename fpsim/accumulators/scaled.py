@@ -23,7 +23,7 @@ from fpsim.casts import Cast, outer_scale
 from fpsim.formats import FloatFormat
 from fpsim.rounding.ops import SOURCE
 from fpsim.scaling.scale import MX_RULES, NV_RULES
-from fpsim.tensor_functions import straight_through
+from fpsim.tensor_functions import asks_derivative, straight_through
 
 
 def takes_scales(casts: Sequence[Cast | None], accumulator: Accumulator) -> bool:
@@ -72,7 +72,7 @@ def scaled_matmul(a: Tensor, b: Tensor, accumulator: Accumulator, casts: Sequenc
         raise TypeError(f"operands have one dtype, got {a.dtype} and {b.dtype}: convert one of them")
     shape = result_shape(a, b)
     if not (a.numel() and b.numel()):
-        return a.new_zeros(shape)
+        return torch.matmul(a, b)
     factor = torch.ones(())
     operands, decoded = [], []
     for x, cast, axis in zip((a, b), casts, (-1, -2 if b.dim() > 1 else 0), strict=True):
@@ -90,7 +90,7 @@ def scaled_matmul(a: Tensor, b: Tensor, accumulator: Accumulator, casts: Sequenc
     names = str(accumulator), formats[0].name, formats[1].name
     product = accumulate_scaled_op(left, right, *by_block, block, *names, SOURCE).reshape(shape)
     result = (product * factor).to(a.dtype)
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+    if asks_derivative(a, b):
         rounded = [straight_through(x, value) for x, value in zip((a, b), decoded, strict=True)]
         return straight_through(torch.matmul(*rounded), result)
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -364,6 +365,43 @@ def test_the_derivative_is_that_of_the_product_of_rounded_operands() -> None:
     torch.testing.assert_close(b.grad, (2 * value).T @ left)
 
 
+def test_derivatives_in_forward_mode_are_those_of_torch() -> None:
+    """Directional derivatives, Jacobians and Hessians; of elements with scales of blocks too. All numbers are exact."""
+    draw = torch.Generator().manual_seed(1)
+    a, b, direction = (torch.randint(-4, 5, shape, generator=draw).float() for shape in ((3, 4), (4, 2), (3, 4)))
+    for arguments in ({"accumulator": "e8m13"}, {"accumulator": "blackwell_mxfp8", "format": "mxfp8"}):
+
+        def product(x: Tensor, arguments: Any = arguments) -> Tensor:
+            return matmul(x, b, **arguments)
+
+        value, tangent = torch.func.jvp(product, (a,), (direction,))
+        assert torch.equal(value, a @ b) and torch.equal(tangent, direction @ b)
+        with torch.autograd.forward_ad.dual_level():
+            dual = product(torch.autograd.forward_ad.make_dual(a, direction))
+            assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, direction @ b)
+        assert torch.equal(torch.func.jacfwd(product)(a), torch.func.jacrev(lambda x: x @ b)(a))
+        hessians = [torch.func.hessian(lambda x, f=f: f(x).square().sum())(a) for f in (product, lambda x: x @ b)]
+        assert torch.equal(*hessians)
+    empty = matmul(a[:, :0].requires_grad_(), b[:0], accumulator="blackwell_mxfp8", format="mxfp8")
+    assert empty.requires_grad and torch.equal(empty, torch.zeros(3, 2))
+
+
+def test_samples_of_vmap_have_sums_of_their_own() -> None:
+    """Without a warning that torch runs them one by one."""
+    a, b = torch.randn(3, 2, 40), torch.randn(40, 3, 5)
+    for arguments in (
+        {"accumulator": "e5m4", "format": "e4m3fn"}, {"accumulator": "blackwell_nvfp4", "format": "nvfp4"},
+        {"accumulator": "hopper_fp8", "format": "e4m3fn/block:32", "promote": 32},
+    ):  # fmt: skip
+        wanted = torch.stack([matmul(a[i], b[:, i], **arguments) for i in range(3)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            got = torch.vmap(lambda x, y, arguments=arguments: matmul(x, y, **arguments), (0, 1))(a, b)
+        assert torch.equal(got, wanted)
+    with pytest.raises(ValueError, match=r"only format tells what it holds: give format='e4m3fn'"):
+        torch.vmap(lambda x: matmul(x, x, accumulator="hopper_fp8"))(torch.ones(2, 3, 3))
+
+
 X = torch.ones(2, 2)
 ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"accumulator": "hoper_fp8"}, r"unknown accumulator 'hoper_fp8' .did you mean 'hopper_fp8'.*Machines are volta"),
@@ -394,6 +432,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"accumulator": "fp64"}, "an accumulator fits into float32, got e11m52: use 'fp32'"),
     ({"accumulator": "e8m0fnu"}, "an accumulator has a sign, -0, NaN and mantissa bits, and e8m0fnu lacks"),
     ({"accumulator": "mxfp8"}, "an accumulator has no scale"),
+    ({"accumulator": "fp16 chunk=4 chunk=8"}, "names chunk more than once"),
     ({"accumulator": "fp32/stochastic:30"}, "takes up to 26 random bits, got 'fp32/stochastic:30': use ':26'"),
 ]  # fmt: skip
 
@@ -413,6 +452,17 @@ def test_bad_operands_name_the_remedy() -> None:
         matmul(X, X.half(), accumulator="fp32")
     with pytest.raises(ValueError, match="cannot be multiplied: they sum over other lengths"):
         matmul(X, torch.ones(3, 2), accumulator="fp32")
+    with pytest.raises(ValueError, match=r"shapes \(2, 1, 2\) and \(3, 2, 2\).*their batches are not broadcast to one"):
+        matmul(torch.ones(2, 1, 2), torch.ones(3, 2, 2), accumulator="fp32")
+    with pytest.raises(ValueError, match=r"on one device, got cpu and meta: use b.to\(a.device\)"):
+        matmul(X, X.to("meta"), accumulator="fp32")
+    with pytest.raises(TypeError, match=r"cannot matmul a tensor of torch.int32: convert it to float64.*x.float\(\)"):
+        matmul(X.int(), X.int(), accumulator="int32")
+    for order in (4, {"aligned": 4}, ("aligned", 4.0, 9), ("aligned", True, 9), ("aligned", [4], 9)):
+        with pytest.raises(TypeError, match="order is a name, or a name with numbers such as"):
+            matmul(X, X, accumulator="fp16", order=order)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"salt must be an int, got 0\.5"):
+        matmul(X, X, accumulator="fp16/stochastic", seed=1, salt=0.5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="an accumulator is a name such as"):
         matmul(X, X, accumulator=16)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="chunk is a number of products from 1, got 2"):
