@@ -66,7 +66,7 @@ struct Specification {
   int64_t order, length, block, promote;       // how many products: in a step, in a block, before a promotion
   int64_t exact, round_products, flush;        // whether sums are exact in float64, ...
   int64_t bounded, cuts, narrow;               // whether sums stay in range, are cut, and are exact in float32
-  int64_t short_products;                      // whether products have at most 24 bits, and a unit keeps at most 25
+  int64_t short_products;                      // whether products have at most 24 bits, and `InFloat32` has the order
   int64_t rounding, mantissa_bits, random_bits, roundings, first_sum, key, nan_bits, lanes;
   int64_t scale_block, group;  // how many products share scales, and are added before they are aligned
   int64_t rescale;             // whether scales multiply the partial sums that are promoted, and not the elements
@@ -610,6 +610,7 @@ struct Tile : Packed<double> {
 };
 
 using F = at::vec::Vectorized<float>;
+using Integers = at::vec::Vectorized<int32_t>;
 
 // The lanes of a vector of 32-bit numbers.
 struct Halves {
@@ -620,9 +621,11 @@ struct Halves {
 Halves widen(F x) {
   return {_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))};
 }
-Halves widen(at::vec::Vectorized<int32_t> x) {
+Halves widen(Integers x) {
   return {_mm512_cvtepi32_pd(_mm512_castsi512_si256(x)), _mm512_cvtepi32_pd(_mm512_extracti32x8_epi32(x, 1))};
 }
+// x, without the bits below the 24 most significant ones.
+F cut_to_float(Integers x) { return _mm512_cvt_roundepi32_ps(x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC); }
 F narrowed(V low, V high) {
   return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)), _mm512_cvtpd_ps(high), 1);
 }
@@ -636,6 +639,14 @@ Halves widen(at::vec::Vectorized<T> x) {
   return {V::loadu(wide), V::loadu(wide + V::size())};
 }
 
+// x without the bits below the 24 most significant ones: the nearest number, or the one below it if that is larger.
+F cut_to_float(Integers x) {
+  const Integers size = x.abs();
+  const F nearest = at::vec::convert_to_fp_of_same_size<float>(size);
+  const Integers less = at::vec::convert_to_int_of_same_size(nearest) > size;  // -1 where it is larger
+  return at::vec::cast<float>(at::vec::cast<int32_t>(nearest) + less) | (at::vec::cast<float>(x) & F(-0.0f));
+}
+
 F narrowed(V low, V high) {
   double wide[F::size()];
   float narrow[F::size()];
@@ -646,7 +657,8 @@ F narrowed(V low, V high) {
 }
 #endif
 
-// A matrix unit whose products are normal numbers of float32, and exact there.
+// A matrix unit whose products are normal numbers of float32, and exact there. They are multiples of 2**-123, as all of
+// their sums are: none is subnormal.
 struct InFloat32 : Packed<float> {
   static constexpr double LEAST_PRODUCT = 0x1p-100, LARGEST_PRODUCT = 0x1p100;
   const Specification& spec;
@@ -657,23 +669,15 @@ struct InFloat32 : Packed<float> {
   // The function `aligned`. A floor below every product has no effect.
   template <typename Round>
   void aligned(int64_t first, int64_t last, F (&c)[ROWS][VECTORS], const Round& round) const {
-    const F least_power(float(spec.least_power));
     for (int64_t k = first; k < last; k += spec.length) {
       const int64_t end = std::min(k + spec.length, last);
       F top[ROWS][VECTORS], scale[ROWS][VECTORS];
       Halves sum[ROWS][VECTORS];
-      for (auto& row : top) std::fill(row, row + VECTORS, least);
-      raise(k, end, top);
+      raise_all(k, end, c, top, scale);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) {
-          const F x = c[r][v], p = x & F(std::numeric_limits<float>::infinity());
-          const F own = F::blendv(at::vec::clamp_min(p, least_power & (x != F(0.0f))), F(1.0f), p > F(0x1p126f));
-          top[r][v] = at::vec::clamp_min(top[r][v], own);
-          scale[r][v] = kept * inverse(top[r][v]);
-          sum[r][v] = widen((x * scale[r][v]).trunc());
-        }
+        for (int v = 0; v < VECTORS; ++v) sum[r][v] = widen((c[r][v] * scale[r][v]).trunc());
       add_kept(k, end, scale, sum);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r)
@@ -682,6 +686,28 @@ struct InFloat32 : Packed<float> {
           const Halves unit = widen(top[r][v] * F(float(1 / spec.kept)));
           c[r][v] = narrowed(round(sum[r][v].low * unit.low) + V(0.0), round(sum[r][v].high * unit.high) + V(0.0));
         }
+    }
+  }
+
+  // Whether int32 holds the sum of a step: products are below four times the largest power, and c is below twice it.
+  static bool fits_int32(const Specification& spec) { return spec.cuts && spec.mantissa_bits == 23 && 4 * spec.length + 2 <= 0x1p31 / spec.kept; }
+
+  // The same for an accumulator that float32 cuts, if `fits_int32`.
+  void cut(int64_t first, int64_t last, F (&c)[ROWS][VECTORS]) const {
+    for (int64_t k = first; k < last; k += spec.length) {
+      const int64_t end = std::min(k + spec.length, last);
+      F top[ROWS][VECTORS], scale[ROWS][VECTORS];
+      Integers sum[ROWS][VECTORS];
+      raise_all(k, end, c, top, scale);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) sum[r][v] = at::vec::convert_to_int_of_same_size(c[r][v] * scale[r][v]);
+      add_integers(k, end, scale, sum);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) c[r][v] = cut_to_float(sum[r][v]) * (top[r][v] * F(float(1 / spec.kept)));
     }
   }
 
@@ -718,7 +744,75 @@ struct InFloat32 : Packed<float> {
     }
   }
 
+  // The function `Tile::blocks`, where float32 itself rounds as the unit does.
+  void blocks(int64_t first, int64_t last, F (&c)[ROWS][VECTORS]) const {
+    for (int64_t k = first; k < last; k += spec.block) {
+      const int64_t end = std::min(k + spec.block, last);
+      F part[ROWS][VECTORS];
+      spec.order == PAIRWISE ? pairs(k, end, part) : interleaved(k, end, part);
+      add(part, c);
+    }
+  }
+
  private:
+  static void add(const F (&part)[ROWS][VECTORS], F (&sum)[ROWS][VECTORS]) {
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) sum[r][v] = sum[r][v] + part[r][v];
+  }
+
+  void add_product(int64_t k, F (&sum)[ROWS][VECTORS]) const {
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) sum[r][v] = sum[r][v] + product(k, r, v);
+  }
+
+  // Two chains, of the products at even and at odd places.
+  void interleaved(int64_t first, int64_t last, F (&part)[ROWS][VECTORS]) const {
+    F odd[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < VECTORS; ++v) part[r][v] = odd[r][v] = F(0.0f);
+    int64_t k = first;
+    for (; k + 1 < last; k += 2) {
+      add_product(k, part);
+      add_product(k + 1, odd);
+    }
+    if (k < last) add_product(k, part);
+    add(odd, part);
+  }
+
+  // Neighbours are added, then their sums: at most four products.
+  void pairs(int64_t first, int64_t last, F (&part)[ROWS][VECTORS]) const {
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) {
+        F sum = product(first, r, v);
+        if (first + 1 < last) sum = sum + product(first + 1, r, v);
+        if (first + 3 < last) sum = sum + (product(first + 2, r, v) + product(first + 3, r, v));
+        else if (first + 2 < last) sum = sum + product(first + 2, r, v);
+        part[r][v] = sum;
+      }
+  }
+
+  // The largest power of the terms of a step, and what shifts them to integers.
+  C10_ALWAYS_INLINE void raise_all(int64_t first, int64_t last, const F (&c)[ROWS][VECTORS], F (&top)[ROWS][VECTORS], F (&scale)[ROWS][VECTORS]) const {
+    const F least_power(float(spec.least_power));
+    for (auto& row : top) std::fill(row, row + VECTORS, least);
+    raise(first, last, top);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) {
+        const F x = c[r][v], p = x & F(std::numeric_limits<float>::infinity());
+        const F own = F::blendv(at::vec::clamp_min(p, least_power & (x != F(0.0f))), F(1.0f), p > F(0x1p126f));
+        top[r][v] = at::vec::clamp_min(top[r][v], own);
+        scale[r][v] = kept * inverse(top[r][v]);
+      }
+  }
+
   // Raises `top` to the largest power of the products of one lane.
   void raise(int64_t first, int64_t last, F (&top)[ROWS][VECTORS]) const {
     for (int64_t i = first; i < last; i += spec.lanes)
@@ -731,16 +825,10 @@ struct InFloat32 : Packed<float> {
   // Adds what the unit keeps of the products of one lane, in multiples of 1 / scale: less than 2**27 of each, so that
   // int32 holds the sum of sixteen.
   void add_kept(int64_t first, int64_t last, const F (&scale)[ROWS][VECTORS], Halves (&sum)[ROWS][VECTORS]) const {
-    using Integers = at::vec::Vectorized<int32_t>;
     for (int64_t i = first; i < last; i += 16 * spec.lanes) {
       Integers part[ROWS][VECTORS];
       for (auto& row : part) std::fill(row, row + VECTORS, Integers(0));
-      for (int64_t j = i; j < std::min(i + 16 * spec.lanes, last); j += spec.lanes)
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-          for (int v = 0; v < VECTORS; ++v)
-            part[r][v] = part[r][v] + at::vec::convert_to_int_of_same_size(product(j, r, v) * scale[r][v]);
+      add_integers(i, std::min(i + 16 * spec.lanes, last), scale, part);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
@@ -749,6 +837,15 @@ struct InFloat32 : Packed<float> {
           sum[r][v] = {sum[r][v].low + wide.low, sum[r][v].high + wide.high};
         }
     }
+  }
+
+  C10_ALWAYS_INLINE void add_integers(int64_t first, int64_t last, const F (&scale)[ROWS][VECTORS], Integers (&sum)[ROWS][VECTORS]) const {
+    for (int64_t k = first; k < last; k += spec.lanes)
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v)
+          sum[r][v] = sum[r][v] + at::vec::convert_to_int_of_same_size(product(k, r, v) * scale[r][v]);
   }
 };
 
@@ -1049,7 +1146,9 @@ extern "C" void fpsim_accumulate(const Specification* specification, const float
                  const InFloat32 tile(packed, spec);
                  tile_of_result(Combine<float, decltype(plain)>{spec, corner, scales_a, scales_b, rows, columns, parts, plain},
                                 packed, depth, 0.0, output, counts, [&](int64_t first, int64_t last, F(&part)[ROWS][VECTORS]) {
-                                  if (spec.order == LATE) tile.late(first, last, part, join);
+                                  if (spec.block) tile.blocks(first, last, part);
+                                  else if (spec.order == LATE) tile.late(first, last, part, join);
+                                  else if (InFloat32::fits_int32(spec)) tile.cut(first, last, part);
                                   else if (spec.cuts) tile.aligned(first, last, part, cut);
                                   else tile.aligned(first, last, part, nearest);
                                 });

@@ -175,7 +175,8 @@ def _describe_machine(spec: Specification, accumulator: Accumulator, first: Floa
     else:
         spec.infinite_from = math.inf
     aligned = machine.order in ("aligned", "late") and machine.group == 1 and machine.fraction_bits <= _INT32_KEEPS
-    spec.short_products = aligned and first.mantissa_bits + second.mantissa_bits + 2 <= _FLOAT32_BITS
+    native = spec.block and fmt.mantissa_bits == _FLOAT32_BITS - 1 and machine.rounding == "nearest_even"
+    spec.short_products = (aligned or native) and first.mantissa_bits + second.mantissa_bits + 2 <= _FLOAT32_BITS
 
 
 def _roundings(accumulator: Accumulator, depth: int) -> int:

@@ -238,6 +238,10 @@ def test_machines_that_add_pairs() -> None:
         for fmt, length in (("fp16", 4), ("bf16", 2)):
             check(fours, fmt, shape, seed, accumulator="mi250")
             check(with_order("fp32", ("chunked", length)), fmt, shape, seed, accumulator="mi100")
+    for spread in (0, 3, 40):  # float32 itself adds products that are far from the ends of its range
+        for length in (1, 2, 3, 67):
+            check(lanes, "bf16", (3, length, 17), length, spread, accumulator="amx_bf16")
+            check(fours, "bf16", (3, length, 17), length, spread, accumulator="mi250")
 
 
 def test_partial_sums_move_to_float32() -> None:
