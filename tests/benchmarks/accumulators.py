@@ -36,6 +36,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("fp16", {"accumulator": "volta"}),
     ("bf16", {"accumulator": "mi300"}),
     ("bf16", {"accumulator": "amx_bf16"}),
+    ("fp16", {"accumulator": "mi250"}),
     ("e4m3fn", {"accumulator": "e8m13"}),
     ("e4m3fn", {"accumulator": "fp16"}),
     ("fp16", {"accumulator": "fp16"}),
