@@ -50,7 +50,7 @@ def moves_pixels(node: fx.Node) -> bool:
     """Whether an output pixel of a call of ``aten.convolution_backward`` takes others than the same input pixel."""
     _, _, weight, _, stride, padding, _, _, output_padding, *_ = node.args
     kernel = weight.meta["val"].shape[2:]  # type: ignore[union-attr]
-    return {*kernel, *stride} != {1} or any((*padding, *output_padding))  # type: ignore[misc]
+    return any(size != 1 for size in (*kernel, *stride)) or any((*padding, *output_padding))  # type: ignore[misc]
 
 
 def convolution(node: fx.Node, image: fx.Node, weight: fx.Node, call: Call, multiply: Call, block: int = 0) -> fx.Node:
