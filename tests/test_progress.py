@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import sys
 import time
 
+import pytest
 from rich.console import Console
 from rich.progress import TextColumn
 
+from fpsim.cli.output import load_torch
 from fpsim.progress import ProgressBars
 
 
@@ -44,3 +48,20 @@ def test_a_terminal_has_bars() -> None:
     with bars(file, force_terminal=True) as progress:
         progress.add_task("runs", total=8)
     assert "runs" in file.getvalue() and "\x1b" in file.getvalue() and "(0:00" not in file.getvalue()
+
+
+def test_commands_say_that_pytorch_loads_if_it_takes_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    imported: list[str] = []
+
+    def slowly(name: str) -> None:
+        time.sleep(1.5)
+        imported.append(name)
+
+    monkeypatch.setattr(importlib, "import_module", slowly)
+    load_torch()
+    assert imported == [] and capsys.readouterr().err == ""  # it is loaded already
+    monkeypatch.delitem(sys.modules, "torch")
+    load_torch()
+    assert imported == ["torch"] and capsys.readouterr().err == "loading PyTorch (0:00:01)\n"
