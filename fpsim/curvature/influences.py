@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fpsim.curvature.inverses import InverseResult, inverse
 from fpsim.curvature.linear import Operator, parameters_of
-from fpsim.curvature.losses import scalar_loss
-from fpsim.curvature.products import vjp
+from fpsim.curvature.losses import INDEPENDENT, scalar_loss
 from fpsim.curvature.results import new_axes
 from fpsim.curvature.vectors import Layout, Params, dot
 from fpsim.showing import Shown
@@ -37,7 +36,7 @@ class InfluenceResult(Shown):
     values: Tensor
     solve: InverseResult = field(repr=False)
     gradients: int
-    repeats: bool = True
+    repeats: bool
 
     @property
     def products(self) -> int:
@@ -91,7 +90,8 @@ def influence(
 
     Raises:
         TypeError: a loss is no scalar.
-        ValueError: the operator's entries are not parameters, there is no example, or as `inverse`.
+        ValueError: the operator's entries are not parameters, there is no example, a loss does not depend on the
+            parameters, or as `inverse`.
         FloatingPointError: a loss or its gradient has infinities or NaN.
     """
     layout = parameters_of(operator)
@@ -117,10 +117,15 @@ def gradient(layout: Layout, loss: Callable[[Params, Any], Tensor], batch: Any) 
 
     Raises:
         TypeError: the loss is no scalar.
+        ValueError: the loss does not depend on the parameters.
         FloatingPointError: the loss or its gradient has infinities or NaN.
     """
-    value, pull = vjp(lambda values: scalar_loss(loss(layout.substitute(values), batch)), layout.values)
-    found = layout.join(pull(torch.ones_like(value))[0])
+    values = tuple(value.detach().requires_grad_() for value in layout.values)
+    with torch.enable_grad():
+        value = scalar_loss(loss(layout.substitute(values), batch))
+    if not value.requires_grad:
+        raise ValueError(INDEPENDENT)
+    found = layout.join(torch.autograd.grad(value, values, materialize_grads=True))
     if not (torch.isfinite(value) and torch.isfinite(found).all()):
         raise FloatingPointError(f"the loss is {float(value)}, and it or its gradient is not finite: look for overflow")
     return found

@@ -24,6 +24,12 @@ from fpsim.policy import Policy
 #: The label of Hugging Face and torch for a token without a target.
 IGNORED = -100
 
+#: What is wrong with a loss that does not use the parameters that it gets.
+INDEPENDENT = (
+    "the loss does not depend on the params that it gets, so its derivatives would be zero: compute it from them "
+    "(as fpsim.curvature.functional_loss does for a module), and not under torch.no_grad()"
+)
+
 #: Classes of modules under FSDP2 (`fully_shard`) and FSDP1.
 _SHARDING = {"FSDPModule", "FullyShardedDataParallel"}
 

@@ -48,11 +48,15 @@ def monte_carlo_fisher(
             different ones.
 
     Raises:
+        TypeError: samples or seed is no int.
         ValueError: another loss, or no samples; and as `gauss_newton`.
         CurvatureError, FloatingPointError: as `gauss_newton`.
     """
     if not (isinstance(loss, CrossEntropy) or loss == "squared"):
         raise ValueError(f"labels are drawn for a CrossEntropy or 'squared', got {loss!r}: use gauss_newton")
+    for name, number in (("samples", samples), ("seed", seed)):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name} must be an int, got {number!r}")
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     operator = gauss_newton(

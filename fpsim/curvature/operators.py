@@ -23,7 +23,7 @@ from torch import Tensor
 from fpsim.curvature import products
 from fpsim.curvature.data import NO_BATCH, NO_DATA, Data, Weight, Witness, call
 from fpsim.curvature.linear import Operator
-from fpsim.curvature.losses import scalar_loss
+from fpsim.curvature.losses import INDEPENDENT, scalar_loss
 from fpsim.curvature.products import MODES, Function, Mode, OutputProduct, Product, Tensors
 from fpsim.curvature.second_derivatives import RightDerivatives, nodes_of, refuse_wrong
 from fpsim.curvature.vectors import Layout, Params, Select, layout
@@ -232,7 +232,7 @@ def empirical_fisher(
 
 
 #: The doubt about an operator whose graph is older than its parameters.
-PARAMETERS_MOVED = "the parameters changed in place after the first product, whose graph is kept: make a new operator"
+_PARAMETERS_MOVED = "the parameters changed in place after the first product, whose graph is kept: make a new operator"
 
 
 def operator_of(
@@ -291,7 +291,7 @@ def operator_of(
         return result if only else result.div_(total)
 
     def doubts() -> tuple[str, ...]:
-        return (*witness.reasons, *([PARAMETERS_MOVED] if moved else []))
+        return (*witness.reasons, *([_PARAMETERS_MOVED] if moved else []))
 
     return Operator(arranged.size, multiply, arranged.dtype, arranged.device, arranged, name, doubts=doubts)
 
@@ -309,10 +309,7 @@ def _examined(function: Function, values: Tensors, mode: str) -> frozenset[str]:
     unknown = refuse_wrong(found, mode)
     reached = {id(getattr(node, "variable", None)) for node in nodes_of(found)}
     if not found.requires_grad or not (unknown or reached & {id(variable) for variable in variables}):
-        raise ValueError(
-            "the loss does not depend on the params that it gets, so its curvature would be zero: compute it from them "
-            "(as fpsim.curvature.functional_loss does for a module), and not under torch.no_grad()"
-        )
+        raise ValueError(INDEPENDENT)
     return unknown
 
 

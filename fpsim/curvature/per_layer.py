@@ -204,6 +204,7 @@ def per_layer(
         with a kept graph). `LayersResult.products` counts them.
 
     Raises:
+        TypeError: a group is a text and no list.
         ValueError: the operator's entries are not parameters, a group names no parameter, or as the functions above.
     """
     layout = parameters_of(operator)
@@ -215,6 +216,8 @@ def per_layer(
     generator = seeded(generator)
     found = []
     for name, names in given.items():
+        if isinstance(names, str):
+            raise TypeError(f"groups has the text {names!r} for {name!r}: give a list of names or globs, [{names!r}]")
         block = operator.block(list(names))
         eigen = eigenpairs(
             block, min(k, block.size), tol=tol, max_products=max_products, generator=generator, progress=progress

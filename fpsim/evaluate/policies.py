@@ -71,7 +71,9 @@ def named_policies(given: Mapping[str, PolicyLike] | Iterable[PolicyLike] | Poli
     result: dict[str, Policy | None] = {}
     for name, policy in pairs:
         if name in result:
-            raise ValueError(f"two policies have the name {name!r}: give a mapping from names to policies")
+            raise ValueError(
+                f"two policies have the name {name!r}: leave one out, or give a mapping from names to policies"
+            )
         result[str(name)] = parse_policy(policy)
         if name == UNROUNDED and result[name] is not None:
             raise ValueError(f"the name {UNROUNDED!r} is that of the model without rounding: give the policy another")

@@ -233,6 +233,9 @@ def test_sampled_fisher_refuses_other_losses():
         monte_carlo_fisher(lambda p: p["x"], "cubed", {"x": torch.ones(2)})
     with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
         monte_carlo_fisher(lambda p: p["x"], "squared", {"x": torch.ones(2)}, samples=0)
+    for wrong in ({"samples": 1.5}, {"samples": True}, {"seed": "a"}):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))} must be an int, got {next(iter(wrong.values()))!r}"):
+            monte_carlo_fisher(lambda p: p["x"], "squared", {"x": torch.ones(2)}, **wrong)
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------
@@ -339,6 +342,10 @@ def test_influence_refuses_what_has_no_answer():
         influence(operator, lambda p, b: p["x"].sum() / b, [1.0], test=0.0, damping=1.0)
     with pytest.raises(ValueError, match="no layout of parameters"):
         influence(Operator.of_matrix(torch.eye(2)), lambda p, b: p["x"].sum(), [1.0], test=1.0, damping=1.0)
+    with pytest.raises(ValueError, match="the loss does not depend on the params that it gets"):
+        influence(operator, lambda p, b: torch.tensor(1.0), [1.0], test=1.0, damping=1.0)
+    with pytest.raises(TypeError, match=r"groups has the text 'x' for 'all': give a list of names or globs, \['x'\]"):
+        per_layer(operator, groups={"all": "x"})
     for function in (per_layer, lambda matrix: influence(matrix, lambda p, b: p, [1.0], test=1.0, damping=1.0)):
         with pytest.raises(ValueError, match="Tensor has no layout of parameters: make it with hessian"):
             function(torch.eye(3))
