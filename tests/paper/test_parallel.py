@@ -35,8 +35,8 @@ def facts(history: list[Record]) -> list[list[float | None]]:
 STAGES: tuple = ((2, None), (3, {"format": "e8m1"}))
 
 
-def staged(config: RunConfig, source: Path) -> RunConfig:
-    """A configuration that measures everything, in stages."""
+def measured(config: RunConfig, source: Path, stages: tuple) -> RunConfig:
+    """A configuration that measures everything."""
     return replace(
         config,
         data=DataConfig(str(source)),
@@ -46,7 +46,7 @@ def staged(config: RunConfig, source: Path) -> RunConfig:
         hessian_every=3,
         ranges_every=2,
         accumulate=2,
-        stages=STAGES,
+        stages=stages,
     )
 
 
@@ -69,18 +69,19 @@ def work(config: RunConfig, folder: Path, rank: int) -> dict[str, list[list[floa
 
 
 @pytest.mark.timeout(1800)  # six runs in two processes
-def test_two_processes_compute_what_one_does(config, text, tmp_path):
+@pytest.mark.parametrize("stages", [STAGES, pytest.param((), marks=pytest.mark.exhaustive)], ids=["stages", "one"])
+def test_two_processes_compute_what_one_does(config, text, tmp_path, stages):
     source = tmp_path / "times.txt"
     source.write_bytes(text)
-    config = staged(config, source)
+    config = measured(config, source, stages)
     first, _ = results_of_two_ranks(partial(work, config, tmp_path), tmp_path, join=False)
     expected = facts(run(config))
     for kind in ("ddp", "fsdp2"):
         for row, wanted in zip(first[kind], expected, strict=True):
             assert [value is None for value in row] == [value is None for value in wanted]
-            measured = [(a, b) for a, b in zip(row, wanted, strict=True) if b is not None]
+            numbers = [(a, b) for a, b in zip(row, wanted, strict=True) if b is not None]
             # Rounding moves with the last bits of the sums, so the two part slowly.
-            assert [a for a, _ in measured] == pytest.approx([b for _, b in measured], rel=5e-3), kind
+            assert [a for a, _ in numbers] == pytest.approx([b for _, b in numbers], rel=5e-3), kind
         assert first[kind][0][:2] == pytest.approx(expected[0][:2], rel=1e-4)
 
 
