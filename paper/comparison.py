@@ -6,13 +6,11 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from .figures import Judged
 from .footprint import Footprint, footprint
-from .intervals import Share, share
+from .intervals import Share, mean_and_half, share
 from .trainer import recipe_of
-from .verdicts import rules
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def gap(judged: Judged, name: str) -> Gap:
     """How far the final loss of the condition ``name`` is above that of the reference."""
     found = [[judged.verdicts[index] for index in pair] for pair in pairs(judged, name)]
     gaps = [own.final_loss - other.final_loss for own, other in found if not own.diverged and not other.diverged]
-    mean, half = _mean_and_half(gaps)
+    mean, half = mean_and_half(gaps)
     return Gap(mean, mean - half, mean + half, len(gaps))
 
 
@@ -97,14 +95,3 @@ def _seconds(judged: Judged, index: int) -> float:
 def _measured(judged: Judged, index: int) -> np.ndarray:
     values = judged.runs[index]["sharpness_5e4"]
     return np.asarray(values[np.isfinite(values)])
-
-
-def _mean_and_half(values: list[float]) -> tuple[float, float]:
-    """The mean, and half of Student's interval of the registered level."""
-    if not values:
-        return math.nan, math.nan
-    if len(values) == 1:
-        return values[0], math.nan
-    level = float(rules().prediction["level"])
-    quantile = float(stats.t.ppf((1 + level) / 2, len(values) - 1))
-    return float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))

@@ -188,6 +188,21 @@ def sensitivity_lines(panels: Mapping[str, Sequence[Line]]) -> Figure:
     return _finished(figure, drawn)
 
 
+def drift_lines(panels: Mapping[str, Sequence[Line]]) -> Figure:
+    """The growth of every layer's weights with its interval over the steps, a panel for each condition."""
+    paint = colours(list(dict.fromkeys(line.label for lines in panels.values() for line in lines)))
+    figure, drawn = _panels(len(panels), height=max(3.6, 0.3 + 0.18 * len(paint)), sharey=True)
+    for axes, (condition, lines) in zip(drawn, panels.items(), strict=True):
+        for line in lines:
+            axes.plot(line.x, line.y, line.look, color=paint[line.label], markersize=3, linewidth=1.2, label=line.label)
+            axes.fill_between(line.x, line.low, line.high, color=paint[line.label], alpha=0.12, linewidth=0)
+        axes.axhline(0, color="0.8", linewidth=0.8)
+        axes.set(xlabel="step")
+        axes.set_title(condition, fontsize=10)
+    drawn[0].set_ylabel("growth of the spectral norm against the reference (%)")
+    return _finished(figure, drawn)
+
+
 def _name_ticks(axes: Axes, values: set[float]) -> None:
     """Ticks of the horizontal axis at ``values`` alone, with their numbers."""
     axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)], fontsize=8)

@@ -71,3 +71,14 @@ def bootstrap(
         return math.nan, math.nan
     tail = (1 - level) / 2
     return float(np.quantile(values, tail)), float(np.quantile(values, 1 - tail))
+
+
+def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half of Student's interval of the registered level; NaN where ``values`` are too few."""
+    if not values:
+        return math.nan, math.nan
+    if len(values) == 1:
+        return values[0], math.nan
+    level = float(rules().prediction["level"])
+    quantile = float(stats.t.ppf((1 + level) / 2, len(values) - 1))
+    return float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))

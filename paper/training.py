@@ -22,6 +22,7 @@ def records(
     compile: Compile | None = None,
     checkpoint: Checkpoint | None = None,
     parallel: Parallel | None = None,
+    at_start: Callable[[Trainer], object] | None = None,
     at_end: Callable[[Trainer, Sequence[Batch]], object] | None = None,
 ) -> Iterator[Record]:
     """Train step by step, and yield one `Record` per step: a generator, so that runs can be interleaved.
@@ -37,6 +38,7 @@ def records(
         checkpoint: where to keep the state. If the file exists, the records in it are yielded first and the run
             continues after them: the same bits as without interruption.
         parallel: how the processes of ``torchrun`` share the work; None is a single process.
+        at_start: called before the first step, with the trainer, which holds the weights of the newest record.
         at_end: called after the last step, with the trainer and the validation batches.
 
     Raises:
@@ -55,6 +57,8 @@ def records(
     if checkpoint and (found := checkpoint.read(key)):
         history, saved = found
         trainer.resume(len(history), saved, saved["precision"])
+    if at_start is not None:
+        at_start(trainer)
     yield from history
     shape = {"batch": config.batch, "context": config.model.context}
     held_out = [

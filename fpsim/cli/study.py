@@ -381,6 +381,35 @@ def report(
     typer.echo(write(folder, out))
 
 
+@app.command(cls=_SeveralValues)
+@plain_errors
+def drift(
+    folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
+    conditions: Annotated[
+        list[str] | None, typer.Option(help="Conditions to compare.", show_default="all but the reference")
+    ] = None,
+    reference: Annotated[str | None, typer.Option(help="The other one.", show_default="that of the sweep")] = None,
+    seeds: Seeds = 5,
+    every: Annotated[int, typer.Option(min=1, help="Steps between comparisons.")] = 50,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the table and the figure.", show_default="that of the sweep")
+    ] = None,
+) -> None:
+    """Show which layers' weights grow more than those of the reference: trains the sweep's runs again, in pairs."""
+    from fpsim.paper import drift as study
+    from fpsim.paper.report import judge_sweep
+    from fpsim.paper.storage import replace_file
+    from fpsim.paper.sweeps import read_sweep
+
+    judged = judge_sweep(*read_sweep(folder))
+    judged = replace(judged, reference=reference or judged.reference)
+    found = study.drifts(judged, conditions, seeds=seeds, every=every, console=Console(stderr=True))
+    out = out or folder
+    replace_file(out / "drift.md", study.markdown(found, judged.reference).encode())
+    study.figure(found).savefig(out / "drift.png")
+    typer.echo(out / "drift.md")
+
+
 @app.command(name="list")
 @plain_errors
 def list_experiments() -> None:
