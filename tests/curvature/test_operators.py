@@ -261,13 +261,39 @@ def test_checkpointing_works_by_double_backward_and_is_named_otherwise():
             hessian(small.loss, params, mode=mode).matvec(torch.ones(got.shape[0]))
 
 
+def test_checkpointing_never_computes_again_with_other_parameters():
+    """Backward runs after the parameters have been substituted, and forward again with those of the module."""
+    from torch.utils.checkpoint import checkpoint
+
+    small = case("gelu")
+    inner, params = small.model.inner, small.params
+    small.model.inner = Checkpointed(inner, checkpoint)
+    gradients = torch.autograd.grad(small.loss(params), list(params.values()))
+    moved = {name: (value + 0.1).detach().requires_grad_() for name, value in params.items()}
+    for derive in (
+        lambda: small.loss(moved),
+        lambda: hessian(small.loss, params, mode="finite_difference").matvec(torch.ones(layout(params).size)),
+    ):
+        with pytest.raises(CurvatureError, match="compute the forward pass again with the module's own parameters"):
+            derive()
+    with torch.no_grad():
+        small.loss(moved)  # the value is right
+    small.model.inner = Checkpointed(inner, checkpoint, use_reentrant=True)
+    for mode in ("reverse", "double_backward", "forward", "finite_difference"):
+        with pytest.raises(CurvatureError, match="use_reentrant=False"):
+            hessian(small.loss, params, mode=mode).matvec(torch.ones(layout(params).size))
+    small.model.inner = inner
+    for got, want in zip(gradients, torch.autograd.grad(small.loss(params), list(params.values())), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+
+
 class Checkpointed(nn.Module):
-    def __init__(self, inner, checkpoint):
+    def __init__(self, inner, checkpoint, use_reentrant=False):
         super().__init__()
-        self.inner, self.checkpoint = inner, checkpoint
+        self.inner, self.checkpoint, self.use_reentrant = inner, checkpoint, use_reentrant
 
     def forward(self, x):
-        return self.checkpoint(self.inner, x, use_reentrant=False)
+        return self.checkpoint(self.inner, x, use_reentrant=self.use_reentrant)
 
 
 def test_batch_norm_without_functional_loss_is_an_error_with_the_remedy():
