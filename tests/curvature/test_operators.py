@@ -265,26 +265,26 @@ def test_checkpointing_never_computes_again_with_other_parameters():
     """Backward runs after the parameters have been substituted, and forward again with those of the module."""
     from torch.utils.checkpoint import checkpoint
 
-    small = case("gelu")
-    inner, params = small.model.inner, small.params
-    small.model.inner = Checkpointed(inner, checkpoint)
-    gradients = torch.autograd.grad(small.loss(params), list(params.values()))
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    model = Checkpointed(layers, checkpoint)
+    params, x = dict(model.named_parameters()), torch.randn(5, 3, dtype=torch.float64)
+    loss = functional_loss(model, lambda outputs: outputs.square().sum(), batch=x)
     moved = {name: (value + 0.1).detach().requires_grad_() for name, value in params.items()}
-    for derive in (
-        lambda: small.loss(moved),
-        lambda: hessian(small.loss, params, mode="finite_difference").matvec(torch.ones(layout(params).size)),
-    ):
+    product = hessian(loss, params, mode="finite_difference")
+    for derive in (lambda: loss(moved), lambda: product.matvec(torch.ones(product.size, dtype=torch.float64))):
         with pytest.raises(CurvatureError, match="compute the forward pass again with the module's own parameters"):
             derive()
     with torch.no_grad():
-        small.loss(moved)  # the value is right
-    small.model.inner = Checkpointed(inner, checkpoint, use_reentrant=True)
+        assert loss(moved) > 0  # a value needs no second forward pass
+    own = torch.autograd.grad(layers(x).square().sum(), list(params.values()))
+    for got, want in zip(torch.autograd.grad(loss(params), list(params.values())), own, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    model.use_reentrant = True
+    x.requires_grad_()
     for mode in ("reverse", "double_backward", "forward", "finite_difference"):
         with pytest.raises(CurvatureError, match="use_reentrant=False"):
-            hessian(small.loss, params, mode=mode).matvec(torch.ones(layout(params).size))
-    small.model.inner = inner
-    for got, want in zip(gradients, torch.autograd.grad(small.loss(params), list(params.values())), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+            hessian(loss, params, mode=mode).matvec(torch.ones(product.size, dtype=torch.float64))
 
 
 class Checkpointed(nn.Module):

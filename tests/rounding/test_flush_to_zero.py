@@ -163,11 +163,11 @@ def test_codes_and_scales_of_subnormal_blocks(name: str) -> None:
 
 def test_arithmetic_before_rounding() -> None:
     """That of transforms, and that of attention in tiles: with one key the result is its value."""
-    subnormal = torch.tensor([[3, -5, 1, 7], [2, 0, -1, 4]], dtype=torch.int32).float() * 2.0**-140
-    one = torch.ones(1, 1, 1, 4)
+    subnormal = torch.tensor([[3, -5, 1, 7], [2, 0, -1, 4]], dtype=torch.int32).float() * 2.0**-133
+    larger, one = subnormal * 2.0**6, torch.ones(1, 1, 1, 4)
     calls = [
-        lambda: fpsim.round(subnormal, "e8m7/hadamard:4"),
-        lambda: fpsim.round(subnormal * 2.0**13, "e4m3fn/group:4/expand"),
+        lambda: fpsim.round(subnormal, "e8m22/hadamard:4"),
+        lambda: fpsim.round(larger, "e4m3fn/group:4/expand"),
         lambda: fpsim.flash_attention(one, one, subnormal[:1, None, None], steps="all_bf16"),
     ]
     want = [codes_of(call()).tolist() for call in calls]
