@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import eval_frame
 from torch._dynamo.utils import counters
+from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 from torch.utils import _pytree as pytree
 
@@ -292,6 +293,11 @@ def _refuse_call(name: str) -> None:
         raise UnroundedError(
             f"torch.func.{kind} over {name}, which is compiled by fpsim: Dynamo would run it unrounded, in this call "
             f"and in all later ones. {_EXAMPLES if kind == 'vmap' else _DERIVATIVES}"
+        )
+    if forward_ad._current_level >= 0:
+        raise UnroundedError(
+            f"{name} is called within forward_ad.dual_level: compiled code would drop the tangents of dual numbers, "
+            f"those of arguments and of parameters. {_DERIVATIVES}"
         )
     if torch.compiler.is_exporting():
         raise UnroundedError(

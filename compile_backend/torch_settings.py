@@ -37,7 +37,7 @@ from fpsim.compile_backend.calls import (
 )
 from fpsim.compile_backend.covariance import covariance
 from fpsim.compile_backend.scale_states import after_optimizer_step
-from fpsim.compile_backend.watching import watched_backward
+from fpsim.compile_backend.watching import watched_backward, whole_second_derivatives
 from fpsim.rounding.cpp_functions import inline_functions_in_cpp
 from fpsim.rounding.vector_casts import cast_whole_vectors_in_cpp
 
@@ -130,7 +130,7 @@ def watch_compiled_calls() -> None:
         OptimizedModule.__getattr__,
         torch.nn.Module.__getstate__,
     )
-    run_backward = watched_backward(torch.autograd._engine_run_backward)
+    run_backward = watched_backward(whole_second_derivatives(torch.autograd._engine_run_backward))
 
     @wraps(compile_callable)
     def and_watch(context: OptimizeContext, fn: Any) -> Any:

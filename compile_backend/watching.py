@@ -32,6 +32,13 @@ _KEY = "fpsim"
 #: The module of torch that calls the backward code of compiled graphs.
 _COMPILED_BACKWARD = "torch._functorch._aot_autograd.runtime_wrappers"
 
+#: The autograd nodes of gradients that compiled code has computed. torch cannot differentiate them.
+_DERIVED_BACKWARD = "CompiledFunctionBackwardBackward"
+_SECOND_DERIVATIVES = (
+    "A model compiled by torch has no second derivatives. Take them of the uncompiled model, by "
+    "fpsim.curvature.functional_loss or functional_outputs, which round as the policy says"
+)
+
 
 class _Thread(threading.local):
     """What runs in this thread.
@@ -220,6 +227,43 @@ def watched_backward(run: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return torch.compiler.disable(and_watch, recursive=False)  # Dynamo compiles what autograd calls
+
+
+def whole_second_derivatives(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``, which lets autograd compute gradients, with an error for second derivatives of compiled code.
+
+    Compiled code has none in torch. Where a gradient depends on an input only through what forward kept, torch does not
+    see that it does: the derivative would be None, and zeros in `torch.autograd.functional`.
+    """
+
+    @functools.wraps(run)
+    def or_refuse(outputs: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
+        inputs = args[3] if len(args) > 3 else ()
+        try:
+            result = run(outputs, *args, **kwargs)
+        except RuntimeError as error:
+            if _derives_gradients(outputs):
+                raise RuntimeError(f"{str(error).rstrip('.')}. {_SECOND_DERIVATIVES}") from error
+            raise
+        is_lost = bool(inputs) and (not result or any(gradient is None for gradient in result))
+        if is_lost and TracingContext.try_get() is None and _derives_gradients(outputs):
+            raise RuntimeError(f"the second derivatives of a compiled model are lost. {_SECOND_DERIVATIVES}")
+        return result
+
+    return torch.compiler.disable(or_refuse, recursive=False)
+
+
+def _derives_gradients(outputs: Iterable[Any]) -> bool:
+    """Whether ``outputs`` depend on gradients that compiled code has computed with ``create_graph``."""
+    waiting, seen = _nodes(tuple(outputs)), set()
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            if type(node).__name__ == _DERIVED_BACKWARD:
+                return True
+            waiting += [before for before, _ in node.next_functions if before is not None]
+    return False
 
 
 @torch.compiler.disable

@@ -11,6 +11,7 @@ from torch import Tensor
 from fpsim.casts import Cast, check_cast, parse_cast, refuse_timed
 from fpsim.formats import CodebookFormat, ElementFormat, FloatFormat, IntegerFormat
 from fpsim.rounding.carriers import check_tensor, working_dtype
+from fpsim.rounding.flushing import keeping_subnormals
 from fpsim.rounding.packing import pack, unpack
 from fpsim.scaling.groups import Groups, OnTensors, split
 from fpsim.scaling.rules import E8M0_BIAS, NAN_MARK
@@ -34,6 +35,7 @@ NAN_CODE = 255
 Scales = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
 
+@keeping_subnormals
 def encode_blocks(
     x: Tensor, format: str | Cast, axis: int | tuple[int, ...] = -1, *, packed: bool = True
 ) -> tuple[Tensor, Scales]:
@@ -98,6 +100,7 @@ def encode_blocks(
     return codes, _encode_scales(scales, scale, groups)
 
 
+@keeping_subnormals
 def decode_blocks(
     codes: Tensor,
     scales: Scales,

@@ -27,7 +27,7 @@ from fpsim.formats import (
     resolve_overflow,
     split_rounding,
 )
-from fpsim.rounding.carriers import check_carrier, working_dtype
+from fpsim.rounding.carriers import CARRIERS, check_carrier, working_dtype
 from fpsim.rounding.ops import SOURCE, random_words_op, round_op, round_stochastic_op
 from fpsim.scaling.ops import SCALE_OPERATORS, check_scaled_carrier, outer_scale_op, round_scaled_op
 from fpsim.scaling.scale import (
@@ -372,7 +372,7 @@ def check_cast(dtype: torch.dtype, cast: Cast) -> None:
     elif scale.rule in (*SCALE_OPERATORS, *MX_RULES):
         check_scaled_carrier(dtype, grid)
     else:  # rounded in the working dtype
-        check_scaled_carrier(working_dtype(dtype) if dtype != torch.float16 else dtype, grid)
+        check_scaled_carrier(working_dtype(dtype) if dtype in CARRIERS and dtype != torch.float16 else dtype, grid)
 
 
 # -- applying casts to tensors -----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 from fpsim.attention.flash import FlashLike, parse_flash, parsed
 from fpsim.attention.steps import Call, backward, forward
 from fpsim.rounding.carriers import CARRIERS, check_tensor, working_dtype
+from fpsim.rounding.flushing import keeping_subnormals
 from fpsim.rounding.ops import SOURCE
 from fpsim.tensor_functions import seed_tensor
 
@@ -79,7 +80,7 @@ def _batched(operator: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], 
 
 
 for _name, _operator in (("flash_attention", flash_op), ("flash_attention_backward", flash_backward_op)):
-    _library.impl(_name, functools.partial(compute, _operator), "CompositeExplicitAutograd")
+    _library.impl(_name, keeping_subnormals(functools.partial(compute, _operator)), "CompositeExplicitAutograd")
     torch.library.register_vmap(f"fpsim::{_name}", functools.partial(_batched, _operator), lib=_library)
 
 

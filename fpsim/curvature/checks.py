@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fpsim.curvature.data import NO_DATA, Data, Weight, call, fingerprint, why_batches_differ
 from fpsim.curvature.linear import Operator, symmetry_tolerance
-from fpsim.curvature.losses import scalar_loss
+from fpsim.curvature.losses import INDEPENDENT, scalar_loss
 from fpsim.curvature.products import OperationsSeen
 from fpsim.curvature.vectors import Layout, Params, Select, layout
 from fpsim.showing import Shown
@@ -173,6 +173,8 @@ def _gradient(loss: Callable[..., Tensor], arranged: Layout, batch: Any) -> Tens
     value = scalar_loss(call(loss, arranged.substitute(variables), batch))
     if not torch.isfinite(value):
         raise FloatingPointError(f"the loss is {float(value)}: there is nothing to compare")
+    if not value.requires_grad:
+        raise ValueError(INDEPENDENT)
     pieces = torch.autograd.grad(value, variables, materialize_grads=True)
     joined = arranged.join(pieces).to(value.device)
     if not torch.isfinite(joined).all():

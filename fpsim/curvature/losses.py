@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from fpsim.curvature.data import NO_BATCH
 from fpsim.curvature.products import OutputProduct
+from fpsim.curvature.second_derivatives import CurvatureError, nodes_of
 from fpsim.curvature.vectors import HOW_TO_GATHER, is_sharded
 from fpsim.policy import Policy
 
@@ -28,6 +30,11 @@ IGNORED = -100
 INDEPENDENT = (
     "the loss does not depend on the params that it gets, so its derivatives would be zero: compute it from them "
     "(as fpsim.curvature.functional_loss does for a module), and not under torch.no_grad()"
+)
+
+_OTHER_PARAMETERS = (
+    "gradient checkpointing (torch.utils.checkpoint), or another saved-tensor hook, would compute the forward pass "
+    "again with the module's own parameters, and not with those that the loss gets: switch it off"
 )
 
 #: Classes of modules under FSDP2 (`fully_shard`) and FSDP1.
@@ -66,6 +73,8 @@ def functional_loss(
     Raises:
         ValueError: the module is compiled (torch.func would silently run it uncompiled, without its backend) or
             sharded, or the policy is stochastic or invalid.
+        CurvatureError: when called, gradient checkpointing would give derivatives with respect to other parameters: if
+            it is reentrant, or the parameters are not the module's own.
 
     >>> linear = nn.Linear(2, 1)
     >>> value = functional_loss(linear, nn.functional.mse_loss, batch=(torch.ones(3, 2), torch.zeros(3, 1)))
@@ -296,7 +305,11 @@ def _functional(
         with _same_attributes(module):
             if rounded is not None:
                 return rounded(state, args, kwargs)
-            return functional_call(module, state, args, kwargs, tie_weights=True)
+            with _recomputed_with(given, own):
+                outputs = functional_call(module, state, args, kwargs, tie_weights=True)
+        if not _is_transformed():
+            _refuse_reentrant(outputs)
+        return outputs
 
     return call
 
@@ -318,6 +331,40 @@ def _same_attributes(module: nn.Module) -> Iterator[None]:
                         vars(part)[name] = before[name]
                     else:
                         del vars(part)[name]
+
+
+@contextmanager
+def _recomputed_with(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iterator[None]:
+    """Refuses gradient checkpointing that would compute the forward pass again with other parameters than ``given``.
+
+    Backward computes it again after the call, with the ``own`` parameters of the module. That is right only if
+    ``given`` shares their memory.
+    """
+    if _is_transformed() or all(value.data_ptr() == own[name].data_ptr() for name, value in given.items()):
+        yield  # torch.func refuses checkpointing itself
+        return
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(_OTHER_PARAMETERS):
+            yield
+    except RuntimeError as error:
+        if str(error) == _OTHER_PARAMETERS:
+            raise CurvatureError(_OTHER_PARAMETERS) from error
+        raise
+
+
+def _refuse_reentrant(outputs: Any) -> None:
+    """Refuse outputs of reentrant checkpointing, which differentiates with respect to the parameters of the module."""
+    values = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    if any(node.name() == "CheckpointFunctionBackward" for node in nodes_of(*values)):
+        raise CurvatureError(
+            "reentrant gradient checkpointing (torch.utils.checkpoint) differentiates with respect to the module's own "
+            "parameters, and not to those that the loss gets: pass use_reentrant=False, or switch checkpointing off"
+        )
+
+
+def _is_transformed() -> bool:
+    """Whether the call is traced, or under a transform of `torch.func`."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _rounded(module: nn.Module, policy: Policy | Mapping[str, Any] | str) -> Callable[..., Any]:

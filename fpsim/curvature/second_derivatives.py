@@ -133,10 +133,10 @@ WRONG: tuple[Wrong, ...] = (
 )
 
 
-def nodes_of(value: Tensor) -> Iterator[Any]:
-    """The nodes of the autograd graph that ends at ``value``, each once."""
+def nodes_of(*values: Tensor) -> Iterator[Any]:
+    """The nodes of the autograd graph that ends at ``values``, each once."""
     seen: set[Any] = set()
-    waiting = [value.grad_fn]
+    waiting = [value.grad_fn for value in values]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fpsim.formats import parse_element
 from fpsim.rounding.carriers import working_dtype
+from fpsim.rounding.flushing import keeping_subnormals
 from fpsim.scaling.scale import parse_scale
 from fpsim.transforms.names import parse_transform
 from fpsim.transforms.transform import Transform
@@ -26,11 +27,13 @@ _library.define(
 
 
 @torch.library.impl(_library, "transform_parameters", "CompositeExplicitAutograd")
+@keeping_subnormals
 def _parameters(first: Tensor, second: Tensor, transform: str, axes: list[int], source: str) -> Tensor:
     return named(transform).parameters(first, second, (axes[0], axes[1]))
 
 
 @torch.library.impl(_library, "transform_operand", "CompositeExplicitAutograd")
+@keeping_subnormals
 def _operand(
     x: Tensor, transform: str, number: int, axis: int, source: str, parameters: Tensor | None = None
 ) -> Tensor:
@@ -40,6 +43,7 @@ def _operand(
 
 
 @torch.library.impl(_library, "round_transformed", "CompositeExplicitAutograd")
+@keeping_subnormals
 def _round_transformed(
     x: Tensor,
     element: str,

@@ -213,6 +213,55 @@ def test_forward_mode_inside_the_graph_is_refused() -> None:
         compiled(tangent)(X)
 
 
+def test_dual_numbers_are_refused_and_leave_the_model_rounded() -> None:
+    """Compiled code would drop the tangents, also those of parameters."""
+    from torch.autograd import forward_ad
+
+    model = Model()
+    function = compiled(model)
+    with forward_ad.dual_level(), pytest.raises(UnroundedError, match=r"dual_level.*functional_loss"):
+        function(forward_ad.make_dual(X, X))
+    assert torch.equal(function(X), by_hand(model, X))
+
+
+# -- second derivatives ------------------------------------------------------------------------------------------------
+
+
+def cubes(x: Tensor) -> Tensor:
+    """A function whose gradient depends on its input only through what forward keeps."""
+    return ((x @ x.new_ones(6)) ** 3).sum()
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        lambda f: torch.autograd.functional.hessian(f, X),
+        lambda f: torch.autograd.functional.hvp(f, X, X),
+        lambda f: torch.autograd.functional.vhp(f, X, X),
+        lambda f: torch.autograd.functional.jvp(f, X, X),
+        lambda f: second_gradient(f, lambda g, x: torch.autograd.grad(g, x)),
+        lambda f: second_gradient(f, lambda g, x: torch.autograd.grad(g, x, allow_unused=True)),
+        lambda f: second_gradient(f, lambda g, x: g.backward()),
+        lambda f: second_gradient(f, lambda g, x: g.backward(inputs=[x])),
+    ],
+)
+def test_second_derivatives_of_a_compiled_model_are_an_error_with_the_remedy(second: Callable) -> None:
+    function = compiled(cubes)
+    with pytest.raises(RuntimeError, match=r"no second derivatives.*functional_loss"):
+        second(function)
+    x, other = X.clone().requires_grad_(), torch.ones(2, requires_grad=True)
+    gradient, unused = torch.autograd.grad(function(x), (x, other), create_graph=True, allow_unused=True)
+    by_sums = 3 * (rounded(X) @ torch.ones(6)) ** 2
+    assert torch.equal(gradient.detach(), rounded(by_sums)[:, None].expand(3, 6))
+    assert unused is None
+
+
+def second_gradient(function: Callable, derive: Callable) -> None:
+    x = X.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(x), x, create_graph=True)
+    derive(gradient.sum(), x)
+
+
 # -- models of which nothing is compiled -------------------------------------------------------------------------------
 
 

@@ -261,13 +261,39 @@ def test_checkpointing_works_by_double_backward_and_is_named_otherwise():
             hessian(small.loss, params, mode=mode).matvec(torch.ones(got.shape[0]))
 
 
+def test_checkpointing_never_computes_again_with_other_parameters():
+    """Backward runs after the parameters have been substituted, and forward again with those of the module."""
+    from torch.utils.checkpoint import checkpoint
+
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    model = Checkpointed(layers, checkpoint)
+    params, x = dict(model.named_parameters()), torch.randn(5, 3, dtype=torch.float64)
+    loss = functional_loss(model, lambda outputs: outputs.square().sum(), batch=x)
+    moved = {name: (value + 0.1).detach().requires_grad_() for name, value in params.items()}
+    product = hessian(loss, params, mode="finite_difference")
+    for derive in (lambda: loss(moved), lambda: product.matvec(torch.ones(product.size, dtype=torch.float64))):
+        with pytest.raises(CurvatureError, match="compute the forward pass again with the module's own parameters"):
+            derive()
+    with torch.no_grad():
+        assert loss(moved) > 0  # a value needs no second forward pass
+    own = torch.autograd.grad(layers(x).square().sum(), list(params.values()))
+    for got, want in zip(torch.autograd.grad(loss(params), list(params.values())), own, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    model.use_reentrant = True
+    x.requires_grad_()
+    for mode in ("reverse", "double_backward", "forward", "finite_difference"):
+        with pytest.raises(CurvatureError, match="use_reentrant=False"):
+            hessian(loss, params, mode=mode).matvec(torch.ones(product.size, dtype=torch.float64))
+
+
 class Checkpointed(nn.Module):
-    def __init__(self, inner, checkpoint):
+    def __init__(self, inner, checkpoint, use_reentrant=False):
         super().__init__()
-        self.inner, self.checkpoint = inner, checkpoint
+        self.inner, self.checkpoint, self.use_reentrant = inner, checkpoint, use_reentrant
 
     def forward(self, x):
-        return self.checkpoint(self.inner, x, use_reentrant=False)
+        return self.checkpoint(self.inner, x, use_reentrant=self.use_reentrant)
 
 
 def test_batch_norm_without_functional_loss_is_an_error_with_the_remedy():

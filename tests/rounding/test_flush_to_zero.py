@@ -150,6 +150,37 @@ def test_scales_and_scaled_rounding_of_subnormal_tensors(dtype: torch.dtype, rou
             assert codes_of(got).tolist() == codes_of(leaf.detach()).tolist() == want, (numbers, on)
 
 
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "nvfp4", "int8/row", "nf4"])
+def test_codes_and_scales_of_subnormal_blocks(name: str) -> None:
+    x = torch.randint(-(1 << 23), 1 << 23, (4, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    x = (x.abs() | (x & -(1 << 31))).view(torch.float32)
+    want = codes_of(fpsim.round(x, name))
+    for on in (False, True):
+        with flushing(on):
+            got = fpsim.decode_blocks(*fpsim.encode_blocks(x, name), name)
+        assert_codes(codes_of(got), want, codes_of(x))
+
+
+def test_arithmetic_before_rounding() -> None:
+    """That of transforms, and that of attention in tiles: with one key the result is its value."""
+    subnormal = torch.tensor([[3, -5, 1, 7], [2, 0, -1, 4]], dtype=torch.int32).float() * 2.0**-133
+    larger, one = subnormal * 2.0**6, torch.ones(1, 1, 1, 4)
+    calls = [
+        lambda: fpsim.round(subnormal, "e8m22/hadamard:4"),
+        lambda: fpsim.round(larger, "e4m3fn/group:4/expand"),
+        lambda: fpsim.flash_attention(one, one, subnormal[:1, None, None], steps="all_bf16"),
+    ]
+    want = [codes_of(call()).tolist() for call in calls]
+    assert want[0] == codes_of(subnormal).tolist()  # the rotation by 1/2 and back is exact
+    assert want[2] == [[[codes_of(subnormal[0]).tolist()]]]
+    for on in (False, True):
+        with flushing(on):
+            got = [codes_of(call()).tolist() for call in calls]
+            still = subnormal[0, :1] * 1
+        assert got == want
+        assert (still.view(torch.int32).item() == 0) == on  # the flag is as it was
+
+
 # -- compiled ------------------------------------------------------------------------------------------------------
 
 

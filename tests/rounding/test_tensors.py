@@ -102,6 +102,15 @@ def test_other_tensors_are_refused_with_a_remedy(call: str, make: Callable[[], A
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4", "int8", "int8/row", "uint8/row:asymmetric", "nf4", "dynamic8"])
+def test_other_dtypes_are_refused_by_formats_of_every_kind(name: str) -> None:
+    others = torch.complex64, torch.float8_e4m3fn, torch.bool, torch.int32
+    for x in (*(X.to(dtype) for dtype in others), torch.quantize_per_tensor(X, 0.1, 0, torch.qint8)):
+        with pytest.raises(TypeError, match=f"cannot round a tensor of {x.dtype}: convert it to one of"):
+            fpsim.round(x, name)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_codes_of_other_layouts_and_dtypes_are_refused() -> None:
     for codes in (CODES.int().to_sparse(), torch.nested.nested_tensor([CODES[0], CODES[1, :1]], layout=torch.jagged)):
         with pytest.raises(TypeError, match="cannot decode a"):
