@@ -101,7 +101,7 @@ class CurvatureHistory(Shown):
             raise ValueError(f"step {step} does not follow step {self.steps[-1]}: add steps in ascending order")
         if self.eigen and len(eigen.eigenvalues) != len(self.eigen[0].eigenvalues):
             raise ValueError(
-                f"step {step} has {len(eigen.eigenvalues)} eigenvalues and the steps before have "
+                f"step {step} has {counted(len(eigen.eigenvalues), 'eigenvalue')} and the steps before have "
                 f"{len(self.eigen[0].eigenvalues)}: ask for the same k at each step"
             )
         if self.eigen and len(eigen.eigenvectors) != len(self.eigen[0].eigenvectors):

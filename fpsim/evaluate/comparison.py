@@ -34,6 +34,7 @@ from fpsim.evaluate.running import under
 from fpsim.evaluate.tables import Printed, data_frame
 from fpsim.evaluate.texts import unfused
 from fpsim.policy import Policy
+from fpsim.showing import counted
 
 if TYPE_CHECKING:
     import pandas
@@ -123,7 +124,7 @@ class Comparison(Printed):
         what = "loss" if is_perplexity else self.measure
         table = Table(
             box=box.SIMPLE_HEAD,
-            title=f"{self.measure} over {len(self.weights)} batches",
+            title=f"{self.measure} over {counted(len(self.weights), 'batch', 'batches')}",
             caption="mean ± standard error over batches; differences from the unrounded model, paired by batch",
         )
         table.add_column("policy", overflow="fold")

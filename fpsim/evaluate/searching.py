@@ -42,6 +42,7 @@ from fpsim.evaluate.switched import SwitchedModel
 from fpsim.evaluate.tables import Printed, data_frame
 from fpsim.evaluate.texts import unfused
 from fpsim.policy import Policy
+from fpsim.showing import counted
 
 if TYPE_CHECKING:
     import pandas
@@ -342,7 +343,7 @@ class _Trial:
             with same_draws(number):
                 changes.append(float(loss_of(model, batch, self.loss)) - self.exact[number])
         if len(changes) != len(self.exact):
-            raise ValueError(f"there were {len(self.exact)} batches at first, and {len(changes)} later: pass a list")
+            raise ValueError(f"the first pass had {counted(len(self.exact), 'batch', 'batches')}, and a later one {len(changes)}: pass a list")
         self.count += 1
         if self.progress is not None:
             self.progress(self.count)

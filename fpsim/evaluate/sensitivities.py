@@ -34,6 +34,7 @@ from fpsim.evaluate.switched import SwitchedModel
 from fpsim.evaluate.tables import Printed, data_frame
 from fpsim.evaluate.texts import unfused
 from fpsim.policy import Policy
+from fpsim.showing import counted
 
 if TYPE_CHECKING:
     import pandas
@@ -159,7 +160,7 @@ class Sensitivity(Printed):
         """A table of the forward units and, if gradients were measured, one of the backward units."""
         forward = Table(
             box=box.SIMPLE_HEAD,
-            title=f"loss {self.loss}, all rounded {_signed(self.rounded)} ({self.batches} batches)",
+            title=f"loss {self.loss}, all rounded {_signed(self.rounded)} ({counted(self.batches, 'batch', 'batches')})",
             caption="change of the loss when only this is rounded, and when all but this are; estimates of the former",
         )
         forward.add_column(self.by, overflow="fold")
