@@ -102,8 +102,13 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def weighed(model: nn.Module, batches: Iterable[Any], weight: Weight | None) -> Iterator[tuple[int, Any, float]]:
+def weighed(
+    model: nn.Module, batches: Iterable[Any], weight: Weight | None, repeat: Callable[[Any], None]
+) -> Iterator[tuple[int, Any, float]]:
     """Number, batch and weight of each of ``batches``; what uses a batch must leave it and the buffers as they are.
+
+    After the first batch has been used, ``repeat`` is called with it: it runs the model once more and compares
+    (`refuse_unrepeated`).
 
     Raises:
         ValueError: ``batches`` is one batch or empty, a weight is not above zero, a batch has changed in use, or
@@ -126,6 +131,8 @@ def weighed(model: nn.Module, batches: Iterable[Any], weight: Weight | None) -> 
                 "the model changes its buffers when it runs, so that no two of its runs can be compared: let it keep "
                 "no state in evaluation mode"
             )
+        if number == 0:
+            repeat(batch)
     if number < 0:
         raise ValueError("there is no batch: give at least one (a generator can be read only once)")
 
@@ -140,6 +147,24 @@ def refuse_nonfinite(value: float, number: int, what: str = "loss") -> None:
         raise FloatingPointError(
             f"the {what} of the unrounded model is {value} on batch {number}: look for labels that all are ignored, "
             "for a mean over nothing, and for overflow"
+        )
+
+
+#: By so much of its value may the loss of an unrounded model change from run to run, as by sums in another order.
+_REPEATS = 1e-6
+
+
+def refuse_unrepeated(value: float, again: float, number: int, what: str = "loss") -> None:
+    """Refuse a model whose unrounded ``value`` on batch ``number`` is another one, ``again``, in a later run.
+
+    Raises:
+        ValueError: it is.
+    """
+    if not abs(again - value) <= _REPEATS * abs(value):
+        raise ValueError(
+            f"the {what} of the unrounded model on batch {number} is {value:.9g} in one run and {again:.9g} in another, "
+            "so that no two of its runs can be compared: let the model keep no state (a count of its calls, a cache), "
+            "and draw random numbers from torch's own generator"
         )
 
 

@@ -26,6 +26,7 @@ from fpsim.evaluate.batches import (
     number_of,
     plain_errors,
     refuse_nonfinite,
+    refuse_unrepeated,
     same_draws,
     weighed,
 )
@@ -193,8 +194,9 @@ def compare(
 
     Raises:
         ValueError: a policy that rounds nothing in the model's forward pass or that cannot be carried out; a model that
-            is compiled, in training mode, or changes its buffers; no batch, a batch that changes in use; an unknown
-            metric or backend; and the errors of `fpsim.evaluate.policies.named_policies`.
+            is compiled, in training mode, changes its buffers, or gives the first batch another loss in a second run;
+            no batch, a batch that changes in use; an unknown metric or backend; and the errors of
+            `fpsim.evaluate.policies.named_policies`.
         TypeError: a loss that is not a number.
         FloatingPointError: the unrounded model's loss is not finite. Under a policy this is no error: the row counts
             such batches.
@@ -209,6 +211,7 @@ def compare(
         raise ValueError(f"unknown metric {metric!r}: use 'perplexity', a function, or None")
     function = metric if callable(metric) else None
     measure = PERPLEXITY if metric == PERPLEXITY else "loss" if function is None else _name_of(function)
+    what = "loss" if function is None else measure
     given = {name: policy for name, policy in named_policies(policies).items() if policy is not None}
     by_name = {UNROUNDED: NOTHING, **given}
     values: dict[str, list[float]] = {name: [] for name in by_name}
@@ -216,7 +219,13 @@ def compare(
     weights = []
     with torch.no_grad(), unfused(), no_recompile_limit():
         compiled = {name: under(model, policy, backend) for name, policy in by_name.items()}
-        for number, batch, own in weighed(model, batches, weight):
+
+        def repeat(batch: Any) -> None:
+            with same_draws(0):
+                again = _number(compiled[UNROUNDED], batch, loss, function)
+            refuse_unrepeated(values[UNROUNDED][0], again, 0, what)
+
+        for number, batch, own in weighed(model, batches, weight, repeat):
             weights.append(own)
             for name, network in compiled.items():
                 if number == 0 and name != UNROUNDED:
@@ -225,7 +234,7 @@ def compare(
                     value = _number(network, batch, loss, function)
                 values[name].append(value)
                 if name == UNROUNDED:
-                    refuse_nonfinite(value, number, "loss" if function is None else measure)
+                    refuse_nonfinite(value, number, what)
             if progress is not None:
                 progress(number + 1)
     exact = values[UNROUNDED]

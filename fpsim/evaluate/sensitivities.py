@@ -26,6 +26,7 @@ from fpsim.evaluate.batches import (
     mean,
     plain_errors,
     refuse_nonfinite,
+    refuse_unrepeated,
     same_draws,
     weighed,
 )
@@ -278,7 +279,7 @@ def sensitivity(
     estimated = _Estimated(model, forward, loss, by) if estimates else None
     weights = []
     with unfused(), no_recompile_limit(), plain_errors("the policy"):
-        for number, batch, own in weighed(model, batches, weight):
+        for number, batch, own in weighed(model, batches, weight, measured.repeat):
             weights.append(own)
             with torch.set_grad_enabled(bool(parameters)):
                 measured.add(number, batch)
@@ -356,6 +357,10 @@ class _Measured:
                 self.without.setdefault(unit, []).append(self._loss(number, batch, others) - exact)
             elif gradient is not None:
                 self._add_change(unit, gradient, self._run(number, batch, places)[1])
+
+    def repeat(self, batch: Any) -> None:
+        """Refuse a model whose unrounded loss on the first batch is another one by now."""
+        refuse_unrepeated(self.losses[0], self._loss(0, batch, []), 0)
 
     def _loss(self, number: int, batch: Any, places: Sequence[Place]) -> float:
         self.model.turn(places)
