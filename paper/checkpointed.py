@@ -61,8 +61,8 @@ def checkpointed(path: Path, *, batches: int) -> Checkpointed:
         raise
     except Exception as error:  # torch.load raises errors of many kinds for broken files
         raise ValueError(
-            f"{path} is no checkpoint with the configuration of a run ({why_unreadable(error)}): write it again with fpsim "
-            "study train CONFIG OUT --checkpoint FILE"
+            f"{path} is no checkpoint with the configuration of a run ({why_unreadable(error)}): write it again with "
+            "fpsim study train CONFIG OUT --checkpoint FILE"
         ) from error
     check_device(config.device)
     data = load(config.data, context=config.model.context)

@@ -27,6 +27,7 @@ class InverseResult(Shown):
         products: the number of products with the operator.
         converged: whether every residual met the tolerance, and the operator's loss and data stayed the same.
         reasons: why ``converged`` is False, in words; empty if it is True.
+        cost: that of the products in gradients (`Operator.cost`).
     """
 
     solution: Tensor = field(repr=False)
@@ -34,6 +35,7 @@ class InverseResult(Shown):
     products: int
     converged: bool
     reasons: tuple[str, ...] = ()
+    cost: float = math.nan
 
 
 def inverse(
@@ -96,7 +98,9 @@ def inverse(
             "raise max_products, damping, or tol (float32 reaches about 1e-6)",
             *reasons,
         )
-    return InverseResult(solutions.reshape(vectors.shape), residuals, products.count, not reasons, reasons)
+    return InverseResult(
+        solutions.reshape(vectors.shape), residuals, products.count, not reasons, reasons, products.cost
+    )
 
 
 def _solve(products: Products, b: Tensor, damping: float, tol: float, steps: int) -> tuple[Tensor, float]:

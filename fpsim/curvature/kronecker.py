@@ -54,7 +54,7 @@ class KroneckerFactors(Shown):
         layout: the parameters that are covered, in the order of the model.
         missing: the names of the others: those of norms and embeddings, of grouped or transposed convolutions, and of
             subclasses of layers.
-        gradient_count: how many gradients the factors cost.
+        gradient_count: how many gradients the factors cost; those of the outputs count as whole ones.
     """
 
     activations: Mapping[str, Tensor] = field(repr=False)
@@ -62,6 +62,11 @@ class KroneckerFactors(Shown):
     layout: Layout = field(repr=False)
     missing: tuple[str, ...]
     gradient_count: int
+
+    @property
+    def cost(self) -> float:
+        """The cost in gradients: `gradient_count`."""
+        return float(self.gradient_count)
 
     def operator(self) -> Operator:
         """The block-diagonal matrix of all blocks; its vectors have the entries of `layout`."""

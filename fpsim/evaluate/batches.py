@@ -162,9 +162,9 @@ def refuse_unrepeated(value: float, again: float, number: int, what: str = "loss
     """
     if not abs(again - value) <= _REPEATS * abs(value):
         raise ValueError(
-            f"the {what} of the unrounded model on batch {number} is {value:.9g} in one run and {again:.9g} in another, "
-            "so that no two of its runs can be compared: let the model keep no state (a count of its calls, a cache), "
-            "and draw random numbers from torch's own generator"
+            f"the {what} of the unrounded model on batch {number} is {value:.9g} in one run and {again:.9g} in "
+            "another, so that no two of its runs can be compared: let the model keep no state (a count of its calls, a "
+            "cache), and draw random numbers from torch's own generator"
         )
 
 

@@ -216,8 +216,8 @@ def accuracy(
         y = function(x.clone())
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{_name_of(function)} fails on a tensor of {counted(len(x), 'input')}, {str(dtype).removeprefix('torch.')}: "
-            f"it must take one tensor and give one of its shape ({' '.join(str(error).split())})"
+            f"{_name_of(function)} fails on a tensor of {counted(len(x), 'input')} of dtype {dtype}: it must take one "
+            f"tensor and give one of its shape ({' '.join(str(error).split())})"
         ) from error
     if not isinstance(y, Tensor) or not y.is_floating_point():
         got = y.dtype if isinstance(y, Tensor) else type(y).__name__
@@ -279,7 +279,7 @@ class _ExactValues:
     """The exact values at some points: numbers of mpmath, or None outside of the domain.
 
     Terms that cancel lose digits, which values with more digits show. Neighbours lose about as many, so that a part of
-    the points is enough to find out. Where terms leave zero or nothing, no digit is left, and every such point is tried.
+    the points is enough to find out. Where terms leave zero or nothing, no digit is left: every such point is tried.
 
     Attributes:
         points: from the least to the greatest.

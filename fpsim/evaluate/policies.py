@@ -55,7 +55,7 @@ def parse_policy(given: PolicyLike) -> Policy | None:
         return Policy.from_json(Path(given).read_text(encoding="utf-8"))
     if "," in given:
         raise ValueError(
-            f"{given!r} has a comma, which no policy has: name policies one by one, in a list or with an option for each"
+            f"{given!r} has a comma, which no policy has: name policies one by one, in a list or by an option for each"
         )
     options = parse_shorthand(given)
     return Policy(format=given) if options is None else Policy.from_options(options)

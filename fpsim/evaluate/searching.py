@@ -353,7 +353,8 @@ class _Trial:
             with same_draws(number):
                 changes.append(float(loss_of(model, batch, self.loss)) - self.exact[number])
         if len(changes) != len(self.exact):
-            raise ValueError(f"the first pass had {counted(len(self.exact), 'batch', 'batches')}, and a later one {len(changes)}: pass a list")
+            known = counted(len(self.exact), "batch", "batches")
+            raise ValueError(f"the first pass had {known}, and a later one had {len(changes)}: pass a list")
         self.count += 1
         if self.progress is not None:
             self.progress(self.count)

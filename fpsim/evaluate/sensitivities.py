@@ -159,9 +159,10 @@ class Sensitivity(Printed):
 
     def tables(self) -> list[Table]:
         """A table of the forward units and, if gradients were measured, one of the backward units."""
+        count = counted(self.batches, "batch", "batches")
         forward = Table(
             box=box.SIMPLE_HEAD,
-            title=f"loss {self.loss}, all rounded {_signed(self.rounded)} ({counted(self.batches, 'batch', 'batches')})",
+            title=f"loss {self.loss}, all rounded {_signed(self.rounded)} ({count})",
             caption="change of the loss when only this is rounded, and when all but this are; estimates of the former",
         )
         forward.add_column(self.by, overflow="fold")

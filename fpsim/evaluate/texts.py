@@ -202,7 +202,9 @@ def _bytes(text: str) -> Tensor:
 
 def _enough(tokens: Tensor, path: Path) -> Tensor:
     if len(tokens) < 2:
-        raise ValueError(f"{path} holds {counted(len(tokens), 'token')}: at least two are needed, one to predict from the other")
+        raise ValueError(
+            f"{path} holds {counted(len(tokens), 'token')}: at least two are needed, one to predict from the other"
+        )
     return tokens
 
 
