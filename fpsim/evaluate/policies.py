@@ -76,9 +76,7 @@ def named_policies(given: Mapping[str, PolicyLike] | Iterable[PolicyLike] | Poli
     result: dict[str, Policy | None] = {}
     for name, policy in pairs:
         if name in result:
-            raise ValueError(
-                f"two policies have the name {name!r}: leave one out, or give a mapping from names to policies"
-            )
+            raise ValueError(f"the policy {name!r} is given twice: leave one out, or give each a name in a mapping")
         result[str(name)] = parse_policy(policy)
         if name == UNROUNDED and result[name] is not None:
             raise ValueError(f"the name {UNROUNDED!r} is that of the model without rounding: give the policy another")
@@ -128,7 +126,7 @@ def _name(policy: PolicyLike) -> str:
         return UNROUNDED
     policy = format_name(policy)
     if isinstance(policy, str):
-        return policy
+        return policy.strip()
     parsed = parse_policy(policy)
     return UNROUNDED if parsed is None else ", ".join(f"{k}={_text(v)}" for k, v in parsed.to_dict().items())
 
