@@ -195,6 +195,11 @@ def _covered(
 ) -> tuple[dict[nn.Module, list[str]], Layout]:
     """The names of the parameters of each layer, and their layout."""
     owners = _owners(model)
+    if select is None and not owners:
+        raise ValueError(
+            "the model has no linear layer or convolution that owns its weights alone (tied weights and subclasses of "
+            "layers have no factors): use diagonal(gauss_newton(...))"
+        )
     covered = layout(params, select=select if select is not None else lambda name: name in owners)
     strange = [name for name in covered.names if name not in owners]
     if strange:

@@ -54,9 +54,14 @@ class Operator:
     def of_matrix(cls, matrix: Tensor) -> Operator:
         """The operator of a dense square ``matrix``, shape ``(size, size)``, float32 or float64.
 
+        Raises:
+            ValueError: the matrix is not square, or has another dtype.
+
         >>> Operator.of_matrix(torch.eye(2)) @ torch.tensor([1.0, 2.0])
         tensor([1., 2.])
         """
+        if matrix.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"a matrix is float32 or float64, got {matrix.dtype}: pass matrix.double()")
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"an operator is square, got a matrix of shape {tuple(matrix.shape)}")
         return cls(matrix.shape[0], lambda v: matrix @ v, matrix.dtype, matrix.device, name="matrix")

@@ -86,10 +86,21 @@ def test_inverse_names_the_damping_that_is_missing():
     assert inverse(matrix, torch.tensor([1.0, 1.0, 0.0]), damping=0.0).solution.tolist() == pytest.approx([0.5, 1.0, 0])
 
 
+def test_inverse_of_rounded_products_says_that_they_are_rounded():
+    matrix = spectrum_matrix(torch.linspace(1, 3, 20, dtype=torch.float64))
+    rounded = Operator(20, lambda v: (matrix @ v).bfloat16().double())
+    found = inverse(rounded, right_hand_sides(20), damping=0.0)
+    assert not found.converged and found.products < 200
+    assert found.reasons[0].startswith(
+        "the residuals of 2 of 2 right-hand sides exceed 1e-06 although the iteration has"
+    )
+
+
 def test_inverse_that_is_not_done_says_so():
     matrix = spectrum_matrix(torch.logspace(0, 6, 40, dtype=torch.float64))
     found = inverse(matrix, right_hand_sides(40), damping=0.0, max_products=5)
-    assert not found.converged and found.products == 10 and "2 of 2 right-hand sides exceed 1e-06" in found.reasons[0]
+    assert not found.converged and found.products == 10
+    assert "2 of 2 right-hand sides exceed 1e-06 after 5 products each: raise max_products" in found.reasons[0]
     b = right_hand_sides(40)
     residual = torch.linalg.vector_norm(b - matrix @ found.solution, dim=0) / torch.linalg.vector_norm(b, dim=0)
     assert torch.allclose(found.residuals, residual)
@@ -413,6 +424,12 @@ def test_a_history_keeps_the_numbers_of_each_step_and_plots_them():
             history.add(step, found)
 
 
+def test_matrices_of_other_dtypes_are_refused():
+    for dtype in (torch.int64, torch.bfloat16):
+        with pytest.raises(ValueError, match=f"a matrix is float32 or float64, got {dtype}"):
+            eigenpairs(torch.eye(3, dtype=dtype))
+
+
 def test_numbers_that_are_not_finite_are_named():
     identity, infinite = torch.eye(2), torch.tensor([math.inf, 1.0])
     with pytest.raises(FloatingPointError, match="right-hand sides have infinities or NaN"):
@@ -466,7 +483,7 @@ def test_a_product_costs_as_many_gradients_as_its_multiplications_say():
     assert Operator.of_matrix(torch.eye(2)).cost == 0
 
 
-def test_every_result_shows_the_products_and_gradients_that_it_cost():
+def test_every_result_shows_the_products_and_gradients_that_it_cost(monkeypatch):
     small = case("gelu")
     operator, calls = counted(hessian(small.loss, small.params))  # 2 gradients each
 
@@ -507,6 +524,19 @@ def test_every_result_shows_the_products_and_gradients_that_it_cost():
     assert influences.products == products and influences.gradients == gradients[0] == 4
     assert influences.cost == 2 * products + 4 and f"cost={influences.cost}" in repr(influences)
     assert str(influences.cost) in influences._repr_html_()
+
+    pulled = [0]
+
+    def grad(*args, **kwargs):
+        pulled[0] += 1
+        return autograd_grad(*args, **kwargs)
+
+    autograd_grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    factors = curvature.kronecker_factors(small.model, CrossEntropy(small.batch[1]), [small.batch])
+    assert factors.cost == factors.gradient_count == pulled[0] > 1
+    assert f"gradient_count={pulled[0]}" in repr(factors) and f"{pulled[0]}" in factors._repr_html_()
+    monkeypatch.undo()
 
     eigen, products = measured(lambda: eigenpairs(operator))
     aligned = alignment(torch.ones(operator.size), eigen)
