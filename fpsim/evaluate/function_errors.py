@@ -197,8 +197,8 @@ def accuracy(
         ValueError: the range is empty or wholly outside of the domain, a number of inputs is negative, the exact
             function is unknown or does not settle with more digits, or the function fails or returns a tensor of
             another shape.
-        TypeError: the function returns no tensor of real floating-point numbers, or the exact function returns a float,
-            which has 16 digits, or no number.
+        TypeError: the function returns no tensor of real floating-point numbers, or the exact function fails on a
+            number of mpmath, or returns a float, which has 16 digits, or no number.
 
     >>> accuracy(torch.exp, "e4m3fn", low=-2, high=2).count
     129
@@ -342,9 +342,18 @@ def _at(true: Exact, point: float, digits: int) -> Any:
             value = true(mpmath.mpf(point))
         except (ValueError, ArithmeticError, mpmath.libmp.NoConvergence):
             return None
+        except (TypeError, AttributeError, RuntimeError) as error:
+            raise TypeError(
+                f"the exact function fails at {point!r}: it must take one number of mpmath and give one "
+                f"({' '.join(str(error).split())})"
+            ) from error
         if isinstance(value, Fraction):
             value = mpmath.mpf(value.numerator) / value.denominator
-        elif not isinstance(value, _NUMBERS) or (isinstance(value, float) and math.isfinite(value) and value % 1):
+        elif (
+            not isinstance(value, _NUMBERS)
+            or isinstance(value, bool)
+            or (isinstance(value, float) and math.isfinite(value) and value % 1)
+        ):
             raise TypeError(
                 f"the exact function must return a number of mpmath, an int or a Fraction, got {value!r}: Python's own "
                 "floats have 16 digits, so that mpmath.exp(x) is exact and math.exp(x) is not"

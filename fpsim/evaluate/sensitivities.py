@@ -361,7 +361,9 @@ class _Measured:
 
     def repeat(self, batch: Any) -> None:
         """Refuse a model whose unrounded loss on the first batch is another one by now."""
-        refuse_unrepeated(self.losses[0], self._loss(0, batch, []), 0)
+        with torch.set_grad_enabled(bool(self.parameters)):  # a graph for the other mode would be compiled
+            again = self._loss(0, batch, [])
+        refuse_unrepeated(self.losses[0], again, 0)
 
     def _loss(self, number: int, batch: Any, places: Sequence[Place]) -> float:
         self.model.turn(places)

@@ -217,6 +217,13 @@ def test_wrong_input_is_refused_with_a_remedy():
         (lambda x: x > 0, {"low": 0, "high": 1, "exact": "exp"}, TypeError, r"got torch\.bool"),
         (lambda x: 3.0, {"low": 0, "high": 1, "exact": "exp"}, TypeError, "got float"),
         (torch.exp, {"low": 1, "high": 1, "exact": math.exp}, TypeError, "got 2.718281828459045: Python's own floats"),
+        (torch.exp, {"low": 1, "high": 1, "exact": lambda x: x > 0}, TypeError, "must return a number .* got True"),
+        (
+            torch.exp,
+            {"low": 1, "high": 1, "exact": torch.exp},
+            TypeError,
+            r"exact function fails at 1\.0: .* one number of",
+        ),
         (torch.exp, {"low": 1, "high": 1, "exact": lambda x: None}, TypeError, "must return a number .* got None"),
         (
             torch.add,
