@@ -260,7 +260,10 @@ def _number(network: Any, batch: Any, loss: Callable[..., Any] | None, metric: C
     value = number_of(network, batch, metric)
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"the metric must be one number, got a tensor of shape {tuple(value.shape)}: take its mean")
-    return float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the metric must be one number, got {value!r}: return a number or a tensor of one") from error
 
 
 def _refuse_empty(model: nn.Module, batch: Any, name: str, policy: Policy, function: Callable[..., Any] | None) -> None:

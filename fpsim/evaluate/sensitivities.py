@@ -252,8 +252,8 @@ def sensitivity(
         progress: called with the number of batches that are done.
 
     Raises:
-        ValueError: a policy that rounds nothing or that has no switches; estimates for stochastic rounding in the
-            forward pass; an unknown ``by``; and as `fpsim.evaluate.compare`.
+        ValueError: a policy that rounds nothing or that has no switches; a loss without a gradient; estimates for
+            stochastic rounding in the forward pass; an unknown ``by``; and as `fpsim.evaluate.compare`.
         FloatingPointError: the loss of the unrounded model, or its gradient, is not finite.
         fpsim.curvature.CurvatureError: the loss cannot be differentiated twice: pass ``estimates=False``.
 
@@ -377,6 +377,11 @@ class _Measured:
             loss = loss_of(self.model, batch, self.loss)
             if not self.parameters:
                 return float(loss), None
+            if not loss.requires_grad:
+                raise ValueError(
+                    "the loss has no gradient, so that none can be measured: compute it from the model's outputs by "
+                    "functions of torch without detach, or pass gradients=False and estimates=False"
+                )
             found = torch.autograd.grad(loss, list(self.parameters.values()), materialize_grads=True)
         return float(loss.detach()), dict(zip(self.parameters, found, strict=True))
 

@@ -172,6 +172,7 @@ def test_wrong_input_is_refused_with_a_remedy(model, batches):
         ({"backend": "inductor"}, ValueError, "unknown backend 'inductor'"),
         ({"policies": {"format": "bf16"}}, ValueError, "is one policy.*give it in a list"),
         ({"policies": {"unrounded": "bf16"}}, ValueError, "'unrounded' is that of the model without rounding"),
+        ({"metric": lambda out, y: None}, TypeError, "the metric must be one number, got None"),
         ({"metric": lambda out, y: math.nan}, FloatingPointError, "the .*lambda.* of the unrounded model is nan"),
     ]  # fmt: skip
     for changes, error, message in cases:
