@@ -196,7 +196,7 @@ def interpreter(
     def interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         if recorder is not None:
             recorder.bind(gm)
-        evaluate = gm if switches is None else Lazy(gm).run
+        evaluate = gm if switches is None else Lazy(gm)
 
         def run(inputs: list[Any]) -> Any:
             arguments = list(inputs)

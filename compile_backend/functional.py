@@ -8,7 +8,8 @@ other parameters.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,7 +170,7 @@ def trace(
 
     logging_calls = {function for function in vars(logging.Logger).values() if callable(function)}
     quiet = dynamo_config.patch(ignore_logger_methods=logging_calls)  # a logged warning must not break the graph
-    with temporarily_clear_interpreter_stack(), torch.no_grad(), quiet:
+    with temporarily_clear_interpreter_stack(), torch.no_grad(), quiet, _tensors_kept(module):
         parameters = dict(module.named_parameters(remove_duplicate=False))
         example = pytree.tree_map_only(Tensor, _example, given)
         example[0].update((name, nn.Parameter(value)) for name, value in example[0].items() if name in parameters)
@@ -187,6 +188,21 @@ def trace(
     _refuse_unknown(inputs, leaves, values, outputs)
     places = _with_sizes(graph, _places(inputs, leaves))
     return Traced(graph, places, _places(values, outputs), spec, policy.is_stochastic)
+
+
+@contextmanager
+def _tensors_kept(module: nn.Module) -> Iterator[None]:
+    """Put the parameters and buffers of ``module`` back at the end.
+
+    Where a module has two names, Dynamo (torch 2.13) leaves it with the tensors of `functional_call`.
+    """
+    homes = [home for part in module.modules() for home in (part._parameters, part._buffers)]
+    before = [dict(home) for home in homes]
+    try:
+        yield
+    finally:
+        for home, tensors in zip(homes, before, strict=True):
+            home.update(tensors)
 
 
 def _with_sizes(graph: fx.GraphModule, places: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -26,6 +27,22 @@ class Shown:
         if type(self).__str__ is not object.__str__:
             return _PAGE.format(code=html.escape(str(self)))
         return to_html(_table(self))
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun: ``many``, or ``one`` with an s, unless the number is 1.
+
+    >>> counted(1, "batch", "batches"), counted(3, "window")
+    ('1 batch', '3 windows')
+    """
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def why_unreadable(error: BaseException) -> str:
+    """Why ``torch.load(..., weights_only=True)`` failed, in one line without torch's advice to trust the file."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "torch did not write it, or it holds more than tensors, numbers and texts"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300].removesuffix(": ")
 
 
 def render(value: object, width: int = 140) -> str:

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from fpsim.showing import why_unreadable
+
 from .record import Record
-from .storage import one_line, put_aside, replacing, versions
+from .storage import put_aside, replacing, versions
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Checkpoint:
         except MemoryError:
             raise
         except Exception as error:  # torch.load raises errors of many kinds for broken files
-            reason = f"is broken ({one_line(error)})"
+            reason = f"is broken ({why_unreadable(error)})"
         else:
             if (found, code) == (key, _code()):
                 return history, state

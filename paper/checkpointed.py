@@ -12,12 +12,12 @@ from torch import nn
 
 from fpsim.policy import Policy
 from fpsim.processors import check_device
+from fpsim.showing import why_unreadable
 
 from .compiled_loss import with_attention
 from .config import RunConfig, from_dict
 from .data import check_vocabulary, load, validation_batches
 from .models import LanguageModel
-from .storage import one_line
 from .trainer import Batch, Trainer
 
 
@@ -61,8 +61,8 @@ def checkpointed(path: Path, *, batches: int) -> Checkpointed:
         raise
     except Exception as error:  # torch.load raises errors of many kinds for broken files
         raise ValueError(
-            f"{path} is no checkpoint with the configuration of a run ({one_line(error)}): write it again with fpsim "
-            "study train CONFIG OUT --checkpoint FILE"
+            f"{path} is no checkpoint with the configuration of a run ({why_unreadable(error)}): write it again with "
+            "fpsim study train CONFIG OUT --checkpoint FILE"
         ) from error
     check_device(config.device)
     data = load(config.data, context=config.model.context)

@@ -32,11 +32,15 @@ class Symmetry(Shown):
         error: an estimate of ``|A - A^T| / |A|`` (`Operator.symmetry_error`).
         tolerance: the largest error at which the operator counts as symmetric.
         symmetric: whether the error is within the tolerance.
+        products: the number of products with the operator.
+        cost: that of the products in gradients (`Operator.cost`).
     """
 
     error: float
     tolerance: float
     symmetric: bool
+    products: int
+    cost: float
 
 
 def check_symmetry(
@@ -55,7 +59,7 @@ def check_symmetry(
     if tolerance is None:
         tolerance = symmetry_tolerance(operator)
     error = operator.symmetry_error(pairs=pairs, generator=generator)
-    return Symmetry(error, tolerance, error <= tolerance)
+    return Symmetry(error, tolerance, error <= tolerance, 2 * pairs, 2 * pairs * operator.cost)
 
 
 @dataclass(frozen=True)

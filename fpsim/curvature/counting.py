@@ -13,7 +13,7 @@ from fpsim.curvature.vectors import dot, norm
 
 
 class Products:
-    """``v -> A v`` with a count of the calls.
+    """``v -> A v`` with a count of the calls, and their `cost` in gradients.
 
     Raises:
         FloatingPointError: a product is not finite; no algorithm recovers from it.
@@ -22,6 +22,11 @@ class Products:
     def __init__(self, operator: Operator) -> None:
         self.operator = operator
         self.count = 0
+
+    @property
+    def cost(self) -> float:
+        """The cost of the calls so far, in gradients."""
+        return self.count * self.operator.cost
 
     def __call__(self, vector: Tensor) -> Tensor:
         result = self.operator.matvec(vector)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -30,6 +31,7 @@ class DiagonalResult(Shown):
             norm of ``stderr`` met the tolerance.
         layout: which parameters the entries belong to; None if they are not parameters.
         reasons: why ``converged`` is False, in words; empty if it is True.
+        cost: that of the products in gradients (`Operator.cost`).
     """
 
     estimate: Tensor = field(repr=False)
@@ -38,6 +40,7 @@ class DiagonalResult(Shown):
     converged: bool
     layout: Layout | None = field(default=None, repr=False)
     reasons: tuple[str, ...] = ()
+    cost: float = math.nan
 
     def by_parameter(self) -> dict[str, Tensor]:
         """The entries by the name of their parameter, in the parameters' shapes.
@@ -117,4 +120,4 @@ def diagonal(
             f"the standard error is {error / size if size else error:.3g}, above {tol:g}: use more probes",
             *reasons,
         )
-    return DiagonalResult(mean, stderr, products.count, not reasons, operator.layout, reasons)
+    return DiagonalResult(mean, stderr, products.count, not reasons, operator.layout, reasons, products.cost)

@@ -117,6 +117,9 @@ def eigenpairs(
         found.asymmetry,
         method,
         reasons,
+        products.cost,
+        which,
+        operator.name,
     )
 
 

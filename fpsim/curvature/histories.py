@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fpsim.curvature.results import EigenResult, new_axes
 from fpsim.curvature.vectors import norm
-from fpsim.showing import Shown
+from fpsim.showing import Shown, counted, render
 
 if TYPE_CHECKING:
     import pandas
@@ -30,10 +30,12 @@ class Alignment(Shown):
     Attributes:
         cosines: float64, shape ``(k,)``: the magnitudes of the cosines between the gradient and each eigenvector.
         share: the share of the gradient's squared norm in the space of these eigenvectors, from 0 to 1.
+        cost: that of the eigenvectors in gradients, and of the gradient.
     """
 
     cosines: Tensor
     share: float
+    cost: float
 
 
 def alignment(gradient: Tensor, eigen: EigenResult) -> Alignment:
@@ -58,12 +60,12 @@ def alignment(gradient: Tensor, eigen: EigenResult) -> Alignment:
     if not 0 < size < math.inf:
         raise ValueError(f"the norm of the gradient is {size}: it has no direction")
     cosines = (vectors.double().T @ gradient.detach().to(vectors.device).double() / size).cpu()
-    return Alignment(cosines.abs(), float(cosines.square().sum()))
+    return Alignment(cosines.abs(), float(cosines.square().sum()), eigen.cost + 1)
 
 
 @dataclass(frozen=True)
 class CurvatureHistory(Shown):
-    """Eigenvalues and alignments at steps of a run. `add` gives a longer history and changes nothing.
+    """Eigenvalues and alignments at steps of a run. `add` gives a longer history; ``print(history)`` shows a table.
 
     Attributes:
         steps: the steps, ascending.
@@ -87,13 +89,14 @@ class CurvatureHistory(Shown):
 
         Args:
             step: larger than all steps before.
-            eigen: the eigenpairs at this step; as many as at the steps before, of an operator of the same size.
+            eigen: the eigenpairs at this step: as many as at the steps before, with the same ``which``, of an operator
+                of the same size and name.
             gradient: the gradient at this step, shape ``(size,)``, for `alignment`.
 
         Raises:
             TypeError: the step is no integer.
-            ValueError: the step is not the latest, or the number of eigenvalues or the size is another; and as
-                `alignment`.
+            ValueError: the step is not the latest, or the number of eigenvalues, ``which``, the name of the operator
+                or its size is another; and as `alignment`.
         """
         if isinstance(step, bool) or not isinstance(step, Integral):
             raise TypeError(f"a step is an integer, got {step!r}")
@@ -101,7 +104,7 @@ class CurvatureHistory(Shown):
             raise ValueError(f"step {step} does not follow step {self.steps[-1]}: add steps in ascending order")
         if self.eigen and len(eigen.eigenvalues) != len(self.eigen[0].eigenvalues):
             raise ValueError(
-                f"step {step} has {len(eigen.eigenvalues)} eigenvalues and the steps before have "
+                f"step {step} has {counted(len(eigen.eigenvalues), 'eigenvalue')} and the steps before have "
                 f"{len(self.eigen[0].eigenvalues)}: ask for the same k at each step"
             )
         if self.eigen and len(eigen.eigenvectors) != len(self.eigen[0].eigenvectors):
@@ -109,27 +112,60 @@ class CurvatureHistory(Shown):
                 f"step {step} has an operator of size {len(eigen.eigenvectors)} and the steps before of size "
                 f"{len(self.eigen[0].eigenvectors)}: begin another history for it"
             )
+        for attribute, what in (("which", "eigenvalues with which="), ("operator", "eigenvalues of the ")):
+            own, before = (getattr(each, attribute) for each in (eigen, (self.eigen or (eigen,))[0]))
+            if own != before:
+                raise ValueError(
+                    f"step {step} has {what}{own} and the steps before have {what}{before}: begin another history for "
+                    "them"
+                )
         aligned = None if gradient is None else alignment(gradient, eigen)
         small = replace(eigen, eigenvectors=eigen.eigenvectors[:, :0])
         return CurvatureHistory((*self.steps, step), (*self.eigen, small), (*self.alignments, aligned))
 
+    @property
+    def products(self) -> int:
+        """The number of products with the operators."""
+        return sum(each.products for each in self.eigen)
+
+    @property
+    def cost(self) -> float:
+        """The cost of the products in gradients (`Operator.cost`), and of the gradients."""
+        return sum(
+            each.cost if aligned is None else aligned.cost
+            for each, aligned in zip(self.eigen, self.alignments, strict=True)
+        )
+
     def table(self) -> Table:
-        """The `rows` as a table of rich, as notebooks show it; numbers have six digits."""
+        """The `rows` as a table of rich; numbers have six digits."""
         from rich.table import Table
 
         rows = self.rows()
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        table = Table(*names)
+        title = (
+            f"curvature at {counted(len(rows), 'step')}, {counted(self.products, 'product')}, cost of {self.cost:.4g} "
+            "gradients"
+        )
+        names = list(dict.fromkeys(["step", *(name for row in rows for name in row)]))
+        table = Table(*names, title=title, title_justify="left")
         for row in rows:
             values = (row.get(name, "") for name in names)
             table.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in values))
         return table
 
+    def __str__(self) -> str:
+        return render(self.table())
+
+    def __rich__(self) -> Table:
+        return self.table()
+
     def rows(self) -> list[dict[str, Any]]:
-        """One mapping for each step: eigenvalues, their residuals, and cosines and share if gradients were given."""
+        """One mapping for each step: its cost, eigenvalues, residuals, and cosines and share if it had a gradient."""
         rows = []
         for step, eigen, aligned in zip(self.steps, self.eigen, self.alignments, strict=True):
-            row: dict[str, Any] = {"step": step, "converged": eigen.converged}
+            cost = eigen.cost if aligned is None else aligned.cost
+            row: dict[str, Any] = {
+                "step": step, "products": eigen.products, "cost": cost, "converged": eigen.converged
+            }  # fmt: skip
             for i, (value, residual) in enumerate(zip(eigen.eigenvalues, eigen.residuals, strict=True), 1):
                 row |= {f"eigenvalue {i}": float(value), f"residual {i}": float(residual)}
             if aligned is not None:

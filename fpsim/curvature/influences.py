@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+#: Why the influence on a loss that changes is no number.
+_MOVED = "two gradients of the test loss differ: turn dropout off (model.eval()), or fix the random numbers"
+
+
 @dataclass(frozen=True, eq=False)
 class InfluenceResult(Shown):
     """How much each training example changes the test loss.
@@ -30,29 +34,21 @@ class InfluenceResult(Shown):
             test loss by about ``-value / N``.
         solve: the solution ``(A + damping I)^-1 g`` for the gradient g of the test loss, with its residual.
         gradients: the number of gradients: two for the test loss and one for each example.
+        products: the number of products with the operator.
+        cost: that of the products in gradients (`Operator.cost`), and of the gradients.
         repeats: whether the two gradients of the test loss are equal.
+        converged: whether the solution has converged, for a loss that repeats.
+        reasons: why ``converged`` is False, in words; empty if it is True.
     """
 
     values: Tensor
     solve: InverseResult = field(repr=False)
     gradients: int
+    products: int
+    cost: float
     repeats: bool
-
-    @property
-    def products(self) -> int:
-        """The number of products with the operator."""
-        return self.solve.products
-
-    @property
-    def converged(self) -> bool:
-        """Whether the solution has converged, for a loss that repeats."""
-        return self.solve.converged and self.repeats
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """Why ``converged`` is False, in words; empty if it is True."""
-        moved = "two gradients of the test loss differ: turn dropout off (model.eval()), or fix the random numbers"
-        return self.solve.reasons if self.repeats else (*self.solve.reasons, moved)
+    converged: bool
+    reasons: tuple[str, ...]
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """The influences, sorted: the most helpful examples first."""
@@ -109,7 +105,18 @@ def influence(
         progress=progress,
     )
     values = [-dot(gradient(layout, loss, example), solve.solution) for example in given]
-    return InfluenceResult(torch.tensor(values, dtype=torch.float64), solve, 2 + len(given), repeats)
+    gradients = 2 + len(given)
+    moved = () if repeats else (_MOVED,)
+    return InfluenceResult(
+        torch.tensor(values, dtype=torch.float64),
+        solve,
+        gradients,
+        solve.products,
+        solve.cost + gradients,
+        repeats,
+        solve.converged and repeats,
+        (*solve.reasons, *moved),
+    )
 
 
 def gradient(layout: Layout, loss: Callable[[Params, Any], Tensor], batch: Any) -> Tensor:
@@ -127,5 +134,7 @@ def gradient(layout: Layout, loss: Callable[[Params, Any], Tensor], batch: Any) 
         raise ValueError(INDEPENDENT)
     found = layout.join(torch.autograd.grad(value, values, materialize_grads=True))
     if not (torch.isfinite(value) and torch.isfinite(found).all()):
-        raise FloatingPointError(f"the loss is {float(value)}, and it or its gradient is not finite: look for overflow")
+        raise FloatingPointError(
+            f"the loss is {float(value.detach())}, and it or its gradient is not finite: look for overflow"
+        )
     return found

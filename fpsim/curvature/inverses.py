@@ -27,6 +27,7 @@ class InverseResult(Shown):
         products: the number of products with the operator.
         converged: whether every residual met the tolerance, and the operator's loss and data stayed the same.
         reasons: why ``converged`` is False, in words; empty if it is True.
+        cost: that of the products in gradients (`Operator.cost`).
     """
 
     solution: Tensor = field(repr=False)
@@ -34,6 +35,7 @@ class InverseResult(Shown):
     products: int
     converged: bool
     reasons: tuple[str, ...] = ()
+    cost: float = math.nan
 
 
 def inverse(
@@ -86,21 +88,26 @@ def inverse(
     columns = vectors.detach().to(dtype=operator.dtype, device=operator.device).reshape(operator.size, -1)
     with products_of(operator, f"inverse of the {operator.name}", most * columns.shape[1], progress) as products:
         solved = [_solve(products, column, damping, tol, most - 1) for column in columns.T]
-    solutions = torch.stack([x for x, _ in solved], dim=1) if solved else columns
-    residuals = torch.tensor([residual for _, residual in solved], dtype=torch.float64)
+    solutions = torch.stack([x for x, _, _ in solved], dim=1) if solved else columns
+    residuals = torch.tensor([residual for _, residual, _ in solved], dtype=torch.float64)
     reasons = doubts(operator, float("nan"))
-    late = int((~(residuals <= tol)).sum())
-    if late:
-        reasons = (
-            f"the residuals of {late} of {len(residuals)} right-hand sides exceed {tol:g} after {most} products each: "
-            "raise max_products, damping, or tol (float32 reaches about 1e-6)",
-            *reasons,
+    late = ~(residuals <= tol)
+    if late.any():
+        cut = any(bool(exceeds) and ended for exceeds, (_, _, ended) in zip(late, solved, strict=True))
+        why = (
+            f"after {most} products each: raise max_products, or damping"
+            if cut
+            else "although the iteration has ended: the products carry rounding errors of this size. Raise tol "
+            "(float32 reaches about 1e-6, bfloat16 1e-2), or take parameters of a wider dtype"
         )
-    return InverseResult(solutions.reshape(vectors.shape), residuals, products.count, not reasons, reasons)
+        reasons = (f"the residuals of {int(late.sum())} of {len(late)} right-hand sides exceed {tol:g} {why}", *reasons)
+    return InverseResult(
+        solutions.reshape(vectors.shape), residuals, products.count, not reasons, reasons, products.cost
+    )
 
 
-def _solve(products: Products, b: Tensor, damping: float, tol: float, steps: int) -> tuple[Tensor, float]:
-    """The solution, and its relative residual from one more product."""
+def _solve(products: Products, b: Tensor, damping: float, tol: float, steps: int) -> tuple[Tensor, float, bool]:
+    """The solution, its relative residual from one more product, and whether ``steps`` ended the iteration."""
     x, residual = torch.zeros_like(b), b.clone()
     direction, size = residual.clone(), norm(b)
     square = size**2
@@ -115,9 +122,10 @@ def _solve(products: Products, b: Tensor, damping: float, tol: float, steps: int
         residual = residual - length * image
         square, before = norm(residual) ** 2, square
         direction = residual + (square / before) * direction
+    ended = square**0.5 > tol / 2 * size
     if not size:
-        return x, 0.0
-    return x, norm(b - products(x) - damping * x) / size
+        return x, 0.0, False
+    return x, norm(b - products(x) - damping * x) / size, ended
 
 
 def _check_positive(curvature: float, square: float, image: float, damping: float, operator: Operator) -> None:

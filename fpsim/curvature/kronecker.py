@@ -54,7 +54,7 @@ class KroneckerFactors(Shown):
         layout: the parameters that are covered, in the order of the model.
         missing: the names of the others: those of norms and embeddings, of grouped or transposed convolutions, and of
             subclasses of layers.
-        gradient_count: how many gradients the factors cost.
+        gradient_count: how many gradients the factors cost; those of the outputs count as whole ones.
     """
 
     activations: Mapping[str, Tensor] = field(repr=False)
@@ -62,6 +62,11 @@ class KroneckerFactors(Shown):
     layout: Layout = field(repr=False)
     missing: tuple[str, ...]
     gradient_count: int
+
+    @property
+    def cost(self) -> float:
+        """The cost in gradients: `gradient_count`."""
+        return float(self.gradient_count)
 
     def operator(self) -> Operator:
         """The block-diagonal matrix of all blocks; its vectors have the entries of `layout`."""
@@ -190,6 +195,11 @@ def _covered(
 ) -> tuple[dict[nn.Module, list[str]], Layout]:
     """The names of the parameters of each layer, and their layout."""
     owners = _owners(model)
+    if select is None and not owners:
+        raise ValueError(
+            "the model has no linear layer or convolution that owns its weights alone (tied weights and subclasses of "
+            "layers have no factors): use diagonal(gauss_newton(...))"
+        )
     covered = layout(params, select=select if select is not None else lambda name: name in owners)
     strange = [name for name in covered.names if name not in owners]
     if strange:

@@ -66,8 +66,8 @@ def hessian(
             (relative error about 1e-4 in float32, 1e-9 in float64), for fused attention kernels and operators without
             second derivatives.
         keep: whether graphs are kept between products (``reverse`` and ``double_backward``). A kept graph reduces the
-            cost of a product from 3.4 to 2.2 gradients and takes the memory of one graph per batch. None keeps the
-            graph if there is one batch.
+            cost of a product from 3 to 2 gradients in multiplications (from 3.4 to 2.2 in time) and takes the memory
+            of one graph per batch. None keeps the graph if there is one batch.
         compile: whether torch.compile compiles the product (``forward`` only), once per shape of a batch. It pays off
             after hundreds of products.
         step: the Euclidean length of the step (``finite_difference`` only); None chooses it from the dtype.
@@ -127,7 +127,8 @@ def hessian(
             )
 
     chosen = _compiled(loss, arranged) if compile else linearise
-    return operator_of(chosen, examine, arranged, data, keep=_keeps(mode, keep, data), name="Hessian")
+    kept = _keeps(mode, keep, data)
+    return operator_of(chosen, examine, arranged, data, keep=kept, name="Hessian", cost=_HESSIAN_COST[mode, kept])
 
 
 def gauss_newton(
@@ -186,7 +187,9 @@ def gauss_newton(
     def examine(batch: Any, look: Look) -> None:
         _examined(function(batch, look), arranged.values, f"gauss_newton_{mode}")
 
-    return operator_of(linearise, examine, arranged, data, keep=_keeps(mode, keep, data), name="Gauss-Newton")
+    kept = _keeps(mode, keep, data)
+    cost = _GAUSS_NEWTON_COST[mode, kept]
+    return operator_of(linearise, examine, arranged, data, keep=kept, name="Gauss-Newton", cost=cost)
 
 
 def empirical_fisher(
@@ -231,6 +234,20 @@ def empirical_fisher(
     return replace(operator, name="empirical Fisher")
 
 
+#: The cost of a product with the Hessian in gradients, counted in multiplications, by mode and whether graphs are kept.
+#: A gradient has three of each layer: one forward and two backward. A product with a kept graph has six.
+_HESSIAN_COST = {
+    ("reverse", True): 2.0,
+    ("reverse", False): 3.0,
+    ("double_backward", True): 2.0,
+    ("double_backward", False): 3.0,
+    ("forward", False): 3.0,
+    ("finite_difference", False): 2.0,
+}
+
+#: That of a product with a Gauss-Newton or Fisher matrix.
+_GAUSS_NEWTON_COST = {("reverse", True): 4 / 3, ("reverse", False): 7 / 3, ("forward", False): 2.0}
+
 #: The doubt about an operator whose graph is older than its parameters.
 _PARAMETERS_MOVED = "the parameters changed in place after the first product, whose graph is kept: make a new operator"
 
@@ -243,6 +260,7 @@ def operator_of(
     *,
     keep: bool,
     name: str,
+    cost: float,
 ) -> Operator:
     """The operator ``sum(w_b P_b) / sum(w_b)`` of the products ``P_b = linearise(batch)``.
 
@@ -293,7 +311,7 @@ def operator_of(
     def doubts() -> tuple[str, ...]:
         return (*witness.reasons, *([_PARAMETERS_MOVED] if moved else []))
 
-    return Operator(arranged.size, multiply, arranged.dtype, arranged.device, arranged, name, doubts=doubts)
+    return Operator(arranged.size, multiply, arranged.dtype, arranged.device, arranged, name, doubts, cost)
 
 
 def _examined(function: Function, values: Tensors, mode: str) -> frozenset[str]:

@@ -16,7 +16,7 @@ from fpsim.curvature.results import DensityResult, EigenResult, TraceResult, new
 from fpsim.curvature.spectral_density import density
 from fpsim.curvature.traces import trace
 from fpsim.curvature.vectors import layers, seeded
-from fpsim.showing import Shown
+from fpsim.showing import Shown, counted, render
 
 if TYPE_CHECKING:
     import pandas
@@ -50,9 +50,27 @@ class LayerCurvature(Shown):
         return self.eigen.products + self.trace.products + (self.density.products if self.density else 0)
 
     @property
+    def cost(self) -> float:
+        """The cost of the products in gradients (`Operator.cost`)."""
+        return self.eigen.cost + self.trace.cost + (self.density.cost if self.density else 0.0)
+
+    @property
     def reasons(self) -> tuple[str, ...]:
         """Why a number has not converged, in words; empty if all have."""
         return (*self.eigen.reasons, *self.trace.reasons, *(self.density.reasons if self.density else ()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name, size, largest eigenvalue, trace with standard error, and cost."""
+        return {
+            "layer": self.name,
+            "size": self.size,
+            "largest eigenvalue": float(self.eigen.eigenvalues[0]),
+            "trace": self.trace.estimate,
+            "standard error": self.trace.stderr,
+            "products": self.products,
+            "cost": self.cost,
+            "converged": not self.reasons,
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +89,11 @@ class LayersResult(Shown):
         return sum(layer.products for layer in self.layers)
 
     @property
+    def cost(self) -> float:
+        """The cost of the products in gradients (`Operator.cost`)."""
+        return sum(layer.cost for layer in self.layers)
+
+    @property
     def converged(self) -> bool:
         """Whether all numbers of all layers have converged."""
         return not any(layer.reasons for layer in self.layers)
@@ -87,19 +110,8 @@ class LayersResult(Shown):
         raise KeyError(f"there is no layer {name!r}: there are {', '.join(layer.name for layer in self.layers)}")
 
     def rows(self) -> list[dict[str, Any]]:
-        """One mapping for each layer: its name, size, largest eigenvalue, trace with standard error, and cost."""
-        return [
-            {
-                "layer": layer.name,
-                "size": layer.size,
-                "largest eigenvalue": float(layer.eigen.eigenvalues[0]),
-                "trace": layer.trace.estimate,
-                "standard error": layer.trace.stderr,
-                "products": layer.products,
-                "converged": not layer.reasons,
-            }
-            for layer in self.layers
-        ]
+        """`LayerCurvature.to_dict` of each layer."""
+        return [layer.to_dict() for layer in self.layers]
 
     def to_pandas(self) -> pandas.DataFrame:
         """`rows` as a data frame.
@@ -114,14 +126,16 @@ class LayersResult(Shown):
         return pandas.DataFrame(self.rows())
 
     def __str__(self) -> str:
-        from fpsim.showing import render
-
         return render(self)
 
     def __rich__(self) -> Table:
         from rich.table import Table
 
-        table = Table(title=f"curvature of {len(self.layers)} layers, {self.products} products", title_justify="left")
+        title = (
+            f"curvature of {counted(len(self.layers), 'layer')}, {counted(self.products, 'product')}, cost of "
+            f"{self.cost:.4g} gradients"
+        )
+        table = Table(title=title, title_justify="left")
         for name, value in self.rows()[0].items():
             table.add_column(name, justify="right" if isinstance(value, int | float) else "left", overflow="fold")
         for row in self.rows():
@@ -179,6 +193,8 @@ def per_layer(
     trace_products: int = 60,
     steps: int = 0,
     probes: int = 4,
+    max_probes: int | None = None,
+    density_tol: float = 0.05,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> LayersResult:
@@ -195,13 +211,14 @@ def per_layer(
         tol, max_products: those of `eigenpairs`, for each layer.
         trace_tol, trace_products: ``tol`` and ``max_products`` of `trace`, for each layer. A layer of no more elements
             than ``trace_products / 2`` gets its exact trace.
-        steps, probes: those of `density`, for each layer; 0 steps leave it out.
+        steps, probes, max_probes: those of `density`, for each layer; 0 steps leave it out.
+        density_tol: ``tol`` of `density`, for each layer.
         generator: the source of random vectors; None is a fresh one with seed 0.
         progress: whether to show progress bars.
 
     Returns:
-        A `LayersResult`. A product with a block costs as much as one with the operator (2.2 gradients for `hessian`
-        with a kept graph). `LayersResult.products` counts them.
+        A `LayersResult`. A product with a block costs as much as one with the operator (`Operator.cost`).
+        `LayersResult.products` counts them.
 
     Raises:
         TypeError: a group is a text and no list.
@@ -229,7 +246,13 @@ def per_layer(
         spectrum = None
         if steps:
             spectrum = density(
-                block, steps=min(steps, block.size), probes=probes, generator=generator, progress=progress
+                block,
+                steps=min(steps, block.size),
+                probes=probes,
+                max_probes=max_probes,
+                tol=density_tol,
+                generator=generator,
+                progress=progress,
             )
         assert block.layout is not None
         found.append(LayerCurvature(name, block.layout.names, block.size, eigen, total, spectrum))

@@ -37,6 +37,9 @@ class EigenResult(Shown):
             relative to the largest eigenvalue. It costs no further products, and is no proof of symmetry.
         method: ``lanczos``, ``lobpcg`` or ``power``.
         reasons: why ``converged`` is False, in words; empty if it is True.
+        cost: that of the products in gradients (`Operator.cost`).
+        which: which eigenvalues were asked for.
+        operator: the name of the operator.
     """
 
     eigenvalues: Tensor
@@ -47,6 +50,9 @@ class EigenResult(Shown):
     asymmetry: float = float("nan")
     method: str = "lanczos"
     reasons: tuple[str, ...] = ()
+    cost: float = math.nan
+    which: str = "largest"
+    operator: str = "operator"
 
     @property
     def bounds(self) -> Tensor:
@@ -78,6 +84,7 @@ class TraceResult(Shown):
             Lanczos steps is omitted; zero for the plain trace.
         method: ``hutchinson``, ``hutch++`` or ``quadrature``.
         reasons: why ``converged`` is False, in words; empty if it is True.
+        cost: that of the products in gradients (`Operator.cost`).
     """
 
     estimate: float
@@ -88,6 +95,7 @@ class TraceResult(Shown):
     quadrature_error: float = 0.0
     method: str = "hutchinson"
     reasons: tuple[str, ...] = ()
+    cost: float = math.nan
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """An interval that contains the trace with probability ``level``, widened by the quadrature error.
@@ -133,6 +141,7 @@ class DensityResult(Shown):
         converged: whether the integral of ``stderr`` met the tolerance, the operator is symmetric, and its loss and
             data stayed the same.
         reasons: why ``converged`` is False, in words; empty if it is True.
+        cost: that of the products in gradients (`Operator.cost`).
     """
 
     grid: Tensor = field(repr=False)
@@ -145,6 +154,7 @@ class DensityResult(Shown):
     products: int
     converged: bool
     reasons: tuple[str, ...] = ()
+    cost: float = math.nan
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """The ends of an interval for the smoothed density at each point of the grid, float64, shape ``(points,)``.
@@ -171,6 +181,7 @@ class DensityResult(Shown):
             samples,
             method="quadrature",
             reasons=self.reasons,
+            cost=self.cost,
         )
 
     def moment(self, order: int) -> float:

@@ -84,7 +84,7 @@ def density(
             f"the integral of the standard error is {_error(result):.2g}, above {tol:g}: raise max_probes, or sigma",
             *reasons,
         )
-    return replace(result, products=products.count, converged=not reasons, reasons=reasons)
+    return replace(result, products=products.count, converged=not reasons, reasons=reasons, cost=products.cost)
 
 
 def _density(rows: list[tuple[Tensor, Tensor]], sigma: float | None, grid: Tensor | int, size: int) -> DensityResult:

@@ -99,7 +99,16 @@ def trace(
     values = torch.tensor(samples or [known], dtype=torch.float64)
     error = 0.0 if exact else standard_error(values)
     reasons = (*_too_large(error, "standard error", values, tol), *doubts(operator, asymmetry.error))
-    return TraceResult(float(values.mean()), error, products.count, not reasons, values, method=method, reasons=reasons)
+    return TraceResult(
+        float(values.mean()),
+        error,
+        products.count,
+        not reasons,
+        values,
+        method=method,
+        reasons=reasons,
+        cost=products.cost,
+    )
 
 
 def function_trace(
@@ -157,7 +166,9 @@ def function_trace(
         *_too_large(rough, "quadrature error", values, tol),
         *doubts(operator, float(asymmetry.max())),
     )
-    return TraceResult(estimate, error, products.count, not reasons, values, rough, "quadrature", reasons)
+    return TraceResult(
+        estimate, error, products.count, not reasons, values, rough, "quadrature", reasons, products.cost
+    )
 
 
 def log_determinant(

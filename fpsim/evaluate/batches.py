@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -63,14 +64,44 @@ def number_of(model: Callable[..., Any], batch: Any, function: Callable[..., Any
     A mapping gives ``function(model(**batch), batch)``, or ``model(**batch).loss``. A tuple or a list gives
     ``function(model(batch[0]), *batch[1:])``, or ``model(*batch)``. Any other batch gives
     ``function(model(batch))``, or ``model(batch)``.
+
+    Raises:
+        ValueError: the batch is an empty tuple or list.
+        TypeError: ``function`` takes another number of arguments.
     """
+    if isinstance(batch, tuple | list) and not batch:
+        raise ValueError(f"a batch is {batch!r}: a tuple or a list holds the inputs of the model, and then the targets")
     if isinstance(batch, Mapping):
-        outputs = model(**batch)
-        return own_loss(outputs) if function is None else function(outputs, batch)
-    if isinstance(batch, tuple | list):
-        return own_loss(model(*batch)) if function is None else function(model(batch[0]), *batch[1:])
-    outputs = model(batch)
-    return own_loss(outputs) if function is None else function(outputs)
+        outputs, others, call = model(**batch), [batch], "function(model(**batch), batch)"
+    elif isinstance(batch, tuple | list):
+        outputs = model(*batch) if function is None else model(batch[0])
+        others, call = list(batch[1:]), "function(model(batch[0]), *batch[1:])"
+    else:
+        outputs, others, call = model(batch), [], "function(model(batch))"
+    if function is None:
+        return own_loss(outputs)
+    try:
+        return function(outputs, *others)
+    except TypeError as error:
+        if _takes(function, outputs, *others):
+            raise
+        name = getattr(function, "__name__", type(function).__name__)
+        kind = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
+        raise TypeError(
+            f"{name} does not fit the batches. A batch is a {kind} here, and is used as {call}, but {error}. If "
+            "batches is one batch, pass [batch]"
+        ) from error
+
+
+def _takes(function: Callable[..., Any], *args: Any) -> bool:
+    """Whether ``function`` can be called with ``args``, as far as its signature tells."""
+    try:
+        inspect.signature(function).bind(*args)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature
+        return True
+    return True
 
 
 def loss_of(model: Callable[..., Any], batch: Any, loss: Callable[..., Any] | None) -> Tensor:
@@ -102,8 +133,13 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def weighed(model: nn.Module, batches: Iterable[Any], weight: Weight | None) -> Iterator[tuple[int, Any, float]]:
+def weighed(
+    model: nn.Module, batches: Iterable[Any], weight: Weight | None, repeat: Callable[[Any], None]
+) -> Iterator[tuple[int, Any, float]]:
     """Number, batch and weight of each of ``batches``; what uses a batch must leave it and the buffers as they are.
+
+    After the first batch has been used, ``repeat`` is called with it: it runs the model once more and compares
+    (`refuse_unrepeated`).
 
     Raises:
         ValueError: ``batches`` is one batch or empty, a weight is not above zero, a batch has changed in use, or
@@ -126,6 +162,8 @@ def weighed(model: nn.Module, batches: Iterable[Any], weight: Weight | None) -> 
                 "the model changes its buffers when it runs, so that no two of its runs can be compared: let it keep "
                 "no state in evaluation mode"
             )
+        if number == 0:
+            repeat(batch)
     if number < 0:
         raise ValueError("there is no batch: give at least one (a generator can be read only once)")
 
@@ -140,6 +178,24 @@ def refuse_nonfinite(value: float, number: int, what: str = "loss") -> None:
         raise FloatingPointError(
             f"the {what} of the unrounded model is {value} on batch {number}: look for labels that all are ignored, "
             "for a mean over nothing, and for overflow"
+        )
+
+
+#: By so much of its value may the loss of an unrounded model change from run to run, as by sums in another order.
+_REPEATS = 1e-6
+
+
+def refuse_unrepeated(value: float, again: float, number: int, what: str = "loss") -> None:
+    """Refuse a model whose unrounded ``value`` on batch ``number`` is another one, ``again``, in a later run.
+
+    Raises:
+        ValueError: it is.
+    """
+    if not abs(again - value) <= _REPEATS * abs(value):
+        raise ValueError(
+            f"the {what} of the unrounded model on batch {number} is {value:.9g} in one run and {again:.9g} in "
+            "another, so that no two of its runs can be compared: let the model keep no state (a count of its calls, a "
+            "cache), and draw random numbers from torch's own generator"
         )
 
 

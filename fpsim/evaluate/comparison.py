@@ -26,6 +26,7 @@ from fpsim.evaluate.batches import (
     number_of,
     plain_errors,
     refuse_nonfinite,
+    refuse_unrepeated,
     same_draws,
     weighed,
 )
@@ -34,6 +35,7 @@ from fpsim.evaluate.running import under
 from fpsim.evaluate.tables import Printed, data_frame
 from fpsim.evaluate.texts import unfused
 from fpsim.policy import Policy
+from fpsim.showing import counted
 
 if TYPE_CHECKING:
     import pandas
@@ -123,7 +125,7 @@ class Comparison(Printed):
         what = "loss" if is_perplexity else self.measure
         table = Table(
             box=box.SIMPLE_HEAD,
-            title=f"{self.measure} over {len(self.weights)} batches",
+            title=f"{self.measure} over {counted(len(self.weights), 'batch', 'batches')}",
             caption="mean ± standard error over batches; differences from the unrounded model, paired by batch",
         )
         table.add_column("policy", overflow="fold")
@@ -192,8 +194,9 @@ def compare(
 
     Raises:
         ValueError: a policy that rounds nothing in the model's forward pass or that cannot be carried out; a model that
-            is compiled, in training mode, or changes its buffers; no batch, a batch that changes in use; an unknown
-            metric or backend; and the errors of `fpsim.evaluate.policies.named_policies`.
+            is compiled, in training mode, changes its buffers, or gives the first batch another loss in a second run;
+            no batch, a batch that changes in use; an unknown metric or backend; and the errors of
+            `fpsim.evaluate.policies.named_policies`.
         TypeError: a loss that is not a number.
         FloatingPointError: the unrounded model's loss is not finite. Under a policy this is no error: the row counts
             such batches.
@@ -208,6 +211,7 @@ def compare(
         raise ValueError(f"unknown metric {metric!r}: use 'perplexity', a function, or None")
     function = metric if callable(metric) else None
     measure = PERPLEXITY if metric == PERPLEXITY else "loss" if function is None else _name_of(function)
+    what = "loss" if function is None else measure
     given = {name: policy for name, policy in named_policies(policies).items() if policy is not None}
     by_name = {UNROUNDED: NOTHING, **given}
     values: dict[str, list[float]] = {name: [] for name in by_name}
@@ -215,7 +219,13 @@ def compare(
     weights = []
     with torch.no_grad(), unfused(), no_recompile_limit():
         compiled = {name: under(model, policy, backend) for name, policy in by_name.items()}
-        for number, batch, own in weighed(model, batches, weight):
+
+        def repeat(batch: Any) -> None:
+            with same_draws(0):
+                again = _number(compiled[UNROUNDED], batch, loss, function)
+            refuse_unrepeated(values[UNROUNDED][0], again, 0, what)
+
+        for number, batch, own in weighed(model, batches, weight, repeat):
             weights.append(own)
             for name, network in compiled.items():
                 if number == 0 and name != UNROUNDED:
@@ -224,7 +234,7 @@ def compare(
                     value = _number(network, batch, loss, function)
                 values[name].append(value)
                 if name == UNROUNDED:
-                    refuse_nonfinite(value, number, "loss" if function is None else measure)
+                    refuse_nonfinite(value, number, what)
             if progress is not None:
                 progress(number + 1)
     exact = values[UNROUNDED]
@@ -250,7 +260,10 @@ def _number(network: Any, batch: Any, loss: Callable[..., Any] | None, metric: C
     value = number_of(network, batch, metric)
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"the metric must be one number, got a tensor of shape {tuple(value.shape)}: take its mean")
-    return float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the metric must be one number, got {value!r}: return a number or a tensor of one") from error
 
 
 def _refuse_empty(model: nn.Module, batch: Any, name: str, policy: Policy, function: Callable[..., Any] | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from fpsim.evaluate.exact_functions import Exact, exact_function
 from fpsim.evaluate.tables import Printed
 from fpsim.formats import FloatFormat, parse_format
 from fpsim.rounding.carriers import CARRIERS
+from fpsim.showing import counted
 from fpsim.tensor_functions import decode, encode
 from fpsim.tensor_functions import round as round_to
 
@@ -34,6 +35,8 @@ DIGITS = 60
 _MOST_DIGITS = 32 * DIGITS
 #: The leading bits in which exact values with fewer and with more digits agree.
 _AGREEMENT = 100
+#: Of so many neighbours, one is compared with its value with more digits.
+_STRIDE = 16
 #: No format has numbers whose binary exponent has a greater magnitude: exact values beyond stand for each other.
 _FAR = 2**15
 #: Formats of up to this many bits are measured at every input.
@@ -121,12 +124,12 @@ class Accuracy(Printed):
 
     def tables(self) -> list[Table]:
         """The errors, the worst inputs, and the seams if there are any."""
-        which = "every input" if self.exhaustive else f"{self.count} inputs"
+        which = "every input" if self.exhaustive else counted(self.count, "input")
         errors = Table(
             box=box.SIMPLE_HEAD,
             title=f"{self.function} in {self.format.name}: {which} from {self.low:g} to {self.high:g}",
-            caption=f"errors in ulps; {self.undefined} inputs outside of the domain, {self.unexpected} of them with a "
-            f"number; {self.nonfinite} results that should be finite and are not",
+            caption=f"errors in ulps; inputs outside of the domain: {self.undefined}, of these with a number: "
+            f"{self.unexpected}; results that should be finite and are not: {self.nonfinite}",
         )
         for column in ("", "maximum", "median", "correctly rounded"):
             errors.add_column(column, justify="right")
@@ -183,16 +186,19 @@ def accuracy(
         exact: a function of an mpmath number, or the name of one of mpmath's functions or of
             `fpsim.evaluate.exact_functions.NAMED`; None: that of ``function``, if it is one of torch's functions.
             What raises a ValueError or an ArithmeticError, or gives NaN or a complex number, is outside of the domain.
-            It is called with 60 and with 120 digits, and with more where 100 bits of these do not agree.
+            It is called with 60 digits, and also with 120 at every 16th input, where it gives no finite number but
+            zero, and at the inputs with the largest errors. If 100 bits do not agree at one of these, it is called
+            with 120 digits at every input, and with more where these do not agree.
         samples: the number of random inputs.
         worst: the number of inputs to list.
         seed: of the random inputs.
 
     Raises:
         ValueError: the range is empty or wholly outside of the domain, a number of inputs is negative, the exact
-            function is unknown or does not settle with more digits, or the function returns a tensor of another shape.
-        TypeError: the function returns no tensor of real floating-point numbers, or the exact function returns a float,
-            which has 16 digits, or no number.
+            function is unknown or does not settle with more digits, or the function fails or returns a tensor of
+            another shape.
+        TypeError: the function returns no tensor of real floating-point numbers, or the exact function fails on a
+            number of mpmath, or returns a float, which has 16 digits, or no number.
 
     >>> accuracy(torch.exp, "e4m3fn", low=-2, high=2).count
     129
@@ -206,7 +212,13 @@ def accuracy(
     if not fmt.is_subset_of(CARRIERS[dtype]):
         dtype = torch.float64
     x = decode(codes, fmt, dtype=dtype)
-    y = function(x.clone())
+    try:
+        y = function(x.clone())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{_name_of(function)} fails on a tensor of {counted(len(x), 'input')} of dtype {dtype}: it must take one "
+            f"tensor and give one of its shape ({' '.join(str(error).split())})"
+        ) from error
     if not isinstance(y, Tensor) or not y.is_floating_point():
         got = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"the function must return a tensor of real floating-point numbers, got {got}")
@@ -214,18 +226,23 @@ def accuracy(
         raise ValueError(
             f"the function must be elementwise: it returns shape {tuple(y.shape)} for inputs of shape {tuple(x.shape)}"
         )
-    measured, undefined, unexpected = [], 0, 0
-    for code, point, result in zip(codes.tolist(), x.double().tolist(), y.detach().double().tolist(), strict=True):
-        value = _exact_value(true, point)
-        if value is None:
-            undefined += 1
-            unexpected += not math.isnan(result)
-        else:
-            measured.append(_measured(code, point, result, value, fmt))
+    results = y.detach().double().tolist()
+    exacts = _ExactValues(true, x.double().tolist())
+
+    def measure() -> dict[int, _Point]:
+        rows = zip(codes.tolist(), exacts.points, results, exacts.values, strict=True)
+        return {n: _measured(*row, fmt) for n, row in enumerate(rows) if row[-1] is not None}
+
+    points = measure()
+    largest = sorted(points, key=lambda n: -abs(points[n].error))[: max(worst, 1)]
+    if not exacts.settle(largest):
+        points = measure()
+    measured = list(points.values())
+    undefined = len(results) - len(points)
+    unexpected = sum(not math.isnan(result) for n, result in enumerate(results) if n not in points)
     if not measured:
         raise ValueError(
-            f"all {undefined} inputs from {low:g} to {high:g} lie outside of the domain of the exact function: choose "
-            "another range"
+            f"all inputs from {low:g} to {high:g} lie outside of the domain of the exact function: choose another range"
         )
     return _summary(function, fmt, low, high, exhaustive, measured, undefined, unexpected, worst)
 
@@ -258,16 +275,55 @@ def _index(end: float, fmt: FloatFormat, mode: str) -> int:
     return -code if float(value) < 0 else code
 
 
-def _exact_value(true: Exact, point: float) -> Any:
-    """The exact value, a number of mpmath; None outside of the domain.
+class _ExactValues:
+    """The exact values at some points: numbers of mpmath, or None outside of the domain.
 
-    Values of more and more digits are compared, because terms that cancel lose digits. Zero may be what they leave.
+    Terms that cancel lose digits, which values with more digits show. Neighbours lose about as many, so that a part of
+    the points is enough to find out. Where terms leave zero or nothing, no digit is left: every such point is tried.
+
+    Attributes:
+        points: from the least to the greatest.
+        values: one for each point.
+
+    Raises:
+        TypeError, ValueError: those of `accuracy`.
+    """
+
+    def __init__(self, true: Exact, points: Sequence[float]) -> None:
+        self.true, self.points = true, points
+        self.values = [_at(true, point, DIGITS) for point in points]
+        self._settled: set[int] = set()
+        self.settle([n for n, value in enumerate(self.values) if n % _STRIDE == 0 or not _is_plain(value)])
+
+    def settle(self, numbers: Iterable[int]) -> bool:
+        """Compare the values at these points with those of more digits; whether all were right.
+
+        If one was not, the values at all points are settled.
+        """
+        right = True
+        for number in numbers:
+            if number not in self._settled:
+                self._settled.add(number)
+                before = self.values[number]
+                self.values[number] = _settled(self.true, self.points[number], before)
+                right = right and self.values[number] == before
+        if not right:
+            self.settle(range(len(self.points)))
+        return right
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether ``value`` is a finite number other than zero."""
+    return value is not None and value != 0 and bool(mpmath.isfinite(value))
+
+
+def _settled(true: Exact, point: float, value: Any) -> Any:
+    """``value``, that of ``DIGITS``, if one with more digits agrees, or else the first one with which the next agrees.
 
     Raises:
         TypeError, ValueError: those of `accuracy`.
     """
     digits = DIGITS
-    value = _at(true, point, digits)
     while digits < _MOST_DIGITS:
         digits *= 2
         before, value = value, _at(true, point, digits)
@@ -286,9 +342,18 @@ def _at(true: Exact, point: float, digits: int) -> Any:
             value = true(mpmath.mpf(point))
         except (ValueError, ArithmeticError, mpmath.libmp.NoConvergence):
             return None
+        except (TypeError, AttributeError, RuntimeError) as error:
+            raise TypeError(
+                f"the exact function fails at {point!r}: it must take one number of mpmath and give one "
+                f"({' '.join(str(error).split())})"
+            ) from error
         if isinstance(value, Fraction):
             value = mpmath.mpf(value.numerator) / value.denominator
-        elif not isinstance(value, _NUMBERS) or (isinstance(value, float) and math.isfinite(value) and value % 1):
+        elif (
+            not isinstance(value, _NUMBERS)
+            or isinstance(value, bool)
+            or (isinstance(value, float) and math.isfinite(value) and value % 1)
+        ):
             raise TypeError(
                 f"the exact function must return a number of mpmath, an int or a Fraction, got {value!r}: Python's own "
                 "floats have 16 digits, so that mpmath.exp(x) is exact and math.exp(x) is not"
@@ -389,7 +454,7 @@ def _summary(
     is_in_format = bool(torch.equal(round_to(results, fmt).nan_to_num(), results.nan_to_num()))
     digits = -(-fmt.bits // 4)
     return Accuracy(
-        function=str(getattr(function, "__name__", type(function).__name__)),
+        function=_name_of(function),
         format=fmt,
         low=low,
         high=high,
@@ -411,6 +476,10 @@ def _summary(
         inputs=inputs,
         errors=errors,
     )
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _median(values: Tensor) -> float:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fpsim.showing import counted, why_unreadable
 from fpsim.suggestions import did_you_mean
 
 #: The vocabulary of tokens that are bytes.
@@ -77,7 +78,7 @@ def load_checkpoint(folder: Path, dtype: torch.dtype) -> Any:
     missing = sorted(told["missing_keys"])
     if missing:
         raise ValueError(
-            f"the checkpoint at {folder} lacks {len(missing)} weights of its model: {', '.join(missing[:5])}"
+            f"the checkpoint at {folder} lacks {counted(len(missing), 'weight')} of its model: {', '.join(missing[:5])}"
         )
     model.config.use_cache = False
     return model.eval()
@@ -262,8 +263,7 @@ def _load_weights(script: str, network: nn.Module, path: Path) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a state dict: {remedy} ({reason})") from error
+        raise ValueError(f"{path} is not a state dict: {remedy} ({why_unreadable(error)})") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         held = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"{path} is not a state dict, it holds {held[:200]}: {remedy}")

@@ -48,10 +48,15 @@ def parse_policy(given: PolicyLike) -> Policy | None:
         return Policy.from_options(given)
     if not isinstance(given, str):
         return Policy.from_options({"policy": given})
+    given = given.strip()
     if given in PRESETS:
         return Policy.preset(given)
     if given.endswith(".json"):
         return Policy.from_json(Path(given).read_text(encoding="utf-8"))
+    if "," in given:
+        raise ValueError(
+            f"{given!r} has a comma, which no policy has: name policies one by one, in a list or by an option for each"
+        )
     options = parse_shorthand(given)
     return Policy(format=given) if options is None else Policy.from_options(options)
 
@@ -71,9 +76,7 @@ def named_policies(given: Mapping[str, PolicyLike] | Iterable[PolicyLike] | Poli
     result: dict[str, Policy | None] = {}
     for name, policy in pairs:
         if name in result:
-            raise ValueError(
-                f"two policies have the name {name!r}: leave one out, or give a mapping from names to policies"
-            )
+            raise ValueError(f"the policy {name!r} is given twice: leave one out, or give each a name in a mapping")
         result[str(name)] = parse_policy(policy)
         if name == UNROUNDED and result[name] is not None:
             raise ValueError(f"the name {UNROUNDED!r} is that of the model without rounding: give the policy another")
@@ -123,7 +126,7 @@ def _name(policy: PolicyLike) -> str:
         return UNROUNDED
     policy = format_name(policy)
     if isinstance(policy, str):
-        return policy
+        return policy.strip()
     parsed = parse_policy(policy)
     return UNROUNDED if parsed is None else ", ".join(f"{k}={_text(v)}" for k, v in parsed.to_dict().items())
 

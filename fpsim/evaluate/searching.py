@@ -32,6 +32,7 @@ from fpsim.evaluate.batches import (
     number_of,
     plain_errors,
     refuse_nonfinite,
+    refuse_unrepeated,
     same_draws,
     weighed,
 )
@@ -42,6 +43,7 @@ from fpsim.evaluate.switched import SwitchedModel
 from fpsim.evaluate.tables import Printed, data_frame
 from fpsim.evaluate.texts import unfused
 from fpsim.policy import Policy
+from fpsim.showing import counted
 
 if TYPE_CHECKING:
     import pandas
@@ -289,16 +291,24 @@ class _Trial:
         self.exact: list[float] = []
         self.weights: list[float] = []
         self.count = 0
-        for number, batch, own in weighed(model, batches, weight):
+        for number, batch, own in weighed(model, batches, weight, self._repeat):
             if number == 0:
                 self.operands = self._operands(batch)
             self.prints.append(fingerprint(batch))
             self.weights.append(own)
-            with same_draws(number):
-                self.exact.append(float(loss_of(self.switched, batch, loss)))
+            self.exact.append(self._unrounded(number, batch))
             refuse_nonfinite(self.exact[-1], number)
         if not self.switched.places:
             raise ValueError("no format rounds anything in the forward pass of this model")
+
+    def _unrounded(self, number: int, batch: Any) -> float:
+        self.switched.turn([])
+        with same_draws(number):
+            return float(loss_of(self.switched, batch, self.loss))
+
+    def _repeat(self, batch: Any) -> None:
+        """Refuse a model whose unrounded loss on the first batch is another one by now."""
+        refuse_unrepeated(self.exact[0], self._unrounded(0, batch), 0)
 
     def _operands(self, batch: Any) -> list[tuple[Site, Site]]:
         """The operands of all forward products of the model."""
@@ -329,7 +339,8 @@ class _Trial:
         return self._change(self.switched)
 
     def verified(self, policy: Policy) -> Mean:
-        """The change of the loss under ``policy``, without switches."""
+        """The change of the loss under ``policy``, without switches; the unrounded loss must be what it was."""
+        self._repeat(next(iter(self.batches)))
         return self._change(under(self.model, policy, self.backend))
 
     def _change(self, model: Callable[..., Any]) -> Mean:
@@ -342,7 +353,8 @@ class _Trial:
             with same_draws(number):
                 changes.append(float(loss_of(model, batch, self.loss)) - self.exact[number])
         if len(changes) != len(self.exact):
-            raise ValueError(f"there were {len(self.exact)} batches at first, and {len(changes)} later: pass a list")
+            known = counted(len(self.exact), "batch", "batches")
+            raise ValueError(f"the first pass had {known}, and a later one had {len(changes)}: pass a list")
         self.count += 1
         if self.progress is not None:
             self.progress(self.count)

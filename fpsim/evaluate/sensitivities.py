@@ -26,6 +26,7 @@ from fpsim.evaluate.batches import (
     mean,
     plain_errors,
     refuse_nonfinite,
+    refuse_unrepeated,
     same_draws,
     weighed,
 )
@@ -34,6 +35,7 @@ from fpsim.evaluate.switched import SwitchedModel
 from fpsim.evaluate.tables import Printed, data_frame
 from fpsim.evaluate.texts import unfused
 from fpsim.policy import Policy
+from fpsim.showing import counted
 
 if TYPE_CHECKING:
     import pandas
@@ -157,9 +159,10 @@ class Sensitivity(Printed):
 
     def tables(self) -> list[Table]:
         """A table of the forward units and, if gradients were measured, one of the backward units."""
+        count = counted(self.batches, "batch", "batches")
         forward = Table(
             box=box.SIMPLE_HEAD,
-            title=f"loss {self.loss}, all rounded {_signed(self.rounded)} ({self.batches} batches)",
+            title=f"loss {self.loss}, all rounded {_signed(self.rounded)} ({count})",
             caption="change of the loss when only this is rounded, and when all but this are; estimates of the former",
         )
         forward.add_column(self.by, overflow="fold")
@@ -249,8 +252,8 @@ def sensitivity(
         progress: called with the number of batches that are done.
 
     Raises:
-        ValueError: a policy that rounds nothing or that has no switches; estimates for stochastic rounding in the
-            forward pass; an unknown ``by``; and as `fpsim.evaluate.compare`.
+        ValueError: a policy that rounds nothing or that has no switches; a loss without a gradient; estimates for
+            stochastic rounding in the forward pass; an unknown ``by``; and as `fpsim.evaluate.compare`.
         FloatingPointError: the loss of the unrounded model, or its gradient, is not finite.
         fpsim.curvature.CurvatureError: the loss cannot be differentiated twice: pass ``estimates=False``.
 
@@ -277,7 +280,7 @@ def sensitivity(
     estimated = _Estimated(model, forward, loss, by) if estimates else None
     weights = []
     with unfused(), no_recompile_limit(), plain_errors("the policy"):
-        for number, batch, own in weighed(model, batches, weight):
+        for number, batch, own in weighed(model, batches, weight, measured.repeat):
             weights.append(own)
             with torch.set_grad_enabled(bool(parameters)):
                 measured.add(number, batch)
@@ -356,6 +359,12 @@ class _Measured:
             elif gradient is not None:
                 self._add_change(unit, gradient, self._run(number, batch, places)[1])
 
+    def repeat(self, batch: Any) -> None:
+        """Refuse a model whose unrounded loss on the first batch is another one by now."""
+        with torch.set_grad_enabled(bool(self.parameters)):  # a graph for the other mode would be compiled
+            again = self._loss(0, batch, [])
+        refuse_unrepeated(self.losses[0], again, 0)
+
     def _loss(self, number: int, batch: Any, places: Sequence[Place]) -> float:
         self.model.turn(places)
         with same_draws(number):
@@ -368,6 +377,11 @@ class _Measured:
             loss = loss_of(self.model, batch, self.loss)
             if not self.parameters:
                 return float(loss), None
+            if not loss.requires_grad:
+                raise ValueError(
+                    "the loss has no gradient, so that none can be measured: compute it from the model's outputs by "
+                    "functions of torch without detach, or pass gradients=False and estimates=False"
+                )
             found = torch.autograd.grad(loss, list(self.parameters.values()), materialize_grads=True)
         return float(loss.detach()), dict(zip(self.parameters, found, strict=True))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fpsim.curvature.losses import IGNORED, cross_entropy
 from fpsim.evaluate.load import BYTES, errors_of_checkpoint, errors_of_script, load_checkpoint, load_script, positions
 from fpsim.sharpness.streaming import logits_of
+from fpsim.showing import counted
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
 #: Bytes of text per token to read: more than any tokenizer makes a token of in prose.
@@ -201,7 +202,9 @@ def _bytes(text: str) -> Tensor:
 
 def _enough(tokens: Tensor, path: Path) -> Tensor:
     if len(tokens) < 2:
-        raise ValueError(f"{path} holds {len(tokens)} tokens: at least two are needed, one to predict from the other")
+        raise ValueError(
+            f"{path} holds {counted(len(tokens), 'token')}: at least two are needed, one to predict from the other"
+        )
     return tokens
 
 

@@ -91,6 +91,8 @@ def test_accuracy_of_functions_of_torch_and_of_a_script(script, tmp_path):
 def test_wrong_input_is_one_line(script, text, tmp_path):
     for arguments, message in (
         (("evaluate", script, str(text), "--policy", "e9m99"), "cannot read the format 'e9m99'"),
+        (("evaluate", script, str(text), "--policy", "bf16,mxfp8"), "'bf16,mxfp8' has a comma, which no policy has"),
+        (("accuracy", "torch:add", "--format", "fp16", "--range", "0", "1", "--exact", "exp"), "add fails on a tensor"),
         (("evaluate", str(tmp_path), str(text), "--policy", "bf16"), "no Hugging Face checkpoint"),
         (("sensitivity", script, str(text), "--policy", "bf16", "--by", "layer"), "unknown by 'layer'"),
         (("accuracy", "torch.special", "--format", "fp16", "--range", "0", "1"), "names no function"),

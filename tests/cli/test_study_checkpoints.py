@@ -60,10 +60,13 @@ def test_sensitivity_and_search_measure_a_checkpoint(state, tmp_path):
 
 def test_wrong_input_is_one_line(state, tmp_path):
     path, _, _ = state
+    (tmp_path / "text.pt").write_text("no checkpoint")
     (tmp_path / "broken.pt").write_bytes(path.read_bytes()[:100])
     for arguments, message in (
         (("sensitivity", str(tmp_path / "nothing.pt")), "no checkpoint at"),
         (("sensitivity", str(tmp_path / "broken.pt")), "is no checkpoint with the configuration of a run"),
+        (("sensitivity", str(tmp_path / "text.pt")), "(torch did not write it, or it holds more than tensors, numbers"),
+        (("search", str(path), "--format", "bf16", "--format", "bf16", "--tolerance", "1"), "'bf16' is given twice"),
         (("search", str(path), "--format", "bf16", "--format", "e4m3fn"), "give either tolerance"),
         (("search", str(path), "--format", "bf16", "--tolerance", "1"), "at least two formats"),
     ):

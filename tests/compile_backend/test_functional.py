@@ -236,3 +236,17 @@ def test_a_model_of_transformers_with_tied_weights() -> None:
     torch.testing.assert_close(loss(params), want, rtol=1e-6, atol=0)
     tied = grad(loss)({name: value.detach() for name, value in params.items()})["transformer.wte.weight"]
     assert tied.count_nonzero() == tied.numel()  # through the head every row of the table has a gradient
+
+
+def test_a_module_with_two_names_keeps_its_parameters(network: Network) -> None:
+    """Dynamo leaves the parameters of `functional_call` in a module that has two names."""
+    network.alias = network.first
+    network.register_buffer("scale", torch.ones(()).double())
+    x, policy = torch.randn(5, 6, dtype=torch.float64), Policy(format="e4m3fn")
+    before = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    values = {name: value.clone() for name, value in before.items()}
+    found = functional(network, policy)(values, (x,), {})
+    after = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    assert list(after) == list(before) and all(after[name] is before[name] for name in before)
+    assert all(torch.equal(after[name], values[name]) for name in before)
+    assert torch.equal(found, by_hand(values, x))

@@ -128,7 +128,7 @@ def test_what_has_no_factors_is_named():
     assert found.layout.names == ("inner.weight", "inner.bias") and found.missing == ("embed.weight",)
     with pytest.raises(ValueError, match=r"embed\.weight belongs to no linear layer or convolution, or to several"):
         kronecker_factors(tied, CrossEntropy(targets), [(tokens, targets)], select="embed.weight")
-    with pytest.raises(ValueError, match="no parameter varies"):
+    with pytest.raises(ValueError, match="no linear layer or convolution that owns its weights alone"):
         kronecker_factors(nn.LayerNorm(3), "squared", [(torch.ones(1, 3), None)])
     with pytest.raises(ValueError, match="factors are known for a CrossEntropy and 'squared', got 'cubed'"):
         kronecker_factors(tied, "cubed", [(tokens, targets)])

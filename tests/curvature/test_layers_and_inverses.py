@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
 from fpsim import curvature
 from fpsim.curvature import (
@@ -39,7 +41,7 @@ def counted(operator: Operator) -> tuple[Operator, list[int]]:
         calls[0] += 1
         return operator.multiply(vector)
 
-    return curvature.Operator(operator.size, multiply, operator.dtype, operator.device, operator.layout), calls
+    return replace(operator, multiply=multiply), calls
 
 
 def right_hand_sides(size: int, count: int = 2) -> torch.Tensor:
@@ -84,10 +86,21 @@ def test_inverse_names_the_damping_that_is_missing():
     assert inverse(matrix, torch.tensor([1.0, 1.0, 0.0]), damping=0.0).solution.tolist() == pytest.approx([0.5, 1.0, 0])
 
 
+def test_inverse_of_rounded_products_says_that_they_are_rounded():
+    matrix = spectrum_matrix(torch.linspace(1, 3, 20, dtype=torch.float64))
+    rounded = Operator(20, lambda v: (matrix @ v).bfloat16().double())
+    found = inverse(rounded, right_hand_sides(20), damping=0.0)
+    assert not found.converged and found.products < 200
+    assert found.reasons[0].startswith(
+        "the residuals of 2 of 2 right-hand sides exceed 1e-06 although the iteration has"
+    )
+
+
 def test_inverse_that_is_not_done_says_so():
     matrix = spectrum_matrix(torch.logspace(0, 6, 40, dtype=torch.float64))
     found = inverse(matrix, right_hand_sides(40), damping=0.0, max_products=5)
-    assert not found.converged and found.products == 10 and "2 of 2 right-hand sides exceed 1e-06" in found.reasons[0]
+    assert not found.converged and found.products == 10
+    assert "2 of 2 right-hand sides exceed 1e-06 after 5 products each: raise max_products" in found.reasons[0]
     b = right_hand_sides(40)
     residual = torch.linalg.vector_norm(b - matrix @ found.solution, dim=0) / torch.linalg.vector_norm(b, dim=0)
     assert torch.allclose(found.residuals, residual)
@@ -389,13 +402,32 @@ def test_a_history_keeps_the_numbers_of_each_step_and_plots_them():
     assert axes.lines[2].get_ydata()[0] == 4.0
     with pytest.raises(ValueError, match="step 10 does not follow step 10"):
         history.add(10, found)
-    with pytest.raises(ValueError, match="step 11 has 1 eigenvalues and the steps before have 2"):
+    with pytest.raises(ValueError, match="step 11 has 1 eigenvalue and the steps before have 2"):
         history.add(11, eigenpairs(torch.eye(3)))
     with pytest.raises(ValueError, match="step 11 has an operator of size 4 and the steps before of size 3"):
         history.add(11, eigenpairs(torch.eye(4), k=2))
+    with pytest.raises(ValueError, match=r"step 11 has eigenvalues with which=smallest and .* with which=largest"):
+        history.add(11, eigenpairs(torch.diag(torch.tensor([8.0, 1.0, 0.0])), k=2, which="smallest"))
+    other = replace(Operator.of_matrix(torch.diag(torch.tensor([8.0, 1.0, 0.0]))), name="Hessian")
+    with pytest.raises(
+        ValueError, match=r"step 11 has eigenvalues of the Hessian and .* eigenvalues of the matrix: begin"
+    ):
+        history.add(11, eigenpairs(other, k=2))
+    lines = str(history).splitlines()
+    assert (
+        lines[0].rstrip() == f"curvature at 3 steps, {3 * found.products} products, cost of 3 gradients"
+    )  # those that are given
+    assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == ["0", "5", "10"]
+    assert "eigenvalue 2" in history._repr_html_() and str(CurvatureHistory()).startswith("curvature at 0 steps")
     for step in (math.nan, 11.5, True):
         with pytest.raises(TypeError, match="a step is an integer, got"):
             history.add(step, found)
+
+
+def test_matrices_of_other_dtypes_are_refused():
+    for dtype in (torch.int64, torch.bfloat16):
+        with pytest.raises(ValueError, match=f"a matrix is float32 or float64, got {dtype}"):
+            eigenpairs(torch.eye(3, dtype=dtype))
 
 
 def test_numbers_that_are_not_finite_are_named():
@@ -406,3 +438,109 @@ def test_numbers_that_are_not_finite_are_named():
         curvature.inverse(identity, torch.ones(2), damping=math.inf)
     with pytest.raises(ValueError, match="the norm of the gradient is inf"):
         curvature.alignment(infinite, curvature.eigenpairs(torch.diag(torch.tensor([3.0, 1.0])), k=1))
+
+
+# -- costs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_product_costs_as_many_gradients_as_its_multiplications_say():
+    """The multiplications of a deep network of linear layers, counted by torch; its ends make a small difference."""
+    torch.manual_seed(0)
+    layers = [part for _ in range(12) for part in (nn.Linear(16, 16), nn.Tanh())]
+    model = nn.Sequential(*layers, nn.Linear(16, 3))
+    batch = (torch.randn(8, 16), torch.randint(0, 3, (8,)))
+    loss, outputs = functional_loss(model, nn.functional.cross_entropy), functional_outputs(model)
+    params, cross_entropy = dict(model.named_parameters()), CrossEntropy(lambda batch: batch[1])
+
+    def multiplications(function) -> int:
+        with FlopCounterMode(display=False) as count:
+            function()
+        return count.get_total_flops()
+
+    gradient = multiplications(lambda: torch.autograd.grad(loss(params, batch), list(params.values())))
+
+    def losses(params, batch):
+        return nn.functional.cross_entropy(outputs(params, batch), batch[1], reduction="none")
+
+    modes = [("reverse", True), ("reverse", False), ("double_backward", True), ("double_backward", False),
+             ("forward", None), ("finite_difference", None)]  # fmt: skip
+    operators = [
+        *(hessian(loss, params, batches=[batch], mode=mode, keep=keep) for mode, keep in modes),
+        *(
+            gauss_newton(outputs, cross_entropy, params, batches=[batch], mode=mode, keep=keep)
+            for mode, keep in (("reverse", True), ("reverse", False), ("forward", None))
+        ),
+        monte_carlo_fisher(outputs, cross_entropy, params, batches=[batch], samples=3),
+        curvature.empirical_fisher(losses, params, batches=[batch]),
+    ]
+    for operator in operators:
+        vector = torch.ones(operator.size)
+        operator @ vector  # the first product makes the graph
+        counted_cost = multiplications(lambda op=operator, v=vector: op @ v) / gradient
+        assert operator.cost == pytest.approx(counted_cost, rel=0.05), operator
+    kept = operators[0]
+    assert (kept + operators[4]).cost == 5 and (2 * kept + 1.0).cost == kept.block(["0.*"]).cost == 2
+    assert Operator.of_matrix(torch.eye(2)).cost == 0
+
+
+def test_every_result_shows_the_products_and_gradients_that_it_cost(monkeypatch):
+    small = case("gelu")
+    operator, calls = counted(hessian(small.loss, small.params))  # 2 gradients each
+
+    def measured(function):
+        calls[0] = 0
+        return function(), calls[0]
+
+    found = [
+        measured(lambda: eigenpairs(operator, 2, tol=1e-6)),
+        measured(lambda: eigenpairs(operator, method="lobpcg")),
+        measured(lambda: eigenpairs(operator, method="power", which="magnitude", max_products=9)),
+        measured(lambda: curvature.trace(operator, max_products=40)),
+        measured(lambda: curvature.function_trace(operator, torch.cos, steps=4, max_probes=3)),
+        measured(lambda: curvature.log_determinant(operator, shift=9.0, steps=4, max_probes=3)),
+        measured(lambda: curvature.density(operator, steps=4, probes=2, max_probes=5, tol=1e-9)),
+        measured(lambda: inverse(operator, torch.ones(operator.size), damping=9.0)),
+        measured(lambda: diagonal(operator, probes=3)),
+        measured(lambda: curvature.check_symmetry(operator, pairs=3)),
+        measured(lambda: per_layer(operator, depth=1, steps=3, probes=2, max_probes=5, density_tol=1e-9)),
+    ]
+    layered = found[-1][0]
+    assert all(len(layer.density.nodes) == 3 for layer in layered.layers)  # the first 2 of 5 probes chose the number
+    for result, products in found:
+        assert result.products == products > 0 and result.cost == 2 * products
+        assert f"{products} products" in str(result) or f"products={products}" in repr(result)
+        for shown in (result, *getattr(result, "layers", ())):
+            assert all(str(number) in shown._repr_html_() for number in (shown.products, f"{shown.cost:g}"))
+    moment = found[6][0].integrate(torch.cos)
+    assert (moment.products, moment.cost) == (found[6][0].products, found[6][0].cost)
+
+    gradients = [0]
+
+    def loss(params, batch):
+        gradients[0] += 1
+        return small.loss(params) * batch
+
+    influences, products = measured(lambda: influence(operator, loss, [1.0, 2.0], test=3.0, damping=9.0))
+    assert influences.products == products and influences.gradients == gradients[0] == 4
+    assert influences.cost == 2 * products + 4 and f"cost={influences.cost}" in repr(influences)
+    assert str(influences.cost) in influences._repr_html_()
+
+    pulled = [0]
+
+    def grad(*args, **kwargs):
+        pulled[0] += 1
+        return autograd_grad(*args, **kwargs)
+
+    autograd_grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    factors = curvature.kronecker_factors(small.model, CrossEntropy(small.batch[1]), [small.batch])
+    assert factors.cost == factors.gradient_count == pulled[0] > 1
+    assert f"gradient_count={pulled[0]}" in repr(factors) and f"{pulled[0]}" in factors._repr_html_()
+    monkeypatch.undo()
+
+    eigen, products = measured(lambda: eigenpairs(operator))
+    aligned = alignment(torch.ones(operator.size), eigen)
+    assert aligned.cost == 2 * products + 1 and f"cost={aligned.cost}" in repr(aligned)
+    history = CurvatureHistory().add(0, eigen).add(1, eigen, torch.ones(operator.size))
+    assert (history.products, history.cost) == (2 * products, 4 * products + 1)
+    assert [row["cost"] for row in history.rows()] == [2 * products, 2 * products + 1]

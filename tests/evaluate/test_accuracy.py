@@ -165,6 +165,23 @@ def test_exact_values_that_cancel_get_more_digits():
     assert pi.correct == 1 and pi.maximum == pytest.approx(1.2246467991473532e-16 / 2**-51)
 
 
+def test_exact_functions_are_called_about_once_for_each_input():
+    calls = []
+
+    def exp(x):
+        calls.append(x)
+        return mpmath.exp(x)
+
+    result = accuracy(torch.exp, "bf16", low=1, high=2, exact=exp)
+    assert result.count == 129 and len(calls) == 129 + 9 + 5 - 1  # every 16th, and the five listed, of which one is
+    assert result.maximum == accuracy(torch.exp, "bf16", low=1, high=2).maximum
+
+    def wrong_with_few_digits(x):
+        return x + (mpmath.mpf(10) ** (58 - mpmath.mp.dps) if x == 1 + 3 / 128 else 0)
+
+    assert accuracy(lambda x: x, "bf16", low=1, high=2, exact=wrong_with_few_digits).maximum < 1e-50
+
+
 def test_ranges_may_be_those_of_the_whole_format():
     whole = accuracy(torch.exp, "e8m1", low=-3e38, high=3e38)
     assert whole.count == 2 * 509 + 1 and whole.nonfinite == 0 and whole.maximum < 1
@@ -193,14 +210,33 @@ def test_wrong_input_is_refused_with_a_remedy():
         (torch.exp, {"low": 2, "high": 1}, ValueError, "low at most high"),
         (torch.exp, {"low": 0, "high": math.inf}, ValueError, "must be finite"),
         (torch.exp, {"low": 1.01, "high": 1.02}, ValueError, r"e4m3fn has no value from 1\.01 to 1\.02"),
-        (torch.log, {"low": -2, "high": -1}, ValueError, "all 9 inputs from -2 to -1 lie outside of the domain"),
+        (torch.log, {"low": -2, "high": -1}, ValueError, "all inputs from -2 to -1 lie outside of the domain"),
         (lambda x: x, {"low": 0, "high": 1}, ValueError, "pass exact="),
         (lambda x: x, {"low": 0, "high": 1, "exact": "expp"}, ValueError, "unknown exact function 'expp'.*exp"),
         (lambda x: x[:2], {"low": 0, "high": 1, "exact": "exp"}, ValueError, r"elementwise: it returns shape \(2,\)"),
         (lambda x: x > 0, {"low": 0, "high": 1, "exact": "exp"}, TypeError, r"got torch\.bool"),
         (lambda x: 3.0, {"low": 0, "high": 1, "exact": "exp"}, TypeError, "got float"),
         (torch.exp, {"low": 1, "high": 1, "exact": math.exp}, TypeError, "got 2.718281828459045: Python's own floats"),
+        (torch.exp, {"low": 1, "high": 1, "exact": lambda x: x > 0}, TypeError, "must return a number .* got True"),
+        (
+            torch.exp,
+            {"low": 1, "high": 1, "exact": torch.exp},
+            TypeError,
+            r"exact function fails at 1\.0: .* one number of",
+        ),
         (torch.exp, {"low": 1, "high": 1, "exact": lambda x: None}, TypeError, "must return a number .* got None"),
+        (
+            torch.add,
+            {"low": 0, "high": 1, "exact": "exp"},
+            ValueError,
+            r"add fails on a tensor .* take one tensor .*\(add",
+        ),
+        (
+            math.exp,
+            {"low": 0, "high": 1, "exact": "exp"},
+            ValueError,
+            "exp fails on a tensor of 57 inputs of dtype torch.float32",
+        ),
         (torch.exp, {"low": 0, "high": 1, "samples": -1}, ValueError, "must not be negative, got -1 and 5"),
         (torch.exp, {"low": 0, "high": 1, "worst": -1}, ValueError, "must not be negative, got 4096 and -1"),
     ]

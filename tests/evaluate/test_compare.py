@@ -152,11 +152,15 @@ def test_wrong_input_is_refused_with_a_remedy(model, batches):
         ({"policies": {"x": {"gradient": "e5m2"}}}, ValueError, "policy 'x' rounds nothing in the forward pass"),
         ({"policies": {"x": {"format": "bf16", "skip": "*"}}}, ValueError, "policy 'x' rounds nothing.*left unrounded"),
         ({"policies": {"x": {"format": "bf16", "skip": "7"}}}, ValueError, "cannot be rounded to x.*'7' matches no"),
-        ({"policies": ["bf16", "bf16"]}, ValueError, "two policies have the name 'bf16'"),
+        ({"policies": ["bf16", " bf16 "]}, ValueError, "the policy 'bf16' is given twice: leave one out"),
+        ({"policies": "bf16,mxfp8"}, ValueError, "'bf16,mxfp8' has a comma.*name policies one by one"),
         ({"policies": []}, ValueError, "there is no policy"),
         ({"batches": []}, ValueError, "there is no batch"),
         ({"batches": batches[0][0]}, ValueError, "one batch"),
         ({"batches": [{"x": 1}][0]}, ValueError, "one batch"),
+        ({"batches": [()]}, ValueError, r"a batch is \(\): a tuple or a list holds the inputs"),
+        ({"batches": batches[0]}, TypeError, r"cross_entropy does not fit.* a Tensor here.*'target'.* pass \[batch\]"),
+        ({"loss": lambda out: out.sum()}, TypeError, r"a tuple of 2 here, and is used as function\(model\(batch\[0\]"),
         ({"metric": "perplexitty"}, ValueError, "unknown metric 'perplexitty'"),
         ({"loss": lambda out, y: out}, ValueError, "one number, got a tensor of shape"),
         ({"loss": lambda out, y: out.sum() / 0}, FloatingPointError, "unrounded model is .* on batch 0"),
@@ -168,6 +172,7 @@ def test_wrong_input_is_refused_with_a_remedy(model, batches):
         ({"backend": "inductor"}, ValueError, "unknown backend 'inductor'"),
         ({"policies": {"format": "bf16"}}, ValueError, "is one policy.*give it in a list"),
         ({"policies": {"unrounded": "bf16"}}, ValueError, "'unrounded' is that of the model without rounding"),
+        ({"metric": lambda out, y: None}, TypeError, "the metric must be one number, got None"),
         ({"metric": lambda out, y: math.nan}, FloatingPointError, "the .*lambda.* of the unrounded model is nan"),
     ]  # fmt: skip
     for changes, error, message in cases:
@@ -191,10 +196,13 @@ def test_wrong_input_is_refused_with_a_remedy(model, batches):
 class Counting(nn.Module):
     """A model that keeps a state: each run has a greater scale."""
 
-    def __init__(self):
+    def __init__(self, *, in_buffer):
         super().__init__()
         self.linear = nn.Linear(5, 3)
-        self.register_buffer("runs", torch.zeros(()))
+        if in_buffer:
+            self.register_buffer("runs", torch.zeros(()))
+        else:
+            self.runs = 0
 
     def forward(self, x):
         self.runs += 1
@@ -209,5 +217,6 @@ def test_a_model_that_keeps_a_state_is_refused(measure):
         search: {"formats": ["bf16", "e4m3fn"], "tolerance": 1},
     }
     batch = (torch.randn(2, 5), torch.tensor([0, 2]))
-    with pytest.raises(ValueError, match="changes its buffers when it runs"):
-        measure(Counting().eval(), [batch], loss=nn.functional.cross_entropy, **options[measure])
+    for in_buffer, message in ((True, "changes its buffers when it runs"), (False, r"on batch 0 is .* in one run and")):
+        with pytest.raises(ValueError, match=message):
+            measure(Counting(in_buffer=in_buffer).eval(), [batch], loss=cross_entropy, **options[measure])

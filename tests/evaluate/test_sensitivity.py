@@ -258,6 +258,7 @@ def test_wrong_input_is_refused_with_a_remedy(model, batches):
         ({"by": "layer"}, ValueError, "unknown by 'layer'"),
         ({"policy": {"format": "bf16", "accumulator": "fp32"}}, ValueError, "leave accumulator out"),
         ({"policy": {"format": "bf16", "modules": {"x": "e4m3fn"}}}, ValueError, "'x' matches no module"),
+        ({"loss": lambda z, y: z.detach().sum()}, ValueError, "the loss has no gradient.* pass gradients=False"),
         ({"loss": lambda z, y: z.sum() * math.nan}, FloatingPointError, "unrounded model is nan on batch 0"),
         ({"policy": "e4m3fn/stochastic"}, ValueError, "stochastic rounding draws new ones.*pass estimates=False"),
         ({"backend": "inductor"}, ValueError, "unknown backend 'inductor'"),
