@@ -57,7 +57,7 @@ class _Step:
             among the keyword arguments.
     """
 
-    node: fx.Node
+    node: Any  # an fx.Node, whose arguments have a wide type
     number: int
     inputs: tuple[int, ...]
     always: bool
@@ -79,7 +79,7 @@ class Lazy:
     def __init__(self, gm: fx.GraphModule) -> None:
         self._gm = gm
         nodes = list(gm.graph.nodes)
-        self._numbers = {node: number for number, node in enumerate(nodes)}
+        self._numbers: dict[Any, int] = {node: number for number, node in enumerate(nodes)}
         self._steps = [self._step(node) for node in nodes]
         self._inputs = [step.number for step in self._steps if step.node.op == "placeholder"]
         self._switches = {

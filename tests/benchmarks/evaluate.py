@@ -13,7 +13,8 @@ search and on others: of ModelOpt's choice as ModelOpt simulates it (its inputs 
 choice as fpsim simulates it, and of fpsim's choice. ModelOpt runs on the CPU: ``pip install nvidia-modelopt``.
 
 Measured on 28 November 2026 on 2 shared cores of an Intel Xeon, torch 2.13.0, one thread: ``sensitivity`` by module
-under e4m3fn takes 109 s, 108 s of the processor, for 4 windows (61 forward and 61 backward units). The results
+under e4m3fn took 109 s, 108 s of the processor, for 4 windows (61 forward and 61 backward units), before graphs with
+switches ran without torch.fx.Interpreter. The results
 of ``search``, with ModelOpt 0.47.0, stand in ``docs/evaluate.md``.
 """
 
