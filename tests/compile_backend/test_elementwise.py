@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -298,6 +299,43 @@ def test_rules_for_modules_hold_forward_and_backward() -> None:
 def test_one_direction_alone() -> None:
     policy = {"format": "none", "elementwise": {"backward": "e5m2"}}
     assert {kind for _, kind, _, _ in sites(Two(), torch.randn(4, requires_grad=True), policy=policy)} == {"backward"}
+
+
+class Tripled(torch.autograd.Function):
+    """An operation with a hand-written backward, whose module torch does not record."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 3
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy * 3
+
+
+class WithTripled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Tripled.apply(self.inner(x))
+
+
+def test_only_directions_with_a_cast_need_a_known_module() -> None:
+    x, dy = torch.randn(2, 16)
+
+    def gradient(direction: str, format: str) -> tuple[Tensor, Tensor]:
+        leaf = x.clone().requires_grad_()
+        options = {"format": "none", "elementwise": {direction: format}, "modules": {"inner": "none"}}
+        y = torch.compile(WithTripled(), backend="fpsim_eager", options=options)(leaf)
+        y.backward(dy)
+        return y.detach(), leaf.grad
+
+    y, dx = gradient("forward", FORWARD)
+    assert torch.equal(y, forward(x.relu() * 3)) and torch.equal(dx, dy * 3 * (x > 0))
+    with pytest.raises(Exception, match="is unknown, and the policy has rules for modules"):
+        gradient("backward", BACKWARD)
 
 
 def test_what_backward_computes_from_forward_values_alone_belongs_to_backward() -> None:
