@@ -30,7 +30,7 @@ from fpsim.compile_backend.passes.products import opaque_gaps, round_products, w
 from fpsim.compile_backend.passes.reductions import replace_sums
 from fpsim.compile_backend.passes.saved import insert_saved, remove_saved, round_saved
 from fpsim.compile_backend.passes.switches import round_switched
-from fpsim.compile_backend.plan import Plan
+from fpsim.compile_backend.plan import Gap, Plan
 from fpsim.compile_backend.switches import Switches
 from fpsim.policy import Policy
 from fpsim.rounding.ops import SOURCE
@@ -124,7 +124,7 @@ def rewrite(
         handle: the input that tells where the states of timed scales are.
         recorder: observes every site.
         switches: what turns the roundings of its policies on and off, and the input that holds them. ``policy`` is the
-            first of them then.
+            first of them then. The plan does not list the products that they leave unrounded.
 
     Raises:
         UnroundedError: with ``strict``, an operator whose products cannot be rounded and which the policy does not
@@ -145,11 +145,12 @@ def rewrite(
     attended, attended_sums = flash_sites(graph, recorder)
     other_sums, sum_gaps, bias_gradients = replace_sums(graph, policy, sources, products, inserter, strict)
     results = round_operations(graph, policy, sources, products, inserter, strict, bias_gradients)
+    gaps: Sequence[Gap] = ()
     sums: Sequence[Summed] = ()
     if switches is None:
         operands, gaps, sums = round_products(products, policy, inserter, strict)
     else:
-        operands, gaps = round_switched(products, switches[0], inserter, strict)
+        operands = round_switched(products, switches[0], inserter, strict)
     saved = round_saved(copies, inserter)
     if strict:
         warn_if_no_weight_is_found(products, [*results, *operands], policy)

@@ -21,7 +21,7 @@ from fpsim.compile_backend.graph.products import product_operator
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.compile_backend.passes.places import site_of_product
 from fpsim.compile_backend.passes.products import local_policy, round_operands
-from fpsim.compile_backend.plan import Gap, Site
+from fpsim.compile_backend.plan import Site
 from fpsim.compile_backend.switches import Switches, switch_op
 
 aten = torch.ops.aten
@@ -35,23 +35,19 @@ def _lower_switch(exact: Any, rounded: Any, switches: Any, numbers: list[int]) -
     return lowering.lowerings[aten.where.self](on[0], rounded, exact)
 
 
-def round_switched(
-    products: Sequence[Product], switches: Switches, inserter: Inserter, strict: bool
-) -> tuple[list[Site], list[Gap]]:
-    """Round ``products`` under all policies of ``switches``; the sites of all, and the gaps of the first policy.
+def round_switched(products: Sequence[Product], switches: Switches, inserter: Inserter, strict: bool) -> list[Site]:
+    """Round ``products`` under all policies of ``switches``; the sites of all. Products without one are not listed.
 
     Raises:
         UnroundedError: as `fpsim.compile_backend.passes.products.round_products`, or a scale multiplies the
             result of a product that torch has decomposed.
     """
     sites: list[Site] = []
-    gaps: list[Gap] = []
     for product in products:
         for number, policy in enumerate(switches.policies):
             inserter.policy_number = number
-            local, transform, reason = local_policy(product, policy, strict)
+            local, transform, _ = local_policy(product, policy, strict)
             if local is None:
-                gaps += [Gap(product.path or "", product.operator, reason)] if number == 0 else []
                 continue
             casts = [local.cast(product.kind, role) for role in product.roles]
             planned = [
@@ -69,7 +65,7 @@ def round_switched(
                 own.append(site_of_product(product, "output", product.result, output))
                 inserter.round_result(product.result, own[-1])
             sites += own
-    return sites, gaps
+    return sites
 
 
 def _copied(product: Product, inserter: Inserter) -> Product:

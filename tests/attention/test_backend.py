@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fpsim
@@ -138,6 +139,17 @@ def test_a_call_of_many_blocks_or_of_any_size_has_the_same_bits(monkeypatch: pyt
     with torch.no_grad():
         got, codes = run_and_get_code(lambda: torch.compile(model, backend="fpsim", options={"policy": policy})(X))
     assert torch.equal(got, wanted[0]) and "fpsim.flash_attention" in codes[0]
+
+
+@pytest.mark.parametrize(("length", "width", "left"), [(6, 80, 0), (80, 6, 1)])
+def test_the_number_of_keys_decides_whether_inductor_gets_the_operations(length: int, width: int, left: int) -> None:
+    """With blocks of 2, 6 keys are few and 80 are many: also in tensors of three axes."""
+    x = torch.randn(2, length, width)
+    steps = {**TILES, "block_q": 2, "block_k": 2}
+    traced = make_fx(lambda x: fpsim.flash_attention(x, x, x, steps=steps), tracing_mode="fake")(x)
+    assert len(flash.find_flash(traced.graph)) == 1
+    flash.Expansion()(traced.graph)
+    assert len(flash.find_flash(traced.graph)) == left
 
 
 class Two(nn.Module):

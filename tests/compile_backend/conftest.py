@@ -1,6 +1,5 @@
 """Fixtures of all tests of the backend: each test starts with nothing compiled."""
 
-import logging
 from collections.abc import Iterator
 
 import pytest
@@ -10,15 +9,6 @@ from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.utils import clear_caches
 
 from fpsim.compile_backend.passes.rounding_pass import RoundingPass
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_trace_of_the_compiler() -> Iterator[None]:
-    """Keep pytest from collecting the log of each compilation: thousands of empty lines, a quarter of the time."""
-    trace = logging.getLogger("torch.__trace")
-    trace.propagate = False
-    yield
-    trace.propagate = True
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fpsim
 from fpsim.compile_backend.functional import functional
@@ -325,6 +325,17 @@ def test_a_machine_multiplies_elements_that_a_power_of_two_scales() -> None:
     assert torch.equal(run(nn.functional.linear, x, weight, bias, **policy), wanted + bias)
     own = fpsim.matmul(x, weight.T, accumulator="hopper_fp8", format="e4m3fn/power_of_two")
     assert torch.equal(own, wanted)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_sums_of_a_gradient_know_the_format_of_each_operand(transposed: bool, graphs: list[fx.Graph]) -> None:
+    """In the gradient of a transposed convolution's weight the image comes first."""
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    options = {"activation": "e4m3fn", "weight": "e2m1fn", "gradient": "e5m2", "accumulator": {"wgrad": "e5m4"}}
+    torch.compile(kind(2, 3, 2), backend="fpsim_eager", options=options)(integers(1, 2, 4, 4, seed=1)).sum().backward()
+    (product,) = graphs[0].find_nodes(op="call_function", target=torch.ops.fpsim.accumulate_mm.default)
+    names = [each for each in product.args if each in ("e4m3fn", "e2m1fn", "e5m2")]
+    assert names == (["e4m3fn", "e5m2"] if transposed else ["e5m2", "e4m3fn"])
 
 
 def test_the_sums_of_a_convolution_are_over_channels_and_then_taps() -> None:

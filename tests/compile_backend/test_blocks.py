@@ -308,6 +308,20 @@ def test_products_of_vectors_and_sums_with_alpha_and_beta(cast: str) -> None:
     assert torch.allclose(got[4], c[:, 0] + mv, rtol=1e-6)
 
 
+def test_the_scales_of_a_row_and_a_column_multiply_their_product_one_after_the_other() -> None:
+    """Torch makes a multiplication and a sum of this product alone that keeps the axis which it sums over."""
+    product = torch.compile(torch.mm, backend="fpsim_eager", options={"format": "int8"})
+    differences = 0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        a, b = torch.randn(1, 48), torch.randn(48, 1)
+        row, column = rounded(a, "int8", 1), rounded(b, "int8", 0)
+        y = product(a, b)
+        assert torch.equal(y, row @ column)
+        differences += not torch.equal(y, row.elements @ column.elements * (row.scale * column.scale))
+    assert differences  # so that the order shows
+
+
 @pytest.mark.parametrize("cast", ["e4m3fn/tensor", "nvfp4", "int8"])
 def test_the_scale_of_a_tensor_multiplies_the_result_of_a_convolution(cast: str) -> None:
     """The scales of rows, which vary from place to place, multiply the operand."""
@@ -333,6 +347,16 @@ def test_the_scale_of_a_tensor_multiplies_the_result_of_a_convolution(cast: str)
         layer.weight.grad, times(torch.nn.grad.conv2d_weight(a.elements, weight.shape, b.elements), b, a)
     )
     assert torch.allclose(layer.bias.grad, dy.sum(places))
+
+
+def test_profile_compares_a_convolution_whose_result_is_scaled_without_its_bias() -> None:
+    torch.manual_seed(9)
+    cast, layer, x = "e4m3fn/tensor", nn.Conv2d(6, 4, 3), torch.randn(2, 6, 5, 6)
+    [product] = [each for each in fpsim.profile(layer, x, policy={"format": cast}).products if each.kind == "fprop"]
+    weight = layer.weight.detach()
+    a, b = (rounded(t, cast, (1,), rows=False) for t in (x, weight))
+    simulated, exact = times(F.conv2d(a.elements, b.elements), a, b), F.conv2d(x.double(), weight.double())
+    assert product.error == pytest.approx(float((simulated.double() - exact).norm()), rel=1e-5)
 
 
 def test_inductor_leaves_scales_before_a_softmax_where_they_are() -> None:

@@ -720,6 +720,7 @@ LAYERS_8 = Counter(
 
 @HOW_COMPILED
 @pytest.mark.parametrize("backend", ["fpsim", "fpsim_eager"])
+@pytest.mark.usefixtures("kernels_left_out")
 def test_a_compiled_model_is_audited_as_it_is(compiled: Callable[[str], Callable[..., Any]], backend: str) -> None:
     audit = fpsim.audit(compiled(backend), torch.randn(4, 8))
     assert Counter(audit.escaped) == Counter(PRODUCT_8) and audit.covered == 5
@@ -727,6 +728,7 @@ def test_a_compiled_model_is_audited_as_it_is(compiled: Callable[[str], Callable
 
 @HOW_COMPILED
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager", "eager"])
+@pytest.mark.usefixtures("kernels_left_out")
 def test_what_another_backend_compiled_has_escaped(compiled: Callable[[str], Callable[..., Any]], backend: str) -> None:
     audit = fpsim.audit(compiled(backend), torch.randn(4, 8))
     found = Counter({(escape.operator, escape.shapes): escape.count for escape in audit.escaped})

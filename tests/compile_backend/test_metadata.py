@@ -95,6 +95,42 @@ def test_a_rounding_has_the_tags_of_its_value_and_the_place_of_its_product(graph
     assert [*recomputed.values()] == [None]
 
 
+def test_a_view_of_a_rounded_result_shares_its_memory(graphs: list[fx.Graph]) -> None:
+    """Inductor reuses memory in backward that, by the metadata, no tensor of the user shares."""
+
+    def multiplied(x: Tensor, w: Tensor) -> Tensor:
+        return torch.sin(x).view(3, 4) @ w
+
+    options = {"format": "none", "elementwise": "bf16"}
+    torch.compile(multiplied, backend="fpsim_eager", options=options)(torch.randn(12), torch.randn(4, 2))
+    (graph,) = graphs
+    (view,) = graph.find_nodes(op="call_function", target=torch.ops.aten.view.default)
+    (base,) = view.all_input_nodes
+    assert base.target is torch.ops.fpsim.round.default
+    view_of, memory = (node.meta["val"].untyped_storage()._cdata for node in (view, base))
+    assert view_of == memory
+
+
+class Positive(nn.Linear):
+    """A sine that a product and a ReLU read; the derivative of the ReLU reads the result of the ReLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.sin(x)
+        positive = torch.relu(y)
+        return super().forward(y) + super().forward(positive)
+
+
+def test_backward_rounds_again_only_what_it_has_itself(graphs: list[fx.Graph]) -> None:
+    x = torch.randn(2, 6, requires_grad=True)
+    model = Positive(6, 6, bias=False)
+    torch.compile(model, backend="fpsim_eager", options={"format": "e4m3fn"})(x).sum().backward()
+    (graph,) = graphs
+    found = graph.find_nodes(op="call_function", target=torch.ops.fpsim.round.default)
+    recomputed = {node.args[0].target: node.meta.get("recompute") for node in found if not is_backward(node)}
+    assert recomputed[torch.ops.aten.relu.default] == CheckpointPolicy.PREFER_RECOMPUTE
+    assert recomputed[torch.ops.aten.sin.default] is None
+
+
 def is_backward(node: fx.Node) -> bool:
     return node.meta["partitioner_tag"] == "is_backward"
 

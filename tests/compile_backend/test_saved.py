@@ -157,6 +157,14 @@ class Cubed(nn.Linear):
         return Cube.apply(super().forward(x))
 
 
+class Halves(nn.Linear):
+    """Several results of one operator, each of which is saved."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = super().forward(x).chunk(2, -1)
+        return a.square() * b.square()
+
+
 class Tokens(nn.Module):
     """Integers are inputs too: the embeddings are activations, the angles of their positions are a table."""
 
@@ -179,9 +187,14 @@ CASES: list[tuple[Any, tuple[int, ...]]] = [
     (lambda: Cubed(16, 16), (16, 16)),
     (Tokens, (2, 16, 32)),
 ]
+MORE: list[tuple[Any, tuple[int, ...]]] = [
+    (Convolution, (2, 2, 16, 16)),
+    (Deep, (2, 16)),
+    (lambda: Halves(16, 8), (4, 16)),
+]
 ALL = [
     *((kind, shape, "e4m3fn/mx:16:floor", mx) for kind, shape in CASES),
-    *((kind, shape, "e4m3fn", fp8) for kind, shape in (*CASES, (Convolution, (2, 2, 16, 16)), (Deep, (2, 16)))),
+    *((kind, shape, "e4m3fn", fp8) for kind, shape in (*CASES, *MORE)),
 ]
 
 

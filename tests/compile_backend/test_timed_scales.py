@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import fpsim
 from fpsim.compile_backend import UnroundedError
 from tests.compile_backend.two_ranks_with_history import SHARES, Unit, numbers, work
+from tests.shared.models import BACKENDS_OF_A_GRAPH
 from tests.shared.ranks import results_of_two_ranks
 
 BACKENDS = ("fpsim", "fpsim_eager")
@@ -151,7 +152,7 @@ def test_every_other_step_renews_the_scale(backend: str) -> None:
         assert torch.equal(step(model, x, x)[0], rounded(x, factor, "e4m3fn"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_OF_A_GRAPH)
 def test_inference_uses_the_factors_and_changes_none(backend: str) -> None:
     model = torch.compile(Unit(), backend=backend, options=TE)
     step(model, numbers(7.0, 1), numbers(1.0, 2))
@@ -216,7 +217,7 @@ def test_backends_agree_in_results_and_state() -> None:
     ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_OF_A_GRAPH)
 def test_a_checkpoint_inside_counts_a_magnitude_once(backend: str) -> None:
     modules = [Unit(), Unit(checkpointed=True)]
     models = [torch.compile(module, backend=backend, options=MIXED) for module in modules]
@@ -258,7 +259,7 @@ def test_reports_leave_the_state_alone() -> None:
     assert_same_state(fpsim.scale_state(model), before)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_OF_A_GRAPH)
 def test_graphs_of_one_call_have_sites_of_their_own(backend: str) -> None:
     def function(x: Tensor, w: Tensor) -> Tensor:
         y = x @ w
@@ -276,7 +277,7 @@ def test_graphs_of_one_call_have_sites_of_their_own(backend: str) -> None:
     }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_OF_A_GRAPH)
 def test_calibrated_scales_are_fixed(backend: str) -> None:
     policy = fpsim.Policy(activation="e4m3fn/power_of_two/calibrated")
     module = Unit().eval()

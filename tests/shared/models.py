@@ -6,13 +6,30 @@ additions cannot change a bit.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import fpsim
+
+
+def case(*values: Any, in_every_run: bool) -> Any:
+    """A case of `pytest.mark.parametrize`: one of every run, or one of the slow tests."""
+    return pytest.param(*values, marks=() if in_every_run else pytest.mark.exhaustive)
+
+
+#: The backends for tests whose promise is about the rewritten graph. Inductor's code for it is left to the slow tests.
+BACKENDS_OF_A_GRAPH = ("fpsim_eager", case("fpsim", in_every_run=False))
+
+#: Shapes (m, n, k) of small products. Inductor treats an axis of one element in a way of its own, so that every run has
+#: all shapes of axes with one element and with eight. Shapes of two and another number are slow tests.
+SMALL_SHAPES = [
+    case(*shape, in_every_run=2 not in shape or shape == (2, 2, 2)) for shape in itertools.product([1, 2, 8], repeat=3)
+]
 
 
 def dyadic(*shape: int, seed: int, top: int = 16, unit: float = 0.125) -> Tensor:

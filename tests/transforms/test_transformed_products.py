@@ -23,6 +23,7 @@ from fpsim.transforms.hadamard import Hadamard
 from fpsim.transforms.names import parse_transform
 from fpsim.transforms.permutation import Permutation
 from fpsim.transforms.smoothing import Smoothing
+from tests.shared.models import case
 
 TRANSFORMS = (
     "hadamard:16:te",
@@ -81,27 +82,36 @@ PRODUCTS: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("product", PRODUCTS)
-def test_a_product_stays_as_it_is_in_exact_arithmetic(product: str) -> None:
+#: With a linear layer and a batch every run tries all transforms, with the others one transform and a chain of three.
+IN_EVERY_RUN = ("hadamard:16:te", "smooth:power_of_two/permute:amax/hadamard:4:seed=1")
+
+
+@pytest.mark.parametrize(
+    ("product", "transform"),
+    [
+        case(product, transform, in_every_run=product in ("linear", "bmm") or transform in IN_EVERY_RUN)
+        for product in PRODUCTS
+        for transform in (TRANSFORMS if product in ("linear", "bmm") else EXACT)
+    ],
+)
+def test_a_product_stays_as_it_is_in_exact_arithmetic(product: str, transform: str) -> None:
     function, inputs = PRODUCTS[product]
-    for transform in TRANSFORMS if product in ("linear", "bmm") else EXACT:
-        wanted = run(function, inputs)
-        got = run(function, inputs, "fpsim_eager", format="fp64", transform=transform)
-        for a, b in zip(got, wanted, strict=True):
-            if transform in EXACT and product != "attention":
-                assert torch.equal(a, b), (transform, product)
-            else:
-                assert (a - b).abs().max() <= 1e-12 * max(1.0, b.abs().max()), (transform, product)
+    wanted = run(function, inputs)
+    got = run(function, inputs, "fpsim_eager", format="fp64", transform=transform)
+    for a, b in zip(got, wanted, strict=True):
+        if transform in EXACT and product != "attention":
+            assert torch.equal(a, b)
+        else:
+            assert (a - b).abs().max() <= 1e-12 * max(1.0, b.abs().max())
 
 
-def test_convolutions_are_transformed_along_channels() -> None:
+@pytest.mark.parametrize("transform", [case(each, in_every_run=each in IN_EVERY_RUN) for each in EXACT])
+def test_convolutions_are_transformed_along_channels(transform: str) -> None:
     for function, weight in ((F.conv2d, integers(4, 16, 3, 3)), (F.conv_transpose2d, integers(16, 4, 3, 3))):
         inputs = [integers(2, 16, 5, 6), weight]
-        wanted = run(function, inputs)
-        for transform in EXACT:
-            options = {"format": "fp64", "transform": {"fprop": transform, "dgrad": transform}}
-            for a, b in zip(run(function, inputs, "fpsim_eager", **options), wanted, strict=True):
-                assert torch.equal(a, b)
+        options = {"format": "fp64", "transform": {"fprop": transform, "dgrad": transform}}
+        for a, b in zip(run(function, inputs, "fpsim_eager", **options), run(function, inputs), strict=True):
+            assert torch.equal(a, b)
 
 
 # -- bits --------------------------------------------------------------------------------------------------------------
