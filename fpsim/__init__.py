@@ -134,7 +134,7 @@ def __dir__() -> list[str]:
     return list(__all__)
 
 
-# The sources in a clone are no whole package: the backend, the reference and the study stand in folders beside this one.
+# The sources in a clone are no whole package: the backend, the reference and the study stand in folders beside it.
 # Python started in the clone finds them before an installed package, and names would be missing one by one.
 if importlib.util.find_spec("fpsim.compile_backend") is None:
     raise ImportError(

@@ -333,7 +333,9 @@ def _parse_element(name: str) -> ElementFormat:
             raise
         spelling = name.strip().lower()
         if spelling in _OF_A_WIDTH:
-            message = re.sub(r": (did you mean [^?]*\? )?", f": did you mean {_OF_A_WIDTH[spelling]}? ", message, count=1)
+            message = re.sub(
+                r": (did you mean [^?]*\? )?", f": did you mean {_OF_A_WIDTH[spelling]}? ", message, count=1
+            )
         near = near_names(spelling, dict.fromkeys(WHOLE_FORMATS), cutoff=0.6)
         if near and "did you mean" not in message:
             message = message.replace(": ", f": did you mean {' or '.join(near)}? ", 1)
