@@ -20,8 +20,8 @@ from torch.utils.flop_counter import flop_registry
 
 #: Libraries of torch and of fpsim whose operators multiply no matrices, but for `_EXCEPTIONS`.
 _HARMLESS_LIBRARIES = frozenset(
-    {"_c10d_functional", "_c10d_functional_autograd", "c10d", "c10d_functional", "fpsim", "inductor_prims", "prim",
-     "prims", "profiler", "rngprims", "streams"}
+    {"_c10d_functional", "_c10d_functional_autograd", "c10d", "c10d_functional", "fpsim", "fsdp", "inductor_prims",
+     "prim", "prims", "profiler", "rngprims", "streams"}
 )  # fmt: skip
 _EXCEPTIONS = frozenset({"prims::svd"})
 

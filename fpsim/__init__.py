@@ -8,6 +8,7 @@ operators by their names.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +133,15 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return list(__all__)
 
+
+# The sources in a clone are no whole package: the backend, the reference and the study stand in folders beside it.
+# Python started in the clone finds them before an installed package, and names would be missing one by one.
+if importlib.util.find_spec("fpsim.compile_backend") is None:
+    raise ImportError(
+        f"{__path__[0]} holds sources of fpsim, which are not whole without an installation: start Python in another "
+        "folder, or install the clone by pip install --editable '.[paper]'",
+        name="fpsim.compile_backend",
+    )
 
 # Programs of `export` name fpsim's operators, and torch looks these up when it loads one.
 if "torch" in sys.modules:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -314,6 +315,14 @@ def _cast(
     return Cast(fmt, full_rounding(rounding), mode, scale, spelling, transform)
 
 
+#: Names of a width, which several formats have.
+_OF_A_WIDTH = {
+    f"{prefix}{bits}": formats
+    for prefix in ("fp", "float", "f")
+    for bits, formats in {8: "e4m3fn or e5m2", 6: "e2m3fn or e3m2fn", 4: "e2m1fn, mxfp4 or nvfp4"}.items()
+}
+
+
 def _parse_element(name: str) -> ElementFormat:
     """`parse_element`; the error names whole formats that are near."""
     try:
@@ -322,7 +331,12 @@ def _parse_element(name: str) -> ElementFormat:
         message = str(error)
         if not message.startswith("unknown format"):
             raise
-        near = near_names(name.strip().lower(), dict.fromkeys(WHOLE_FORMATS), cutoff=0.6)
+        spelling = name.strip().lower()
+        if spelling in _OF_A_WIDTH:
+            message = re.sub(
+                r": (did you mean [^?]*\? )?", f": did you mean {_OF_A_WIDTH[spelling]}? ", message, count=1
+            )
+        near = near_names(spelling, dict.fromkeys(WHOLE_FORMATS), cutoff=0.6)
         if near and "did you mean" not in message:
             message = message.replace(": ", f": did you mean {' or '.join(near)}? ", 1)
         whole = f"Formats with scales are {', '.join(WHOLE_FORMATS)}, intN and uintN. A format is one of"

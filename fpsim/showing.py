@@ -12,6 +12,10 @@ from typing import Any
 
 #: Lines keep their spaces, and the page scrolls beside them. Colours of text are rich's; others are those of the page.
 _PAGE = '<pre style="font-family: monospace; line-height: 1.25; white-space: pre; overflow-x: auto">{code}</pre>'
+#: Characters in a line: wide enough for the table of a profile, whose first column a narrower page would lose.
+_WIDE = 240
+#: Characters in a line of a table of fields, whose sentences are folded.
+_NARROW = 120
 #: The longest text of a value in a table of fields.
 _LONGEST = 2000
 
@@ -26,7 +30,7 @@ class Shown:
             return to_html(self.table())
         if type(self).__str__ is not object.__str__:
             return _PAGE.format(code=html.escape(str(self)))
-        return to_html(_table(self))
+        return to_html(_table(self), _NARROW)
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
@@ -55,7 +59,7 @@ def render(value: object, width: int = 140) -> str:
     return capture.get().rstrip()
 
 
-def to_html(value: object, width: int = 160) -> str:
+def to_html(value: object, width: int = _WIDE) -> str:
     """A rich renderable as HTML that needs no style sheet."""
     from rich.console import Console
 

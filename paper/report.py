@@ -382,7 +382,7 @@ def _comparisons(judged: Judged, facts: Mapping[str, Any]) -> Table:
                     what,
                     str(found.first),
                     str(found.second),
-                    f"{found.odds_ratio:.3g}",
+                    "-" if math.isnan(found.odds_ratio) else f"{found.odds_ratio:.3g}",
                     f"{found.p_greater:.3g}",
                     f"{found.p_two_sided:.3g}",
                 ]

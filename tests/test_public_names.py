@@ -42,6 +42,15 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         fpsim.ronud  # noqa: B018
 
 
+def test_sources_without_an_installation_say_what_to_do() -> None:
+    """``-S`` leaves out what is installed, as if Python found the clone before an installed package."""
+    done = subprocess.run([sys.executable, "-S", "-c", "import fpsim"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == (
+        f"ImportError: {ROOT / 'fpsim'} holds sources of fpsim, which are not whole without an installation: "
+        "start Python in another folder, or install the clone by pip install --editable '.[paper]'"
+    )
+
+
 def test_all_names_of_the_backend_are_there() -> None:
     from fpsim import compile_backend
 

@@ -43,11 +43,20 @@ def test_every_result_type_shows_itself_in_notebooks(kind: type) -> None:
 def test_results_with_tables_show_their_tables() -> None:
     model, x = nn.Linear(4, 2), torch.randn(3, 4)
     plan = fpsim.explain(model, x, policy="mxfp8")
-    assert text_of(plan._repr_html_()).split() == render(plan, width=160).split()
+    assert text_of(plan._repr_html_()).split() == render(plan, width=240).split()
     profile = fpsim.profile(model, x, policy={"format": "e4m3fn"})
-    assert text_of(profile._repr_html_()).split() == render(profile, width=160).split()
+    assert text_of(profile._repr_html_()).split() == render(profile, width=240).split()
     result = fpsim.evaluate.accuracy(torch.tanh, "e4m3fn", low=0.5, high=1)
-    assert text_of(result._repr_html_()).split() == render(result, width=160).split()
+    assert text_of(result._repr_html_()).split() == render(result, width=240).split()
+
+
+def test_the_table_of_a_profile_has_all_its_columns_in_a_notebook() -> None:
+    model = nn.ModuleDict({"a_module_with_a_long_name": nn.Linear(4, 2)})
+    model.forward = lambda x: model["a_module_with_a_long_name"](x)
+    lines = text_of(fpsim.profile(model, torch.randn(3, 4), policy={"format": "e4m3fn"})._repr_html_()).splitlines()
+    heads = "module operator kind role cast zero underflow subnormal saturated ovf/inf/NaN amax SQNR dB error exponents"
+    assert lines[2].replace("┃", "").split() == heads.split()
+    assert [line.split()[1] for line in lines if "aten." in line] == ["a_module_with_a_long_name"] * 4
 
 
 def test_a_history_shows_a_row_for_each_step() -> None:

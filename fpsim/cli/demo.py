@@ -31,7 +31,7 @@ def demo(
     """Train a small Llama in several formats side by side, and show their cost. Needs fpsim-torch\\[paper]."""
     out.mkdir(parents=True, exist_ok=True)
     check_writable(out / "summary.json")
-    load_torch()
+    load_torch("fpsim.paper.demo")
     from fpsim.paper.demo import demo as run
 
     run(steps=steps, formats=format or None, text=text, out=out, loss_scale=loss_scale)

@@ -47,7 +47,7 @@ def evaluate(
     """
     check_writable(csv)
     task = _task(model, text, weights, windows, context)
-    load_torch()
+    load_torch("fpsim.evaluate")
     from fpsim.evaluate import compare
 
     measure = functools.partial(compare, **_given(task), policies=policy, metric="perplexity", backend=backend)
@@ -75,7 +75,7 @@ def sensitivity(
     """
     check_writable(csv)
     task = _task(model, text, weights, windows, context)
-    load_torch()
+    load_torch("fpsim.evaluate")
     from fpsim.evaluate import sensitivity as sensitivity_of
 
     options: dict[str, Any] = {"policy": policy, "by": by, "gradients": gradients, "estimates": estimates}

@@ -36,11 +36,13 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int | None], None]
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def load_torch() -> None:
-    """Import PyTorch under a progress bar: on a busy machine that takes long."""
-    if "torch" not in sys.modules:
+def load_torch(*modules: str) -> None:
+    """Import PyTorch under a progress bar, and then ``modules``, which may import its compiler: that takes long."""
+    missing = [name for name in ("torch", *modules) if name not in sys.modules]
+    if missing:
         with progress_bar("loading PyTorch"):
-            importlib.import_module("torch")
+            for name in missing:
+                importlib.import_module(name)
 
 
 def print_measured(

@@ -52,7 +52,7 @@ def sharpness(
     tokens to logits and may take vocabulary and context; its tokens are bytes, unless the script has a function
     tokenize.
     """
-    load_torch()
+    load_torch("fpsim.evaluate.logit_sharpness")
     from fpsim.evaluate.load import is_script
     from fpsim.evaluate.logit_sharpness import EPSILONS
 

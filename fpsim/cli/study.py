@@ -144,7 +144,7 @@ def run(
     retries: Retries = 2,
 ) -> None:
     """Train a model in several formats or recipes over seeds and learning rates, and write a report."""
-    load_torch()
+    load_torch("fpsim.paper.sweeps")
     from fpsim.paper.config import RunConfig
     from fpsim.paper.data import DataConfig
     from fpsim.paper.models import model_config
@@ -225,7 +225,7 @@ def experiment(
     retries: Retries = 2,
 ) -> None:
     """Run an experiment, the paper's or ours (9 to 11), and write a report. Complete runs are not computed again."""
-    load_torch()
+    load_torch("fpsim.paper.sweeps")
     chosen, setting = _setting(number, size)
     setting = _resized(setting, model, data, seeds, learning_rates, steps, device, interpret)
     if first_seed is not None:
@@ -272,7 +272,7 @@ def cost(
     steps: Annotated[int, typer.Option(min=1, help="Measured steps after the first; their median counts.")] = 3,
 ) -> None:
     """Measure a few steps of each condition of an experiment, and tell how long all of its runs would take here."""
-    load_torch()
+    load_torch("fpsim.paper.sweeps")
     from fpsim.paper import cost as study
     from fpsim.paper.progress import say
 

@@ -8,7 +8,6 @@ printed, compared, written to JSON, and carried out by hand.
 from __future__ import annotations
 
 import dataclasses
-import html
 import importlib
 import json
 from collections.abc import Iterable, Mapping
@@ -215,9 +214,6 @@ class Recipe(Shown):
         lines += [(name, str(part)) for name, part in self.parts.items()]
         lines += [("note", note) for note in self.notes]
         return "\n".join([self.name, *(wrapped(heading, text) for heading, text in lines)])
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
 
     # -- JSON ------------------------------------------------------------------------------------------------
 

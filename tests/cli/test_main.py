@@ -152,6 +152,12 @@ def test_version() -> None:
     assert run("--version") == f"fpsim {own}, torch {torch}, Python {platform.python_version()}\n"
 
 
+def test_the_package_runs_as_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "fpsim", "formts"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: no such command 'formts'. Did you mean 'formats'?; see fpsim --help\n"
+
+
 def test_shells_complete_the_names_of_formats() -> None:
     words = {"COMP_WORDS": "fpsim round --format mxfp8", "COMP_CWORD": "3", "_FPSIM_COMPLETE": "complete_bash"}
     called = "from fpsim.cli.main import app; app(prog_name='fpsim')"

@@ -395,6 +395,12 @@ INNOCENT = {
 }
 
 
+MOVING = {
+    "c10d": "allgather_ allreduce_ broadcast_ reduce_scatter_",
+    "fsdp": "all_gather_copy_in chunk_cat copy_ split_with_sizes_copy",
+}
+
+
 def test_no_operator_with_a_telling_name_is_taken_for_harmless() -> None:
     innocent = re.compile("|".join(INNOCENT.values()))
     names = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")}
@@ -420,6 +426,15 @@ def test_whatever_has_flops_may_multiply() -> None:
     packets = [packet for packet in flop_registry if hasattr(packet, "_qualified_op_name")]
     assert len(packets) > 10
     assert [p for p in packets if not may_multiply(p._qualified_op_name)] == []
+
+
+def test_operators_that_move_shards_between_ranks_multiply_nothing() -> None:
+    """FSDP2 gathers parameters outside of compiled blocks; a warning there would hide those that matter."""
+    import torch.distributed.fsdp  # registers the operators
+
+    moving = [f"{library}::{name}" for library in ("c10d", "fsdp") for name in MOVING[library].split()]
+    assert all(torch._C._jit_get_schemas_for_operator(name) for name in moving)
+    assert not any(map(may_multiply, moving))
 
 
 def test_names_that_are_no_operators_multiply_nothing() -> None:

@@ -542,6 +542,8 @@ def test_an_argument_that_is_not_a_tensor(thing):
     ("arguments", "message"),
     [
         ({"format": "e4m3nf"}, "unknown format 'e4m3nf': did you mean .*e4m3fn"),
+        ({"format": "FP8"}, r"unknown format 'FP8': did you mean e4m3fn or e5m2\? Formats with scales are"),
+        ({"format": "float4"}, r"unknown format 'float4': did you mean e2m1fn, mxfp4 or nvfp4\? Formats with scales"),
         ({"rounding": "nearest"}, "unknown rounding 'nearest': use one of nearest_even, nearest_away"),
         ({"overflow": "saturate"}, "unknown overflow mode 'saturate': use one of ovf_inf, sat_finite"),
         ({"gradient": "ste"}, "unknown gradient 'ste': use one of straight_through, clipped, zero"),
