@@ -61,7 +61,7 @@ class Ieee {
 #endif
 };
 
-struct None {};
+struct None {};  // changes nothing
 
 #if defined(__SSE__)
 // Arithmetic that rounds toward zero.

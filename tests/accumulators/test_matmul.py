@@ -131,10 +131,8 @@ def test_machines_have_the_bits_of_the_reference(machine: str, fmt: str) -> None
 
 @pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("rounding", ["nearest_even", "toward_zero", "up", "to_odd"])
-def test_long_chunks_have_the_bits_of_the_reference(
-    rounding: str, wide: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Chunks that torch's product adds, or the kernel: a sample, sums of products that are -0, batches, many columns."""
+def test_long_chunks_have_the_bits_of_the_reference(rounding: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that torch adds, or the kernel: a sample, sums of products that are -0; batches, and many columns."""
     monkeypatch.setattr("fpsim.accumulators.cpu._has_wide_vectors", lambda: wide)
     for shape, accumulator in (((66, 130, 64), "e8m13"), ((3, 65, 2000), "bf16"), ((2, 64, 70000), "e5m4")):
         m, k, n = shape
