@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fpsim.accumulators.specification import ORDERS, ROUNDINGS, Specification
 
-#: From how many products in a chunk of the whole result on torch's products are faster.
+#: From how many products in a chunk of the whole result on torch's products are faster, with vectors of 512 bits.
 _LEAST_PRODUCTS = 1 << 18
 #: From which length of chunks on they are.
 _LEAST_LENGTH = 64
@@ -57,7 +57,8 @@ def accumulate_on_cpu(
         low, high = (int(half) & 0xFFFFFFFF for half in key)
         spec.key = _signed(low | high << 32)
     out = torch.empty(batches, rows, columns, dtype=torch.float64 if wide else torch.float32)
-    if counts is None and _has_exact_chunks(spec) and rows * columns * min(spec.length, depth) >= _LEAST_PRODUCTS:
+    large = rows * columns * min(spec.length, depth) >= _LEAST_PRODUCTS
+    if counts is None and large and _has_exact_chunks(spec) and _has_wide_vectors():
         _add_chunks(spec, a, b, out)
     elif out.numel():
         pointers = (None, out.data_ptr()) if wide else (out.data_ptr(), None)
@@ -67,6 +68,11 @@ def accumulate_on_cpu(
             None if counts is None else counts.data_ptr(), batches, rows, columns, depth, torch.get_num_threads(),
         )  # fmt: skip
     return out
+
+
+def _has_wide_vectors() -> bool:
+    """Whether torch computes with vectors of 512 bits."""
+    return bool(torch.backends.cpu.get_cpu_capability() == "AVX512")
 
 
 def _has_exact_chunks(spec: Specification) -> bool:

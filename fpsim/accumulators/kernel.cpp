@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <utility>
-#include <vector>
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
@@ -19,6 +19,8 @@ namespace {
 
 using V = at::vec::Vectorized<double>;
 using I = at::vec::Vectorized<int64_t>;
+using F = at::vec::Vectorized<float>;
+using Integers = at::vec::Vectorized<int32_t>;
 
 constexpr int ROWS = 4;     // of a tile of the result
 constexpr int VECTORS = 2;  // in a row of a tile
@@ -59,6 +61,19 @@ class Ieee {
 #endif
 };
 
+struct None {};  // changes nothing
+
+#if defined(__SSE__)
+// Arithmetic that rounds toward zero.
+class TowardZero {
+ public:
+  TowardZero() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x6000u); }
+  ~TowardZero() { _mm_setcsr(saved_); }
+ private:
+  unsigned saved_;
+};
+#endif
+
 }  // namespace
 
 // The fields of fpsim.accumulators.cpu.Specification, in the same order.
@@ -84,9 +99,51 @@ struct Mask {
 
 V magnitude(V x) { return x & V(from_bits(0x7FFFFFFFFFFFFFFFu)); }
 V power(V x) { return x & Mask::exponent(); }  // 2 to the exponent of x; 0 for zero, infinity for infinities and NaN
-// 1 / p for a power of two whose inverse is a normal number, without a division.
-V inverse(V p) { return at::vec::cast<double>(I(int64_t(2046) << 52) - at::vec::cast<int64_t>(p)); }
-at::vec::Vectorized<float> inverse(at::vec::Vectorized<float> p) { return at::vec::Vectorized<float>(1.0f) / p; }
+template <typename T>
+struct IntegerOf;
+template <>
+struct IntegerOf<double> {
+  using type = int64_t;
+};
+template <>
+struct IntegerOf<float> {
+  using type = int32_t;
+};
+
+// A power of two that is divided by others, without a division. All of them, and their quotients, are normal numbers.
+template <typename T>
+class PowerOfTwo {
+ public:
+  explicit PowerOfTwo(T value) {
+    Integer bits, one;
+    const T number(1);
+    std::memcpy(&one, &number, sizeof one);
+    std::memcpy(&bits, &value, sizeof bits);
+    bits_ = at::vec::Vectorized<Integer>(bits + one);
+  }
+  at::vec::Vectorized<T> over(at::vec::Vectorized<T> power) const {
+    return at::vec::cast<T>(bits_ - at::vec::cast<Integer>(power));
+  }
+
+ private:
+  using Integer = typename IntegerOf<T>::type;
+  at::vec::Vectorized<Integer> bits_;
+};
+V inverse(V power) { return PowerOfTwo<double>(1.0).over(power); }
+// x. The compiler keeps it in a register, and does not load it for each of its uses.
+V in_register(V x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512d values = x;
+  asm("" : "+v"(values));
+  return values;
+#elif defined(CPU_CAPABILITY_AVX2)
+  __m256d values = x;
+  asm("" : "+x"(values));
+  return values;
+#else
+  return x;
+#endif
+}
 V choose(V mask, V yes, V no) { return V::blendv(no, yes, mask); }
 
 uint32_t random_word(uint64_t key, uint64_t index) {
@@ -265,6 +322,7 @@ template <typename T, typename Round>
 void aligned(const Specification& spec, const Packed<T>& tile, int64_t first, int64_t last,
              at::vec::Vectorized<T> (&c)[ROWS][VECTORS], const Round& round) {
   using Vec = at::vec::Vectorized<T>;
+  const PowerOfTwo<T> kept(T(spec.kept));
   for (int64_t k = first; k < last; k += spec.length) {
     const int64_t end = std::min(k + spec.length, last);
     Vec top[ROWS][VECTORS], scale[ROWS][VECTORS], sum[ROWS][VECTORS];
@@ -282,7 +340,7 @@ void aligned(const Specification& spec, const Packed<T>& tile, int64_t first, in
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) {
         top[r][v] = at::vec::clamp_min(top[r][v], round.power(c[r][v]));
-        scale[r][v] = Vec(T(spec.kept)) * inverse(top[r][v]);
+        scale[r][v] = kept.over(top[r][v]);
         sum[r][v] = (c[r][v] * scale[r][v]).trunc();
       }
     for (int64_t i = k; i < end; i += spec.group)
@@ -351,12 +409,10 @@ struct RoundInFloat64 {
 };
 
 // CDNA 3: the sums of the products of one or two lanes, in units of their largest power over `kept`, and the sum so far
-// are rounded down and added. IN_RANGE promises normal numbers of float32, and zeros.
-template <bool IN_RANGE>
+// are rounded down and added.
 struct LateJoin {
   const Specification& spec;
   const Rounder& round;
-  LateJoin(const Specification& spec, const Rounder& round) : spec(spec), round(round) {}
 
   V operator()(const V (&tops)[2], const V (&sums)[2], V old) const {
     const V infinite(std::numeric_limits<double>::infinity());
@@ -366,20 +422,20 @@ struct LateJoin {
       products = (products * (tops[0] * inverse(top))).floor() + (sums[1] * (tops[1] * inverse(top))).floor();
     }
     const V own = finite_power(old), joined = at::vec::clamp_min(top, own);
-    V kept = floor_to(old, V(spec.kept) * inverse(joined));
+    V kept = floor_to(old, PowerOfTwo<double>(spec.kept).over(joined));
     if (spec.lanes == 2) {
       const V lost = own * V(2 * spec.kept) < joined;
-      kept = choose(IN_RANGE ? lost : lost & (magnitude(old) < infinite), V(0.0), kept);
+      kept = choose(lost & (magnitude(old) < infinite), V(0.0), kept);
     }
-    const V x = floor_to(products * (top * V(1 / spec.kept)), V(2 * spec.late_kept) * inverse(joined)) + kept;
-    const V cut = floor_to(x, V(spec.late_kept) * inverse(finite_power(x)));
-    return round.template operator()<IN_RANGE ? BOUNDED : NEAREST>(choose(x == V(0.0), V(0.0), cut), {0, 0});
+    const V x = floor_to(products * (top * V(1 / spec.kept)), PowerOfTwo<double>(2 * spec.late_kept).over(joined)) + kept;
+    const V cut = floor_to(x, PowerOfTwo<double>(spec.late_kept).over(finite_power(x)));
+    return round.template operator()<NEAREST>(choose(x == V(0.0), V(0.0), cut), {0, 0});
   }
 
  private:
   V finite_power(V x) const {
     const V p = at::vec::clamp_min(power(x), V(spec.least_power));
-    return IN_RANGE ? p : choose(p > V(0x1p1000), V(1.0), p);
+    return choose(p > V(0x1p1000), V(1.0), p);
   }
 
   // x rounded down to a multiple of 1 / scale, a power of two.
@@ -461,12 +517,17 @@ struct Tile : Packed<double> {
       if (spec.exact && spec.rounding != DOWN) {
         V total[ROWS][VECTORS];
         copy(c, total);
-        for (int64_t i = k; i < end; ++i)
-#pragma GCC unroll 4
-          for (int r = 0; r < ROWS; ++r)
+        for (int64_t i = k; i < end; ++i) {
+          V right[VECTORS];
 #pragma GCC unroll 2
-            for (int v = 0; v < VECTORS; ++v)
-              total[r][v] = at::vec::fmadd(V(a[i * ROWS + r]), V::loadu(b + i * COLUMNS<double> + v * V::size()), total[r][v]);
+          for (int v = 0; v < VECTORS; ++v) right[v] = in_register(V::loadu(b + i * COLUMNS<double> + v * V::size()));
+#pragma GCC unroll 4
+          for (int r = 0; r < ROWS; ++r) {
+            const V left(a[i * ROWS + r]);
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; ++v) total[r][v] = at::vec::fmadd(left, right[v], total[r][v]);
+          }
+        }
         copy(total, c);
       } else {
         for (int r = 0; r < ROWS; ++r)
@@ -566,7 +627,8 @@ struct Tile : Packed<double> {
 
   // CDNA 3: the products are cut and added first.
   void late(int64_t first, int64_t last, V (&c)[ROWS][VECTORS]) const {
-    const LateJoin<false> join(spec, rounder);
+    const LateJoin join{spec, rounder};
+    const PowerOfTwo<double> kept(spec.kept);
     const V limit(0x1p128), infinite(std::numeric_limits<double>::infinity());
     for (int64_t k = first; k < last; k += spec.length) {
       const int64_t end = std::min(k + spec.length, last);
@@ -586,7 +648,7 @@ struct Tile : Packed<double> {
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
           for (int v = 0; v < VECTORS; ++v) {
-            scale[r][v] = V(spec.kept) * inverse(top[r][v]);
+            scale[r][v] = kept.over(top[r][v]);
             sum[r][v] = V(0.0);
           }
         for (int64_t i = k + lane; i < end; i += spec.lanes)
@@ -609,9 +671,6 @@ struct Tile : Packed<double> {
   }
 };
 
-using F = at::vec::Vectorized<float>;
-using Integers = at::vec::Vectorized<int32_t>;
-
 // The lanes of a vector of 32-bit numbers.
 struct Halves {
   V low, high;
@@ -629,6 +688,16 @@ F cut_to_float(Integers x) { return _mm512_cvt_roundepi32_ps(x, _MM_FROUND_TO_ZE
 F narrowed(V low, V high) {
   return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)), _mm512_cvtpd_ps(high), 1);
 }
+using Conversion = None;
+#elif defined(CPU_CAPABILITY_AVX2)
+Halves widen(F x) { return {_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))}; }
+Halves widen(Integers x) {
+  return {_mm256_cvtepi32_pd(_mm256_castsi256_si128(x)), _mm256_cvtepi32_pd(_mm256_extracti128_si256(x, 1))};
+}
+// While `Conversion` lives, float32 is cut, and the conversion too.
+F cut_to_float(Integers x) { return _mm256_cvtepi32_ps(x); }
+F narrowed(V low, V high) { return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps(low)), _mm256_cvtpd_ps(high), 1); }
+using Conversion = TowardZero;
 #else
 template <typename T>
 Halves widen(at::vec::Vectorized<T> x) {
@@ -655,14 +724,68 @@ F narrowed(V low, V high) {
   for (int lane = 0; lane < F::size(); ++lane) narrow[lane] = float(wide[lane]);
   return F::loadu(narrow);
 }
+using Conversion = None;
 #endif
+
+// The function `LateJoin`, of numbers that are 0 or multiples of 2**-123, so that float32 rounds the sum. No sum is -0.
+class LateJoinInFloat32 {
+ public:
+  explicit LateJoinInFloat32(const Specification& spec)
+      : kept_(spec.kept),
+        twice_kept_(float(2 * spec.kept)),
+        top_(float(2 * spec.late_kept / spec.kept / spec.kept)),
+        unit_(float(0.5 / spec.late_kept)),
+        sum_(2 * spec.late_kept / spec.kept),
+        fraction_(int64_t(((uint64_t(1) << 52) >> std::ilogb(spec.late_kept)) - 1)) {}
+
+  F operator()(const F (&tops)[1], const Integers (&sums)[1], F old) const {
+    return add(at::vec::clamp_min(tops[0], power(old)), tops[0], widen(sums[0]), old);
+  }
+
+  F operator()(const F (&tops)[2], const Integers (&sums)[2], F old) const {
+    const F top = at::vec::clamp_min(tops[0], tops[1]), own = power(old), joined = at::vec::clamp_min(top, own);
+    const Halves high = widen(top), first = widen(tops[0]), second = widen(tops[1]), x = widen(sums[0]), y = widen(sums[1]);
+    const Halves products{lanes(high.low, first.low, x.low, second.low, y.low),
+                          lanes(high.high, first.high, x.high, second.high, y.high)};
+    return add(joined, top, products, F::blendv(old, F(0.0f), own * twice_kept_ < joined));
+  }
+
+ private:
+  static F power(F x) { return x & F(std::numeric_limits<float>::infinity()); }
+
+  static V lanes(V top, V first, V x, V second, V y) {
+    const V scale = inverse(top);
+    return (x * (first * scale)).floor() + (y * (second * scale)).floor();
+  }
+
+  // `products` are in units of top / kept.
+  F add(F joined, F top, Halves products, F old) const {
+    const Halves power = widen(joined), shift = widen(top * top_), before = widen(old);
+    return narrowed(cut(power.low, shift.low, products.low, before.low), cut(power.high, shift.high, products.high, before.high)) *
+           (joined * unit_);
+  }
+
+  // The sum in units of joined / (2 * late_kept), rounded down to the bits that the unit keeps of it.
+  V cut(V joined, V shift, V products, V old) const {
+    const V scale = kept_.over(joined);
+    const V x = at::vec::fmadd((old * scale).floor(), sum_, (products * (shift * scale)).floor());
+    const I negative = at::vec::cast<int64_t>(x < V(0.0));
+    return at::vec::cast<double>((at::vec::cast<int64_t>(x) + (negative & fraction_)) & ~fraction_);
+  }
+
+  PowerOfTwo<double> kept_;
+  F twice_kept_, top_, unit_;
+  V sum_;
+  I fraction_;
+};
 
 // A matrix unit whose products are normal numbers of float32, and exact there. They are multiples of 2**-123, as all of
 // their sums are: none is subnormal.
 struct InFloat32 : Packed<float> {
   static constexpr double LEAST_PRODUCT = 0x1p-100, LARGEST_PRODUCT = 0x1p100;
   const Specification& spec;
-  F least, kept;
+  F least;
+  PowerOfTwo<float> kept;
   InFloat32(const Packed<float>& packed, const Specification& spec)
       : Packed<float>(packed), spec(spec), least(float(spec.floor < LEAST_PRODUCT ? LEAST_PRODUCT : spec.floor)), kept(float(spec.kept)) {}
 
@@ -673,7 +796,7 @@ struct InFloat32 : Packed<float> {
       const int64_t end = std::min(k + spec.length, last);
       F top[ROWS][VECTORS], scale[ROWS][VECTORS];
       Halves sum[ROWS][VECTORS];
-      raise_all(k, end, c, top, scale);
+      raise_all<false>(k, end, c, top, scale);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
@@ -694,11 +817,12 @@ struct InFloat32 : Packed<float> {
 
   // The same for an accumulator that float32 cuts, if `fits_int32`.
   void cut(int64_t first, int64_t last, F (&c)[ROWS][VECTORS]) const {
+    const Conversion conversion;
     for (int64_t k = first; k < last; k += spec.length) {
       const int64_t end = std::min(k + spec.length, last);
       F top[ROWS][VECTORS], scale[ROWS][VECTORS];
       Integers sum[ROWS][VECTORS];
-      raise_all(k, end, c, top, scale);
+      raise_all<true>(k, end, c, top, scale);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
@@ -711,36 +835,38 @@ struct InFloat32 : Packed<float> {
     }
   }
 
-  // The function `Tile::late`.
-  void late(int64_t first, int64_t last, F (&c)[ROWS][VECTORS], const LateJoin<true>& join) const {
-    const V floor(spec.floor);
+  // The function `Tile::late`, whose results float32 rounds.
+  template <int LANES>
+  void late(int64_t first, int64_t last, F (&c)[ROWS][VECTORS]) const {
+    const LateJoinInFloat32 join(spec);
     for (int64_t k = first; k < last; k += spec.length) {
       const int64_t end = std::min(k + spec.length, last);
-      Halves tops[2][ROWS][VECTORS], sums[2][ROWS][VECTORS];
-      for (int64_t lane = 0; lane < spec.lanes; ++lane) {
-        F top[ROWS][VECTORS], scale[ROWS][VECTORS];
-        for (auto& row : top) std::fill(row, row + VECTORS, F(0.0f));
+      F tops[ROWS][VECTORS][LANES], scale[ROWS][VECTORS];
+      Integers sums[ROWS][VECTORS][LANES], sum[ROWS][VECTORS];
+      for (int lane = 0; lane < LANES; ++lane) {
+        F top[ROWS][VECTORS];
+        for (auto& row : top) std::fill(row, row + VECTORS, least);
         raise(k + lane, end, top);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
           for (int v = 0; v < VECTORS; ++v) {
-            const Halves wide = widen(top[r][v]);
-            scale[r][v] = kept * inverse(at::vec::clamp_min(top[r][v], least));
-            tops[lane][r][v] = {at::vec::clamp_min(wide.low, floor), at::vec::clamp_min(wide.high, floor)};
-            sums[lane][r][v] = {V(0.0), V(0.0)};
+            scale[r][v] = kept.over(top[r][v]);
+            sum[r][v] = Integers(0);
           }
-        add_kept(k + lane, end, scale, sums[lane]);
+        add_integers(k + lane, end, scale, sum);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < VECTORS; ++v) {
+            tops[r][v][lane] = top[r][v];
+            sums[r][v][lane] = sum[r][v];
+          }
       }
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) {
-          const Halves old = widen(c[r][v]), &top = tops[0][r][v], &sum = sums[0][r][v];
-          const Halves &other_top = tops[1][r][v], &other_sum = sums[1][r][v];
-          c[r][v] = narrowed(join({top.low, other_top.low}, {sum.low, other_sum.low}, old.low),
-                             join({top.high, other_top.high}, {sum.high, other_sum.high}, old.high));
-        }
+        for (int v = 0; v < VECTORS; ++v) c[r][v] = join(tops[r][v], sums[r][v], c[r][v]);
     }
   }
 
@@ -797,7 +923,9 @@ struct InFloat32 : Packed<float> {
       }
   }
 
-  // The largest power of the terms of a step, and what shifts them to integers.
+  // The largest power of the terms of a step, and what shifts them to integers. The sums so far are 0 or normal numbers if
+  // they are IN_RANGE.
+  template <bool IN_RANGE>
   C10_ALWAYS_INLINE void raise_all(int64_t first, int64_t last, const F (&c)[ROWS][VECTORS], F (&top)[ROWS][VECTORS], F (&scale)[ROWS][VECTORS]) const {
     const F least_power(float(spec.least_power));
     for (auto& row : top) std::fill(row, row + VECTORS, least);
@@ -807,9 +935,9 @@ struct InFloat32 : Packed<float> {
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) {
         const F x = c[r][v], p = x & F(std::numeric_limits<float>::infinity());
-        const F own = F::blendv(at::vec::clamp_min(p, least_power & (x != F(0.0f))), F(1.0f), p > F(0x1p126f));
+        const F own = IN_RANGE ? p : F::blendv(at::vec::clamp_min(p, least_power & (x != F(0.0f))), F(1.0f), p > F(0x1p126f));
         top[r][v] = at::vec::clamp_min(top[r][v], own);
-        scale[r][v] = kept * inverse(top[r][v]);
+        scale[r][v] = kept.over(top[r][v]);
       }
   }
 
@@ -877,8 +1005,14 @@ bool products_are_normal(const float* a, int64_t count_a, const float* b, int64_
 template <typename T>
 void pack(const Specification& spec, const float* source, int64_t count, T* values, T* powers, int64_t width,
           double least, const float* scales, int64_t per_scale) {
-  if (!spec.flush && spec.order != ALIGNED && spec.order != LATE) {
-    for (int64_t i = 0; i < count; ++i) values[i * width] = T(source[i]);
+  const bool has_powers = spec.order == ALIGNED || spec.order == LATE;
+  if (!spec.flush && !has_powers) {
+    if (width == 1) {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) values[i] = T(source[i]);
+    } else {
+      for (int64_t i = 0; i < count; ++i) values[i * width] = T(source[i]);
+    }
     return;
   }
   for (int64_t i = 0; i < count; ++i) {
@@ -889,14 +1023,15 @@ void pack(const Specification& spec, const float* source, int64_t count, T* valu
     const double own = from_bits(to_bits(spec.group > 1 ? scale : size) & 0x7FF0000000000000u);
     const double power = std::max(own, spec.group > 1 ? least : least * scale);
     values[i * width] = T(x);
-    powers[i * width] = T(x == 0 ? 0.0 : power <= 0x1p1000 ? power : 1.0);
+    if (has_powers) powers[i * width] = T(x == 0 ? 0.0 : power <= 0x1p1000 ? power : 1.0);
   }
 }
 
+// The numbers and powers of `pack`, not initialized.
 template <typename T>
 struct Buffer {
-  std::vector<T> values, powers;
-  explicit Buffer(int64_t size) : values(size), powers(size) {}
+  std::unique_ptr<T[]> values, powers;
+  explicit Buffer(int64_t size) : values(new T[size]), powers(new T[size]) {}
 };
 
 class Output {
@@ -948,20 +1083,24 @@ void run(const Specification& spec, const float* a, const float* b, const float*
         const int64_t offset = (tile - first) * ROWS * depth;
         for (int64_t i = 0; i < ROWS; ++i) {  // rows beyond the last one repeat it
           const int64_t row = batch * rows + std::min(tile * ROWS + i, rows - 1);
-          pack(spec, a + row * depth, depth, left.values.data() + offset + i, left.powers.data() + offset + i, ROWS,
+          pack(spec, a + row * depth, depth, left.values.get() + offset + i, left.powers.get() + offset + i, ROWS,
                spec.least_a, joined_a ? joined_a + row * scale_count : nullptr, spec.scale_block);
         }
       }
       for (int64_t strip = group * strips / groups; strip < (group + 1) * strips / groups; ++strip) {
         const int64_t count = std::min(width, columns - strip * width);
+        if (count < width) {  // columns beyond the last one are zero
+          std::fill_n(right.values.get(), depth * width, T(0));
+          std::fill_n(right.powers.get(), depth * width, T(0));
+        }
         for (int64_t k = 0; k < depth; ++k)
-          pack(spec, b + (batch * depth + k) * columns + strip * width, count, right.values.data() + k * width,
-               right.powers.data() + k * width, 1, spec.least_b,
+          pack(spec, b + (batch * depth + k) * columns + strip * width, count, right.values.get() + k * width,
+               right.powers.get() + k * width, 1, spec.least_b,
                joined_b ? joined_b + (batch * scale_count + k / spec.scale_block) * columns + strip * width : nullptr, 1);
         for (int64_t tile = first; tile < last; ++tile) {
           const int64_t offset = (tile - first) * ROWS * depth;
-          const Packed<T> packed{left.values.data() + offset, left.powers.data() + offset, right.values.data(),
-                                 right.powers.data()};
+          const Packed<T> packed{left.values.get() + offset, left.powers.get() + offset, right.values.get(),
+                                 right.powers.get()};
           const int64_t row = tile * ROWS;
           compute(packed, Corner{batch, row, strip * width, std::min<int64_t>(ROWS, rows - row), count});
         }
@@ -1137,7 +1276,6 @@ extern "C" void fpsim_accumulate(const Specification* specification, const float
   const Rounder rounder(spec);
   if (spec.short_products && depth < 1 << 20 && products_are_normal(a, batches * rows * depth, b, batches * depth * columns)) {
     const auto plain = [](F x) { return x; };
-    const LateJoin<true> join(spec, rounder);
     const V mask(from_bits(~((uint64_t(1) << (52 - spec.mantissa_bits)) - 1)));
     const auto cut = [mask](V x) { return x & mask; };
     const RoundInFloat64<NEAREST> nearest{rounder, V(spec.least_power)};
@@ -1147,7 +1285,7 @@ extern "C" void fpsim_accumulate(const Specification* specification, const float
                  tile_of_result(Combine<float, decltype(plain)>{spec, corner, scales_a, scales_b, rows, columns, parts, plain},
                                 packed, depth, 0.0, output, counts, [&](int64_t first, int64_t last, F(&part)[ROWS][VECTORS]) {
                                   if (spec.block) tile.blocks(first, last, part);
-                                  else if (spec.order == LATE) tile.late(first, last, part, join);
+                                  else if (spec.order == LATE) spec.lanes == 2 ? tile.late<2>(first, last, part) : tile.late<1>(first, last, part);
                                   else if (InFloat32::fits_int32(spec)) tile.cut(first, last, part);
                                   else if (spec.cuts) tile.aligned(first, last, part, cut);
                                   else tile.aligned(first, last, part, nearest);

@@ -129,9 +129,11 @@ def test_machines_have_the_bits_of_the_reference(machine: str, fmt: str) -> None
         check(judge, fmt, (3, 2 * unit.length + 3, 17), 40 + spread, spread, accumulator=machine)
 
 
+@pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("rounding", ["nearest_even", "toward_zero", "up", "to_odd"])
-def test_long_chunks_have_the_bits_of_the_reference(rounding: str) -> None:
-    """Chunks that torch's product adds: a sample, and a sum of products that are -0; batches, and many columns."""
+def test_long_chunks_have_the_bits_of_the_reference(rounding: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that torch adds, or the kernel: a sample, sums of products that are -0; batches, and many columns."""
+    monkeypatch.setattr("fpsim.accumulators.cpu._has_wide_vectors", lambda: wide)
     for shape, accumulator in (((66, 130, 64), "e8m13"), ((3, 65, 2000), "bf16"), ((2, 64, 70000), "e5m4")):
         m, k, n = shape
         a, b = normal_operands("e4m3fn", (m, k), 1, 3), normal_operands("e4m3fn", (n, k), 2, 3).T.copy()
@@ -489,3 +491,10 @@ def test_fp8_machines_agree_with_mmaemu() -> None:
         got = judges.ours(profile, a, b, fast)
         assert got.diagonal()[:6].tolist() == diagonal
         assert int(got.view(torch.int32).to(torch.int64).sum()) == total
+
+
+@pytest.mark.parametrize("machine", ["mi300", "ampere", "hopper"])
+def test_the_smallest_products_that_float32_takes_are_exact(machine: str) -> None:
+    """The product is above 2**-100, and the product of the powers of its factors is below."""
+    a, b = torch.tensor([[1.5 * 2.0**-50]]), torch.tensor([[1.5 * 2.0**-51]])
+    assert matmul(a, b, accumulator=machine, format="bf16").item() == 2.25 * 2.0**-101
