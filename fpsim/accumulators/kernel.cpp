@@ -694,8 +694,14 @@ Halves widen(F x) { return {_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_c
 Halves widen(Integers x) {
   return {_mm256_cvtepi32_pd(_mm256_castsi256_si128(x)), _mm256_cvtepi32_pd(_mm256_extracti128_si256(x, 1))};
 }
-// While `Conversion` lives, float32 is cut, and the conversion too.
-F cut_to_float(Integers x) { return _mm256_cvtepi32_ps(x); }
+// While `Conversion` lives, float32 is cut, and the conversion too. The compiler keeps it between the changes of the mode.
+F cut_to_float(Integers x) {
+  __m256i integers = x;
+  asm volatile("" : "+x"(integers));
+  __m256 values = _mm256_cvtepi32_ps(integers);
+  asm volatile("" : "+x"(values));
+  return values;
+}
 F narrowed(V low, V high) { return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps(low)), _mm256_cvtpd_ps(high), 1); }
 using Conversion = TowardZero;
 #else
