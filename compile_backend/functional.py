@@ -196,7 +196,7 @@ def _tensors_kept(module: nn.Module) -> Iterator[None]:
 
     Where a module has two names, Dynamo (torch 2.13) leaves it with the tensors of `functional_call`.
     """
-    homes = [home for part in module.modules() for home in (part._parameters, part._buffers)]
+    homes: list[Any] = [home for part in module.modules() for home in (part._parameters, part._buffers)]
     before = [dict(home) for home in homes]
     try:
         yield
