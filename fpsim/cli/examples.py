@@ -55,6 +55,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "fpsim sharpness my.py:build my.txt --weights state.pt --format e4m3fn --format e8m3/toward_zero",
     ),
     "study": ("fpsim study run --model my.py:build --data my.txt --formats bf16 e4m3fn e8m3 --seeds 5",),
+    "study drift": ("fpsim study drift runs/experiment-10-quick --conditions 'bf16, all_bf16' --seeds 10",),
     "study cost": (
         "fpsim study cost 1 --size quick",
         "fpsim study cost 1 --device cpu --windows 1 --conditions 'e8m7 nearest' 'e8m3 truncated'",
