@@ -64,9 +64,10 @@ def test_a_history_shows_a_row_for_each_step() -> None:
     for step in (0, 10):
         history = history.add(step, curvature.eigenpairs(torch.diag(torch.tensor([2.0 + step, 1.0]))))
     words = re.findall(r"[^\s│┃━─┏┳┓┡╇┩└┴┘]+", text_of(history._repr_html_()))
-    at = words.index("0")
-    assert " ".join(words[:at]) == "step converged eigenvalue 1 residual 1"
-    assert words[at : at + 3] == ["0", "True", "2"] and words[at + 4 : at + 7] == ["10", "True", "12"]
+    title = "curvature at 2 steps, 4 products, cost of 0 gradients"
+    heads = "step products cost converged eigenvalue 1 residual 1"
+    assert " ".join(words[:18]) == f"{title} {heads}"
+    assert words[18:23] == ["0", "2", "0", "True", "2"] and words[24:29] == ["10", "2", "0", "True", "12"]
 
 
 def test_policies_show_their_stated_fields_and_recipes_their_text() -> None:
