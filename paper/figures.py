@@ -199,7 +199,7 @@ def drift_lines(panels: Mapping[str, Sequence[Line]]) -> Figure:
         axes.axhline(0, color="0.8", linewidth=0.8)
         axes.set(xlabel="step")
         axes.set_title(condition, fontsize=10)
-    drawn[0].set_ylabel("growth of the spectral norm against the reference (%)")
+    drawn[0].set_ylabel("growth of the norm (%)")
     return _finished(figure, drawn)
 
 
