@@ -9,7 +9,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-_Arguments, _Result = ParamSpec("_Arguments"), TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 def keeping_subnormals(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
