@@ -146,7 +146,7 @@ class CurvatureHistory(Shown):
             "gradients"
         )
         names = list(dict.fromkeys(["step", *(name for row in rows for name in row)]))
-        table = Table(*names, title=title, title_justify="left")
+        table = Table(*names, title=title, title_justify="left", min_width=len(title))  # the title is one line
         for row in rows:
             values = (row.get(name, "") for name in names)
             table.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in values))

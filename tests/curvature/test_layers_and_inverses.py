@@ -414,9 +414,8 @@ def test_a_history_keeps_the_numbers_of_each_step_and_plots_them():
     ):
         history.add(11, eigenpairs(other, k=2))
     lines = str(history).splitlines()
-    assert (
-        lines[0].rstrip() == f"curvature at 3 steps, {3 * found.products} products, cost of 3 gradients"
-    )  # those that are given
+    title = f"curvature at 3 steps, {3 * found.products} products, cost of 3 gradients"  # those that are given
+    assert lines[0].rstrip() == title
     assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == ["0", "5", "10"]
     assert "eigenvalue 2" in history._repr_html_() and str(CurvatureHistory()).startswith("curvature at 0 steps")
     for step in (math.nan, 11.5, True):
