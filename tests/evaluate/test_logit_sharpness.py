@@ -132,7 +132,7 @@ def test_short_texts_make_one_short_window(checkpoint, tmp_path):
     assert report.windows == 1
     assert report.rows[0].every[5e-4].tokens == 1
     path.write_text("a")
-    with pytest.raises(ValueError, match="holds 1 tokens"):
+    with pytest.raises(ValueError, match="holds 1 token:"):
         measure_checkpoint(checkpoint, path)
 
 
@@ -181,6 +181,6 @@ def test_a_broken_checkpoint_is_an_error(checkpoint, text, tmp_path, change):
     else:
         kept = {name: tensor for name, tensor in load_file(weights).items() if name != "lm_head.weight"}
         save_file(kept, weights, metadata={"format": "pt"})
-        message = r"broken lacks 1 weights of its model: lm_head.weight"
+        message = r"broken lacks 1 weight of its model: lm_head.weight"
     with pytest.raises(ValueError, match=message):
         measure_checkpoint(broken, text, windows=1)
