@@ -230,7 +230,7 @@ def test_texts_and_weights_that_cannot_be_used_say_why(script, text, weights, tm
     with pytest.raises(FileNotFoundError, match="no text file at"):
         measure_script(build, tmp_path / "none.txt")
     (tmp_path / "short.txt").write_text("a")
-    with pytest.raises(ValueError, match=r"short.txt holds 1 tokens: at least two are needed"):
+    with pytest.raises(ValueError, match=r"short.txt holds 1 token: at least two are needed"):
         measure_script(build, tmp_path / "short.txt")
     with pytest.raises(ValueError, match="windows must be at least 1, got 0"):
         measure_script(build, text, windows=0)
