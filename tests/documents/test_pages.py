@@ -46,7 +46,7 @@ def test_code_that_does_not_run_is_well_formed() -> None:
                 words = shlex.split(line)
                 if words[0] in ("fpsim", ".venv/bin/fpsim"):
                     assert unknown_options(words[1:]) == [], f"{page}: {line}"
-                assert words[0] in (*PROGRAMS, "accelerate", "ray", "pip", "make", "git", "cd") or re.match(
+                assert words[0] in (*PROGRAMS, "python3", "accelerate", "ray", "pip", "make", "git", "cd") or re.match(
                     r"[A-Z_]+=", words[0]
                 ), line
 

@@ -16,7 +16,7 @@ from fpsim.paper.images import CLASSES, ImageTask, ResNet8
 from fpsim.paper.models import ModelConfig, build
 from fpsim.paper.pareto import Mean, Point, Size, frontier, markdown, means, multiply_adds
 
-TINY = Size({"resnet": (2,), "llama": (8,)}, seeds=1, steps=2)
+TINY = Size({"resnet": (8,), "llama": (8,)}, seeds=1, steps=2)
 
 
 def test_an_image_without_noise_is_a_shifted_and_scaled_pattern_of_its_class() -> None:
