@@ -39,6 +39,8 @@ class ImageTask:
         rows, columns = ((torch.arange(SIDE) - shift[:, None]) % SIDE for shift in shifts)
         gains = 0.5 + torch.rand(count, 1, 1, 1, generator=generator)
         images = patterns[labels[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        # With channels last, torch 2.13 on AVX2 writes the gradients of small convolutions outside of its memory.
+        images = images.contiguous()
         noise = torch.randn(count, CHANNELS, SIDE, SIDE, generator=generator)
         return gains * images + self.noise * noise, labels
 

@@ -16,12 +16,13 @@ from fpsim.paper.images import CLASSES, ImageTask, ResNet8
 from fpsim.paper.models import ModelConfig, build
 from fpsim.paper.pareto import Mean, Point, Size, frontier, markdown, means, multiply_adds
 
-TINY = Size({"resnet": (8,), "llama": (8,)}, seeds=1, steps=2)
+TINY = Size({"resnet": (2,), "llama": (8,)}, seeds=1, steps=2)
 
 
 def test_an_image_without_noise_is_a_shifted_and_scaled_pattern_of_its_class() -> None:
     generator = torch.Generator().manual_seed(3)
     images, labels = ImageTask(noise=0.0).batch(40, generator)
+    assert images.shape == (40, 3, 16, 16) and images.is_contiguous()
     patterns, seen = ImageTask(noise=0.0, shift=0).batch(200, generator)
     by_class = {int(label): pattern for pattern, label in zip(patterns, seen, strict=True)}
     assert len(by_class) == CLASSES
