@@ -6,10 +6,12 @@ rounding errors of attention show as weights whose spectral norm grows (arXiv 25
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -21,7 +23,9 @@ from .config import RunConfig
 from .data import Data
 from .figures import Judged, Line, drift_lines
 from .intervals import mean_and_half
-from .progress import progress_bars
+from .progress import progress_bars, say
+from .record import Record
+from .storage import Run
 from .trainer import Trainer
 from .training import records
 
@@ -69,7 +73,13 @@ class Drift:
 
 
 def differences(
-    own: RunConfig, reference: RunConfig, *, every: int, data: Data | None = None, compile: Compile | None = None
+    own: RunConfig,
+    reference: RunConfig,
+    *,
+    every: int,
+    data: Data | None = None,
+    compile: Compile | None = None,
+    after_step: Callable[[Record, Record], object] = lambda *_: None,
 ) -> Iterator[Difference]:
     """Train two runs side by side, and compare their weights every ``every`` steps and after the last one.
 
@@ -78,6 +88,7 @@ def differences(
     Args:
         own, reference: runs of the same network.
         data, compile: as `fpsim.paper.training.records` takes them.
+        after_step: called with the records of both runs after each step.
 
     Raises:
         ValueError: the networks have other layers, or ``every`` is below 1.
@@ -86,7 +97,8 @@ def differences(
         raise ValueError(f"the number of steps between comparisons must be at least 1, got {every}")
     trainers: list[Trainer] = []
     runs = [records(config, data, compile=compile, at_start=trainers.append) for config in (own, reference)]
-    for record, _ in zip(*runs, strict=False):
+    for record, other in zip(*runs, strict=False):
+        after_step(record, other)
         if record.step % every == 0 or record.step == own.steps:
             yield from _compare(record.step, *(trainer.model.network for trainer in trainers))
 
@@ -141,7 +153,8 @@ def drifts(
 ) -> list[Drift]:
     """Train runs of a sweep again, each with the reference's run of the same seed and learning rate.
 
-    The runs have the sweep's bits where its machine, its versions of the packages and its number of threads are used.
+    On another machine, or with other versions of the packages, the losses may be others than the sweep's. A line on the
+    console says so, and names conditions of which no weights are left to compare.
 
     Args:
         judged: the sweep.
@@ -151,7 +164,7 @@ def drifts(
         console: where the progress is shown.
 
     Raises:
-        ValueError: a condition that the sweep does not have, or no pair of its runs.
+        ValueError: a condition that the sweep does not have, no pair of its runs, or none with finite weights.
     """
     check_choice("reference", judged.reference, judged.conditions)
     others = [name for name in judged.conditions if name != judged.reference]
@@ -161,19 +174,52 @@ def drifts(
         if not several:
             raise ValueError(f"no run of {name} has the seed and the learning rate of one of {judged.reference}")
     found: list[Drift] = []
-    torch.set_num_threads(int(judged.runs[0].facts["threads"]))
-    with progress_bars(console) as progress:
+    changed = 0
+    with _threads(int(judged.runs[0].facts["threads"])), progress_bars(console) as progress:
         task = progress.add_task("pairs", total=sum(map(len, chosen.values())), state="")
         for name, several in chosen.items():
             torch._dynamo.reset()  # a process keeps the code of two conditions at a time
             measured: list[Difference] = []
             for index, other in several:
-                own, reference = judged.runs[index].config, judged.runs[other].config
-                progress.update(task, state=f"{name}, rate {own.learning_rate:g}, seed {own.seed}")
-                measured += differences(own, reference, every=every)
+                run, reference = judged.runs[index], judged.runs[other]
+                progress.update(task, state=f"{name}, rate {run.config.learning_rate:g}, seed {run.config.seed}")
+                own, has_losses = _again(run, reference, every)
+                measured += own
+                changed += not has_losses
                 progress.advance(task)
+            if not measured:
+                say(console, f"{name}: no pair of runs has finite weights to compare")
             found += summary(name, measured)
+    if changed:
+        total = sum(map(len, chosen.values()))
+        say(console, f"{changed} of {total} pairs have other losses than in the sweep: it ran on another machine")
+    if not found:
+        raise ValueError(f"no pair of runs has finite weights after {every} steps: compare more often")
     return found
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """A block with this number of torch's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _again(run: Run, reference: Run, every: int) -> tuple[list[Difference], bool]:
+    """The differences of two runs that are trained again, and whether they have the losses of the sweep."""
+    steps: list[tuple[Record, Record]] = []
+    found = list(differences(run.config, reference.config, every=every, after_step=lambda *both: steps.append(both)))
+    histories = zip(*steps, strict=True)
+    return found, all(_has_losses(each, history) for each, history in zip((run, reference), histories, strict=True))
+
+
+def _has_losses(run: Run, history: Sequence[Record]) -> bool:
+    """Whether ``run`` has the losses of ``history`` in its first steps."""
+    return np.array_equal(run["loss"][: len(history)], [record.loss for record in history], equal_nan=True)
 
 
 def _first(found: Sequence[tuple[int, int]], judged: Judged, seeds: int) -> list[tuple[int, int]]:

@@ -167,7 +167,7 @@ def parse_accumulator(
     _check_count("chunk", chunk)
     _check_count("promote", promote)
     order = tuple(order) if isinstance(order, list) else order
-    _check_types(order)
+    _check_order(order)
     return _parse(name, chunk, order, promote)
 
 
@@ -275,7 +275,7 @@ def _order(chunk: int | None, order: Any) -> tuple[str, int, int]:
     )
 
 
-def _check_types(order: Any) -> None:
+def _check_order(order: Any) -> None:
     parts = order if isinstance(order, tuple) else () if order is None else (order,)
     if not all(type(part) is (int if number else str) for number, part in enumerate(parts)):
         raise TypeError(

@@ -96,5 +96,9 @@ def test_the_command_trains_the_runs_of_a_sweep_again(config, text, tmp_path):
     layers = len(list(build(base.model, seed=0).named_parameters()))
     assert [row[0] for row in rows] == ["| again"] * layers + ["| e2m1fn"] * layers
     assert all(row[5] != "0 ± 0 |" for row in rows if row[0] == "| e2m1fn" and "norm" not in row[2])
+    assert "other losses" not in said.stderr
+    path.write_bytes(text.replace(b"best", b"rest"))
+    said = CliRunner().invoke(app, ["drift", str(tmp_path / "sweep"), "--conditions", "again", "--every", "3"])
+    assert "3 of 3 pairs have other losses than in the sweep" in said.stderr
     said = CliRunner().invoke(app, ["drift", str(tmp_path / "sweep"), "--conditions", "bf16"])
     assert "unknown condition 'bf16'" in said.output
