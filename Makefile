@@ -30,7 +30,7 @@ quick test: export AOT_INDUCTOR_ENABLE_LINE_TABLES = 0
 quick: .venv/ready
 	$(PYTEST) -n 2 -m "promise and not exhaustive"
 
-# Everything but the slow proofs: 15 to 21 minutes on 2 cores with cold caches, most of it compilation.
+# Everything but the slow proofs: 15 to 50 minutes on 2 cores with cold caches, most of it compilation.
 test: .venv/ready
 	$(PYTEST) -n 2 --dist worksteal -m "not exhaustive" $(TESTS)
 	$(BIN)/fpsim verify --all

@@ -92,6 +92,11 @@ def test_running_statistics_that_move_are_named():
     assert "running statistics" in only_reason(check_determinism(loss, dict(model.named_parameters())))
 
 
+def test_a_loss_that_ignores_the_params_is_named():
+    with pytest.raises(ValueError, match="the loss does not depend on the params"):
+        check_determinism(lambda params: torch.ones(()), {"x": torch.ones(3)})
+
+
 def test_the_global_random_state_is_left_as_it_was():
     state = torch.random.get_rng_state()
     check_determinism(lambda p: (p["x"] * torch.rand(3)).sum(), {"x": torch.ones(3)})
