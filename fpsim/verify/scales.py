@@ -18,6 +18,9 @@ from fpsim.verify.verdict import MAX_EXAMPLES, Mismatch, Verdict
 
 #: The number of magnitudes of float32, NaNs included.
 MAGNITUDES = 1 << 31
+#: Magnitudes that one call compares: compiled code needs no memory for them, eager code 16 MiB at a time.
+_PIECE = 1 << 22
+#: Magnitudes of which mismatches are collected together.
 _CHUNK = 1 << 17
 #: The formats of which `verify_scales` verifies the scales if it is given none: the elements of OCP MX and of block
 #: floating point, the named formats that float32 carries, and two integers.
@@ -46,7 +49,8 @@ def verify_scale(
     """Compare the E8M0 codes of a scale with those of the reference, for float32 magnitudes.
 
     The code is a function of the largest magnitude of a block alone. The reference computes the magnitudes at which it
-    changes (`fpsim.reference.scale_steps`).
+    changes (`fpsim.reference.scale_steps`). Between these, one loop makes the magnitudes, applies the rule and counts
+    the wrong codes.
 
     Args:
         format: the format of the elements: a float or an integer format.
@@ -77,24 +81,39 @@ def verify_scale(
         code = 2 * E8M0_BIAS - (multiplier.view(torch.int32) >> 23)
         return torch.where(multiplier == NAN_MARK, 2 * E8M0_BIAS + 1, code)
 
+    def count_wrong(first: Tensor, length: int, want: Tensor) -> Tensor:
+        magnitudes = torch.arange(length, dtype=torch.int32) + first
+        return (codes_of(magnitudes) != want).sum(dtype=torch.int32)
+
     start, cpu_start = time.perf_counter(), time.process_time()
-    # Dynamo limits the compilations of one code object, and those of other formats count.
-    own = FunctionType(codes_of.__code__.replace(), codes_of.__globals__, closure=codes_of.__closure__)
-    got_of = torch.compile(own, dynamic=True, fullgraph=True) if compiled else codes_of
+    got_of, wrong_among = (_compiled(codes_of), _compiled(count_wrong)) if compiled else (codes_of, count_wrong)
     done, mismatches = 0, 0
     examples: list[Mismatch] = []
     path = "compiled" if compiled else "eager"
-    for magnitudes in _chunks(firsts, samples, seed, exhaustive):
-        got = got_of(magnitudes)
-        want = _of_range(magnitudes, firsts, codes) if exhaustive else _of_any(magnitudes, firsts, codes)
+
+    def compare(magnitudes: Tensor) -> int:
+        got, want = got_of(magnitudes), codes[torch.searchsorted(firsts, magnitudes, right=True) - 1]
         wrong = (got != want).nonzero().flatten()
-        mismatches += wrong.numel()
         for i in wrong[: MAX_EXAMPLES - len(examples)].tolist():
             bits = (f"{int(magnitudes[i]):#010x}", _float32_of(int(got[i])), _float32_of(int(want[i])))
             examples.append(Mismatch(path, *bits))
-        done += magnitudes.numel()
+        return wrong.numel()
+
+    if exhaustive:
+        for first, end, want in _pieces(firsts, codes):
+            wrong = int(wrong_among(first, end - int(first), want))
+            if wrong:
+                chunks = torch.arange(int(first), end, dtype=torch.int32).split(_CHUNK)
+                counted = sum(map(compare, chunks))
+                assert counted == wrong, f"{counted} codes are wrong, and {wrong} in a loop without memory"
+            mismatches, done = mismatches + wrong, end
+            if progress is not None:
+                progress(done, MAGNITUDES)
+    else:
+        magnitudes = _sample(firsts, samples, seed)
+        mismatches, done = compare(magnitudes), magnitudes.numel()
         if progress is not None:
-            progress(done, MAGNITUDES if exhaustive else done)
+            progress(done, done)
     return Verdict(
         format=name,
         rounding=str(parsed),
@@ -111,27 +130,26 @@ def verify_scale(
     )
 
 
-def _of_any(magnitudes: Tensor, firsts: Tensor, codes: Tensor) -> Tensor:
-    """The codes of any magnitudes; ``codes`` change at ``firsts``."""
-    return codes[torch.searchsorted(firsts, magnitudes, right=True) - 1]
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``function`` in a code object of its own: Dynamo limits the compilations of one, and other formats count."""
+    assert isinstance(function, FunctionType)
+    own = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
+    return torch.compile(own, dynamic=True, fullgraph=True)
 
 
-def _of_range(magnitudes: Tensor, firsts: Tensor, codes: Tensor) -> Tensor:
-    """`_of_any` for magnitudes that follow one another: far faster. It is one code if all of them have it."""
-    first, last = _of_any(magnitudes[[0, -1]], firsts, codes)
-    return first.expand(len(magnitudes)) if first == last else _of_any(magnitudes, firsts, codes)
+def _pieces(firsts: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, int, Tensor]]:
+    """All magnitudes in pieces of one code: the first one (int32, no axis), the end, and the code."""
+    ends = [*firsts[1:].tolist(), MAGNITUDES]
+    for first, end, code in zip(firsts.tolist(), ends, codes, strict=True):
+        for start in range(first, end, _PIECE):
+            yield torch.tensor(start, dtype=torch.int32), min(start + _PIECE, end), code
 
 
-def _chunks(firsts: Tensor, samples: int, seed: int, exhaustive: bool) -> Iterator[Tensor]:
-    """Bits of magnitudes, int32: all of them, or those around ``firsts`` and random ones."""
-    if not exhaustive:
-        around = (firsts.long()[:, None] + torch.arange(-2, 3)).clamp(0, MAGNITUDES - 1).flatten()
-        drawn = torch.randint(MAGNITUDES, (samples,), generator=torch.Generator().manual_seed(seed))
-        yield torch.cat([around, drawn]).to(torch.int32)
-        return
-    part = torch.arange(_CHUNK, dtype=torch.int32)
-    for first in range(0, MAGNITUDES, _CHUNK):
-        yield part + first
+def _sample(firsts: Tensor, samples: int, seed: int) -> Tensor:
+    """Bits of magnitudes, int32: those around ``firsts`` and random ones."""
+    around = (firsts.long()[:, None] + torch.arange(-2, 3)).clamp(0, MAGNITUDES - 1).flatten()
+    drawn = torch.randint(MAGNITUDES, (samples,), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([around, drawn]).to(torch.int32)
 
 
 def _float32_of(code: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fpsim import reference
 from fpsim.casts import parse_cast
 from fpsim.formats import NAMED_FORMATS, WHOLE_FORMATS
 from fpsim.scaling import definitions, rules
@@ -35,17 +36,29 @@ def test_every_rule_is_verified_for_every_format_that_takes_it() -> None:
     assert whole | set(NAMED_FORMATS) - {"fp64", "e8m0fnu"} <= set(SCALED_FORMATS)
 
 
-def test_all_magnitudes_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within a part the codes may change."""
-    monkeypatch.setattr(scales, "MAGNITUDES", 1 << 22)
-    verdict = verify_scale("e4m3fn", "mx:32:ceil", exhaustive=True, compiled=False)
-    assert (verdict.inputs, verdict.mismatches) == (1 << 22, 0)
+def test_all_magnitudes_are_compared_in_pieces_of_one_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million magnitudes around 2^26 + 1, from which on the scale is 2^-126."""
+    begin, change, end = 67_000_000, (1 << 26) + 1, 68_000_000
+    assert reference.scale_steps("e4m3fn", "ceil")[:2] == ((0, 0), (change, 1))
+    monkeypatch.setattr(reference, "scale_steps", lambda format, rule: ((begin, 0), (change, 1)))
+    monkeypatch.setattr(scales, "MAGNITUDES", end)
+    monkeypatch.setattr(scales, "_PIECE", 1 << 18)
+    ends: list[int] = []
+    options = {"exhaustive": True, "compiled": False, "progress": lambda done, total: ends.append(done)}
+    assert verify_scale("e4m3fn", "mx:32:ceil", **options).mismatches == 0
+    assert ends == [change, *range(change + (1 << 18), end, 1 << 18), end]
     original = rules.mx_multiplier_code
+    wrong = (change - 1, change, end - 1)
     monkeypatch.setattr(
-        definitions, "mx_multiplier_code", lambda amax, *rest: original(amax, *rest) + ((amax == 99).int() << 23)
+        definitions,
+        "mx_multiplier_code",
+        lambda amax, *rest: original(amax, *rest) + (torch.isin(amax, torch.tensor(wrong)).int() << 23),
     )
-    verdict = verify_scale("e4m3fn", "mx:32:ceil", exhaustive=True, compiled=False)
-    assert verdict.mismatches == 1 and verdict.examples[0].input == "0x00000063"
+    verdict = verify_scale("e4m3fn", "mx:32:ceil", **options)
+    assert (verdict.mismatches, [example.input for example in verdict.examples]) == (
+        3,
+        [f"{each:#010x}" for each in wrong],
+    )
 
 
 def test_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
