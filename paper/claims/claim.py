@@ -99,9 +99,18 @@ class Judged:
     bound: float
     met: bool | None
 
+    @property
+    def numbers(self) -> str:
+        """The mean with its interval."""
+        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+    @property
+    def word(self) -> str:
+        """``met``, ``missed`` or ``undecided``."""
+        return {True: "met", False: "missed", None: "undecided"}[self.met]
+
     def __str__(self) -> str:
-        word = {True: "met", False: "missed", None: "undecided"}[self.met]
-        return f"{self.mark}: {self.mean:.4g} [{self.low:.4g}, {self.high:.4g}], {word}"
+        return f"{self.mark}: {self.numbers}, {self.word}"
 
 
 @dataclass(frozen=True)

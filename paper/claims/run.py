@@ -55,20 +55,26 @@ def measure(claim: Claim, folder: Path) -> tuple[Outcome, int]:
 
 
 def markdown(outcomes: Mapping[str, Outcome], claims: Mapping[str, Claim]) -> str:
-    """The table of verdicts, in Markdown: one row per claim."""
-    rows = [
-        "| recipe | claim | test bed | verdict | marks | control |",
-        "|---|---|---|---|---|---|",
-    ]
+    """The verdicts in Markdown: a table with a row per claim, then a section per claim with its marks."""
+    rows = ["| recipe | claim | verdict | test |", "|---|---|---|---|"]
     for name, outcome in outcomes.items():
         claim = claims[name]
-        cells = [
-            f"`{claim.recipe}`",
-            f"{claim.statement} ({claim.source})",
-            f"`{name}`: {claim.bed}; {len(registered(name).seeds)} seeds",
-            f"**{outcome.verdict}**",
-            "; ".join(map(str, outcome.holds)),
-            "; ".join(map(str, outcome.control)),
-        ]
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n"
+        rows.append(f"| `{claim.recipe}` | {claim.statement} | **{outcome.verdict}** | [{name}](#{name}) |")
+    sections = [_section(claims[name], outcome) for name, outcome in outcomes.items()]
+    return "\n".join([*rows, "", *sections])
+
+
+def _section(claim: Claim, outcome: Outcome) -> str:
+    lines = [
+        f"### {claim.name}",
+        "",
+        f"- Claim: {claim.statement} ({claim.source}).",
+        f"- Test bed: {claim.bed}; {len(registered(claim.name).seeds)} seeds.",
+        f"- Verdict: **{outcome.verdict}**.",
+        "",
+        "| mark | mean and 95 % interval | |",
+        "|---|---|---|",
+    ]
+    marks = [("", judged) for judged in outcome.holds] + [("control: ", judged) for judged in outcome.control]
+    lines += [f"| {part}`{judged.mark}` | {judged.numbers} | {judged.word} |" for part, judged in marks]
+    return "\n".join(lines) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from fpsim.paper.claims.arithmetic import normal_float, rotated_outlier, signal_
 from fpsim.paper.claims.claim import Claim, Mark, Registered, judge, judge_mark, registered
 from fpsim.paper.verdicts import rules
 
-# Student's 97.5 % quantile for two degrees of freedom, from a printed table.
-T_OF_THREE = 4.302653
+# Student's 97.5 % quantiles for two and for nine degrees of freedom, from a printed table.
+T_OF_THREE, T_OF_TEN = 4.302653, 2.262157
 
 ERRORS = [{"error": 1.0, "control": 9.0}, {"error": 2.0, "control": 8.0}, {"error": 3.0, "control": 10.0}]
 
@@ -119,6 +120,12 @@ def test_the_command_tests_the_claims_of_a_recipe(tmp_path) -> None:
     run = CliRunner().invoke(app, ["study", "claims", "nf4", "--out", str(tmp_path)])
     assert run.exit_code == 0, run.output
     table = (tmp_path / "claims.md").read_text()
-    assert "| `nf4` |" in table and "**reproduced**" in table and "`halo`" not in table
+    assert "| `nf4` |" in table and "| **reproduced** | [normal_float](#normal_float) |" in table
+    assert "`halo`" not in table
+    seeds = json.loads((tmp_path / "normal_float.json").read_text())["seeds"].values()
+    gains = [seed["gain_over_fp4"] for seed in seeds]
+    mean, half = statistics.mean(gains), T_OF_TEN * statistics.stdev(gains) / math.sqrt(10)
+    assert f"| `gain_over_fp4 >= 1` | {mean:.4g} [{mean - half:.4g}, {mean + half:.4g}] | met |" in table
+    assert "| control: `gain_over_int4_uniform <= 0` | -" in table
     run = CliRunner().invoke(app, ["study", "claims", "nf5", "--out", str(tmp_path)])
     assert run.exit_code == 2 and "did you mean 'nf4'" in run.output
