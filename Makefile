@@ -48,7 +48,7 @@ prove: .venv/ready
 	{ printf '`make prove` writes this file. It runs this command:\n\n'; cat $(PROOF); } > $(PROOF).new
 	mv $(PROOF).new $(PROOF)
 
-# The scales of every rule, for every format that takes them and every float32 magnitude: 10 minutes. Eager code runs the
+# The scales of every rule, for every format that takes them and every float32 magnitude: 5 to 10 minutes. Eager code runs the
 # same arithmetic (`fpsim.scaling.rules`) and takes an hour more; the tests compare it around every step.
 prove-scales: .venv/ready
 	$(BIN)/fpsim verify --scale all --exhaustive --path compiled --markdown $(PROOF_OF_SCALES)
