@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import islice
@@ -176,8 +176,13 @@ def distinct_share(tokens: Sequence[int], length: int = 4) -> float:
     return len(set(sequences)) / len(sequences) if sequences else math.nan
 
 
-def study(size: Size, formats: Iterable[str], folder: Path) -> list[Quality]:
+def study(
+    size: Size, formats: Iterable[str], folder: Path, *, tell: Callable[[str], object] = lambda line: None
+) -> list[Quality]:
     """Train, round, write and judge: everything that ``folder`` lacks.
+
+    Args:
+        tell: called with a line of text before each piece of work.
 
     Returns:
         All qualities in ``folder`` of the models, the judge and the number of texts of ``size``.
@@ -194,13 +199,20 @@ def study(size: Size, formats: Iterable[str], folder: Path) -> list[Quality]:
     known = frozenset(words(data.train.tolist()))
     configs = [replace(size.config, seed=seed) for seed in range(size.seeds + 1)]
     keys = [run_key(config) for config in configs]
-    model = cache(lambda seed: train(configs[seed], data))
+
+    @cache
+    def model(seed: int) -> LanguageModel:
+        tell(f"training the {'judge' if seed == size.seeds else 'model'} of seed {seed}: {configs[seed].steps} steps")
+        return train(configs[seed], data)
+
     found: list[Quality] = []
     for seed in range(size.seeds):
         prefix = f"{keys[seed]}/{keys[-1]}/{size.texts}/"  # the judge has the seed after the last
         for name in formats:
             if prefix + name not in kept:
-                qualities = _qualities(name, seed, model(seed), model(size.seeds), size, data, known)
+                writer, judge = model(seed), model(size.seeds)
+                tell(f"seed {seed}: texts of the weights in {name}")
+                qualities = _qualities(name, seed, writer, judge, size, data, known)
                 kept[prefix + name] = [asdict(quality) for quality in qualities]
                 write_results(path, "qualities", kept)
         found += [_quality(fields) for key, group in kept.items() if key.startswith(prefix) for fields in group]

@@ -10,7 +10,7 @@ token) times the bits of an operand.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,9 +95,18 @@ def options(name: str) -> dict[str, Any] | None:
 
 
 def pareto(
-    families: Iterable[str], formats: Iterable[str], size: Size, folder: Path, *, interpret: bool = False
+    families: Iterable[str],
+    formats: Iterable[str],
+    size: Size,
+    folder: Path,
+    *,
+    interpret: bool = False,
+    tell: Callable[[str], object] = lambda line: None,
 ) -> list[Point]:
     """Train every family, width, format and seed of the study that ``folder`` lacks.
+
+    Args:
+        tell: called with a line of text before and after each run.
 
     Returns:
         All points in ``folder`` with the steps and the seeds of ``size``.
@@ -112,14 +121,19 @@ def pareto(
         check_choice("format", name, FORMATS)
     path = folder / "points.json"
     points = {key: Point(**fields) for key, fields in read_results(path, "points").items()}
-    for seed in range(size.seeds):
-        for family in families:
-            for width in size.widths[family]:
-                for name in formats:
-                    key = f"{family}/{width}/{name}/{seed}/{size.steps}"
-                    if key not in points:
-                        points[key] = _point(family, width, name, seed, size.steps, interpret)
-                        write_results(path, "points", {key: asdict(each) for key, each in points.items()})
+    runs = {
+        f"{family}/{width}/{name}/{seed}/{size.steps}": (family, width, name, seed)
+        for seed in range(size.seeds)
+        for family in families
+        for width in size.widths[family]
+        for name in formats
+    }
+    for number, (key, (family, width, name, seed)) in enumerate(runs.items(), 1):
+        if key not in points:
+            tell(f"run {number} of {len(runs)}: {family} of width {width}, {name}, seed {seed}")
+            points[key] = _point(family, width, name, seed, size.steps, interpret)
+            write_results(path, "points", {key: asdict(each) for key, each in points.items()})
+            tell(f"  loss {points[key].loss:.3f}")
     return [point for point in points.values() if point.steps == size.steps and point.seed < size.seeds]
 
 

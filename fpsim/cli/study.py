@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -479,11 +480,18 @@ def pareto(
     """Train models of several widths in several formats, and show which reach a loss at the least cost."""
     from fpsim.paper import pareto as study
     from fpsim.paper.choices import check_choice
+    from fpsim.paper.progress import say
     from fpsim.paper.storage import replace_file
 
     check_choice("size", size, study.SIZES)
-    chosen = study.SIZES[size]
-    points = study.pareto(families or study.FAMILIES, formats or study.FORMATS, chosen, out, interpret=interpret)
+    points = study.pareto(
+        families or study.FAMILIES,
+        formats or study.FORMATS,
+        study.SIZES[size],
+        out,
+        interpret=interpret,
+        tell=partial(say, Console(stderr=True)),
+    )
     found = study.means(points)
     replace_file(out / "pareto.md", study.markdown(found).encode())
     study.figure(found).savefig(out / "pareto.png")
@@ -508,11 +516,12 @@ def generation(
     """Round the weights of a trained model, and show how its texts change with temperature, top-k and length."""
     from fpsim.paper import generation as study
     from fpsim.paper.choices import check_choice
+    from fpsim.paper.progress import say
     from fpsim.paper.storage import replace_file
 
     check_choice("size", size, study.SIZES)
     names = dict.fromkeys(["fp32", *(formats or study.FORMATS)])
-    qualities = study.study(study.SIZES[size], names, out)
+    qualities = study.study(study.SIZES[size], names, out, tell=partial(say, Console(stderr=True)))
     replace_file(out / "generation.md", study.markdown(qualities).encode())
     study.figure(qualities).savefig(out / "generation.png")
     typer.echo(out / "generation.md")

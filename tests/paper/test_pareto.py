@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional
 from typer.testing import CliRunner
 
 from fpsim.cli.main import app
 from fpsim.paper import pareto
-from fpsim.paper.images import CLASSES, ImageTask, ResNet8
+from fpsim.paper.images import CLASSES, ImageTask, Residual, ResNet8
 from fpsim.paper.models import ModelConfig, build
 from fpsim.paper.pareto import Mean, Point, Size, frontier, markdown, means, multiply_adds
 
@@ -22,7 +23,7 @@ TINY = Size({"resnet": (2,), "llama": (8,)}, seeds=1, steps=2)
 def test_an_image_without_noise_is_a_shifted_and_scaled_pattern_of_its_class() -> None:
     generator = torch.Generator().manual_seed(3)
     images, labels = ImageTask(noise=0.0).batch(40, generator)
-    assert images.shape == (40, 3, 16, 16) and images.is_contiguous()
+    assert images.shape == (40, 3, 16, 16)
     patterns, seen = ImageTask(noise=0.0, shift=0).batch(200, generator)
     by_class = {int(label): pattern for pattern, label in zip(patterns, seen, strict=True)}
     assert len(by_class) == CLASSES
@@ -65,6 +66,17 @@ def test_the_frontier_is_what_nothing_dominates() -> None:
     assert [(each.cost, each.loss) for each in best] == sorted(expected)
 
 
+def test_a_shortcut_is_a_convolution_with_a_stride() -> None:
+    block = Residual(2, 4, 2).double().eval()
+    x = torch.randint(-4, 5, (3, 2, 8, 8), generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        for convolution in (block.first, block.second, block.shortcut[0]):
+            convolution.weight.copy_(torch.randint(-4, 5, convolution.weight.shape))
+        inner = block.second_norm(block.second(functional.relu(block.first_norm(block.first(x)))))
+        shortcut = block.shortcut[1](functional.conv2d(x, block.shortcut[0].weight, stride=2))
+        assert torch.equal(block(x), functional.relu(inner + shortcut))
+
+
 def test_means_are_over_seeds() -> None:
     points = [Point("resnet", 4, "int4", seed, 2, loss, 10.0, 40.0) for seed, loss in enumerate([1.0, 2.0, 3.0])]
     assert means(points) == [Mean("resnet", 4, "int4", 2.0, pytest.approx(1 / math.sqrt(3)), 40.0)]
@@ -72,7 +84,9 @@ def test_means_are_over_seeds() -> None:
 
 
 def test_points_are_computed_once_and_only_rounded_formats_differ(tmp_path, monkeypatch) -> None:
-    assert len(pareto.pareto(["llama"], ["int4"], TINY, tmp_path, interpret=True)) == 1
+    lines: list[str] = []
+    (point,) = pareto.pareto(["llama"], ["int4"], TINY, tmp_path, interpret=True, tell=lines.append)
+    assert lines == [f"run 1 of 1: llama of width {point.width}, int4, seed 0", f"  loss {point.loss:.3f}"]
     points = pareto.pareto(["resnet"], ["bf16", "int4"], TINY, tmp_path, interpret=True)
     assert [(each.family, each.format) for each in points] == [
         ("llama", "int4"),
