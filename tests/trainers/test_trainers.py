@@ -96,6 +96,7 @@ def test_trainer_has_the_bits_of_a_loop_by_hand(case: str, tmp_path: Path) -> No
     logged = [entry for entry in trainer.state.log_history if "fpsim/gradient_underflow" in entry]
     assert [entry["step"] for entry in logged] == [2]
     assert all(0 <= logged[0][f"fpsim/{role}_underflow"] <= 1 for role in ("activation", "weight", "gradient"))
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
 
 
 def test_trainer_refuses_the_backends_of_accelerate_by_name(tmp_path: Path) -> None:
@@ -117,6 +118,8 @@ def test_the_callback_logs_the_profile_of_the_last_batch(tmp_path: Path) -> None
     want = shares(fpsim.profile(plain, policy=POLICY, **batch))
     (logged,) = [entry for entry in trainer.state.log_history if "fpsim/gradient_underflow" in entry]
     assert {name: logged[name] for name in want} == want
+    trainer.train()  # a second time, from the first step on
+    assert [entry["step"] for entry in trainer.state.log_history if "fpsim/gradient_underflow" in entry] == [1]
     with pytest.raises(TypeError, match="is not compiled in place by fpsim"):
         fpsim.trainers.log_rounding(trainer_of(tiny_llama(), tmp_path))
     with pytest.raises(ValueError, match="every=0 is a number of steps"):
