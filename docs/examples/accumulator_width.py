@@ -2,9 +2,10 @@
 
     python docs/examples/accumulator_width.py [--tokens N]
 
-The operands of a product are FP8. Its sums are rounded to e8mM after every addition, and M grows until the sums lose less than a tenth of
-what the rounding of the operands loses. A wider accumulator would be wasted. The gradient of a weight sums over all tokens: its width
-depends on the batch. `promote=128` adds partial sums of 128 products in float32, as kernels do; the second column of widths has that.
+The operands of a product are FP8. Its sums are rounded to e8mM after every addition, and M grows until the error
+of the sums is below a tenth of the error that the rounding of the operands makes. A wider accumulator would be wasted.
+The gradient of a weight sums over all tokens: its width depends on the batch. `promote=128` adds partial sums of 128
+products in float32, as kernels do; the second column of widths has that.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python docs/examples/five_recipes.py [--steps N] [--seeds N] [--backend fpsim]
 
-Put your own model, optimizer and batches into `Model` and `batch`. A recipe returns the compiled model and the optimizer to use; the
-loop stays as it is. The table has the loss on new data, under the recipe, and its difference from unrounded training. Both are means
-over seeds; the difference is paired by seed, with its standard error.
+Put your own model, optimizer and batches into `Model` and `batch`. A recipe returns the compiled model and the
+optimizer to use; the loop stays as it is. The table has the loss on new data, under the recipe, and its difference from
+unrounded training. Both are means over seeds; the difference is paired by seed, with its standard error.
 """
 
 import argparse

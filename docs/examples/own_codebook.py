@@ -1,12 +1,13 @@
-"""Sixteen values of your own for the weights of each layer, and what they lose beside NF4 and INT4.
+"""Sixteen values of your own for the weights of each layer, and their error beside that of NF4 and INT4.
 
     python docs/examples/own_codebook.py
 
-All three formats divide each group of 64 weights by its largest magnitude. NF4 has the quantiles of a normal distribution, INT4 has
-evenly spaced values. The codebooks are learned from the weights that they will round: Lloyd's algorithm moves each value to the mean of
-the numbers that are nearest to it. The first and the last value stay at -1 and 1, because the largest magnitude of a group becomes the
-largest of the codebook. A rule for each module gives it its own codebook. The table has the signal-to-noise ratio of each rounded weight,
-in dB, and the relative error of its layer's product.
+All three formats divide each group of 64 weights by its largest magnitude. NF4 has the quantiles of a normal
+distribution, INT4 has evenly spaced values. The codebooks are learned from the weights that they will round: Lloyd's
+algorithm moves each value to the mean of the numbers that are nearest to it. The first and the last value stay at -1
+and 1, because the largest magnitude of a group becomes the largest of the codebook. A rule for each module gives it its
+own codebook. The table has the signal-to-noise ratio of each rounded weight, in dB, and the relative error of its
+layer's product.
 """
 
 from typing import Any

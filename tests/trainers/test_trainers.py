@@ -141,27 +141,40 @@ class Net(torch.nn.Module):
 torch.manual_seed(0)
 model, x = Net(), torch.randn(4, 8)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+path, count = sys.argv[1], int(sys.argv[2])
 if "by hand" in sys.argv:
     step = torch.compile(model, backend="fpsim_eager", options={"format": "e4m3fn"})
-    backward = torch.Tensor.backward
+    backward, parts = torch.Tensor.backward, x.chunk(count)
 else:
     model.compile(backend="fpsim_eager", options={"format": "e4m3fn"})
     accelerator = Accelerator(cpu=True)
     step, optimizer = accelerator.prepare(model, optimizer)
-    backward = accelerator.backward
+    backward, parts = accelerator.backward, [x.chunk(count)[accelerator.process_index]]
+    assert accelerator.num_processes == count
 for _ in range(3):
-    backward(step(x).square().sum())
+    for part in parts:  # by hand, the gradients of all processes add up
+        backward(step(part).square().sum() / (1 if count > len(parts) else count))
     optimizer.step()
     optimizer.zero_grad()
-torch.save(model.state_dict(), sys.argv[1])
+torch.save(model.state_dict(), path)
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
 """
 
 
-def test_accelerate_launch_has_the_bits_of_a_loop_by_hand(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "launch, count",
+    [
+        (["accelerate.commands.launch", "--cpu", "--num_processes", "1"], 1),
+        (["torch.distributed.run", "--nproc-per-node", "2"], 2),
+    ],
+    ids=["accelerate launch", "torchrun of two"],
+)
+def test_accelerate_has_the_bits_of_a_loop_by_hand(launch: list[str], count: int, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="accelerate launch needs accelerate: pip install accelerate")
     (tmp_path / "script.py").write_text(SCRIPT)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    for command in ([*launch, "script.py", "launched.pt"], [sys.executable, "script.py", "hand.pt", "by hand"]):
+    launched = [sys.executable, "-m", *launch, "script.py", "launched.pt", str(count)]
+    for command in (launched, [sys.executable, "script.py", "hand.pt", str(count), "by hand"]):
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     got, want = (torch.load(tmp_path / name) for name in ("launched.pt", "hand.pt"))
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
