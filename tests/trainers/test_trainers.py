@@ -152,8 +152,11 @@ else:
     backward, parts = accelerator.backward, [x.chunk(count)[accelerator.process_index]]
     assert accelerator.num_processes == count
 for _ in range(3):
-    for part in parts:  # by hand, the gradients of all processes add up
-        backward(step(part).square().sum() / (1 if count > len(parts) else count))
+    for part in parts:
+        backward(step(part).square().sum())
+    if len(parts) > 1:  # the mean over processes, of gradients that have been rounded
+        for parameter in model.parameters():
+            parameter.grad /= count
     optimizer.step()
     optimizer.zero_grad()
 torch.save(model.state_dict(), path)
