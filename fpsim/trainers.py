@@ -137,31 +137,36 @@ def log_rounding(trainer: Any, *, every: int = 100) -> None:
 
     if every < 1:
         raise ValueError(f"every={every} is a number of steps: use 1 or more")
-    statistics = StepStatistics(trainer.model)
-
-    def loss(outputs: Any) -> Tensor:
-        value = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
-        scaler = trainer.accelerator.scaler
-        assert statistics.arguments is not None
-        counts_items = statistics.arguments[1].get("num_items_in_batch") is not None
-        value = value if counts_items else value / trainer.args.gradient_accumulation_steps
-        return value if scaler is None else value * scaler.get_scale()
+    StepStatistics(trainer.model).close()  # an error now, and not when training begins
 
     class LogRounding(TrainerCallback):
         def __init__(self) -> None:
             self.measured: dict[str, float] = {}
 
+        def loss(self, outputs: Any) -> Tensor:
+            value = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
+            scaler = trainer.accelerator.scaler
+            assert self.statistics.arguments is not None
+            counts_items = self.statistics.arguments[1].get("num_items_in_batch") is not None
+            value = value if counts_items else value / trainer.args.gradient_accumulation_steps
+            return value if scaler is None else value * scaler.get_scale()
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.statistics = StepStatistics(trainer.model)
+
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if (state.global_step + 1) % every == 0:
-                self.measured = statistics.measure(loss)
+                self.measured = self.statistics.measure(self.loss)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if self.measured:
+                due = control.should_log
                 trainer.log(self.measured)
+                control.should_log = due  # `log` clears it, and the Trainer would leave out its own loss
                 self.measured = {}
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            statistics.close()
+            self.statistics.close()
 
     trainer.add_callback(LogRounding())
 

@@ -29,6 +29,7 @@ from fpsim.compile_backend.report.running import (
     as_policy,
     gradients_kept,
     no_recompile_limit,
+    refuse_policy_fields,
     state_kept,
     uncompiled,
 )
@@ -158,7 +159,9 @@ def audit(
 
     Raises:
         ValueError: a policy for a model that is already compiled.
+        TypeError: fields of a policy among the inputs (``audit(model, x, format=...)``).
     """
+    refuse_policy_fields(model, kwargs)
     compiled = model
     if not _is_compiled(model):
         options: dict[str, Any] = {"policy": as_policy(policy)}

@@ -13,7 +13,14 @@ from torch._dynamo.utils import counters
 from fpsim.compile_backend.compiling import compile_with_rounding
 from fpsim.compile_backend.graph.module_paths import module_paths, near_modules
 from fpsim.compile_backend.plan import Gap, Plan
-from fpsim.compile_backend.report.running import ISOLATED, as_policy, no_recompile_limit, state_kept, uncompiled
+from fpsim.compile_backend.report.running import (
+    ISOLATED,
+    as_policy,
+    no_recompile_limit,
+    refuse_policy_fields,
+    state_kept,
+    uncompiled,
+)
 from fpsim.compile_backend.torch_settings import apply_settings
 from fpsim.policy import Policy
 
@@ -44,8 +51,10 @@ def explain(
 
     Raises:
         ValueError: a bad policy, or a format that a dtype of the model cannot carry.
+        TypeError: fields of a policy among the inputs (``explain(model, x, format=...)``).
     """
     policy = as_policy(policy)
+    refuse_policy_fields(model, kwargs)
     plans: list[Plan] = []
     paths: set[str] = set()
 

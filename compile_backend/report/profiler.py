@@ -27,6 +27,7 @@ from fpsim.compile_backend.report.running import (
     as_policy,
     gradients_kept,
     no_recompile_limit,
+    refuse_policy_fields,
     state_kept,
     uncompiled,
 )
@@ -149,7 +150,8 @@ def profile(
 
     Raises:
         ValueError: a bad policy.
-        TypeError: the result of ``loss`` is no floating-point tensor that needs a gradient.
+        TypeError: the result of ``loss`` is no floating-point tensor that needs a gradient, or fields of a policy are
+            among the inputs (``profile(model, x, format=...)``).
         BackendCompilerFailed: torch's wrapper of the errors of backend ``"fpsim"``: a product that cannot be rounded, a
             glob that matches no module, a format that a dtype of the model cannot carry.
 
@@ -158,6 +160,7 @@ def profile(
     >>> first.role, first.statistics.elements, first.statistics.amax
     ('activation', 32, 0.30000001192092896)
     """
+    refuse_policy_fields(model, kwargs)
     profiler = Profiler(model, policy=policy, exact_products=exact_products)
     breaks_before = Counter(counters["graph_break"])
     with state_kept(model, args, kwargs):

@@ -7,6 +7,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -26,6 +27,48 @@ ISOLATED: dict[str, Any] = (
 def as_policy(policy: Policy | Mapping[str, Any] | str | None) -> Policy:
     """The policy described by the ``policy`` argument of `explain`, `audit` or `profile`."""
     return Policy.from_options(policy if policy is None else {"policy": policy})
+
+
+def refuse_policy_fields(model: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse inputs that are fields of a policy and no arguments of the model, as in ``explain(model, x, format=...)``.
+
+    A model that takes any keyword argument, as those of Hugging Face do, would ignore them. There only those count
+    whose value a policy takes.
+
+    Raises:
+        TypeError: with the call that was meant.
+    """
+    called = uncompiled(model)
+    owner = getattr(called, "__self__", called)
+    try:
+        parameters = inspect.signature(owner.forward if isinstance(owner, nn.Module) else called).parameters
+    except (TypeError, ValueError):  # a function that is not written in Python
+        return
+    takes_any = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
+    names = {"options", *(each.name for each in fields(Policy))}
+    meant = {name: value for name, value in kwargs.items() if name in names and name not in parameters}
+    if takes_any:
+        meant = {name: value for name, value in meant.items() if _is_policy_field(name, value)}
+    if meant:
+        options = meant.pop("options", {})
+        policy = {**(options if isinstance(options, Mapping) else {}), **meant}
+        name = next(name for name in kwargs if name == "options" or name in meant)
+        bound = f", and an input of the model in functools.partial(model, {name}=...)" if takes_any else ""
+        raise TypeError(
+            f"{getattr(called, '__name__', type(owner).__name__)} has no argument {name!r}: a policy is given as "
+            f"policy={policy!r}{bound}"
+        )
+
+
+def _is_policy_field(name: str, value: Any) -> bool:
+    """Whether a policy takes ``value`` for its field ``name``. Numbers, flags and None are rather inputs of a model."""
+    if value is None or isinstance(value, bool | int | float):
+        return False
+    try:
+        Policy.from_options(value if name == "options" else {"format": "bf16"} | {name: value})
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:

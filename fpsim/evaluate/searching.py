@@ -188,9 +188,10 @@ def search(
         tolerance: the greatest change of the mean loss.
         budget: the greatest cost.
         loss: as for `fpsim.evaluate.compare`.
-        cost: ``bits`` or ``bytes`` of the weights with their scales, once for a module that is called several times;
-            ``macs``: multiplications times the bits of both factors; or a function of the operands of a product
-            (`fpsim.evaluate.costs`), whose costs add up over products.
+        cost: ``bits`` or ``bytes`` of the weights with their scales, once for a module that is called several times,
+            and once in each of several modules that share a weight; ``macs``: multiplications times the bits of both
+            factors; or a function of the operands of a product (`fpsim.evaluate.costs`), whose costs add up over
+            products.
         alike: groups of names of modules that share a format if they stand in the same module. All products of a module
             share a format, forward and backward.
         weight: a function from a batch to its weight in means, such as `fpsim.curvature.label_count`; None: all alike.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -351,6 +352,38 @@ def test_the_policy_may_be_given_as_its_fields() -> None:
     assert by_fields == fpsim.explain(model, x, policy=fpsim.Policy(format="bf16")) != fpsim.explain(model, x)
     with pytest.raises(ValueError, match="did you mean 'format'"):
         fpsim.explain(model, x, policy={"fromat": "bf16"})
+
+
+class Swallowing(nn.Linear):
+    """Takes any keyword argument, as models of Hugging Face do, and ignores it."""
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("look", [fpsim.explain, fpsim.profile, fpsim.audit])
+@pytest.mark.parametrize("kind", [nn.Linear, Swallowing])
+def test_fields_of_a_policy_among_the_inputs_are_an_error_that_names_policy(
+    look: Callable[..., Any], kind: type[nn.Module]
+) -> None:
+    x = torch.randn(4, 8)
+    for given in ({"format": "bf16"}, {"options": {"format": "bf16"}}):
+        words = f"{kind.__name__} has no argument {next(iter(given))!r}: a policy is given as policy="
+        with pytest.raises(TypeError, match=re.escape(words + "{'format': 'bf16'}")):
+            look(kind(8, 8), x, **given)
+    with pytest.raises(TypeError, match=re.escape("policy={'format': 'bf16', 'skip': ['head']}")):
+        look(torch.compile(kind(8, 8)), x, format="bf16", skip=["head"])
+
+
+def test_inputs_with_the_names_of_fields_are_the_models() -> None:
+    def scaled(x: Tensor, format: str, scale: Tensor) -> Tensor:
+        return x @ scale if format == "bf16" else x
+
+    x = torch.randn(4, 8)
+    assert len(fpsim.explain(scaled, x, format="bf16", scale=torch.randn(8, 2)).sites) == 2
+    assert len(fpsim.explain(Swallowing(8, 8), x, weight=torch.randn(2), scale=0.5, format=None).sites) == 4
+    bound = functools.partial(Swallowing(8, 8), format="bf16")
+    assert len(fpsim.explain(bound, x).sites) == 4
 
 
 def test_the_arguments_of_the_model_may_have_names() -> None:

@@ -96,6 +96,7 @@ def test_trainer_has_the_bits_of_a_loop_by_hand(case: str, tmp_path: Path) -> No
     logged = [entry for entry in trainer.state.log_history if "fpsim/gradient_underflow" in entry]
     assert [entry["step"] for entry in logged] == [2]
     assert all(0 <= logged[0][f"fpsim/{role}_underflow"] <= 1 for role in ("activation", "weight", "gradient"))
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
 
 
 def test_trainer_refuses_the_backends_of_accelerate_by_name(tmp_path: Path) -> None:
@@ -117,6 +118,8 @@ def test_the_callback_logs_the_profile_of_the_last_batch(tmp_path: Path) -> None
     want = shares(fpsim.profile(plain, policy=POLICY, **batch))
     (logged,) = [entry for entry in trainer.state.log_history if "fpsim/gradient_underflow" in entry]
     assert {name: logged[name] for name in want} == want
+    trainer.train()  # a second time, from the first step on
+    assert [entry["step"] for entry in trainer.state.log_history if "fpsim/gradient_underflow" in entry] == [1]
     with pytest.raises(TypeError, match="is not compiled in place by fpsim"):
         fpsim.trainers.log_rounding(trainer_of(tiny_llama(), tmp_path))
     with pytest.raises(ValueError, match="every=0 is a number of steps"):
@@ -138,27 +141,43 @@ class Net(torch.nn.Module):
 torch.manual_seed(0)
 model, x = Net(), torch.randn(4, 8)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+path, count = sys.argv[1], int(sys.argv[2])
 if "by hand" in sys.argv:
     step = torch.compile(model, backend="fpsim_eager", options={"format": "e4m3fn"})
-    backward = torch.Tensor.backward
+    backward, parts = torch.Tensor.backward, x.chunk(count)
 else:
     model.compile(backend="fpsim_eager", options={"format": "e4m3fn"})
     accelerator = Accelerator(cpu=True)
     step, optimizer = accelerator.prepare(model, optimizer)
-    backward = accelerator.backward
+    backward, parts = accelerator.backward, [x.chunk(count)[accelerator.process_index]]
+    assert accelerator.num_processes == count
 for _ in range(3):
-    backward(step(x).square().sum())
+    for part in parts:
+        backward(step(part).square().sum())
+    if len(parts) > 1:  # the mean over processes, of gradients that have been rounded
+        for parameter in model.parameters():
+            parameter.grad /= count
     optimizer.step()
     optimizer.zero_grad()
-torch.save(model.state_dict(), sys.argv[1])
+torch.save(model.state_dict(), path)
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
 """
 
 
-def test_accelerate_launch_has_the_bits_of_a_loop_by_hand(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "launch, count",
+    [
+        (["accelerate.commands.launch", "--cpu", "--num_processes", "1"], 1),
+        (["torch.distributed.run", "--nproc-per-node", "2"], 2),
+    ],
+    ids=["accelerate launch", "torchrun of two"],
+)
+def test_accelerate_has_the_bits_of_a_loop_by_hand(launch: list[str], count: int, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="accelerate launch needs accelerate: pip install accelerate")
     (tmp_path / "script.py").write_text(SCRIPT)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    for command in ([*launch, "script.py", "launched.pt"], [sys.executable, "script.py", "hand.pt", "by hand"]):
+    launched = [sys.executable, "-m", *launch, "script.py", "launched.pt", str(count)]
+    for command in (launched, [sys.executable, "script.py", "hand.pt", str(count), "by hand"]):
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     got, want = (torch.load(tmp_path / name) for name in ("launched.pt", "hand.pt"))
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
