@@ -130,7 +130,7 @@ def compile_with_rounding(
     with contextlib.ExitStack() as stack:
         stack.enter_context(own_work())
         stack.enter_context(attention)
-        stack.enter_context(recorded())
+        stack.enter_context(recorded(with_bias=any(each.rounds_results or each.accumulates for each in policies)))
         # The pass warns if a policy for weights finds none, and numbers switches. It does not run for code that comes
         # from the cache.
         if interpret or switches is not None or (rounds_only_weights(policy) and not has_layer(gm, policy)):

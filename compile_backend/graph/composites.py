@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import partial, wraps
 from typing import Any
 
@@ -34,6 +35,9 @@ _KEYS = (
 _PRODUCT = "fpsim product"
 _WEIGHT = "fpsim weight"
 _COMPLEX = "fpsim complex"
+
+#: Whether the bias of a linear layer is a part of its product whatever the strides of the input are.
+_with_bias: ContextVar[bool] = ContextVar("linear layers with their biases", default=False)
 
 #: Tensors that have an identity under autograd. Subclasses of the user may lack it.
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
@@ -68,8 +72,11 @@ _recording = _Recording()
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[None]:
+def recorded(with_bias: bool = False) -> Iterator[None]:
     """A context for tracing. It notes on every node which operator of `COMPOSED` made it, and marks weights.
+
+    torch composes a linear layer of a product and an addition if its input has three axes or more and is not
+    contiguous. ``with_bias`` makes it the operator `aten.addmm`, as for other inputs: its result includes the bias.
 
     torch's Python dispatcher calls the kernels that this context puts in place of torch's own, and they call those. The
     first of several contexts, in any threads, puts them there, and the last one takes them out.
@@ -78,9 +85,11 @@ def recorded() -> Iterator[None]:
         if _recording.contexts == 0:
             _recording.begin()
         _recording.contexts += 1
+    token = _with_bias.set(with_bias)
     try:
         yield
     finally:
+        _with_bias.reset(token)
         with _recording.lock:
             _recording.contexts -= 1
             if _recording.contexts == 0:
@@ -124,11 +133,14 @@ def _marking(op: OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """``kernel`` of ``op``, an operator of `LINEAR`, with its second argument marked as a weight."""
 
     @wraps(op)
-    def marking(x: Tensor, weight: Tensor, *others: Any) -> Any:
+    def marking(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         if type(weight) in _PLAIN:
             with traceback.annotate({_WEIGHT: op._opname}):
                 weight = torch.ops.aten.alias(weight)
-        return kernel(x, weight, *others)
+        if bias is None or x.dim() < 3 or not _with_bias.get():
+            return kernel(x, weight, bias)
+        rows = kernel(x.flatten(0, -2), weight, bias)
+        return rows.reshape(*x.shape[:-1], *rows.shape[1:])
 
     return marking
 

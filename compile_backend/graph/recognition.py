@@ -23,6 +23,7 @@ from fpsim.compile_backend.graph.nodes import (
 from fpsim.compile_backend.graph.operation_ends import find_marks, mark
 from fpsim.compile_backend.graph.products import (
     Axes,
+    Form,
     Multiplication,
     product_of_packet,
     product_operator,
@@ -63,8 +64,16 @@ def multiplication_of(node: fx.Node) -> Multiplication | None:
 
 
 def _decomposed(node: fx.Node) -> Multiplication:
-    """The product that is decomposed into the multiplication ``node`` and a sum. It contracts the axes of the sum."""
+    """The product that is decomposed into the multiplication ``node`` and a sum. It contracts the axes of the sum.
+
+    A product of matrices that sums over one element has no sum. It contracts the axes that its operator contracts:
+    tiles and columns of its operands need them.
+    """
     end, rank = sum_of(node), node.meta["val"].dim()
+    origin = product_of_packet(original_operator(node))
+    is_of_matrices = origin is not None and origin.form is Form.MATRICES and origin.multiplications
+    if end is None and is_of_matrices and all(x.meta["val"].dim() == rank for x in node.all_input_nodes):
+        return Multiplication((0, 1), _own_axes(node, (0, 1), origin.multiplications[0].contracted))  # type: ignore[union-attr]
     summed: Any = ()
     if end is not None:
         summed = end.args[1] if len(end.args) > 1 else range(rank)

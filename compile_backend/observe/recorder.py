@@ -164,7 +164,9 @@ def measure_cast(
 
 def axes_of(site: Site, dims: int) -> tuple[int, ...]:
     """The axes of an operand of ``dims`` axes along which its product sums; the last one if there is no product."""
-    return tuple(axis for axis in site.contracted if axis < dims) if site.contracted else (-1,)
+    if site.kind is None or site.role == "output":
+        return site.contracted or (-1,)
+    return tuple(axis for axis in site.contracted if axis < dims)
 
 
 def _key_of(node: fx.Node, site: Site) -> tuple[Any, ...]:

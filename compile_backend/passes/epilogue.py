@@ -107,8 +107,9 @@ def _of_result(product: Product, end: fx.Node, scales: Sequence[fx.Node | None],
             if entry is None:  # a multiplication and a sum
                 for _ in range(product.node.meta["val"].dim() - scale.meta["val"].dim()):
                     scale = call(aten.unsqueeze.default, scale, 0)
-                summed = end.args[1] if len(end.args) > 1 else list(range(scale.meta["val"].dim()))
-                scale = scale if end.args[2:3] == (True,) else call(aten.squeeze.dims, scale, summed)
+                if end is not product.node:  # else a product over one element, which has no sum
+                    summed = end.args[1] if len(end.args) > 1 else list(range(scale.meta["val"].dim()))
+                    scale = scale if end.args[2:3] == (True,) else call(aten.squeeze.dims, scale, summed)
             elif entry.form is Form.VECTORS:
                 scale = call(aten.squeeze.dims, scale, list(contracted))
         shaped.append(scale)

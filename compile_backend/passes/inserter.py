@@ -302,7 +302,7 @@ class Inserter:
         inputs_end = next(node for node in self.graph.nodes if node.next.op != "placeholder") if is_timed else None
         call = self.calls_after(value, near, key or inputs_end, start=self.factors.get((value, cast)))
         exact = value
-        order = order_in_memory(value) if key is None else None  # random numbers are drawn in the usual order
+        order = order_in_memory(value) if key is None and _groups_permute(cast, axes) else None
         if order is not None:
             exact = call(aten.permute.default, exact, order)
             axes = tuple(sorted(order.index(axis) for axis in axes))
@@ -435,14 +435,28 @@ def _is_exact(carrier: torch.dtype, cast: Cast) -> bool:
 def _axes_of_scales(cast: Cast, axes: Axes, dims: int) -> Axes:
     """The axes along which the scales of ``cast`` lie, counted from the front; empty if the cast has no axis.
 
-    Square tiles are the same along both axes of a matrix: the later one stands for both.
+    Square tiles are the same along both axes of a matrix: the later one stands for both. Of three axes, the first one
+    forms matrices with the second, and the second with the third (`fpsim.scaling.groups.across`): it stands for itself.
     """
     if not cast.has_axis or cast.scale is None:
         return ()
     counted = tuple(sorted(axis % dims for axis in axes if axis < dims))
     if cast.scale.is_square and len(counted) == 1 and dims > 1:
-        return (max(counted[0], across(counted[0], dims)),)
+        other = across(counted[0], dims)
+        return (max(counted[0], other),) if across(other, dims) == counted[0] else counted
     return counted
+
+
+def _groups_permute(cast: Cast, axes: Axes) -> bool:
+    """Whether a tensor may be permuted before ``cast`` is applied along the permuted ``axes``, and back afterwards.
+
+    The scales of tiles, columns, channels, groups and of blocks along several axes depend on the order of the axes.
+    Random numbers do too: they are drawn in row-major order.
+    """
+    if cast.transform is not None and len(axes) > 1:
+        return False
+    kind = "tensor" if cast.scale is None else cast.scale.kind
+    return kind in ("tensor", "row") or (kind == "block" and len(axes) <= 1)
 
 
 def _axes_of_base(view: fx.Node, axes: Axes, cast: Cast) -> Axes | None:

@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fpsim.compile_backend.graph.finding import Product
 from fpsim.compile_backend.graph.products import Form, product_operator
+from fpsim.compile_backend.graph.recognition import sum_of
 from fpsim.compile_backend.passes.inserter import Inserter
 from fpsim.policy import Policy
 from fpsim.rounding.ops import SOURCE
@@ -136,7 +137,8 @@ def _operands(product: Product) -> list[fx.Node]:
 
 
 def _sums_over_one(product: Product) -> bool:
-    return not any(product.contracted) and product.operator in _SUMS_OF_ONE
+    has_sum = product_operator(product.node.target) is not None or sum_of(product.node) is not None
+    return not has_sum and product.operator in _SUMS_OF_ONE
 
 
 def _pairs_other_elements(product: Product) -> bool:

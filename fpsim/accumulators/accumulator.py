@@ -226,7 +226,7 @@ def _of_integer(name: str, bits: int, overflow: str, chunk: int | None, order: A
 
 
 def _cast(name: str) -> Cast:
-    """The cast of an accumulator: a signed floating-point format that fits into float32, without a scale."""
+    """The cast of an accumulator: a signed format that fits into float32, without a scale or transform."""
     try:
         cast = parse_cast(name)
     except ValueError as error:
@@ -242,6 +242,8 @@ def _cast(name: str) -> Cast:
         raise ValueError("accumulator='none' is no accumulator: leave it out")
     if cast.scale is not None:
         raise ValueError(f"an accumulator has no scale: leave {str(cast.scale)!r} out of {name!r}")
+    if cast.transform is not None:
+        raise ValueError(f"an accumulator has no transform: leave {str(cast.transform)!r} out of {name!r}")
     fmt = cast.format
     if not isinstance(fmt, FloatFormat):
         raise ValueError(f"the accumulator {name!r} is neither a floating-point format nor intN: use 'fp16' or 'int32'")

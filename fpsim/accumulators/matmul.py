@@ -136,7 +136,8 @@ def _operand(x: Tensor, cast: Cast | None, axis: int, accumulator: Accumulator) 
     if narrow is not None:
         x = x.to(torch.float32)
     if cast is not None:
-        spelled = f"{cast.format.name}/{cast.rounding}/{cast.overflow}/{cast.scale or UNSCALED}"
+        modes = (cast.rounding, cast.overflow, cast.scale or UNSCALED, cast.transform)
+        spelled = "/".join([cast.format.name, *(str(mode) for mode in modes if mode is not None)])
         x = round(x, spelled, axis=axis if x.dim() > 1 else 0)
         return x, operand_format(cast, accumulator)
     if narrow is not None:
@@ -151,25 +152,28 @@ def takes_factor(cast: Cast | None, accumulator: Accumulator) -> bool:
     """
     scale = None if cast is None else cast.scale
     is_current = scale is not None and scale.rule in SCALE_OPERATORS and not scale.is_timed
-    return is_current and (accumulator.machine is not None or accumulator.integer_bits is not None)
+    is_plain = is_current and cast.transform is None  # type: ignore[union-attr]
+    return is_plain and (accumulator.machine is not None or accumulator.integer_bits is not None)
 
 
 def operand_format(cast: Cast, accumulator: Accumulator) -> FloatFormat:
-    """The format of operands that ``cast`` has rounded: float32 for the products of elements and scales.
+    """The format of operands that ``cast`` has rounded: float32 where a scale or a transform changes elements back.
 
     Machines and integers multiply elements. Their operands with a power of two as the scale of the whole tensor are
     such elements once they are multiplied by it (`takes_factor`).
 
     Raises:
-        ValueError: the accumulator is that of a machine or an integer, and the cast has another scale, or the cast's
-            values do not fit into float32.
+        ValueError: the accumulator is that of a machine or an integer, and the cast has another scale or a transform,
+            or the cast's values do not fit into float32.
     """
-    if (cast.scale is not None and not takes_factor(cast, accumulator)) or cast.grid is None:
+    is_scaled = cast.scale is not None and not takes_factor(cast, accumulator)
+    if is_scaled or cast.transform is not None or cast.grid is None:
         if accumulator.machine is not None or accumulator.integer_bits is not None:
+            others = "that its transform changes back" if cast.transform else "times scales that are none of blocks"
             raise ValueError(
-                f"{str(accumulator)!r} multiplies elements, and {str(cast)!r} gives elements times scales that are "
-                "none of blocks: use an unscaled format such as 'e4m3fn' or 'int8/unscaled', blocks such as "
-                "'e4m3fn/block:128', or an accumulator such as 'e8m13/toward_zero'"
+                f"{str(accumulator)!r} multiplies elements, and {str(cast)!r} gives elements {others}: use an unscaled "
+                "format such as 'e4m3fn' or 'int8/unscaled', blocks such as 'e4m3fn/block:128', or an "
+                "accumulator such as 'e8m13/toward_zero'"
             )
         return _FLOAT32
     if not cast.grid.is_subset_of(FloatFormat(8, 23)):

@@ -383,6 +383,11 @@ class Policy(Shown):
         """Whether sums that are no products have an accumulator in any module."""
         return self.reductions is not None or any(policy.reduces for policy in self._policies_of_modules)
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether products have an accumulator in any module."""
+        return self.accumulator is not None or any(policy.accumulates for policy in self._policies_of_modules)
+
     def elementwise_cast(self, direction: str) -> Cast | None:
         """The cast of the results of other operations, ``forward`` or ``backward``; None if they are not rounded."""
         return _rounding_cast(_casts_by_key(self, "elementwise").get(direction))

@@ -438,6 +438,9 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"accumulator": "fp64"}, "an accumulator fits into float32, got e11m52: use 'fp32'"),
     ({"accumulator": "e8m0fnu"}, "an accumulator has a sign, -0, NaN and mantissa bits, and e8m0fnu lacks"),
     ({"accumulator": "mxfp8"}, "an accumulator has no scale"),
+    ({"accumulator": "e8m13/hadamard:16"}, "an accumulator has no transform: leave 'hadamard:16' out"),
+    ({"accumulator": "hopper_fp8", "format": "e4m3fn/hadamard:2"}, "multiplies elements.* that its transform changes"),
+    ({"accumulator": "int32", "format": "int8/power_of_two/hadamard:2"}, "multiplies elements.* that its transform"),
     ({"accumulator": "fp16 chunk=4 chunk=8"}, "names chunk more than once"),
     ({"accumulator": "fp32/stochastic:30"}, "takes up to 26 random bits, got 'fp32/stochastic:30': use ':26'"),
 ]  # fmt: skip
@@ -447,6 +450,20 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
 def test_bad_arguments_name_the_remedy(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         matmul(X, X, **arguments)
+
+
+def test_operands_have_the_transforms_of_their_casts() -> None:
+    """The sums and differences of pairs, rounded, and their sums and differences: a rotation there and back."""
+    a, b = torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0], [0.3125]])
+    half = torch.tensor(0.5).sqrt()
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x[0] + x[1], x[0] - x[1]]) * half
+
+    u, v = (rotated(rotated(x.flatten()).to(torch.float8_e5m2).float()) for x in (a, b))
+    want = (u.double() * v.double()).sum().float()
+    assert matmul(a, b, accumulator="fp32", chunk=2, format="e5m2/hadamard:2").item() == want.item()
+    assert want.item() != (a @ b).item()
 
 
 def test_bad_operands_name_the_remedy() -> None:

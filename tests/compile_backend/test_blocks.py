@@ -471,3 +471,62 @@ def test_profile_counts_groups_and_scales() -> None:
     assert (statistics.lowest_scales, statistics.highest_scales) == (1, 0)
     assert statistics.scale_exponents == ((-127, 2), (-8, 1))
     assert fpsim.compile_backend.Profile.from_json(profile.to_json()).sites == profile.sites
+
+
+# -- tiles and columns need both axes of a matrix ----------------------------------------------------------------------
+
+
+def alone(x: Tensor) -> Tensor:
+    """``x`` in e4m3fn under one float32 ratio, by PyTorch's own conversion."""
+    ratio = x.abs().amax() / 448
+    return (x / ratio).to(torch.float8_e4m3fn).float() * ratio
+
+
+@pytest.mark.parametrize("cast", ["e4m3fn/column", "e4m3fn/block:4x4"])
+def test_a_product_over_one_element_keeps_its_tiles_and_columns(cast: str) -> None:
+    """torch decomposes it into a multiplication, which has no axis to sum over."""
+    torch.manual_seed(0)
+    head, x, gradient = nn.Linear(6, 1), torch.randn(5, 6, requires_grad=True), torch.randn(5, 1)
+    torch.compile(head, backend="fpsim_eager", options={"dgrad": cast})(x).backward(gradient)
+    parts = [4, 4] if "x" in cast else [6, 6]  # one scale for a column
+    q, w = (
+        torch.cat([alone(part) for part in operand.flatten().split(length)])
+        for operand, length in zip((gradient, head.weight.detach()), parts, strict=True)
+    )
+    assert torch.equal(x.grad, torch.outer(q, w))
+
+
+@pytest.mark.parametrize(("m", "n"), [(5, 1), (1, 1), (3, 4)])
+def test_rows_of_one_element_multiply_the_result(m: int, n: int) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(m, 1), torch.randn(1, n)
+    got = torch.compile(torch.mm, backend="fpsim_eager", options={"format": "e4m3fn/row"})(a, b)
+    ratios = a.abs() / 448, b.abs() / 448
+    codes = [(x / ratio).to(torch.float8_e4m3fn).float() for x, ratio in zip((a, b), ratios, strict=True)]
+    assert torch.equal(got, codes[0] * codes[1] * ratios[0] * ratios[1])
+
+
+@pytest.mark.parametrize("tile", ["4x4", "2x4", "4x2"])
+def test_square_tiles_of_three_axes_are_those_of_the_axis_that_the_product_sums_over(tile: str) -> None:
+    """The input's gradient of a one-dimensional convolution sums over output channels: tiles have both channels."""
+    torch.manual_seed(0)
+    layer, x = nn.Conv1d(6, 8, 3, padding=1), torch.randn(2, 6, 5, requires_grad=True)
+    y = torch.compile(layer, backend="fpsim_eager", options={"dgrad": {"weight": f"e4m3fn/block:{tile}"}})(x)
+    gradient = torch.randn(y.shape)
+    y.backward(gradient)
+    across, along = map(int, tile.split("x"))
+    weight = layer.weight.detach().clone()
+    for tap in range(3):
+        for i in range(0, 8, along):
+            for j in range(0, 6, across):
+                part = weight[i : i + along, j : j + across, tap]
+                part.copy_(alone(part))
+    want = F.conv_transpose1d(gradient, weight, padding=1)
+    torch.testing.assert_close(x.grad, want, rtol=0, atol=1e-6)
+
+
+def test_profile_counts_the_scales_of_a_product_without_a_sum() -> None:
+    """Every element of an outer product is a row and a block of its own."""
+    a, b = torch.arange(1.0, 9.0), torch.arange(1.0, 5.0)
+    sites = fpsim.profile(torch.outer, a, b, policy={"format": "e2m1fn/row"}).sites
+    assert [(site.statistics.scales, site.statistics.noise < 1e-6) for site in sites] == [(8, True), (4, True)]

@@ -256,6 +256,26 @@ def test_the_result_of_a_product_that_is_decomposed_is_rounded_after_the_sum(pro
             assert torch.equal(mine, fpsim.round(by_hand, "e4m1", overflow="sat_finite"))
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 8), (2, 3, 4, 8)])
+@pytest.mark.parametrize("field", ["output", "elementwise", "accumulator"])
+def test_the_result_of_a_linear_layer_includes_its_bias_whatever_the_strides_of_its_input(
+    field: str, shape: tuple[int, ...]
+) -> None:
+    """torch composes the layer of a product and an addition if its input is not contiguous."""
+    dtype = torch.bfloat16 if field == "accumulator" else torch.float32  # the bias is added before the rounding to it
+    x, weight, bias = (torch.randint(-64, 64, size).to(dtype) / 16 for size in (shape, (3, 8), (3,)))
+    x = x.transpose(0, 1)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    want = {
+        "output": lambda: fpsim.round(exact, "e4m1", overflow="sat_finite"),
+        "elementwise": lambda: exact,  # which the layer is not
+        "accumulator": lambda: exact.float(),
+    }[field]()
+    options = {"format": "none", field: "fp32" if field == "accumulator" else "e4m1"}
+    compiled = torch.compile(F.linear, backend="fpsim_eager", options=options, fullgraph=True)
+    assert torch.equal(compiled(x, weight, bias), want.to(dtype))
+
+
 @pytest.mark.parametrize(
     ("backend", "operands"),
     [

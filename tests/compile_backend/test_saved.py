@@ -304,6 +304,29 @@ def test_attention_reads_copies_of_its_operands_and_of_the_softmax() -> None:
         torch.testing.assert_close(got.grad, want, rtol=1e-11, atol=1e-11)
 
 
+class Gated(nn.Module):
+    """Fused attention, whose result the derivative of a multiplication reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(2, 4, 8, 16))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v) * self.gate
+
+
+@pytest.mark.parametrize("cast", ["e4m3fn/block:4x4", "e4m3fn/column", "e4m3fn/group:32", "e4m3fn/mx:4"])
+def test_tiles_and_groups_are_those_of_the_tensor_whatever_its_strides(cast: str) -> None:
+    """Fused attention returns heads that lie side by side in memory."""
+    torch.manual_seed(0)
+    model, qkv = Gated(), [torch.randn(2, 8, 4, 16).transpose(1, 2) for _ in range(3)]
+    y = torch.nn.functional.scaled_dot_product_attention(*qkv)
+    assert not y.is_contiguous()
+    compiled = torch.compile(model, backend="fpsim_eager", options={"saved": cast, "attention": "keep"})
+    compiled(*qkv).backward(torch.ones_like(y))
+    assert torch.equal(model.gate.grad, fpsim.round(y.contiguous(), cast))
+
+
 def test_forward_has_its_bits_and_its_random_numbers() -> None:
     torch.manual_seed(0)
     model, x = Squares(), torch.randn(16, 16)
