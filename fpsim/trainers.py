@@ -18,6 +18,8 @@ from fpsim.compile_backend.report.profiler import profile
 from fpsim.compile_backend.report.profiles import Profile
 from fpsim.policy import Policy
 
+__all__ = ["StepStatistics", "log_rounding", "shares"]
+
 
 class StepStatistics:
     """Counts what rounding does to the latest training batch of a module that was compiled in place by fpsim.
@@ -175,3 +177,7 @@ def _autocast(module: nn.Module) -> tuple[str, torch.dtype, bool]:
     """The device of ``module``, and the dtype and the state of autocast there."""
     device = next((parameter.device.type for parameter in module.parameters()), "cpu")
     return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -184,3 +184,7 @@ __all__ = [
     "variance",
     "with_flags",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -28,6 +28,15 @@ def test_dir_shows_the_public_names_and_nothing_else() -> None:
     assert dir(fpsim) == NAMES == sorted(fpsim.__all__)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["curvature", "evaluate", "formats", "posttraining", "recipes", "reference", "sharpness", "trainers", "verify"],
+)
+def test_dir_of_a_package_shows_its_public_names_and_nothing_else(name: str) -> None:
+    package = importlib.import_module(f"fpsim.{name}")
+    assert dir(package) == sorted(package.__all__) and all(hasattr(package, each) for each in package.__all__)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_is_what_its_own_module_has(name: str) -> None:
     value = getattr(fpsim, name)

@@ -75,3 +75,7 @@ __all__ = [
     "shifted_labels",
     "trace",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

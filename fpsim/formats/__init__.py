@@ -41,3 +41,7 @@ __all__ = [
     "resolve_overflow",
     "split_rounding",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

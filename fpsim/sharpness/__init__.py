@@ -27,3 +27,7 @@ __all__ = [
     "summarize",
     "summarize_over_ranks",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

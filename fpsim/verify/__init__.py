@@ -33,3 +33,7 @@ __all__ = [
     "verify_scales",
     "verify_together",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
