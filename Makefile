@@ -33,7 +33,7 @@ quick test: export COMPILER_PATH = $(CURDIR)/build/linker
 quick: .venv/ready build/linker/ld
 	$(PYTEST) -n 2 -m "promise and not exhaustive"
 
-# Everything but the slow proofs: 15 to 50 minutes on 2 cores with cold caches, most of it compilation.
+# Everything but the slow proofs: 15 to 40 minutes on 2 cores with cold caches, most of it compilation.
 test: .venv/ready build/linker/ld
 	$(PYTEST) -n 2 --dist worksteal -m "not exhaustive" $(TESTS)
 	$(BIN)/fpsim verify --all
