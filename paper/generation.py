@@ -202,7 +202,7 @@ def study(
 
     @cache
     def model(seed: int) -> LanguageModel:
-        tell(f"training the {'judge' if seed == size.seeds else 'model'} of seed {seed}: {configs[seed].steps} steps")
+        tell(f"training the {'judge' if seed == size.seeds else 'model'} of seed {seed}")
         return train(configs[seed], data)
 
     found: list[Quality] = []

@@ -71,9 +71,9 @@ def _decomposed(node: fx.Node) -> Multiplication:
     """
     end, rank = sum_of(node), node.meta["val"].dim()
     origin = product_of_packet(original_operator(node))
-    is_of_matrices = origin is not None and origin.form is Form.MATRICES and origin.multiplications
-    if end is None and is_of_matrices and all(x.meta["val"].dim() == rank for x in node.all_input_nodes):
-        return Multiplication((0, 1), _own_axes(node, (0, 1), origin.multiplications[0].contracted))  # type: ignore[union-attr]
+    same_rank = all(x.meta["val"].dim() == rank for x in node.all_input_nodes)
+    if end is None and same_rank and origin is not None and origin.form is Form.MATRICES and origin.multiplications:
+        return Multiplication((0, 1), _own_axes(node, (0, 1), origin.multiplications[0].contracted))
     summed: Any = ()
     if end is not None:
         summed = end.args[1] if len(end.args) > 1 else range(rank)

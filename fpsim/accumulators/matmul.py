@@ -150,10 +150,10 @@ def takes_factor(cast: Cast | None, accumulator: Accumulator) -> bool:
 
     Machines do, and integers.
     """
-    scale = None if cast is None else cast.scale
-    is_current = scale is not None and scale.rule in SCALE_OPERATORS and not scale.is_timed
-    is_plain = is_current and cast.transform is None  # type: ignore[union-attr]
-    return is_plain and (accumulator.machine is not None or accumulator.integer_bits is not None)
+    if cast is None or cast.scale is None or cast.transform is not None:
+        return False
+    is_current = cast.scale.rule in SCALE_OPERATORS and not cast.scale.is_timed
+    return is_current and (accumulator.machine is not None or accumulator.integer_bits is not None)
 
 
 def operand_format(cast: Cast, accumulator: Accumulator) -> FloatFormat:

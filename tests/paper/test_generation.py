@@ -9,8 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import fpsim
+from fpsim.cli.main import app
 from fpsim.paper import generation
 from fpsim.paper.generation import Quality, Sampling, Size, differences, distinct_share, generate, measure, rounded
 from fpsim.paper.models import LanguageModel, build
@@ -92,7 +94,14 @@ def test_differences_are_paired_by_seed() -> None:
 def test_the_study_writes_in_every_format_and_setting(tmp_path, monkeypatch, config) -> None:
     size = Size(replace(config, steps=1, backend="interpreted"), seeds=1, texts=2)
     monkeypatch.setattr(generation, "SAMPLINGS", (Sampling(length=3), Sampling(temperature=1.0, length=3)))
-    qualities = generation.study(size, ["fp32", "fp4"], tmp_path)
+    lines: list[str] = []
+    qualities = generation.study(size, ["fp32", "fp4"], tmp_path, tell=lines.append)
+    assert lines == [
+        "training the model of seed 0",
+        "training the judge of seed 1",
+        "seed 0: texts of the weights in fp32",
+        "seed 0: texts of the weights in fp4",
+    ]
     assert [(each.format, each.sampling.temperature) for each in qualities] == [
         (name, temperature) for name in ("fp32", "fp4") for temperature in (0.8, 1.0)
     ]
@@ -108,3 +117,14 @@ def test_the_study_writes_in_every_format_and_setting(tmp_path, monkeypatch, con
         generation.study(size, ["fp5"], tmp_path)
     with pytest.raises(ValueError, match="temperature must be above 0"):
         Sampling(temperature=0.0)
+
+
+def test_the_command_says_what_it_does_and_writes_a_table_and_a_figure(tmp_path, monkeypatch, config) -> None:
+    size = Size(replace(config, steps=1, backend="interpreted"), seeds=1, texts=2)
+    monkeypatch.setattr(generation, "SIZES", {"quick": size})
+    monkeypatch.setattr(generation, "SAMPLINGS", (Sampling(length=3),))
+    run = CliRunner().invoke(app, ["study", "generation", "--formats", "fp4", "--out", str(tmp_path)])
+    assert run.exit_code == 0, run.output
+    assert "training the judge of seed 1\nseed 0: texts of the weights in fp32\n" in run.output
+    assert (tmp_path / "generation.png").stat().st_size > 5000
+    assert (tmp_path / "generation.md").read_text().count("\n| fp4 |") == 1

@@ -112,6 +112,7 @@ def test_the_command_writes_a_table_and_a_figure(tmp_path, monkeypatch) -> None:
     arguments = ["study", "pareto", "--families", "resnet", "--formats", "int4", "bf16", "--interpret"]
     run = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)])
     assert run.exit_code == 0, run.output
+    assert "run 2 of 2: resnet of width 2, bf16, seed 0\n  loss " in run.output
     assert (tmp_path / "pareto.png").stat().st_size > 5000
     assert (tmp_path / "pareto.md").read_text().count("\n| resnet") == 2
     run = CliRunner().invoke(app, ["study", "pareto", "--formats", "int5", "--out", str(tmp_path / "other")])
