@@ -29,7 +29,7 @@ quick test: export AOT_INDUCTOR_ENABLE_LINE_TABLES = 0
 # program called ld that it finds in this folder.
 quick test: export COMPILER_PATH = $(CURDIR)/build/linker
 
-# A few tests of each promise (tests/promises.py), in less than three minutes.
+# A few tests of each promise (tests/promises.py): one to three and a half minutes.
 quick: .venv/ready build/linker/ld
 	$(PYTEST) -n 2 -m "promise and not exhaustive"
 
